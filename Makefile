@@ -1,0 +1,100 @@
+# Needs Python 3.11-3.13 and make. Everything else is installed into .venv by the first target that needs it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+SOURCES := textpolicy envs tests tools benchmarks examples
+
+# One backend of mlx and never two: mlx-cpu and mlx-cuda-* overwrite each other's library.
+ifeq ($(shell uname -s),Darwin)
+BACKEND :=
+else ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
+BACKEND := cuda13
+else
+BACKEND := cpu
+endif
+comma := ,
+EXTRA := $(if $(BACKEND),[$(BACKEND)])
+EXTRA_DEV := [$(if $(BACKEND),$(BACKEND)$(comma))dev]
+EXTRA_DOCS := [$(if $(BACKEND),$(BACKEND)$(comma))docs]
+
+STAMP := $(VENV)/.setup
+STAMP_DEV := $(VENV)/.setup-dev
+STAMP_DOCS := $(VENV)/.setup-docs
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test test-fast check slow shape bench tiny-model docs format constraints clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install TextPolicy in it
+setup-dev: $(STAMP_DEV) ## The same with the tools for tests and checks
+
+demo: setup ## Train the embedded model on addition and show the accuracy rise
+	@$(BIN)/textpolicy demo
+
+test: setup-dev ## Run the whole test suite
+	@$(BIN)/python -m pytest
+
+test-fast: setup-dev ## Run the tests that take under a minute together
+	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
+
+check: setup-dev ## Format, lint, types, layers and the fast tests
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/basedpyright
+	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
+
+slow: setup-dev ## Run only the long tests
+	@$(BIN)/python -m pytest -m "slow or learning"
+
+shape: $(BIN)/python ## Print our sizes beside those of admired codebases
+	@$(BIN)/python tools/shape.py
+
+bench: setup ## Measure what the embedded model learns, with the command behind each number
+	@$(BIN)/python benchmarks/learning.py --env add --seeds 0 --json
+
+tiny-model: setup ## Make the embedded model again from its seed
+	@$(BIN)/python tools/tiny_model.py
+
+docs: $(STAMP_DOCS) ## Build the documentation into site/
+	@$(BIN)/mkdocs build --strict --quiet
+
+format: setup-dev ## Rewrite the sources in the project's format
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+constraints: ## Pin what a fresh install on this machine resolves to
+	@echo "Resolving the newest versions in a fresh environment (a minute or two) ..."
+	@rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	@build/constraints/bin/python -m pip --disable-pip-version-check -qq install -e ".[cpu,dev,docs]"
+	@build/constraints/bin/python -m pip --disable-pip-version-check list --format=freeze \
+	  --exclude-editable --exclude pip > constraints.txt
+	@rm -rf build/constraints
+
+clean: ## Remove .venv and everything built
+	@rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null || { \
+	  echo "TextPolicy needs Python 3.11-3.13, and '$(PYTHON)' is not one of them;" \
+	    "name one that is: make PYTHON=python3.12 setup" >&2; exit 1; }
+	@echo "Making $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' does not work here; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing textpolicy$(EXTRA) into $(VENV) (a minute or two the first time) ..."
+	@$(PIP) install -c constraints.txt -e ".$(EXTRA)"
+	@touch $@
+
+$(STAMP_DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing textpolicy$(EXTRA_DEV) into $(VENV) (a minute or two the first time) ..."
+	@$(PIP) install -c constraints.txt -e ".$(EXTRA_DEV)"
+	@touch $(STAMP) $@
+
+$(STAMP_DOCS): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing textpolicy$(EXTRA_DOCS) into $(VENV) ..."
+	@$(PIP) install -c constraints.txt -e ".$(EXTRA_DOCS)"
+	@touch $(STAMP) $@

@@ -1,0 +1,20 @@
+"""Add two three-digit numbers: `347+185=` is answered by `532`."""
+
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+MAX_TOKENS = 6
+
+
+def make(rng: Random) -> tuple[str, dict[str, Any]]:
+    left, right = rng.randint(100, 999), rng.randint(100, 999)
+    return f"{left}+{right}=", {"sum": left + right}
+
+
+def gold(example: Mapping[str, Any]) -> str:
+    return str(example["sum"])
+
+
+def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+    return float(completion.strip() == gold(example))

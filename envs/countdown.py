@@ -1,0 +1,83 @@
+"""Reach a target with three numbers: `make 13 from 2 3 5` is answered by `3*5-2`.
+
+Any expression of + - * / and parentheses that uses each number once and hits the target scores.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from itertools import permutations, product
+from random import Random
+from typing import Any
+
+LARGEST_NUMBER = 12
+LARGEST_TARGET = 99
+MAX_TOKENS = 12
+
+
+def make(rng: Random) -> tuple[str, dict[str, Any]]:
+    while True:
+        numbers = [rng.randint(1, LARGEST_NUMBER) for _ in range(3)]
+        target = value(_write(numbers, rng.choices("+-*/", k=2)))
+        if target in range(1, LARGEST_TARGET + 1):
+            break
+    numbers.sort()
+    prompt = f"make {target} from {' '.join(map(str, numbers))}"
+    return prompt, {"numbers": numbers, "target": int(target)}
+
+
+def gold(example: Mapping[str, Any]) -> str:
+    for operators, numbers in product(product("+-*/", repeat=2), permutations(example["numbers"])):
+        expression = _write(numbers, operators)
+        if value(expression) == example["target"]:
+            return expression
+    raise ValueError(f"no expression without parentheses reaches {example['target']}")
+
+
+def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+    used = sorted(int(number) for number in re.findall(r"[0-9]+", completion))
+    right = used == sorted(example["numbers"]) and value(completion) == example["target"]
+    return float(right)
+
+
+def value(expression: str) -> Fraction | None:
+    """What the expression is worth; None if it is not one, or divides by zero."""
+    if re.search(r"[^0-9+*/() -]|[0-9]\s+[0-9]", expression.strip()):
+        return None
+    tokens = iter([*re.findall(r"[0-9]+|[-+*/()]", expression), "end"])
+    try:
+        total, after = _sum(next(tokens), tokens)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return total if after == "end" else None
+
+
+def _sum(token: str, rest: Iterator[str]) -> tuple[Fraction, str]:
+    total, token = _product(token, rest)
+    while token in ("+", "-"):
+        sign = 1 if token == "+" else -1
+        term, token = _product(next(rest), rest)
+        total += sign * term
+    return total, token
+
+
+def _product(token: str, rest: Iterator[str]) -> tuple[Fraction, str]:
+    total, token = _number(token, rest)
+    while token in ("*", "/"):
+        times = token == "*"
+        factor, token = _number(next(rest), rest)
+        total = total * factor if times else total / factor
+    return total, token
+
+
+def _number(token: str, rest: Iterator[str]) -> tuple[Fraction, str]:
+    if token != "(":
+        return Fraction(int(token)), next(rest)
+    total, token = _sum(next(rest), rest)
+    if token != ")":
+        raise ValueError("a parenthesis is not closed")
+    return total, next(rest)
+
+
+def _write(numbers: tuple[int, ...] | list[int], operators: tuple[str, ...] | list[str]) -> str:
+    return f"{numbers[0]}{operators[0]}{numbers[1]}{operators[1]}{numbers[2]}"

@@ -1,0 +1,22 @@
+"""Write eight letters backwards: `reverse KQZAWMTB` is answered by `BTMWAZQK`."""
+
+from collections.abc import Mapping
+from random import Random
+from string import ascii_uppercase
+from typing import Any
+
+LENGTH = 8
+MAX_TOKENS = LENGTH + 2
+
+
+def make(rng: Random) -> tuple[str, dict[str, Any]]:
+    letters = "".join(rng.choices(ascii_uppercase, k=LENGTH))
+    return f"reverse {letters}", {"letters": letters}
+
+
+def gold(example: Mapping[str, Any]) -> str:
+    return example["letters"][::-1]
+
+
+def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+    return float(completion.strip() == gold(example))

@@ -1,0 +1,21 @@
+"""Sort eight digits: `sort 83120475` is answered by `01234578`."""
+
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+LENGTH = 8
+MAX_TOKENS = LENGTH + 2
+
+
+def make(rng: Random) -> tuple[str, dict[str, Any]]:
+    digits = "".join(rng.choices("0123456789", k=LENGTH))
+    return f"sort {digits}", {"digits": digits}
+
+
+def gold(example: Mapping[str, Any]) -> str:
+    return "".join(sorted(example["digits"]))
+
+
+def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+    return float(completion.strip() == gold(example))

@@ -1,0 +1,227 @@
+"""Sampling: what is recorded is what was drawn, and a batch is exactly its members."""
+
+import math
+from collections import Counter
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from textpolicy.errors import ConfigError, ModelError, PromptError
+from textpolicy.generation.engine import decode
+from textpolicy.generation.mlx_generation import create_policy, load_model
+from textpolicy.generation.prompts import encode_prompt
+from textpolicy.generation.sampling import draw, row_keys
+from textpolicy.training.logprobs import token_logps
+from textpolicy.types import Sampling, StopReason
+
+RAGGED = ["1+2", "Add 345 and 678, please.", "?", "Sort 9 8 7 6 5 4 3 2 1 and then say so twice"]
+
+
+@pytest.fixture(scope="module")
+def loaded(load_tiny):
+    return load_tiny()
+
+
+def recomputed(model, completion) -> list[float]:
+    tokens = mx.array([completion.prompt_tokens + completion.tokens])
+    logp, _ = token_logps(model, tokens, mx.array([completion.sampling.temperature]))
+    return logp[0, len(completion.prompt_tokens) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_logprobs_are_those_the_trainer_computes(loaded, temperature):
+    model, tokenizer = loaded
+    policy = create_policy(model, tokenizer, {"temperature": temperature, "max_tokens": 20})
+    groups = policy.generate(RAGGED, n=4, seed=1)
+    differences = [
+        abs(recorded - other)
+        for group in groups
+        for completion in group
+        for recorded, other in zip(completion.logprobs, recomputed(model, completion), strict=True)
+    ]
+    assert len(differences) > 40
+    assert np.mean(differences) < 1e-4
+
+
+def test_greedy_batches_equal_one_by_one_token_for_token(loaded):
+    model, tokenizer = loaded
+    policy = create_policy(model, tokenizer, {"temperature": 0, "max_tokens": 24})
+    together = [group[0].tokens for group in policy.generate(RAGGED)]
+    assert together == [policy(prompt).tokens for prompt in RAGGED]
+
+
+def test_a_row_does_not_depend_on_how_many_decode_beside_it(loaded):
+    model, tokenizer = loaded
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in RAGGED]
+    sampling = Sampling(max_tokens=12)
+
+    def run(max_rows):
+        groups = decode(
+            model,
+            prompts,
+            n=3,
+            sampling=sampling,
+            stop=lambda tokens: StopReason.STOP_TOKEN if tokens[-1] % 5 == 0 else None,
+            seed=7,
+            max_rows=max_rows,
+        )
+        return [row.tokens for group in groups for row in group]
+
+    at_once = run(64)
+    assert run(6) == at_once
+    assert run(1) == at_once
+    assert len({len(tokens) for tokens in at_once}) > 1
+
+
+class Counting(nn.Module):
+    """A model that counts the positions it is run on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+        self.positions = 0
+
+    @property
+    def layers(self):
+        return self.inner.layers
+
+    def __call__(self, tokens, cache=None):
+        self.positions += tokens.size
+        return self.inner(tokens, cache=cache)
+
+
+def test_the_prompt_of_a_group_is_prefilled_once(loaded):
+    model, tokenizer = loaded
+    prompt = encode_prompt(tokenizer, "A prompt of some length: 123456789")
+    counting = Counting(model)
+    decode(
+        counting,
+        [prompt],
+        n=8,
+        sampling=Sampling(max_tokens=3),
+        stop=lambda tokens: None,
+        seed=0,
+        max_rows=64,
+    )
+    assert counting.positions == (len(prompt) - 1) + 8 * 3
+
+
+def test_the_stop_token_is_kept_and_scored(loaded):
+    model, tokenizer = loaded
+    policy = create_policy(model, tokenizer, {"max_tokens": 16})
+    completions = policy.generate(["347+285="] * 4, n=4, seed=0)
+    stopped = [c for g in completions for c in g if c.stop_reason is StopReason.STOP_TOKEN]
+    assert stopped
+    for completion in stopped:
+        assert completion.tokens[-1] in tokenizer.eos_token_ids
+        assert len(completion.tokens) == len(completion.logprobs)
+        assert completion.logprobs[-1] == pytest.approx(recomputed(model, completion)[-1], abs=1e-3)
+        assert "<|im_end|>" not in completion.text
+
+
+def test_max_tokens_cuts_off_and_says_so(loaded):
+    model, tokenizer = loaded
+    completion = create_policy(model, tokenizer, {"max_tokens": 1, "seed": 0})("Say something")
+    assert len(completion.tokens) == 1
+    assert completion.stop_reason in {StopReason.LENGTH, StopReason.STOP_TOKEN}
+
+
+def test_a_stop_string_ends_the_completion_with_its_tokens_kept(loaded):
+    model, tokenizer = loaded
+    free = create_policy(model, tokenizer, {"max_tokens": 8, "temperature": 0})("347+285=")
+    character = free.text[1]
+    policy = create_policy(
+        model, tokenizer, {"max_tokens": 8, "temperature": 0, "stop": [character]}
+    )
+    stopped = policy("347+285=")
+    assert stopped.stop_reason is StopReason.STOP_STRING
+    assert stopped.text == free.text[: free.text.index(character) + 1]
+
+
+def test_a_seed_repeats_the_sequence_of_generations(loaded):
+    model, tokenizer = loaded
+
+    def two_generations(seed):
+        policy = create_policy(model, tokenizer, {"max_tokens": 8, "seed": seed})
+        return [policy("12+34=").tokens for _ in range(6)]
+
+    first = two_generations(5)
+    assert two_generations(5) == first
+    assert two_generations(6) != first
+    assert len({tuple(tokens) for tokens in first}) > 1
+
+
+def test_draws_follow_the_distribution_they_report():
+    logits = mx.log(mx.array([0.5, 0.3, 0.15, 0.05]))
+    keys = mx.array(row_keys(3, [(0, member) for member in range(4000)]))
+    tokens, logprobs = draw(mx.broadcast_to(logits, (4000, 4)), keys, Sampling())
+    share = Counter(tokens.tolist())
+    # Four standard errors of a share of one half over 4000 draws are 0.032.
+    for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
+        assert share[token] / 4000 == pytest.approx(probability, abs=0.032)
+    assert mx.allclose(logprobs, logits[tokens], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365]),
+        ({"top_k": 2}, [0.625, 0.375]),
+        ({"top_p": 0.75}, [0.625, 0.375]),
+        ({"min_p": 0.5}, [0.625, 0.375]),
+    ],
+)
+def test_a_changed_distribution_is_the_one_recorded(options, recorded):
+    logits = mx.broadcast_to(mx.log(mx.array([0.5, 0.3, 0.15, 0.05])), (400, 4))
+    keys = mx.array(row_keys(0, [(0, member) for member in range(400)]))
+    tokens, logprobs = draw(logits, keys, Sampling(**options))
+    assert set(tokens.tolist()) >= {0, 1}
+    if "temperature" not in options:
+        assert set(tokens.tolist()) == {0, 1}
+    for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
+        if token < 2:
+            assert math.exp(logprob) == pytest.approx(recorded[token], abs=1e-5)
+
+
+def test_a_repetition_penalty_makes_repeats_rarer(loaded):
+    model, tokenizer = loaded
+    options = {"max_tokens": 16, "seed": 0}
+    repeats = {}
+    for penalty in (1.0, 3.0):
+        policy = create_policy(model, tokenizer, options | {"repetition_penalty": penalty})
+        tokens = [c.tokens for g in policy.generate(RAGGED, n=2) for c in g]
+        repeats[penalty] = sum(len(row) - len(set(row)) for row in tokens)
+    assert repeats[3.0] < repeats[1.0]
+
+
+def test_an_unknown_option_names_the_nearest(loaded):
+    with pytest.raises(ConfigError, match="did you mean 'temperature'"):
+        create_policy(*loaded, {"temprature": 1.0})
+
+
+def test_prompts_the_model_cannot_take_are_refused(loaded):
+    model, tokenizer = loaded
+    policy = create_policy(model, tokenizer, {"max_tokens": 8})
+    with pytest.raises(PromptError, match="exceed the model's context"):
+        policy("9" * 5000)
+    with pytest.raises(PromptError, match="exceed the model's context"):
+        create_policy(model, tokenizer, {"max_tokens": 10**6})("1")
+
+
+def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
+    with pytest.raises(ModelError, match="expected 'tiny', a folder"):
+        load_model(tmp_path / "nothing" / "here")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(tmp_path / "empty")
+
+
+def test_a_checkpoint_that_asks_to_run_code_is_refused(tmp_path):
+    canary = tmp_path / "canary"
+    (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "model_file": "evil.py"}')
+    with pytest.raises(ModelError, match="refused"):
+        load_model(tmp_path)
+    assert not canary.exists()

@@ -1,0 +1,151 @@
+"""GRPO: identities first, then numbers that a reader can check by hand, then the reference's."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from textpolicy.algorithms import grpo
+from textpolicy.errors import ConfigError
+from textpolicy.types import Batch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def batch_of(mask, logp_old, advantages) -> Batch:
+    mask = mx.array(mask, dtype=mx.bool_)
+    rows, time = mask.shape
+    return Batch(
+        prompts=mx.zeros((1, 1), dtype=mx.int32),
+        prompt_lengths=mx.ones(1, dtype=mx.int32),
+        owner=mx.zeros(rows, dtype=mx.int32),
+        tokens=mx.zeros((rows, time), dtype=mx.int32),
+        mask=mask,
+        logp_old=mx.array(logp_old, dtype=mx.float32),
+        advantages=mx.broadcast_to(mx.array(advantages, dtype=mx.float32)[:, None], (rows, time)),
+        temperature=mx.ones(rows),
+        rows=rows,
+        token_count=int(mask.sum().item()),
+    )
+
+
+def random_case(seed: int = 0, rows: int = 4, time: int = 5):
+    random = np.random.default_rng(seed)
+    mask = np.arange(time) < np.array([[5], [2], [3], [1]])
+    logp_old = random.normal(-1, 0.3, (rows, time))
+    logp = mx.array(logp_old + random.normal(0, 0.3, (rows, time)), dtype=mx.float32)
+    return logp, batch_of(mask, logp_old, random.normal(size=rows))
+
+
+def test_groups_do_not_leak_into_each_other():
+    together = grpo.compute_advantages(mx.array([[1.0, 0, 0, 0], [1, 1, 1, 0]]))
+    alone = [grpo.compute_advantages(mx.array(r)) for r in ([1.0, 0, 0, 0], [1.0, 1, 1, 0])]
+    assert mx.array_equal(together, mx.stack(alone))
+
+
+def test_advantages_do_not_depend_on_the_reward_s_zero_or_unit():
+    rewards = mx.array([[0.1, 0.9, 0.4], [3.0, 1.0, 2.0]])
+    shifted = grpo.compute_advantages(rewards * 8 + 4, eps=0.0)
+    assert mx.allclose(shifted, grpo.compute_advantages(rewards, eps=0.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, -1e6, 1 / 3])
+def test_a_constant_group_has_no_advantage_down_to_the_last_bit(reward):
+    assert grpo.compute_advantages(mx.full((2, 7), reward)).tolist() == [[0] * 7] * 2
+
+
+def test_a_rollout_without_a_reward_is_left_out_of_its_group():
+    nan = float("nan")
+    advantages = grpo.compute_advantages(mx.array([[1.0, nan, 0.0], [nan, nan, nan]]))
+    pair = grpo.compute_advantages(mx.array([1.0, 0.0]))
+    assert advantages.tolist() == [[pair[0].item(), 0, pair[1].item()], [0, 0, 0]]
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ConfigError, match="group size is 1; expected at least 2"):
+        grpo.compute_advantages(mx.array([[1.0], [0.0]]))
+
+
+def test_on_policy_gradient_is_reinforce():
+    logp, batch = random_case()
+    on_policy = batch_of(batch.mask.tolist(), logp.tolist(), batch.advantages[:, 0].tolist())
+    gradient = mx.grad(lambda x: grpo.policy_loss(x, on_policy)[0])(logp)
+    weights = mx.where(batch.mask, batch.advantages, 0) / batch.mask.sum(axis=1, keepdims=True)
+    assert mx.allclose(gradient, -weights / batch.rows, atol=1e-7)
+
+
+def test_loss_ignores_everything_outside_the_mask():
+    logp, batch = random_case()
+    noise = mx.where(batch.mask, 0, mx.array([float("nan"), 9, -9, 1e30, 3]))
+    loss, metrics = grpo.policy_loss(logp, batch)
+    noisy_loss, noisy_metrics = grpo.policy_loss(logp + noise, batch)
+    assert loss.item() == noisy_loss.item()
+    assert {k: v.item() for k, v in metrics.items()} == {
+        k: v.item() for k, v in noisy_metrics.items()
+    }
+    gradient = mx.grad(lambda x: grpo.policy_loss(x, batch)[0])(logp + noise)
+    assert mx.all(mx.where(batch.mask, 0, gradient) == 0).item()
+
+
+def test_slices_of_a_batch_add_up_to_the_whole():
+    logp, batch = random_case()
+    whole, whole_metrics = grpo.policy_loss(logp, batch)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        arrays = ("owner", "tokens", "mask", "logp_old", "advantages", "temperature")
+        part = replace(batch, **{name: getattr(batch, name)[rows] for name in arrays})
+        parts.append(grpo.policy_loss(logp[rows], part))
+    assert mx.allclose(whole, parts[0][0] + parts[1][0], atol=1e-7)
+    for name, value in whole_metrics.items():
+        assert mx.allclose(value, parts[0][1][name] + parts[1][1][name], atol=1e-7)
+
+
+def test_clipping_stops_the_gradient_only_in_the_direction_already_taken():
+    old = [[0.0], [0.0], [0.0], [0.0]]
+    logp = mx.log(mx.array([[1.5], [1.5], [0.5], [0.5]]))
+    batch = batch_of([[True]] * 4, old, [1.0, -1.0, 1.0, -1.0])
+    gradient = mx.grad(lambda x: grpo.policy_loss(x, batch)[0])(logp)
+    assert [value != 0 for (value,) in gradient.tolist()] == [False, True, True, False]
+    _, metrics = grpo.policy_loss(logp, batch)
+    assert metrics["clip_ratio/high_mean"].item() == 0.25
+    assert metrics["clip_ratio/low_mean"].item() == 0.25
+
+
+def test_by_hand():
+    rewards = mx.array([1.0, 0, 0, 0])
+    # mean 1/4, and a standard deviation of exactly 1/2 with n - 1.
+    assert grpo.compute_advantages(rewards, eps=0.0).tolist() == [1.5, -0.5, -0.5, -0.5]
+    # two rows: ratio 2 clipped to 1.2 with A = 1, and ratio 1 with A = -1 over two tokens.
+    batch = batch_of([[True, False], [True, True]], [[-1.0, 0], [-2.0, -3.0]], [1.0, -1.0])
+    logp = mx.array([[-1.0 + np.log(2.0), 0], [-2.0, -3.0]])
+    assert grpo.policy_loss(logp, batch)[0].item() == pytest.approx((-1.2 + 1.0) / 2)
+
+
+@pytest.mark.parametrize("case", ["grpo|token|beta=0.0", "grpo|on_policy"])
+def test_the_reference_implementation_agrees_to_the_seventh_digit(case):
+    reference = json.loads((GOLDEN / "golden.json").read_text())
+    arrays = np.load(GOLDEN / "golden.npz")
+    expected = reference["cases"][case]
+    ids, mask = mx.array(arrays["ids"]), mx.array(arrays["mask"]).astype(mx.bool_)
+
+    def logp_of(logits):
+        logits = mx.array(logits, dtype=mx.float32) if isinstance(logits, np.ndarray) else logits
+        logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return mx.take_along_axis(logp, ids[..., None], axis=-1).squeeze(-1)
+
+    rewards = mx.array(arrays["rewards"].reshape(-1, reference["shape"]["G"]), dtype=mx.float32)
+    advantages = grpo.compute_advantages(rewards).flatten()
+    assert np.allclose(advantages, reference["advantages"]["group"], atol=1e-6)
+    on_policy = not expected["kwargs"].get("use_old", True)
+    old = logp_of(arrays["logits" if on_policy else "old_logits"])
+    batch = batch_of(mask.tolist(), old.tolist(), advantages.tolist())
+
+    def objective(logits):
+        return grpo.policy_loss(logp_of(logits), batch)[0]
+
+    loss, gradient = mx.value_and_grad(objective)(mx.array(arrays["logits"], dtype=mx.float32))
+    assert loss.item() == pytest.approx(expected["loss"], abs=1e-6)
+    assert np.abs(np.array(gradient) - arrays[f"grad::{case}"]).max() < 1e-6

@@ -1,0 +1,179 @@
+"""The circle: versions advance, the sampler follows, and what is reported is documented."""
+
+import itertools
+import re
+from pathlib import Path
+
+import mlx.optimizers as optim
+import pytest
+
+from tests.test_types import rollout
+from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+from textpolicy.algorithms import grpo
+from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.generation.mlx_generation import create_policy
+from textpolicy.loop import train_rl
+from textpolicy.rollout.worker import collect
+from textpolicy.tracking.rollout_metrics import rollout_metrics
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import Completion, RolloutGroup, Sampling, StopReason, Task
+
+
+class Scripted:
+    """A policy that answers from a list."""
+
+    def __init__(self, texts: list[str], version: int = 0) -> None:
+        self.texts = itertools.cycle(texts)
+        self.version = version
+
+    def generate(self, prompts, *, n=1, seed=None):
+        return [[self._complete(prompt) for _ in range(n)] for prompt in prompts]
+
+    def reload(self, path):
+        return self.version
+
+    def _complete(self, prompt):
+        text = next(self.texts)
+        return Completion(
+            prompt_tokens=list(prompt.encode()),
+            tokens=[*text.encode(), 0],
+            logprobs=[-0.5] * (len(text) + 1),
+            text=text,
+            stop_reason=StopReason.STOP_TOKEN,
+            sampling=Sampling(),
+            version=self.version,
+        )
+
+
+def tasks():
+    for number in itertools.count():
+        yield Task(id=str(number), prompt=f"{number}+1=", example={"answer": str(number + 1)})
+
+
+def digits(prompt, completion, example):
+    return sum(c.isdigit() for c in completion) / 4
+
+
+def circle(load_tiny, tmp_path):
+    model, tokenizer = load_tiny()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=4))
+    container.publish_path = tmp_path / "adapters.safetensors"
+    policy = create_policy(twin(model), tokenizer, {"max_tokens": 6})
+    trainer = Trainer(
+        model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(learning_rate=1e-3)
+    )
+    return policy, trainer
+
+
+def test_collecting_keeps_what_was_sampled_and_scores_it_with_its_own_example():
+    """
+    tokens  A : x 0      prompt "A:" of task A, sampled "x" and the stop token 0
+    mask    . . x x
+    """
+    policy = Scripted(["x", "yy", "x", "yy"], version=3)
+    seen = []
+
+    def reward(prompt, completion, example):
+        seen.append((prompt, completion, example["n"]))
+        return float(len(completion))
+
+    batch = [Task(id=n, prompt=f"{n}:", example={"n": n}) for n in "AB"]
+    groups = collect(batch, policy, reward, group_size=2, seed=0)
+    assert seen == [("A:", "x", "A"), ("A:", "yy", "A"), ("B:", "x", "B"), ("B:", "yy", "B")]
+    first = groups[0].rollouts[0]
+    assert first.tokens == [*b"A:x", 0]
+    assert first.mask == [False, False, True, True]
+    assert first.logprobs == [0, 0, -0.5, -0.5]
+    assert (first.reward, first.version) == (1.0, 3)
+    assert [r.reward for r in groups[1].rollouts] == [1.0, 2.0]
+
+
+def test_each_generation_uses_the_latest_weights(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path)
+    reports = []
+    train_rl(
+        tasks=tasks(),
+        reward=digits,
+        policy=policy,
+        trainer=trainer,
+        steps=3,
+        groups_per_step=4,
+        group_size=4,
+        on_step=reports.append,
+    )
+    assert [report.metrics["version"] for report in reports] == [1, 2, 3]
+    assert [{g.version for g in report.groups} for report in reports] == [{0}, {1}, {2}]
+    # A sampler left behind by a version would disagree with the trainer from the second step on.
+    for report in reports:
+        assert report.metrics["sampling/sampling_logp_difference/mean"] < 1e-4
+    sampled, trained = AdapterContainer.of(policy.model), trainer.adapters
+    assert sampled is not trained
+    for name, value in trained.parameters().items():
+        assert (sampled.parameters()[name] == value).all().item()
+
+
+def test_the_same_seed_gives_the_same_run(load_tiny, tmp_path):
+    runs = []
+    for attempt in range(2):
+        policy, trainer = circle(load_tiny, tmp_path / str(attempt))
+        metrics = train_rl(
+            tasks=tasks(),
+            reward=digits,
+            policy=policy,
+            trainer=trainer,
+            steps=2,
+            groups_per_step=2,
+            group_size=4,
+            seed=9,
+        )
+        runs.append({k: v for k, v in metrics.items() if not k.startswith(("time/", "tokens_per"))})
+    assert runs[0] == runs[1]
+
+
+def test_every_metric_is_documented(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path)
+    metrics = train_rl(
+        tasks=tasks(), reward=digits, policy=policy, trainer=trainer, steps=1, groups_per_step=2
+    )
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([^`]+)`", page, flags=re.MULTILINE))
+    assert documented == metrics.keys()
+
+
+def test_a_policy_that_does_not_follow_stops_the_run(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path)
+
+    class Deaf:
+        version = 0
+
+        def generate(self, prompts, *, n=1, seed=None):
+            return policy.generate(prompts, n=n, seed=seed)
+
+        def reload(self, path):
+            return 0
+
+    with pytest.raises(TrainingError, match="still generates with version 0"):
+        train_rl(tasks=tasks(), reward=digits, policy=Deaf(), trainer=trainer, steps=2)
+
+
+def test_a_twin_cannot_follow_a_trainer_that_publishes_nothing(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path)
+    trainer.adapters.publish_path = None
+    with pytest.raises(ConfigError, match="publishes no adapters"):
+        train_rl(tasks=tasks(), reward=digits, policy=policy, trainer=trainer, steps=1)
+
+
+def test_rollout_metrics_by_hand():
+    cut = {"stop_reason": StopReason.LENGTH, "reward": 0.0}
+    groups = [
+        RolloutGroup(task=Task(id="a", prompt="a"), rollouts=[rollout(), rollout(**cut)]),
+        RolloutGroup(task=Task(id="b", prompt="b"), rollouts=[rollout(), rollout(reward=None)]),
+    ]
+    metrics = rollout_metrics(groups)
+    assert metrics["reward"] == pytest.approx(2 / 3)
+    assert metrics["reward_std"] == 0.25
+    assert metrics["reward/unscored"] == 0.25
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["completions/clipped_ratio"] == 0.25
+    assert metrics["completions/mean_length"] == 2
+    assert metrics["num_tokens"] == 8

@@ -1,0 +1,73 @@
+"""Rewards: found by file and name, called in order, and held to a finite number."""
+
+import math
+
+import pytest
+
+from textpolicy.errors import ConfigError, RewardError
+from textpolicy.rewards import load_reward, score
+
+
+@pytest.fixture
+def file_of(tmp_path):
+    def write(source: str) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text(source)
+        return str(path)
+
+    return write
+
+
+def test_a_function_in_a_file_is_found_by_name(file_of):
+    path = file_of("def good(prompt, completion, example):\n    return example['x'] + 0.5\n")
+    assert score(load_reward(f"{path}:good"), "p", "c", {"x": 1}) == 1.5
+
+
+@pytest.mark.parametrize("value", [float("nan"), math.inf, "1.0", [1.0], 1 + 2j])
+def test_what_is_not_a_finite_number_is_refused_with_its_sample(value):
+    def odd(prompt, completion, example):
+        return value
+
+    with pytest.raises(RewardError, match=r"reward odd returned .* finite number") as caught:
+        score(odd, "the prompt", "the completion", {})
+    assert "on prompt 'the prompt', completion 'the completion'" in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, 1.0), (3, 3.0), (None, None), (-0.5, -0.5)])
+def test_numbers_booleans_and_none_are_rewards(value, expected):
+    assert score(lambda prompt, completion, example: value, "p", "c", {}) == expected
+
+
+def test_an_exception_inside_names_function_line_and_sample(file_of):
+    path = file_of("def bad(prompt, completion, example):\n    return example['missing']\n")
+    with pytest.raises(RewardError, match=r"reward bad raised KeyError: 'missing' \(.*line 2\)"):
+        score(load_reward(f"{path}:bad"), "p", "c", {})
+
+
+def test_long_samples_are_cut_in_messages():
+    with pytest.raises(RewardError) as caught:
+        score(lambda p, c, e: "no", "p" * 5000, "c" * 5000, {})
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "error", "message"),
+    [
+        ("x = 1", "score", ConfigError, "has no 'score'; its functions: none"),
+        ("def scor(p, c, e): ...", "score", ConfigError, "Did you mean 'scor'"),
+        ("score = 3", "score", ConfigError, "is int; expected a function"),
+        ("def score(prompt): ...", "score", ConfigError, r"expected \(prompt, completion, example\)"),
+        ("\n1 / 0", "score", RewardError, "raised ZeroDivisionError.*line 2"),
+        ("def (", "score", RewardError, "raised SyntaxError"),
+    ],
+)
+def test_a_wrong_reward_file_says_what_is_wrong(file_of, source, name, error, message):
+    with pytest.raises(error, match=message):
+        load_reward(f"{file_of(source)}:{name}")
+
+
+def test_a_missing_file_and_a_missing_name_are_said(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_reward(f"{tmp_path}/none.py:score")
+    with pytest.raises(ConfigError, match=r"expected FILE\.py:FUNCTION"):
+        load_reward("mine.py")

@@ -1,0 +1,55 @@
+import pytest
+
+from textpolicy.errors import ConfigError
+from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task
+
+
+def rollout(**changes) -> Rollout:
+    fields = dict(
+        tokens=[1, 2, 3],
+        mask=[False, True, True],
+        logprobs=[0.0, -0.5, -0.25],
+        completion="x",
+        reward=1.0,
+        stop_reason=StopReason.STOP_TOKEN,
+        sampling=Sampling(),
+        version=0,
+    )
+    return Rollout(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.0),
+        ("stop", ("",)),
+    ],
+)
+def test_sampling_names_the_option_it_refuses(option, value):
+    with pytest.raises(ConfigError, match=option):
+        Sampling(**{option: value})
+
+
+def test_only_the_whole_distribution_at_a_positive_temperature_is_scorable():
+    assert Sampling(temperature=0.7).scorable
+    for off_policy in ({"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
+        assert not Sampling(**off_policy).scorable
+    assert not Sampling(repetition_penalty=1.1).scorable
+
+
+def test_a_rollout_refuses_lists_of_unequal_length():
+    with pytest.raises(ValueError, match="equal length; got 3, 2, 3"):
+        rollout(mask=[False, True])
+
+
+def test_a_group_is_as_old_as_its_oldest_member():
+    group = RolloutGroup(
+        task=Task(id="t", prompt="p"), rollouts=[rollout(version=4), rollout(version=2)]
+    )
+    assert group.version == 2

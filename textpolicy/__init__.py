@@ -1,0 +1,78 @@
+"""TextPolicy: reinforcement-learning post-training of language models, on MLX.
+
+Names are imported on first use, because mlx-lm and transformers take seconds to import and most
+commands and scripts need only a part.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from textpolicy import fast_cpu
+
+if TYPE_CHECKING:
+    from textpolicy.adapters.config import AdapterConfig
+    from textpolicy.adapters.container import AdapterContainer
+    from textpolicy.buffer import Buffer
+    from textpolicy.generation.mlx_generation import create_policy, load_model
+    from textpolicy.generation.models import tiny_model
+    from textpolicy.loop import StepReport, train_rl
+    from textpolicy.rollout.worker import collect
+    from textpolicy.training.trainer import Trainer
+    from textpolicy.types import (
+        Batch,
+        Completion,
+        Policy,
+        Rollout,
+        RolloutGroup,
+        Sampling,
+        StopReason,
+        Task,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterContainer",
+    "Batch",
+    "Buffer",
+    "Completion",
+    "Policy",
+    "Rollout",
+    "RolloutGroup",
+    "Sampling",
+    "StepReport",
+    "StopReason",
+    "Task",
+    "Trainer",
+    "collect",
+    "create_policy",
+    "load_model",
+    "tiny_model",
+    "train_rl",
+]
+
+_HOME = {
+    "AdapterConfig": "textpolicy.adapters.config",
+    "AdapterContainer": "textpolicy.adapters.container",
+    "Buffer": "textpolicy.buffer",
+    "StepReport": "textpolicy.loop",
+    "Trainer": "textpolicy.training.trainer",
+    "collect": "textpolicy.rollout.worker",
+    "create_policy": "textpolicy.generation.mlx_generation",
+    "load_model": "textpolicy.generation.mlx_generation",
+    "tiny_model": "textpolicy.generation.models",
+    "train_rl": "textpolicy.loop",
+}
+
+fast_cpu.enable()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'textpolicy' has no attribute {name!r}")
+    return getattr(import_module(_HOME.get(name, "textpolicy.types")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,48 @@
+"""A short name for a base model, so that adapters are not put on another one."""
+
+import hashlib
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from textpolicy.adapters.layers import adapter_layers, base_parameters, base_path
+from textpolicy.adapters.quantization import is_quantized
+
+_SAMPLES = 64
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the base: names, shapes, quantization, all vectors and a sample of each matrix.
+
+    Values count in bfloat16, so that loading the same checkpoint in bfloat16 or float32 gives the
+    same name. Packed weights count by their shape and quantization only.
+    """
+    parameters = dict(sorted(base_parameters(model).items()))
+    packed = _packed(model)
+    shapes = {name: array.shape for name, array in parameters.items()}
+    values = [
+        _sample(array).astype(mx.bfloat16)
+        for name, array in parameters.items()
+        if name.rpartition(".")[0] not in packed
+    ]
+    digest = hashlib.sha256(json.dumps([shapes, packed], sort_keys=True).encode())
+    if values:
+        digest.update(np.array(mx.concatenate(values).view(mx.uint16)).tobytes())
+    return digest.hexdigest()
+
+
+def _packed(model: nn.Module) -> dict[str, list[int | str]]:
+    layers = adapter_layers(model)
+    return {
+        base_path(path, layers): [module.bits, module.group_size, module.mode]
+        for path, module in model.named_modules()
+        if is_quantized(module)
+    }
+
+
+def _sample(array: mx.array) -> mx.array:
+    """A vector whole; of anything larger, values spread over all of it."""
+    flat = array.reshape(-1)
+    return flat if array.ndim < 2 else flat[:: max(1, array.size // _SAMPLES)][:_SAMPLES]

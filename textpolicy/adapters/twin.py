@@ -1,0 +1,23 @@
+"""A second model over the same arrays."""
+
+import mlx.nn as nn
+
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.tree import share_tree
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Another model sharing every array, with adapters of its own that begin equal.
+
+    Training or swapping the one never touches the other. The twin publishes nowhere.
+    """
+    copy = share_tree(model)
+    if container := AdapterContainer.of(model):
+        AdapterContainer(
+            copy,
+            container.config,
+            fingerprint=container.fingerprint,
+            version=container.version,
+            frozen_before=container.frozen_before,
+        )
+    return copy

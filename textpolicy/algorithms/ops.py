@@ -1,0 +1,38 @@
+"""Reductions over groups and over masked tokens, shared by the algorithms."""
+
+import mlx.core as mx
+from jaxtyping import Bool, Float
+
+
+def center(rewards: Float[mx.array, "*groups group"]) -> Float[mx.array, "*groups group"]:
+    """Rewards less their group's mean over scored members; NaN (no reward) becomes 0.
+
+    A group of equal rewards gives exact zeros: rounding noise in their place would reach Adam,
+    which scales any gradient to full-size steps.
+    """
+    scored = ~mx.isnan(rewards)
+    lowest = mx.where(scored, rewards, mx.inf).min(axis=-1, keepdims=True)
+    above = mx.where(scored, rewards - lowest, 0)
+    count = mx.maximum(scored.sum(axis=-1, keepdims=True), 1)
+    return mx.where(scored, above - above.sum(axis=-1, keepdims=True) / count, 0)
+
+
+def group_std(rewards: Float[mx.array, "*groups group"]) -> Float[mx.array, "*groups 1"]:
+    """Each group's sample standard deviation (n - 1) over its scored members; 0 below two."""
+    scored = ~mx.isnan(rewards)
+    freedom = mx.maximum(scored.sum(axis=-1, keepdims=True) - 1, 1)
+    return mx.sqrt(mx.square(center(rewards)).sum(axis=-1, keepdims=True) / freedom)
+
+
+def masked_sum(
+    x: Float[mx.array, "batch time"], mask: Bool[mx.array, "batch time"]
+) -> Float[mx.array, ""]:
+    """The sum over counted tokens; what lies outside the mask may be anything, NaN included."""
+    return mx.where(mask, x, 0).sum()
+
+
+def sum_of_row_means(
+    x: Float[mx.array, "batch time"], mask: Bool[mx.array, "batch time"]
+) -> Float[mx.array, ""]:
+    """Each row's mean over its counted tokens, summed over rows; an all-masked row adds 0."""
+    return (mx.where(mask, x, 0).sum(axis=1) / mx.maximum(mask.sum(axis=1), 1)).sum()

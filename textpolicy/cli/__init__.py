@@ -1,0 +1,5 @@
+"""The `textpolicy` command."""
+
+from textpolicy.cli.main import main
+
+__all__ = ["main"]

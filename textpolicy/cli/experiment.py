@@ -1,0 +1,175 @@
+"""From the settings of a run to its parts, and from its parts to two numbers: before and after.
+
+`train` and `demo` are this file with different settings. `assemble` is the place to look for how
+a model, its adapters, a policy and a trainer fit together; `textpolicy.loop` turns them round.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.optimizers as optim
+import numpy as np
+
+from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.quantization import quantize
+from textpolicy.adapters.twin import twin
+from textpolicy.algorithms import grpo
+from textpolicy.cli.options import RunSettings
+from textpolicy.environments import Environment, load
+from textpolicy.errors import ConfigError, RewardError
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.generation.policy import ModelPolicy
+from textpolicy.loop import StepReport, train_rl
+from textpolicy.rewards import load_reward, score
+from textpolicy.rollout.worker import collect, prompt_text
+from textpolicy.tracking.console import Console
+from textpolicy.tracking.jsonl import MetricsFile
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import RewardFn, Sampling, Task
+
+ADAPTERS = "adapters.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The mean reward of greedy completions over `count` tasks."""
+
+    reward: float
+    standard_error: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.reward:.3f} ± {self.standard_error:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run needs, ready to go round."""
+
+    environment: Environment
+    reward: RewardFn
+    policy: ModelPolicy
+    trainer: Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run achieved. `seconds` are those of training and both measurements."""
+
+    before: Score
+    after: Score
+    steps: int
+    seconds: float
+    adapters: Path
+
+
+def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn]:
+    """The environment, with its own reward or the one in `reward` ("FILE.py:FUNCTION")."""
+    environment = load(env)
+    if not reward:
+        return environment, environment.reward
+    function = load_reward(reward)
+    # One right answer, scored now: a reward that cannot score is found out before a model loads.
+    (task,) = environment.heldout(1)
+    score(function, prompt_text(task.prompt), environment.gold(task.example), task.example)
+    return environment, function
+
+
+def assemble(settings: RunSettings, output: Path) -> Experiment:
+    """Trainer and policy on twins of one model: they share its base and nothing else."""
+    environment, reward = find_task(settings.env, settings.reward)
+    claim(output)
+    sampling = Sampling(
+        max_tokens=settings.max_tokens or environment.max_tokens, temperature=settings.temperature
+    )
+    model, tokenizer = load_model(settings.model)
+    if settings.quantize:
+        quantize(model, bits=settings.quantize)
+    config = AdapterConfig(rank=settings.rank, scale=settings.scale)
+    adapters = AdapterContainer.from_model(model, config, seed=settings.seed)
+    adapters.publish_path = output / ADAPTERS
+    adapters.publish()
+    return Experiment(
+        environment=environment,
+        reward=reward,
+        policy=ModelPolicy(twin(model), tokenizer, sampling, seed=settings.seed),
+        trainer=Trainer(
+            model,
+            grpo.compute_advantages,
+            grpo.policy_loss,
+            optim.Adam(learning_rate=settings.lr),
+            micro_batch_size=settings.micro_batch_size,
+        ),
+    )
+
+
+def run_experiment(settings: RunSettings, output: Path, console: Console) -> Outcome:
+    """Measure, train, measure again; the last adapters stay in `output`."""
+    experiment = assemble(settings, output)
+    (output / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    policy, reward = experiment.policy, experiment.reward
+    heldout = experiment.environment.heldout(settings.count)
+    started = time.perf_counter()
+    before = measure(policy, heldout, reward)
+    console.note(f"before  {before}  greedy reward on {before.count} held-out tasks")
+    with MetricsFile(output / "metrics.jsonl") as metrics_file:
+
+        def on_step(report: StepReport) -> None:
+            metrics_file.write(report.step, report.metrics)
+            console.show(report.step, report.metrics)
+
+        train_rl(
+            tasks=experiment.environment.stream(settings.seed),
+            reward=reward,
+            policy=policy,
+            trainer=experiment.trainer,
+            steps=settings.steps,
+            groups_per_step=settings.groups_per_step,
+            group_size=settings.group_size,
+            seed=settings.seed,
+            on_step=on_step,
+        )
+    console.close()
+    after = measure(policy, heldout, reward)
+    return Outcome(
+        before=before,
+        after=after,
+        steps=settings.steps,
+        seconds=time.perf_counter() - started,
+        adapters=output / ADAPTERS,
+    )
+
+
+def measure(policy: ModelPolicy, tasks: Sequence[Task], reward: RewardFn) -> Score:
+    """Score greedy completions of the policy's model, as it is now."""
+    sampling = Sampling(max_tokens=policy.sampling.max_tokens, temperature=0)
+    greedy = ModelPolicy(policy.model, policy.tokenizer, sampling)
+    groups = collect(tasks, greedy, reward, group_size=1, seed=0)
+    rewards = [r.reward for group in groups for r in group.rollouts if r.reward is not None]
+    if not rewards:
+        raise RewardError(f"the reward declined to score each of {len(tasks)} held-out completions")
+    return Score(
+        reward=float(np.mean(rewards)),
+        standard_error=float(np.std(rewards) / np.sqrt(len(rewards))),
+        count=len(rewards),
+    )
+
+
+def claim(output: Path) -> None:
+    """Make the folder and see that it can be written to, before a model is loaded for it."""
+    if (output / ADAPTERS).exists():
+        raise ConfigError(f"{output} holds the adapters of an earlier run; choose another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the output folder {output}: {error.strerror}; expected a folder "
+            "that is yours, or a path where one can be made"
+        ) from error

@@ -1,0 +1,36 @@
+"""The `textpolicy` command: what was asked, the answer on stdout, and one message if it failed."""
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from textpolicy.cli.options import build_parser
+from textpolicy.errors import TextPolicyError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    options = build_parser().parse_args(argv)
+    failed = f"textpolicy {options.command}: "
+    try:
+        import_module("mlx.core")
+    except ImportError as error:
+        print(f"{failed}mlx has no backend here ({error}); {_install()}", file=sys.stderr)
+        return 1
+    try:
+        report = import_module(f"textpolicy.cli.{options.module}").run(options)
+    except KeyboardInterrupt:
+        print(f"{failed}interrupted", file=sys.stderr)
+        return 130
+    except (TextPolicyError, OSError) as error:
+        print(f"{failed}{error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report.data) if options.json else report.text)
+    return report.exit_code
+
+
+def _install() -> str:
+    if sys.platform == "darwin":
+        return "install one with: pip install textpolicy (on Apple silicon)"
+    return "install one with: pip install 'textpolicy[cpu]' (NVIDIA GPU: 'textpolicy[cuda13]')"

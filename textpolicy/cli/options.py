@@ -1,0 +1,184 @@
+"""What can be asked of the command. Imports nothing heavy, so that `--help` answers at once."""
+
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """One training run. The defaults of `train` are here; `demo` is a run with its own."""
+
+    env: str
+    model: str = "tiny"
+    reward: str | None = None
+    steps: int = 200
+    lr: float = 1e-3
+    rank: int = 16
+    scale: float = 2.0
+    quantize: int | None = None
+    group_size: int = 8
+    groups_per_step: int = 16
+    micro_batch_size: int | None = None
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    count: int = 512
+    seed: int = 0
+
+
+DEMO = RunSettings(env="add", steps=200, lr=2e-3)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of every command; `module` names the file in this folder that runs it."""
+    parser = ArgumentParser(
+        prog="textpolicy",
+        description="Reinforcement-learning post-training of language models with LoRA, on MLX.",
+        epilog="start with:  textpolicy demo",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary, example, add_options) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(module=module)
+        add_options(command)
+        command.add_argument(
+            "--json", action="store_true", help="answer with one JSON object, the last line"
+        )
+    return parser
+
+
+def at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """A converter for numbers with a smallest allowed value."""
+
+    def convert(text: str) -> Any:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not number >= low:
+            noun = "a whole number" if kind is int else "a number"
+            raise ArgumentTypeError(f"{text!r}; expected {noun}, at least {low}")
+        return number
+
+    return convert
+
+
+def _option(parser: ArgumentParser, name: str, text: str, default: Any = None, **rest: Any) -> None:
+    shown = "" if default is None or rest.get("required") else f" (default: {default})"
+    parser.add_argument(f"--{name}", help=text + shown, default=default, **rest)
+
+
+def _model(parser: ArgumentParser) -> None:
+    text = "'tiny' (the embedded model), a folder, or a hub id"
+    _option(parser, "model", text, RunSettings.model)
+
+
+def _adapter(parser: ArgumentParser) -> None:
+    text = "adapter file to put on the model (default: none)"
+    _option(parser, "adapter", text, type=Path, metavar="FILE")
+
+
+def _task(parser: ArgumentParser) -> None:
+    text = "task to use: add, sort, reverse, countdown"
+    _option(parser, "env", text, required=True)
+    text = "your reward function instead of the task's own"
+    _option(parser, "reward", text, metavar="FILE.py:FUNCTION")
+    text = "held-out tasks to measure on"
+    _option(parser, "count", text, RunSettings.count, type=at_least(2))
+
+
+def _max_tokens(parser: ArgumentParser) -> None:
+    text = "longest completion (default: what the task needs)"
+    _option(parser, "max-tokens", text, type=at_least(1))
+
+
+def _train(parser: ArgumentParser) -> None:
+    _model(parser)
+    _task(parser)
+    text = "folder for adapters.safetensors, config.json and metrics.jsonl"
+    _option(parser, "output", text, type=Path, required=True, metavar="DIR")
+    run, number = RunSettings, at_least(0, float)
+    _option(parser, "steps", "updates to take", run.steps, type=at_least(1))
+    _option(parser, "lr", "learning rate of Adam", run.lr, type=number)
+    _option(parser, "rank", "rank of the low-rank product", run.rank, type=at_least(1))
+    _option(parser, "scale", "what multiplies the low-rank product", run.scale, type=number)
+    text = "quantize the frozen model to this many bits, QLoRA (default: no)"
+    _option(parser, "quantize", text, type=int, choices=(2, 3, 4, 5, 6, 8))
+    text = "completions of each task, compared with each other"
+    _option(parser, "group-size", text, run.group_size, type=at_least(2))
+    text = "tasks in each update"
+    _option(parser, "groups-per-step", text, run.groups_per_step, type=at_least(1))
+    text = "rollouts in memory at once while training (default: all)"
+    _option(parser, "micro-batch-size", text, type=at_least(1))
+    _max_tokens(parser)
+    text = "randomness of the sampled completions"
+    _option(parser, "temperature", text, run.temperature, type=number)
+    _option(parser, "seed", "makes the run repeatable", run.seed, type=int)
+
+
+def _demo(parser: ArgumentParser) -> None:
+    _option(parser, "steps", "updates to take", DEMO.steps, type=at_least(1))
+    _option(parser, "seed", "makes the run repeatable", DEMO.seed, type=int)
+
+
+def _generate(parser: ArgumentParser) -> None:
+    _model(parser)
+    _adapter(parser)
+    _option(parser, "prompt", "what to say to the model", required=True, metavar="TEXT")
+    text = "completions to sample (default: 1)"
+    parser.add_argument("-n", help=text, default=1, type=at_least(1))
+    number = at_least(0, float)
+    _option(parser, "max-tokens", "longest completion", 256, type=at_least(1))
+    _option(parser, "temperature", "randomness; 0 is greedy", 1.0, type=number)
+    text = "draw from the likeliest tokens with this much probability together"
+    _option(parser, "top-p", text, 1.0, type=number)
+    _option(parser, "top-k", "draw from this many likeliest tokens; 0 is all", 0, type=at_least(0))
+    text = "draw from tokens at least this probable, relative to the likeliest"
+    _option(parser, "min-p", text, 0.0, type=number)
+    text = "end at this text; may be given several times (default: none)"
+    _option(parser, "stop", text, action="append", metavar="TEXT")
+    _option(parser, "seed", "makes the sample repeatable (default: random)", type=int)
+
+
+def _evaluate(parser: ArgumentParser) -> None:
+    _model(parser)
+    _adapter(parser)
+    _task(parser)
+    _max_tokens(parser)
+
+
+def _doctor(parser: ArgumentParser) -> None:
+    """It has no options of its own."""
+
+
+_COMMANDS = {
+    "demo": ("demo", "watch the embedded model learn addition", "textpolicy demo", _demo),
+    "train": (
+        "train",
+        "train adapters by GRPO so that a reward goes up",
+        "textpolicy train --env sort --steps 100 --output runs/sort",
+        _train,
+    ),
+    "generate": (
+        "generate",
+        "sample completions of a prompt",
+        "textpolicy generate --prompt '347+185=' --temperature 0 --adapter runs/add/"
+        "adapters.safetensors",
+        _generate,
+    ),
+    "eval": (
+        "evaluate",
+        "measure the greedy reward on held-out tasks, without and with adapters",
+        "textpolicy eval --env add --adapter runs/add/adapters.safetensors",
+        _evaluate,
+    ),
+    "doctor": ("doctor", "report what this installation runs on", "textpolicy doctor", _doctor),
+}

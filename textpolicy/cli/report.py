@@ -1,0 +1,20 @@
+"""What a command answers with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One answer in two forms: `data` for machines (--json), `text` for people."""
+
+    data: Mapping[str, Any]
+    text: str
+    exit_code: int = 0
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values in two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

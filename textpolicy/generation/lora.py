@@ -1,0 +1,133 @@
+"""LoRA and QLoRA by plain options: each function translates them and delegates to `adapters`.
+
+Options are lora_layers (the last so many blocks, all where the model has fewer), lora_rank,
+lora_scale, lora_dropout and lora_keys; the defaults are those of `AdapterConfig`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from textpolicy.adapters.config import AdapterConfig, check_options
+from textpolicy.adapters.container import AdapterContainer, freeze_base
+from textpolicy.adapters.files import destination
+from textpolicy.adapters.memory import memory_stats
+from textpolicy.adapters.quantization import quantize
+from textpolicy.adapters.targets import block_count, select_targets
+from textpolicy.adapters.twin import twin
+from textpolicy.errors import AdapterError
+
+__all__ = [
+    "apply_lora",
+    "compute_lora_memory_savings",
+    "create_lora_setup",
+    "create_qlora_setup",
+    "extract_params",
+    "freeze_base",
+    "merge_weights",
+]
+
+ADAPTER_PATH = "./lora_adapters.safetensors"
+
+_FIELDS = {
+    "lora_layers": "num_layers",
+    "lora_rank": "rank",
+    "lora_scale": "scale",
+    "lora_dropout": "dropout",
+    "lora_keys": "keys",
+}
+
+
+def create_lora_setup(
+    model: nn.Module,
+    lora_config: Mapping[str, Any],
+    auto_reload: bool = True,
+    adapter_save_path: str | Path = ADAPTER_PATH,
+) -> tuple[nn.Module, dict[str, int | float]]:
+    """Adapt the model in place and freeze its base; returns it with its measured memory.
+
+    With `auto_reload` the trainer publishes to `adapter_save_path` after every update, where
+    policies follow it. Nothing is written before the first update.
+    """
+    config = _adapter_config(model, lora_config)
+    path = destination(adapter_save_path) if auto_reload else None
+    container = AdapterContainer.from_model(model, config)
+    container.publish_path = path
+    return model, memory_stats(model)
+
+
+def create_qlora_setup(
+    model: nn.Module,
+    lora_config: Mapping[str, Any],
+    quantization_config: Mapping[str, Any],
+    auto_reload: bool = True,
+    adapter_save_path: str | Path = ADAPTER_PATH,
+) -> tuple[nn.Module, dict[str, int | float]]:
+    """Quantize the model in place, then do what `create_lora_setup` does.
+
+    `quantization_config` has bits, group_size and mode. The memory report adds the measured bytes
+    of the base before quantization, the factor and percentage saved, and the number of modules
+    that could not be quantized because their rows do not divide into groups.
+    """
+    check_options("quantization_config", quantization_config, ["bits", "group_size", "mode"])
+    # What cannot be done is said before anything is changed.
+    select_targets(model, _adapter_config(model, lora_config))
+    if auto_reload:
+        destination(adapter_save_path)
+    report = quantize(model, **quantization_config)
+    model, stats = create_lora_setup(model, lora_config, auto_reload, adapter_save_path)
+    return model, stats | {
+        "base_bytes_before_quantization": report.bytes_before,
+        "quantization_factor": report.bytes_before / report.bytes_after,
+        "quantization_savings_percent": 100 * (1 - report.bytes_after / report.bytes_before),
+        "modules_left_unquantized": len(report.left_out),
+    }
+
+
+def apply_lora(model: nn.Module, **lora_config: Any) -> nn.Module:
+    """Adapt the model in place, freeze its base and publish nowhere."""
+    AdapterContainer.from_model(model, _adapter_config(model, lora_config))
+    return model
+
+
+def extract_params(model: nn.Module) -> dict[str, mx.array]:
+    """The adapter tensors, by their names in the model."""
+    return adapters_of(model).parameters()
+
+
+def merge_weights(model: nn.Module) -> nn.Module:
+    """Add the adapters into the weights in place; returns the model, plain again.
+
+    `AdapterContainer.fuse` does the same and reports how much of the update survived the rounding
+    to the dtype of the weights. A quantized base becomes float where it was adapted.
+    """
+    adapters_of(model).fuse()
+    return model
+
+
+def compute_lora_memory_savings(
+    model: nn.Module, lora_rank: int, lora_layers: int = -1
+) -> dict[str, int | float]:
+    """What `memory_stats` says of this model with such adapters. The model stays as it is."""
+    copy = twin(model)
+    apply_lora(copy, lora_rank=lora_rank, lora_layers=lora_layers)
+    return memory_stats(copy)
+
+
+def adapters_of(model: nn.Module) -> AdapterContainer:
+    """The model's adapters; an error if it has none."""
+    container = AdapterContainer.of(model)
+    if container is None:
+        raise AdapterError("the model has no adapters; apply some first (create_lora_setup)")
+    return container
+
+
+def _adapter_config(model: nn.Module, options: Mapping[str, Any]) -> AdapterConfig:
+    check_options("lora_config", options, list(_FIELDS))
+    given = {_FIELDS[name]: value for name, value in options.items()}
+    if given.get("num_layers", -1) > 0:
+        given["num_layers"] = min(given["num_layers"], block_count(model))
+    return AdapterConfig(**given)

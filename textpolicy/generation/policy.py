@@ -1,0 +1,105 @@
+"""A policy over an MLX language model: prompts in, completions with log-probabilities out."""
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.files import AdapterWatcher
+from textpolicy.errors import AdapterError
+from textpolicy.generation.engine import Row, decode
+from textpolicy.generation.prompts import check_prompt, decode_text, encode_prompt
+from textpolicy.types import Completion, Prompt, Sampling, StopReason
+
+
+class ModelPolicy:
+    """Generates with whatever adapters its model carries; keeps `textpolicy.types.Policy`.
+
+    With `follow`, the policy looks at that adapter file before each generation and swaps to it
+    when it is new. `seed` makes the sequence of generations repeatable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+        sampling: Sampling,
+        *,
+        follow: Path | None = None,
+        seed: int | None = None,
+        max_rows: int = 256,
+    ) -> None:
+        # Dropout in a sampling pass would draw from another policy than the one being trained.
+        model.eval()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self._watcher = AdapterWatcher(follow) if follow else None
+        self._seed = secrets.randbits(32) if seed is None else seed
+        self._generations = 0
+        self._max_rows = max_rows
+
+    def __call__(self, prompt: Prompt) -> Completion:
+        return self.generate([prompt])[0][0]
+
+    @property
+    def version(self) -> int:
+        container = AdapterContainer.of(self.model)
+        return container.version if container else 0
+
+    def reload(self, path: str | Path) -> int:
+        container = AdapterContainer.of(self.model)
+        if container is None:
+            raise AdapterError(
+                "this policy's model has no adapters to swap; load it with adapter_path=..., "
+                "or apply adapters first (create_lora_setup)"
+            )
+        return container.swap(path)
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
+    ) -> list[list[Completion]]:
+        if self._watcher and (changed := self._watcher.poll()):
+            self.reload(changed)
+        prompt_tokens = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        for tokens in prompt_tokens:
+            check_prompt(self.model, tokens, self.sampling.max_tokens)
+        groups = decode(
+            self.model,
+            prompt_tokens,
+            n=n,
+            sampling=self.sampling,
+            stop=self._stop,
+            seed=self._next_seed() if seed is None else seed,
+            max_rows=self._max_rows,
+        )
+        version = self.version
+        return [[self._completion(row, version) for row in group] for group in groups]
+
+    def _next_seed(self) -> int:
+        self._generations += 1
+        return (self._seed << 32) + self._generations
+
+    def _stop(self, tokens: list[int]) -> StopReason | None:
+        if tokens[-1] in self.tokenizer.eos_token_ids:
+            return StopReason.STOP_TOKEN
+        if self.sampling.stop:
+            text = decode_text(self.tokenizer, tokens)
+            if any(stop in text for stop in self.sampling.stop):
+                return StopReason.STOP_STRING
+        return None
+
+    def _completion(self, row: Row, version: int) -> Completion:
+        assert row.stop_reason is not None
+        return Completion(
+            prompt_tokens=row.context,
+            tokens=row.tokens,
+            logprobs=row.logprobs,
+            text=decode_text(self.tokenizer, row.tokens),
+            stop_reason=row.stop_reason,
+            sampling=self.sampling,
+            version=version,
+        )

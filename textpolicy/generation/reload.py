@@ -1,0 +1,79 @@
+"""Adapters on disk and policies that reload them, over a base model that is loaded once."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from textpolicy.adapters.container import AdapterContainer, attach_adapter
+from textpolicy.adapters.twin import twin
+from textpolicy.generation.lora import ADAPTER_PATH, adapters_of, create_lora_setup
+from textpolicy.generation.mlx_generation import create_policy, load_model
+from textpolicy.generation.policy import ModelPolicy
+
+ReloadFn = Callable[[str | Path], int]
+
+
+def save_adapters(model: nn.Module, path: str | Path) -> int:
+    """Write the model's adapters as one file, replaced in one step; returns their version."""
+    return adapters_of(model).publish(path)
+
+
+def reload_model(
+    base_model_path: str | Path,
+    adapter_path: str | Path,
+    tokenizer_config: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """The base model with the adapters of a file, which also says how to apply them.
+
+    A base that was quantized for QLoRA is quantized in the same way again.
+    """
+    return load_model(base_model_path, adapter_path, tokenizer_config)
+
+
+def create_reloadable_policy(
+    base_model_path: str | Path,
+    initial_adapter_path: str | Path | None,
+    generation_params: Mapping[str, Any] | None = None,
+) -> tuple[ModelPolicy, ReloadFn]:
+    """A policy, and a function that puts it on the adapters of another file in place."""
+    model, tokenizer = load_model(base_model_path, initial_adapter_path)
+    policy = create_policy(model, tokenizer, generation_params)
+    return policy, _reload_fn(policy)
+
+
+def create_auto_reload_setup(
+    model_path: str | Path,
+    adapter_save_path: str | Path = ADAPTER_PATH,
+    **generation_params: Any,
+) -> tuple[ModelPolicy, ReloadFn, nn.Module, TokenizerWrapper]:
+    """A model to train and a policy that follows what its trainer publishes, on one base.
+
+    Options that begin with lora_ configure the adapters, all others the policy. The policy's
+    model is a twin of the one to train: it samples with the version that it has last reloaded.
+    """
+    lora_config = {k: v for k, v in generation_params.items() if k.startswith("lora_")}
+    params = {k: v for k, v in generation_params.items() if k not in lora_config}
+    model, tokenizer = load_model(model_path)
+    model, _ = create_lora_setup(model, lora_config, adapter_save_path=adapter_save_path)
+    sampled = twin(model)
+    sampling = create_policy(sampled, tokenizer, params).sampling
+    policy = ModelPolicy(
+        sampled,
+        tokenizer,
+        sampling,
+        follow=adapters_of(model).publish_path,
+        seed=params.get("seed"),
+    )
+    return policy, _reload_fn(policy), model, tokenizer
+
+
+def _reload_fn(policy: ModelPolicy) -> ReloadFn:
+    def reload_fn(adapter_path: str | Path) -> int:
+        if AdapterContainer.of(policy.model) is None:
+            return attach_adapter(policy.model, adapter_path).version
+        return policy.reload(adapter_path)
+
+    return reload_fn

@@ -1,0 +1,81 @@
+"""The circle: task -> rollout -> buffer -> trainer -> adapters on disk -> reload -> rollout ...
+
+Read this to see how a run goes; everything it calls is in the folder of the same name.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from textpolicy.buffer import Buffer
+from textpolicy.errors import TrainingError
+from textpolicy.rollout.worker import collect
+from textpolicy.tracking.rollout_metrics import rollout_metrics
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import Metrics, Policy, RewardFn, RolloutGroup, Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """One finished step, for whoever watches the run."""
+
+    step: int
+    steps: int
+    metrics: Metrics
+    groups: Sequence[RolloutGroup]
+
+
+def train_rl(
+    *,
+    tasks: Iterator[Task],
+    reward: RewardFn,
+    policy: Policy,
+    trainer: Trainer,
+    steps: int,
+    groups_per_step: int = 16,
+    group_size: int = 8,
+    seed: int = 0,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> Metrics:
+    """Train for `steps` updates and return the last step's metrics.
+
+    The trainer publishes adapters to the file its set-up names, and the policy reloads that file
+    before its next generation: both may live on twins of one model, or in different processes.
+    """
+    buffer = Buffer()
+    metrics: Metrics = {}
+    for step in range(steps):
+        started = time.perf_counter()
+        batch = list(islice(tasks, groups_per_step))
+        groups = collect(batch, policy, reward, group_size=group_size, seed=(seed << 32) + step)
+        buffer.extend(groups)
+        sampled = time.perf_counter()
+
+        metrics = trainer.train(buffer)
+        trained = time.perf_counter()
+
+        if policy.version != trainer.version:
+            _reload(policy, trainer)
+        ended = time.perf_counter()
+
+        metrics |= rollout_metrics(groups) | {
+            "version": float(trainer.version),
+            "time/generate": sampled - started,
+            "time/train": trained - sampled,
+            "time/reload": ended - trained,
+            "time/step": ended - started,
+        }
+        metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["time/generate"]
+        if on_step:
+            on_step(StepReport(step=step, steps=steps, metrics=metrics, groups=groups))
+    return metrics
+
+
+def _reload(policy: Policy, trainer: Trainer) -> None:
+    policy.reload(trainer.published)
+    if policy.version != trainer.version:
+        raise TrainingError(
+            f"the policy still generates with version {policy.version} after reloading "
+            f"{trainer.published}; expected version {trainer.version}"
+        )

@@ -1,0 +1,58 @@
+"""Rewards from files: `my_reward.py:score` names a function without importing a package."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from textpolicy.errors import ConfigError
+from textpolicy.rewards.faults import user_code
+from textpolicy.types import RewardFn
+
+
+def load_reward(spec: str) -> RewardFn:
+    """The function that "FILE.py:FUNCTION" names."""
+    file, _, name = spec.rpartition(":")
+    if not file or not name:
+        raise ConfigError(f"reward is {spec!r}; expected FILE.py:FUNCTION, such as mine.py:score")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"reward file {file!r} does not exist (looked in {Path.cwd()})")
+    module = _run(path)
+    functions = [
+        key
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    reward: Any = vars(module).get(name)
+    if reward is None:
+        near = get_close_matches(name, functions, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{file} has no {name!r}; its functions: {functions or 'none'}.{hint}")
+    if not callable(reward):
+        raise ConfigError(f"{spec} is {type(reward).__name__}; expected a function")
+    _check_signature(reward, spec)
+    return reward
+
+
+def _run(path: Path) -> ModuleType:
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"reward file {path} is not a Python file: expected a name ending in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    with user_code(f"importing {path}", file=str(path)):
+        module_spec.loader.exec_module(module)
+    return module
+
+
+def _check_signature(reward: Callable[..., Any], spec: str) -> None:
+    signature = inspect.signature(reward)
+    try:
+        signature.bind("prompt", "completion", {})
+    except TypeError as error:
+        raise ConfigError(
+            f"{spec} takes {signature}; expected (prompt, completion, example): {error}"
+        ) from error

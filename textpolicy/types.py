@@ -1,0 +1,206 @@
+"""The nouns of the library. Everything else imports them; they import only mlx for its array type."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import mlx.core as mx
+from jaxtyping import Bool, Float, Int
+
+from textpolicy.errors import ConfigError
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+
+
+class StopReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP_TOKEN = "stop_token"
+    """A stop token was sampled. It is the completion's last token and is trained on."""
+    STOP_STRING = "stop_string"
+    """The text came to contain one of the stop strings."""
+    LENGTH = "length"
+    """`max_tokens` tokens were sampled: the completion is cut off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy decoding."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 is off)"),
+            "stop": (all(self.stop), "non-empty strings"),
+        }
+        for name, (holds, expected) in checks.items():
+            if not holds:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+    @property
+    def scorable(self) -> bool:
+        """Whether a forward pass gives the probabilities that the tokens were drawn with.
+
+        Truncation and penalties change the distribution in ways that the trainer does not repeat,
+        so completions drawn with them are for evaluation, never for a policy loss.
+        """
+        plain = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1.0, 0, 0.0, 1.0)
+        return plain and self.temperature > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One row: a prompt, and the columns that its reward needs."""
+
+    id: str
+    prompt: Prompt
+    example: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What a policy returns for one prompt.
+
+    `prompt_tokens` are the ids that were fed, chat template included; `tokens` the ids that were
+    drawn, stop token included; `logprobs` their log-probabilities under the distribution that
+    they were drawn from. `text` is for people and rewards: special tokens are left out.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    text: str
+    stop_reason: StopReason
+    sampling: Sampling
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One episode, token by token: `tokens`, `mask` and `logprobs` have equal length.
+
+    `mask` is True on every sampled token, the stop token included, and False on prompts and tool
+    output. `logprobs` is 0 where `mask` is False. `reward` is None where the reward function
+    declined to score: such a rollout is left out of its group's baseline and gets no gradient.
+    """
+
+    tokens: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+    completion: str
+    reward: float | None
+    rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+    stop_reason: StopReason
+    sampling: Sampling
+    version: int
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.mask) == len(self.logprobs):
+            raise ValueError(
+                "a rollout's tokens, mask and logprobs must have equal length; got "
+                f"{len(self.tokens)}, {len(self.mask)}, {len(self.logprobs)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """The rollouts of one task: the unit of the baseline and of the buffer."""
+
+    task: Task
+    rollouts: Sequence[Rollout]
+
+    @property
+    def version(self) -> int:
+        """The oldest adapter version that any member was sampled with."""
+        return min(rollout.version for rollout in self.rollouts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Arrays for one forward pass: what follows each prompt, and the prompts themselves, once.
+
+    `tokens` begins after the row's prompt, which is row `owner` of `prompts`; both are padded on
+    the right. `rows` and `token_count` are totals over the *whole* optimizer batch, so that a loss
+    that divides by them adds up to the same number however the batch is cut into micro-batches.
+    """
+
+    prompts: Int[mx.array, "prompts width"]
+    prompt_lengths: Int[mx.array, " prompts"]
+    owner: Int[mx.array, " batch"]
+    tokens: Int[mx.array, "batch time"]
+    mask: Bool[mx.array, "batch time"]
+    logp_old: Float[mx.array, "batch time"]
+    advantages: Float[mx.array, "batch time"]
+    temperature: Float[mx.array, " batch"]
+    rows: int
+    token_count: int
+
+
+Metrics = dict[str, float]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Generates completions. Rollout workers know policies only through this."""
+
+    @property
+    def version(self) -> int:
+        """The version of the adapters that the next generation will use."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
+    ) -> list[list[Completion]]:
+        """`n` completions for each prompt, in the prompts' order. A seed makes them repeatable."""
+        ...
+
+    def reload(self, path: str | Path) -> int:
+        """Swap to the adapters in `path` before the next generation; returns their version."""
+        ...
+
+
+@runtime_checkable
+class RewardFn(Protocol):
+    """The user's code. None means: do not score this sample."""
+
+    def __call__(
+        self, prompt: str, completion: str, example: Mapping[str, Any], /
+    ) -> float | None: ...
+
+
+@runtime_checkable
+class AdvantageFn(Protocol):
+    """Rewards to advantages of the same shape; NaN marks a rollout without a reward."""
+
+    def __call__(
+        self, rewards: Float[mx.array, "groups group"], /
+    ) -> Float[mx.array, "groups group"]: ...
+
+
+@runtime_checkable
+class LossFn(Protocol):
+    """The objective to minimise and its metrics, from one forward pass.
+
+    Both are sums over this batch's rows divided by the whole batch's totals, so that micro-batches
+    add up. A metric whose name ends in "/max" is combined by its maximum instead.
+    """
+
+    def __call__(
+        self, logp: Float[mx.array, "batch time"], batch: Batch, /
+    ) -> tuple[Float[mx.array, ""], dict[str, mx.array]]: ...
