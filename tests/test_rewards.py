@@ -56,7 +56,7 @@ def test_long_samples_are_cut_in_messages():
         ("x = 1", "score", ConfigError, "has no 'score'; its functions: none"),
         ("def scor(p, c, e): ...", "score", ConfigError, "Did you mean 'scor'"),
         ("score = 3", "score", ConfigError, "is int; expected a function"),
-        ("def score(prompt): ...", "score", ConfigError, r"expected \(prompt, completion, example\)"),
+        ("def score(prompt): ...", "score", ConfigError, r"expected \(prompt, completion"),
         ("\n1 / 0", "score", RewardError, "raised ZeroDivisionError.*line 2"),
         ("def (", "score", RewardError, "raised SyntaxError"),
     ],

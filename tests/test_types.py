@@ -5,16 +5,16 @@ from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task
 
 
 def rollout(**changes) -> Rollout:
-    fields = dict(
-        tokens=[1, 2, 3],
-        mask=[False, True, True],
-        logprobs=[0.0, -0.5, -0.25],
-        completion="x",
-        reward=1.0,
-        stop_reason=StopReason.STOP_TOKEN,
-        sampling=Sampling(),
-        version=0,
-    )
+    fields = {
+        "tokens": [1, 2, 3],
+        "mask": [False, True, True],
+        "logprobs": [0.0, -0.5, -0.25],
+        "completion": "x",
+        "reward": 1.0,
+        "stop_reason": StopReason.STOP_TOKEN,
+        "sampling": Sampling(),
+        "version": 0,
+    }
     return Rollout(**(fields | changes))
 
 

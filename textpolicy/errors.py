@@ -18,7 +18,7 @@ class AdapterError(TextPolicyError, ValueError):
 
 
 class PromptError(TextPolicyError, ValueError):
-    """A prompt that the model cannot be given: empty, too long, or with ids outside the vocabulary."""
+    """A prompt the model cannot be given: empty, too long, or with ids outside the vocabulary."""
 
 
 class RewardError(TextPolicyError, RuntimeError):

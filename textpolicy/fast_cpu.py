@@ -16,13 +16,15 @@ import struct
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from textpolicy.errors import ConfigError
 
 _STOCK = "mlx's own (netlib reference)"
 _HINT = "pip install 'textpolicy[cpu]' brings an OpenBLAS some 30 times faster"
@@ -53,15 +55,14 @@ def enable() -> Blas:
     """
     if sys.platform != "linux":
         return Blas(name="the platform's own", fast=True, reason="only mlx on Linux needs another")
-    setting = os.environ.get("TEXTPOLICY_BLAS", "")
-    if setting == "off":
+    if _setting() == "off":
         return Blas(name=_STOCK, fast=False, reason="TEXTPOLICY_BLAS=off")
     try:
         import_module("mlx.core")  # loads libmlx.so
     except ImportError as error:
         return Blas(name="none", fast=False, reason=f"mlx cannot be imported: {error}")
     try:
-        library = _load(setting)
+        library = _load(_setting())
         _use({name: _address(library, name) for name in _PRODUCTS})
     except (_Declined, OSError) as declined:
         return Blas(name=_STOCK, fast=False, reason=str(declined), hint=_HINT)
@@ -69,8 +70,22 @@ def enable() -> Blas:
 
 
 def status() -> Blas:
-    """The BLAS that this process uses."""
-    return enable()
+    """The BLAS that this process uses, and its threads as they are now."""
+    blas = enable()
+    if blas.threads is None:
+        return blas
+    return replace(blas, threads=_function(_load(_setting()), "openblas_get_num_threads")())
+
+
+def use_threads(count: int) -> None:
+    """Multiply with `count` threads from now on.
+
+    One is best for small models and on a busy machine: OpenBLAS waits for the slowest of its
+    threads, and a product that is done in microseconds gains nothing by being handed out.
+    """
+    if status().threads is None:
+        raise ConfigError(f"the threads of {status().name} cannot be set; expected an OpenBLAS")
+    _function(_load(_setting()), "openblas_set_num_threads")(count)
 
 
 def measure_gflops(n: int = 1024) -> float:
@@ -87,6 +102,11 @@ def measure_gflops(n: int = 1024) -> float:
     return 2 * n**3 / min(seconds) / 1e9
 
 
+def _setting() -> str:
+    return os.environ.get("TEXTPOLICY_BLAS", "")
+
+
+@cache
 def _load(setting: str) -> ctypes.CDLL:
     library = ctypes.CDLL(setting) if setting else _load_openblas()
     if "USE64BITINT" in _config(library):

@@ -1,4 +1,4 @@
-"""The nouns of the library. Everything else imports them; they import only mlx for its array type."""
+"""The nouns of the library. All else imports them; of mlx they import only the array type."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

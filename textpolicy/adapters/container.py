@@ -10,13 +10,13 @@ import mlx.nn as nn
 
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.files import AdapterFile, read_adapter, write_adapter
-from textpolicy.adapters.fingerprint import fingerprint
+from textpolicy.adapters.fingerprint import Original
 from textpolicy.adapters.fit import misfits
 from textpolicy.adapters.fuse import FusedModule, FuseReport, fuse_layer
-from textpolicy.adapters.layers import LoRALinear, adapter_layers, new_layer
+from textpolicy.adapters.layers import AdapterLayer, adapter_layers, new_layer
 from textpolicy.adapters.quantization import quantization_of, quantize
 from textpolicy.adapters.targets import select_targets
-from textpolicy.adapters.tree import freeze_names, frozen_names, replace_modules
+from textpolicy.adapters.tree import freeze_names, replace_modules
 from textpolicy.errors import AdapterError
 
 
@@ -30,19 +30,16 @@ class AdapterContainer:
         self,
         model: nn.Module,
         config: AdapterConfig,
-        *,
-        fingerprint: str,
-        version: int,
-        frozen_before: Mapping[str, set[str]],
+        original: Original,
+        version: int = 0,
     ) -> None:
         # Layers own their container. If it owned the model in return, a dropped model would stay
         # in memory, gigabytes of it, until the garbage collector looks for cycles.
         self._model = weakref.ref(model)
         self.config = config
-        self.fingerprint = fingerprint
+        self.original = original
         self.version = version
         self.publish_path: Path | None = None
-        self.frozen_before = frozen_before
         for layer in adapter_layers(model).values():
             layer.container = self
 
@@ -52,7 +49,7 @@ class AdapterContainer:
     ) -> "AdapterContainer":
         """Install fresh adapters and freeze everything else. The model computes what it did."""
         targets = select_targets(model, config)
-        base, frozen_before = fingerprint(model), frozen_names(model)
+        original = Original.of(model)
         keys = mx.random.split(mx.random.key(seed), len(targets))
         layers: dict[str, nn.Module] = {
             path: new_layer(
@@ -62,7 +59,7 @@ class AdapterContainer:
         }
         replace_modules(model, layers)
         freeze_base(model)
-        container = cls(model, config, fingerprint=base, version=0, frozen_before=frozen_before)
+        container = cls(model, config, original)
         mx.eval(container.parameters())
         return container
 
@@ -86,9 +83,15 @@ class AdapterContainer:
             raise AdapterError("the model of these adapters no longer exists: keep a reference")
         return model
 
-    def layers(self) -> dict[str, LoRALinear]:
+    @property
+    def fingerprint(self) -> str:
+        """The name of the base that these adapters belong to."""
+        return self.original.fingerprint
+
+    def layers(self) -> dict[str, AdapterLayer]:
         """The adapter layers by path."""
-        layers = adapter_layers(self.model)
+        found = adapter_layers(self.model)
+        layers = {path: layer for path, layer in found.items() if layer.container is self}
         if not layers:
             raise AdapterError(
                 "these adapters are no longer on their model (they were unloaded or fused); "
@@ -98,15 +101,11 @@ class AdapterContainer:
 
     def parameters(self) -> dict[str, mx.array]:
         """The adapter tensors, by their names in the model."""
-        return {
-            f"{path}.{name}": layer[name]
-            for path, layer in self.layers().items()
-            for name in layer.trainable
-        }
+        return _tensors(self.layers())
 
     def advance(self) -> int:
         """Count an update: to be called when the tensors have changed. Returns the new version."""
-        self._check_dtype()
+        _check_dtype(self.parameters())
         self.version += 1
         return self.version
 
@@ -115,14 +114,15 @@ class AdapterContainer:
         path = path or self.publish_path
         if path is None:
             raise AdapterError("no path to publish to: pass one, or set publish_path")
-        self._check_dtype()
+        tensors = self.parameters()
+        _check_dtype(tensors)
         write_adapter(
             path,
-            self.parameters(),
+            tensors,
             config=self.config,
             version=self.version,
             fingerprint=self.fingerprint,
-            quantization=quantization_of(self.model),
+            quantization=self.original.quantization,
         )
         return self.version
 
@@ -161,7 +161,7 @@ class AdapterContainer:
         """Take the adapters off: the very modules and arrays of before, frozen as they were."""
         model = self.model
         replace_modules(model, {path: layer.linear for path, layer in self.layers().items()})
-        freeze_names(model, self.frozen_before)
+        freeze_names(model, self.original.frozen)
         return model
 
     def fuse(self, *, dtype: mx.Dtype | None = None) -> FuseReport:
@@ -170,42 +170,32 @@ class AdapterContainer:
         Weights keep the base's dtype unless `dtype` is given. A quantized base becomes float where
         it was adapted: rounding it to few bits again would erase most of the update.
         """
-        self._check_fit(self.parameters(), "adapters that cannot be fused", [])
+        model, layers = self.model, self.layers()
+        _check_fit(layers, _tensors(layers), "adapters that cannot be fused", [])
         outcomes: list[FusedModule] = []
         # One module at a time: each base weight is freed before the next is made.
-        for path, layer in self.layers().items():
+        for path in list(layers):
+            layer = layers.pop(path)
             fused, outcome = fuse_layer(path, layer, dtype)
-            replace_modules(self.model, {path: fused})
+            replace_modules(model, {path: fused})
             outcomes.append(outcome)
-        freeze_names(self.model, self.frozen_before)
+        freeze_names(model, self.original.frozen)
         return FuseReport(modules=tuple(outcomes))
 
     def _assign(self, given: Mapping[str, mx.array], name: str, problems: list[str]) -> None:
-        self._check_fit(given, name, problems)
+        layers = self.layers()
+        _check_fit(layers, given, name, problems)
         tensors = {name: array.astype(mx.float32) for name, array in given.items()}
         mx.eval(tensors)
-        for path, layer in self.layers().items():
+        for path, layer in layers.items():
             for name in layer.trainable:
                 layer[name] = tensors[f"{path}.{name}"]
-
-    def _check_fit(self, given: Mapping[str, mx.array], name: str, problems: list[str]) -> None:
-        if problems := problems + misfits(self.parameters(), given):
-            lines = "\n  ".join([f"{name}: not what the adapters of this model can hold", *problems])
-            raise AdapterError(f"{lines}\nWere they made with other options, or for another model?")
-
-    def _check_dtype(self) -> None:
-        for name, array in self.parameters().items():
-            if array.dtype != mx.float32:
-                raise AdapterError(
-                    f"{name} is {array.dtype}; expected float32, since small updates vanish in "
-                    "fewer bits. Was the model cast (set_dtype) after adapting it? Cast it before"
-                )
 
     def _differences(self, file: AdapterFile) -> list[str]:
         pairs = {
             "rank": (file.config.rank, self.config.rank),
             "scale": (file.config.scale, self.config.scale),
-            "base quantization": (file.quantization, quantization_of(self.model)),
+            "base quantization": (file.quantization, self.original.quantization),
             "base fingerprint": (file.fingerprint[:12], self.fingerprint[:12]),
         }
         return [
@@ -237,3 +227,29 @@ def freeze_base(model: nn.Module) -> None:
     model.freeze()
     for layer in adapter_layers(model).values():
         layer.unfreeze(keys=list(layer.trainable), recurse=False)
+
+
+def _tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, mx.array]:
+    return {
+        f"{path}.{name}": layer[name] for path, layer in layers.items() for name in layer.trainable
+    }
+
+
+def _check_fit(
+    layers: Mapping[str, AdapterLayer],
+    given: Mapping[str, mx.array],
+    name: str,
+    problems: list[str],
+) -> None:
+    if problems := problems + misfits(_tensors(layers), given):
+        lines = "\n  ".join([f"{name}: not what the adapters of this model can hold", *problems])
+        raise AdapterError(f"{lines}\nWere they made with other options, or for another model?")
+
+
+def _check_dtype(tensors: Mapping[str, mx.array]) -> None:
+    for name, array in tensors.items():
+        if array.dtype != mx.float32:
+            raise AdapterError(
+                f"{name} is {array.dtype}; expected float32, since small updates vanish in fewer "
+                "bits. Was the model cast (set_dtype) after adapting it? Cast it before"
+            )

@@ -61,7 +61,7 @@ def peek_version(path: str | Path) -> int:
     """The adapter version in a file, from its first kilobytes."""
     path = Path(path)
     header = _read_header(path)
-    return int(_checked(path, header.get(_METADATA, {}))["version"])
+    return int(_checked(path, header.get(_METADATA) or {})["version"])
 
 
 def read_adapter(path: str | Path) -> AdapterFile:

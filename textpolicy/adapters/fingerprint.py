@@ -1,16 +1,38 @@
-"""A short name for a base model, so that adapters are not put on another one."""
+"""What a model is without its adapters, and a short name for it that adapter files carry."""
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from textpolicy.adapters.layers import adapter_layers, base_parameters, base_path
-from textpolicy.adapters.quantization import is_quantized
+from textpolicy.adapters.quantization import is_quantized, quantization_of
+from textpolicy.adapters.tree import frozen_names
 
 _SAMPLES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Original:
+    """What to tell of a model, and to restore, once it is adapted."""
+
+    fingerprint: str
+    quantization: Mapping[str, Any] | None
+    frozen: Mapping[str, set[str]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Original":
+        """To be called before the model is adapted."""
+        return cls(
+            fingerprint=fingerprint(model),
+            quantization=quantization_of(model),
+            frozen=frozen_names(model),
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

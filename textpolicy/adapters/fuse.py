@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.layers import LoRALinear
+from textpolicy.adapters.layers import AdapterLayer
 from textpolicy.adapters.quantization import float_dtype, float_weight
 
 
@@ -45,7 +45,7 @@ class FuseReport:
 
 
 def fuse_layer(
-    path: str, layer: LoRALinear, dtype: mx.Dtype | None
+    path: str, layer: AdapterLayer, dtype: mx.Dtype | None
 ) -> tuple[nn.Linear, FusedModule]:
     """A plain linear layer that computes what `layer` does; a packed base becomes a float one."""
     base, delta = float_weight(layer.linear), layer.delta()

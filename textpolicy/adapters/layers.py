@@ -64,8 +64,9 @@ class LoRALinear(nn.Module):
         return self._scale * (a @ b).T
 
 
-# Which adapter layer goes around which module: a new kind is a class above and a line here.
-ADAPTED_BY: dict[type[nn.Module], Callable[..., LoRALinear]] = {
+# A new kind of layer is a class above, a member here, and a line below for what it goes around.
+AdapterLayer = LoRALinear
+ADAPTED_BY: dict[type[nn.Module], Callable[..., AdapterLayer]] = {
     nn.Linear: LoRALinear,
     nn.QuantizedLinear: LoRALinear,
 }
@@ -73,19 +74,19 @@ ADAPTED_BY: dict[type[nn.Module], Callable[..., LoRALinear]] = {
 
 def new_layer(
     module: nn.Module, *, rank: int, scale: float, dropout: float, key: mx.array
-) -> LoRALinear:
+) -> AdapterLayer:
     """The adapter layer around a module of one of these kinds, with an update of zero."""
     kind = next(layer for adapted, layer in ADAPTED_BY.items() if isinstance(module, adapted))
     return kind(module, rank=rank, scale=scale, dropout=dropout, key=key)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers in a model by path, first block first."""
     modules = reversed(model.named_modules())
-    return {path: module for path, module in modules if isinstance(module, LoRALinear)}
+    return {path: module for path, module in modules if isinstance(module, AdapterLayer)}
 
 
-def base_path(path: str, layers: Mapping[str, LoRALinear]) -> str:
+def base_path(path: str, layers: Mapping[str, AdapterLayer]) -> str:
     """The path that a module inside the adapted model has without adapters."""
     outer, _, name = path.rpartition(".")
     return outer if name == "linear" and outer in layers else path

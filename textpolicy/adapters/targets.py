@@ -31,7 +31,10 @@ def select_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modu
             "adapted yet. Name the linear layers to adapt, for example "
             "keys=['self_attn.q_proj', 'self_attn.v_proj']"
         )
-    return _sorted({path: m for path, m in inside.items() if isinstance(m, tuple(ADAPTED_BY))})
+    found = {path: m for path, m in inside.items() if isinstance(m, tuple(ADAPTED_BY))}
+    if not found:
+        raise AdapterError(f"no linear layers to adapt in the blocks of {type(model).__name__}")
+    return _sorted(found)
 
 
 def block_count(model: nn.Module) -> int:

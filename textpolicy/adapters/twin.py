@@ -13,11 +13,5 @@ def twin(model: nn.Module) -> nn.Module:
     """
     copy = share_tree(model)
     if container := AdapterContainer.of(model):
-        AdapterContainer(
-            copy,
-            container.config,
-            fingerprint=container.fingerprint,
-            version=container.version,
-            frozen_before=container.frozen_before,
-        )
+        AdapterContainer(copy, container.config, container.original, container.version)
     return copy

@@ -1,0 +1,1 @@
+"""One paper a file: rewards to advantages, log-probabilities to a loss."""

@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization: Shao et al. 2024, DeepSeekMath, arXiv:2402.03300, section 4.1.
+"""Group Relative Policy Optimization: DeepSeekMath, Shao et al. 2024, arXiv:2402.03300, 4.1.
 
 For a group of G completions of one prompt with rewards R_1..R_G (equation 3, outcome supervision):
 

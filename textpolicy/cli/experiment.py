@@ -8,6 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from textpolicy.rewards import load_reward, score
 from textpolicy.rollout.worker import collect, prompt_text
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.jsonl import MetricsFile
+from textpolicy.tracking.sink import Sink
+from textpolicy.tracking.wandb_run import WandbRun
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import RewardFn, Sampling, Task
 
@@ -117,10 +120,12 @@ def run_experiment(settings: RunSettings, output: Path, console: Console) -> Out
     started = time.perf_counter()
     before = measure(policy, heldout, reward)
     console.note(f"before  {before}  greedy reward on {before.count} held-out tasks")
-    with MetricsFile(output / "metrics.jsonl") as metrics_file:
+    with ExitStack() as opened:
+        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(settings, output)]
 
         def on_step(report: StepReport) -> None:
-            metrics_file.write(report.step, report.metrics)
+            for sink in sinks:
+                sink.write(report.step, report.metrics)
             console.show(report.step, report.metrics)
 
         train_rl(
@@ -143,6 +148,14 @@ def run_experiment(settings: RunSettings, output: Path, console: Console) -> Out
         seconds=time.perf_counter() - started,
         adapters=output / ADAPTERS,
     )
+
+
+def open_sinks(settings: RunSettings, output: Path) -> list[Sink]:
+    """Where the run's metrics go: a file in `output`, and W&B if asked."""
+    sinks: list[Sink] = [MetricsFile(output / "metrics.jsonl")]
+    if settings.wandb:
+        sinks.append(WandbRun(settings.wandb, folder=output, config=asdict(settings)))
+    return sinks
 
 
 def measure(policy: ModelPolicy, tasks: Sequence[Task], reward: RewardFn) -> Score:

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 
+from textpolicy import fast_cpu
 from textpolicy.cli.options import build_parser
 from textpolicy.errors import TextPolicyError
 
@@ -19,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{failed}mlx has no backend here ({error}); {_install()}", file=sys.stderr)
         return 1
     try:
+        _set_threads(options)
         report = import_module(f"textpolicy.cli.{options.module}").run(options)
     except KeyboardInterrupt:
         print(f"{failed}interrupted", file=sys.stderr)
@@ -28,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(json.dumps(report.data) if options.json else report.text)
     return report.exit_code
+
+
+def _set_threads(options: Namespace) -> None:
+    if options.threads:
+        fast_cpu.use_threads(options.threads)
+    elif options.model == "tiny" and fast_cpu.status().threads:
+        fast_cpu.use_threads(1)
 
 
 def _install() -> str:

@@ -26,6 +26,7 @@ class RunSettings:
     temperature: float = 1.0
     count: int = 512
     seed: int = 0
+    wandb: str | None = None
 
 
 DEMO = RunSettings(env="add", steps=200, lr=2e-3)
@@ -79,6 +80,8 @@ def _option(parser: ArgumentParser, name: str, text: str, default: Any = None, *
 def _model(parser: ArgumentParser) -> None:
     text = "'tiny' (the embedded model), a folder, or a hub id"
     _option(parser, "model", text, RunSettings.model)
+    text = "CPU threads of matrix products (default: all cores; 1 for 'tiny')"
+    _option(parser, "threads", text, type=at_least(1))
 
 
 def _adapter(parser: ArgumentParser) -> None:
@@ -122,11 +125,14 @@ def _train(parser: ArgumentParser) -> None:
     text = "randomness of the sampled completions"
     _option(parser, "temperature", text, run.temperature, type=number)
     _option(parser, "seed", "makes the run repeatable", run.seed, type=int)
+    text = "log to this project of Weights & Biases too; offline without an API key (default: no)"
+    _option(parser, "wandb", text, metavar="PROJECT")
 
 
 def _demo(parser: ArgumentParser) -> None:
     _option(parser, "steps", "updates to take", DEMO.steps, type=at_least(1))
     _option(parser, "seed", "makes the run repeatable", DEMO.seed, type=int)
+    parser.set_defaults(model=DEMO.model, threads=None)
 
 
 def _generate(parser: ArgumentParser) -> None:
@@ -156,7 +162,7 @@ def _evaluate(parser: ArgumentParser) -> None:
 
 
 def _doctor(parser: ArgumentParser) -> None:
-    """It has no options of its own."""
+    parser.set_defaults(model=None, threads=None)
 
 
 _COMMANDS = {

@@ -10,8 +10,6 @@ from itertools import count, islice
 from random import Random
 from typing import Any
 
-import textpolicy_envs
-
 from textpolicy.errors import TaskError
 from textpolicy.rewards import score
 from textpolicy.types import RewardFn, Task
@@ -56,7 +54,8 @@ class Environment:
 
 def load(name: str) -> Environment:
     """The environment of that name, one of the modules in `textpolicy_envs`."""
-    known = sorted(module.name for module in pkgutil.iter_modules(textpolicy_envs.__path__))
+    folders = import_module("textpolicy_envs").__path__
+    known = sorted(module.name for module in pkgutil.iter_modules(folders))
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

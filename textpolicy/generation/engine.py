@@ -62,9 +62,7 @@ class _Active:
         index = mx.array(keep)
         for layer in self.cache:
             layer.filter(index)
-        return _Active(
-            [self.rows[i] for i in keep], self.cache, self.last[index], self.keys[keep]
-        )
+        return _Active([self.rows[i] for i in keep], self.cache, self.last[index], self.keys[keep])
 
 
 def decode(
@@ -128,10 +126,11 @@ def _advance(model: nn.Module, active: _Active, sampling: Sampling, stop: StopRu
     tokens, logprobs = draw(logits, mx.array(keys), sampling)
     mx.eval(tokens, logprobs, [layer.state for layer in active.cache])
     active.last = tokens
-    for row, token, logprob in zip(active.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+    # Through numpy: one transfer for all rows.
+    for row, token, logprob in zip(active.rows, np.array(tokens), np.array(logprobs), strict=True):
         if row.stop_reason is None:
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
+            row.tokens.append(int(token))
+            row.logprobs.append(float(logprob))
             row.stop_reason = _ends(row, sampling, stop)
 
 

@@ -33,7 +33,7 @@ def load_model(
     folder = find_model(path_or_name)
     config = {"trust_remote_code": False, **(tokenizer_config or {})}
     try:
-        model, tokenizer = mlx_lm.load(str(folder), tokenizer_config=config)
+        model, tokenizer, *_ = mlx_lm.load(str(folder), tokenizer_config=config)
     except (ValueError, FileNotFoundError, KeyError) as error:
         raise ModelError(f"cannot load the model in {folder}: {error}") from error
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
@@ -47,16 +47,21 @@ def load_model(
 
 
 def create_policy(
-    model: nn.Module, tokenizer: TokenizerWrapper, params: Mapping[str, Any] | None = None
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    params: Mapping[str, Any] | None = None,
+    *,
+    follow: Path | None = None,
 ) -> ModelPolicy:
     """A policy that samples from `model` as it is at that moment: training it is seen at once.
 
     `params` are the fields of `Sampling` (max_tokens, temperature, top_p, top_k, min_p,
-    repetition_penalty, stop) and `seed`.
+    repetition_penalty, stop) and `seed`. With `follow`, the policy swaps to the adapters in that
+    file before a generation whenever they are new.
     """
     options = dict(params or {})
     seed = options.pop("seed", None)
-    return ModelPolicy(model, tokenizer, _sampling(options), seed=seed)
+    return ModelPolicy(model, tokenizer, _sampling(options), follow=follow, seed=seed)
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

@@ -7,9 +7,8 @@ from pathlib import Path
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.container import AdapterContainer, attach_adapter
 from textpolicy.adapters.files import AdapterWatcher
-from textpolicy.errors import AdapterError
 from textpolicy.generation.engine import Row, decode
 from textpolicy.generation.prompts import check_prompt, decode_text, encode_prompt
 from textpolicy.types import Completion, Prompt, Sampling, StopReason
@@ -53,10 +52,7 @@ class ModelPolicy:
     def reload(self, path: str | Path) -> int:
         container = AdapterContainer.of(self.model)
         if container is None:
-            raise AdapterError(
-                "this policy's model has no adapters to swap; load it with adapter_path=..., "
-                "or apply adapters first (create_lora_setup)"
-            )
+            return attach_adapter(self.model, path).version
         return container.swap(path)
 
     def generate(

@@ -1,6 +1,7 @@
 """Prompts to token ids. The only place where a chat template is applied."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -44,7 +45,7 @@ def check_prompt(model: nn.Module, tokens: Sequence[int], max_tokens: int) -> No
 
 def _limits(model: nn.Module) -> tuple[int, int | None]:
     # mlx-lm 0.32 keeps both on `args`; models that nest a language model keep them one level down.
-    args = model.args
+    args: Any = model.args
     if "text_config" in vars(args):
         nested = args.text_config
         return nested["vocab_size"], nested.get("max_position_embeddings")

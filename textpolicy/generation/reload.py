@@ -7,7 +7,6 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.container import AdapterContainer, attach_adapter
 from textpolicy.adapters.twin import twin
 from textpolicy.generation.lora import ADAPTER_PATH, adapters_of, create_lora_setup
 from textpolicy.generation.mlx_generation import create_policy, load_model
@@ -41,7 +40,7 @@ def create_reloadable_policy(
     """A policy, and a function that puts it on the adapters of another file in place."""
     model, tokenizer = load_model(base_model_path, initial_adapter_path)
     policy = create_policy(model, tokenizer, generation_params)
-    return policy, _reload_fn(policy)
+    return policy, policy.reload
 
 
 def create_auto_reload_setup(
@@ -58,22 +57,5 @@ def create_auto_reload_setup(
     params = {k: v for k, v in generation_params.items() if k not in lora_config}
     model, tokenizer = load_model(model_path)
     model, _ = create_lora_setup(model, lora_config, adapter_save_path=adapter_save_path)
-    sampled = twin(model)
-    sampling = create_policy(sampled, tokenizer, params).sampling
-    policy = ModelPolicy(
-        sampled,
-        tokenizer,
-        sampling,
-        follow=adapters_of(model).publish_path,
-        seed=params.get("seed"),
-    )
-    return policy, _reload_fn(policy), model, tokenizer
-
-
-def _reload_fn(policy: ModelPolicy) -> ReloadFn:
-    def reload_fn(adapter_path: str | Path) -> int:
-        if AdapterContainer.of(policy.model) is None:
-            return attach_adapter(policy.model, adapter_path).version
-        return policy.reload(adapter_path)
-
-    return reload_fn
+    policy = create_policy(twin(model), tokenizer, params, follow=adapters_of(model).publish_path)
+    return policy, policy.reload, model, tokenizer

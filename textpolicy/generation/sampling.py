@@ -1,4 +1,4 @@
-"""Drawing one token per row, each row with its own key, and the log-probability of what was drawn."""
+"""Drawing one token a row, each row with its own key, and the log-probability of each draw."""
 
 import hashlib
 from collections.abc import Sequence
@@ -40,7 +40,8 @@ def penalise_repetition(
     """Logits with the tokens of each row's recent context made less likely."""
     process = make_repetition_penalty(penalty)
     rows = [
-        process(mx.array(context), logits[row : row + 1]) for row, context in enumerate(contexts)
+        process(mx.array(list(context)), logits[row : row + 1])
+        for row, context in enumerate(contexts)
     ]
     return mx.concatenate(rows, axis=0)
 

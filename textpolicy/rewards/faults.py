@@ -1,14 +1,14 @@
 """The boundary to the user's code: whatever it raises goes on as one error that says where."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from textpolicy.errors import RewardError, TextPolicyError
 
 
 @contextmanager
-def user_code(what: str, *, file: str, sample: str = "") -> Iterator[None]:
+def user_code(what: str, *, file: str, sample: str = "") -> Generator[None, None, None]:
     """Inside the block, an exception becomes a `RewardError` naming `what`, line and sample."""
     try:
         yield

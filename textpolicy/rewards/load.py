@@ -32,7 +32,7 @@ def load_reward(spec: str) -> RewardFn:
         near = get_close_matches(name, functions, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{file} has no {name!r}; its functions: {functions or 'none'}.{hint}")
-    if not callable(reward):
+    if not isinstance(reward, RewardFn):
         raise ConfigError(f"{spec} is {type(reward).__name__}; expected a function")
     _check_signature(reward, spec)
     return reward

@@ -18,7 +18,8 @@ def score(
     """The reward of one completion: a finite number, or None for a sample not to be scored."""
     sample = f"on prompt {_excerpt(prompt)}, completion {_excerpt(completion)}"
     with user_code(f"reward {name_of(reward)}", file=_file_of(reward), sample=sample):
-        value: object = reward(prompt, completion, example)
+        # Whatever its annotation promises: this is the user's code.
+        value: Any = reward(prompt, completion, example)
     if value is None:
         return None
     if not isinstance(value, int | float) or not math.isfinite(value):

@@ -1,0 +1,1 @@
+"""Workers: tasks and a policy in, scored groups out."""

@@ -1,0 +1,1 @@
+"""What a run reports: names, files, terminals and services."""

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import TracebackType
 
 from textpolicy.types import Metrics
 
@@ -14,15 +13,11 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
 
-    def __enter__(self) -> "MetricsFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
     def write(self, step: int, metrics: Metrics) -> None:
         """Append `metrics` as the line of `step`."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -24,12 +24,12 @@ class WandbRun:
         # The import takes more than a second, and most runs do without.
         import wandb
 
-        self.mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        chosen = "WANDB_MODE" in os.environ
         self._run = wandb.init(
             project=project,
             dir=str(folder),
             config=dict(config),
-            mode=self.mode,
+            mode=None if chosen else "online" if _has_key() else "offline",
             settings=wandb.Settings(
                 console="off",
                 silent=True,

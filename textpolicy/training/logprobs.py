@@ -35,7 +35,7 @@ def batch_logps(model: nn.Module, batch: Batch, *, share_prompts: bool = True) -
 
 
 def can_share_prompts(model: nn.Module) -> bool:
-    """Whether every layer attends over plain keys and values; recurrent and windowed ones do not."""
+    """Whether every layer keeps plain keys and values; recurrent and windowed ones do not."""
     return all(type(layer) is KVCache for layer in make_prompt_cache(model))
 
 
@@ -75,8 +75,8 @@ class _AfterPrompt:
         self._keys, self._values = prompts.keys[owner], prompts.values[owner]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        joined = [(self._keys, keys), (self._values, values)]
-        return tuple(mx.concatenate(pair, axis=2) for pair in joined)
+        joined_keys = mx.concatenate([self._keys, keys], axis=2)
+        return joined_keys, mx.concatenate([self._values, values], axis=2)
 
     def make_mask(self, time: int, **_: Any) -> Bool[mx.array, "batch 1 time all"]:
         width = self._keys.shape[2]
@@ -92,9 +92,9 @@ def _logits_after_shared_prompts(
 ) -> Float[mx.array, "batch time vocab"]:
     # The last prompt token is read with the completion, whose first token it predicts.
     length = batch.prompt_lengths[batch.owner] - 1
-    cache: list[Any] = [None] * len(model.layers)
+    cache = None
     if batch.prompts.shape[1] > 1:
-        recorded = [_PromptKeys() for _ in model.layers]
+        recorded = [_PromptKeys() for _ in make_prompt_cache(model)]
         model(batch.prompts[:, :-1], cache=recorded)
         cache = [_AfterPrompt(layer, batch.owner, length) for layer in recorded]
     last = batch.prompts[batch.owner, length]

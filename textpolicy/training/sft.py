@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import partial
 from itertools import islice
 from random import Random
 
@@ -19,12 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Bool, Float, Int
 from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten
 
 from textpolicy.errors import TrainingError
 from textpolicy.training.logprobs import token_logps
-
-# Lengths are rounded up to a multiple of this, so that few shapes are compiled.
-_LENGTH_STEP = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +37,7 @@ class Demonstration:
                 "a demonstration's tokens and mask must have equal length; got "
                 f"{len(self.tokens)} and {len(self.mask)}"
             )
-        if not any(self.mask[1:]) or self.mask[0]:
+        if not any(self.mask) or self.mask[0]:
             raise TrainingError(
                 "a demonstration needs at least one token to learn, and a token before it: "
                 f"mask is {self.mask}"
@@ -90,21 +87,18 @@ def train_sft(
     on_progress: Callable[[TrainReport], Progress] = lambda report: Progress.MORE,
 ) -> None:
     """Update the trainable weights once per batch, until `iterations` or a callback's STOP."""
-    if not model.trainable_parameters():
-        raise TrainingError("the model has no trainable weights: unfreeze it or attach adapters")
-    step = _compiled_step(model, optimizer)
-    window = _Window(iteration=0)
+    if not tree_flatten(model.trainable_parameters()):
+        raise TrainingError("the model has no trainable weights: attach adapters or unfreeze it")
     was_training = model.training
+    window = _Window()
     model.train()
     try:
         for iteration, batch in enumerate(islice(batches, iterations), start=1):
-            loss, count = step(*pad(batch))
-            mx.eval(model.parameters(), optimizer.state, loss, count)
-            window.add(loss.item(), int(count.item()))
+            window.add(*_update(model, optimizer, *pad(batch)))
             if iteration % steps_per_report == 0 or iteration == iterations:
-                report = window.close(iteration)
-                if on_progress(report) is Progress.STOP:
+                if on_progress(window.report(iteration)) is Progress.STOP:
                     break
+                window = _Window()
     finally:
         model.train(was_training)
 
@@ -112,7 +106,7 @@ def train_sft(
 def sft_loss(
     model: nn.Module, tokens: Int[mx.array, "batch time"], mask: Bool[mx.array, "batch time"]
 ) -> tuple[Float[mx.array, ""], Int[mx.array, ""]]:
-    """The mean over the batch's counted tokens, however they are spread over rows, and their count."""
+    """The mean over the batch's counted tokens, however they lie in its rows, and their count."""
     logp, _ = token_logps(model, tokens, mx.ones(tokens.shape[0]))
     count = mx.sum(mask)
     return -mx.sum(mx.where(mask, logp, 0.0)) / count, count
@@ -121,55 +115,49 @@ def sft_loss(
 def pad(
     batch: Sequence[Demonstration],
 ) -> tuple[Int[mx.array, "batch time"], Bool[mx.array, "batch time"]]:
-    """Tokens and mask, right-padded to one length; the mask is False on padding."""
-    longest = max(len(row.tokens) for row in batch)
-    length = math.ceil(longest / _LENGTH_STEP) * _LENGTH_STEP
+    """Tokens and mask, right-padded to the longest row; the mask is False on padding."""
+    length = max(len(row.tokens) for row in batch)
     tokens = [row.tokens + [0] * (length - len(row.tokens)) for row in batch]
     mask = [row.mask + [False] * (length - len(row.mask)) for row in batch]
     return mx.array(tokens), mx.array(mask)
 
 
-def _compiled_step(
-    model: nn.Module, optimizer: Optimizer
-) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
-    loss_and_grad = nn.value_and_grad(model, sft_loss)
-    state = [model.state, optimizer.state, mx.random.state]
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
-        (loss, count), gradient = loss_and_grad(model, tokens, mask)
-        optimizer.update(model, gradient)
-        return loss, count
-
-    return step
+def _update(
+    model: nn.Module,
+    optimizer: Optimizer,
+    tokens: Int[mx.array, "batch time"],
+    mask: Bool[mx.array, "batch time"],
+) -> tuple[float, int]:
+    (loss, count), gradient = nn.value_and_grad(model, sft_loss)(model, tokens, mask)
+    optimizer.update(model, gradient)
+    mx.eval(model.parameters(), optimizer.state, loss, count)
+    return loss.item(), int(count.item())
 
 
 class _Window:
-    """Losses, tokens and the clock since the last report."""
+    """Loss, tokens and the clock since the last report."""
 
-    def __init__(self, *, iteration: int) -> None:
-        self.iteration = iteration
-        self.total = 0.0
+    def __init__(self) -> None:
+        self.updates = 0
         self.tokens = 0
+        self.loss = 0.0
         self.start = time.perf_counter()
 
     def add(self, loss: float, tokens: int) -> None:
-        self.total += loss * tokens
+        self.updates += 1
         self.tokens += tokens
+        self.loss += loss * tokens
 
-    def close(self, iteration: int) -> TrainReport:
-        """The report up to `iteration`; the next window starts empty."""
-        loss = self.total / self.tokens
+    def report(self, iteration: int) -> TrainReport:
+        loss = self.loss / self.tokens
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} after {iteration} iterations: lower the learning rate"
             )
         seconds = time.perf_counter() - self.start
-        report = TrainReport(
+        return TrainReport(
             iteration=iteration,
             loss=loss,
-            iterations_per_second=(iteration - self.iteration) / seconds,
+            iterations_per_second=self.updates / seconds,
             tokens_per_second=self.tokens / seconds,
         )
-        self.__init__(iteration=iteration)
-        return report

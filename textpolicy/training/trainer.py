@@ -108,14 +108,14 @@ class Trainer:
             mx.eval(gradient, part)
             for name, value in part.items():
                 combine = max if name.endswith("/max") else operator.add
-                metrics[name] = combine(metrics.get(name, 0.0), value.item())
+                metrics[name] = combine(metrics.get(name, 0.0), float(value))
         return gradient, metrics
 
     def _update(self, gradient: Any, has_signal: bool) -> Metrics:
         norm = _global_norm(gradient)
         report = {
             "grad_norm": norm,
-            "learning_rate": self.optimizer.learning_rate.item(),
+            "learning_rate": float(self.optimizer.learning_rate),
             "update_skipped/not_finite": float(not math.isfinite(norm)),
             "update_skipped/no_signal": float(norm == 0),
         }
@@ -145,26 +145,24 @@ class Trainer:
         on_policy = all(group.version == self.version for group in groups)
         if on_policy and mismatch > MISMATCH_LIMIT:
             raise TrainingError(
-                f"before any update, recorded and recomputed log-probabilities differ by "
-                f"{mismatch:.3f} nats a token; expected at most {MISMATCH_LIMIT}. The rollouts were "
-                "sampled from another model, other adapters or another prompt than the trained one"
+                "before any update, recorded and recomputed log-probabilities differ by "
+                f"{mismatch:.3f} nats a token; expected at most {MISMATCH_LIMIT}. The rollouts "
+                "come from another model, other adapters or another prompt than the trained one"
             )
 
     def _check_movement(self, before: Any) -> None:
-        pairs = zip(
-            tree_flatten(before), tree_flatten(self.model.trainable_parameters()), strict=True
-        )
-        if all(mx.array_equal(old, new) for (_, old), (_, new) in pairs):
-            rate = self.optimizer.learning_rate.item()
+        old, new = leaves(before), leaves(self.model.trainable_parameters())
+        if all(mx.array_equal(old[name], new[name]) for name in new):
+            rate = float(self.optimizer.learning_rate)
             raise TrainingError(
                 "the first update moved no weight although the gradient is not zero; the learning "
-                f"rate is {rate:g}: expected one large enough to change the weights, and a schedule "
-                "that does not start at 0"
+                f"rate is {rate:g}: expected one large enough to change the weights, and no "
+                "schedule that starts at 0"
             )
 
 
 def _check_options(model: nn.Module, micro_batch_size: int | None, max_grad_norm: float) -> None:
-    if not tree_flatten(model.trainable_parameters()):
+    if not leaves(model.trainable_parameters()):
         raise ConfigError(
             "the model has no trainable weights: apply adapters (create_lora_setup) or unfreeze it"
         )
@@ -175,5 +173,10 @@ def _check_options(model: nn.Module, micro_batch_size: int | None, max_grad_norm
 
 
 def _global_norm(gradient: Any) -> float:
-    squares = [mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(gradient)]
-    return mx.sqrt(mx.stack(squares).sum()).item()
+    squares = [mx.square(g.astype(mx.float32)).sum() for g in leaves(gradient).values()]
+    return float(mx.sqrt(mx.stack(squares).sum()))
+
+
+def leaves(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree of parameters by their dotted names."""
+    return dict(tree_flatten(tree))
