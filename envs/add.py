@@ -1,8 +1,4 @@
-"""Add two three-digit numbers: `347+185=` is answered by `0532`.
-
-Gold answers have four digits, because with one width every digit stands at one distance from those
-that it is the sum of. The embedded model learns that in minutes, and answers of two widths do not.
-"""
+"""Add two three-digit numbers: `347+185=` is answered by `532`."""
 
 from collections.abc import Mapping
 from random import Random
@@ -17,9 +13,8 @@ def make(rng: Random) -> tuple[str, dict[str, Any]]:
 
 
 def gold(example: Mapping[str, Any]) -> str:
-    return f"{example['sum']:04d}"
+    return str(example["sum"])
 
 
 def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    answer = completion.strip()
-    return float(answer.isdecimal() and int(answer) == example["sum"])
+    return float(completion.strip() == gold(example))

@@ -24,7 +24,7 @@ def main(steps: int = 5) -> None:
     # Sampler and trainer share the base model's arrays and nothing else.
     policy = tp.create_policy(twin(model), tokenizer, {"max_tokens": environment.max_tokens})
     trainer = tp.Trainer(
-        model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(learning_rate=1e-3)
+        model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-3, bias_correction=True)
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapters.safetensors"

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss by hand, nothing learned from padding, and training that stops."""
+"""Supervised fine-tuning: the loss by hand, padding never learned, training that can stop."""
 
 from itertools import chain, islice
 
@@ -37,9 +37,7 @@ class Bigram(nn.Module):
 
 
 def demonstration(prompt: list[int], answer: list[int]) -> Demonstration:
-    return Demonstration(
-        tokens=prompt + answer, mask=[False] * len(prompt) + [True] * len(answer)
-    )
+    return Demonstration(tokens=prompt + answer, mask=[False] * len(prompt) + [True] * len(answer))
 
 
 RAGGED = [

@@ -33,7 +33,7 @@ from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
 from textpolicy.tracking.wandb_run import WandbRun
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import RewardFn, Sampling, Task
+from textpolicy.types import AdvantageFn, RewardFn, Sampling, Task
 
 ADAPTERS = "adapters.safetensors"
 
@@ -83,7 +83,11 @@ def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn]:
     return environment, function
 
 
-def assemble(settings: RunSettings, output: Path) -> Experiment:
+def assemble(
+    settings: RunSettings,
+    output: Path,
+    advantage_fn: AdvantageFn = grpo.compute_advantages,
+) -> Experiment:
     """Trainer and policy on twins of one model: they share its base and nothing else."""
     environment, reward = find_task(settings.env, settings.reward)
     claim(output)
@@ -103,17 +107,22 @@ def assemble(settings: RunSettings, output: Path) -> Experiment:
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=settings.seed),
         trainer=Trainer(
             model,
-            grpo.compute_advantages,
+            advantage_fn,
             grpo.policy_loss,
-            optim.Adam(learning_rate=settings.lr),
+            optim.Adam(learning_rate=settings.lr, bias_correction=True),
             micro_batch_size=settings.micro_batch_size,
         ),
     )
 
 
-def run_experiment(settings: RunSettings, output: Path, console: Console) -> Outcome:
+def run_experiment(
+    settings: RunSettings,
+    output: Path,
+    console: Console,
+    advantage_fn: AdvantageFn = grpo.compute_advantages,
+) -> Outcome:
     """Measure, train, measure again; the last adapters stay in `output`."""
-    experiment = assemble(settings, output)
+    experiment = assemble(settings, output, advantage_fn)
     (output / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     policy, reward = experiment.policy, experiment.reward
     heldout = experiment.environment.heldout(settings.count)

@@ -15,7 +15,7 @@ class RunSettings:
     model: str = "tiny"
     reward: str | None = None
     steps: int = 200
-    lr: float = 1e-3
+    lr: float = 2e-3
     rank: int = 16
     scale: float = 2.0
     quantize: int | None = None
@@ -29,7 +29,7 @@ class RunSettings:
     wandb: str | None = None
 
 
-DEMO = RunSettings(env="add", steps=200, lr=2e-3)
+DEMO = RunSettings(env="add", steps=180)
 
 
 def build_parser() -> ArgumentParser:
@@ -110,7 +110,8 @@ def _train(parser: ArgumentParser) -> None:
     _option(parser, "output", text, type=Path, required=True, metavar="DIR")
     run, number = RunSettings, at_least(0, float)
     _option(parser, "steps", "updates to take", run.steps, type=at_least(1))
-    _option(parser, "lr", "learning rate of Adam", run.lr, type=number)
+    text = "learning rate of Adam; models of billions want about 1e-4"
+    _option(parser, "lr", text, run.lr, type=number)
     _option(parser, "rank", "rank of the low-rank product", run.rank, type=at_least(1))
     _option(parser, "scale", "what multiplies the low-rank product", run.scale, type=number)
     text = "quantize the frozen model to this many bits, QLoRA (default: no)"

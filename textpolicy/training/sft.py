@@ -67,7 +67,7 @@ class TrainReport:
 def shuffled_batches(
     demonstrations: Sequence[Demonstration], batch_size: int, *, seed: int
 ) -> Iterator[list[Demonstration]]:
-    """Epochs without end, each in a new order that the seed decides; the last batch may be short."""
+    """Epochs without end, each in an order that the seed decides; its last batch may be short."""
     if not demonstrations:
         raise TrainingError("there are no demonstrations to train on")
     rng = Random(seed)
