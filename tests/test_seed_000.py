@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from textpolicy.adapters import AdapterContainer, memory_stats
+from textpolicy.generation.mlx_generation import load_model
 from textpolicy.rollout.worker import collect
 from textpolicy.types import Task
 
@@ -83,7 +84,11 @@ def test_core_apis_come_from_textpolicy_generation():
 def test_lora_setup_and_trainer(tiny, tmp_path):
     model, stats, trainer, policy_fn = trained_setup(tiny)
     assert stats == memory_stats(model)
-    assert stats["base_bytes"] == 2_528_768 and stats["total_parameters"] == 697_728
+    plain, _ = load_model(str(tiny))
+    weights = [array for _, array in tree_flatten(plain.parameters())]
+    tensors = AdapterContainer.of(model).parameters().values()
+    assert stats["base_bytes"] == sum(array.nbytes for array in weights)
+    assert stats["total_parameters"] == sum(array.size for array in [*weights, *tensors])
     assert not list(tmp_path.iterdir())
 
     groups, metrics = one_step(trainer, policy_fn)

@@ -15,7 +15,7 @@ class RunSettings:
     model: str = "tiny"
     reward: str | None = None
     steps: int = 200
-    lr: float = 2e-3
+    lr: float = 5e-4
     rank: int = 16
     scale: float = 2.0
     quantize: int | None = None
@@ -29,7 +29,7 @@ class RunSettings:
     wandb: str | None = None
 
 
-DEMO = RunSettings(env="add", steps=180)
+DEMO = RunSettings(env="add", steps=400)
 
 
 def build_parser() -> ArgumentParser:
