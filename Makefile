@@ -42,8 +42,10 @@ test-fast: setup-dev ## Run the tests that take under a minute together
 check: setup-dev ## Format, lint, types, layers and the fast tests
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
+	@$(MAKE) --no-print-directory -j2 types test-fast
+
+types: setup-dev ## Check the types
 	@$(BIN)/basedpyright
-	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
 
 slow: setup-dev ## Run only the long tests
 	@$(BIN)/python -m pytest -m "slow or learning"
