@@ -11,7 +11,7 @@ import pytest
 from textpolicy.errors import ConfigError, ModelError, PromptError
 from textpolicy.generation.engine import decode
 from textpolicy.generation.mlx_generation import create_policy, load_model
-from textpolicy.generation.prompts import encode_prompt
+from textpolicy.generation.prompts import check_prompt, encode_prompt
 from textpolicy.generation.sampling import draw, row_keys
 from textpolicy.training.logprobs import token_logps
 from textpolicy.types import Sampling, StopReason
@@ -225,3 +225,21 @@ def test_a_checkpoint_that_asks_to_run_code_is_refused(tmp_path):
     with pytest.raises(ModelError, match="refused"):
         load_model(tmp_path)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "max_tokens", "message"),
+    [
+        ([], 1, "the prompt is empty"),
+        ([5, 320], 1, r"token ids \[320\] are outside the vocabulary of 320"),
+        ([-1], 1, r"token ids \[-1\] are outside"),
+        ([5] * 1024, 1, "1024 prompt tokens"),
+    ],
+)
+def test_tokens_that_would_read_past_the_model_are_refused(loaded, tokens, max_tokens, message):
+    with pytest.raises(PromptError, match=message):
+        check_prompt(loaded[0], tokens, max_tokens)
+
+
+def test_the_longest_prompt_that_leaves_room_is_taken(loaded):
+    check_prompt(loaded[0], [5] * 1000, 24)

@@ -14,5 +14,5 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing follows; what was written is safe when this returns."""
+        """Nothing follows: hand over what is left."""
         ...
