@@ -327,11 +327,19 @@ def test_a_watcher_reports_each_new_file_once(path):
     assert watcher.poll() is None
     write(path, 1)
     assert watcher.poll() == path
+    watcher.accept()
     assert watcher.poll() is None
     write(path, 2)
     write(path, 3)
     assert watcher.poll() == path
+    watcher.accept()
     assert watcher.poll() is None
+
+
+def test_a_file_that_was_not_accepted_is_reported_again(path):
+    watcher = AdapterWatcher(path)
+    write(path, 1)
+    assert watcher.poll() == watcher.poll() == path
 
 
 def test_what_lies_there_when_watching_begins_is_not_new(path):

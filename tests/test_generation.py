@@ -1,12 +1,14 @@
 """Sampling: what is recorded is what was drawn, and a batch is exactly its members."""
 
 import math
+import shutil
 from collections import Counter
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from textpolicy.errors import ConfigError, ModelError, PromptError
 from textpolicy.generation.engine import decode
@@ -123,9 +125,17 @@ def test_the_stop_token_is_kept_and_scored(loaded):
 
 def test_max_tokens_cuts_off_and_says_so(loaded):
     model, tokenizer = loaded
-    completion = create_policy(model, tokenizer, {"max_tokens": 1, "seed": 0})("Say something")
-    assert len(completion.tokens) == 1
-    assert completion.stop_reason in {StopReason.LENGTH, StopReason.STOP_TOKEN}
+    free = create_policy(model, tokenizer, {"max_tokens": 8, "temperature": 0})("347+285=")
+    assert len(free.tokens) > 2
+    cut = create_policy(model, tokenizer, {"max_tokens": 2, "temperature": 0})("347+285=")
+    assert cut.tokens == free.tokens[:2]
+    assert cut.stop_reason is StopReason.LENGTH
+
+
+def test_one_stop_string_is_not_its_letters(loaded):
+    policy = create_policy(*loaded, {"max_tokens": 8, "temperature": 0, "stop": "0123456789"})
+    assert policy.sampling.stop == ("0123456789",)
+    assert policy("347+285=").stop_reason is StopReason.STOP_TOKEN
 
 
 def test_a_stop_string_ends_the_completion_with_its_tokens_kept(loaded):
@@ -208,6 +218,40 @@ def test_prompts_the_model_cannot_take_are_refused(loaded):
         policy("9" * 5000)
     with pytest.raises(PromptError, match="exceed the model's context"):
         create_policy(model, tokenizer, {"max_tokens": 10**6})("1")
+
+
+@pytest.mark.parametrize("option", [{"temperature": "hot"}, {"max_tokens": 2.5}, {"seed": "x"}])
+def test_an_option_of_the_wrong_type_is_named(loaded, option):
+    # The shape checks of these tests may refuse it before the option is looked at.
+    (name,) = option
+    with pytest.raises((ConfigError, TypeCheckError), match=name):
+        create_policy(*loaded, option)
+
+
+@pytest.mark.parametrize("prompt", ["", [], [{"content": "no role"}], [{"role": "user"}]])
+def test_an_empty_or_malformed_prompt_is_refused(loaded, prompt):
+    with pytest.raises(PromptError, match=r"empty|chat template"):
+        create_policy(*loaded, {"max_tokens": 4})(prompt)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config.json": b"{"}, "is not JSON"),
+        ({"config.json": b"[]"}, "expected a JSON object"),
+        ({"config.json": b'{"model_type": "qwen3"}'}, "cannot load the model"),
+        ({"model.safetensors": b"\x10"}, "cannot load the model"),
+        ({"tokenizer.json": None}, "has no tokenizer"),
+    ],
+)
+def test_a_broken_model_folder_is_one_clear_error(tiny, tmp_path, change, message):
+    shutil.copytree(tiny, tmp_path / "model")
+    for name, content in change.items():
+        (tmp_path / "model" / name).unlink()
+        if content is not None:
+            (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path / "model")
 
 
 def test_a_model_that_is_not_there_says_what_to_do(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from tests.test_types import rollout
 from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
 from textpolicy.algorithms import grpo
-from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.errors import ConfigError, TaskError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
 from textpolicy.rollout.worker import collect
@@ -161,6 +161,43 @@ def test_a_twin_cannot_follow_a_trainer_that_publishes_nothing(load_tiny, tmp_pa
     trainer.adapters.publish_path = None
     with pytest.raises(ConfigError, match="publishes no adapters"):
         train_rl(tasks=tasks(), reward=digits, policy=policy, trainer=trainer, steps=1)
+
+
+def test_a_list_of_tasks_is_gone_through_once_and_its_end_is_an_error(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path)
+    seen = []
+    with pytest.raises(TaskError, match="ran out at step 2 of 5, which needs 2 and got 1"):
+        train_rl(
+            tasks=list(itertools.islice(tasks(), 5)),
+            reward=digits,
+            policy=policy,
+            trainer=trainer,
+            steps=5,
+            groups_per_step=2,
+            on_step=lambda report: seen.extend(group.task.id for group in report.groups),
+        )
+    assert seen == ["0", "1", "2", "3"]
+
+
+def test_full_weights_on_a_twin_are_noticed_because_the_sampler_stays_behind(load_tiny):
+    model, tokenizer = load_tiny()
+    trainer = Trainer(model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-2))
+    options = {"reward": digits, "trainer": trainer, "steps": 4, "groups_per_step": 4}
+    with pytest.raises(TrainingError, match="log-probabilities of one version differ"):
+        policy = create_policy(twin(model), tokenizer, {"max_tokens": 6})
+        train_rl(tasks=tasks(), policy=policy, **options)
+    train_rl(tasks=tasks(), policy=create_policy(model, tokenizer, {"max_tokens": 6}), **options)
+
+
+def test_a_step_without_rewards_is_a_step_without_an_update(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path)
+    options = {"policy": policy, "trainer": trainer, "groups_per_step": 1, "group_size": 2}
+    metrics = train_rl(tasks=tasks(), reward=lambda p, c, e: None, steps=3, **options)
+    assert metrics["update_skipped/no_signal"] == metrics["reward/unscored"] == 1
+    assert "reward" not in metrics
+    train_rl(tasks=tasks(), reward=digits, steps=1, **options)
+    with pytest.raises(TrainingError, match="returned None for every sample of 10 steps in a row"):
+        train_rl(tasks=tasks(), reward=lambda p, c, e: None, steps=11, **options)
 
 
 def test_rollout_metrics_by_hand():

@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from textpolicy.adapters import AdapterContainer, memory_stats
+from textpolicy.errors import AdapterError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.rollout.worker import collect
 from textpolicy.types import Task
@@ -157,6 +158,17 @@ def test_a_file_of_an_earlier_run_is_not_taken_for_this_one(tiny):
     AdapterContainer.of(lora_model).advance()
     AdapterContainer.of(lora_model).publish()
     assert policy_fn("1+1=").version == 1
+
+
+def test_a_published_file_that_does_not_fit_fails_every_generation(tiny):
+    from textpolicy.generation.reload import create_auto_reload_setup, save_adapters
+
+    policy_fn, *_ = create_auto_reload_setup(str(tiny), max_tokens=4, lora_rank=4)
+    _, _, other, _ = create_auto_reload_setup(str(tiny), "other.safetensors", lora_rank=8)
+    save_adapters(other, "./lora_adapters.safetensors")
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="rank: 8 in the file, 4 in the model"):
+            policy_fn("1+1=")
 
 
 def test_a_reloadable_policy(tiny):

@@ -96,7 +96,7 @@ def test_rollouts_of_another_policy_are_refused_at_the_first_step(load_tiny):
     container = AdapterContainer.of(model)
     shaken = {n: mx.random.normal(v.shape) for n, v in container.parameters().items()}
     container.swap(shaken, version=0)
-    with pytest.raises(TrainingError, match="recorded and recomputed log-probabilities differ"):
+    with pytest.raises(TrainingError, match="log-probabilities of one version differ"):
         trainer.train(groups)
 
 
@@ -152,13 +152,10 @@ def test_a_rollout_without_a_reward_changes_nothing(load_tiny):
     def picky(prompt, completion, example):
         return None if len(completion) % 2 else length_reward(prompt, completion, example)
 
-    _, trainer, groups = setup(load_tiny, reward=picky)
+    _, _, groups = setup(load_tiny, reward=picky)
     scored = sum(r.reward is not None for g in groups for r in g.rollouts)
     assert 0 < scored < 12
     assert len(score_rows(groups, grpo.compute_advantages)) == scored
-    _, trainer, groups = setup(load_tiny, reward=lambda prompt, completion, example: None)
-    with pytest.raises(TrainingError, match="none of the 12 rollouts in 4 groups has a reward"):
-        trainer.train(groups)
 
 
 def test_truncated_sampling_is_refused_for_training(load_tiny):

@@ -4,12 +4,12 @@ Read this to see how a run goes; everything it calls is in the folder of the sam
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from textpolicy.buffer import Buffer
-from textpolicy.errors import TrainingError
+from textpolicy.errors import TaskError, TrainingError
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
@@ -28,7 +28,7 @@ class StepReport:
 
 def train_rl(
     *,
-    tasks: Iterator[Task],
+    tasks: Iterable[Task],
     reward: RewardFn,
     policy: Policy,
     trainer: Trainer,
@@ -44,10 +44,11 @@ def train_rl(
     before its next generation: both may live on twins of one model, or in different processes.
     """
     buffer = Buffer()
+    tasks = iter(tasks)
     metrics: Metrics = {}
     for step in range(steps):
         started = time.perf_counter()
-        batch = list(islice(tasks, groups_per_step))
+        batch = _next_tasks(tasks, groups_per_step, step, steps)
         groups = collect(batch, policy, reward, group_size=group_size, seed=(seed << 32) + step)
         buffer.extend(groups)
         sampled = time.perf_counter()
@@ -70,6 +71,17 @@ def train_rl(
         if on_step:
             on_step(StepReport(step=step, steps=steps, metrics=metrics, groups=groups))
     return metrics
+
+
+def _next_tasks(tasks: Iterator[Task], count: int, step: int, steps: int) -> list[Task]:
+    batch = list(islice(tasks, count))
+    if len(batch) < count:
+        raise TaskError(
+            f"the tasks ran out at step {step} of {steps}, which needs {count} and got "
+            f"{len(batch)}: pass a longer list, or an iterator without end such as "
+            "itertools.cycle(tasks)"
+        )
+    return batch
 
 
 def _reload(policy: Policy, trainer: Trainer) -> None:

@@ -1,9 +1,10 @@
 """The nouns of the library. All else imports them; of mlx they import only the array type."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from types import UnionType
 from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -26,6 +27,18 @@ class StopReason(StrEnum):
     """`max_tokens` tokens were sampled: the completion is cut off."""
 
 
+FieldCheck = tuple[type | UnionType, Callable[[Any], bool], str]
+"""The type of a field, what else its value must satisfy, and both in words."""
+
+
+def check_fields(options: object, **checks: FieldCheck) -> None:
+    """Raise `ConfigError` for the first field of `options` that fails its check."""
+    for name, (kind, holds, expected) in checks.items():
+        value = getattr(options, name)
+        if not isinstance(value, kind) or not holds(value):
+            raise ConfigError(f"{name} is {value!r}; expected {expected}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy decoding."""
@@ -39,18 +52,17 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 is off)"),
-            "stop": (all(self.stop), "non-empty strings"),
-        }
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        number = int | float
+        check_fields(
+            self,
+            max_tokens=(int, lambda x: x >= 1, "a whole number, at least 1"),
+            temperature=(number, lambda x: x >= 0, "a number, 0 (greedy) or more"),
+            top_p=(number, lambda x: 0 < x <= 1, "a number in (0, 1]"),
+            top_k=(int, lambda x: x >= 0, "a whole number, 0 (off) or more"),
+            min_p=(number, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+            repetition_penalty=(number, lambda x: x > 0, "a number above 0 (1 is off)"),
+            stop=(tuple, all, "a tuple of non-empty strings"),
+        )
 
     @property
     def scorable(self) -> bool:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from textpolicy.errors import ConfigError
+from textpolicy.types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,16 +29,14 @@ class AdapterConfig:
             raise ConfigError(f"keys is the string {self.keys!r}; expected a list of paths")
         if self.keys is not None:
             object.__setattr__(self, "keys", tuple(dict.fromkeys(self.keys)))
-        checks = {
-            "num_layers": (self.num_layers == -1 or self.num_layers > 0, "above 0, or -1 (all)"),
-            "rank": (self.rank > 0, "above 0"),
-            "scale": (math.isfinite(self.scale) and self.scale != 0, "finite and not 0"),
-            "dropout": (0 <= self.dropout < 1, "in [0, 1)"),
-            "keys": (self.keys is None or len(self.keys) > 0, "at least one path, or None (all)"),
-        }
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        check_fields(
+            self,
+            num_layers=(int, lambda x: x == -1 or x > 0, "a whole number above 0, or -1 (all)"),
+            rank=(int, lambda x: x > 0, "a whole number above 0"),
+            scale=(int | float, lambda x: math.isfinite(x) and x != 0, "finite and not 0"),
+            dropout=(int | float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+            keys=(tuple | None, lambda x: x is None or len(x) > 0, "paths, or None (all)"),
+        )
 
     @classmethod
     def from_mlx(cls, data: Mapping[str, Any]) -> "AdapterConfig":

@@ -46,15 +46,16 @@ class AdapterWatcher:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
-        self._seen = _signature(self.path)
+        self._seen = self._found = _signature(self.path)
 
     def poll(self) -> Path | None:
-        """The path, if its file is another one than at the last look."""
-        found = _signature(self.path)
-        if found is None or found == self._seen:
-            return None
-        self._seen = found
-        return self.path
+        """The path, if its file is another one than the last that was accepted."""
+        self._found = _signature(self.path)
+        return None if self._found in (None, self._seen) else self.path
+
+    def accept(self) -> None:
+        """What the last poll found is in use; a file that could not be used is found again."""
+        self._seen = self._found
 
 
 def peek_version(path: str | Path) -> int:

@@ -74,14 +74,19 @@ def decode(
     stop: StopRule,
     seed: int,
     max_rows: int,
+    together: bool = True,
 ) -> list[list[Row]]:
-    """`n` finished rows for each prompt. At most `max_rows` decode at once; freed slots refill."""
+    """`n` finished rows for each prompt. Groups are admitted while `max_rows` allow it, and alone
+    if they are larger; freed slots refill. Without `together`, each row is decoded by itself.
+    """
     groups = [[Row(p, m, prompt) for m in range(n)] for p, prompt in enumerate(prompts)]
-    waiting = deque(groups)
+    rows = [[row] for group in groups for row in group]
+    waiting = deque(groups if together else rows)
+    size, limit = (n, max_rows) if together else (1, 1)
     active: _Active | None = None
     while waiting or active:
-        room = max_rows - (len(active.rows) if active else 0)
-        admitted = [waiting.popleft() for _ in range(min(len(waiting), room // n))]
+        room = limit - (len(active.rows) if active else 0)
+        admitted = [waiting.popleft() for _ in range(min(len(waiting), room // size))]
         if not admitted and active is None:
             admitted = [waiting.popleft()]
         if admitted:
@@ -94,6 +99,27 @@ def decode(
         if 2 * finished >= len(active.rows):
             active = active.without_finished()
     return groups
+
+
+def can_batch(model: nn.Module) -> bool:
+    """Whether rows of unequal length decode together to what each gives alone.
+
+    Not so for every architecture in mlx-lm 0.32: gemma2 lays a batch's mask over its heads, and
+    recurrent states take in the padding.
+    """
+    prompts = [[1, 2, 3, 4], [2]]
+    try:
+        together = _first_logits(model, prompts)
+    except ValueError:
+        return False
+    alone = mx.concatenate([_first_logits(model, [prompt]) for prompt in prompts])
+    tolerance = 1e-3 if alone.dtype == mx.float32 else 0.1
+    return float(mx.abs(together - alone).astype(mx.float32).mean()) < tolerance
+
+
+def _first_logits(model: nn.Module, prompts: list[list[int]]) -> mx.array:
+    active = _prefill(model, [[Row(p, 0, prompt)] for p, prompt in enumerate(prompts)], seed=0)
+    return model(active.last[:, None], cache=active.cache)[:, -1, :]
 
 
 def _prefill(model: nn.Module, groups: list[list[Row]], seed: int) -> _Active:

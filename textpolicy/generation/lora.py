@@ -5,6 +5,7 @@ lora_scale, lora_dropout and lora_keys; the defaults are those of `AdapterConfig
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,5 @@ def adapters_of(model: nn.Module) -> AdapterContainer:
 def _adapter_config(model: nn.Module, options: Mapping[str, Any]) -> AdapterConfig:
     check_options("lora_config", options, list(_FIELDS))
     given = {_FIELDS[name]: value for name, value in options.items()}
-    if given.get("num_layers", -1) > 0:
-        given["num_layers"] = min(given["num_layers"], block_count(model))
-    return AdapterConfig(**given)
+    config = AdapterConfig(**given)
+    return replace(config, num_layers=min(config.num_layers, block_count(model)))

@@ -34,7 +34,7 @@ def load_model(
     config = {"trust_remote_code": False, **(tokenizer_config or {})}
     try:
         model, tokenizer, *_ = mlx_lm.load(str(folder), tokenizer_config=config)
-    except (ValueError, FileNotFoundError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         raise ModelError(f"cannot load the model in {folder}: {error}") from error
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
         dtype = mx.float32
@@ -61,6 +61,8 @@ def create_policy(
     """
     options = dict(params or {})
     seed = options.pop("seed", None)
+    if not isinstance(seed, int | None):
+        raise ConfigError(f"seed is {seed!r}; expected a whole number, or None for a random one")
     return ModelPolicy(model, tokenizer, _sampling(options), follow=follow, seed=seed)
 
 
@@ -69,8 +71,8 @@ def _sampling(options: dict[str, Any]) -> Sampling:
     for name in options:
         if name not in known:
             near = get_close_matches(name, [*known, "seed"], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ConfigError(f"unknown generation option {name!r}{hint} Known: {known}, 'seed'")
-    if isinstance(stop := options.get("stop"), list):
-        options["stop"] = tuple(stop)
+    if (stop := options.get("stop")) is not None:
+        options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     return Sampling(**options)

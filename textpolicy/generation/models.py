@@ -10,7 +10,8 @@ from textpolicy.errors import ModelError
 
 TINY = "tiny"
 # Weights as safetensors only: the other formats can carry code or overrun their reader.
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
 def tiny_model() -> Path:
@@ -49,6 +50,14 @@ def _checked(folder: Path) -> Path:
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{folder} is not a model: it has no config.json")
-    if "model_file" in json.loads(config.read_text(encoding="utf-8")):
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{config} is not JSON ({error}): was its download cut off?") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{config} holds a {type(content).__name__}; expected a JSON object")
+    if "model_file" in content:
         raise ModelError(f"{config} asks to run Python code (model_file); such models are refused")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{folder} has no tokenizer: expected one of {list(_TOKENIZER_FILES)}")
     return folder

@@ -9,7 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer, attach_adapter
 from textpolicy.adapters.files import AdapterWatcher
-from textpolicy.generation.engine import Row, decode
+from textpolicy.generation.engine import Row, can_batch, decode
 from textpolicy.generation.prompts import check_prompt, decode_text, encode_prompt
 from textpolicy.types import Completion, Prompt, Sampling, StopReason
 
@@ -40,6 +40,7 @@ class ModelPolicy:
         self._seed = secrets.randbits(32) if seed is None else seed
         self._generations = 0
         self._max_rows = max_rows
+        self._together = can_batch(model)
 
     def __call__(self, prompt: Prompt) -> Completion:
         return self.generate([prompt])[0][0]
@@ -60,6 +61,7 @@ class ModelPolicy:
     ) -> list[list[Completion]]:
         if self._watcher and (changed := self._watcher.poll()):
             self.reload(changed)
+            self._watcher.accept()
         prompt_tokens = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for tokens in prompt_tokens:
             check_prompt(self.model, tokens, self.sampling.max_tokens)
@@ -71,6 +73,7 @@ class ModelPolicy:
             stop=self._stop,
             seed=self._next_seed() if seed is None else seed,
             max_rows=self._max_rows,
+            together=self._together,
         )
         version = self.version
         return [[self._completion(row, version) for row in group] for group in groups]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.nn as nn
+from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.errors import PromptError
@@ -15,9 +16,17 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
 
     A string is one user message. A tokenizer without a chat template takes plain strings only.
     """
+    if not prompt:
+        raise PromptError(f"the prompt is empty ({prompt!r}): there is nothing to answer")
     if tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
+        try:
+            return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
+        except (TemplateError, ValueError, KeyError) as error:
+            raise PromptError(
+                f"the model's chat template does not take {messages!r}: {error}. Expected messages "
+                "with a role (system, user, assistant) and a content, in an order it knows"
+            ) from error
     if not isinstance(prompt, str):
         raise PromptError("this tokenizer has no chat template: pass the prompt as one string")
     return list(tokenizer.encode(prompt))
@@ -46,7 +55,8 @@ def check_prompt(model: nn.Module, tokens: Sequence[int], max_tokens: int) -> No
 def _limits(model: nn.Module) -> tuple[int, int | None]:
     # mlx-lm 0.32 keeps both on `args`; models that nest a language model keep them one level down.
     args: Any = model.args
-    if "text_config" in vars(args):
-        nested = args.text_config
-        return nested["vocab_size"], nested.get("max_position_embeddings")
-    return args.vocab_size, vars(args).get("max_position_embeddings")
+    options: dict[str, Any] = vars(args)
+    if nested := options.get("text_config"):
+        options = nested if isinstance(nested, dict) else vars(nested)
+    context = options.get("max_position_embeddings") or options.get("n_positions")
+    return options["vocab_size"], context

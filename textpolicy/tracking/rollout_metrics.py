@@ -14,20 +14,25 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
         [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
         for group in groups
     ]
-    scored = [rewards for rewards in rewards_G if rewards]
-    if not scored:
-        return {"reward/unscored": 1.0}
     lengths = [sum(rollout.mask) for rollout in rollouts]
-    flat = np.concatenate(scored)
-    return {
-        "reward": float(flat.mean()),
-        "reward_std": float(np.mean([np.std(rewards) for rewards in scored])),
-        "reward/unscored": 1 - len(flat) / len(rollouts),
-        "frac_reward_zero_std": float(np.mean([np.ptp(rewards) == 0 for rewards in scored])),
+    return _reward_metrics(rewards_G) | {
+        "reward/unscored": 1 - sum(map(len, rewards_G)) / len(rollouts),
         "completions/mean_length": float(np.mean(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": float(
             np.mean([rollout.stop_reason is StopReason.LENGTH for rollout in rollouts])
         ),
         "num_tokens": float(sum(lengths)),
+    }
+
+
+def _reward_metrics(rewards_G: Sequence[Sequence[float]]) -> Metrics:
+    """Nothing, where nothing was scored: a mean of no rewards is no number."""
+    scored = [rewards for rewards in rewards_G if rewards]
+    if not scored:
+        return {}
+    return {
+        "reward": float(np.concatenate(scored).mean()),
+        "reward_std": float(np.mean([np.std(rewards) for rewards in scored])),
+        "frac_reward_zero_std": float(np.mean([np.ptp(rewards) == 0 for rewards in scored])),
     }

@@ -32,11 +32,6 @@ def score_rows(groups: Sequence[RolloutGroup], advantage_fn: AdvantageFn) -> lis
         for m, rollout in enumerate(group.rollouts):
             if rollout.reward is not None:
                 rewards[g, m] = rollout.reward
-    if np.isnan(rewards).all():
-        raise TrainingError(
-            f"none of the {sum(len(g.rollouts) for g in groups)} rollouts in {len(groups)} groups "
-            "has a reward: the reward function returned None for every sample"
-        )
     advantages = np.array(advantage_fn(mx.array(rewards)))
     return [
         ScoredRow(rollout, float(advantages[g, m]), g)

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Bool, Float, Int
+from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from textpolicy.types import Batch
@@ -35,8 +36,37 @@ def batch_logps(model: nn.Module, batch: Batch, *, share_prompts: bool = True) -
 
 
 def can_share_prompts(model: nn.Module) -> bool:
-    """Whether every layer keeps plain keys and values; recurrent and windowed ones do not."""
-    return all(type(layer) is KVCache for layer in make_prompt_cache(model))
+    """Whether completions read after a shared prompt get the scores of whole rows.
+
+    Recurrent and windowed layers keep more than keys and values, and some models (gemma2 in mlx-lm
+    0.32) lay a batch's mask over their heads: a ragged batch of six tokens tells.
+    """
+    if not all(type(layer) is KVCache for layer in make_prompt_cache(model)):
+        return False
+    batch = _ragged_batch()
+    expected, _ = batch_logps(model, batch, share_prompts=False)
+    try:
+        shared, _ = batch_logps(model, batch)
+    except ValueError:
+        return False
+    tolerance = 1e-3 if model(batch.tokens).dtype == mx.float32 else 0.1
+    return float(mx.abs(shared - expected).mean()) < tolerance
+
+
+def _ragged_batch() -> Batch:
+    shape = (2, 2)
+    return Batch(
+        prompts=mx.array([[1, 2, 3], [3, 0, 0]]),
+        prompt_lengths=mx.array([3, 1]),
+        owner=mx.array([0, 1]),
+        tokens=mx.array([[1, 2], [4, 3]]),
+        mask=mx.ones(shape, dtype=mx.bool_),
+        logp_old=mx.zeros(shape),
+        advantages=mx.zeros(shape),
+        temperature=mx.ones(2),
+        rows=2,
+        token_count=4,
+    )
 
 
 def _score(
@@ -61,7 +91,9 @@ class _PromptKeys:
         self.keys, self.values = keys, values
         return keys, values
 
-    def make_mask(self, time: int, **_: Any) -> Any:
+    def make_mask(self, time: int, *, return_array: bool = False, **_: Any) -> Any:
+        if return_array:
+            return create_causal_mask(time)
         return "causal" if time > 1 else None
 
 

@@ -21,6 +21,8 @@ from textpolicy.types import AdvantageFn, Batch, LossFn, Metrics, RolloutGroup
 # Nats per token. float32 agrees to 1e-5 and bfloat16 to a few hundredths; a prompt that was
 # templated twice, or sampled from other weights, is far above.
 MISMATCH_LIMIT = 0.1
+# Steps without a single reward before the run is stopped.
+UNSCORED_LIMIT = 10
 
 
 class Trainer:
@@ -55,6 +57,7 @@ class Trainer:
             )
         self._share_prompts = can_share_prompts(model)
         self._updates = 0
+        self._unscored = 0
         self._value_and_grad = nn.value_and_grad(model, self._objective)
 
     @property
@@ -81,9 +84,11 @@ class Trainer:
             raise TrainingError("no rollout groups to train on: collect some first")
         check_scorable(groups)
         rows = score_rows(groups, self.advantage_fn)
+        if not rows:
+            return self._without_rewards()
+        self._unscored = 0
         gradient, metrics = self._gradient(micro_batches(rows, self.micro_batch_size))
-        if self._updates == 0:
-            self._check_sampler(groups, metrics)
+        self._check_sampler(groups, metrics)
         has_signal = any(row.advantage != 0 for row in rows)
         return metrics | self._update(gradient, has_signal)
 
@@ -113,13 +118,8 @@ class Trainer:
 
     def _update(self, gradient: Any, has_signal: bool) -> Metrics:
         norm = _global_norm(gradient)
-        report = {
-            "grad_norm": norm,
-            "learning_rate": float(self.optimizer.learning_rate),
-            "update_skipped/not_finite": float(not math.isfinite(norm)),
-            "update_skipped/no_signal": float(norm == 0),
-        }
-        if norm == 0 and has_signal:
+        report = self._report(norm)
+        if norm == 0 and has_signal and self._updates == 0:
             raise TrainingError(
                 "advantages differ but the gradient is exactly zero: the loss does not depend on "
                 "the trainable weights. Check that loss_fn uses the `logp` it is given"
@@ -140,12 +140,30 @@ class Trainer:
                 self.adapters.publish()
         return report
 
+    def _without_rewards(self) -> Metrics:
+        """The report of a step in which the reward function declined to score every sample."""
+        self._unscored += 1
+        if self._unscored == UNSCORED_LIMIT:
+            raise TrainingError(
+                f"the reward function returned None for every sample of {UNSCORED_LIMIT} steps in "
+                "a row: nothing can be learned. Return a number for what you want to compare"
+            )
+        return self._report(norm=0.0)
+
+    def _report(self, norm: float) -> Metrics:
+        return {
+            "grad_norm": norm,
+            "learning_rate": float(self.optimizer.learning_rate),
+            "update_skipped/not_finite": float(not math.isfinite(norm)),
+            "update_skipped/no_signal": float(norm == 0),
+        }
+
     def _check_sampler(self, groups: Sequence[RolloutGroup], metrics: Metrics) -> None:
         mismatch = metrics["sampling/sampling_logp_difference/mean"]
         on_policy = all(group.version == self.version for group in groups)
         if on_policy and mismatch > MISMATCH_LIMIT:
             raise TrainingError(
-                "before any update, recorded and recomputed log-probabilities differ by "
+                "recorded and recomputed log-probabilities of one version differ by "
                 f"{mismatch:.3f} nats a token; expected at most {MISMATCH_LIMIT}. The rollouts "
                 "come from another model, other adapters or another prompt than the trained one"
             )
