@@ -53,7 +53,7 @@ slow: setup-dev ## Run only the long tests
 shape: $(BIN)/python ## Print our sizes beside those of admired codebases
 	@$(BIN)/python tools/shape.py
 
-bench: setup ## Measure what the embedded model learns, with the command behind each number
+bench: setup ## Measure what the embedded model learns, as JSON records
 	@$(BIN)/python benchmarks/learning.py --env add --seeds 0 --json
 
 tiny-model: setup ## Make the embedded model again from its seed

@@ -32,6 +32,7 @@ LAYERS = (
     ("textpolicy.rewards",),
     ("textpolicy.adapters",),
     ("textpolicy.algorithms",),
+    ("textpolicy.backend",),
     ("textpolicy.fast_cpu",),
     ("textpolicy.types",),
     ("textpolicy.errors",),

@@ -24,6 +24,18 @@ def decline(prompt, completion, example):
 
 def interrupt(prompt, completion, example):
     raise KeyboardInterrupt
+
+def flat(prompt, completion, example):
+    return 0.5
+
+calls = 0
+
+def break_early(prompt, completion, example):
+    global calls
+    calls += 1
+    if calls > 5:
+        raise ValueError("in the first step")
+    return 0.5
 """
 
 
@@ -99,6 +111,10 @@ def test_the_example_in_the_help_is_a_valid_command(name):
         ["train", "--env", "add", "--output", "x", "--steps", "0"],
         ["train", "--env", "add", "--output", "x", "--group-size", "1"],
         ["train", "--env", "add", "--output", "x", "--lr", "fast"],
+        ["train", "--env", "add", "--output", "x", "--lr", "0"],
+        ["train", "--env", "add", "--output", "x", "--lr", "inf"],
+        ["train", "--env", "add", "--output", "x", "--scale", "0"],
+        ["train", "--env", "add", "--output", "x", "--temperature", "0"],
         ["train", "--env", "add", "--output", "x", "--temperature", "nan"],
         ["generate", "--prompt", "x", "-n", "0"],
     ],
@@ -111,6 +127,16 @@ def test_misuse_exits_with_2_and_the_usage(argv, capsys):
     assert capsys.readouterr().err.startswith("usage: textpolicy")
 
 
+@pytest.mark.parametrize("option", ["--lr", "--temperature"])
+def test_a_setting_that_cannot_learn_is_refused_before_the_run_with_what_is_expected(
+    option, tmp_path, capsys
+):
+    with pytest.raises(SystemExit):
+        main(["train", "--env", "add", "--output", str(tmp_path / "run"), option, "0"])
+    assert f"{option}: '0'; expected a number above 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_needs_none_of_the_heavy_libraries():
     program = (
         "import sys; from textpolicy.cli.options import build_parser; build_parser();"
@@ -119,25 +145,59 @@ def test_help_needs_none_of_the_heavy_libraries():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_without_a_backend_of_mlx_one_line_says_what_to_install(tmp_path):
-    # A package without `core` is what `pip install mlx` leaves on Linux.
+COMMAND = "from textpolicy.cli import main; raise SystemExit(main())"
+
+
+@pytest.fixture
+def without_backend(tmp_path):
+    """Runs a program where mlx has no backend."""
+    # A package whose `core` fails is what `pip install mlx` leaves on Linux.
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").touch()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from textpolicy.cli import main; raise SystemExit(main())",
-            "doctor",
-        ],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def run(program: str, *argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, *argv],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_without_a_backend_of_mlx_one_line_says_what_to_install(without_backend):
+    done = without_backend(COMMAND, "doctor")
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert "pip install" in line and "textpolicy" in line
+
+
+def test_without_a_backend_of_mlx_help_is_still_given(without_backend):
+    done = without_backend(COMMAND, "train", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--group-size" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import textpolicy as tp; tp.load_model('tiny')",
+        "import textpolicy as tp; tp.Task",
+        "from textpolicy import Task",
+        "from textpolicy.generation.lora import create_lora_setup",
+        "import textpolicy.types",
+        "from textpolicy.rewards import load_reward",
+    ],
+)
+def test_without_a_backend_of_mlx_the_first_use_of_the_library_says_what_to_install(
+    use, without_backend
+):
+    done = without_backend(f"try:\n    {use}\nexcept ImportError as error:\n    print(error)")
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("mlx has no backend here") and "pip install" in line
 
 
 def test_doctor_reports_what_the_installation_runs_on(answer, capsys):
@@ -295,6 +355,31 @@ def test_an_output_folder_with_an_earlier_run_is_left_as_it_is(failure, tmp_path
     message = failure("train", *SMALL_RUN, "--output", str(tmp_path))
     assert "earlier run" in message
     assert (tmp_path / "adapters.safetensors").read_text() == "precious"
+
+
+def test_a_run_that_fails_before_its_first_update_leaves_its_folder_usable(
+    failure, answer, rewards, tmp_path
+):
+    argv = ["train", *SMALL_RUN, "--steps", "1", "--output", str(tmp_path / "run")]
+    # One call checks the reward, four measure "before", the sixth is in the first step.
+    assert "in the first step" in failure(*argv, "--reward", rewards("break_early"))
+    assert not (tmp_path / "run" / "adapters.safetensors").exists()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert answer(*argv, "--reward", rewards("checksum"))["updates"] == 1
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "reward" in line
+
+
+def test_a_run_without_any_signal_says_so_and_leaves_adapters_that_change_nothing(
+    answer, rewards, tmp_path, capsys
+):
+    argv = ["train", *SMALL_RUN, "--steps", "2", "--reward", rewards("flat")]
+    assert main([*argv, "--output", str(tmp_path / "run")]) == 0
+    assert "no update was made" in capsys.readouterr().out
+    adapter = str(tmp_path / "run" / "adapters.safetensors")
+    task = ["--env", "add", "--count", "4", "--reward", rewards("checksum")]
+    report = answer("eval", *task, "--adapter", adapter)
+    assert report["adapter"] == report["base"]
 
 
 def test_an_interrupted_run_exits_with_130(rewards, capsys):

@@ -94,7 +94,13 @@ def test_a_library_without_the_products_is_declined_with_its_name_and_a_way_out(
     record = blas_with("libm.so.6")
     assert not record["fast"]
     assert record["reason"] == "libm.so.6 has no cblas_sgemm"
-    assert "pip install 'textpolicy[cpu]'" in record["hint"]
+    assert record["hint"] == fast_cpu._hint_for(mx.default_device())
+
+
+def test_a_gpu_needs_no_other_blas_and_a_cpu_gets_the_library_alone():
+    assert fast_cpu._hint_for(mx.Device(mx.gpu)) == ""
+    assert "pip install scipy-openblas32" in fast_cpu._hint_for(mx.Device(mx.cpu))
+    assert "textpolicy[" not in fast_cpu._hint_for(mx.Device(mx.cpu))
 
 
 @linux

@@ -4,10 +4,11 @@ Names are imported on first use, because mlx-lm and transformers take seconds to
 commands and scripts need only a part.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from textpolicy import fast_cpu
+from textpolicy import backend, fast_cpu
 
 if TYPE_CHECKING:
     from textpolicy.adapters.config import AdapterConfig
@@ -66,6 +67,9 @@ _HOME = {
 }
 
 fast_cpu.enable()
+if backend.missing_backend():
+    # Nearly every module imports mlx first; this says it once for all of them.
+    sys.meta_path.insert(0, backend.Refusal())
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ import numpy as np
 from textpolicy.errors import ConfigError
 
 _STOCK = "mlx's own (netlib reference)"
-_HINT = "pip install 'textpolicy[cpu]' brings an OpenBLAS some 30 times faster"
+_HINT = "pip install scipy-openblas32 brings an OpenBLAS some 30 times faster"
 _PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _SHAPES = ((64, 64, 64), (33, 130, 17))
 
@@ -58,14 +57,15 @@ def enable() -> Blas:
     if _setting() == "off":
         return Blas(name=_STOCK, fast=False, reason="TEXTPOLICY_BLAS=off")
     try:
-        import_module("mlx.core")  # loads libmlx.so
+        import mlx.core as mx  # loads libmlx.so
     except ImportError as error:
         return Blas(name="none", fast=False, reason=f"mlx cannot be imported: {error}")
     try:
         library = _load(_setting())
         _use({name: _address(library, name) for name in _PRODUCTS})
     except (_Declined, OSError) as declined:
-        return Blas(name=_STOCK, fast=False, reason=str(declined), hint=_HINT)
+        hint = _hint_for(mx.default_device())
+        return Blas(name=_STOCK, fast=False, reason=str(declined), hint=hint)
     return _describe(library)
 
 
@@ -100,6 +100,11 @@ def measure_gflops(n: int = 1024) -> float:
         mx.eval(mx.matmul(matrix, matrix, stream=mx.cpu))
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds) / 1e9
+
+
+def _hint_for(device: Any) -> str:
+    # The library alone: textpolicy[cpu] would install mlx's CPU backend over that of CUDA.
+    return "" if device.type.name == "gpu" else _HINT
 
 
 def _setting() -> str:

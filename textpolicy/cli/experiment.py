@@ -36,6 +36,7 @@ from textpolicy.training.trainer import Trainer
 from textpolicy.types import AdvantageFn, RewardFn, Sampling, Task
 
 ADAPTERS = "adapters.safetensors"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class Experiment:
     """Everything that a run needs, ready to go round."""
 
     environment: Environment
+    adapters: AdapterContainer
     reward: RewardFn
     policy: ModelPolicy
     trainer: Trainer
@@ -62,11 +64,15 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run achieved. `seconds` are those of training and both measurements."""
+    """What a run achieved. `seconds` are those of training and both measurements.
+
+    `updates` is below `steps` where steps gave no signal to learn from.
+    """
 
     before: Score
     after: Score
     steps: int
+    updates: int
     seconds: float
     adapters: Path
 
@@ -100,9 +106,9 @@ def assemble(
     config = AdapterConfig(rank=settings.rank, scale=settings.scale)
     adapters = AdapterContainer.from_model(model, config, seed=settings.seed)
     adapters.publish_path = output / ADAPTERS
-    adapters.publish()
     return Experiment(
         environment=environment,
+        adapters=adapters,
         reward=reward,
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=settings.seed),
         trainer=Trainer(
@@ -124,6 +130,8 @@ def run_experiment(
     """Measure, train, measure again; the last adapters stay in `output`."""
     experiment = assemble(settings, output, advantage_fn)
     (output / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    # Steps of a run that failed before its first update are none of this run's.
+    (output / METRICS).unlink(missing_ok=True)
     policy, reward = experiment.policy, experiment.reward
     heldout = experiment.environment.heldout(settings.count)
     started = time.perf_counter()
@@ -149,11 +157,15 @@ def run_experiment(
             on_step=on_step,
         )
     console.close()
+    if experiment.trainer.version == 0:
+        # Each update publishes; without any, the file still has to be there for `eval`.
+        experiment.adapters.publish()
     after = measure(policy, heldout, reward)
     return Outcome(
         before=before,
         after=after,
         steps=settings.steps,
+        updates=experiment.trainer.version,
         seconds=time.perf_counter() - started,
         adapters=output / ADAPTERS,
     )
@@ -161,7 +173,7 @@ def run_experiment(
 
 def open_sinks(settings: RunSettings, output: Path) -> list[Sink]:
     """Where the run's metrics go: a file in `output`, and W&B if asked."""
-    sinks: list[Sink] = [MetricsFile(output / "metrics.jsonl")]
+    sinks: list[Sink] = [MetricsFile(output / METRICS)]
     if settings.wandb:
         sinks.append(WandbRun(settings.wandb, folder=output, config=asdict(settings)))
     return sinks

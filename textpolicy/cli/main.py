@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 
-from textpolicy import fast_cpu
+from textpolicy import backend, fast_cpu
 from textpolicy.cli.options import build_parser
 from textpolicy.errors import TextPolicyError
 
@@ -15,10 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
     options = build_parser().parse_args(argv)
     failed = f"textpolicy {options.command}: "
-    try:
-        import_module("mlx.core")
-    except ImportError as error:
-        print(f"{failed}mlx has no backend here ({error}); {_install()}", file=sys.stderr)
+    if missing := backend.missing_backend():
+        print(f"{failed}{missing}", file=sys.stderr)
         return 1
     try:
         _set_threads(options)
@@ -38,9 +36,3 @@ def _set_threads(options: Namespace) -> None:
         fast_cpu.use_threads(options.threads)
     elif options.model == "tiny" and fast_cpu.status().threads:
         fast_cpu.use_threads(1)
-
-
-def _install() -> str:
-    if sys.platform == "darwin":
-        return "install one with: pip install textpolicy (on Apple silicon)"
-    return "install one with: pip install 'textpolicy[cpu]' (NVIDIA GPU: 'textpolicy[cuda13]')"

@@ -60,16 +60,28 @@ def at_least(low: float, kind: type[int] | type[float] = int) -> Callable[[str],
     """A converter for numbers with a smallest allowed value."""
 
     def convert(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = None
-        if number is None or not number >= low:
+        number = _parse(text, kind)
+        if not low <= number < float("inf"):
             noun = "a whole number" if kind is int else "a number"
             raise ArgumentTypeError(f"{text!r}; expected {noun}, at least {low}")
         return number
 
     return convert
+
+
+def positive(text: str) -> float:
+    """A converter for numbers above 0."""
+    number = _parse(text, float)
+    if not 0 < number < float("inf"):
+        raise ArgumentTypeError(f"{text!r}; expected a number above 0")
+    return number
+
+
+def _parse(text: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        return float("nan")
 
 
 def _option(parser: ArgumentParser, name: str, text: str, default: Any = None, **rest: Any) -> None:
@@ -108,12 +120,12 @@ def _train(parser: ArgumentParser) -> None:
     _task(parser)
     text = "folder for adapters.safetensors, config.json and metrics.jsonl"
     _option(parser, "output", text, type=Path, required=True, metavar="DIR")
-    run, number = RunSettings, at_least(0, float)
+    run = RunSettings
     _option(parser, "steps", "updates to take", run.steps, type=at_least(1))
     text = "learning rate of Adam; models of billions want about 1e-4"
-    _option(parser, "lr", text, run.lr, type=number)
+    _option(parser, "lr", text, run.lr, type=positive)
     _option(parser, "rank", "rank of the low-rank product", run.rank, type=at_least(1))
-    _option(parser, "scale", "what multiplies the low-rank product", run.scale, type=number)
+    _option(parser, "scale", "what multiplies the low-rank product", run.scale, type=positive)
     text = "quantize the frozen model to this many bits, QLoRA (default: no)"
     _option(parser, "quantize", text, type=int, choices=(2, 3, 4, 5, 6, 8))
     text = "completions of each task, compared with each other"
@@ -124,7 +136,7 @@ def _train(parser: ArgumentParser) -> None:
     _option(parser, "micro-batch-size", text, type=at_least(1))
     _max_tokens(parser)
     text = "randomness of the sampled completions"
-    _option(parser, "temperature", text, run.temperature, type=number)
+    _option(parser, "temperature", text, run.temperature, type=positive)
     _option(parser, "seed", "makes the run repeatable", run.seed, type=int)
     text = "log to this project of Weights & Biases too; offline without an API key (default: no)"
     _option(parser, "wandb", text, metavar="PROJECT")

@@ -21,8 +21,14 @@ def run(options: Namespace) -> Report:
 
 def describe(outcome: Outcome) -> str:
     """What a person wants to know of a finished run."""
-    return (
+    text = (
         f"greedy reward on {outcome.after.count} held-out tasks: "
         f"{outcome.before} before, {outcome.after} after\n"
         f"{outcome.steps} steps in {outcome.seconds:.0f} s"
     )
+    if outcome.updates == 0:
+        text += (
+            "\nno update was made, so the adapters change nothing: does the reward ever differ "
+            "between completions of one task?"
+        )
+    return text

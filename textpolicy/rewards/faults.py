@@ -14,7 +14,7 @@ def user_code(what: str, *, file: str, sample: str = "") -> Generator[None, None
         yield
     except TextPolicyError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         where = f" ({file}, line {lines[-1]})" if lines else ""
         message = f"{what} raised {type(error).__name__}: {error}{where}"

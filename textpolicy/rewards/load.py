@@ -2,8 +2,10 @@
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.faults import user_code
 from textpolicy.types import RewardFn
+
+_numbers = count(1)
 
 
 def load_reward(spec: str) -> RewardFn:
@@ -39,13 +43,23 @@ def load_reward(spec: str) -> RewardFn:
 
 
 def _run(path: Path) -> ModuleType:
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A number keeps a file named json.py from passing for another module.
+    name = f"reward_file_{next(_numbers)}_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"reward file {path} is not a Python file: expected a name ending in .py")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    _find_neighbours(path.resolve().parent)
     with user_code(f"importing {path}", file=str(path)):
         module_spec.loader.exec_module(module)
     return module
+
+
+def _find_neighbours(folder: Path) -> None:
+    """Let the file import those beside it as `python FILE.py` would, its functions too, later."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def _check_signature(reward: Callable[..., Any], spec: str) -> None:

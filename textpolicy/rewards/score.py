@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from types import FunctionType
 from typing import Any
+
+import numpy as np
 
 from textpolicy.errors import RewardError
 from textpolicy.rewards.faults import user_code
@@ -22,12 +25,25 @@ def score(
         value: Any = reward(prompt, completion, example)
     if value is None:
         return None
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    number = _to_float(value)
+    if not math.isfinite(number):
+        # Python refuses to spell out integers of thousands of digits.
+        shown = f"{number}" if isinstance(value, int) else f"{value!r}"
         raise RewardError(
-            f"reward {name_of(reward)} returned {value!r} ({type(value).__name__}); expected a "
+            f"reward {name_of(reward)} returned {shown} ({type(value).__name__}); expected a "
             f"finite number, or None to leave the sample out\n  {sample}"
         )
-    return float(value)
+    return number
+
+
+def _to_float(value: Any) -> float:
+    """NaN for what is no real number, infinity for a number beyond a float."""
+    if not isinstance(value, Real | np.bool_):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def name_of(reward: RewardFn) -> str:
