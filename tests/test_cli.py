@@ -248,6 +248,7 @@ def test_train_leaves_adapters_config_and_one_line_of_metrics_a_step(answer, tmp
     assert all("reward" in line and "tokens_per_second" in line for line in metrics)
 
 
+@pytest.mark.slow
 def test_a_seed_makes_a_run_repeatable(answer, tmp_path, rewards):
     def adapters(name: str, seed: str) -> bytes:
         argv = [

@@ -87,6 +87,7 @@ def greedy_accuracy(model, tokenizer, name: str, count: int) -> float:
     return sum(r.reward for group in groups for r in group.rollouts) / count
 
 
+@pytest.mark.slow
 def test_it_is_able_with_room_to_improve_as_its_card_says(load_tiny, tiny):
     model, tokenizer = load_tiny()
     card = (tiny / "README.md").read_text()
