@@ -206,6 +206,13 @@ def test_a_repetition_penalty_makes_repeats_rarer(loaded):
     assert repeats[3.0] < repeats[1.0]
 
 
+def test_no_prompts_give_no_completions_and_no_completions_are_refused(loaded):
+    policy = create_policy(*loaded)
+    assert policy.generate([]) == []
+    with pytest.raises(ConfigError, match="n is 0"):
+        policy.generate(["1+1="], n=0)
+
+
 def test_an_unknown_option_names_the_nearest(loaded):
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         create_policy(*loaded, {"temprature": 1.0})

@@ -13,8 +13,8 @@ as the libraries that people compare with; the KL term of equation 3 is a separa
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.ops import center, group_std, masked_sum, sum_of_row_means
-from textpolicy.errors import ConfigError
+from textpolicy.algorithms.ops import center, check_group_size, group_std, sum_of_row_means
+from textpolicy.algorithms.surrogate import clipped_surrogate
 from textpolicy.types import Batch
 
 
@@ -22,11 +22,7 @@ def compute_advantages(
     rewards: Float[mx.array, "*groups group"], *, eps: float = 1e-4
 ) -> Float[mx.array, "*groups group"]:
     """Rewards standardised inside each group; NaN (no reward) is left out and gets 0."""
-    if rewards.shape[-1] < 2:
-        raise ConfigError(
-            f"group size is {rewards.shape[-1]}; expected at least 2: a completion is only better "
-            "or worse than others of the same prompt"
-        )
+    check_group_size(rewards)
     return center(rewards) / (group_std(rewards) + eps)
 
 
@@ -38,18 +34,5 @@ def policy_loss(
     clip_high: float = 0.2,
 ) -> tuple[Float[mx.array, ""], dict[str, mx.array]]:
     """The clipped surrogate, negated: each sequence's token mean, averaged over sequences."""
-    ratio = mx.exp(mx.where(batch.mask, logp - batch.logp_old, 0))
-    clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
-    surrogate = mx.minimum(ratio * batch.advantages, clipped * batch.advantages)
-    loss = -sum_of_row_means(surrogate, batch.mask) / batch.rows
-
-    low = (ratio < 1 - clip_low) & (batch.advantages < 0)
-    high = (ratio > 1 + clip_high) & (batch.advantages > 0)
-    metrics = {
-        "clip_ratio/low_mean": masked_sum(low.astype(mx.float32), batch.mask) / batch.token_count,
-        "clip_ratio/high_mean": masked_sum(high.astype(mx.float32), batch.mask) / batch.token_count,
-    }
-    metrics["clip_ratio/region_mean"] = (
-        metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
-    )
-    return loss, metrics
+    surrogate, metrics = clipped_surrogate(logp, batch, clip_low=clip_low, clip_high=clip_high)
+    return -sum_of_row_means(surrogate, batch.mask) / batch.rows, metrics

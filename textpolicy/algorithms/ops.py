@@ -3,6 +3,17 @@
 import mlx.core as mx
 from jaxtyping import Bool, Float
 
+from textpolicy.errors import ConfigError
+
+
+def check_group_size(rewards: Float[mx.array, "*groups group"]) -> None:
+    """Refuse groups of one, where every baseline made of the others is empty."""
+    if rewards.shape[-1] < 2:
+        raise ConfigError(
+            f"group size is {rewards.shape[-1]}; expected at least 2: a completion is only better "
+            "or worse than others of the same prompt"
+        )
+
 
 def center(rewards: Float[mx.array, "*groups group"]) -> Float[mx.array, "*groups group"]:
     """Rewards less their group's mean over scored members; NaN (no reward) becomes 0.

@@ -9,6 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer, attach_adapter
 from textpolicy.adapters.files import AdapterWatcher
+from textpolicy.errors import ConfigError
 from textpolicy.generation.engine import Row, can_batch, decode
 from textpolicy.generation.prompts import check_prompt, decode_text, encode_prompt
 from textpolicy.types import Completion, Prompt, Sampling, StopReason
@@ -59,6 +60,8 @@ class ModelPolicy:
     def generate(
         self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
     ) -> list[list[Completion]]:
+        if n < 1:
+            raise ConfigError(f"n is {n}; expected at least 1 completion of each prompt")
         if self._watcher and (changed := self._watcher.poll()):
             self.reload(changed)
             self._watcher.accept()

@@ -1,0 +1,46 @@
+"""DAPO: every token weighs the same, and the upper clip is wider."""
+
+from functools import partial
+
+import mlx.core as mx
+import pytest
+
+from tests.test_grpo import agrees_with_reference, batch_of, random_case
+from textpolicy.algorithms import dapo, grpo
+
+
+def test_with_equal_lengths_and_clips_it_is_grpo():
+    logp, batch = random_case()
+    whole = batch_of([[True] * 5] * 4, batch.logp_old.tolist(), batch.advantages[:, 0].tolist())
+    ours, _ = dapo.policy_loss(logp, whole, clip_high=0.2)
+    assert mx.allclose(ours, grpo.policy_loss(logp, whole)[0], atol=1e-7)
+
+
+def test_by_hand_a_long_answer_weighs_by_its_length():
+    batch = batch_of([[True, False], [True, True]], [[-1.0, 0], [-2.0, -3.0]], [1.0, -2.0])
+    logp = mx.array([[-1.0, 0], [-2.0, -3.0]])
+    assert dapo.policy_loss(logp, batch)[0].item() == pytest.approx(-(1 - 2 - 2) / 3)
+
+
+def test_the_upper_clip_alone_is_wider():
+    batch = batch_of([[True], [True]], [[0.0], [0.0]], [1.0, -1.0])
+    between = mx.log(mx.array([[1.25], [0.75]]))
+    gradient = mx.grad(lambda x: dapo.policy_loss(x, batch)[0])(between)
+    assert [value != 0 for (value,) in gradient.tolist()] == [True, False]
+
+
+def test_slices_of_a_batch_and_what_is_masked_are_as_for_grpo():
+    logp, batch = random_case()
+    noise = mx.where(batch.mask, 0, mx.array([float("nan"), 9, -9, 1e30, 3]))
+    assert (
+        dapo.policy_loss(logp, batch)[0].item() == dapo.policy_loss(logp + noise, batch)[0].item()
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "clip_high"),
+    [("dapo|token|beta=0.0", 0.2), ("dapo|clip_higher", 0.28), ("dapo|on_policy", 0.2)],
+)
+def test_the_reference_implementation_agrees_to_the_seventh_digit(case, clip_high):
+    loss = partial(dapo.policy_loss, clip_high=clip_high)
+    agrees_with_reference(case, dapo.compute_advantages, loss)
