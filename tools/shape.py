@@ -88,11 +88,13 @@ def code_lines(source: Source) -> int:
 
 
 def broad_excepts(tree: ast.Module) -> int:
-    handlers = (node.type for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler))
-    return sum(
-        kind is None or (isinstance(kind, ast.Name) and kind.id in {"Exception", "BaseException"})
-        for kind in handlers
-    )
+    handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]
+    return sum(handler.type is None or catches_all(handler.type) for handler in handlers)
+
+
+def catches_all(kind: ast.expr) -> bool:
+    kinds = kind.elts if isinstance(kind, ast.Tuple) else [kind]
+    return any(isinstance(k, ast.Name) and k.id in {"Exception", "BaseException"} for k in kinds)
 
 
 def probes(tree: ast.Module) -> int:
