@@ -122,7 +122,7 @@ def _train(parser: ArgumentParser) -> None:
     _option(parser, "output", text, type=Path, required=True, metavar="DIR")
     run = RunSettings
     _option(parser, "steps", "updates to take", run.steps, type=at_least(1))
-    text = "learning rate of Adam; models of billions want about 1e-4"
+    text = "learning rate of Adam"
     _option(parser, "lr", text, run.lr, type=positive)
     _option(parser, "rank", "rank of the low-rank product", run.rank, type=at_least(1))
     _option(parser, "scale", "what multiplies the low-rank product", run.scale, type=positive)
