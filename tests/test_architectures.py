@@ -8,7 +8,7 @@ from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekArgs
 
 from tests.test_logprobs import RAGGED, batch_for, groups_of
 from textpolicy.generation.engine import can_batch, decode
-from textpolicy.training.logprobs import batch_logps, can_share_prompts, token_logps
+from textpolicy.training.logprobs import Reader, token_logps
 from textpolicy.types import Sampling
 
 COMMON = {
@@ -119,9 +119,10 @@ def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(name, batc
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
 def test_scores_of_a_ragged_batch_are_those_of_single_rows(name, batches, shares):
     model = build(name)
-    assert can_share_prompts(model) is shares
+    read = Reader.of(model)
+    assert read.share_prompts is shares
     (batch,) = batch_for(groups_of(*RAGGED))
-    logp, _ = batch_logps(model, batch, share_prompts=shares)
+    logp, _ = read(batch)
     for row in range(batch.tokens.shape[0]):
         owner = batch.owner[row].item()
         prompt = batch.prompts[owner, : batch.prompt_lengths[owner].item()]

@@ -1,43 +1,12 @@
 """GRPO: identities first, then numbers that a reader can check by hand, then the reference's."""
 
-import json
-from dataclasses import replace
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.batches import batch_of, part_of, random_case
 from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError
-from textpolicy.types import Batch
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def batch_of(mask, logp_old, advantages) -> Batch:
-    mask = mx.array(mask, dtype=mx.bool_)
-    rows, time = mask.shape
-    return Batch(
-        prompts=mx.zeros((1, 1), dtype=mx.int32),
-        prompt_lengths=mx.ones(1, dtype=mx.int32),
-        owner=mx.zeros(rows, dtype=mx.int32),
-        tokens=mx.zeros((rows, time), dtype=mx.int32),
-        mask=mask,
-        logp_old=mx.array(logp_old, dtype=mx.float32),
-        advantages=mx.broadcast_to(mx.array(advantages, dtype=mx.float32)[:, None], (rows, time)),
-        temperature=mx.ones(rows),
-        rows=rows,
-        token_count=int(mask.sum().item()),
-    )
-
-
-def random_case(seed: int = 0, rows: int = 4, time: int = 5):
-    random = np.random.default_rng(seed)
-    mask = np.arange(time) < np.array([[5], [2], [3], [1]])
-    logp_old = random.normal(-1, 0.3, (rows, time))
-    logp = mx.array(logp_old + random.normal(0, 0.3, (rows, time)), dtype=mx.float32)
-    return logp, batch_of(mask, logp_old, random.normal(size=rows))
 
 
 def test_groups_do_not_leak_into_each_other():
@@ -95,9 +64,7 @@ def test_slices_of_a_batch_add_up_to_the_whole():
     whole, whole_metrics = grpo.policy_loss(logp, batch)
     parts = []
     for rows in (slice(0, 1), slice(1, 4)):
-        arrays = ("owner", "tokens", "mask", "logp_old", "advantages", "temperature")
-        part = replace(batch, **{name: getattr(batch, name)[rows] for name in arrays})
-        parts.append(grpo.policy_loss(logp[rows], part))
+        parts.append(grpo.policy_loss(logp[rows], part_of(batch, rows)))
     assert mx.allclose(whole, parts[0][0] + parts[1][0], atol=1e-7)
     for name, value in whole_metrics.items():
         assert mx.allclose(value, parts[0][1][name] + parts[1][1][name], atol=1e-7)
@@ -122,43 +89,3 @@ def test_by_hand():
     batch = batch_of([[True, False], [True, True]], [[-1.0, 0], [-2.0, -3.0]], [1.0, -1.0])
     logp = mx.array([[-1.0 + np.log(2.0), 0], [-2.0, -3.0]])
     assert grpo.policy_loss(logp, batch)[0].item() == pytest.approx((-1.2 + 1.0) / 2)
-
-
-def agrees_with_reference(case: str, compute_advantages, policy_loss) -> None:
-    """Loss and gradient of a recorded case, to the seventh digit."""
-    reference = json.loads((GOLDEN / "golden.json").read_text())
-    arrays = np.load(GOLDEN / "golden.npz")
-    expected = reference["cases"][case]
-    ids, mask = mx.array(arrays["ids"]), mx.array(arrays["mask"]).astype(mx.bool_)
-
-    def logp_of(logits: mx.array) -> mx.array:
-        logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return mx.take_along_axis(logp, ids[..., None], axis=-1).squeeze(-1)
-
-    logits, old_logits = (
-        mx.array(arrays[name], dtype=mx.float32) for name in ("logits", "old_logits")
-    )
-    rewards = mx.array(arrays["rewards"].reshape(-1, reference["shape"]["G"]), dtype=mx.float32)
-    advantages = compute_advantages(rewards).flatten()
-    old = logp_of(old_logits if expected["kwargs"].get("use_old", True) else logits)
-    batch = batch_of(mask.tolist(), old.tolist(), advantages.tolist())
-    loss, gradient = mx.value_and_grad(lambda x: policy_loss(logp_of(x), batch)[0])(logits)
-    assert loss.item() == pytest.approx(expected["loss"], abs=1e-6)
-    assert np.abs(np.array(gradient) - arrays[f"grad::{case}"]).max() < 1e-6
-
-
-def reference_advantages(name: str) -> list[float]:
-    return json.loads((GOLDEN / "golden.json").read_text())["advantages"][name]
-
-
-REWARDS = mx.array([[1.0, 0, 1], [0.25, 0.5, 0]])
-
-
-@pytest.mark.parametrize("case", ["grpo|token|beta=0.0", "grpo|on_policy"])
-def test_the_reference_implementation_agrees_to_the_seventh_digit(case):
-    agrees_with_reference(case, grpo.compute_advantages, grpo.policy_loss)
-
-
-def test_the_reference_advantages():
-    advantages = grpo.compute_advantages(REWARDS).flatten()
-    assert advantages.tolist() == pytest.approx(reference_advantages("group"), abs=1e-6)

@@ -7,8 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.test_types import rollout
-from textpolicy.training.batch import micro_batches, score_rows
-from textpolicy.training.logprobs import batch_logps, can_share_prompts, token_logps
+from textpolicy.training.batch import Whole, micro_batches, pad, rows_of
+from textpolicy.training.logprobs import Reader, can_share_prompts, token_logps
 from textpolicy.types import RolloutGroup, Sampling, Task
 
 
@@ -42,7 +42,8 @@ RAGGED = [(9, [3, 7, 1]), (4, [2, 2, 5]), (1, [6, 4, 2])]
 
 
 def batch_for(groups, size=None):
-    return micro_batches(score_rows(groups, lambda rewards: rewards), size)
+    rows = rows_of(groups)
+    return [pad(part, Whole.of(rows)) for part in micro_batches(rows, size)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -50,7 +51,7 @@ def batch_for(groups, size=None):
 def test_a_ragged_batch_scores_each_row_as_if_alone(model, temperature, share):
     groups = groups_of(*RAGGED, temperature=temperature)
     (batch,) = batch_for(groups)
-    logp, entropy = batch_logps(model, batch, share_prompts=share)
+    logp, entropy = Reader(model, None, share)(batch)
     rows = sorted((r for g in groups for r in g.rollouts), key=lambda r: tuple(r.tokens))
     found = {}
     for b in range(batch.tokens.shape[0]):
@@ -73,7 +74,7 @@ def test_sharing_prompts_leaves_the_gradient_as_it_is(model):
     for share in (True, False):
 
         def objective(share=share):
-            logp, entropy = batch_logps(model, batch, share_prompts=share)
+            logp, entropy = Reader(model, None, share)(batch)
             return mx.where(batch.mask, logp + 0.1 * entropy, 0).sum()
 
         _, gradient = nn.value_and_grad(model, objective)()

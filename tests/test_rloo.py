@@ -3,7 +3,6 @@
 import mlx.core as mx
 import pytest
 
-from tests.test_grpo import REWARDS, reference_advantages
 from textpolicy.algorithms import dr_grpo, rloo
 from textpolicy.errors import ConfigError
 
@@ -15,20 +14,15 @@ def test_it_is_each_reward_less_the_mean_of_the_others():
 
 
 def test_it_is_the_scaled_mean_centred_form():
-    assert mx.allclose(
-        rloo.compute_advantages(REWARDS), dr_grpo.compute_advantages(REWARDS) * 3 / 2
-    )
+    rewards = mx.array([[1.0, 0, 1], [0.25, 0.5, 0]])
+    expected = dr_grpo.compute_advantages(rewards) * 3 / 2
+    assert mx.allclose(rloo.compute_advantages(rewards), expected)
 
 
 def test_a_rollout_without_a_reward_is_nobody_s_baseline():
     nan = float("nan")
     advantages = rloo.compute_advantages(mx.array([[1.0, nan, 0.0], [nan, 5.0, nan]]))
     assert advantages.tolist() == [[1, 0, -1], [0, 0, 0]]
-
-
-def test_the_reference_advantages():
-    advantages = rloo.compute_advantages(REWARDS).flatten()
-    assert advantages.tolist() == pytest.approx(reference_advantages("rloo"), abs=1e-6)
 
 
 def test_a_group_of_one_is_refused():

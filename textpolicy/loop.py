@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import mlx.core as mx
+
 from textpolicy.buffer import Buffer
 from textpolicy.errors import TaskError, TrainingError
-from textpolicy.rollout.worker import collect
+from textpolicy.rollout.refill import collect_with_signal
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import Metrics, Policy, RewardFn, RolloutGroup, Task
+from textpolicy.types import Curriculum, Metrics, Policy, RewardFn, RolloutGroup, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,22 +37,35 @@ def train_rl(
     steps: int,
     groups_per_step: int = 16,
     group_size: int = 8,
+    refill_rounds: int = 1,
     seed: int = 0,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> Metrics:
-    """Train for `steps` updates and return the last step's metrics.
+    """Train for `steps` steps and return the last one's metrics.
 
     The trainer publishes adapters to the file its set-up names, and the policy reloads that file
     before its next generation: both may live on twins of one model, or in different processes.
+    With `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
+    most so many rounds of sampling. Tasks that are a `Curriculum` are told how they went.
     """
     buffer = Buffer()
-    tasks = iter(tasks)
+    source = iter(tasks)
     metrics: Metrics = {}
     for step in range(steps):
+        mx.reset_peak_memory()
         started = time.perf_counter()
-        batch = _next_tasks(tasks, groups_per_step, step, steps)
-        groups = collect(batch, policy, reward, group_size=group_size, seed=(seed << 32) + step)
-        buffer.extend(groups)
+        collected = collect_with_signal(
+            lambda count, step=step: _next_tasks(source, count, step, steps),
+            policy,
+            reward,
+            groups=groups_per_step,
+            group_size=group_size,
+            seeds=lambda done, step=step: (seed << 32) + (done << 24) + step,
+            rounds=refill_rounds,
+        )
+        buffer.extend(collected.kept)
+        if isinstance(source, Curriculum):
+            source.observe(collected.sampled)
         sampled = time.perf_counter()
 
         metrics = trainer.train(buffer)
@@ -60,8 +75,10 @@ def train_rl(
             _reload(policy, trainer)
         ended = time.perf_counter()
 
-        metrics |= rollout_metrics(groups) | {
+        metrics |= rollout_metrics(collected.sampled) | collected.metrics
+        metrics |= {
             "version": float(trainer.version),
+            "memory/peak_gb": mx.get_peak_memory() / 1e9,
             "time/generate": sampled - started,
             "time/train": trained - sampled,
             "time/reload": ended - trained,
@@ -69,7 +86,7 @@ def train_rl(
         }
         metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["time/generate"]
         if on_step:
-            on_step(StepReport(step=step, steps=steps, metrics=metrics, groups=groups))
+            on_step(StepReport(step=step, steps=steps, metrics=metrics, groups=collected.sampled))
     return metrics
 
 

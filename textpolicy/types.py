@@ -16,6 +16,10 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 
 
+NOT_SAMPLED = -1
+"""The version of rollouts that no policy sampled: their log-probabilities were never recorded."""
+
+
 class StopReason(StrEnum):
     """Why a completion ended."""
 
@@ -150,18 +154,29 @@ class Batch:
     `tokens` begins after the row's prompt, which is row `owner` of `prompts`; both are padded on
     the right. `rows` and `token_count` are totals over the *whole* optimizer batch, so that a loss
     that divides by them adds up to the same number however the batch is cut into micro-batches.
+
+    `logp_sampled` was recorded while sampling; `logp_old` is what ratios are taken against, and is
+    the same unless the trainer computed it afresh. What a trainer was not asked for is None:
+    `logp_ref`, and `entropies` (of every counted token of the whole optimizer batch). `entropy` is
+    the current policy's, and a loss may differentiate it.
     """
 
     prompts: Int[mx.array, "prompts width"]
     prompt_lengths: Int[mx.array, " prompts"]
     owner: Int[mx.array, " batch"]
+    group: Int[mx.array, " batch"]
     tokens: Int[mx.array, "batch time"]
     mask: Bool[mx.array, "batch time"]
+    logp_sampled: Float[mx.array, "batch time"]
     logp_old: Float[mx.array, "batch time"]
+    logp_ref: Float[mx.array, "batch time"] | None = None
+    entropy: Float[mx.array, "batch time"] | None = None
     advantages: Float[mx.array, "batch time"]
     temperature: Float[mx.array, " batch"]
     rows: int
     token_count: int
+    max_tokens: int
+    entropies: Float[mx.array, " tokens"] | None = None
 
 
 Metrics = dict[str, float]
@@ -196,13 +211,23 @@ class RewardFn(Protocol):
     ) -> float | None: ...
 
 
-@runtime_checkable
-class AdvantageFn(Protocol):
-    """Rewards to advantages of the same shape; NaN marks a rollout without a reward."""
+AdvantageFn = Callable[..., Float[mx.array, "groups group"]]
+"""Rewards (groups, group) to advantages of the same shape; NaN marks a rollout without a reward.
 
-    def __call__(
-        self, rewards: Float[mx.array, "groups group"], /
-    ) -> Float[mx.array, "groups group"]: ...
+It may ask by keyword for more of the same shape: `lengths`, the sampled tokens of each rollout, and
+`parts`, a mapping from the names of reward functions to what each gave.
+"""
+
+
+@runtime_checkable
+class Curriculum(Protocol):
+    """Tasks without end, chosen by how the ones before went."""
+
+    def __next__(self) -> Task: ...
+
+    def observe(self, groups: Sequence[RolloutGroup], /) -> None:
+        """Learn how the policy did on tasks that were given out."""
+        ...
 
 
 @runtime_checkable
@@ -210,7 +235,7 @@ class LossFn(Protocol):
     """The objective to minimise and its metrics, from one forward pass.
 
     Both are sums over this batch's rows divided by the whole batch's totals, so that micro-batches
-    add up. A metric whose name ends in "/max" is combined by its maximum instead.
+    add up. A metric whose name ends in "max" or "min" is combined by that instead.
     """
 
     def __call__(

@@ -5,20 +5,24 @@
 
 GRPO without its two biases: no division by the group's deviation, which favours tasks that are
 nearly always or never solved, and none by the answer's length, which favours long wrong answers.
-The constant `max_tokens` in its place is that of the authors' code.
+The constant `max_tokens` in its place is that of the authors' code: the longest that an answer
+could be when it was sampled.
 """
+
+from typing import Unpack
 
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.ops import center, check_group_size, masked_sum
-from textpolicy.algorithms.surrogate import clipped_surrogate
+from textpolicy.algorithms.averages import Average, longest_length
+from textpolicy.algorithms.objective import Loss
+from textpolicy.algorithms.ops import Rewards, center, check_group_size
+from textpolicy.algorithms.ratios import LogRatio, token_log_ratio
+from textpolicy.algorithms.surrogate import Clipping, clipped_loss
 from textpolicy.types import Batch
 
 
-def compute_advantages(
-    rewards: Float[mx.array, "*groups group"],
-) -> Float[mx.array, "*groups group"]:
+def compute_advantages(rewards: Rewards) -> Rewards:
     """Rewards less their group's mean; NaN (no reward) is left out and gets 0."""
     check_group_size(rewards)
     return center(rewards)
@@ -28,13 +32,16 @@ def policy_loss(
     logp: Float[mx.array, "batch time"],
     batch: Batch,
     *,
-    max_tokens: int,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-) -> tuple[Float[mx.array, ""], dict[str, mx.array]]:
+    ratio: LogRatio = token_log_ratio,
+    average: Average = longest_length,
+    **rest: Unpack[Clipping],
+) -> Loss:
     """The clipped surrogate, negated: summed over tokens, divided by a constant length.
 
-    `max_tokens` is the longest that a completion may be, as the policy samples them.
+    For another constant pass `average=constant_length(n)`.
     """
-    surrogate, metrics = clipped_surrogate(logp, batch, clip_low=clip_low, clip_high=clip_high)
-    return -masked_sum(surrogate, batch.mask) / (batch.rows * max_tokens), metrics
+    return clipped_loss(
+        logp, batch, clip_low=clip_low, clip_high=clip_high, ratio=ratio, average=average, **rest
+    )

@@ -1,33 +1,89 @@
 """The clipped objective of PPO: Schulman et al. 2017, arXiv:1707.06347, equation 7.
 
-    ratio_t = exp(logp_t - logp_old_t)
     L_t = min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
 
-Algorithms differ in where A comes from and in how tokens are averaged.
+Two bounds can be added, for tokens with A < 0, whose L_t is not bounded above:
+
+    delta       min(ratio_t, delta) takes the place of ratio_t in the unclipped branch
+                (INTELLECT-2, arXiv:2505.07291, 3.4: two-sided clipping)
+    dual_clip   max(L_t, dual_clip * A_t)
+                (Ye et al. 2020, arXiv:1912.09729, equation 5)
+
+Algorithms differ in where A comes from, in what the ratio is, and in how tokens are averaged.
 """
+
+from typing import Unpack
 
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.ops import masked_sum
+from textpolicy.algorithms.averages import Average
+from textpolicy.algorithms.objective import Loss, Terms, objective
+from textpolicy.algorithms.ops import PerToken, masked_sum, row_means
+from textpolicy.algorithms.ratios import LogRatio
 from textpolicy.types import Batch
 
 
-def clipped_surrogate(
-    logp: Float[mx.array, "batch time"], batch: Batch, *, clip_low: float, clip_high: float
-) -> tuple[Float[mx.array, "batch time"], dict[str, mx.array]]:
-    """L for each token, and the shares of tokens at which a clip stops the gradient."""
-    ratio = mx.exp(mx.where(batch.mask, logp - batch.logp_old, 0))
-    clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
-    surrogate = mx.minimum(ratio * batch.advantages, clipped * batch.advantages)
+class Clipping(Terms, total=False):
+    """What any clipped policy loss takes."""
+
+    delta: float | None
+    """Two-sided clipping: the largest ratio in the unclipped branch."""
+    dual_clip: float | None
+    """The largest multiple of a negative advantage that a token can cost."""
+
+
+def clipped_loss(
+    logp: Float[mx.array, "batch time"],
+    batch: Batch,
+    *,
+    clip_low: float,
+    clip_high: float,
+    average: Average,
+    ratio: LogRatio,
+    delta: float | None = None,
+    dual_clip: float | None = None,
+    **terms: Unpack[Terms],
+) -> Loss:
+    """The clipped surrogate, negated, averaged and composed as `terms` say."""
+    log_ratio = ratio(logp, batch)
+    now = mx.exp(log_ratio)
+    free = now if delta is None else mx.minimum(now, delta)
+    clipped = mx.clip(now, 1 - clip_low, 1 + clip_high)
+    surrogate = mx.minimum(free * batch.advantages, clipped * batch.advantages)
+    if dual_clip is not None:
+        floor = mx.where(batch.advantages < 0, dual_clip * batch.advantages, -mx.inf)
+        surrogate = mx.maximum(surrogate, floor)
+    metrics = _clip_shares(now, batch, clip_low, clip_high)
+    return objective(
+        -surrogate, metrics, logp, batch, log_ratio=log_ratio, average=average, **terms
+    )
+
+
+def _clip_shares(
+    ratio: PerToken, batch: Batch, clip_low: float, clip_high: float
+) -> dict[str, mx.array]:
+    """The shares of tokens, or of sequences, at which a clip stops the gradient."""
     low = (ratio < 1 - clip_low) & (batch.advantages < 0)
     high = (ratio > 1 + clip_high) & (batch.advantages > 0)
-    shares = {
-        "clip_ratio/low_mean": low,
-        "clip_ratio/high_mean": high,
-        "clip_ratio/region_mean": low | high,
+    by_sequence = ratio.shape[1] == 1
+    return {
+        "clip_ratio/low_mean": share(low, batch, by_sequence=by_sequence),
+        "clip_ratio/low_min": _rows(low, batch, mx.inf).min(),
+        "clip_ratio/high_mean": share(high, batch, by_sequence=by_sequence),
+        "clip_ratio/high_max": _rows(high, batch, 0.0).max(),
+        "clip_ratio/region_mean": share(low | high, batch, by_sequence=by_sequence),
     }
-    return surrogate, {
-        name: masked_sum(share.astype(mx.float32), batch.mask) / batch.token_count
-        for name, share in shares.items()
-    }
+
+
+def share(flags: mx.array, batch: Batch, *, by_sequence: bool) -> Float[mx.array, ""]:
+    """The share of tokens that are flagged; or of sequences, each counted once."""
+    flagged = flags.astype(mx.float32)
+    if by_sequence:
+        return row_means(flagged, batch.mask).sum() / batch.rows
+    return masked_sum(flagged, batch.mask) / batch.token_count
+
+
+def _rows(flags: mx.array, batch: Batch, if_empty: float) -> Float[mx.array, " batch"]:
+    shares = row_means(flags.astype(mx.float32), batch.mask)
+    return mx.where(batch.mask.any(axis=1), shares, if_empty)

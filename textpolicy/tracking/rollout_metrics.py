@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from textpolicy.types import Metrics, RolloutGroup, StopReason
+from textpolicy.types import Metrics, Rollout, RolloutGroup, StopReason
+
+# Between 0, all that most rewards give to a wrong answer, and 1, what they give to a right one.
+GOOD = 0.5
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
@@ -14,16 +17,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
         [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
         for group in groups
     ]
-    lengths = [sum(rollout.mask) for rollout in rollouts]
-    return _reward_metrics(rewards_G) | {
-        "reward/unscored": 1 - sum(map(len, rewards_G)) / len(rollouts),
-        "completions/mean_length": float(np.mean(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": float(
-            np.mean([rollout.stop_reason is StopReason.LENGTH for rollout in rollouts])
-        ),
-        "num_tokens": float(sum(lengths)),
-    }
+    return (
+        _reward_metrics(rewards_G)
+        | _length_metrics(rollouts)
+        | {
+            "reward/unscored": 1 - sum(map(len, rewards_G)) / len(rollouts),
+        }
+    )
 
 
 def _reward_metrics(rewards_G: Sequence[Sequence[float]]) -> Metrics:
@@ -31,8 +31,31 @@ def _reward_metrics(rewards_G: Sequence[Sequence[float]]) -> Metrics:
     scored = [rewards for rewards in rewards_G if rewards]
     if not scored:
         return {}
+    equal = [rewards[0] for rewards in scored if np.ptp(rewards) == 0]
+    good = sum(reward >= GOOD for reward in equal)
     return {
         "reward": float(np.concatenate(scored).mean()),
         "reward_std": float(np.mean([np.std(rewards) for rewards in scored])),
-        "frac_reward_zero_std": float(np.mean([np.ptp(rewards) == 0 for rewards in scored])),
+        "frac_reward_zero_std": len(equal) / len(scored),
+        "frac_all_good": good / len(scored),
+        "frac_all_bad": (len(equal) - good) / len(scored),
+        "frac_mixed": 1 - len(equal) / len(scored),
     }
+
+
+def _length_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    lengths = [sum(rollout.mask) for rollout in rollouts]
+    cut = [rollout.stop_reason is StopReason.LENGTH for rollout in rollouts]
+    ended = [length for length, is_cut in zip(lengths, cut, strict=True) if not is_cut]
+    metrics = {
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": float(np.mean(cut)),
+        "num_tokens": float(sum(lengths)),
+    }
+    if ended:
+        metrics["completions/mean_terminated_length"] = float(np.mean(ended))
+        metrics["completions/min_terminated_length"] = float(min(ended))
+        metrics["completions/max_terminated_length"] = float(max(ended))
+    return metrics

@@ -1,90 +1,132 @@
-"""Rollout groups to padded arrays."""
+"""Rollout groups to rows, rows to padded arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import TrainingError
-from textpolicy.types import AdvantageFn, Batch, Rollout, RolloutGroup
+from textpolicy.types import Batch, Rollout, RolloutGroup
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredRow:
-    """One rollout that counts, what it is worth, and the group whose prompt it shares."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One rollout that counts, and what is known of it before an update.
+
+    `start` is the place of its first sampled token. `logp_old` and `logp_ref` begin there; they
+    are None until a trainer computes them, and `entropies` with them.
+    """
 
     rollout: Rollout
-    advantage: float
     group: int
+    member: int
+    start: int
+    advantage: float = 0.0
+    silent: bool = False
+    logp_old: np.ndarray | None = None
+    logp_ref: np.ndarray | None = None
+    entropies: np.ndarray | None = None
 
     @property
     def prompt(self) -> tuple[int, ...]:
         """The tokens before the first sampled one."""
-        return tuple(self.rollout.tokens[: self.rollout.mask.index(True)])
+        return tuple(self.rollout.tokens[: self.start])
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """Log-probabilities after the prompt, as recorded while sampling."""
+        return np.array(self.rollout.logprobs[self.start :], np.float32)
+
+    @property
+    def old(self) -> np.ndarray:
+        """What ratios are taken against: computed before the update, or else as recorded."""
+        return self.sampled if self.logp_old is None else self.logp_old
+
+    @property
+    def mask(self) -> list[bool]:
+        """Which of the tokens after the prompt count for the loss; none of a silent row's."""
+        mask = self.rollout.mask[self.start :]
+        return [False] * len(mask) if self.silent else mask
 
 
-def score_rows(groups: Sequence[RolloutGroup], advantage_fn: AdvantageFn) -> list[ScoredRow]:
-    """The rollouts that have a reward, each with the advantage it has inside its group."""
-    width = max((len(group.rollouts) for group in groups), default=0)
-    rewards = np.full((len(groups), width), np.nan, dtype=np.float32)
-    for g, group in enumerate(groups):
-        for m, rollout in enumerate(group.rollouts):
-            if rollout.reward is not None:
-                rewards[g, m] = rollout.reward
-    advantages = np.array(advantage_fn(mx.array(rewards)))
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Totals over an optimizer batch, for losses that are cut into micro-batches."""
+
+    rows: int
+    token_count: int
+    max_tokens: int
+    entropies: np.ndarray | None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Whole":
+        """The totals of these rows."""
+        known = [r.entropies[np.array(r.mask)] for r in rows if r.entropies is not None]
+        return cls(
+            rows=len(rows),
+            token_count=max(1, sum(sum(row.mask) for row in rows)),
+            max_tokens=max(row.rollout.sampling.max_tokens for row in rows),
+            entropies=np.concatenate(known) if known else None,
+        )
+
+
+def rows_of(groups: Sequence[RolloutGroup]) -> list[Row]:
+    """The rollouts that have a reward, in order."""
     return [
-        ScoredRow(rollout, float(advantages[g, m]), g)
+        Row(rollout=rollout, group=g, member=m, start=rollout.mask.index(True))
         for g, group in enumerate(groups)
         for m, rollout in enumerate(group.rollouts)
         if rollout.reward is not None
     ]
 
 
-def micro_batches(rows: Sequence[ScoredRow], size: int | None) -> list[Batch]:
-    """The optimizer batch cut into pieces of at most `size` rows, groups of like length together.
+def mini_batches(rows: Sequence[Row], count: int, shuffle: Random) -> list[list[Row]]:
+    """The rows dealt to `count` optimizer batches, whole groups to each, in a random order."""
+    if count == 1:
+        return [list(rows)]
+    groups = sorted({row.group for row in rows})
+    shuffle.shuffle(groups)
+    dealt = [set(groups[start::count]) for start in range(count)]
+    return [[row for row in rows if row.group in part] for part in dealt if part]
 
-    Every piece carries the totals of the whole, and is padded to its own longest row.
-    """
+
+def micro_batches(rows: Sequence[Row], size: int | None) -> list[list[Row]]:
+    """An optimizer batch cut into at most `size` rows each, groups of like length together."""
     longest: dict[int, int] = {}
     for row in rows:
         longest[row.group] = max(longest.get(row.group, 0), len(row.rollout.tokens))
     ordered = sorted(rows, key=lambda row: (longest[row.group], row.group))
-    token_count = sum(sum(row.rollout.mask) for row in ordered)
     size = size or len(ordered)
-    return [
-        _pad(ordered[start : start + size], len(ordered), token_count)
-        for start in range(0, len(ordered), size)
-    ]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def _pad(rows: Sequence[ScoredRow], total_rows: int, token_count: int) -> Batch:
+def pad(rows: Sequence[Row], whole: Whole) -> Batch:
+    """Arrays of these rows, padded to the longest of them, with the totals of the whole."""
     index = {prompt: p for p, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
-    starts = [len(row.prompt) for row in rows]
-    rollouts = [row.rollout for row in rows]
-    mask = _right_padded([r.mask[s:] for r, s in zip(rollouts, starts, strict=True)], np.bool_)
-    advantages = np.array([[row.advantage] for row in rows], np.float32) * mask
+    mask = _right_padded([row.mask for row in rows], np.bool_)
+    ref = [row.logp_ref for row in rows if row.logp_ref is not None]
     return Batch(
         prompts=mx.array(_right_padded(list(index), np.int32)),
         prompt_lengths=mx.array([len(prompt) for prompt in index]),
         owner=mx.array([index[row.prompt] for row in rows]),
-        tokens=mx.array(
-            _right_padded([r.tokens[s:] for r, s in zip(rollouts, starts, strict=True)], np.int32)
-        ),
+        group=mx.array([row.group for row in rows]),
+        tokens=mx.array(_right_padded([r.rollout.tokens[r.start :] for r in rows], np.int32)),
         mask=mx.array(mask),
-        logp_old=mx.array(
-            _right_padded(
-                [r.logprobs[s:] for r, s in zip(rollouts, starts, strict=True)], np.float32
-            )
-        ),
-        advantages=mx.array(advantages),
-        temperature=mx.array([r.sampling.temperature for r in rollouts], dtype=mx.float32),
-        rows=total_rows,
-        token_count=token_count,
+        logp_sampled=mx.array(_right_padded([row.sampled for row in rows], np.float32)),
+        logp_old=mx.array(_right_padded([row.old for row in rows], np.float32)),
+        logp_ref=mx.array(_right_padded(ref, np.float32)) if ref else None,
+        advantages=mx.array(np.array([[row.advantage] for row in rows], np.float32) * mask),
+        temperature=mx.array([row.rollout.sampling.temperature for row in rows], dtype=mx.float32),
+        rows=whole.rows,
+        token_count=whole.token_count,
+        max_tokens=whole.max_tokens,
+        entropies=None if whole.entropies is None else mx.array(whole.entropies),
     )
 
 
-def _right_padded(lists: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
+def _right_padded(lists: Sequence[Sequence[float] | np.ndarray], dtype: type) -> np.ndarray:
     padded = np.zeros((len(lists), max(len(row) for row in lists)), dtype)
     for r, row in enumerate(lists):
         padded[r, : len(row)] = row

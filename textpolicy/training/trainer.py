@@ -1,10 +1,13 @@
-"""One policy-gradient update: groups in, moved weights and metrics out."""
+"""Policy-gradient updates: groups in, moved weights and metrics out."""
 
 import math
-import operator
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,53 +15,121 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.movement import adapter_movement
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
-from textpolicy.training.batch import check_scorable, micro_batches, score_rows
-from textpolicy.training.logprobs import batch_logps, can_share_prompts
-from textpolicy.types import AdvantageFn, Batch, LossFn, Metrics, RolloutGroup
+from textpolicy.training import checks
+from textpolicy.training.advantages import what_it_asks, with_advantages
+from textpolicy.training.batch import (
+    Row,
+    Whole,
+    check_scorable,
+    micro_batches,
+    mini_batches,
+    pad,
+    rows_of,
+)
+from textpolicy.training.checkpointing import recomputing
+from textpolicy.training.logprobs import Reader
+from textpolicy.training.metrics import add_up, advantage_metrics, over_updates, policy_metrics
+from textpolicy.training.rejected import save_rejected
+from textpolicy.training.scoring import scored
+from textpolicy.types import (
+    NOT_SAMPLED,
+    AdvantageFn,
+    Batch,
+    LossFn,
+    Metrics,
+    RolloutGroup,
+    StopReason,
+    check_fields,
+)
 
-# Nats per token. float32 agrees to 1e-5 and bfloat16 to a few hundredths; a prompt that was
-# templated twice, or sampled from other weights, is far above.
-MISMATCH_LIMIT = 0.1
-# Steps without a single reward before the run is stopped.
-UNSCORED_LIMIT = 10
+# Rows that show how far the first update moved.
+SAMPLE = 16
 
 
+@dataclass(eq=False)
 class Trainer:
     """Model + advantage function + loss function + optimizer; only trainable weights move.
 
-    `micro_batch_size` bounds memory and does not change the update. If the model carries adapters,
-    every update makes a new adapter version, which is published where their set-up says.
+    A call of `train` takes one update on its groups; with `mini_batches` it deals them to several,
+    and with `epochs` it goes through them again. If the model carries adapters, every call that
+    moved them makes a new adapter version, published where their set-up says.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        advantage_fn: AdvantageFn,
-        loss_fn: LossFn,
-        optimizer: optim.Optimizer,
-        *,
-        micro_batch_size: int | None = None,
-        max_grad_norm: float = 1.0,
-    ) -> None:
-        _check_options(model, micro_batch_size, max_grad_norm)
-        self.model = model
-        self.advantage_fn = advantage_fn
-        self.loss_fn = loss_fn
-        self.optimizer = optimizer
-        self.micro_batch_size = micro_batch_size
-        self.max_grad_norm = max_grad_norm
-        self.adapters = AdapterContainer.of(model)
+    model: nn.Module
+    advantage_fn: AdvantageFn
+    loss_fn: LossFn
+    optimizer: optim.Optimizer
+    _: KW_ONLY
+    micro_batch_size: int | None = None
+    """Rows in memory at once; changes no update. None is all of them."""
+    checkpoint_gradients: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same update."""
+    max_grad_norm: float = 1.0
+    mini_batches: int = 1
+    epochs: int = 1
+    old_logprobs: Literal["recorded", "fresh"] = "recorded"
+    """What ratios are taken against: what the sampler recorded, or the trainer's own score of it,
+    computed before the first update."""
+    reference: nn.Module | Literal["base"] | None = None
+    """The model without its adapters, or another of the same vocabulary, such as a teacher."""
+    reward_kl: float = 0.0
+    """Taken off a reward for each nat by which the rollout diverged from the reference."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """Whether completions cut off at the length limit are learned from; they count for the
+    baseline of the others either way."""
+    rejected: Path | None = None
+    """Folder that keeps the batches whose gradient was not finite."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        self.adapters = AdapterContainer.of(self.model)
         if self.adapters and self.adapters.config.dropout > 0:
             raise ConfigError(
                 f"adapter dropout is {self.adapters.config.dropout}; expected 0 for policy "
                 "gradients: the trainer must score with the very network that sampled"
             )
-        self._share_prompts = can_share_prompts(model)
+        if self.reference == "base" and self.adapters is None:
+            raise ConfigError(
+                "reference is 'base', the model without its adapters, and the model has none: "
+                "attach adapters, or pass another model as the reference"
+            )
+        self._read = Reader.of(self.model)
+        self._read_reference = self._read
+        if isinstance(self.reference, nn.Module):
+            self._read_reference = Reader.of(self.reference)
+        self._asked = what_it_asks(self.advantage_fn)
+        self._sampler = checks.SamplerCheck()
+        self._fruitless = checks.Fruitless()
+        self._shuffle = Random(self.seed)
         self._updates = 0
-        self._unscored = 0
-        self._value_and_grad = nn.value_and_grad(model, self._objective)
+        self._value_and_grad = nn.value_and_grad(self.model, self._objective)
+
+    def _check_options(self) -> None:
+        whole = (int, lambda x: x >= 1, "a whole number, at least 1")
+        check_fields(
+            self,
+            micro_batch_size=(int | None, lambda x: x is None or x >= 1, "at least 1, or None"),
+            max_grad_norm=(int | float, lambda x: x > 0, "above 0 (inf is no limit)"),
+            mini_batches=whole,
+            epochs=whole,
+            old_logprobs=(str, ("recorded", "fresh").__contains__, "'recorded' or 'fresh'"),
+            truncated=(str, ("keep", "mask").__contains__, "'keep' or 'mask'"),
+            reward_kl=(int | float, lambda x: 0 <= x < math.inf, "a number, 0 or more"),
+        )
+        if not tree_flatten(self.model.trainable_parameters()):
+            raise ConfigError(
+                "the model has no trainable weights: apply adapters (create_lora_setup) or "
+                "unfreeze it"
+            )
+        if self.reward_kl and self.reference is None:
+            raise ConfigError(
+                f"reward_kl is {self.reward_kl} and there is no reference to diverge from; "
+                "pass reference='base'"
+            )
 
     @property
     def version(self) -> int:
@@ -77,78 +148,118 @@ class Trainer:
         return self.adapters.publish_path
 
     def train(self, groups: Sequence[RolloutGroup] | Buffer) -> Metrics:
-        """Take one optimizer step on `groups`, or on all that a buffer holds and is fresh."""
+        """Take the updates on `groups`, or on all that a buffer holds and is fresh."""
         if isinstance(groups, Buffer):
             groups = groups.take(self.version)
         if not groups:
             raise TrainingError("no rollout groups to train on: collect some first")
         check_scorable(groups)
-        rows = score_rows(groups, self.advantage_fn)
+        started = time.perf_counter()
+        rows = self._silenced(rows_of(groups))
+        self._fruitless.see("reward", fruitless=not rows)
         if not rows:
-            return self._without_rewards()
-        self._unscored = 0
-        gradient, metrics = self._gradient(micro_batches(rows, self.micro_batch_size))
-        self._check_sampler(groups, metrics)
-        has_signal = any(row.advantage != 0 for row in rows)
-        return metrics | self._update(gradient, has_signal)
+            return self._report(norm=0.0)
+        rows = self._scored(rows)
+        rows = with_advantages(rows, self.advantage_fn, self._asked, self.reward_kl)
+        ready = time.perf_counter()
+        metrics = self._updated(rows, groups)
+        update = time.perf_counter() - ready - metrics["time/publish"]
+        return metrics | {"time/score": ready - started, "time/update": update}
+
+    def _silenced(self, rows: list[Row]) -> list[Row]:
+        if self.truncated == "keep":
+            return rows
+        cut = StopReason.LENGTH
+        return [replace(row, silent=row.rollout.stop_reason is cut) for row in rows]
+
+    def _scored(self, rows: list[Row]) -> list[Row]:
+        """The rows with fresh and reference log-probabilities, as far as they are asked for."""
+        policy = self._read if self.old_logprobs == "fresh" else None
+        if self.reference != "base":
+            reference = self._read_reference if self.reference else None
+            return scored(rows, policy, reference, self.micro_batch_size)
+        rows = scored(rows, policy, None, self.micro_batch_size) if policy else rows
+        assert self.adapters is not None
+        with self.adapters.disabled():
+            return scored(rows, None, self._read, self.micro_batch_size)
+
+    def _updated(self, rows: list[Row], groups: Sequence[RolloutGroup]) -> Metrics:
+        """Every update that these rows are for, and what they report together."""
+        first = self._updates == 0
+        on_policy = checks.on_policy(groups, self.version)
+        before = self._updates
+        updates: list[Metrics] = []
+        for _ in range(self.epochs):
+            for part in mini_batches(rows, self.mini_batches, self._shuffle):
+                gradient, metrics = self._gradient(part)
+                if not updates:
+                    self._sampler.see(metrics, on_policy=on_policy)
+                has_signal = any(row.advantage != 0 for row in part)
+                updates.append(metrics | self._update(gradient, has_signal, groups))
+        if first and self._updates:
+            self._sampler.note_move(self._distance(rows))
+        started = time.perf_counter()
+        if self._updates > before:
+            self._publish()
+        published = {"time/publish": time.perf_counter() - started}
+        known = any(group.version != NOT_SAMPLED for group in groups)
+        metrics = over_updates(updates, with_sampler=known)
+        return metrics | self._movement() | advantage_metrics(rows) | published
 
     def _objective(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
-        logp, entropy = batch_logps(self.model, batch, share_prompts=self._share_prompts)
-        loss, metrics = self.loss_fn(logp, batch)
-        difference = mx.where(batch.mask, mx.abs(logp - batch.logp_old), 0)
-        return loss, metrics | {
-            "loss": loss,
-            "entropy": mx.where(batch.mask, entropy, 0).sum() / batch.token_count,
-            "sampling/sampling_logp_difference/mean": difference.sum() / batch.token_count,
-            "sampling/sampling_logp_difference/max": difference.max(),
-        }
+        logp, entropy = self._read(batch)
+        loss, metrics = self.loss_fn(logp, replace(batch, entropy=entropy))
+        return loss, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics
 
-    def _gradient(self, batches: Sequence[Batch]) -> tuple[Any, Metrics]:
-        """The gradient and metrics of the whole batch, one micro-batch in memory at a time."""
+    def _gradient(self, rows: Sequence[Row]) -> tuple[Any, Metrics]:
+        """The gradient and metrics of an optimizer batch, one micro-batch in memory at a time."""
         gradient: Any = None
         metrics: Metrics = {}
-        for batch in batches:
-            (_, part), grads = self._value_and_grad(batch)
+        whole = Whole.of(rows)
+        for part in micro_batches(rows, self.micro_batch_size):
+            with recomputing(self.model) if self.checkpoint_gradients else nullcontext():
+                (_, more), grads = self._value_and_grad(pad(part, whole))
             gradient = grads if gradient is None else tree_map(mx.add, gradient, grads)
-            mx.eval(gradient, part)
-            for name, value in part.items():
-                combine = max if name.endswith("/max") else operator.add
-                metrics[name] = combine(metrics.get(name, 0.0), float(value))
+            mx.eval(gradient, more)
+            add_up(metrics, {name: float(value) for name, value in more.items()})
         return gradient, metrics
 
-    def _update(self, gradient: Any, has_signal: bool) -> Metrics:
-        norm = _global_norm(gradient)
+    def _update(self, gradient: Any, has_signal: bool, groups: Sequence[RolloutGroup]) -> Metrics:
+        norm = global_norm(gradient)
         report = self._report(norm)
-        if norm == 0 and has_signal and self._updates == 0:
-            raise TrainingError(
-                "advantages differ but the gradient is exactly zero: the loss does not depend on "
-                "the trainable weights. Check that loss_fn uses the `logp` it is given"
-            )
+        if self._updates == 0:
+            checks.check_gradient(norm, has_signal=has_signal)
+        finite = math.isfinite(norm)
+        self._fruitless.see("finite gradient", fruitless=not finite)
+        if not finite and self.rejected:
+            save_rejected(groups, self.rejected)
         # Adam moves on its momentum even where the gradient is zero, and never forgets a NaN.
-        if norm == 0 or not math.isfinite(norm):
+        if norm == 0 or not finite:
             return report
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
         before = self.model.trainable_parameters()
         self.optimizer.update(self.model, tree_map(lambda g: g * scale, gradient))
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         if self._updates == 0:
-            self._check_movement(before)
+            checks.check_movement(before, self.model.trainable_parameters(), self.optimizer)
         self._updates += 1
+        return report
+
+    def _publish(self) -> None:
         if self.adapters:
             self.adapters.advance()
             if self.adapters.publish_path:
                 self.adapters.publish()
-        return report
 
-    def _without_rewards(self) -> Metrics:
-        """The report of a step in which the reward function declined to score every sample."""
-        self._unscored += 1
-        if self._unscored == UNSCORED_LIMIT:
-            raise TrainingError(
-                f"the reward function returned None for every sample of {UNSCORED_LIMIT} steps in "
-                "a row: nothing can be learned. Return a number for what you want to compare"
-            )
-        return self._report(norm=0.0)
+    def _distance(self, rows: Sequence[Row]) -> float:
+        """How far a few rows' log-probabilities are from those recorded, in nats a token."""
+        part = micro_batches(rows, self.micro_batch_size or SAMPLE)[0]
+        batch = pad(part, Whole.of(part))
+        logp, entropy = self._read(batch)
+        return float(policy_metrics(logp, entropy, batch)[checks.MISMATCH])
+
+    def _movement(self) -> Metrics:
+        return adapter_movement(self.adapters) if self.adapters else {}
 
     def _report(self, norm: float) -> Metrics:
         return {
@@ -158,43 +269,9 @@ class Trainer:
             "update_skipped/no_signal": float(norm == 0),
         }
 
-    def _check_sampler(self, groups: Sequence[RolloutGroup], metrics: Metrics) -> None:
-        mismatch = metrics["sampling/sampling_logp_difference/mean"]
-        on_policy = all(group.version == self.version for group in groups)
-        if on_policy and mismatch > MISMATCH_LIMIT:
-            raise TrainingError(
-                "recorded and recomputed log-probabilities of one version differ by "
-                f"{mismatch:.3f} nats a token; expected at most {MISMATCH_LIMIT}. The rollouts "
-                "come from another model, other adapters or another prompt than the trained one"
-            )
 
-    def _check_movement(self, before: Any) -> None:
-        old, new = leaves(before), leaves(self.model.trainable_parameters())
-        if all(mx.array_equal(old[name], new[name]) for name in new):
-            rate = float(self.optimizer.learning_rate)
-            raise TrainingError(
-                "the first update moved no weight although the gradient is not zero; the learning "
-                f"rate is {rate:g}: expected one large enough to change the weights, and no "
-                "schedule that starts at 0"
-            )
-
-
-def _check_options(model: nn.Module, micro_batch_size: int | None, max_grad_norm: float) -> None:
-    if not leaves(model.trainable_parameters()):
-        raise ConfigError(
-            "the model has no trainable weights: apply adapters (create_lora_setup) or unfreeze it"
-        )
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ConfigError(f"micro_batch_size is {micro_batch_size}; expected at least 1, or None")
-    if not max_grad_norm > 0:
-        raise ConfigError(f"max_grad_norm is {max_grad_norm}; expected above 0 (inf is no limit)")
-
-
-def _global_norm(gradient: Any) -> float:
-    squares = [mx.square(g.astype(mx.float32)).sum() for g in leaves(gradient).values()]
+def global_norm(gradient: Any) -> float:
+    """The Euclidean norm over all arrays of a gradient."""
+    arrays = dict(tree_flatten(gradient)).values()
+    squares = [mx.square(g.astype(mx.float32)).sum() for g in arrays]
     return float(mx.sqrt(mx.stack(squares).sum()))
-
-
-def leaves(tree: Any) -> dict[str, mx.array]:
-    """The arrays of a tree of parameters by their dotted names."""
-    return dict(tree_flatten(tree))

@@ -1,0 +1,183 @@
+"""Do the algorithms give the numbers of another library's own loss code?
+
+    python benchmarks/golden.py --data tests/golden
+
+A folder holds `golden.json` and `golden.npz`: arrays, and cases with their options, loss and
+gradient (TRL 1.16 in float64; see tests/golden/README.md). Each case is computed in float32 from
+the same arrays, by the functions that a user would pass to a trainer. The exit code is 1 if a loss
+or any element of a gradient differs by more than TOLERANCE, or if an option is not known.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from textpolicy.algorithms import (
+    cispo,
+    correction,
+    dapo,
+    dr_grpo,
+    grpo,
+    kl,
+    lite_ppo,
+    luspo,
+    sapo,
+    vespo,
+)
+from textpolicy.algorithms.averages import micro_batch_token_mean
+from textpolicy.algorithms.ratios import sequence_log_ratio, token_log_ratio
+from textpolicy.types import Batch, LossFn
+
+TOLERANCE = 1e-6
+LOSSES: dict[str, Callable[..., Any]] = {
+    "grpo": grpo.policy_loss,
+    "bnpo": partial(grpo.policy_loss, average=micro_batch_token_mean),
+    "dapo": dapo.policy_loss,
+    "dr_grpo": dr_grpo.policy_loss,
+    "cispo": cispo.policy_loss,
+    "sapo": sapo.policy_loss,
+    "luspo": luspo.policy_loss,
+    "vespo": vespo.policy_loss,
+}
+ADVANTAGES = {
+    "group": grpo.compute_advantages,
+    "batch": lite_ppo.compute_advantages,
+    "none": dr_grpo.compute_advantages,
+}
+RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
+CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "luspo")
+# Options that say what the batch is; all others say what the loss is.
+OF_THE_BATCH = {"use_old", "temp", "zero_row", "adv_scale"}
+OF_THE_LOSS = {"loss_type", "level", "beta", "bias_kl", "ent_coef", "opsm", "is_ratio"}
+OF_THE_CLIP = {"eps", "eps_high", "delta", "L_max"}
+
+
+class Golden:
+    """A folder of cases and the arrays that they share."""
+
+    def __init__(self, folder: Path) -> None:
+        record = json.loads((folder / "golden.json").read_text())
+        self.cases: Mapping[str, Any] = record["cases"]
+        self.group_size = record["shape"]["G"]
+        with np.load(folder / "golden.npz") as arrays:
+            self.arrays = dict(arrays)
+
+    def floats(self, name: str) -> mx.array:
+        """An array of the folder in float32."""
+        return mx.array(self.arrays[name].astype(np.float32))
+
+    def compare(self, name: str) -> tuple[float, float]:
+        """How far a case's loss is off, and its gradient where that is farthest off."""
+        case = self.cases[name]
+        options = case["kwargs"]
+        if unknown := set(options) - OF_THE_BATCH - OF_THE_LOSS - OF_THE_CLIP:
+            raise ValueError(f"options {sorted(unknown)} are not known")
+        batch = self.batch(options)
+        loss_fn = self.loss(options)
+
+        def loss_of(logits: mx.array) -> mx.array:
+            logp, entropy = self.scores(logits, options)
+            return loss_fn(logp, replace(batch, entropy=entropy))[0]
+
+        loss, gradient = mx.value_and_grad(loss_of)(self.floats("logits"))
+        off = np.abs(np.array(gradient) - self.arrays[f"grad::{name}"]).max()
+        return abs(float(loss) - case["loss"]), float(off)
+
+    def scores(self, logits: mx.array, options: Mapping[str, Any]) -> tuple[mx.array, mx.array]:
+        """Log-probabilities of the recorded tokens, and entropies."""
+        logits = logits / options.get("temp", 1.0)
+        logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        ids = mx.array(self.arrays["ids"])[..., None]
+        return mx.take_along_axis(logp, ids, axis=-1)[..., 0], -(mx.exp(logp) * logp).sum(-1)
+
+    def batch(self, options: Mapping[str, Any]) -> Batch:
+        """The arrays that a loss sees, all but the current policy's."""
+        mask = self.arrays["mask"].astype(bool)
+        if options.get("zero_row"):
+            mask[2] = False
+        rewards = self.floats("rewards").reshape(-1, self.group_size)
+        advantages = ADVANTAGES[options.get("adv_scale", "group")](rewards).reshape(-1, 1)
+        recorded, _ = self.scores(self.floats("old_logits"), options)
+        current, _ = self.scores(self.floats("logits"), options)
+        rows = mask.shape[0]
+        return Batch(
+            prompts=mx.zeros((1, 1), dtype=mx.int32),
+            prompt_lengths=mx.ones(1, dtype=mx.int32),
+            owner=mx.zeros(rows, dtype=mx.int32),
+            group=mx.arange(rows) // self.group_size,
+            tokens=mx.array(self.arrays["ids"]),
+            mask=mx.array(mask),
+            logp_sampled=recorded + self.floats("samp_noise"),
+            logp_old=recorded if options.get("use_old", True) else current,
+            logp_ref=self.scores(self.floats("ref_logits"), options)[0],
+            advantages=mx.broadcast_to(advantages, mask.shape),
+            temperature=mx.ones(rows),
+            rows=rows,
+            token_count=int(mask.sum()),
+            max_tokens=options.get("L_max", 7),
+        )
+
+    def loss(self, options: Mapping[str, Any]) -> LossFn:
+        """The policy loss that the options describe."""
+        kind = options["loss_type"]
+        terms: dict[str, Any] = {
+            "ratio": RATIOS[options.get("level", "token")],
+            "beta": options.get("beta", 0.0),
+            "kl": kl.unbiased_k3 if options.get("bias_kl") else kl.k3,
+            "entropy_bonus": options.get("ent_coef", 0.0),
+        }
+        weights = []
+        if options.get("opsm") is not None:
+            weights.append(correction.off_policy_mask(options["opsm"]))
+        if options.get("is_ratio"):
+            given = self.floats(f"is_{options['is_ratio']}")
+            if kind == "vespo":
+                terms["correction"] = lambda logp, batch: (given, {})
+            else:
+                weights.append(lambda logp, batch: (given, {}))
+        return partial(LOSSES[kind], weights=weights, **terms, **_clipping(kind, options))
+
+
+def _clipping(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    if kind == "cispo":
+        return {"cap": options.get("eps_high", options.get("eps", 0.2))}
+    if kind not in CLIPPED:
+        return {}
+    low = options.get("eps", 0.2)
+    high = options.get("eps_high", low)
+    return {"clip_low": low, "clip_high": high, "delta": options.get("delta")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a golden folder")
+    golden = Golden(parser.parse_args().data)
+    failed = 0
+    for name in golden.cases:
+        try:
+            loss, gradient = golden.compare(name)
+        except (ValueError, KeyError) as error:
+            failed += 1
+            print(f"{name:<40} not supported: {error}")
+            continue
+        # Not "greater than": a NaN is no agreement.
+        agrees = loss <= TOLERANCE and gradient <= TOLERANCE
+        failed += not agrees
+        verdict = "ok" if agrees else "DIFFERS"
+        print(f"{name:<40} loss {loss:.1e}  gradient {gradient:.1e}  {verdict}")
+    print(f"{len(golden.cases) - failed} of {len(golden.cases)} cases agree to {TOLERANCE:g}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

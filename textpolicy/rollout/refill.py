@@ -1,0 +1,55 @@
+"""Dynamic sampling: groups that teach nothing are replaced. DAPO, arXiv:2503.14476, section 3.2."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from textpolicy.rollout.worker import collect
+from textpolicy.types import Metrics, Policy, RewardFn, RolloutGroup, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refilled:
+    """What was sampled, and the part of it that has something to teach."""
+
+    sampled: Sequence[RolloutGroup]
+    kept: Sequence[RolloutGroup]
+    rounds: int
+
+    @property
+    def metrics(self) -> Metrics:
+        """How much sampling the kept groups took."""
+        dropped = len(self.sampled) - len(self.kept)
+        return {"refill/rounds": float(self.rounds), "refill/dropped": float(dropped)}
+
+
+def collect_with_signal(
+    next_tasks: Callable[[int], Sequence[Task]],
+    policy: Policy,
+    reward: RewardFn,
+    *,
+    groups: int,
+    group_size: int,
+    seeds: Callable[[int], int],
+    rounds: int,
+) -> Refilled:
+    """Sample until `groups` groups have rewards that differ, in at most `rounds` rounds.
+
+    Every round samples as many groups as are missing. After the last there may be fewer; if none
+    has signal all are kept, for the trainer to say so.
+    """
+    sampled: list[RolloutGroup] = []
+    kept: list[RolloutGroup] = []
+    done = 0
+    while done < rounds and len(kept) < groups:
+        tasks = next_tasks(groups - len(kept))
+        fresh = collect(tasks, policy, reward, group_size=group_size, seed=seeds(done))
+        sampled += fresh
+        kept += [group for group in fresh if has_signal(group)]
+        done += 1
+    return Refilled(sampled=sampled, kept=kept or sampled, rounds=done)
+
+
+def has_signal(group: RolloutGroup) -> bool:
+    """Whether the rewards inside the group differ."""
+    rewards = {rollout.reward for rollout in group.rollouts if rollout.reward is not None}
+    return len(rewards) > 1

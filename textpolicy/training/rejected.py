@@ -1,0 +1,21 @@
+"""Batches that were refused, kept for whoever wants to know why."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from textpolicy.types import RolloutGroup
+
+
+def save_rejected(groups: Sequence[RolloutGroup], folder: Path) -> Path:
+    """Write each rollout as a JSON line: its task, tokens, recorded log-probabilities, reward."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"batch-{len(list(folder.iterdir())):04d}.jsonl"
+    lines = (
+        json.dumps({"task": group.task.id} | asdict(rollout))
+        for group in groups
+        for rollout in group.rollouts
+    )
+    path.write_text("\n".join(lines) + "\n")
+    return path
