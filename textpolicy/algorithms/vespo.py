@@ -44,7 +44,8 @@ def policy_loss(
     `positive` and `negative` are (k, lambda) for advantages of that sign.
     """
     log_ratio = ratio(logp, batch)
-    weight, metrics = correction(logp, batch) if correction else (mx.ones((1, 1)), {})
+    none = mx.ones((logp.shape[0], 1))
+    weight, metrics = correction(logp, batch) if correction else (none, {})
     k, rate = (
         mx.where(batch.advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True)
     )
