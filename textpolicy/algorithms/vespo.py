@@ -50,7 +50,7 @@ def policy_loss(
         mx.where(batch.advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True)
     )
     log_w = mx.clip(_log_product(logp, batch, weight), LOWEST, HIGHEST)
-    phi = mx.stop_gradient(mx.exp(rate + k * log_w - rate * mx.exp(log_w)))
+    phi = mx.stop_gradient(mx.exp(k * log_w - rate * mx.expm1(log_w)))
     loss = -phi * batch.advantages * mx.where(batch.mask, logp, 0)
     metrics = metrics | {"vespo/phi_seq_mean": row_means(phi, batch.mask).sum() / batch.rows}
     return objective(loss, metrics, logp, batch, log_ratio=log_ratio, average=average, **terms)
