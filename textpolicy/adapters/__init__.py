@@ -5,7 +5,9 @@ from textpolicy.adapters.container import AdapterContainer, attach_adapter
 from textpolicy.adapters.files import AdapterFile, AdapterWatcher, peek_version, read_adapter
 from textpolicy.adapters.fuse import FusedModule, FuseReport
 from textpolicy.adapters.memory import memory_stats
-from textpolicy.adapters.quantization import QuantizationReport, quantize
+from textpolicy.adapters.nf4 import NF4Embedding, NF4Linear
+from textpolicy.adapters.quantization import QuantizationReport, dequantize, quantize
+from textpolicy.adapters.rules import LoRARule
 from textpolicy.adapters.twin import twin
 
 __all__ = [
@@ -15,8 +17,12 @@ __all__ = [
     "AdapterWatcher",
     "FuseReport",
     "FusedModule",
+    "LoRARule",
+    "NF4Embedding",
+    "NF4Linear",
     "QuantizationReport",
     "attach_adapter",
+    "dequantize",
     "memory_stats",
     "peek_version",
     "quantize",

@@ -57,5 +57,5 @@ def _logical_count(model: nn.Module, base: dict[str, mx.array]) -> int:
         if module not in bits or leaf == "bias":
             count += array.size
         elif leaf == "weight":
-            count += array.size * 32 // bits[module]
+            count += array.nbytes * 8 // bits[module]
     return count
