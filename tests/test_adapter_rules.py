@@ -1,12 +1,14 @@
 """What to adapt: rules, the last blocks and their keys, the words of PEFT; and their JSON forms."""
 
+import json
 import math
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from tests.bases import arrays
-from tests.tiny import expert_model, qwen3_model
+from tests.bases import arrays, trained
+from tests.tiny import TOKENS, expert_model, qwen3_model
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule
 from textpolicy.adapters.layers import adapter_layers
 from textpolicy.adapters.quantization import is_quantized
@@ -268,3 +270,200 @@ def test_rules_and_plain_words_do_not_mix():
         AdapterConfig(rules=[LoRARule()], rank=4, num_layers=2)
     with pytest.raises(ConfigError, match="rules is empty"):
         AdapterConfig(rules=[])
+
+
+# The words of PEFT
+
+
+def peft(**words):
+    return AdapterConfig.from_dict({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | words)
+
+
+def suffixes(paths):
+    return {path.rpartition(".")[2] for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"target_modules": ["q_proj", "mlp.up_proj"]}, {"q_proj", "up_proj"}),
+        ({"target_modules": r".*\.(k|v)_proj"}, {"k_proj", "v_proj"}),
+        ({"target_modules": ["lm_head", "embed_tokens"]}, {"lm_head", "embed_tokens"}),
+        (
+            {"target_modules": "all-linear", "exclude_modules": r".*(mlp|k_proj|v_proj).*"},
+            {"q_proj", "o_proj"},
+        ),
+        (
+            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["self_attn.k_proj"]},
+            {"q_proj"},
+        ),
+    ],
+)
+def test_peft_names_are_ends_of_paths_and_strings_are_expressions(words, expected):
+    assert suffixes(adapted_paths(peft(**words))) == expected
+
+
+def test_all_linear_is_all_but_the_head():
+    assert adapted_paths(peft(target_modules="all-linear")) == adapted_paths(AdapterConfig())
+
+
+@pytest.mark.parametrize("pattern", [None, [], "layers", ["h", "layers"]])
+def test_layers_to_transform_choose_blocks_and_whole_paths_choose_themselves(pattern):
+    config = peft(
+        target_modules=["q_proj", "model.layers.0.self_attn.v_proj"],
+        layers_to_transform=[1],
+        layers_pattern=pattern,
+    )
+    assert adapted_paths(config) == {
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+    }
+
+
+def test_patterns_give_ranks_and_alphas_and_the_first_that_matches_counts():
+    config = peft(
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 3},
+        alpha_pattern={r"layers\.1\..*": 16},
+        use_rslora=True,
+        use_dora=True,
+        lora_dropout=0.1,
+    )
+    model = qwen3_model()
+    layers = AdapterContainer.from_model(model, config).layers()
+    assert {layer.kind for layer in layers.values()} == {"dora"}
+    numbers = {path[13:]: (layer.rank, layer.scale) for path, layer in layers.items()}
+    assert numbers == {
+        "0.self_attn.q_proj": (3, pytest.approx(8 / math.sqrt(3))),
+        "0.self_attn.v_proj": (4, 4.0),
+        "1.self_attn.q_proj": (2, pytest.approx(16 / math.sqrt(2))),
+        "1.self_attn.v_proj": (4, 8.0),
+    }
+    assert config.dropout == 0.1
+
+
+def test_every_word_of_peft_that_matches_nothing_is_named():
+    config = peft(
+        target_modules=["q_proj", "query"],
+        exclude_modules=["c_proj"],
+        rank_pattern={"vproj": 2},
+        layers_to_transform=[7],
+    )
+    with pytest.raises(AdapterError) as caught:
+        adapted_paths(config)
+    for words in [
+        "target_modules has 'query', which matches nothing",
+        "exclude_modules has 'c_proj'",
+        "rank_pattern has 'vproj', which matches nothing; nearest: ['model.layers",
+        "layers_to_transform has 7, the model has blocks 0 to 1",
+    ]:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"peft_type": "LOHA", "target_modules": ["q"]}, "peft_type is 'LOHA'"),
+        ({}, "target_modules is missing"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": ["q"], "bias": "all"}, "bias is 'all'.* or lora_bias"),
+        ({"target_modules": ["q"], "modules_to_save": ["lm_head"]}, "'modules_to_save': .*Merge"),
+        ({"target_modules": ["q"], "some_new_option": 1}, "'some_new_option': 1"),
+        ({"target_modules": ["q"], "init_lora_weights": "pissa"}, "'pissa'.*change the base"),
+        ({"target_modules": ["q"], "r": 0}, "rank is 0"),
+        ({"target_modules": ".*q", "layers_to_transform": [1]}, "target_modules as a list"),
+        ({"target_modules": ["q"], "layers_pattern": ["h"]}, "needs layers_to_transform"),
+    ],
+)
+def test_words_of_peft_that_cannot_be_honoured_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        peft(**words)
+
+
+def test_how_trained_weights_were_once_drawn_does_not_matter():
+    words = {"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": "eva"}
+    with pytest.raises(ConfigError, match="'eva'"):
+        AdapterConfig.from_peft(words)
+    assert AdapterConfig.from_peft(words, trained=True).rules[0].a_init == "uniform"
+    with pytest.raises(ConfigError, match="'olora'"):
+        AdapterConfig.from_peft(words | {"init_lora_weights": "olora"}, trained=True)
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdapterConfig(),
+        AdapterConfig(num_layers=2, rank=3, scale=20.0, dropout=0.1, keys=["mlp.up_proj"]),
+        AdapterConfig(kind="dora", rank=2, alpha=6),
+        rules({"kind": "none", "weight_qtype": "nf4", "tile_size": "channel"}, {"bias": True}),
+        peft(target_modules=["v_proj", "q_proj"], rank_pattern={"q_proj": 2}, use_dora=True),
+        peft(target_modules="all-linear", init_lora_weights="gaussian", lora_bias=True),
+    ],
+    ids=["default", "last blocks", "dora", "rules", "peft list", "peft all-linear"],
+)
+def test_a_config_survives_json(config):
+    assert AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_config_of_mlx_lm_is_read_as_it_is_written():
+    from mlx_lm.lora import CONFIG_DEFAULTS
+
+    written = json.loads(json.dumps(CONFIG_DEFAULTS | {"num_layers": 2}))
+    assert AdapterConfig.from_dict(written) == AdapterConfig(num_layers=2, rank=8, scale=20.0)
+    # The early releases wrote an alpha that nobody read.
+    written["lora_parameters"]["alpha"] = 16
+    written["fine_tune_type"] = "dora"
+    assert AdapterConfig.from_dict(written) == AdapterConfig(
+        kind="dora", num_layers=2, rank=8, scale=20.0
+    )
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx_lm_itself_adapts_the_same_modules_with_our_config(kind):
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    ours, theirs = qwen3_model(), qwen3_model()
+    config = AdapterConfig(num_layers=1, rank=2, scale=3.0, kind=kind)
+    container = AdapterContainer.from_model(ours, config)
+    container.swap(trained(container))
+    form = config.to_dict()
+    linear_to_lora_layers(
+        theirs, form["num_layers"], form["lora_parameters"], use_dora=kind == "dora"
+    )
+    theirs.load_weights(list(container.parameters().items()), strict=False)
+    assert mx.allclose(ours(TOKENS), theirs(TOKENS), atol=1e-5)
+
+
+def test_plain_options_are_words_too():
+    options = {"lora_layers": 2, "lora_rank": 4, "lora_scale": 20.0, "lora_keys": ["mlp.up_proj"]}
+    expected = AdapterConfig(num_layers=2, rank=4, scale=20.0, keys=["mlp.up_proj"])
+    assert AdapterConfig.from_dict(options) == expected
+    assert AdapterConfig.from_dict({"rank": 16, "alpha": 8}) == AdapterConfig(scale=0.5)
+
+
+def test_a_function_that_draws_is_left_out_of_json():
+    config = rules({"a_init": lambda shape, key: mx.zeros(shape), "rank": 2})
+    assert AdapterConfig.from_dict(config.to_dict()) == rules({"rank": 2})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"hidden_size": 4}, r"no form .* by \['hidden_size'\]; expected one of \['rules'"),
+        ({"rules": [{"rnak": 4}]}, r"unknown rule options \['rnak'\]; .* did you mean \['rank'\]"),
+        ({"lora_rnk": 4, "rank": 4}, r"unknown adapter config options \['lora_rnk'\]"),
+        ({"fine_tune_type": "full"}, "fine_tune_type is 'full'"),
+        ({"fine_tune_type": "lora", "lora_parameters": {"rank": 4}}, r"has no \['scale'\]"),
+        (
+            {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 1.0, "sclae": 2.0}},
+            r"unknown lora_parameters options \['sclae'\].*did you mean \['scale'\]",
+        ),
+        ({"fine_tune_type": "lora", "num_layer": 2}, r"did you mean \['num_layers'\]"),
+    ],
+)
+def test_forms_that_nobody_reads_are_refused_with_the_nearest(data, message):
+    with pytest.raises(ConfigError, match=message):
+        AdapterConfig.from_dict(data)

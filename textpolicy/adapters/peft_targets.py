@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from textpolicy.adapters.rules import LoRARule
-from textpolicy.adapters.selection import Layout, Site
+from textpolicy.adapters.selection import Layout, Site, spelling
 from textpolicy.errors import AdapterError, ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -104,14 +104,14 @@ class PeftTargets:
         nearest, paths = layout.nearest, layout.sites
         words = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
         problems = [
-            f"{word} has {name!r}, which matches nothing; nearest: {nearest(str(name))}"
+            f"{word} has {name!r}, which matches nothing; nearest: {nearest(spelling(name))}"
             for word, given in words.items()
-            for name in _one_by_one(given)
-            if not any(_named(name, path) for path in paths)
+            for name, alone in _one_by_one(given).items()
+            if not any(_named(alone, path) for path in paths)
         ]
         patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         problems += [
-            f"{word} has {pattern!r}, which matches nothing; nearest: {nearest(pattern)}"
+            f"{word} has {pattern!r}, which matches nothing; nearest: {nearest(spelling(pattern))}"
             for word, given in patterns.items()
             for pattern in given
             if not any(_ends_in(pattern, path) for path in paths)
@@ -126,11 +126,11 @@ class PeftTargets:
             raise AdapterError("PEFT's words do not fit the model\n  " + "\n  ".join(problems))
 
 
-def _one_by_one(given: Collection[str] | str) -> Sequence[Collection[str] | str]:
-    """A list as lists of one name each; a regular expression as it is."""
+def _one_by_one(given: Collection[str] | str) -> dict[str, Collection[str] | str]:
+    """Each name of a list as a list of its own; a regular expression as it is."""
     if isinstance(given, str):
-        return () if given == ALL_LINEAR else (given,)
-    return [(name,) for name in given]
+        return {} if given == ALL_LINEAR else {given: given}
+    return {name: (name,) for name in given}
 
 
 def _named(names: Collection[str] | str, path: str) -> bool:

@@ -180,7 +180,7 @@ class RuleList:
             )
         if other := next((path for path in layout.others if rule.matches(path)), None):
             return f"{words} matches {other!r}, which is {layout.others[other]}"
-        return f"{words} matches nothing; nearest: {layout.nearest(_plain(rule.module_path))}"
+        return f"{words} matches nothing; nearest: {layout.nearest(spelling(rule.module_path))}"
 
 
 def reaches(rule: LoRARule, site: Site) -> bool:
@@ -188,6 +188,6 @@ def reaches(rule: LoRARule, site: Site) -> bool:
     return rule.matches(site.path) and (not site.by_name or site.name in rule.module_path)
 
 
-def _plain(pattern: str) -> str:
+def spelling(pattern: str) -> str:
     """The words of a regular expression, to compare its spelling with paths."""
     return re.sub(r"^(\.\*)?(\\\.)?|[\\^$*+?()|\[\]]", "", pattern).replace("/", ".")
