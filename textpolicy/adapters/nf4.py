@@ -7,12 +7,12 @@ through to the inputs, and the float weights are made again for that instead of 
 """
 
 from itertools import pairwise
-from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Integer, UInt8, UInt64
 
+from textpolicy.adapters.frozen import frozen_product
 from textpolicy.adapters.number_formats import CHANNEL
 
 # The QLoRA paper's appendix E.
@@ -57,8 +57,7 @@ def unpack(
     weight: UInt8[mx.array, "*rows half"], scales: Float[mx.array, "*rows groups"]
 ) -> Float[mx.array, "*rows in"]:
     """The float32 weights that the codes stand for."""
-    # One look-up gives both weights of a byte.
-    values = _pairs()[weight.astype(mx.uint32)].flatten(-2)
+    values = _pairs()[weight].view(mx.float32)
     groups = mx.unflatten(values, -1, (scales.shape[-1], -1))
     return (groups * scales.astype(mx.float32)[..., None]).flatten(-2)
 
@@ -86,7 +85,7 @@ class NF4Linear(nn.Module):
         return made
 
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
-        y = cast(mx.array, product(x, self.weight, self.scales))
+        y = product(x, self.weight, self.scales)
         return y + self.bias if "bias" in self else y
 
 
@@ -109,31 +108,14 @@ class NF4Embedding(nn.Module):
         self, x: Float[mx.array, "*batch features"]
     ) -> Float[mx.array, "*batch vocabulary"]:
         """The table as an output head."""
-        return cast(mx.array, product(x, self.weight, self.scales))
+        return product(x, self.weight, self.scales)
 
 
-@mx.custom_function
-def product(
-    x: Float[mx.array, "*batch in"],
-    weight: UInt8[mx.array, "out half"],
-    scales: Float[mx.array, "out groups"],
-) -> Float[mx.array, "*batch out"]:
-    """x times the transposed weights, in the dtype of `x`."""
-    return x @ unpack(weight, scales).astype(x.dtype).T
-
-
-def _product_vjp(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
-    x, weight, scales = primals
-    return (
-        cotangent @ unpack(weight, scales).astype(x.dtype),
-        mx.zeros_like(weight),
-        mx.zeros_like(scales),
-    )
-
-
-cast(Any, product).vjp(_product_vjp)
-
-
-def _pairs() -> Float[mx.array, "bytes pair"]:
+def _pairs() -> UInt64[mx.array, "bytes"]:
+    """The two levels that a byte stands for, side by side: one look-up finds both."""
     levels = mx.array(LEVELS)
-    return mx.stack([mx.repeat(levels, 16), mx.tile(levels, 16)], axis=-1)
+    pairs = mx.stack([mx.repeat(levels, 16), mx.tile(levels, 16)], axis=-1)
+    return pairs.view(mx.uint64).flatten()
+
+
+product = frozen_product(unpack)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from jaxtyping import Float
 
 from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.cpu_products import use_fast_products
 from textpolicy.adapters.nf4 import NF4Embedding, NF4Linear, unpack
 from textpolicy.adapters.number_formats import NumberFormat
 from textpolicy.adapters.targets import assign_rules, site_kind
@@ -271,6 +272,7 @@ def _pack_all(model: nn.Module, forms: Mapping[str, NumberFormat]) -> None:
         packed.freeze()
         mx.eval(packed.parameters())
         replace_modules(model, {path: packed})
+    use_fast_products(model)
 
 
 def _packed(module: nn.Module, form: NumberFormat) -> nn.Module:
