@@ -17,7 +17,7 @@ import mlx.nn as nn
 from jaxtyping import Float, Integer
 
 from textpolicy.adapters.layers import AdapterLayer, refuse_bias
-from textpolicy.adapters.quantization import float_weight, row_squares, times_weight, weight_shape
+from textpolicy.adapters.quantization import float_weight, row_squares, times_weight
 from textpolicy.adapters.rules import LoRARule
 from textpolicy.errors import AdapterError
 
@@ -28,14 +28,10 @@ class DoRALinear(AdapterLayer):
     kind = "dora"
 
     def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
-        outputs, inputs = weight_shape(base)
-        shapes = (inputs, rule.rank), (rule.rank, outputs)
-        super().__init__(base, rule, key, shapes=shapes, inputs=inputs)
+        super().__init__(base, rule, key, "linear")
         self._row_squares = row_squares(base)
         self._measured = type(base)
         self.m = mx.sqrt(self._row_squares)
-        if rule.bias:
-            self.lora_bias = mx.zeros((outputs,))
 
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
         y = self.base(x)
@@ -73,9 +69,7 @@ class DoRAEmbedding(AdapterLayer):
 
     def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
         refuse_bias(rule, "an embedding")
-        vocabulary, features = weight_shape(base)
-        shapes = (vocabulary, rule.rank), (rule.rank, features)
-        super().__init__(base, rule, key, shapes=shapes, inputs=vocabulary)
+        super().__init__(base, rule, key, "embedding")
         self._row_squares = row_squares(base)
         self._measured = type(base)
         self.m = mx.sqrt(self._row_squares)

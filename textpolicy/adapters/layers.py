@@ -2,14 +2,16 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Bool, Float
 
-from textpolicy.adapters.quantization import float_weight
+from textpolicy.adapters.quantization import float_weight, weight_shape
 from textpolicy.adapters.rules import LoRARule, initial
+from textpolicy.adapters.selection import SiteKind
 from textpolicy.adapters.tree import named_arrays
 from textpolicy.errors import AdapterError
 
@@ -43,20 +45,21 @@ class AdapterLayer(nn.Module):
         base: nn.Module,
         rule: LoRARule,
         key: mx.array,
-        *,
-        shapes: tuple[Sequence[int], Sequence[int]],
-        inputs: int,
+        site: SiteKind,
     ) -> None:
         super().__init__()
         key_a, key_b = mx.random.split(key)
+        weight = weight_shape(base)
+        # A's inputs are what it is multiplied by: features, or the tokens of a vocabulary.
+        inputs = weight[0] if site == "embedding" else weight[-1]
+        shapes = tensor_shapes(rule, site, weight)
+        draw = partial(initial, inputs=inputs, rank=rule.rank)
         self.base = base
         self.dropout = nn.Dropout(rule.dropout)
-        self.lora_a, self.lora_b = (
-            initial(initialiser, shape, inputs=inputs, rank=rule.rank, key=own)
-            for initialiser, shape, own in zip(
-                (rule.a_init, rule.b_init), shapes, (key_a, key_b), strict=True
-            )
-        )
+        self.lora_a = draw(rule.a_init, shapes["lora_a"], key=key_a)
+        self.lora_b = draw(rule.b_init, shapes["lora_b"], key=key_b)
+        if rule.bias:
+            self.lora_bias = mx.zeros(shapes["lora_bias"])
         self._scale = mx.array(rule.scale, mx.float32)
         self._enabled = mx.array(True)
 
@@ -93,6 +96,14 @@ class AdapterLayer(nn.Module):
         """The float32 weight with which the base alone would compute what the layer does."""
         return float_weight(self.base) + self.delta()
 
+    def product_square(self) -> Float[mx.array, ""]:
+        """The squared Frobenius norm of scale times the low-rank product, which is never made."""
+        a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
+        if self.rank_axis == 1:
+            a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
+        # ||AB||^2 is the sum of (A'A) * (BB').
+        return mx.square(self._scale) * (a.swapaxes(-1, -2) @ a * (b @ b.swapaxes(-1, -2))).sum()
+
     def merged_bias(self) -> Float[mx.array, "*bias"] | None:
         """The bias that goes with `merged_weight`; the base's own if adapters leave it alone."""
         own: mx.array | None = self.base.get("bias")
@@ -108,6 +119,23 @@ class AdapterLayer(nn.Module):
     def offset(self) -> Float[mx.array, " out"]:
         """The trained offset of the output, or zero while the gate is shut."""
         return mx.where(self._enabled, self.lora_bias, 0.0)
+
+
+def tensor_shapes(
+    rule: LoRARule, site: SiteKind, weight: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """The trained tensors of a layer beside a weight of this shape, by name."""
+    *experts, outputs, inputs = weight
+    rank = rule.rank
+    match site:
+        case "linear":
+            shapes = {"lora_a": (inputs, rank), "lora_b": (rank, outputs)}
+        case "embedding":
+            shapes = {"lora_a": (outputs, rank), "lora_b": (rank, inputs)}
+        case "experts":
+            shapes = {"lora_a": (*experts, rank, inputs), "lora_b": (*experts, outputs, rank)}
+    lengths = {"m": (outputs,)} if rule.kind == "dora" else {}
+    return shapes | lengths | ({"lora_bias": (outputs,)} if rule.bias else {})
 
 
 def refuse_bias(rule: LoRARule, what: str) -> None:

@@ -8,7 +8,6 @@ import mlx.nn as nn
 from jaxtyping import Float, Integer
 
 from textpolicy.adapters.layers import AdapterLayer, refuse_bias
-from textpolicy.adapters.quantization import weight_shape
 from textpolicy.adapters.rules import LoRARule
 
 
@@ -18,11 +17,7 @@ class LoRALinear(AdapterLayer):
     kind = "lora"
 
     def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
-        outputs, inputs = weight_shape(base)
-        shapes = (inputs, rule.rank), (rule.rank, outputs)
-        super().__init__(base, rule, key, shapes=shapes, inputs=inputs)
-        if rule.bias:
-            self.lora_bias = mx.zeros((outputs,))
+        super().__init__(base, rule, key, "linear")
 
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
         y = self.base(x)
@@ -47,9 +42,7 @@ class LoRAEmbedding(AdapterLayer):
 
     def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
         refuse_bias(rule, "an embedding")
-        vocabulary, features = weight_shape(base)
-        shapes = (vocabulary, rule.rank), (rule.rank, features)
-        super().__init__(base, rule, key, shapes=shapes, inputs=vocabulary)
+        super().__init__(base, rule, key, "embedding")
 
     def __call__(self, ids: Integer[mx.array, "*batch"]) -> Float[mx.array, "*batch features"]:
         y = self.base(ids)
@@ -79,9 +72,7 @@ class LoRASwitchLinear(AdapterLayer):
 
     def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
         refuse_bias(rule, "experts")
-        experts, outputs, inputs = weight_shape(base)
-        shapes = (experts, rule.rank, inputs), (experts, outputs, rule.rank)
-        super().__init__(base, rule, key, shapes=shapes, inputs=inputs)
+        super().__init__(base, rule, key, "experts")
 
     def __call__(
         self,

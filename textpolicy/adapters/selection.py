@@ -10,6 +10,8 @@ from textpolicy.adapters.rules import LoRARule
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.types import check_fields
 
+SiteKind = Literal["linear", "embedding", "experts"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
@@ -22,7 +24,7 @@ class Site:
     path: str
     key: str
     block: int | None
-    kind: Literal["linear", "embedding", "experts"]
+    kind: SiteKind
     by_name: bool
 
     @property

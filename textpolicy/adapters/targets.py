@@ -3,17 +3,15 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import mlx.nn as nn
 
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.nf4 import NF4Embedding, NF4Linear
 from textpolicy.adapters.rules import LoRARule
-from textpolicy.adapters.selection import Layout, Site
+from textpolicy.adapters.selection import Layout, Site, SiteKind
 from textpolicy.errors import AdapterError
-
-SiteKind = Literal["linear", "embedding", "experts"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
