@@ -1,6 +1,8 @@
 """In what form weights are stored: the modes of mlx, NF4, and the names that rules use."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Literal
 
 from textpolicy.errors import ConfigError
@@ -63,6 +65,14 @@ class NumberFormat:
         if self.group_size and row % self.group_size:
             return f"rows of {row} do not divide into groups of {self.group_size}"
         return None
+
+    def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """What a weight of this shape takes, packed from floats of `itemsize` bytes."""
+        count, row = prod(shape), shape[-1]
+        group = row if self.group_size == CHANNEL else (self.group_size or row)
+        # Affine groups have a scale and a bias, mx groups a scale in one byte.
+        scale = {"affine": 2 * itemsize, "nf4": itemsize}.get(self.mode, 1)
+        return count * self.bits // 8 + count // group * scale
 
     def options(self) -> dict[str, int | str]:
         """The arguments of `quantize`."""

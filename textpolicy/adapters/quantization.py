@@ -13,7 +13,7 @@ from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.cpu_products import use_fast_products
 from textpolicy.adapters.nf4 import NF4Embedding, NF4Linear, unpack
 from textpolicy.adapters.number_formats import NumberFormat
-from textpolicy.adapters.targets import assign_rules, site_kind
+from textpolicy.adapters.targets import Target, assign_rules, site_kind
 from textpolicy.adapters.tree import named_arrays, replace_modules
 from textpolicy.errors import ModelError
 
@@ -70,24 +70,26 @@ def quantize(
 
 def quantize_by_rules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
     """Quantize in place what a config's rules say, or nothing if any of it cannot be."""
-    targets = assign_rules(model, config)
-    forms = {path: form for path, t in targets.items() if (form := t.rule.number_format)}
-    # A base that already is as asked, perhaps from an earlier run, is left alone.
-    forms = {path: form for path, form in forms.items() if format_of(targets[path].module) != form}
+    forms = forms_to_pack(assign_rules(model, config))
+    _pack_all(model, forms)
+    return tuple(forms)
+
+
+def forms_to_pack(targets: Mapping[str, Target]) -> dict[str, NumberFormat]:
+    """What rules ask to quantize, by path; a base that already is as asked is left alone."""
+    asked = {path: form for path, t in targets.items() if (form := t.rule.number_format)}
+    forms = {path: form for path, form in asked.items() if format_of(targets[path].module) != form}
     problems = [
         f"{path}: {reason}"
         for path, form in forms.items()
         if (reason := _misfit(targets[path].module, form))
     ]
-    # From here on each float weight has to be free to go as soon as it is packed.
-    del targets
     if problems:
         raise ModelError(
             "rules ask for a quantization that cannot be; change tile_size, or put a rule without "
             "weight_qtype first\n  " + "\n  ".join(problems)
         )
-    _pack_all(model, forms)
-    return tuple(forms)
+    return forms
 
 
 def dequantize(
