@@ -223,6 +223,21 @@ def _evaluate(parser: ArgumentParser) -> None:
     _max_tokens(parser)
 
 
+def _plan(parser: ArgumentParser) -> None:
+    _model(parser)
+    text = "JSON of adapter options: rules, or those of mlx-lm or PEFT (instead of those below)"
+    _option(parser, "adapter-config", text, type=Path, metavar="FILE")
+    text = "adapt this many blocks from the end; -1 is all (default: -1)"
+    _option(parser, "num-layers", text, type=int)
+    text = "paths of layers to adapt, with commas between (default: every linear layer)"
+    _option(parser, "keys", text, metavar="PATHS")
+    _option(parser, "kind", "lora or dora (default: lora)", choices=("lora", "dora"))
+    text = f"rank of the low-rank product (default: {RunSettings.rank})"
+    _option(parser, "rank", text, type=at_least(1))
+    text = f"what multiplies the low-rank product (default: {RunSettings.scale})"
+    _option(parser, "scale", text, type=positive)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     parser.set_defaults(model=None, threads=None)
 
@@ -247,6 +262,12 @@ _COMMANDS = {
         "measure the greedy reward on held-out tasks, without and with adapters",
         "textpolicy eval --env add --adapter runs/add/adapters.safetensors",
         _evaluate,
+    ),
+    "plan": (
+        "plan",
+        "show which layers an adapter config would train, and the bytes they take",
+        "textpolicy plan --model tiny --rank 8 --keys self_attn.q_proj,self_attn.v_proj",
+        _plan,
     ),
     "doctor": ("doctor", "report what this installation runs on", "textpolicy doctor", _doctor),
 }
