@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from textpolicy.environments import check, load
+from textpolicy.environments import check_env, load
 from textpolicy.errors import TaskError
 
 NAMES = ["add", "countdown", "reverse", "sort"]
@@ -13,7 +13,7 @@ NAMES = ["add", "countdown", "reverse", "sort"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_module_keeps_its_contract(name):
-    check(load(name))
+    check_env(load(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,9 +44,9 @@ def test_streams_repeat_by_seed_and_differ_between_seeds():
 def test_a_reward_that_misses_its_gold_answer_fails_the_check():
     environment = load("add")
     with pytest.raises(TaskError, match=r"scores 0\.0 for .* \(the gold answer\)"):
-        check(replace(environment, reward=lambda prompt, completion, example: 0.0))
+        check_env(replace(environment, reward=lambda prompt, completion, example: 0.0))
     with pytest.raises(TaskError, match=r"scores 1\.0 for ''; expected 0\.0"):
-        check(replace(environment, reward=lambda prompt, completion, example: 1.0))
+        check_env(replace(environment, reward=lambda prompt, completion, example: 1.0))
 
 
 def test_an_unknown_environment_names_the_known_and_the_nearest():

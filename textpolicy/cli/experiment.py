@@ -22,12 +22,13 @@ from textpolicy.adapters.twin import twin
 from textpolicy.algorithms import grpo
 from textpolicy.cli.options import RunSettings
 from textpolicy.environments import Environment, load
+from textpolicy.environments.single_turn import prompt_text
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import load_reward, score
-from textpolicy.rollout.worker import collect, prompt_text
+from textpolicy.rollout.worker import collect
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
@@ -77,7 +78,7 @@ class Outcome:
     adapters: Path
 
 
-def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn]:
+def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn | None]:
     """The environment, with its own reward or the one in `reward` ("FILE.py:FUNCTION")."""
     environment = load(env)
     if not reward:
