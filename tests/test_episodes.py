@@ -253,7 +253,7 @@ def test_the_reply_is_what_the_template_writes_between_two_answers(load_tiny):
     whole = encode_prompt(tokenizer, messages)
     first = encode_prompt(tokenizer, messages[:1]) + tokenizer.encode("500")
     end = tokenizer.eos_token_id
-    assert first + [end] + encode_reply(tokenizer, messages[2:], end) == whole
+    assert [*first, end, *encode_reply(tokenizer, messages[2:], end)] == whole
     # An answer that was ended by a stop string has no end of turn of its own.
     assert first + encode_reply(tokenizer, messages[2:], first[-1]) == whole
 

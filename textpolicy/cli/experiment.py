@@ -22,7 +22,7 @@ from textpolicy.adapters.twin import twin
 from textpolicy.algorithms import grpo
 from textpolicy.cli.options import RunSettings
 from textpolicy.environments import Environment, load
-from textpolicy.environments.single_turn import prompt_text
+from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
@@ -58,7 +58,7 @@ class Experiment:
 
     environment: Environment
     adapters: AdapterContainer
-    reward: RewardFn
+    reward: RewardFn | None
     policy: ModelPolicy
     trainer: Trainer
 
@@ -84,9 +84,10 @@ def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn | Non
     if not reward:
         return environment, environment.reward
     function = load_reward(reward)
-    # One right answer, scored now: a reward that cannot score is found out before a model loads.
+    # An answer scored now: a reward that cannot score is found out before a model loads.
     (task,) = environment.heldout(1)
-    score(function, prompt_text(task.prompt), environment.gold(task.example), task.example)
+    gold = answer_of(environment.gold(task.example), -1) if environment.gold else ""
+    score(function, prompt_text(task.prompt), gold, task.example)
     return environment, function
 
 
@@ -180,7 +181,7 @@ def open_sinks(settings: RunSettings, output: Path) -> list[Sink]:
     return sinks
 
 
-def measure(policy: ModelPolicy, tasks: Sequence[Task], reward: RewardFn) -> Score:
+def measure(policy: ModelPolicy, tasks: Sequence[Task], reward: RewardFn | None) -> Score:
     """Score greedy completions of the policy's model, as it is now."""
     sampling = Sampling(max_tokens=policy.sampling.max_tokens, temperature=0)
     greedy = ModelPolicy(policy.model, policy.tokenizer, sampling)

@@ -9,6 +9,7 @@ from textpolicy.environments.environment import (
     from_gymnasium,
     question_and_answer,
 )
+from textpolicy.environments.gold import gold_answers
 from textpolicy.environments.load import load, ready_names
 from textpolicy.environments.rows import columns_of, load_rows
 from textpolicy.environments.single_turn import SingleTurnEnv
@@ -26,6 +27,7 @@ __all__ = [
     "columns_of",
     "from_dataset",
     "from_gymnasium",
+    "gold_answers",
     "load",
     "load_rows",
     "question_and_answer",

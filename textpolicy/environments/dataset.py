@@ -57,6 +57,11 @@ class Dataset:
         """Tasks of the rows that `load_rows` reads from `source`."""
         return cls.from_rows(load_rows(source), prompt, name=Path(source).stem, held_out=held_out)
 
+    def draw(self, rng: Random) -> tuple[Prompt, Row]:
+        """One of the training tasks."""
+        task = rng.choice(self.train)
+        return task.prompt, task.example
+
     def stream(self, seed: int) -> Iterator[Task]:
         """The training tasks, epoch after epoch, each in an order that the seed decides."""
         for epoch in count():

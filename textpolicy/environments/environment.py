@@ -29,7 +29,9 @@ class TaskSource(Protocol):
         ...
 
     def heldout(self, number: int) -> list[Task]:
-        """The first `number` different held-out tasks: the same for every run, never streamed."""
+        """The first `number` different held-out tasks, or all if there are fewer: the same for
+        every run, and never streamed.
+        """
         ...
 
 
@@ -169,14 +171,25 @@ def opening(observation: Any, info: dict[str, Any], name: str) -> tuple[Prompt, 
 
 
 def question_and_answer(
-    name: str, draw: Draw, reward: RewardFn, *, gold: Gold | None = None, max_tokens: int
+    name: str,
+    draw: Draw,
+    reward: RewardFn,
+    *,
+    tasks: TaskSource | None = None,
+    gold: Gold | None = None,
+    max_tokens: int = 256,
 ) -> Environment:
-    """Tasks that a function draws, each answered once."""
+    """Tasks that a function draws, each answered once; or those of `tasks`, if it is given."""
+
+    def make_env(reward: RewardFn | None) -> SingleTurnEnv:
+        assert reward is not None
+        return SingleTurnEnv(draw, reward, gold)
+
     return Environment(
         name=name,
-        tasks=Drawn(name=name, draw=draw),
+        tasks=tasks or Drawn(name=name, draw=draw),
         max_tokens=max_tokens,
-        make_env=lambda reward: SingleTurnEnv(draw, _given(reward), gold),
+        make_env=make_env,
         reward=reward,
         gold=gold,
     )
@@ -186,18 +199,8 @@ def from_dataset(
     dataset: Dataset, reward: RewardFn, *, gold: Gold | None = None, max_tokens: int = 256
 ) -> Environment:
     """The rows of a dataset, each answered once."""
-
-    def draw(rng: Random) -> tuple[Prompt, Mapping[str, Any]]:
-        task = rng.choice(dataset.train)
-        return task.prompt, task.example
-
-    return Environment(
-        name=dataset.name,
-        tasks=dataset,
-        max_tokens=max_tokens,
-        make_env=lambda reward: SingleTurnEnv(draw, _given(reward), gold),
-        reward=reward,
-        gold=gold,
+    return question_and_answer(
+        dataset.name, dataset.draw, reward, tasks=dataset, gold=gold, max_tokens=max_tokens
     )
 
 
@@ -215,11 +218,6 @@ def from_gymnasium(
     )
 
 
-def _given(reward: RewardFn | None) -> RewardFn:
-    assert reward is not None
-    return reward
-
-
 def _different(
     tasks: Iterator[Task], number: int, problem: Callable[[Task], str], name: str
 ) -> list[Task]:
@@ -227,8 +225,10 @@ def _different(
     for task in islice(tasks, 20 * number):
         found.setdefault(problem(task), task)
         if len(found) == number:
-            return list(found.values())
-    raise TaskError(f"{name} has about {len(found)} held-out tasks, {number} were asked for")
+            break
+    if not found:
+        raise TaskError(f"{name} has no held-out task among {20 * number} that were drawn")
+    return list(found.values())
 
 
 def _is_held_out(problem: str) -> bool:

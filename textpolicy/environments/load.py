@@ -14,15 +14,19 @@ from typing import Any
 import gymnasium as gym
 
 from textpolicy.environments.chat import ChatEnv
+from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
     Build,
     Drawn,
     Environment,
     Episodes,
+    TaskSource,
     from_gymnasium,
     prompt_of,
     question_and_answer,
 )
+from textpolicy.environments.rows import load_rows
+from textpolicy.environments.single_turn import Draw
 from textpolicy.environments.tool_calls import tagged_calls, written_calls
 from textpolicy.environments.tools import ToolEnv
 from textpolicy.errors import TaskError
@@ -34,17 +38,18 @@ _DEFAULT_TURNS = 8
 _PARSERS = {"tagged": tagged_calls, "written": written_calls}
 
 
-def load(spec: str) -> Environment:
+def load(spec: str, data: str | Path | None = None) -> Environment:
     """The environment that `spec` names.
 
     "sort" is one of `ready_names()`, "mine.py" a file that holds one, "mine.py:Game" a class of
     it, "reasoning_gym:TASK" and "textarena:GAME" are of these libraries, "gymnasium:ID" is what
-    `gymnasium.make` knows.
+    `gymnasium.make` knows. Environments that are made from rows take theirs from `data`.
     """
     scheme, _, rest = spec.partition(":")
     if scheme.endswith(".py"):
-        return _from_file(Path(scheme), rest)
+        return _from_file(Path(scheme), rest, data)
     if rest and scheme in _BRIDGES:
+        _refuse_data(spec, data)
         return _BRIDGES[scheme](rest)
     known = ready_names()
     if spec not in known:
@@ -54,7 +59,7 @@ def load(spec: str) -> Environment:
             f"no environment {spec!r}; known: {', '.join(known)}.{hint} Others are written as "
             f"FILE.py, {', '.join(f'{scheme}:NAME' for scheme in _BRIDGES)}"
         )
-    return from_module(import_module(f"textpolicy_envs.{spec}"), spec)
+    return from_module(import_module(f"textpolicy_envs.{spec}"), spec, data)
 
 
 def ready_names() -> list[str]:
@@ -63,44 +68,70 @@ def ready_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(folders))
 
 
-def from_module(module: ModuleType, name: str) -> Environment:
+def from_module(module: ModuleType, name: str, data: str | Path | None = None) -> Environment:
     """What a module holds, as `textpolicy_envs` describes: functions, or one Gymnasium class."""
     contents = vars(module)
-    classes = _env_classes(module)
-    if "make" not in contents:
-        if len(classes) != 1:
-            raise TaskError(
-                f"{name} holds neither make(rng) and reward(prompt, completion, example), nor one "
-                f"subclass of gymnasium.Env; its classes: {sorted(classes) or 'none'}"
-            )
-        (env,) = classes.values()
-        return from_gymnasium(env, name=name, max_tokens=_max_tokens(contents))
+    if "make" not in contents and "PROMPT" not in contents:
+        _refuse_data(name, data)
+        return _from_class(module, name)
     if "reward" not in contents and "turn_reward" not in contents:
         raise TaskError(f"{name} has no reward(prompt, completion, example)")
+    source, draw = _source(contents, name, data)
     if "TOOLS" in contents or "reply" in contents:
-        return _episodes(contents, name)
+        return _episodes(contents, name, source, draw)
     return question_and_answer(
         name,
-        contents["make"],
+        draw,
         contents["reward"],
+        tasks=source,
         gold=contents.get("gold"),
         max_tokens=_max_tokens(contents),
     )
 
 
-def _episodes(contents: Mapping[str, Any], name: str) -> Environment:
-    draw, reward = contents["make"], contents.get("reward")
-    build = _build(contents, name)
+def _from_class(module: ModuleType, name: str) -> Environment:
+    classes = _env_classes(module)
+    if len(classes) != 1:
+        raise TaskError(
+            f"{name} holds neither make(rng) and reward(prompt, completion, example), nor one "
+            f"subclass of gymnasium.Env; its classes: {sorted(classes) or 'none'}"
+        )
+    (env,) = classes.values()
+    return from_gymnasium(env, name=name, max_tokens=_max_tokens(vars(module)))
+
+
+def _source(
+    contents: Mapping[str, Any], name: str, data: str | Path | None
+) -> tuple[TaskSource, Draw]:
+    if "PROMPT" in contents:
+        rows = load_rows(data) if data else contents.get("ROWS")
+        if rows is None:
+            raise TaskError(f"{name} has no rows of its own: name a file of them, --data FILE")
+        dataset = Dataset.from_rows(rows, contents["PROMPT"], name=name)
+        return dataset, dataset.draw
+    _refuse_data(name, data)
     problem = _Problem(contents["problem"]) if "problem" in contents else prompt_of
+    return Drawn(name=name, draw=contents["make"], problem=problem), contents["make"]
+
+
+def _refuse_data(name: str, data: str | Path | None) -> None:
+    if data is not None:
+        raise TaskError(
+            f"environment {name} makes its tasks itself and takes no rows; got {str(data)!r}. "
+            "Leave out the one or the other"
+        )
+
+
+def _episodes(
+    contents: Mapping[str, Any], name: str, source: TaskSource, draw: Draw
+) -> Environment:
+    reward = contents.get("reward")
+    build = _build(contents, name)
     # Where turns earn too, only the environment can add everything up.
     adds_up = "turn_reward" in contents
     return Environment(
         name=name,
-        tasks=Episodes(
-            source=Drawn(name=name, draw=draw, problem=problem),
-            build=build,
-            reward=reward if adds_up else None,
-        ),
+        tasks=Episodes(source=source, build=build, reward=reward if adds_up else None),
         max_tokens=_max_tokens(contents),
         make_env=lambda given: build(draw, reward=given or reward),
         reward=None if adds_up else reward,
@@ -132,10 +163,11 @@ class _Problem:
         return self.problem(task.example)
 
 
-def _from_file(path: Path, name: str) -> Environment:
+def _from_file(path: Path, name: str, data: str | Path | None) -> Environment:
     module = run_file(path, what="environment")
     if not name:
-        return from_module(module, path.stem)
+        return from_module(module, path.stem, data)
+    _refuse_data(f"{path}:{name}", data)
     found = vars(module).get(name)
     if isinstance(found, Environment):
         return found

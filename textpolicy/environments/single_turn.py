@@ -1,6 +1,7 @@
 """One question, one answer: a dataset and a reward as a Gymnasium environment."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -54,8 +55,8 @@ def draw_task(draw: Draw, rng: np.random.Generator) -> tuple[Prompt, Mapping[str
 
 def opening_info(prompt: Prompt, example: Mapping[str, Any]) -> dict[str, Any]:
     """What `reset` reports: the example, and the messages if the prompt is more than one text."""
-    info: dict[str, Any] = {"example": example}
-    return info if isinstance(prompt, str) else info | {"messages": list(prompt)}
+    info: dict[str, Any] = {"example": deepcopy(dict(example))}
+    return info if isinstance(prompt, str) else info | {"messages": [dict(m) for m in prompt]}
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -64,5 +65,5 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def answer_of(gold: str | list[str], turn: int) -> str:
-    """The right answer in that turn; after the last, the last again."""
+    """The right answer in that turn, -1 for the last; after the last, the last again."""
     return gold if isinstance(gold, str) else gold[min(turn, len(gold) - 1)]

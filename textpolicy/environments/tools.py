@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -68,7 +69,7 @@ class ToolEnv(gym.Env[str, str]):
         self._answers: list[str] = []
         self._calls = self._errors = 0
         self._prompt, self._example = draw_task(self._draw, self.np_random)
-        info = opening_info(self._prompt, self._example) | {"tools": self.schemas}
+        info = opening_info(self._prompt, self._example) | {"tools": deepcopy(self.schemas)}
         return prompt_text(self._prompt), info | self._info()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
