@@ -31,7 +31,7 @@ class StepReport:
 def train_rl(
     *,
     tasks: Iterable[Task],
-    reward: RewardFn,
+    reward: RewardFn | None,
     policy: Policy,
     trainer: Trainer,
     steps: int,
@@ -47,6 +47,7 @@ def train_rl(
     before its next generation: both may live on twins of one model, or in different processes.
     With `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
     most so many rounds of sampling. Tasks that are a `Curriculum` are told how they went.
+    Without `reward`, tasks need environments, and a rollout is worth what its turns earned.
     """
     buffer = Buffer()
     source = iter(tasks)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import mlx.core as mx
 from jaxtyping import Bool, Float, Int
@@ -79,13 +79,31 @@ class Sampling:
         return plain and self.temperature > 0
 
 
+@runtime_checkable
+class TextEnv(Protocol):
+    """What an episode needs of a `gymnasium.Env`; observations and actions are text."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]: ...
+
+    def step(self, action: Any, /) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One row: a prompt, and the columns that its reward needs."""
+    """One row: a prompt, and the columns that its reward needs.
+
+    With `env`, each rollout is an episode in an environment of its own, reset with `seed`.
+    """
 
     id: str
     prompt: Prompt
     example: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    env: Callable[[], TextEnv] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +125,23 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One exchange of an episode: what the policy said, what that earned, what it heard back."""
+
+    completion: str
+    reward: float
+    replies: Sequence[Message] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One episode, token by token: `tokens`, `mask` and `logprobs` have equal length.
 
     `mask` is True on every sampled token, the stop token included, and False on prompts and tool
     output. `logprobs` is 0 where `mask` is False. `reward` is None where the reward function
     declined to score: such a rollout is left out of its group's baseline and gets no gradient.
+    `completion` is the last turn's text; `turns` are those played in an environment, and `metrics`
+    what it counted. `stop_reason` is LENGTH if a limit on tokens or turns cut the episode off.
     """
 
     tokens: list[int]
@@ -125,6 +154,8 @@ class Rollout:
     sampling: Sampling
     version: int
     error: str | None = None
+    turns: Sequence[Turn] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.mask) == len(self.logprobs):
@@ -199,6 +230,28 @@ class Policy(Protocol):
 
     def reload(self, path: str | Path) -> int:
         """Swap to the adapters in `path` before the next generation; returns their version."""
+        ...
+
+
+Respond = Callable[[int, int, Completion], Sequence[Message] | None]
+"""Given the numbers of a prompt and a member, and what that row said: what it hears, or None."""
+
+
+@runtime_checkable
+class ConversingPolicy(Policy, Protocol):
+    """A policy that can go on after an answer, which episodes of several turns need."""
+
+    def converse(
+        self,
+        prompts: Sequence[Prompt],
+        respond: Respond,
+        *,
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[list[list[Completion]]]:
+        """The turns of `n` rows for each prompt. A turn's `prompt_tokens` begin with all tokens of
+        the turn before, read and drawn: nothing is tokenized again.
+        """
         ...
 
 

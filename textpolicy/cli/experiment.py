@@ -23,12 +23,13 @@ from textpolicy.adapters.twin import twin
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.options import DYNAMIC_ROUNDS, RunSettings
 from textpolicy.environments import Environment, load
+from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import load_reward, score
-from textpolicy.rollout.worker import collect, prompt_text
+from textpolicy.rollout.worker import collect
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
@@ -60,7 +61,7 @@ class Experiment:
 
     environment: Environment
     adapters: AdapterContainer
-    reward: RewardFn
+    reward: RewardFn | None
     policy: ModelPolicy
     trainer: Trainer
 
@@ -80,15 +81,16 @@ class Outcome:
     adapters: Path
 
 
-def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn]:
+def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn | None]:
     """The environment, with its own reward or the one in `reward` ("FILE.py:FUNCTION")."""
     environment = load(env)
     if not reward:
         return environment, environment.reward
     function = load_reward(reward)
-    # One right answer, scored now: a reward that cannot score is found out before a model loads.
+    # An answer scored now: a reward that cannot score is found out before a model loads.
     (task,) = environment.heldout(1)
-    score(function, prompt_text(task.prompt), environment.gold(task.example), task.example)
+    gold = answer_of(environment.gold(task.example), -1) if environment.gold else ""
+    score(function, prompt_text(task.prompt), gold, task.example)
     return environment, function
 
 
@@ -206,7 +208,7 @@ def open_sinks(settings: RunSettings, output: Path) -> list[Sink]:
     return sinks
 
 
-def measure(policy: ModelPolicy, tasks: Sequence[Task], reward: RewardFn) -> Score:
+def measure(policy: ModelPolicy, tasks: Sequence[Task], reward: RewardFn | None) -> Score:
     """Score greedy completions of the policy's model, as it is now."""
     sampling = Sampling(max_tokens=policy.sampling.max_tokens, temperature=0)
     greedy = ModelPolicy(policy.model, policy.tokenizer, sampling)

@@ -22,10 +22,7 @@ def load_reward(spec: str) -> RewardFn:
     file, _, name = spec.rpartition(":")
     if not file or not name:
         raise ConfigError(f"reward is {spec!r}; expected FILE.py:FUNCTION, such as mine.py:score")
-    path = Path(file)
-    if not path.is_file():
-        raise ConfigError(f"reward file {file!r} does not exist (looked in {Path.cwd()})")
-    module = _run(path)
+    module = run_file(Path(file), what="reward")
     functions = [
         key
         for key, value in vars(module).items()
@@ -42,12 +39,15 @@ def load_reward(spec: str) -> RewardFn:
     return reward
 
 
-def _run(path: Path) -> ModuleType:
+def run_file(path: Path, *, what: str) -> ModuleType:
+    """The module that a Python file makes when it is run; `what` is what messages call it."""
+    if not path.is_file():
+        raise ConfigError(f"{what} file {str(path)!r} does not exist (looked in {Path.cwd()})")
     # A number keeps a file named json.py from passing for another module.
-    name = f"reward_file_{next(_numbers)}_{path.stem}"
+    name = f"{what}_file_{next(_numbers)}_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"reward file {path} is not a Python file: expected a name ending in .py")
+        raise ConfigError(f"{what} file {path} is not a Python file: expected a name ending in .py")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     _find_neighbours(path.resolve().parent)

@@ -25,7 +25,7 @@ class Refilled:
 def collect_with_signal(
     next_tasks: Callable[[int], Sequence[Task]],
     policy: Policy,
-    reward: RewardFn,
+    reward: RewardFn | None,
     *,
     groups: int,
     group_size: int,
