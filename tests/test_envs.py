@@ -66,7 +66,7 @@ def test_a_reward_that_misses_its_gold_answer_fails_the_check():
     environment = load("add")
     with pytest.raises(TaskError, match=r"scores 0\.0 for .* \(the gold answer\)"):
         check_env(replace(environment, reward=lambda prompt, completion, example: 0.0))
-    with pytest.raises(TaskError, match=r"scores 1\.0 for ''; expected 0\.0"):
+    with pytest.raises(TaskError, match=r"scores 1\.0 for ''; expected at most 0\.1"):
         check_env(replace(environment, reward=lambda prompt, completion, example: 1.0))
 
 

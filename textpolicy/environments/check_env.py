@@ -27,6 +27,8 @@ HOSTILE = (
     "9" * 5000,
 )
 MOST_TURNS = 200
+# Some verifiers give a little to any answer at all.
+_SILENCE = 0.1
 
 
 def check_env(environment: Environment, number: int = 200) -> None:
@@ -100,13 +102,18 @@ def _check_tasks(environment: Environment, number: int) -> None:
 def _check_answers(environment: Environment, prompt: str, example: Any) -> None:
     assert environment.gold is not None and environment.reward is not None
     gold = answer_of(environment.gold(example), 0)
-    for completion, value in {gold: 1.0, "": 0.0}.items():
-        got = score(environment.reward, prompt, completion, example)
-        if got != value:
-            raise TaskError(
-                f"{environment.name}: {prompt!r} scores {got} for {completion!r}; "
-                f"expected {value} ({'the gold answer' if completion else 'no answer'})"
-            )
+    right = score(environment.reward, prompt, gold, example)
+    if right != 1.0:
+        raise TaskError(
+            f"{environment.name}: {prompt!r} scores {right} for {gold!r}; expected 1.0 (the gold "
+            "answer)"
+        )
+    silent = score(environment.reward, prompt, "", example)
+    if silent is None or silent > _SILENCE:
+        raise TaskError(
+            f"{environment.name}: {prompt!r} scores {silent} for ''; expected at most {_SILENCE} "
+            "(no answer)"
+        )
 
 
 def _check_gold(environment: Environment, seed: int) -> None:
