@@ -113,6 +113,8 @@ class Rollout:
     `mask` is True on every sampled token, the stop token included, and False on prompts and tool
     output. `logprobs` is 0 where `mask` is False. `reward` is None where the reward function
     declined to score: such a rollout is left out of its group's baseline and gets no gradient.
+    `rewards` are the parts of it by name, `metrics` other numbers to average over a step under
+    their full names, and `error` says what failed in the user's code.
     """
 
     tokens: list[int]
@@ -121,6 +123,7 @@ class Rollout:
     completion: str
     reward: float | None
     rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     stop_reason: StopReason
     sampling: Sampling
     version: int
@@ -202,13 +205,9 @@ class Policy(Protocol):
         ...
 
 
-@runtime_checkable
-class RewardFn(Protocol):
-    """The user's code. None means: do not score this sample."""
-
-    def __call__(
-        self, prompt: str, completion: str, example: Mapping[str, Any], /
-    ) -> float | None: ...
+RewardFn = Callable[..., Any]
+"""The user's code: arguments by name, a number or None back. `textpolicy.rewards` has the contract,
+and does not import this module: the processes that run rewards do without mlx."""
 
 
 AdvantageFn = Callable[..., Float[mx.array, "groups group"]]
