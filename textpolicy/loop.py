@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from textpolicy.buffer import Buffer
 from textpolicy.errors import TaskError, TrainingError
+from textpolicy.rewards import Scoring, scorer_of
 from textpolicy.rollout.refill import collect_with_signal
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import Curriculum, Metrics, Policy, RewardFn, RolloutGroup, Task
+from textpolicy.types import Curriculum, Metrics, Policy, RolloutGroup, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +32,7 @@ class StepReport:
 def train_rl(
     *,
     tasks: Iterable[Task],
-    reward: RewardFn | None,
+    reward: Scoring,
     policy: Policy,
     trainer: Trainer,
     steps: int,
@@ -47,47 +48,51 @@ def train_rl(
     before its next generation: both may live on twins of one model, or in different processes.
     With `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
     most so many rounds of sampling. Tasks that are a `Curriculum` are told how they went.
-    Without `reward`, tasks need environments, and a rollout is worth what its turns earned.
     """
     buffer = Buffer()
     source = iter(tasks)
     metrics: Metrics = {}
-    for step in range(steps):
-        mx.reset_peak_memory()
-        started = time.perf_counter()
-        collected = collect_with_signal(
-            lambda count, step=step: _next_tasks(source, count, step, steps),
-            policy,
-            reward,
-            groups=groups_per_step,
-            group_size=group_size,
-            seeds=lambda done, step=step: (seed << 32) + (done << 24) + step,
-            rounds=refill_rounds,
-        )
-        buffer.extend(collected.kept)
-        if isinstance(source, Curriculum):
-            source.observe(collected.sampled)
-        sampled = time.perf_counter()
+    with scorer_of(reward) as scorer:
+        for step in range(steps):
+            mx.reset_peak_memory()
+            started, scored = time.perf_counter(), scorer.seconds
+            collected = collect_with_signal(
+                lambda count, step=step: _next_tasks(source, count, step, steps),
+                policy,
+                scorer,
+                groups=groups_per_step,
+                group_size=group_size,
+                seeds=lambda done, step=step: (seed << 32) + (done << 24) + step,
+                rounds=refill_rounds,
+            )
+            buffer.extend(collected.kept)
+            if isinstance(source, Curriculum):
+                source.observe(collected.sampled)
+            sampled = time.perf_counter()
 
-        metrics = trainer.train(buffer)
-        trained = time.perf_counter()
+            metrics = trainer.train(buffer)
+            trained = time.perf_counter()
 
-        if policy.version != trainer.version:
-            _reload(policy, trainer)
-        ended = time.perf_counter()
+            if policy.version != trainer.version:
+                _reload(policy, trainer)
+            ended = time.perf_counter()
 
-        metrics |= rollout_metrics(collected.sampled) | collected.metrics
-        metrics |= {
-            "version": float(trainer.version),
-            "memory/peak_gb": mx.get_peak_memory() / 1e9,
-            "time/generate": sampled - started,
-            "time/train": trained - sampled,
-            "time/reload": ended - trained,
-            "time/step": ended - started,
-        }
-        metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["time/generate"]
-        if on_step:
-            on_step(StepReport(step=step, steps=steps, metrics=metrics, groups=collected.sampled))
+            metrics |= rollout_metrics(collected.sampled) | collected.metrics
+            metrics |= {
+                "version": float(trainer.version),
+                "memory/peak_gb": mx.get_peak_memory() / 1e9,
+                "time/generate": sampled - started,
+                "time/reward": scorer.seconds - scored,
+                "time/train": trained - sampled,
+                "time/reload": ended - trained,
+                "time/step": ended - started,
+            }
+            metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["time/generate"]
+            if on_step:
+                report = StepReport(
+                    step=step, steps=steps, metrics=metrics, groups=collected.sampled
+                )
+                on_step(report)
     return metrics
 
 
