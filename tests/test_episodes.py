@@ -7,9 +7,10 @@ import pytest
 
 from tests.test_architectures import FAMILIES, build
 from tests.test_generation import Counting
+from tests.test_logprobs import batch_for
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
-from textpolicy.environments import ChatEnv, ToolEnv
+from textpolicy.environments import ChatEnv, ToolEnv, earned
 from textpolicy.environments.tool_calls import written_calls
 from textpolicy.errors import ConfigError, PromptError, TaskError
 from textpolicy.generation.engine import decode
@@ -17,8 +18,7 @@ from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.generation.prompts import encode_prompt, encode_reply
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
-from textpolicy.training.batch import micro_batches, score_rows
-from textpolicy.training.logprobs import batch_logps, token_logps
+from textpolicy.training.logprobs import Reader, token_logps
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Sampling, StopReason, Task
 
@@ -92,7 +92,7 @@ def test_a_two_turn_tool_episode_is_trained_on_as_it_was_sampled(load_tiny):
     """What is in brackets was sampled and counts; the rest was read, the tool's answer included."""
     _, tokenizer = load_tiny()
     policy = ScriptedPolicy(tokenizer, [["mul(6,14)", "84"]])
-    (group,) = collect([task_of(calculator)], policy, None, group_size=1, seed=0)
+    (group,) = collect([task_of(calculator)], policy, earned, group_size=1, seed=0)
     (rollout,) = group.rollouts
     assert drawn(tokenizer, rollout) == [
         "<|im_start|>user/6*7*2=<|im_end|>/<|im_start|>assistant/"
@@ -101,14 +101,14 @@ def test_a_two_turn_tool_episode_is_trained_on_as_it_was_sampled(load_tiny):
     ]
     assert rollout.reward == 1.0
     assert [turn.completion for turn in rollout.turns] == ["mul(6,14)", "84"]
-    assert rollout.metrics == {"tool_calls": 1.0, "tool_errors": 0.0}
+    assert rollout.metrics == {"env/turns": 2.0, "env/tool_calls": 1.0, "env/tool_errors": 0.0}
 
 
 def test_a_five_turn_tool_episode_is_trained_on_as_it_was_sampled(load_tiny):
     _, tokenizer = load_tiny()
     script = ["mul(6,7)", "mul(42,'2')", "mul(42,2)", "mul(42,2)\nmul(1)", "84"]
     policy = ScriptedPolicy(tokenizer, [script])
-    (group,) = collect([task_of(calculator)], policy, None, group_size=1, seed=0)
+    (group,) = collect([task_of(calculator)], policy, earned, group_size=1, seed=0)
     (rollout,) = group.rollouts
     after = "<|im_end|>/<|im_start|>assistant/"
     assert drawn(tokenizer, rollout) == [
@@ -120,7 +120,7 @@ def test_a_five_turn_tool_episode_is_trained_on_as_it_was_sampled(load_tiny):
         f"/<|im_start|>tool/84<|im_end|>/<|im_start|>tool/error: mul needs 'b'{after}"
         "[8][4][<|im_end|>]",
     ]
-    assert rollout.metrics == {"tool_calls": 5.0, "tool_errors": 2.0}
+    assert rollout.metrics == {"env/turns": 5.0, "env/tool_calls": 5.0, "env/tool_errors": 2.0}
 
 
 @pytest.mark.parametrize("turns", [2, 5])
@@ -132,7 +132,7 @@ def test_what_a_model_saw_is_what_it_is_trained_on(load_tiny, turns):
         task_of(lambda n=n: guessing(turns, prompt="x" * n, reply="r" * (5 - n)), f"t{n}")
         for n in (1, 4)
     ]
-    groups = collect(tasks, policy, None, group_size=4, seed=3)
+    groups = collect(tasks, policy, earned, group_size=4, seed=3)
     for p, group in enumerate(groups):
         for m, rollout in enumerate(group.rollouts):
             counted = [False] * len(rollout.tokens)
@@ -145,16 +145,16 @@ def test_what_a_model_saw_is_what_it_is_trained_on(load_tiny, turns):
             np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-4)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert max(len(rollout.turns) for rollout in rollouts) == turns
-    assert len({len(rollout.tokens) for rollout in rollouts}) > 4
+    assert len({len(rollout.tokens) for rollout in rollouts}) > 2
 
 
 def test_the_trainer_scores_every_turn_as_the_sampler_did(load_tiny):
     model, tokenizer = load_tiny()
     policy = create_policy(model, tokenizer, {"max_tokens": 12})
     tasks = [task_of(lambda: guessing(3), "a"), Task(id="b", prompt="12+34=")]
-    groups = collect(tasks, policy, lambda p, c, e: float(len(c)), group_size=4, seed=0)
-    for batch in micro_batches(score_rows(groups, grpo.compute_advantages), 3):
-        logp, _ = batch_logps(model, batch)
+    groups = collect(tasks, policy, lambda completion: float(len(completion)), group_size=4, seed=0)
+    for batch in batch_for(groups, size=3):
+        logp, _ = Reader.of(model)(batch)
         difference = mx.where(batch.mask, mx.abs(logp - batch.logp_old), 0.0)
         assert float(difference.max()) < 1e-4
 
@@ -282,7 +282,7 @@ def test_a_template_that_leaves_out_a_role_says_so(load_tiny):
 def test_an_answer_that_is_cut_off_ends_the_episode(load_tiny):
     model, tokenizer = load_tiny()
     policy = create_policy(model, tokenizer, {"max_tokens": 1})
-    (group,) = collect([task_of(lambda: guessing(4))], policy, None, group_size=2, seed=0)
+    (group,) = collect([task_of(lambda: guessing(4))], policy, earned, group_size=2, seed=0)
     for rollout in group.rollouts:
         assert len(rollout.turns) == 1
         assert rollout.stop_reason is StopReason.LENGTH
@@ -293,7 +293,7 @@ def test_an_episode_without_room_for_another_answer_ends_as_cut_off(load_tiny):
     model, tokenizer = load_tiny()
     policy = create_policy(model, tokenizer, {"max_tokens": 8, "temperature": 0})
     make = lambda: guessing(50, prompt="347+185=", reply="9" * 300)  # noqa: E731
-    (group,) = collect([task_of(make)], policy, None, group_size=1, seed=0)
+    (group,) = collect([task_of(make)], policy, earned, group_size=1, seed=0)
     (rollout,) = group.rollouts
     assert rollout.stop_reason is StopReason.LENGTH
     assert 1 < len(rollout.turns) < 5
@@ -304,7 +304,7 @@ def test_turns_are_limited_whatever_the_environment_says(load_tiny):
     _, tokenizer = load_tiny()
     policy = ScriptedPolicy(tokenizer, [["x"]])
     (group,) = collect(
-        [task_of(lambda: guessing(1000))], policy, None, group_size=1, seed=0, max_turns=7
+        [task_of(lambda: guessing(1000))], policy, earned, group_size=1, seed=0, max_turns=7
     )
     (rollout,) = group.rollouts
     assert len(rollout.turns) == 7
@@ -316,9 +316,7 @@ def test_a_reward_function_scores_the_whole_episode_in_place_of_its_turns(load_t
     _, tokenizer = load_tiny()
     policy = ScriptedPolicy(tokenizer, [["a", "bb"]])
     task = task_of(lambda: guessing(2))
-    (group,) = collect(
-        [task], policy, lambda p, completion, e: len(completion) / 2, group_size=1, seed=0
-    )
+    (group,) = collect([task], policy, lambda completion: len(completion) / 2, group_size=1, seed=0)
     assert group.rollouts[0].reward == 1.0
     assert [turn.reward for turn in group.rollouts[0].turns] == [1.0, 1.0]
 
@@ -332,7 +330,7 @@ def test_tasks_with_and_without_environments_are_collected_in_their_order(load_t
         task_of(lambda: guessing(1), "2"),
         Task(id="3", prompt="three"),
     ]
-    groups = collect(tasks, policy, lambda p, c, e: 0.0, group_size=2, seed=0)
+    groups = collect(tasks, policy, lambda completion: 0.0, group_size=2, seed=0)
     assert [group.task.id for group in groups] == ["0", "1", "2", "3"]
     assert [len(group.rollouts[0].turns) for group in groups] == [2, 0, 1, 0]
 
@@ -348,7 +346,7 @@ def test_a_policy_of_single_answers_is_refused_for_episodes():
             return 0
 
     with pytest.raises(ConfigError, match="Single has no method converse"):
-        collect([task_of(lambda: guessing(1))], Single(), None, group_size=1, seed=0)
+        collect([task_of(lambda: guessing(1))], Single(), earned, group_size=1, seed=0)
 
 
 class Faulty(ChatEnv):
@@ -383,7 +381,7 @@ def test_an_environment_that_fails_is_named_with_task_and_turn(load_tiny, fault,
         collect(
             [Task(id="game/7", prompt="x", env=lambda: Faulty(fault))],
             policy,
-            None,
+            earned,
             group_size=1,
             seed=0,
         )
@@ -394,7 +392,7 @@ def test_an_environment_that_opens_differently_for_the_same_seed_is_refused(load
     numbers = iter(range(9))
     make = lambda: ChatEnv(lambda rng: (f"{next(numbers)}", {}), lambda a, e: None)  # noqa: E731
     with pytest.raises(TaskError, match=r"opens with '1' for seed 0, and did so with '0'"):
-        collect([task_of(make)], ScriptedPolicy(tokenizer, [["x"]]), None, group_size=1, seed=0)
+        collect([task_of(make)], ScriptedPolicy(tokenizer, [["x"]]), earned, group_size=1, seed=0)
 
 
 def test_rewards_are_given_by_turn_and_at_the_end():

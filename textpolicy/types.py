@@ -140,8 +140,10 @@ class Rollout:
     `mask` is True on every sampled token, the stop token included, and False on prompts and tool
     output. `logprobs` is 0 where `mask` is False. `reward` is None where the reward function
     declined to score: such a rollout is left out of its group's baseline and gets no gradient.
-    `completion` is the last turn's text; `turns` are those played in an environment, and `metrics`
-    what it counted. `stop_reason` is LENGTH if a limit on tokens or turns cut the episode off.
+    `completion` is the last turn's text, and `turns` are those played in an environment.
+    `stop_reason` is LENGTH if a limit on tokens or turns cut the episode off.
+    `rewards` are the parts of it by name, `metrics` other numbers to average over a step under
+    their full names, and `error` says what failed in the user's code.
     """
 
     tokens: list[int]
@@ -150,12 +152,12 @@ class Rollout:
     completion: str
     reward: float | None
     rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     stop_reason: StopReason
     sampling: Sampling
     version: int
     error: str | None = None
     turns: Sequence[Turn] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.mask) == len(self.logprobs):
@@ -255,13 +257,9 @@ class ConversingPolicy(Policy, Protocol):
         ...
 
 
-@runtime_checkable
-class RewardFn(Protocol):
-    """The user's code. None means: do not score this sample."""
-
-    def __call__(
-        self, prompt: str, completion: str, example: Mapping[str, Any], /
-    ) -> float | None: ...
+RewardFn = Callable[..., Any]
+"""The user's code: arguments by name, a number or None back. `textpolicy.rewards` has the contract,
+and does not import this module: the processes that run rewards do without mlx."""
 
 
 AdvantageFn = Callable[..., Float[mx.array, "groups group"]]

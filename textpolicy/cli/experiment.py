@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.nn as nn
@@ -28,15 +28,24 @@ from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.loop import StepReport, train_rl
-from textpolicy.rewards import load_reward, score
+from textpolicy.rewards import (
+    Incident,
+    OnError,
+    Rewards,
+    Scorer,
+    as_rewards,
+    load_reward,
+    sample_of,
+    scorer_of,
+)
 from textpolicy.rollout.worker import collect
-from textpolicy.tracking.console import Console
+from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
 from textpolicy.tracking.wandb_run import WandbRun
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import RewardFn, Sampling, Task
+from textpolicy.types import Sampling, Task
 
 ADAPTERS = "adapters.safetensors"
 METRICS = "metrics.jsonl"
@@ -61,9 +70,10 @@ class Experiment:
 
     environment: Environment
     adapters: AdapterContainer
-    reward: RewardFn | None
+    reward: Rewards
     policy: ModelPolicy
     trainer: Trainer
+    refill_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +91,30 @@ class Outcome:
     adapters: Path
 
 
-def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn | None]:
-    """The environment, with its own reward or the one in `reward` ("FILE.py:FUNCTION")."""
+def find_task(
+    env: str,
+    reward: str | None,
+    *,
+    timeout: float | None = None,
+    on_error: OnError | None = None,
+) -> tuple[Environment, Rewards]:
+    """The environment, with its own reward or the one in `reward` ("FILE.py:FUNCTION").
+
+    `timeout` and `on_error` go before what the file itself says of them.
+    """
     environment = load(env)
-    if not reward:
-        return environment, environment.reward
-    function = load_reward(reward)
-    # An answer scored now: a reward that cannot score is found out before a model loads.
-    (task,) = environment.heldout(1)
-    gold = answer_of(environment.gold(task.example), -1) if environment.gold else ""
-    score(function, prompt_text(task.prompt), gold, task.example)
-    return environment, function
+    rewards = as_rewards(load_reward(reward) if reward else environment.reward)
+    if timeout is not None:
+        rewards = replace(rewards, timeout=timeout)
+    if on_error is not None:
+        rewards = replace(rewards, on_error=on_error)
+    if reward:
+        # An answer scored now: what cannot score is found out before a model loads.
+        (task,) = environment.heldout(1)
+        gold = answer_of(environment.gold(task.example), -1) if environment.gold else ""
+        with scorer_of(replace(rewards, on_error="fail")) as scorer:
+            scorer.score([sample_of(prompt_text(task.prompt), gold, task.example)])
+    return environment, rewards
 
 
 def find_algorithm(settings: RunSettings) -> Algorithm:
@@ -101,7 +124,13 @@ def find_algorithm(settings: RunSettings) -> Algorithm:
 
 def assemble(settings: RunSettings, output: Path, algorithm: Algorithm) -> Experiment:
     """Trainer and policy on twins of one model: they share its base and nothing else."""
-    environment, reward = find_task(settings.env, settings.reward)
+    dynamic = DYNAMIC_ROUNDS if algorithm.dynamic_sampling else 1
+    environment, reward = find_task(
+        settings.env,
+        settings.reward,
+        timeout=settings.reward_timeout,
+        on_error=settings.on_reward_error,
+    )
     claim(output)
     sampling = Sampling(
         max_tokens=settings.max_tokens or environment.max_tokens, temperature=settings.temperature
@@ -118,6 +147,7 @@ def assemble(settings: RunSettings, output: Path, algorithm: Algorithm) -> Exper
         reward=reward,
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=settings.seed),
         trainer=_trainer(model, settings, algorithm, output),
+        refill_rounds=settings.refill_rounds or dynamic,
     )
 
 
@@ -159,11 +189,21 @@ def run_experiment(
     (output / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     # Steps of a run that failed before its first update are none of this run's.
     (output / METRICS).unlink(missing_ok=True)
-    policy, reward = experiment.policy, experiment.reward
-    dynamic = DYNAMIC_ROUNDS if algorithm.dynamic_sampling else 1
+
+    def on_incident(incident: Incident) -> None:
+        console.note(visible(str(incident)))
+
+    with closing(Scorer(experiment.reward, on_incident=on_incident)) as scorer:
+        return _train_and_measure(experiment, scorer, settings, output, console)
+
+
+def _train_and_measure(
+    experiment: Experiment, scorer: Scorer, settings: RunSettings, output: Path, console: Console
+) -> Outcome:
+    policy = experiment.policy
     heldout = experiment.environment.heldout(settings.count)
     started = time.perf_counter()
-    before = measure(policy, heldout, reward)
+    before = measure(policy, heldout, scorer)
     console.note(f"before  {before}  greedy reward on {before.count} held-out tasks")
     with ExitStack() as opened:
         sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(settings, output)]
@@ -175,13 +215,13 @@ def run_experiment(
 
         train_rl(
             tasks=experiment.environment.stream(settings.seed),
-            reward=reward,
+            reward=scorer,
             policy=policy,
             trainer=experiment.trainer,
             steps=settings.steps,
             groups_per_step=settings.groups_per_step,
             group_size=settings.group_size,
-            refill_rounds=settings.refill_rounds or dynamic,
+            refill_rounds=experiment.refill_rounds,
             seed=settings.seed,
             on_step=on_step,
         )
@@ -189,7 +229,7 @@ def run_experiment(
     if experiment.trainer.version == 0:
         # Each update publishes; without any, the file still has to be there for `eval`.
         experiment.adapters.publish()
-    after = measure(policy, heldout, reward)
+    after = measure(policy, heldout, scorer)
     return Outcome(
         before=before,
         after=after,
@@ -208,11 +248,11 @@ def open_sinks(settings: RunSettings, output: Path) -> list[Sink]:
     return sinks
 
 
-def measure(policy: ModelPolicy, tasks: Sequence[Task], reward: RewardFn | None) -> Score:
+def measure(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) -> Score:
     """Score greedy completions of the policy's model, as it is now."""
     sampling = Sampling(max_tokens=policy.sampling.max_tokens, temperature=0)
     greedy = ModelPolicy(policy.model, policy.tokenizer, sampling)
-    groups = collect(tasks, greedy, reward, group_size=1, seed=0)
+    groups = collect(tasks, greedy, scorer, group_size=1, seed=0)
     rewards = [r.reward for group in groups for r in group.rollouts if r.reward is not None]
     if not rewards:
         raise RewardError(f"the reward declined to score each of {len(tasks)} held-out completions")

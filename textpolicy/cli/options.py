@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+OnError = str | float
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -14,6 +16,8 @@ class RunSettings:
     env: str
     model: str = "tiny"
     reward: str | None = None
+    reward_timeout: float | None = None
+    on_reward_error: OnError | None = None
     algorithm: str = "grpo"
     beta: float = 0.0
     steps: int = 200
@@ -105,6 +109,16 @@ def positive(text: str) -> float:
     return number
 
 
+def on_error(text: str) -> OnError:
+    """A converter for what is done about a failing reward."""
+    if text == "fail" or text == "skip":
+        return text
+    number = _parse(text, float)
+    if not float("-inf") < number < float("inf"):
+        raise ArgumentTypeError(f"{text!r}; expected fail, skip or a number")
+    return number
+
+
 def _parse(text: str, kind: type[int] | type[float]) -> float:
     try:
         return kind(text)
@@ -133,9 +147,17 @@ def _task(parser: ArgumentParser) -> None:
     text = "task to use: add, sort, reverse, countdown"
     _option(parser, "env", text, required=True)
     text = "your reward function instead of the task's own"
-    _option(parser, "reward", text, metavar="FILE.py:FUNCTION")
+    _option(parser, "reward", text, metavar="FILE.py[:NAME]")
+    _reward_limits(parser)
     text = "held-out tasks to measure on"
     _option(parser, "count", text, RunSettings.count, type=at_least(2))
+
+
+def _reward_limits(parser: ArgumentParser) -> None:
+    text = "seconds after which a reward is killed, in a process of its own (default: no limit)"
+    _option(parser, "reward-timeout", text, type=positive, metavar="SECONDS")
+    text = "when a reward fails: fail, skip the sample, or a number to score it (default: fail)"
+    _option(parser, "on-reward-error", text, type=on_error, metavar="POLICY")
 
 
 def _max_tokens(parser: ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from textpolicy.environments.check_env import check_env
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
     Environment,
+    earned,
     from_dataset,
     from_gymnasium,
     question_and_answer,
@@ -25,6 +26,7 @@ __all__ = [
     "ToolEnv",
     "check_env",
     "columns_of",
+    "earned",
     "from_dataset",
     "from_gymnasium",
     "gold_answers",

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,8 +12,8 @@ from textpolicy.environments.environment import Environment, opening
 from textpolicy.environments.faults import environment_code
 from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import TaskError
-from textpolicy.rewards import score
-from textpolicy.types import TextEnv
+from textpolicy.rewards import sample_of, scorer_of
+from textpolicy.types import Task, TextEnv
 
 # What models write sooner or later.
 HOSTILE = (
@@ -27,6 +27,9 @@ HOSTILE = (
     "9" * 5000,
 )
 MOST_TURNS = 200
+# Some verifiers give a little to any answer at all.
+_SILENCE = 0.1
+_AT_MOST = f"at most {_SILENCE}, because it is no answer"
 
 
 def check_env(environment: Environment, number: int = 200) -> None:
@@ -92,20 +95,36 @@ def _check_tasks(environment: Environment, number: int) -> None:
                 f"{environment.name}: the same seed gave {first.prompt!r:.60}, then "
                 f"{second.prompt!r:.60}"
             )
-    for task in tasks + environment.heldout(number):
-        if task.env is None and environment.gold is not None:
-            _check_answers(environment, prompt_text(task.prompt), task.example)
+    answered = [task for task in tasks + environment.heldout(number) if task.env is None]
+    if environment.gold is not None and answered:
+        gold = [answer_of(environment.gold(task.example), 0) for task in answered]
+        _check_scores(
+            environment,
+            answered,
+            gold,
+            lambda value: value == 1.0,
+            "1.0, because it is the gold answer",
+        )
+        silence = [""] * len(answered)
+        _check_scores(environment, answered, silence, lambda value: value <= _SILENCE, _AT_MOST)
 
 
-def _check_answers(environment: Environment, prompt: str, example: Any) -> None:
-    assert environment.gold is not None and environment.reward is not None
-    gold = answer_of(environment.gold(example), 0)
-    for completion, value in {gold: 1.0, "": 0.0}.items():
-        got = score(environment.reward, prompt, completion, example)
-        if got != value:
+def _check_scores(
+    environment: Environment,
+    tasks: Sequence[Task],
+    answers: Sequence[str],
+    holds: Callable[[float], bool],
+    expected: str,
+) -> None:
+    asked = zip(tasks, answers, strict=True)
+    samples = [sample_of(prompt_text(task.prompt), answer, task.example) for task, answer in asked]
+    with scorer_of(environment.reward) as scorer:
+        verdicts = scorer.score(samples)
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        if verdict.value is None or not holds(verdict.value):
             raise TaskError(
-                f"{environment.name}: {prompt!r} scores {got} for {completion!r}; "
-                f"expected {value} ({'the gold answer' if completion else 'no answer'})"
+                f"{environment.name}: {sample.prompt!r} scores {verdict.value} for "
+                f"{sample.completion!r}; expected {expected}"
             )
 
 

@@ -1,6 +1,6 @@
 """Where a run's tasks come from: training tasks without end, held-out ones never trained on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -42,6 +42,11 @@ class Build(Protocol):
     def __call__(self, draw: Draw, /, *, reward: RewardFn | None) -> gym.Env[Any, Any]: ...
 
 
+def earned(*, turn_rewards: Sequence[float]) -> float:
+    """What the turns of an episode earned together: the reward of environments that give it all."""
+    return sum(turn_rewards)
+
+
 def prompt_of(task: Task) -> str:
     """What tells problems apart, unless an environment says otherwise: the prompt."""
     return str(task.prompt)
@@ -49,7 +54,7 @@ def prompt_of(task: Task) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Tasks and what scores them: `reward`, or without one what the episodes' turns earn.
+    """Tasks and what scores them: a reward function, which may be no more than what turns `earned`.
 
     `max_tokens` bounds one answer. `make` gives the same as a Gymnasium environment that draws
     tasks itself and ends with the reward.
@@ -58,8 +63,8 @@ class Environment:
     name: str
     tasks: TaskSource
     max_tokens: int
-    make_env: Callable[[RewardFn | None], gym.Env[Any, Any]]
-    reward: RewardFn | None = None
+    make_env: Callable[[RewardFn], gym.Env[Any, Any]]
+    reward: RewardFn = earned
     gold: Gold | None = None
 
     def stream(self, seed: int) -> Iterator[Task]:
@@ -181,8 +186,7 @@ def question_and_answer(
 ) -> Environment:
     """Tasks that a function draws, each answered once; or those of `tasks`, if it is given."""
 
-    def make_env(reward: RewardFn | None) -> SingleTurnEnv:
-        assert reward is not None
+    def make_env(reward: RewardFn) -> SingleTurnEnv:
         return SingleTurnEnv(draw, reward, gold)
 
     return Environment(

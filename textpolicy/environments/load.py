@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from textpolicy.environments.environment import (
     Environment,
     Episodes,
     TaskSource,
+    earned,
     from_gymnasium,
     prompt_of,
     question_and_answer,
@@ -31,10 +33,12 @@ from textpolicy.environments.tool_calls import tagged_calls, written_calls
 from textpolicy.environments.tools import ToolEnv
 from textpolicy.errors import TaskError
 from textpolicy.rewards.load import run_file
-from textpolicy.types import Task
+from textpolicy.types import RewardFn, Task
 
 _DEFAULT_TOKENS = 256
 _DEFAULT_TURNS = 8
+# A number keeps a file named json.py from passing for another module.
+_numbers = count(1)
 _PARSERS = {"tagged": tagged_calls, "written": written_calls}
 
 
@@ -125,16 +129,16 @@ def _refuse_data(name: str, data: str | Path | None) -> None:
 def _episodes(
     contents: Mapping[str, Any], name: str, source: TaskSource, draw: Draw
 ) -> Environment:
-    reward = contents.get("reward")
-    build = _build(contents, name)
+    build, final = _build(contents, name), contents.get("reward")
     # Where turns earn too, only the environment can add everything up.
     adds_up = "turn_reward" in contents
+    reward: RewardFn = earned if adds_up else contents["reward"]
     return Environment(
         name=name,
-        tasks=Episodes(source=source, build=build, reward=reward if adds_up else None),
+        tasks=Episodes(source=source, build=build, reward=final if adds_up else None),
         max_tokens=_max_tokens(contents),
-        make_env=lambda given: build(draw, reward=given or reward),
-        reward=None if adds_up else reward,
+        make_env=lambda given: build(draw, reward=final if adds_up else given),
+        reward=reward,
         gold=contents.get("gold"),
     )
 
@@ -164,7 +168,7 @@ class _Problem:
 
 
 def _from_file(path: Path, name: str, data: str | Path | None) -> Environment:
-    module = run_file(path, what="environment")
+    module = run_file(path, f"environment_file_{next(_numbers)}_{path.stem}")
     if not name:
         return from_module(module, path.stem, data)
     _refuse_data(f"{path}:{name}", data)

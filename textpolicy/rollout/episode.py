@@ -1,6 +1,6 @@
 """One environment being played, and the rollout that the tokens of its turns make."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from textpolicy.environments.check_env import check_step
@@ -20,7 +20,6 @@ class Episode:
     def __init__(self, task: Task, max_turns: int) -> None:
         assert task.env is not None
         self.turns: list[Turn] = []
-        self.over = False
         self.cut = True
         self.metrics: dict[str, float] = {}
         self._task = task
@@ -35,29 +34,26 @@ class Episode:
                 "the same start"
             )
 
-    @property
-    def reward(self) -> float:
-        """What the turns earned together."""
-        return sum(turn.reward for turn in self.turns)
-
     def respond(self, said: Completion) -> Sequence[Message] | None:
         """The messages that the environment answers with; None when the episode is over."""
         where = f"turn {len(self.turns) + 1}, on {said.text!r:.60}"
         with environment_code(self._task.id, where):
             observation, reward, terminated, truncated, info = check_step(self._env.step(said.text))
-            self.metrics = dict(info.get("metrics", {}))
             replies = _replies(observation, info)
         unfinished = said.stop_reason is StopReason.LENGTH
         full = len(self.turns) + 1 >= self._max_turns
         self.cut = not terminated and (truncated or unfinished or full)
-        self.over = terminated or self.cut
         self.turns.append(Turn(completion=said.text, reward=reward, replies=replies))
-        if not self.over:
-            # Unless it is asked again, there was no room for another answer.
-            self.cut = True
-            return replies
-        self.close()
-        return None
+        self._count(info.get("metrics", {}))
+        if terminated or self.cut:
+            return None
+        # Unless it is asked again, there was no room for another answer.
+        self.cut = True
+        return replies
+
+    def _count(self, metrics: Mapping[str, float]) -> None:
+        self.metrics = {f"env/{name}": float(value) for name, value in metrics.items()}
+        self.metrics["env/turns"] = float(len(self.turns))
 
     def close(self) -> None:
         with environment_code(self._task.id, "close"):
