@@ -1,6 +1,6 @@
 """Is a low-rank update enough for reinforcement learning?
 
-    python benchmarks/rank.py --json --output benchmarks/results/rank.json --plot docs/images/rank.svg
+    python benchmarks/rank.py --output benchmarks/results/rank.json --plot docs/images/rank.svg
 
 The four tasks are trained by GRPO three times from the embedded model: every weight (full
 fine-tuning), LoRA of rank 16, and LoRA of rank 1, which has 1/70 of the weights to move. Each has
