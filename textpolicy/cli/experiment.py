@@ -15,15 +15,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import mlx.optimizers as optim
+import mlx.nn as nn
 import numpy as np
 
+from textpolicy import algorithms
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization import quantize
 from textpolicy.adapters.twin import twin
-from textpolicy.algorithms import grpo
-from textpolicy.cli.options import RunSettings
+from textpolicy.algorithms import Algorithm
+from textpolicy.cli.options import DYNAMIC_ROUNDS, RunSettings
 from textpolicy.environments import Dataset, Environment, from_dataset, load
 from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import ConfigError, RewardError
@@ -45,11 +46,13 @@ from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
 from textpolicy.tracking.wandb_run import WandbRun
+from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import AdvantageFn, Sampling, Task
+from textpolicy.types import Sampling, Task
 
 ADAPTERS = "adapters.safetensors"
 METRICS = "metrics.jsonl"
+REJECTED = "rejected"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,7 @@ class Experiment:
     reward: Rewards
     policy: ModelPolicy
     trainer: Trainer
+    refill_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +149,14 @@ def fresh_folder(name: str, parent: Path = Path("runs")) -> Path:
     return next(folder for folder in numbered if not folder.exists())
 
 
-def assemble(
-    settings: RunSettings,
-    output: Path,
-    advantage_fn: AdvantageFn = grpo.compute_advantages,
-) -> Experiment:
+def find_algorithm(settings: RunSettings) -> Algorithm:
+    """The algorithm that the settings name, with the divergence that they ask for."""
+    return algorithms.get(settings.algorithm, **({"beta": settings.beta} if settings.beta else {}))
+
+
+def assemble(settings: RunSettings, output: Path, algorithm: Algorithm) -> Experiment:
     """Trainer and policy on twins of one model: they share its base and nothing else."""
+    dynamic = DYNAMIC_ROUNDS if algorithm.dynamic_sampling else 1
     environment, reward = find_task(
         settings.env,
         settings.reward,
@@ -174,13 +180,37 @@ def assemble(
         adapters=adapters,
         reward=reward,
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=settings.seed),
-        trainer=Trainer(
-            model,
-            advantage_fn,
-            grpo.policy_loss,
-            optim.Adam(learning_rate=settings.lr, bias_correction=True),
-            micro_batch_size=settings.micro_batch_size,
+        trainer=_trainer(model, settings, algorithm, output),
+        refill_rounds=settings.refill_rounds or dynamic,
+    )
+
+
+def _trainer(
+    model: nn.Module, settings: RunSettings, algorithm: Algorithm, output: Path
+) -> Trainer:
+    options = dict(algorithm.trainer)
+    if settings.beta:
+        options["reference"] = "base"
+    if settings.mini_batches:
+        options["mini_batches"] = settings.mini_batches
+    updates = settings.steps * settings.epochs * options.get("mini_batches", 1)
+    return Trainer(
+        model,
+        algorithm.compute_advantages,
+        algorithm.policy_loss,
+        build_optimizer(
+            settings.lr,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
+            updates=updates,
+            weight_decay=settings.weight_decay,
         ),
+        micro_batch_size=settings.micro_batch_size,
+        epochs=settings.epochs,
+        checkpoint_gradients=settings.checkpoint_gradients,
+        rejected=output / REJECTED,
+        seed=settings.seed,
+        **options,
     )
 
 
@@ -188,11 +218,12 @@ def run_experiment(
     settings: RunSettings,
     output: Path,
     console: Console,
-    advantage_fn: AdvantageFn = grpo.compute_advantages,
+    algorithm: Algorithm | None = None,
     prepare: Callable[[Experiment], None] = lambda experiment: None,
 ) -> Outcome:
     """Prepare, measure, train, measure again; the last adapters stay in `output`."""
-    experiment = assemble(settings, output, advantage_fn)
+    algorithm = algorithm or find_algorithm(settings)
+    experiment = assemble(settings, output, algorithm)
     prepare(experiment)
     (output / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     # Steps of a run that failed before its first update are none of this run's.
@@ -229,6 +260,7 @@ def _train_and_measure(
             steps=settings.steps,
             groups_per_step=settings.groups_per_step,
             group_size=settings.group_size,
+            refill_rounds=experiment.refill_rounds,
             seed=settings.seed,
             on_step=on_step,
         )
