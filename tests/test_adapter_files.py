@@ -25,7 +25,8 @@ from textpolicy.adapters.files import destination, write_adapter
 from textpolicy.adapters.fingerprint import fingerprint
 from textpolicy.errors import AdapterError
 
-CONFIG = AdapterConfig(rank=4, scale=2.0, keys=["self_attn.q_proj", "mlp.up_proj"])
+KEYS = ["self_attn.q_proj", "mlp.up_proj"]
+CONFIG = AdapterConfig(rank=4, scale=2.0, keys=KEYS)
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_adapters_of_another_base_are_refused(path):
 
 
 def test_rank_and_scale_must_agree(path):
-    _other, theirs = adapted(config=AdapterConfig(rank=8, scale=3.0, keys=CONFIG.keys))
+    _other, theirs = adapted(config=AdapterConfig(rank=8, scale=3.0, keys=KEYS))
     theirs.publish(path)
     _model, container = adapted()
     message = refusal(container, path)

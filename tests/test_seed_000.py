@@ -10,7 +10,7 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
 
-from textpolicy.adapters import AdapterContainer, memory_stats
+from textpolicy.adapters import AdapterConfig, AdapterContainer, memory_stats
 from textpolicy.errors import AdapterError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.rollout.worker import collect
@@ -144,7 +144,7 @@ def test_the_auto_reload_setup_loads_the_base_once(tiny):
     assert policy_fn.model is not lora_model
     assert mine.keys() == theirs.keys()
     assert all(theirs[name] is array for name, array in mine.items())
-    assert AdapterContainer.of(lora_model).config.rank == 4
+    assert AdapterContainer.of(lora_model).config == AdapterConfig(rank=4)
 
 
 def test_a_file_of_an_earlier_run_is_not_taken_for_this_one(tiny):

@@ -1,71 +1,82 @@
-"""What to adapt, and how strongly: the one place where adapter defaults live."""
+"""What to adapt, and how: rules, or the words that stand for rules."""
 
-import math
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
+from textpolicy.adapters import forms
+from textpolicy.adapters.rules import Kind, LoRARule
+from textpolicy.adapters.selection import LastBlocks, RuleList, Selection
 from textpolicy.errors import ConfigError
-from textpolicy.types import check_fields
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, init=False, slots=True)
 class AdapterConfig:
-    """LoRA on the linear layers of the last `num_layers` blocks; -1 is all blocks.
+    """Made of `rules`, or of one rule's words for the last `num_layers` blocks and their `keys`.
 
-    `scale` multiplies the low-rank product. `keys` are exact paths, either inside a block
-    ("self_attn.q_proj") or in the whole model; None is every linear layer of the blocks.
+    Without arguments it is LoRA on every linear layer of every block. The words of other libraries
+    are read by `from_dict`. Defaults are those of `LastBlocks` and `LoRARule`.
     """
 
-    num_layers: int = -1
-    rank: int = 16
-    scale: float = 2.0
-    dropout: float = 0.0
-    keys: Collection[str] | None = None
+    selection: Selection
 
-    def __post_init__(self) -> None:
-        if isinstance(self.keys, str):
-            raise ConfigError(f"keys is the string {self.keys!r}; expected a list of paths")
-        if self.keys is not None:
-            object.__setattr__(self, "keys", tuple(dict.fromkeys(self.keys)))
-        check_fields(
-            self,
-            num_layers=(int, lambda x: x == -1 or x > 0, "a whole number above 0, or -1 (all)"),
-            rank=(int, lambda x: x > 0, "a whole number above 0"),
-            scale=(int | float, lambda x: math.isfinite(x) and x != 0, "finite and not 0"),
-            dropout=(int | float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
-            keys=(tuple | None, lambda x: x is None or len(x) > 0, "paths, or None (all)"),
-        )
+    def __init__(
+        self,
+        *,
+        rules: Sequence[LoRARule] | None = None,
+        num_layers: int | None = None,
+        keys: Collection[str] | None = None,
+        kind: Kind | None = None,
+        rank: int | None = None,
+        scale: float | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+    ) -> None:
+        rule = {"kind": kind, "rank": rank, "scale": scale, "alpha": alpha, "dropout": dropout}
+        rule = {name: value for name, value in rule.items() if value is not None}
+        where = {} if num_layers is None else {"num_layers": num_layers}
+        if rules is None:
+            made = LoRARule(**cast(Any, rule))
+            selection = LastBlocks(**where, keys=keys, rule=made)
+        elif given := [*rule, *where, *(["keys"] if keys is not None else [])]:
+            raise ConfigError(f"rules are given beside {given}; say it inside the rules")
+        else:
+            selection = RuleList(rules=rules)
+        object.__setattr__(self, "selection", selection)
 
     @classmethod
-    def from_mlx(cls, data: Mapping[str, Any]) -> "AdapterConfig":
-        """Read the form of mlx-lm's adapter_config.json; unknown fields are refused."""
-        check_options("adapter config", data, ["fine_tune_type", "num_layers", "lora_parameters"])
-        if (kind := data.get("fine_tune_type", "lora")) != "lora":
-            raise ConfigError(f"fine_tune_type is {kind!r}; expected 'lora'")
-        parameters = data.get("lora_parameters", {})
-        known = [field.name for field in fields(cls) if field.name != "num_layers"]
-        check_options("lora_parameters", parameters, known)
-        layers = {"num_layers": data["num_layers"]} if "num_layers" in data else {}
-        return cls(**layers, **parameters)
+    def of(cls, selection: Selection) -> "AdapterConfig":
+        """The config of a selection made elsewhere."""
+        config = cls.__new__(cls)
+        object.__setattr__(config, "selection", selection)
+        return config
 
-    def to_mlx(self) -> dict[str, Any]:
-        """The form of mlx-lm's adapter_config.json."""
-        parameters = asdict(self)
-        num_layers = parameters.pop("num_layers")
-        if self.keys is None:
-            del parameters["keys"]
-        return {
-            "fine_tune_type": "lora",
-            "num_layers": num_layers,
-            "lora_parameters": parameters,
-        }
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "AdapterConfig":
+        """Read rules, or the adapter_config.json of mlx-lm, mlx-swift-lm or PEFT, or plain options.
 
+        What the form does not know, or cannot be honoured here, is refused.
+        """
+        return cls.of(forms.read(data))
 
-def check_options(what: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse options that nobody reads, naming the nearest that somebody does."""
-    if unknown := sorted(set(given) - set(known)):
-        near = [near for name in unknown for near in get_close_matches(name, known, n=1)]
-        hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"unknown {what} options {unknown}; known: {list(known)}{hint}")
+    @classmethod
+    def from_peft(cls, data: Mapping[str, Any], *, trained: bool = False) -> "AdapterConfig":
+        """Read PEFT's adapter_config.json; `trained` says that the weights come with it.
+
+        How fresh weights would have been drawn then does not matter, unless it changed the base.
+        """
+        return cls.of(forms.read_peft(data, trained=trained))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON in the form of its words: `from_dict` reads an equal config back."""
+        return forms.write(self.selection)
+
+    @property
+    def rules(self) -> Sequence[LoRARule]:
+        """All that a module may get."""
+        return self.selection.rules
+
+    @property
+    def dropout(self) -> float:
+        """The largest dropout of any rule."""
+        return max(rule.dropout for rule in self.rules)

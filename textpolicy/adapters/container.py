@@ -1,7 +1,7 @@
 """The adapters of one model: install, publish, swap, switch off, take off, fuse."""
 
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from textpolicy.adapters.files import AdapterFile, read_adapter, write_adapter
 from textpolicy.adapters.fingerprint import Original
 from textpolicy.adapters.fit import misfits
 from textpolicy.adapters.fuse import FusedModule, FuseReport, fuse_layer
-from textpolicy.adapters.layers import AdapterLayer, adapter_layers, new_layer
-from textpolicy.adapters.quantization import quantization_of, quantize
+from textpolicy.adapters.kinds import new_layer
+from textpolicy.adapters.layers import AdapterLayer, adapter_layers
+from textpolicy.adapters.quantization import quantization_of, quantize, quantize_by_rules
 from textpolicy.adapters.targets import select_targets
 from textpolicy.adapters.tree import freeze_names, replace_modules
 from textpolicy.errors import AdapterError
@@ -47,15 +48,17 @@ class AdapterContainer:
     def from_model(
         cls, model: nn.Module, config: AdapterConfig, *, seed: int = 0
     ) -> "AdapterContainer":
-        """Install fresh adapters and freeze everything else. The model computes what it did."""
+        """Install fresh adapters and freeze everything else. The model computes what it did.
+
+        Where rules have a `weight_qtype` the base is quantized first, and stays so when unloaded.
+        """
+        quantize_by_rules(model, config)
         targets = select_targets(model, config)
         original = Original.of(model)
         keys = mx.random.split(mx.random.key(seed), len(targets))
         layers: dict[str, nn.Module] = {
-            path: new_layer(
-                module, rank=config.rank, scale=config.scale, dropout=config.dropout, key=key
-            )
-            for (path, module), key in zip(targets.items(), keys, strict=True)
+            path: new_layer(target, key)
+            for (path, target), key in zip(targets.items(), keys, strict=True)
         }
         replace_modules(model, layers)
         freeze_base(model)
@@ -160,7 +163,7 @@ class AdapterContainer:
     def unload(self) -> nn.Module:
         """Take the adapters off: the very modules and arrays of before, frozen as they were."""
         model = self.model
-        replace_modules(model, {path: layer.linear for path, layer in self.layers().items()})
+        replace_modules(model, {path: layer.base for path, layer in self.layers().items()})
         freeze_names(model, self.original.frozen)
         return model
 
@@ -193,8 +196,14 @@ class AdapterContainer:
 
     def _differences(self, file: AdapterFile) -> list[str]:
         pairs = {
-            "rank": (file.config.rank, self.config.rank),
-            "scale": (file.config.scale, self.config.scale),
+            "rank": (
+                _said(rule.rank for rule in file.config.rules),
+                _said(rule.rank for rule in self.config.rules),
+            ),
+            "scale": (
+                _said(rule.scale for rule in file.config.rules),
+                _said(rule.scale for rule in self.config.rules),
+            ),
             "base quantization": (file.quantization, self.original.quantization),
             "base fingerprint": (file.fingerprint[:12], self.fingerprint[:12]),
         }
@@ -227,6 +236,10 @@ def freeze_base(model: nn.Module) -> None:
     model.freeze()
     for layer in adapter_layers(model).values():
         layer.unfreeze(keys=list(layer.trainable), recurse=False)
+
+
+def _said(numbers: Iterable[float]) -> str:
+    return ", ".join(str(number) for number in sorted(set(numbers)))
 
 
 def _tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, mx.array]:

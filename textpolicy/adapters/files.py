@@ -74,7 +74,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
         arrays, metadata = cast(Any, mx.load(str(path), return_metadata=True))
         mx.eval(arrays)
         metadata = _checked(path, metadata)
-        config = AdapterConfig.from_mlx(json.loads(metadata["config"]))
+        config = AdapterConfig.from_dict(json.loads(metadata["config"]))
     except (RuntimeError, ConfigError, json.JSONDecodeError) as error:
         raise AdapterError(f"{path} cannot be read as an adapter: {error}") from error
     return AdapterFile(
@@ -106,7 +106,7 @@ def write_adapter(
         "version": str(version),
         "base_fingerprint": fingerprint,
         "base_quantization": json.dumps(quantization),
-        "config": json.dumps(config.to_mlx()),
+        "config": json.dumps(config.to_dict()),
     }
     with _replacing(target) as temporary:
         mx.save_safetensors(str(temporary), dict(arrays), metadata)

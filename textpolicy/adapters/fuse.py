@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from textpolicy.adapters.layers import AdapterLayer
-from textpolicy.adapters.quantization import float_dtype, float_weight
+from textpolicy.adapters.quantization import float_dtype, float_module, float_weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +46,14 @@ class FuseReport:
 
 def fuse_layer(
     path: str, layer: AdapterLayer, dtype: mx.Dtype | None
-) -> tuple[nn.Linear, FusedModule]:
-    """A plain linear layer that computes what `layer` does; a packed base becomes a float one."""
-    base, delta = float_weight(layer.linear), layer.delta()
-    dtype = dtype or float_dtype(layer.linear)
+) -> tuple[nn.Module, FusedModule]:
+    """A plain module that computes what `layer` does; a packed base becomes a float one."""
+    base, delta = float_weight(layer.base), layer.delta()
+    dtype = dtype or float_dtype(layer.base)
     weight = (base + delta).astype(dtype)
     moved = weight.astype(mx.float32) - base
     squared, kept, size = mx.square(delta).sum(), (moved * delta).sum(), mx.linalg.norm(base)
-    fused = _plain_linear(weight, layer.linear.get("bias"))
+    fused = float_module(layer.base, weight, layer.merged_bias())
     mx.eval(fused.parameters(), squared, kept, size)
     norm2 = float(squared)
     return fused, FusedModule(
@@ -63,13 +63,3 @@ def fuse_layer(
         survival=float(kept) / norm2 if norm2 else 1.0,
         squared_norm=norm2,
     )
-
-
-def _plain_linear(weight: mx.array, bias: mx.array | None) -> nn.Linear:
-    # The constructor would draw a weight from the global random state only to discard it.
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
-    linear.weight = weight
-    if bias is not None:
-        linear.bias = bias
-    return linear

@@ -1,56 +1,86 @@
-"""Layers that add a trainable update to a frozen module, and leave that module as it is."""
+"""What every adapter layer has: a frozen module, two small factors, a scale and a gate."""
 
-import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Bool, Float
 
-from textpolicy.adapters.quantization import linear_dims
+from textpolicy.adapters.quantization import float_weight, weight_shape
+from textpolicy.adapters.rules import LoRARule, initial
+from textpolicy.adapters.selection import SiteKind
 from textpolicy.adapters.tree import named_arrays
+from textpolicy.errors import AdapterError
 
 if TYPE_CHECKING:
     from textpolicy.adapters.container import AdapterContainer
 
+_TRAINABLE = ("lora_a", "lora_b", "m", "lora_bias")
 
-class LoRALinear(nn.Module):
-    """y = base(x) + scale * (x A) B, with A and B in float32 over a base of any dtype.
+
+class AdapterLayer(nn.Module):
+    """Abstract. `base` is the module as it was; the tensors beside it are float32 over any dtype.
 
     `scale` and the gate are arrays with an underscore in their names: a compiled function that
     takes the model's state sees them change, and no optimizer does.
     """
 
-    trainable = ("lora_a", "lora_b")
+    kind: ClassVar[str]
+    rank_axis: ClassVar[int] = -1
+    """The axis of `lora_a` that is the rank."""
+    # mlx's modules have neither a type for being called nor for what they hold.
+    base: Any
+    lora_a: mx.array
+    lora_b: mx.array
+    lora_bias: mx.array
+    m: mx.array
     # Set by the container, so that a model leads to its container and to no other.
     container: "AdapterContainer | None" = None
 
     def __init__(
         self,
-        linear: nn.Linear | nn.QuantizedLinear,
-        *,
-        rank: int,
-        scale: float,
-        dropout: float,
+        base: nn.Module,
+        rule: LoRARule,
         key: mx.array,
+        site: SiteKind,
     ) -> None:
         super().__init__()
-        inputs, outputs = linear_dims(linear)
-        bound = 1 / math.sqrt(inputs)
-        self.linear = linear
-        self.dropout = nn.Dropout(dropout)
-        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
-        self.lora_b = mx.zeros((rank, outputs))
-        self._scale = mx.array(scale, mx.float32)
+        key_a, key_b = mx.random.split(key)
+        weight = weight_shape(base)
+        # A's inputs are what it is multiplied by: features, or the tokens of a vocabulary.
+        inputs = weight[0] if site == "embedding" else weight[-1]
+        shapes = tensor_shapes(rule, site, weight)
+        draw = partial(initial, inputs=inputs, rank=rule.rank)
+        self.base = base
+        self.dropout = nn.Dropout(rule.dropout)
+        self.lora_a = draw(rule.a_init, shapes["lora_a"], key=key_a)
+        self.lora_b = draw(rule.b_init, shapes["lora_b"], key=key_b)
+        if rule.bias:
+            self.lora_bias = mx.zeros(shapes["lora_bias"])
+        self._scale = mx.array(rule.scale, mx.float32)
         self._enabled = mx.array(True)
 
-    def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
-        y = self.linear(x)
-        # Gate and scale meet the activations where they are narrowest: this is their whole cost.
-        gain = mx.where(self._enabled, self._scale, 0.0)
-        update = (gain * (self.dropout(x) @ self.lora_a)) @ self.lora_b
-        return y + update.astype(y.dtype)
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The names of the tensors that training moves."""
+        return tuple(name for name in _TRAINABLE if name in self)
+
+    @property
+    def rank(self) -> int:
+        """The inner size of the product, as it is now."""
+        return self.lora_a.shape[self.rank_axis]
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the low-rank product."""
+        return float(self._scale)
+
+    def set_scale(self, scale: float) -> None:
+        """Change the scale, under the eyes of compiled functions."""
+        self._scale = mx.array(scale, mx.float32)
 
     def switch(self, on: Bool[mx.array, ""]) -> Bool[mx.array, ""]:
         """Set the gate; returns what it was. Off is the base exactly."""
@@ -58,26 +88,60 @@ class LoRALinear(nn.Module):
         self._enabled = on
         return before
 
-    def delta(self) -> Float[mx.array, "out in"]:
-        """What the adapters add to the base weight, in float32."""
+    @abstractmethod
+    def delta(self) -> Float[mx.array, "*weight"]:
+        """What the adapters add to the base's weight, in its shape and in float32."""
+
+    def merged_weight(self) -> Float[mx.array, "*weight"]:
+        """The float32 weight with which the base alone would compute what the layer does."""
+        return float_weight(self.base) + self.delta()
+
+    def product_square(self) -> Float[mx.array, ""]:
+        """The squared Frobenius norm of scale times the low-rank product, which is never made."""
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
-        return self._scale * (a @ b).T
+        if self.rank_axis == 1:
+            a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
+        # ||AB||^2 is the sum of (A'A) * (BB').
+        return mx.square(self._scale) * (a.swapaxes(-1, -2) @ a * (b @ b.swapaxes(-1, -2))).sum()
+
+    def merged_bias(self) -> Float[mx.array, "*bias"] | None:
+        """The bias that goes with `merged_weight`; the base's own if adapters leave it alone."""
+        own: mx.array | None = self.base.get("bias")
+        if "lora_bias" not in self:
+            return own
+        offset = self.lora_bias.astype(mx.float32)
+        return offset if own is None else own.astype(mx.float32) + offset
+
+    def gain(self) -> Float[mx.array, ""]:
+        """The scale, or zero while the gate is shut."""
+        return mx.where(self._enabled, self._scale, 0.0)
+
+    def offset(self) -> Float[mx.array, " out"]:
+        """The trained offset of the output, or zero while the gate is shut."""
+        return mx.where(self._enabled, self.lora_bias, 0.0)
 
 
-# A new kind of layer is a class above, a member here, and a line below for what it goes around.
-AdapterLayer = LoRALinear
-ADAPTED_BY: dict[type[nn.Module], Callable[..., AdapterLayer]] = {
-    nn.Linear: LoRALinear,
-    nn.QuantizedLinear: LoRALinear,
-}
+def tensor_shapes(
+    rule: LoRARule, site: SiteKind, weight: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """The trained tensors of a layer beside a weight of this shape, by name."""
+    *experts, outputs, inputs = weight
+    rank = rule.rank
+    match site:
+        case "linear":
+            shapes = {"lora_a": (inputs, rank), "lora_b": (rank, outputs)}
+        case "embedding":
+            shapes = {"lora_a": (outputs, rank), "lora_b": (rank, inputs)}
+        case "experts":
+            shapes = {"lora_a": (*experts, rank, inputs), "lora_b": (*experts, outputs, rank)}
+    lengths = {"m": (outputs,)} if rule.kind == "dora" else {}
+    return shapes | lengths | ({"lora_bias": (outputs,)} if rule.bias else {})
 
 
-def new_layer(
-    module: nn.Module, *, rank: int, scale: float, dropout: float, key: mx.array
-) -> AdapterLayer:
-    """The adapter layer around a module of one of these kinds, with an update of zero."""
-    kind = next(layer for adapted, layer in ADAPTED_BY.items() if isinstance(module, adapted))
-    return kind(module, rank=rank, scale=scale, dropout=dropout, key=key)
+def refuse_bias(rule: LoRARule, what: str) -> None:
+    """Offsets exist on linear layers only."""
+    if rule.bias:
+        raise AdapterError(f"bias=True on {what}: only linear layers have a bias to train")
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -89,7 +153,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def base_path(path: str, layers: Mapping[str, AdapterLayer]) -> str:
     """The path that a module inside the adapted model has without adapters."""
     outer, _, name = path.rpartition(".")
-    return outer if name == "linear" and outer in layers else path
+    return outer if name == "base" and outer in layers else path
 
 
 def base_parameters(model: nn.Module) -> dict[str, mx.array]:

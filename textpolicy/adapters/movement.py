@@ -10,11 +10,8 @@ def adapter_movement(adapters: AdapterContainer) -> dict[str, float]:
     squares: list[mx.array] = []
     moved: list[mx.array] = []
     for layer in adapters.layers().values():
-        a, b = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
-        # ||AB||^2 is the sum of (A'A) * (BB'): the product itself is never made.
-        scale = layer._scale  # pyright: ignore[reportPrivateUsage]
-        squares.append(scale**2 * ((a.T @ a) * (b @ b.T)).sum())
-        moved.append((b != 0).astype(mx.float32).mean())
+        squares.append(layer.product_square())
+        moved.append((layer.lora_b != 0).astype(mx.float32).mean())
     return {
         "adapters/delta_norm": float(mx.sqrt(mx.maximum(mx.stack(squares).sum(), 0))),
         "adapters/moved": float(mx.stack(moved).mean()),

@@ -12,15 +12,16 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import mlx.optimizers as optim
+import mlx.nn as nn
 import numpy as np
 
+from textpolicy import algorithms
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization import quantize
 from textpolicy.adapters.twin import twin
-from textpolicy.algorithms import grpo
-from textpolicy.cli.options import RunSettings
+from textpolicy.algorithms import Algorithm
+from textpolicy.cli.options import DYNAMIC_ROUNDS, RunSettings
 from textpolicy.environments import Environment, load
 from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import ConfigError, RewardError
@@ -42,11 +43,13 @@ from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
 from textpolicy.tracking.wandb_run import WandbRun
+from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import AdvantageFn, Sampling, Task
+from textpolicy.types import Sampling, Task
 
 ADAPTERS = "adapters.safetensors"
 METRICS = "metrics.jsonl"
+REJECTED = "rejected"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Experiment:
     """Everything that a run needs, ready to go round."""
 
     environment: Environment
+    algorithm: Algorithm
     adapters: AdapterContainer
     reward: Rewards
     policy: ModelPolicy
@@ -113,11 +117,12 @@ def find_task(
     return environment, rewards
 
 
-def assemble(
-    settings: RunSettings,
-    output: Path,
-    advantage_fn: AdvantageFn = grpo.compute_advantages,
-) -> Experiment:
+def find_algorithm(settings: RunSettings) -> Algorithm:
+    """The algorithm that the settings name, with the divergence that they ask for."""
+    return algorithms.get(settings.algorithm, **({"beta": settings.beta} if settings.beta else {}))
+
+
+def assemble(settings: RunSettings, output: Path, algorithm: Algorithm) -> Experiment:
     """Trainer and policy on twins of one model: they share its base and nothing else."""
     environment, reward = find_task(
         settings.env,
@@ -137,27 +142,49 @@ def assemble(
     adapters.publish_path = output / ADAPTERS
     return Experiment(
         environment=environment,
+        algorithm=algorithm,
         adapters=adapters,
         reward=reward,
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=settings.seed),
-        trainer=Trainer(
-            model,
-            advantage_fn,
-            grpo.policy_loss,
-            optim.Adam(learning_rate=settings.lr, bias_correction=True),
-            micro_batch_size=settings.micro_batch_size,
+        trainer=_trainer(model, settings, algorithm, output),
+    )
+
+
+def _trainer(
+    model: nn.Module, settings: RunSettings, algorithm: Algorithm, output: Path
+) -> Trainer:
+    options = dict(algorithm.trainer)
+    if settings.beta:
+        options["reference"] = "base"
+    if settings.mini_batches:
+        options["mini_batches"] = settings.mini_batches
+    updates = settings.steps * settings.epochs * options.get("mini_batches", 1)
+    return Trainer(
+        model,
+        algorithm.compute_advantages,
+        algorithm.policy_loss,
+        build_optimizer(
+            settings.lr,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
+            updates=updates,
+            weight_decay=settings.weight_decay,
         ),
+        micro_batch_size=settings.micro_batch_size,
+        epochs=settings.epochs,
+        checkpoint_gradients=settings.checkpoint_gradients,
+        rejected=output / REJECTED,
+        seed=settings.seed,
+        **options,
     )
 
 
 def run_experiment(
-    settings: RunSettings,
-    output: Path,
-    console: Console,
-    advantage_fn: AdvantageFn = grpo.compute_advantages,
+    settings: RunSettings, output: Path, console: Console, algorithm: Algorithm | None = None
 ) -> Outcome:
     """Measure, train, measure again; the last adapters stay in `output`."""
-    experiment = assemble(settings, output, advantage_fn)
+    algorithm = algorithm or find_algorithm(settings)
+    experiment = assemble(settings, output, algorithm)
     (output / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     # Steps of a run that failed before its first update are none of this run's.
     (output / METRICS).unlink(missing_ok=True)
@@ -173,6 +200,7 @@ def _train_and_measure(
     experiment: Experiment, scorer: Scorer, settings: RunSettings, output: Path, console: Console
 ) -> Outcome:
     policy = experiment.policy
+    dynamic = DYNAMIC_ROUNDS if experiment.algorithm.dynamic_sampling else 1
     heldout = experiment.environment.heldout(settings.count)
     started = time.perf_counter()
     before = measure(policy, heldout, scorer)
@@ -193,6 +221,7 @@ def _train_and_measure(
             steps=settings.steps,
             groups_per_step=settings.groups_per_step,
             group_size=settings.group_size,
+            refill_rounds=settings.refill_rounds or dynamic,
             seed=settings.seed,
             on_step=on_step,
         )

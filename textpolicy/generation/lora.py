@@ -5,16 +5,16 @@ lora_scale, lora_dropout and lora_keys; the defaults are those of `AdapterConfig
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.config import AdapterConfig, check_options
+from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer, freeze_base
 from textpolicy.adapters.files import destination
+from textpolicy.adapters.forms import LORA_OPTIONS, check_options
 from textpolicy.adapters.memory import memory_stats
 from textpolicy.adapters.quantization import quantize
 from textpolicy.adapters.targets import block_count, select_targets
@@ -32,14 +32,6 @@ __all__ = [
 ]
 
 ADAPTER_PATH = "./lora_adapters.safetensors"
-
-_FIELDS = {
-    "lora_layers": "num_layers",
-    "lora_rank": "rank",
-    "lora_scale": "scale",
-    "lora_dropout": "dropout",
-    "lora_keys": "keys",
-}
 
 
 def create_lora_setup(
@@ -127,7 +119,8 @@ def adapters_of(model: nn.Module) -> AdapterContainer:
 
 
 def _adapter_config(model: nn.Module, options: Mapping[str, Any]) -> AdapterConfig:
-    check_options("lora_config", options, list(_FIELDS))
-    given = {_FIELDS[name]: value for name, value in options.items()}
-    config = AdapterConfig(**given)
-    return replace(config, num_layers=min(config.num_layers, block_count(model)))
+    check_options("lora_config", options, list(LORA_OPTIONS))
+    words = {LORA_OPTIONS[name]: value for name, value in options.items()}
+    if isinstance(layers := words.get("num_layers"), int):
+        words["num_layers"] = min(layers, block_count(model))
+    return AdapterConfig(**words)

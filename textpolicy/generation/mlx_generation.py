@@ -12,6 +12,7 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import attach_adapter
+from textpolicy.adapters.cpu_products import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.generation.models import find_model
 from textpolicy.generation.policy import ModelPolicy
@@ -41,6 +42,7 @@ def load_model(
     if dtype is not None:
         model.set_dtype(dtype)
         mx.eval(model.parameters())
+    use_fast_products(model)
     if adapter_path is not None:
         attach_adapter(model, adapter_path)
     return model, tokenizer

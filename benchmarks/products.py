@@ -1,0 +1,70 @@
+"""How long packed weights take to multiply on this machine, in both exact ways.
+
+For each format and number of rows: mlx's kernel for packed weights, and the product with weights
+made float for it. `textpolicy.adapters.cpu_products` takes the second from some number of rows on.
+
+    python benchmarks/products.py --json > benchmarks/results/products.json
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from textpolicy import fast_cpu
+from textpolicy.adapters.nf4 import NF4Linear
+from textpolicy.adapters.quantization import float_weight
+
+FORMATS = [(4, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")]
+ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 128)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer")
+    options.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    arguments = options.parse_args()
+    fast_cpu.use_threads(1)
+    results = [row for rows in ROWS for row in measure(arguments.size, rows)]
+    if arguments.json:
+        machine = {"machine": platform.machine(), "mlx": mx.__version__, "threads": 1}
+        print(json.dumps(machine | {"size": arguments.size, "milliseconds": results}, indent=1))
+        return
+    for row in results:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+def measure(size: int, rows: int) -> list[dict[str, str | int | float]]:
+    """The milliseconds of each format, float32 inputs."""
+    linear = nn.Linear(size, size, bias=False)
+    x = mx.random.normal((rows, size))
+    found: list[dict[str, str | int | float]] = []
+    for bits, mode in FORMATS:
+        layer = nn.QuantizedLinear.from_linear(linear, bits=bits, mode=mode)
+        kernel = milliseconds(lambda layer=layer: layer(x))
+        unpacked = milliseconds(lambda layer=layer: x @ float_weight(layer).T)
+        name = f"{mode} {bits}-bit"
+        found.append({"format": name, "rows": rows, "kernel": kernel, "unpacked": unpacked})
+    layer = NF4Linear.from_linear(linear)
+    found.append({"format": "nf4", "rows": rows, "unpacked": milliseconds(lambda: layer(x))})
+    found.append({"format": "float32", "rows": rows, "plain": milliseconds(lambda: linear(x))})
+    return found
+
+
+def milliseconds(compute: Callable[[], mx.array], repeats: int = 7) -> float:
+    """The best of some repeats: the machine may have other work."""
+    mx.eval(compute())
+    times: list[float] = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        mx.eval(compute())
+        times.append(time.perf_counter() - started)
+    return round(1000 * min(times), 2)
+
+
+if __name__ == "__main__":
+    main()

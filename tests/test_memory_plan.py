@@ -1,0 +1,227 @@
+"""Accounting: what a model takes, measured; and what it will take, before it is there."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+
+from tests.bases import BASES, arrays, in_bfloat16, packed
+from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
+from textpolicy.adapters import (
+    AdapterConfig,
+    AdapterContainer,
+    LoRARule,
+    memory_stats,
+    plan,
+    print_trainable_parameters,
+    quantize,
+)
+from textpolicy.adapters.quantization import format_of, weight_shape
+from textpolicy.adapters.skeleton import skeleton
+from textpolicy.cli.main import main
+from textpolicy.errors import AdapterError, ModelError
+
+CONFIG = AdapterConfig(rank=4, scale=2.0)
+
+
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+def test_memory_is_the_sum_of_the_bytes_of_the_arrays(make):
+    model = make()
+    container = AdapterContainer.from_model(model, CONFIG)
+    stats = memory_stats(model)
+    total = sum(array.nbytes for array in arrays(model).values())
+    assert stats["base_bytes"] + stats["adapter_bytes"] == total
+    assert stats["adapter_bytes"] == sum(a.nbytes for a in container.parameters().values())
+    assert stats["gradient_bytes"] == stats["adapter_bytes"] and stats["optimizer_bytes"] == 0
+    # A float32 scale and a gate of one byte for each layer.
+    assert stats["adapter_buffer_bytes"] == 5 * len(container.layers())
+    assert stats["memory_ratio"] == stats["adapter_bytes"] / stats["base_bytes"]
+    trainable = sum(array.size for array in container.parameters().values())
+    assert stats["trainable_parameters"] == trainable
+    assert stats["memory_savings_percent"] == 100 * (1 - trainable / stats["total_parameters"])
+
+
+def test_packed_weights_count_as_the_weights_they_stand_for():
+    plain, stored = memory_stats(qwen3_model()), memory_stats(packed(4)())
+    assert stored["total_parameters"] == plain["total_parameters"]
+    assert plain["bits_per_weight"] == 32
+    # 4 bits, a float32 scale and bias for each 64 weights, and unpacked norms.
+    assert 5 <= stored["bits_per_weight"] < 5.2
+
+
+def test_a_biased_model_counts_its_biases_once_quantized():
+    model = biased_model()
+    before = memory_stats(model)["total_parameters"]
+    quantize(model)
+    assert memory_stats(model)["total_parameters"] == before
+
+
+def test_the_optimizer_is_counted_once_it_has_a_state():
+    model = qwen3_model()
+    AdapterContainer.from_model(model, CONFIG)
+    optimizer = optim.Adam(learning_rate=1e-3)
+    gradient = nn.value_and_grad(model, lambda x: model(x).sum())(TOKENS)[1]
+    optimizer.update(model, gradient)
+    mx.eval(model.parameters(), optimizer.state)
+    stats = memory_stats(model, optimizer)
+    state = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
+    assert stats["optimizer_bytes"] == state
+    # Two moments for each parameter, a step count and a learning rate.
+    assert state == 2 * stats["adapter_bytes"] + 12
+    assert stats["gradient_bytes"] == sum(array.nbytes for _, array in tree_flatten(gradient))
+
+
+def test_doras_measured_lengths_are_counted():
+    model = qwen3_model()
+    container = AdapterContainer.from_model(model, AdapterConfig(kind="dora"))
+    lengths = sum(layer.m.nbytes for layer in container.layers().values())
+    assert memory_stats(model)["adapter_buffer_bytes"] == lengths + 5 * len(container.layers())
+
+
+def test_trainable_parameters_are_said_in_one_line():
+    model = packed(3)()
+    container = AdapterContainer.from_model(model, CONFIG)
+    lines: list[str] = []
+    print_trainable_parameters(model, lines.append)
+    trained = sum(array.size for array in container.parameters().values())
+    total = sum(array.size for array in arrays(qwen3_model()).values()) + trained
+    assert lines == [
+        f"trainable params: {trained:,} || all params: {total:,} || "
+        f"trainable%: {100 * trained / total:.4f}"
+    ]
+
+
+# Plans
+
+
+PLANS = {
+    "default": {},
+    "dora on all": {
+        "rules": [LoRARule(module_path=r".*(proj|embed_tokens|lm_head)", kind="dora", rank=3)]
+    },
+    "dora on all tied": {
+        "rules": [LoRARule(module_path=r".*(proj|embed_tokens)", kind="dora", rank=3)]
+    },
+    "quantized": {
+        "rules": [
+            LoRARule(
+                module_path=".*down_proj", kind="none", weight_qtype="nf4", tile_size="channel"
+            ),
+            LoRARule(module_path=".*(q|k)_proj", weight_qtype="int3", bias=True),
+            LoRARule(module_path=".*v_proj", weight_qtype="mxfp8"),
+            LoRARule(module_path=".*embed_tokens", weight_qtype="nvfp4"),
+            LoRARule(module_path=".*", weight_qtype="nf4"),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *((make, name) for make in (qwen3_model, biased_model, in_bfloat16) for name in PLANS),
+        *((packed(4, tied=True), name) for name in ("default", "dora on all tied")),
+    ],
+)
+def test_a_plan_is_what_is_then_measured(make, name):
+    model, config = make(), AdapterConfig(**PLANS[name])
+    before = arrays(model)
+    planned = plan(model, config)
+    assert all(array is before[name] for name, array in arrays(model).items())
+    container = AdapterContainer.from_model(model, config)
+    stats = memory_stats(model)
+    assert planned.base_bytes == stats["base_bytes"]
+    assert planned.adapter_bytes == stats["adapter_bytes"]
+    assert planned.trainable_parameters == stats["trainable_parameters"]
+    rows = {row.path: row for row in planned.modules if row.kind != "none"}
+    assert {
+        (path, layer.kind, layer.rank, layer.scale) for path, layer in container.layers().items()
+    } == {(path, row.kind, row.rank, row.scale) for path, row in rows.items()}
+    for path, layer in container.layers().items():
+        kept = format_of(layer.base)
+        assert rows[path].quantization == (f"{kept.name} / {kept.group_size}" if kept else None)
+        assert rows[path].shape == weight_shape(layer.base)
+
+
+def test_a_plan_of_experts_counts_every_expert():
+    planned = plan(expert_model(), CONFIG)
+    container = AdapterContainer.from_model(model := expert_model(), CONFIG)
+    assert planned.adapter_bytes == memory_stats(model)["adapter_bytes"]
+    row = next(row for row in planned.modules if "switch_mlp" in row.path)
+    assert row.shape[0] == 4 and row.path in container.layers()
+
+
+def test_a_plan_reads_as_a_table():
+    lines = str(plan(qwen3_model(), AdapterConfig(rank=4, num_layers=1))).splitlines()
+    assert lines[0].split()[:5] == ["module", "type", "shape", "adapter", "rank"]
+    assert any(line.split()[0] == "lm_head" and line.split()[5] == "-" for line in lines)
+    assert lines[-2] == "7 of 16 layers adapted"
+
+
+def test_a_plan_refuses_what_adapting_refuses():
+    with pytest.raises(AdapterError, match="matches nothing"):
+        plan(qwen3_model(), AdapterConfig(keys=["q_proj"]))
+    with pytest.raises(ModelError, match="do not divide"):
+        plan(qwen3_model(intermediate_size=96), AdapterConfig(rules=[LoRARule(weight_qtype="nf4")]))
+
+
+def test_a_skeleton_plans_like_the_model_and_takes_no_memory(tiny, load_tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    state = [array.tolist() for array in mx.random.state]
+    before = mx.get_active_memory()
+    bare = skeleton(config)
+    planned = plan(bare, CONFIG)
+    assert mx.get_active_memory() - before < 2**16
+    assert [array.tolist() for array in mx.random.state] == state
+    assert planned == plan(load_tiny()[0], CONFIG)
+
+
+def test_a_skeleton_is_quantized_as_its_config_says(tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    config["quantization"] = {"group_size": 64, "bits": 4, "lm_head": False}
+    config["quantization"]["model.layers.0.mlp.up_proj"] = {"group_size": 32, "bits": 8}
+    kept = {row.path: row.quantization for row in plan(skeleton(config), CONFIG).modules}
+    assert kept.pop("model.layers.0.mlp.up_proj") == "int8 / 32"
+    assert set(kept.values()) == {"int4 / 64"}
+
+
+def test_a_skeleton_of_an_unknown_architecture_is_refused():
+    with pytest.raises(ModelError, match="mlx-lm cannot make a 'nonesuch'"):
+        skeleton({"model_type": "nonesuch"})
+    with pytest.raises(ModelError, match="no model_type"):
+        skeleton({"hidden_size": 3})
+
+
+# The command
+
+
+def test_the_command_plans_from_words_or_from_a_file(capsys, tmp_path):
+    assert main(["plan", "--rank", "8", "--keys", "self_attn.q_proj", "--json"]) == 0
+    from_words = json.loads(capsys.readouterr().out)
+    form = {"target_modules": ["q_proj"], "r": 8, "lora_alpha": 16}
+    (tmp_path / "adapter.json").write_text(json.dumps(form))
+    assert main(["plan", "--adapter-config", str(tmp_path / "adapter.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == from_words
+    adapted = {row["path"] for row in from_words["modules"] if row["kind"] == "lora"}
+    assert adapted == {f"model.layers.{i}.self_attn.q_proj" for i in range(len(adapted))}
+    assert main(["plan", "--kind", "dora"]) == 0
+    assert " dora " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        ("{}", ["--rank", "4"], "beside ['rank']; put them in the file"),
+        ("{", [], "is not JSON"),
+        ("[]", [], "holds a list"),
+        ('{"target_modules": ["query"]}', [], "'query', which matches nothing"),
+    ],
+)
+def test_the_command_says_what_it_cannot_plan(capsys, tmp_path, content, words, message):
+    path = tmp_path / "adapter.json"
+    path.write_text(content)
+    assert main(["plan", "--adapter-config", str(path), *words]) == 1
+    assert message in capsys.readouterr().err
