@@ -186,6 +186,7 @@ def test_keyword_context_holds_everything_that_is_known_of_the_sampling():
         "stop_reason": "stop_token",
         "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "hi"}],
         "turns": ["hi"],
+        "turn_rewards": [0.0],
     }
 
 

@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 
 from textpolicy.cli.experiment import find_task
 from textpolicy.cli.report import Report
+from textpolicy.environments.environment import earned
 from textpolicy.environments.rows import load_rows
-from textpolicy.environments.single_turn import prompt_text
+from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
@@ -42,8 +43,18 @@ def _on_rows(options: Namespace) -> RewardCheck:
 
 def _on_environment(options: Namespace) -> RewardCheck:
     environment, rewards = find_task(options.env, options.reward, timeout=options.reward_timeout)
+    if environment.reward is earned and not options.reward:
+        raise ConfigError(
+            f"environment {options.env} is worth what its turns earn, which single answers do not "
+            "show; play it with textpolicy.environments.check_env, or name a reward of your own"
+        )
+    gold = environment.gold
     cases = [
-        Case(prompt_text(task.prompt), task.example, environment.gold(task.example))
+        Case(
+            prompt_text(task.prompt),
+            task.example,
+            answer_of(gold(task.example), -1) if gold else None,
+        )
         for task in environment.heldout(options.rows)
     ]
     options.max_tokens = options.max_tokens or environment.max_tokens

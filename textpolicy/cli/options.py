@@ -263,7 +263,7 @@ def _plan(parser: ArgumentParser) -> None:
 def _check(parser: ArgumentParser) -> None:
     text = "the reward to try (default: the one of --env)"
     parser.add_argument("reward", help=text, nargs="?", metavar="FILE.py[:NAME]")
-    text = "rows to try it on, a file of JSON lines (default: those of --env)"
+    text = "rows to try it on: a .jsonl or .csv file (default: those of --env)"
     _option(parser, "data", text, type=Path, metavar="FILE")
     _option(parser, "env", "an environment to try it on (default: none)", metavar="NAME")
     text = "column of right answers (default: gold, answer, solution, ... what there is)"
