@@ -69,11 +69,11 @@ class Experiment:
     """Everything that a run needs, ready to go round."""
 
     environment: Environment
-    algorithm: Algorithm
     adapters: AdapterContainer
     reward: Rewards
     policy: ModelPolicy
     trainer: Trainer
+    refill_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,7 @@ def find_algorithm(settings: RunSettings) -> Algorithm:
 
 def assemble(settings: RunSettings, output: Path, algorithm: Algorithm) -> Experiment:
     """Trainer and policy on twins of one model: they share its base and nothing else."""
+    dynamic = DYNAMIC_ROUNDS if algorithm.dynamic_sampling else 1
     environment, reward = find_task(
         settings.env,
         settings.reward,
@@ -142,11 +143,11 @@ def assemble(settings: RunSettings, output: Path, algorithm: Algorithm) -> Exper
     adapters.publish_path = output / ADAPTERS
     return Experiment(
         environment=environment,
-        algorithm=algorithm,
         adapters=adapters,
         reward=reward,
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=settings.seed),
         trainer=_trainer(model, settings, algorithm, output),
+        refill_rounds=settings.refill_rounds or dynamic,
     )
 
 
@@ -200,7 +201,6 @@ def _train_and_measure(
     experiment: Experiment, scorer: Scorer, settings: RunSettings, output: Path, console: Console
 ) -> Outcome:
     policy = experiment.policy
-    dynamic = DYNAMIC_ROUNDS if experiment.algorithm.dynamic_sampling else 1
     heldout = experiment.environment.heldout(settings.count)
     started = time.perf_counter()
     before = measure(policy, heldout, scorer)
@@ -221,7 +221,7 @@ def _train_and_measure(
             steps=settings.steps,
             groups_per_step=settings.groups_per_step,
             group_size=settings.group_size,
-            refill_rounds=settings.refill_rounds or dynamic,
+            refill_rounds=experiment.refill_rounds,
             seed=settings.seed,
             on_step=on_step,
         )
