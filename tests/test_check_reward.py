@@ -172,7 +172,7 @@ def test_the_command_tries_an_environment_and_samples_from_a_model(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mine.py"], "either --data FILE or --env NAME"),
+        (["mine.py"], "name what to try the reward on"),
         (["--data", "rows.jsonl"], "name the reward to try"),
     ],
 )

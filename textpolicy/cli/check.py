@@ -18,8 +18,8 @@ from textpolicy.types import Sampling
 
 
 def run(options: Namespace) -> Report:
-    if bool(options.env) == bool(options.data):
-        raise ConfigError("name what to try the reward on: either --data FILE or --env NAME")
+    if not (options.env or options.data):
+        raise ConfigError("name what to try the reward on: --data rows.jsonl, or --env NAME")
     check = _on_environment(options) if options.env else _on_rows(options)
     data = asdict(check) | {"ok": check.ok}
     return Report(data=data, text=str(check), exit_code=0 if check.ok else 1)
@@ -42,7 +42,9 @@ def _on_rows(options: Namespace) -> RewardCheck:
 
 
 def _on_environment(options: Namespace) -> RewardCheck:
-    environment, rewards = find_task(options.env, options.reward, timeout=options.reward_timeout)
+    environment, rewards = find_task(
+        options.env, options.reward, data=options.data, timeout=options.reward_timeout
+    )
     if environment.reward is earned and not options.reward:
         raise ConfigError(
             f"environment {options.env} is worth what its turns earn, which single answers do not "
