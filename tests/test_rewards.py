@@ -207,6 +207,8 @@ def test_columns_that_the_rows_lack_are_named_before_anything_is_called():
     assert "ask for `example`" in message
     with pytest.raises(ConfigError, match="Did you mean `answers`"):
         call(close, answers=[1])
+    with pytest.raises(ConfigError, match=r"the rows have `result`\. Rename"):
+        call(lambda completion, solution: 1.0, result=1)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def main(descriptor: int) -> None:
 def _receive_rewards(connection: Connection) -> list[Reward]:
     files: Mapping[str, str] = connection.recv()
     for name, file in files.items():
-        module = run_file(Path(file), name)
+        module = run_file(Path(file), what="reward", name=name)
         if name == MAIN:
             # What a script defines is known as part of __main__, wherever it is looked up.
             sys.modules["__main__"] = module
