@@ -72,7 +72,7 @@ class Golden:
 
     def floats(self, name: str) -> mx.array:
         """An array of the folder in float32."""
-        return mx.array(self.arrays[name].astype(np.float32))
+        return _float32(self.arrays[name])
 
     def compare(self, name: str) -> tuple[float, float]:
         """How far a case's loss is off, and its gradient where that is farthest off."""
@@ -85,7 +85,10 @@ class Golden:
 
         def loss_of(logits: mx.array) -> mx.array:
             logp, entropy = self.scores(logits, options)
-            return loss_fn(logp, replace(batch, entropy=entropy))[0]
+            seen = replace(batch, entropy=entropy)
+            if not options.get("use_old", True):
+                seen = replace(seen, logp_old=mx.stop_gradient(logp))
+            return loss_fn(logp, seen)[0]
 
         loss, gradient = mx.value_and_grad(loss_of)(self.floats("logits"))
         off = np.abs(np.array(gradient) - self.arrays[f"grad::{name}"]).max()
@@ -94,9 +97,17 @@ class Golden:
     def scores(self, logits: mx.array, options: Mapping[str, Any]) -> tuple[mx.array, mx.array]:
         """Log-probabilities of the recorded tokens, and entropies."""
         logits = logits / options.get("temp", 1.0)
-        logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        # Counted from the largest: rounding is then that of small numbers.
+        logits = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+        logp = logits - mx.log(mx.exp(logits).sum(axis=-1, keepdims=True))
         ids = mx.array(self.arrays["ids"])[..., None]
         return mx.take_along_axis(logp, ids, axis=-1)[..., 0], -(mx.exp(logp) * logp).sum(-1)
+
+    def recorded(self, name: str, options: Mapping[str, Any]) -> np.ndarray:
+        """Log-probabilities that a batch comes with, in float64."""
+        logits = self.arrays[name] / options.get("temp", 1.0)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return np.take_along_axis(logp, self.arrays["ids"][..., None], -1)[..., 0]
 
     def batch(self, options: Mapping[str, Any]) -> Batch:
         """The arrays that a loss sees, all but the current policy's."""
@@ -105,8 +116,7 @@ class Golden:
             mask[2] = False
         rewards = self.floats("rewards").reshape(-1, self.group_size)
         advantages = ADVANTAGES[options.get("adv_scale", "group")](rewards).reshape(-1, 1)
-        recorded, _ = self.scores(self.floats("old_logits"), options)
-        current, _ = self.scores(self.floats("logits"), options)
+        old = self.recorded("old_logits", options)
         rows = mask.shape[0]
         return Batch(
             prompts=mx.zeros((1, 1), dtype=mx.int32),
@@ -115,9 +125,9 @@ class Golden:
             group=mx.arange(rows) // self.group_size,
             tokens=mx.array(self.arrays["ids"]),
             mask=mx.array(mask),
-            logp_sampled=recorded + self.floats("samp_noise"),
-            logp_old=recorded if options.get("use_old", True) else current,
-            logp_ref=self.scores(self.floats("ref_logits"), options)[0],
+            logp_sampled=_float32(old + self.arrays["samp_noise"]),
+            logp_old=_float32(old),
+            logp_ref=_float32(self.recorded("ref_logits", options)),
             advantages=mx.broadcast_to(advantages, mask.shape),
             temperature=mx.ones(rows),
             rows=rows,
@@ -144,6 +154,10 @@ class Golden:
             else:
                 weights.append(lambda logp, batch: (given, {}))
         return partial(LOSSES[kind], weights=weights, **terms, **_clipping(kind, options))
+
+
+def _float32(array: np.ndarray) -> mx.array:
+    return mx.array(array.astype(np.float32))
 
 
 def _clipping(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:

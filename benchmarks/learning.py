@@ -2,11 +2,11 @@
 
     python benchmarks/learning.py --env add --seeds 0,1,2 --control --json
 
-For each seed the embedded model is trained by GRPO with LoRA, as `textpolicy train` does, and its
-greedy accuracy on 512 held-out problems is reported before and after. The control is the same run
-with each step's rewards shuffled across the whole batch: advantages become noise, and what it
-"learns" is what the benchmark would report of a library that does not work. The exit code is 1 if
-a trained run gains less than MARGIN, or a control gains more.
+For each seed the embedded model is trained by an algorithm with LoRA, as `textpolicy train` does,
+and its greedy accuracy on 512 held-out problems is reported before and after. The control is the
+same run with each step's rewards shuffled across the whole batch: advantages become noise, and what
+it "learns" is what the benchmark would report of a library that does not work. The exit code is 1
+if a trained run gains less than MARGIN, or a control gains more.
 """
 
 import argparse
@@ -18,16 +18,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import wraps
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from textpolicy import fast_cpu
-from textpolicy.algorithms import grpo
-from textpolicy.cli.experiment import run_experiment
-from textpolicy.cli.options import DEMO, RunSettings
+from textpolicy.cli.experiment import find_algorithm, run_experiment
+from textpolicy.cli.options import ALGORITHMS, DEMO, RunSettings
 from textpolicy.tracking.console import Console
 from textpolicy.types import AdvantageFn
 
@@ -40,28 +41,37 @@ def shuffled(advantage_fn: AdvantageFn, seed: int) -> AdvantageFn:
     """The advantages of rewards that were dealt to the wrong rollouts."""
     key = mx.random.key(seed)
 
-    def compute_advantages(rewards: mx.array) -> mx.array:
+    @wraps(advantage_fn)
+    def compute_advantages(rewards: mx.array, **asked: Any) -> mx.array:
         nonlocal key
         key, now = mx.random.split(key)
         order = mx.random.permutation(rewards.size, key=now)
-        return advantage_fn(rewards.flatten()[order].reshape(rewards.shape))
+
+        def dealt(values: mx.array) -> mx.array:
+            return values.flatten()[order].reshape(values.shape)
+
+        if "parts" in asked:
+            asked["parts"] = {name: dealt(values) for name, values in asked["parts"].items()}
+        return advantage_fn(dealt(rewards), **asked)
 
     return compute_advantages
 
 
 def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
     """One run from the embedded model, as a record of what it gained and what it took."""
-    advantage_fn = grpo.compute_advantages
+    algorithm = find_algorithm(settings)
     if control:
-        advantage_fn = shuffled(advantage_fn, settings.seed)
+        wrong = shuffled(algorithm.compute_advantages, settings.seed)
+        algorithm = replace(algorithm, compute_advantages=wrong)
     with (
         tempfile.TemporaryDirectory() as folder,
         closing(Console(sys.stderr, settings.steps)) as console,
     ):
-        outcome = run_experiment(settings, Path(folder), console, advantage_fn)
+        outcome = run_experiment(settings, Path(folder), console, algorithm)
     gain = outcome.after.reward - outcome.before.reward
     return {
         "env": settings.env,
+        "algorithm": settings.algorithm,
         "seed": settings.seed,
         "control": control,
         "before": round(outcome.before.reward, 4),
@@ -78,11 +88,16 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[RunSettings, bool]]:
     envs = ENVS if options.env == "all" else (options.env,)
     given = {"steps": options.steps, "lr": options.lr, "rank": options.rank}
     settings = replace(DEMO, **{name: value for name, value in given.items() if value is not None})
-    for env in envs:
+    algorithms = ALGORITHMS if options.algorithm == "all" else (options.algorithm,)
+    for env, algorithm in product(envs, algorithms):
         for seed in map(int, options.seeds.split(",")):
-            yield replace(settings, env=env, seed=seed), False
+            run = replace(settings, env=env, seed=seed, algorithm=algorithm)
+            if algorithm == "dpo":
+                pairs = settings.groups_per_step * settings.group_size // 2
+                run = replace(run, group_size=2, groups_per_step=pairs)
+            yield run, False
             if options.control:
-                yield replace(settings, env=env, seed=seed), True
+                yield run, True
 
 
 def setting() -> dict[str, Any]:
@@ -102,6 +117,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--env", choices=(*ENVS, "all"), default="all", help="default: all")
+    parser.add_argument(
+        "--algorithm", choices=(*ALGORITHMS, "all"), default=DEMO.algorithm, help="default: grpo"
+    )
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--control", action="store_true", help="also with shuffled rewards")
     parser.add_argument("--steps", type=int, help=f"default: {DEMO.steps}, as the demo")
@@ -130,8 +148,9 @@ def _line(record: dict[str, Any]) -> str:
     kind = "shuffled" if record["control"] else "trained"
     verdict = "" if record["as_expected"] else "  <- not as expected"
     return (
-        f"{record['env']:<10} seed {record['seed']}  {kind:<9} {record['before']:.3f} -> "
-        f"{record['after']:.3f}  ({record['gain']:+.3f}, {record['seconds']:.0f} s){verdict}"
+        f"{record['env']:<10} {record['algorithm']:<22} seed {record['seed']}  {kind:<9} "
+        f"{record['before']:.3f} -> {record['after']:.3f}  "
+        f"({record['gain']:+.3f}, {record['seconds']:.0f} s){verdict}"
     )
 
 

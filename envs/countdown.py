@@ -39,9 +39,10 @@ def gold(example: Mapping[str, Any]) -> str:
 
 
 def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+    if value(completion) != example["target"]:
+        return 0.0
     used = sorted(int(number) for number in re.findall(r"[0-9]+", completion))
-    right = used == sorted(example["numbers"]) and value(completion) == example["target"]
-    return float(right)
+    return float(used == sorted(example["numbers"]))
 
 
 def value(expression: str) -> Fraction | None:

@@ -59,4 +59,5 @@ def part_of(batch: Batch, rows: slice) -> Batch:
     """A micro-batch of it: its rows, the totals of the whole."""
     arrays = ("owner", "group", "tokens", "mask", "logp_sampled", "logp_old", "logp_ref")
     arrays += ("entropy", "advantages", "temperature")
-    return replace(batch, **{name: getattr(batch, name)[rows] for name in arrays})
+    present = {name: getattr(batch, name) for name in arrays}
+    return replace(batch, **{n: x[rows] for n, x in present.items() if x is not None})

@@ -13,6 +13,7 @@ from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, TaskError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
+from textpolicy.rewards import Score, reward
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
@@ -138,8 +139,13 @@ def test_the_same_seed_gives_the_same_run(load_tiny, tmp_path):
 
 def test_every_metric_is_documented_and_every_documented_one_reported(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path, reference="base")
+
+    @reward(name="NAME")
+    def scored(completion):
+        return Score(len(completion) % 3, {"METRIC": 1.0})
+
     metrics = train_rl(
-        tasks=tasks(), reward=digits, policy=policy, trainer=trainer, steps=1, groups_per_step=2
+        tasks=tasks(), reward=scored, policy=policy, trainer=trainer, steps=1, groups_per_step=2
     )
     page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     of_every_run, _ = page.split("Some algorithms add their own")

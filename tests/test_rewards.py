@@ -1,15 +1,30 @@
 """Rewards: found by file and name, called in order, and held to a finite number."""
 
+import asyncio
 import json
 import math
 import sys
+from contextlib import closing
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from textpolicy.errors import ConfigError, RewardError
-from textpolicy.rewards import load_reward, score
+from textpolicy.generation.mlx_generation import create_policy
+from textpolicy.rewards import (
+    Rewards,
+    Score,
+    Scorer,
+    load_reward,
+    reward,
+    sample_of,
+    score,
+    scorer_of,
+)
+from textpolicy.rollout.worker import collect
+from textpolicy.tracking.rollout_metrics import rollout_metrics
+from textpolicy.types import Task
 
 
 @pytest.fixture
@@ -68,8 +83,8 @@ def test_what_is_not_a_finite_number_is_refused_with_its_sample(value):
     ],
 )
 def test_numbers_booleans_and_none_are_rewards_and_come_back_as_floats(value, expected):
-    reward = score(lambda prompt, completion, example: value, "p", "c", {})
-    assert reward == expected and type(reward) is type(expected)
+    scored = score(lambda prompt, completion, example: value, "p", "c", {})
+    assert scored == expected and type(scored) is type(expected)
 
 
 def test_a_dataclass_with_postponed_annotations_may_stand_in_a_reward_file(file_of):
@@ -136,5 +151,287 @@ def test_a_wrong_reward_file_says_what_is_wrong(file_of, source, name, error, me
 def test_a_missing_file_and_a_missing_name_are_said(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_reward(f"{tmp_path}/none.py:score")
-    with pytest.raises(ConfigError, match=r"expected FILE\.py:FUNCTION"):
-        load_reward("mine.py")
+    with pytest.raises(ConfigError, match=r"expected FILE\.py or FILE\.py:FUNCTION"):
+        load_reward("mine:score")
+
+
+def call(function, completion="c", /, **row):
+    return score(function, "p", completion, row)
+
+
+def test_arguments_are_filled_by_name_from_the_row_and_the_context():
+    def close(completion, answer, stop_reason, unit="cm"):
+        return len(completion) * answer + (stop_reason == "length") + len(unit) / 10
+
+    assert call(close, "ab", answer=3) == 6.2
+    assert call(close, "ab", answer=3, unit="miles") == 6.5
+    assert score(close, "p", "ab", {"answer": 3}, stop_reason="length") == 7.2
+
+
+def test_three_arguments_of_any_other_names_are_taken_by_position():
+    assert call(lambda p, c, e: len(p + c) + e["x"], x=1) == 3
+    assert call(lambda p, c, e, **context: len(context["turns"]), x=1) == 1
+    assert call(lambda p, c, /, example: len(c) + example["x"], x=1) == 2
+
+
+def test_keyword_context_holds_everything_that_is_known_of_the_sampling():
+    seen = {}
+
+    def look(completion, **context):
+        seen.update(context)
+
+    call(look, "hi", answer=1)
+    assert seen == {
+        "tokens": list(b"hi"),
+        "stop_reason": "stop_token",
+        "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "hi"}],
+        "turns": ["hi"],
+        "turn_rewards": [0.0],
+    }
+
+
+def test_the_context_goes_before_columns_of_the_same_name():
+    assert call(lambda completion, turns, example: len(turns) + example["turns"], turns=5) == 6
+
+
+def test_columns_that_the_rows_lack_are_named_before_anything_is_called():
+    def close(completion, answer):
+        raise AssertionError("never called")
+
+    with pytest.raises(ConfigError) as caught:
+        call(close, question="?", solution="!")
+    message = str(caught.value)
+    assert message.startswith(
+        "your reward close asks for `answer`; the rows have `question`, `solution`."
+    )
+    assert "ask for `example`" in message
+    with pytest.raises(ConfigError, match="Did you mean `answers`"):
+        call(close, answers=[1])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda prompt: 1.0, lambda: 1.0, lambda p, c: 1.0, lambda p, c, e, f: 1.0, lambda *, x: 1.0],
+)
+def test_a_function_that_would_not_see_the_completion_is_refused(function):
+    with pytest.raises(ConfigError, match=r"it would not see the completion; expected \(prompt"):
+        Rewards(function)
+
+
+def test_async_rewards_are_awaited_together_but_not_all_at_once():
+    running, most = 0, 0
+
+    async def slow(completion):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001)
+        running -= 1
+        return float(completion)
+
+    verdicts = score_all(slow, *map(str, range(50)))
+    assert [verdict.value for verdict in verdicts] == list(range(50))
+    assert most == 16
+
+
+def test_async_rewards_run_inside_a_loop_too_as_in_a_notebook():
+    async def half(completion):
+        return 0.5
+
+    async def notebook():
+        return call(half)
+
+    assert asyncio.run(notebook()) == 0.5
+
+
+def test_batched_rewards_get_lists_and_are_called_once():
+    calls = []
+
+    @reward(batched=True)
+    def longest(prompts, completions, examples, answer, stop_reason, missing=None):
+        calls.append((prompts, answer, stop_reason, missing))
+        return np.array([len(text) for text in completions])
+
+    samples = [sample_of("p", "a" * n, {"answer": n}) for n in (1, 2, 3)]
+    with closing(Scorer(Rewards(longest))) as scorer:
+        values = [verdict.value for verdict in scorer.score(samples)]
+    assert values == [1.0, 2.0, 3.0]
+    assert calls == [(["p"] * 3, [1, 2, 3], ["stop_token"] * 3, None)]
+
+
+def test_a_batched_async_reward_is_awaited():
+    @reward(batched=True)
+    async def both(completions):
+        return [1.0 for _ in completions]
+
+    assert [verdict.value for verdict in score_all(both, "a", "b")] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        ([1.0], "1 values"),
+        (1.0, r"1\.0 \(float\)"),
+        (None, r"None \(NoneType\)"),
+        ("ab", "'ab'"),
+        ({"a": 1, "b": 2}, "dict"),
+        (iter([1.0, 2.0]), "list_iterator"),
+    ],
+)
+def test_a_batched_reward_returns_a_list_with_one_value_for_each(answer, got):
+    @reward(batched=True)
+    def odd(completions):
+        return answer
+
+    with pytest.raises(RewardError, match=f"reward odd returned .*{got}.* 2 samples"):
+        score_all(odd, "a", "b")
+
+
+def test_several_rewards_add_up_by_weight_and_each_keeps_its_own():
+    def right(completion):
+        return float(completion == "yes")
+
+    def brief(completion):
+        return Score(1 / len(completion), {"length": len(completion)})
+
+    rewards = Rewards([right, brief], weights=[1, 0.5])
+    good, bad = score_all(rewards, "yes", "nope")
+    assert good.parts == {"right": 1.0, "brief": pytest.approx(1 / 3)}
+    assert good.value == pytest.approx(1 + 0.5 / 3) and bad.value == pytest.approx(0.125)
+    assert good.metrics == {"brief/length": 3.0}
+
+
+def test_what_declines_is_left_out_of_the_sum_and_a_sample_that_all_decline_has_no_reward():
+    def right(completion):
+        return 1.0 if completion == "yes" else None
+
+    def shouted(completion):
+        return Score(None, {"heard": 1}) if completion == "?" else float(completion.isupper())
+
+    yes, other, neither = score_all(Rewards([right, shouted], weights=[3, 1]), "yes", "NO", "?")
+    assert (yes.value, yes.parts) == (3.0, {"right": 1.0, "shouted": 0.0})
+    assert (other.value, other.parts) == (1.0, {"shouted": 1.0})
+    assert (neither.value, neither.parts, neither.error) == (None, {}, None)
+    assert neither.metrics == {"shouted/heard": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"functions": []}, "none; expected at least one"),
+        ({"functions": [max, max]}, "two rewards called"),
+        ({"weights": [1, 2]}, "a finite number for each of 1"),
+        ({"weights": [float("nan")]}, "a finite number for each of 1"),
+        ({"timeout": 0}, "timeout 0; expected seconds above 0"),
+        ({"on_error": "ignore"}, "on_error 'ignore'; expected"),
+        ({"on_error": float("nan")}, "on_error nan; expected"),
+        ({"max_error_rate": 2}, "expected 0 to 1"),
+        ({"workers": 0}, "workers 0"),
+    ],
+    ids=str,
+)
+def test_rewards_that_cannot_work_are_refused_when_they_are_put_together(options, message):
+    def fine(completion):
+        return 1.0
+
+    with pytest.raises(ConfigError, match=message):
+        Rewards(**{"functions": fine} | options)
+
+
+def test_a_decorated_function_is_still_callable_and_may_have_another_name():
+    @reward(name="lengths", batched=True)
+    def f(completions):
+        return [len(text) for text in completions]
+
+    @reward
+    def g(completion):
+        return 1.0
+
+    assert f(completions=["a"]) == [1] and (f.name, f.batched) == ("lengths", True)
+    assert g("a") == 1.0 and (g.name, g.batched) == ("g", False)
+
+
+def test_a_file_with_one_function_needs_no_name(file_of):
+    source = "import math\nfrom os.path import join\ndef _aid(x): ...\ndef mine(completion):\n"
+    assert call(load_reward(file_of(source + "    return 0.5\n"))) == 0.5
+    with pytest.raises(ConfigError, match=r"holds 2 functions \(a, b\); expected one.*py:a"):
+        load_reward(file_of("def a(completion): ...\ndef b(completion): ...\n"))
+    with pytest.raises(ConfigError, match=r"holds 0 functions \(none\)"):
+        load_reward(file_of("x = 1\n"))
+
+
+def test_a_file_may_hold_several_rewards_put_together(file_of):
+    path = file_of(
+        "import textpolicy as tp\n"
+        "def a(completion):\n    return 1.0\n"
+        "def b(completion):\n    return 2.0\n"
+        "both = tp.Rewards([a, b], weights=[1, 0.5])\n"
+    )
+    (verdict,) = score_all(load_reward(f"{path}:both"), "c")
+    assert verdict.value == 2.0
+
+
+def test_an_error_whose_message_cannot_be_shown_or_is_endless_is_reported():
+    class Rude(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def rude(completion):
+        raise Rude
+
+    def endless(completion):
+        raise ValueError("x" * 10**7)
+
+    with pytest.raises(RewardError, match="rude raised Rude: <its message cannot be shown>"):
+        call(rude)
+    with pytest.raises(RewardError) as caught:
+        call(endless)
+    assert len(str(caught.value)) < 2000
+
+
+def test_special_tokens_reach_no_reward(load_tiny):
+    model, tokenizer = load_tiny()
+    seen = []
+
+    def look(completion, tokens, turns, messages, stop_reason):
+        seen.append((completion, turns, messages, tokens, stop_reason))
+        return 1.0
+
+    policy = create_policy(model, tokenizer, {"max_tokens": 6, "temperature": 0})
+    (group,) = collect([Task(id="t", prompt="347+185=")], policy, look, group_size=1, seed=0)
+    (completion, turns, messages, tokens, stop_reason) = seen[0]
+    assert stop_reason == "stop_token" and tokens[-1] in tokenizer.eos_token_ids
+    assert completion == turns[0] == messages[-1]["content"] == tokenizer.decode(tokens[:-1])
+    assert group.rollouts[0].tokens[-len(tokens) :] == tokens
+
+
+def test_rollouts_carry_the_parts_the_metrics_and_the_errors_of_their_rewards(load_tiny):
+    model, tokenizer = load_tiny()
+
+    def picky(completion, example):
+        if example["bad"]:
+            raise ValueError("bad row")
+        return Score(1.0, {"seen": 2.0})
+
+    def brief(completion):
+        return 0.5
+
+    policy = create_policy(model, tokenizer, {"max_tokens": 2})
+    tasks = [Task(id=f"t{n}", prompt="1+1=", example={"bad": n}) for n in (0, 1)]
+    rewards = Rewards([picky, brief], weights=[1, 2], on_error="skip")
+    good, bad = collect(tasks, policy, rewards, group_size=1, seed=0)
+    assert good.rollouts[0].reward == 2.0
+    assert good.rollouts[0].rewards == {"picky": 1.0, "brief": 0.5}
+    assert good.rollouts[0].metrics == {"rewards/picky/seen": 2.0}
+    assert bad.rollouts[0].reward is None
+    assert "picky raised ValueError: bad row" in bad.rollouts[0].error
+    assert "on task t1, prompt '1+1='" in bad.rollouts[0].error
+    metrics = rollout_metrics([good, bad])
+    assert metrics["reward/errors"] == metrics["reward/unscored"] == 0.5
+    assert metrics["rewards/brief/mean"] == 0.5 and metrics["rewards/brief/std"] == 0.0
+    assert metrics["rewards/picky/seen"] == 2.0
+
+
+def score_all(rewards, *completions):
+    with scorer_of(rewards) as scorer:
+        return scorer.score([sample_of("p", text, {}) for text in completions])

@@ -4,11 +4,10 @@ Names are imported on first use, because mlx-lm and transformers take seconds to
 commands and scripts need only a part.
 """
 
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from textpolicy import backend, fast_cpu
 
 if TYPE_CHECKING:
     from textpolicy.adapters.config import AdapterConfig
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from textpolicy.generation.mlx_generation import create_policy, load_model
     from textpolicy.generation.models import tiny_model
     from textpolicy.loop import StepReport, train_rl
+    from textpolicy.rewards import Rewards, Sample, Score, reward
     from textpolicy.rollout.worker import collect
     from textpolicy.training.trainer import Trainer
     from textpolicy.types import (
@@ -39,9 +39,12 @@ __all__ = [
     "Buffer",
     "Completion",
     "Policy",
+    "Rewards",
     "Rollout",
     "RolloutGroup",
+    "Sample",
     "Sampling",
+    "Score",
     "StepReport",
     "StopReason",
     "Task",
@@ -49,6 +52,7 @@ __all__ = [
     "collect",
     "create_policy",
     "load_model",
+    "reward",
     "tiny_model",
     "train_rl",
 ]
@@ -57,19 +61,32 @@ _HOME = {
     "AdapterConfig": "textpolicy.adapters.config",
     "AdapterContainer": "textpolicy.adapters.container",
     "Buffer": "textpolicy.buffer",
+    "Rewards": "textpolicy.rewards",
+    "Sample": "textpolicy.rewards",
+    "Score": "textpolicy.rewards",
     "StepReport": "textpolicy.loop",
     "Trainer": "textpolicy.training.trainer",
     "collect": "textpolicy.rollout.worker",
     "create_policy": "textpolicy.generation.mlx_generation",
     "load_model": "textpolicy.generation.mlx_generation",
+    "reward": "textpolicy.rewards",
     "tiny_model": "textpolicy.generation.models",
     "train_rl": "textpolicy.loop",
 }
 
-fast_cpu.enable()
-if backend.missing_backend():
-    # Nearly every module imports mlx first; this says it once for all of them.
-    sys.meta_path.insert(0, backend.Refusal())
+
+def _use_mlx() -> None:
+    from textpolicy import backend, fast_cpu
+
+    fast_cpu.enable()
+    if backend.missing_backend():
+        # Nearly every module imports mlx first; this says it once for all of them.
+        sys.meta_path.insert(0, backend.Refusal())
+
+
+# A process that only scores starts faster without mlx, and keeps no memory on the device.
+if "TEXTPOLICY_WITHOUT_MLX" not in os.environ:
+    _use_mlx()
 
 
 def __getattr__(name: str) -> Any:

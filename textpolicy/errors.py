@@ -29,5 +29,9 @@ class TaskError(TextPolicyError, ValueError):
     """An environment that does not exist, or whose tasks break its contract."""
 
 
+class DataError(TextPolicyError, ValueError):
+    """Rows that cannot be read, or that lack a column that was asked for."""
+
+
 class TrainingError(TextPolicyError, RuntimeError):
     """A training step that cannot be taken, or that would change nothing."""

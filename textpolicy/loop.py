@@ -12,13 +12,14 @@ import mlx.core as mx
 
 from textpolicy.buffer import Buffer
 from textpolicy.errors import TaskError, TrainingError
+from textpolicy.rewards import Scorer, Scoring, scorer_of
 from textpolicy.rollout.refill import collect_with_signal
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import Curriculum, Metrics, Policy, RewardFn, RolloutGroup, Task
+from textpolicy.types import Curriculum, Metrics, Policy, RolloutGroup, Task
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One finished step, for whoever watches the run."""
 
@@ -31,7 +32,7 @@ class StepReport:
 def train_rl(
     *,
     tasks: Iterable[Task],
-    reward: RewardFn,
+    reward: Scoring,
     policy: Policy,
     trainer: Trainer,
     steps: int,
@@ -51,43 +52,61 @@ def train_rl(
     buffer = Buffer()
     source = iter(tasks)
     metrics: Metrics = {}
-    for step in range(steps):
-        mx.reset_peak_memory()
-        started = time.perf_counter()
-        collected = collect_with_signal(
-            lambda count, step=step: _next_tasks(source, count, step, steps),
-            policy,
-            reward,
-            groups=groups_per_step,
-            group_size=group_size,
-            seeds=lambda done, step=step: (seed << 32) + (done << 24) + step,
-            rounds=refill_rounds,
-        )
-        buffer.extend(collected.kept)
-        if isinstance(source, Curriculum):
-            source.observe(collected.sampled)
-        sampled = time.perf_counter()
+    with scorer_of(reward) as scorer:
+        for step in range(steps):
+            laps = _Laps(scorer)
+            collected = collect_with_signal(
+                lambda count, step=step: _next_tasks(source, count, step, steps),
+                policy,
+                scorer,
+                groups=groups_per_step,
+                group_size=group_size,
+                seeds=lambda done, step=step: (seed << 32) + (done << 24) + step,
+                rounds=refill_rounds,
+            )
+            buffer.extend(collected.kept)
+            if isinstance(source, Curriculum):
+                source.observe(collected.sampled)
+            laps.mark("generate")
 
-        metrics = trainer.train(buffer)
-        trained = time.perf_counter()
+            metrics = trainer.train(buffer)
+            laps.mark("train")
 
-        if policy.version != trainer.version:
-            _reload(policy, trainer)
-        ended = time.perf_counter()
+            if policy.version != trainer.version:
+                _reload(policy, trainer)
+            laps.mark("reload")
 
-        metrics |= rollout_metrics(collected.sampled) | collected.metrics
-        metrics |= {
-            "version": float(trainer.version),
-            "memory/peak_gb": mx.get_peak_memory() / 1e9,
-            "time/generate": sampled - started,
-            "time/train": trained - sampled,
-            "time/reload": ended - trained,
-            "time/step": ended - started,
-        }
-        metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["time/generate"]
-        if on_step:
-            on_step(StepReport(step=step, steps=steps, metrics=metrics, groups=collected.sampled))
+            metrics |= rollout_metrics(collected.sampled) | collected.metrics | laps.metrics()
+            metrics["version"] = float(trainer.version)
+            metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["time/generate"]
+            if on_step:
+                on_step(StepReport(step, steps, metrics, collected.sampled))
     return metrics
+
+
+class _Laps:
+    """Where a step's time goes, rewards apart from generation, and the most memory it takes."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        mx.reset_peak_memory()
+        self._scorer = scorer
+        self._scored = scorer.seconds
+        self._started = self._last = time.perf_counter()
+        self._seconds: Metrics = {}
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[f"time/{name}"] = now - self._last
+        self._last = now
+
+    def metrics(self) -> Metrics:
+        reward = self._scorer.seconds - self._scored
+        return self._seconds | {
+            "time/generate": self._seconds["time/generate"] - reward,
+            "time/reward": reward,
+            "time/step": self._last - self._started,
+            "memory/peak_gb": mx.get_peak_memory() / 1e9,
+        }
 
 
 def _next_tasks(tasks: Iterator[Task], count: int, step: int, steps: int) -> list[Task]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import mlx.core as mx
 from jaxtyping import Bool, Float, Int
@@ -79,13 +79,31 @@ class Sampling:
         return plain and self.temperature > 0
 
 
+@runtime_checkable
+class TextEnv(Protocol):
+    """What an episode needs of a `gymnasium.Env`; observations and actions are text."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]: ...
+
+    def step(self, action: Any, /) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One row: a prompt, and the columns that its reward needs."""
+    """One row: a prompt, and the columns that its reward needs.
+
+    With `env`, each rollout is an episode in an environment of its own, reset with `seed`.
+    """
 
     id: str
     prompt: Prompt
     example: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    env: Callable[[], TextEnv] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +125,25 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One exchange of an episode: what the policy said, what that earned, what it heard back."""
+
+    completion: str
+    reward: float
+    replies: Sequence[Message] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One episode, token by token: `tokens`, `mask` and `logprobs` have equal length.
 
     `mask` is True on every sampled token, the stop token included, and False on prompts and tool
     output. `logprobs` is 0 where `mask` is False. `reward` is None where the reward function
     declined to score: such a rollout is left out of its group's baseline and gets no gradient.
+    `completion` is the last turn's text, and `turns` are those played in an environment.
+    `stop_reason` is LENGTH if a limit on tokens or turns cut the episode off.
+    `rewards` are the parts of it by name, `metrics` other numbers to average over a step under
+    their full names, and `error` says what failed in the user's code.
     """
 
     tokens: list[int]
@@ -121,10 +152,12 @@ class Rollout:
     completion: str
     reward: float | None
     rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     stop_reason: StopReason
     sampling: Sampling
     version: int
     error: str | None = None
+    turns: Sequence[Turn] = ()
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.mask) == len(self.logprobs):
@@ -202,13 +235,31 @@ class Policy(Protocol):
         ...
 
 
-@runtime_checkable
-class RewardFn(Protocol):
-    """The user's code. None means: do not score this sample."""
+Respond = Callable[[int, int, Completion], Sequence[Message] | None]
+"""Given the numbers of a prompt and a member, and what that row said: what it hears, or None."""
 
-    def __call__(
-        self, prompt: str, completion: str, example: Mapping[str, Any], /
-    ) -> float | None: ...
+
+@runtime_checkable
+class ConversingPolicy(Policy, Protocol):
+    """A policy that can go on after an answer, which episodes of several turns need."""
+
+    def converse(
+        self,
+        prompts: Sequence[Prompt],
+        respond: Respond,
+        *,
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[list[list[Completion]]]:
+        """The turns of `n` rows for each prompt. A turn's `prompt_tokens` begin with all tokens of
+        the turn before, read and drawn: nothing is tokenized again.
+        """
+        ...
+
+
+RewardFn = Callable[..., Any]
+"""The user's code: arguments by name, a number or None back. `textpolicy.rewards` has the contract,
+and does not import this module: the processes that run rewards do without mlx."""
 
 
 AdvantageFn = Callable[..., Float[mx.array, "groups group"]]

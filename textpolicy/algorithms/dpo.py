@@ -4,14 +4,15 @@
     loss = -mean over pairs of log sigmoid(beta (h(chosen) - h(rejected)))
 
 A group is a pair: its advantages are +1 for what was chosen and -1 for what was rejected, so any
-two rewards that differ will do. The reference is the trainer's, usually the model without its
-adapters. Pairs are kept whole by micro-batches of even size. Departure: conservative DPO's
-`label_smoothing` (Mitchell 2023), the chance that a label is wrong, is 0 unless given.
+two rewards that differ will do, and a pair of equals teaches nothing. The reference is the
+trainer's, usually the model without its adapters. Pairs are kept whole by micro-batches of even
+size. Departure: `label_smoothing` of conservative DPO (Mitchell 2023), the chance that a label is
+wrong, is 0 unless given.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from textpolicy.algorithms.objective import Loss
 from textpolicy.algorithms.ops import Rewards
@@ -20,15 +21,13 @@ from textpolicy.types import Batch
 
 
 def compute_advantages(rewards: Rewards) -> Rewards:
-    """+1 for the better of each pair and -1 for the other."""
+    """+1 for the better of each pair and -1 for the other; 0 for equals, or without a reward."""
     if rewards.shape[-1] != 2:
         raise ConfigError(
             f"groups have {rewards.shape[-1]} members; expected pairs, one chosen and one rejected"
         )
-    advantages = mx.sign(rewards - rewards[..., ::-1])
-    if mx.any(mx.isnan(rewards)) or not mx.all(advantages):
-        raise ConfigError("a pair has no winner; expected two rewards that differ in each pair")
-    return advantages
+    difference = rewards - rewards[..., ::-1]
+    return mx.where(mx.isnan(difference), 0, mx.sign(difference))
 
 
 def policy_loss(
@@ -42,10 +41,14 @@ def policy_loss(
     if batch.logp_ref is None:
         raise ConfigError("DPO needs a reference: Trainer(..., reference='base')")
     gain = beta * mx.where(batch.mask, logp - batch.logp_ref, 0).sum(axis=1)
-    chosen, rejected = gain[_in_pairs(batch)].reshape(-1, 2).T
+    order = _in_pairs(batch)
+    # A pair of equals has no winner: its difference counts for nothing.
+    decided = (batch.advantages[order].sum(axis=1) != 0).astype(mx.float32)
+    chosen, rejected = (gain[order] * decided).reshape(-1, 2).T
     margin = chosen - rejected
     likelihood = (1 - label_smoothing) * nn.log_sigmoid(margin)
     likelihood = likelihood + label_smoothing * nn.log_sigmoid(-margin)
+    likelihood = likelihood * decided[::2]
     pairs = batch.rows / 2
     return -likelihood.sum() / pairs, {
         "rewards/chosen": chosen.sum() / pairs,
@@ -55,7 +58,7 @@ def policy_loss(
     }
 
 
-def _in_pairs(batch: Batch) -> Int[mx.array, " batch"]:
+def _in_pairs(batch: Batch) -> Integer[mx.array, " batch"]:
     """The order of rows in which each pair is together, the chosen one first."""
     lost = batch.advantages.sum(axis=1) < 0
     order = mx.argsort(2 * batch.group + lost)

@@ -44,12 +44,13 @@ def policy_loss(
     `positive` and `negative` are (k, lambda) for advantages of that sign.
     """
     log_ratio = ratio(logp, batch)
-    weight, metrics = correction(logp, batch) if correction else (mx.ones((1, 1)), {})
+    none = mx.ones((logp.shape[0], 1))
+    weight, metrics = correction(logp, batch) if correction else (none, {})
     k, rate = (
         mx.where(batch.advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True)
     )
     log_w = mx.clip(_log_product(logp, batch, weight), LOWEST, HIGHEST)
-    phi = mx.stop_gradient(mx.exp(rate + k * log_w - rate * mx.exp(log_w)))
+    phi = mx.stop_gradient(mx.exp(k * log_w - rate * mx.expm1(log_w)))
     loss = -phi * batch.advantages * mx.where(batch.mask, logp, 0)
     metrics = metrics | {"vespo/phi_seq_mean": row_means(phi, batch.mask).sum() / batch.rows}
     return objective(loss, metrics, logp, batch, log_ratio=log_ratio, average=average, **terms)

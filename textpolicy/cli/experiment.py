@@ -9,34 +9,47 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import mlx.optimizers as optim
+import mlx.nn as nn
 import numpy as np
 
+from textpolicy import algorithms
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization import quantize
 from textpolicy.adapters.twin import twin
-from textpolicy.algorithms import grpo
-from textpolicy.cli.options import RunSettings
+from textpolicy.algorithms import Algorithm
+from textpolicy.cli.options import DYNAMIC_ROUNDS, RunSettings
 from textpolicy.environments import Environment, load
+from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.loop import StepReport, train_rl
-from textpolicy.rewards import load_reward, score
-from textpolicy.rollout.worker import collect, prompt_text
-from textpolicy.tracking.console import Console
+from textpolicy.rewards import (
+    Incident,
+    OnError,
+    Rewards,
+    Scorer,
+    as_rewards,
+    load_reward,
+    sample_of,
+    scorer_of,
+)
+from textpolicy.rollout.worker import collect
+from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
 from textpolicy.tracking.wandb_run import WandbRun
+from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import AdvantageFn, RewardFn, Sampling, Task
+from textpolicy.types import Sampling, Task
 
 ADAPTERS = "adapters.safetensors"
 METRICS = "metrics.jsonl"
+REJECTED = "rejected"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +70,10 @@ class Experiment:
 
     environment: Environment
     adapters: AdapterContainer
-    reward: RewardFn
+    reward: Rewards
     policy: ModelPolicy
     trainer: Trainer
+    refill_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +91,46 @@ class Outcome:
     adapters: Path
 
 
-def find_task(env: str, reward: str | None) -> tuple[Environment, RewardFn]:
-    """The environment, with its own reward or the one in `reward` ("FILE.py:FUNCTION")."""
+def find_task(
+    env: str,
+    reward: str | None,
+    *,
+    timeout: float | None = None,
+    on_error: OnError | None = None,
+) -> tuple[Environment, Rewards]:
+    """The environment, with its own reward or the one in `reward` ("FILE.py:FUNCTION").
+
+    `timeout` and `on_error` go before what the file itself says of them.
+    """
     environment = load(env)
-    if not reward:
-        return environment, environment.reward
-    function = load_reward(reward)
-    # One right answer, scored now: a reward that cannot score is found out before a model loads.
-    (task,) = environment.heldout(1)
-    score(function, prompt_text(task.prompt), environment.gold(task.example), task.example)
-    return environment, function
+    rewards = as_rewards(load_reward(reward) if reward else environment.reward)
+    if timeout is not None:
+        rewards = replace(rewards, timeout=timeout)
+    if on_error is not None:
+        rewards = replace(rewards, on_error=on_error)
+    if reward:
+        # An answer scored now: what cannot score is found out before a model loads.
+        (task,) = environment.heldout(1)
+        gold = answer_of(environment.gold(task.example), -1) if environment.gold else ""
+        with scorer_of(replace(rewards, on_error="fail")) as scorer:
+            scorer.score([sample_of(prompt_text(task.prompt), gold, task.example)])
+    return environment, rewards
 
 
-def assemble(
-    settings: RunSettings,
-    output: Path,
-    advantage_fn: AdvantageFn = grpo.compute_advantages,
-) -> Experiment:
+def find_algorithm(settings: RunSettings) -> Algorithm:
+    """The algorithm that the settings name, with the divergence that they ask for."""
+    return algorithms.get(settings.algorithm, **({"beta": settings.beta} if settings.beta else {}))
+
+
+def assemble(settings: RunSettings, output: Path, algorithm: Algorithm) -> Experiment:
     """Trainer and policy on twins of one model: they share its base and nothing else."""
-    environment, reward = find_task(settings.env, settings.reward)
+    dynamic = DYNAMIC_ROUNDS if algorithm.dynamic_sampling else 1
+    environment, reward = find_task(
+        settings.env,
+        settings.reward,
+        timeout=settings.reward_timeout,
+        on_error=settings.on_reward_error,
+    )
     claim(output)
     sampling = Sampling(
         max_tokens=settings.max_tokens or environment.max_tokens, temperature=settings.temperature
@@ -111,31 +146,64 @@ def assemble(
         adapters=adapters,
         reward=reward,
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=settings.seed),
-        trainer=Trainer(
-            model,
-            advantage_fn,
-            grpo.policy_loss,
-            optim.Adam(learning_rate=settings.lr, bias_correction=True),
-            micro_batch_size=settings.micro_batch_size,
+        trainer=_trainer(model, settings, algorithm, output),
+        refill_rounds=settings.refill_rounds or dynamic,
+    )
+
+
+def _trainer(
+    model: nn.Module, settings: RunSettings, algorithm: Algorithm, output: Path
+) -> Trainer:
+    options = dict(algorithm.trainer)
+    if settings.beta:
+        options["reference"] = "base"
+    if settings.mini_batches:
+        options["mini_batches"] = settings.mini_batches
+    updates = settings.steps * settings.epochs * options.get("mini_batches", 1)
+    return Trainer(
+        model,
+        algorithm.compute_advantages,
+        algorithm.policy_loss,
+        build_optimizer(
+            settings.lr,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
+            updates=updates,
+            weight_decay=settings.weight_decay,
         ),
+        micro_batch_size=settings.micro_batch_size,
+        epochs=settings.epochs,
+        checkpoint_gradients=settings.checkpoint_gradients,
+        rejected=output / REJECTED,
+        seed=settings.seed,
+        **options,
     )
 
 
 def run_experiment(
-    settings: RunSettings,
-    output: Path,
-    console: Console,
-    advantage_fn: AdvantageFn = grpo.compute_advantages,
+    settings: RunSettings, output: Path, console: Console, algorithm: Algorithm | None = None
 ) -> Outcome:
     """Measure, train, measure again; the last adapters stay in `output`."""
-    experiment = assemble(settings, output, advantage_fn)
+    algorithm = algorithm or find_algorithm(settings)
+    experiment = assemble(settings, output, algorithm)
     (output / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     # Steps of a run that failed before its first update are none of this run's.
     (output / METRICS).unlink(missing_ok=True)
-    policy, reward = experiment.policy, experiment.reward
+
+    def on_incident(incident: Incident) -> None:
+        console.note(visible(str(incident)))
+
+    with closing(Scorer(experiment.reward, on_incident=on_incident)) as scorer:
+        return _train_and_measure(experiment, scorer, settings, output, console)
+
+
+def _train_and_measure(
+    experiment: Experiment, scorer: Scorer, settings: RunSettings, output: Path, console: Console
+) -> Outcome:
+    policy = experiment.policy
     heldout = experiment.environment.heldout(settings.count)
     started = time.perf_counter()
-    before = measure(policy, heldout, reward)
+    before = measure(policy, heldout, scorer)
     console.note(f"before  {before}  greedy reward on {before.count} held-out tasks")
     with ExitStack() as opened:
         sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(settings, output)]
@@ -147,12 +215,13 @@ def run_experiment(
 
         train_rl(
             tasks=experiment.environment.stream(settings.seed),
-            reward=reward,
+            reward=scorer,
             policy=policy,
             trainer=experiment.trainer,
             steps=settings.steps,
             groups_per_step=settings.groups_per_step,
             group_size=settings.group_size,
+            refill_rounds=experiment.refill_rounds,
             seed=settings.seed,
             on_step=on_step,
         )
@@ -160,7 +229,7 @@ def run_experiment(
     if experiment.trainer.version == 0:
         # Each update publishes; without any, the file still has to be there for `eval`.
         experiment.adapters.publish()
-    after = measure(policy, heldout, reward)
+    after = measure(policy, heldout, scorer)
     return Outcome(
         before=before,
         after=after,
@@ -179,11 +248,11 @@ def open_sinks(settings: RunSettings, output: Path) -> list[Sink]:
     return sinks
 
 
-def measure(policy: ModelPolicy, tasks: Sequence[Task], reward: RewardFn) -> Score:
+def measure(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) -> Score:
     """Score greedy completions of the policy's model, as it is now."""
     sampling = Sampling(max_tokens=policy.sampling.max_tokens, temperature=0)
     greedy = ModelPolicy(policy.model, policy.tokenizer, sampling)
-    groups = collect(tasks, greedy, reward, group_size=1, seed=0)
+    groups = collect(tasks, greedy, scorer, group_size=1, seed=0)
     rewards = [r.reward for group in groups for r in group.rollouts if r.reward is not None]
     if not rewards:
         raise RewardError(f"the reward declined to score each of {len(tasks)} held-out completions")

@@ -4,7 +4,9 @@ from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+OnError = str | float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,14 +16,25 @@ class RunSettings:
     env: str
     model: str = "tiny"
     reward: str | None = None
+    reward_timeout: float | None = None
+    on_reward_error: OnError | None = None
+    algorithm: str = "grpo"
+    beta: float = 0.0
     steps: int = 200
     lr: float = 5e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
     rank: int = 16
     scale: float = 2.0
     quantize: int | None = None
     group_size: int = 8
     groups_per_step: int = 16
+    mini_batches: int | None = None
+    epochs: int = 1
+    refill_rounds: int | None = None
     micro_batch_size: int | None = None
+    checkpoint_gradients: bool = False
     max_tokens: int | None = None
     temperature: float = 1.0
     count: int = 512
@@ -29,6 +42,25 @@ class RunSettings:
     wandb: str | None = None
 
 
+DYNAMIC_ROUNDS = 10
+ALGORITHMS = (
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "luspo",
+    "cispo",
+    "sapo",
+    "vespo",
+    "lite_ppo",
+    "reinforce",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "rloo",
+    "maxrl",
+    "gdpo",
+    "dpo",
+)
 DEMO = RunSettings(env="add", steps=400)
 
 
@@ -77,6 +109,16 @@ def positive(text: str) -> float:
     return number
 
 
+def on_error(text: str) -> OnError:
+    """A converter for what is done about a failing reward."""
+    if text == "fail" or text == "skip":
+        return text
+    number = _parse(text, float)
+    if not float("-inf") < number < float("inf"):
+        raise ArgumentTypeError(f"{text!r}; expected fail, skip or a number")
+    return number
+
+
 def _parse(text: str, kind: type[int] | type[float]) -> float:
     try:
         return kind(text)
@@ -105,9 +147,17 @@ def _task(parser: ArgumentParser) -> None:
     text = "task to use: add, sort, reverse, countdown"
     _option(parser, "env", text, required=True)
     text = "your reward function instead of the task's own"
-    _option(parser, "reward", text, metavar="FILE.py:FUNCTION")
+    _option(parser, "reward", text, metavar="FILE.py[:NAME]")
+    _reward_limits(parser)
     text = "held-out tasks to measure on"
     _option(parser, "count", text, RunSettings.count, type=at_least(2))
+
+
+def _reward_limits(parser: ArgumentParser) -> None:
+    text = "seconds after which a reward is killed, in a process of its own (default: no limit)"
+    _option(parser, "reward-timeout", text, type=positive, metavar="SECONDS")
+    text = "when a reward fails: fail, skip the sample, or a number to score it (default: fail)"
+    _option(parser, "on-reward-error", text, type=on_error, metavar="POLICY")
 
 
 def _max_tokens(parser: ArgumentParser) -> None:
@@ -121,9 +171,19 @@ def _train(parser: ArgumentParser) -> None:
     text = "folder for adapters.safetensors, config.json and metrics.jsonl"
     _option(parser, "output", text, type=Path, required=True, metavar="DIR")
     run = RunSettings
-    _option(parser, "steps", "updates to take", run.steps, type=at_least(1))
+    text = "what is maximised: " + ", ".join(ALGORITHMS)
+    _option(parser, "algorithm", text, run.algorithm, metavar="NAME")
+    text = "weight of the KL divergence from the model without adapters; 0 is none"
+    _option(parser, "beta", text, run.beta, type=at_least(0, float))
+    _option(parser, "steps", "rounds of sampling and training", run.steps, type=at_least(1))
     text = "learning rate of Adam"
     _option(parser, "lr", text, run.lr, type=positive)
+    text = "how the learning rate falls to 0 by the end, if it does"
+    _option(parser, "schedule", text, run.schedule, choices=("constant", "linear", "cosine"))
+    text = "updates over which the learning rate rises at the start"
+    _option(parser, "warmup", text, run.warmup, type=at_least(0))
+    text = "share of each weight, times the learning rate, that an update takes off"
+    _option(parser, "weight-decay", text, run.weight_decay, type=at_least(0, float))
     _option(parser, "rank", "rank of the low-rank product", run.rank, type=at_least(1))
     _option(parser, "scale", "what multiplies the low-rank product", run.scale, type=positive)
     text = "quantize the frozen model to this many bits, QLoRA (default: no)"
@@ -132,6 +192,17 @@ def _train(parser: ArgumentParser) -> None:
     _option(parser, "group-size", text, run.group_size, type=at_least(2))
     text = "tasks in each update"
     _option(parser, "groups-per-step", text, run.groups_per_step, type=at_least(1))
+    text = "updates that a step's tasks are dealt to (default: the algorithm's, mostly 1)"
+    _option(parser, "mini-batches", text, type=at_least(1))
+    text = "times that a step goes through its rollouts"
+    _option(parser, "epochs", text, run.epochs, type=at_least(1))
+    text = (
+        "rounds of sampling in which groups without signal are replaced; 1 is no replacement "
+        f"(default: 1, and {DYNAMIC_ROUNDS} with dapo)"
+    )
+    _option(parser, "refill-rounds", text, type=at_least(1))
+    text = "compute activations again in the backward pass: less memory, more time"
+    parser.add_argument("--checkpoint-gradients", help=text, action="store_true")
     text = "rollouts in memory at once while training (default: all)"
     _option(parser, "micro-batch-size", text, type=at_least(1))
     _max_tokens(parser)
@@ -197,7 +268,7 @@ _COMMANDS = {
     "demo": ("demo", "watch the embedded model learn addition", "textpolicy demo", _demo),
     "train": (
         "train",
-        "train adapters by GRPO so that a reward goes up",
+        "train adapters by reinforcement learning, so that a reward goes up",
         "textpolicy train --env sort --steps 100 --output runs/sort",
         _train,
     ),

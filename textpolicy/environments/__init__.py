@@ -1,5 +1,38 @@
 """What a run trains on: a stream of tasks, a fixed held-out list, and the reward of both."""
 
-from textpolicy.environments.environment import Environment, check, load
+from textpolicy.environments.chat import ChatEnv
+from textpolicy.environments.check_env import check_env
+from textpolicy.environments.dataset import Dataset
+from textpolicy.environments.environment import (
+    Environment,
+    earned,
+    from_dataset,
+    from_gymnasium,
+    question_and_answer,
+)
+from textpolicy.environments.gold import gold_answers
+from textpolicy.environments.load import load, ready_names
+from textpolicy.environments.rows import columns_of, load_rows
+from textpolicy.environments.single_turn import SingleTurnEnv
+from textpolicy.environments.space import AnyText
+from textpolicy.environments.tools import ToolEnv, tool_prompt
 
-__all__ = ["Environment", "check", "load"]
+__all__ = [
+    "AnyText",
+    "ChatEnv",
+    "Dataset",
+    "Environment",
+    "SingleTurnEnv",
+    "ToolEnv",
+    "check_env",
+    "columns_of",
+    "earned",
+    "from_dataset",
+    "from_gymnasium",
+    "gold_answers",
+    "load",
+    "load_rows",
+    "question_and_answer",
+    "ready_names",
+    "tool_prompt",
+]

@@ -1,91 +1,239 @@
-"""Ready tasks by name: training tasks without end, held-out ones that are never trained on."""
+"""Where a run's tasks come from: training tasks without end, held-out ones never trained on."""
 
-import pkgutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
-from importlib import import_module
 from itertools import count, islice
 from random import Random
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import gymnasium as gym
+
+from textpolicy.environments.dataset import Dataset
+from textpolicy.environments.single_turn import Draw, Gold, SingleTurnEnv
 from textpolicy.errors import TaskError
-from textpolicy.rewards import score
-from textpolicy.types import RewardFn, Task
+from textpolicy.types import Prompt, RewardFn, Task
 
-# One problem in four is held out, by its prompt: enough even where there are few problems.
+# One problem in four is held out, by its hash: enough even where there are few problems.
 _HELD_OUT = 64
 _HELD_OUT_SEED = 2024
 
 
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """One module of `textpolicy_envs`; its docstring states what such a module holds."""
-
-    name: str
-    make: Callable[[Random], tuple[str, dict[str, Any]]]
-    reward: RewardFn
-    gold: Callable[[Mapping[str, Any]], str]
-    max_tokens: int
+@runtime_checkable
+class TaskSource(Protocol):
+    """Tasks in two parts that share no problem."""
 
     def stream(self, seed: int) -> Iterator[Task]:
         """Training tasks without end, in an order that the seed decides."""
+        ...
+
+    def heldout(self, number: int) -> list[Task]:
+        """The first `number` different held-out tasks, or all if there are fewer: the same for
+        every run, and never streamed.
+        """
+        ...
+
+
+@runtime_checkable
+class Build(Protocol):
+    """Makes an environment whose tasks are drawn that way and whose last answer earns `reward`."""
+
+    def __call__(self, draw: Draw, /, *, reward: RewardFn | None) -> gym.Env[Any, Any]: ...
+
+
+def earned(*, turn_rewards: Sequence[float]) -> float:
+    """What the turns of an episode earned together: the reward of environments that give it all."""
+    return sum(turn_rewards)
+
+
+def prompt_of(task: Task) -> str:
+    """What tells problems apart, unless an environment says otherwise: the prompt."""
+    return str(task.prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Tasks and what scores them: a reward function, which may be no more than what turns `earned`.
+
+    `max_tokens` bounds one answer. `make` gives the same as a Gymnasium environment that draws
+    tasks itself and ends with the reward.
+    """
+
+    name: str
+    tasks: TaskSource
+    max_tokens: int
+    make_env: Callable[[RewardFn], gym.Env[Any, Any]]
+    reward: RewardFn = earned
+    gold: Gold | None = None
+
+    def stream(self, seed: int) -> Iterator[Task]:
+        return self.tasks.stream(seed)
+
+    def heldout(self, number: int) -> list[Task]:
+        return self.tasks.heldout(number)
+
+    def make(self) -> gym.Env[Any, Any]:
+        return self.make_env(self.reward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Tasks that a function draws. What `problem` says of one decides whether it is held out."""
+
+    name: str
+    draw: Draw
+    problem: Callable[[Task], str] = prompt_of
+
+    def stream(self, seed: int) -> Iterator[Task]:
         return self._draw(Random(f"{self.name}/{seed}"), held_out=False)
 
     def heldout(self, number: int) -> list[Task]:
-        """The first `number` different held-out tasks: the same for every run, never streamed."""
         drawn = self._draw(Random(f"{self.name}/{_HELD_OUT_SEED}"), held_out=True)
-        different: dict[str, Task] = {}
-        for task in islice(drawn, 20 * number):
-            different.setdefault(str(task.prompt), task)
-            if len(different) == number:
-                return list(different.values())
-        raise TaskError(
-            f"{self.name} has about {len(different)} held-out tasks, {number} were asked for"
-        )
+        return _different(drawn, number, self.problem, self.name)
 
     def _draw(self, rng: Random, *, held_out: bool) -> Iterator[Task]:
         for number in count():
-            prompt, example = self.make(rng)
-            if _is_held_out(prompt) == held_out:
-                yield Task(id=f"{self.name}/{number}", prompt=prompt, example=example)
+            prompt, example = self.draw(rng)
+            task = Task(id=f"{self.name}/{number}", prompt=prompt, example=example)
+            if _is_held_out(self.problem(task)) == held_out:
+                yield task
 
 
-def load(name: str) -> Environment:
-    """The environment of that name, one of the modules in `textpolicy_envs`."""
-    folders = import_module("textpolicy_envs").__path__
-    known = sorted(module.name for module in pkgutil.iter_modules(folders))
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise TaskError(f"no environment {name!r}; known: {', '.join(known)}.{hint}")
-    module = import_module(f"textpolicy_envs.{name}")
+@dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """The tasks of another source, each played in an environment that `build` makes for it."""
+
+    source: TaskSource
+    build: Build
+    reward: RewardFn | None = None
+
+    def stream(self, seed: int) -> Iterator[Task]:
+        return map(self._played, self.source.stream(seed))
+
+    def heldout(self, number: int) -> list[Task]:
+        return list(map(self._played, self.source.heldout(number)))
+
+    def _played(self, task: Task) -> Task:
+        draw = Fixed(task.prompt, task.example)
+        return replace(task, env=partial(self.build, draw, reward=self.reward))
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Draws the same task every time."""
+
+    prompt: Prompt
+    example: Mapping[str, Any]
+
+    def __call__(self, rng: Random) -> tuple[Prompt, Mapping[str, Any]]:
+        return self.prompt, self.example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeded:
+    """Tasks that are seeds of a Gymnasium environment: what it opens with is the prompt."""
+
+    name: str
+    make_env: Callable[[], gym.Env[Any, Any]]
+
+    def stream(self, seed: int) -> Iterator[Task]:
+        return self._draw(Random(f"{self.name}/{seed}"), held_out=False)
+
+    def heldout(self, number: int) -> list[Task]:
+        drawn = self._draw(Random(f"{self.name}/{_HELD_OUT_SEED}"), held_out=True)
+        return _different(drawn, number, lambda task: str(task.seed), self.name)
+
+    def _draw(self, rng: Random, *, held_out: bool) -> Iterator[Task]:
+        while True:
+            seed = rng.randrange(2**31)
+            if _is_held_out(str(seed)) == held_out:
+                yield self._task(seed)
+
+    def _task(self, seed: int) -> Task:
+        env = self.make_env()
+        prompt, info = opening(*env.reset(seed=seed), self.name)
+        env.close()
+        return Task(
+            id=f"{self.name}/{seed}",
+            prompt=prompt,
+            example=info.get("example", {}),
+            env=self.make_env,
+            seed=seed,
+        )
+
+
+def opening(observation: Any, info: dict[str, Any], name: str) -> tuple[Prompt, dict[str, Any]]:
+    """What an environment opens with: `info["messages"]` if it has them, else the observation."""
+    if messages := info.get("messages"):
+        return list(messages), info
+    if not isinstance(observation, str):
+        raise TaskError(
+            f"environment {name} opened with {observation!r:.60} ({type(observation).__name__}); "
+            "expected text. Wrap it so that observations and actions are strings"
+        )
+    return observation, info
+
+
+def question_and_answer(
+    name: str,
+    draw: Draw,
+    reward: RewardFn,
+    *,
+    tasks: TaskSource | None = None,
+    gold: Gold | None = None,
+    max_tokens: int = 256,
+) -> Environment:
+    """Tasks that a function draws, each answered once; or those of `tasks`, if it is given."""
+
+    def make_env(reward: RewardFn) -> SingleTurnEnv:
+        return SingleTurnEnv(draw, reward, gold)
+
     return Environment(
         name=name,
-        make=module.make,
-        reward=module.reward,
-        gold=module.gold,
-        max_tokens=module.MAX_TOKENS,
+        tasks=tasks or Drawn(name=name, draw=draw),
+        max_tokens=max_tokens,
+        make_env=make_env,
+        reward=reward,
+        gold=gold,
     )
 
 
-def check(environment: Environment, number: int = 200) -> None:
-    """Raise `TaskError` naming the first task that breaks the contract of an environment."""
-    tasks = list(islice(environment.stream(0), number))
-    if tasks != list(islice(environment.stream(0), number)):
-        raise TaskError(f"{environment.name}: the same seed gave other tasks the second time")
-    for task in tasks + environment.heldout(number):
-        gold = environment.gold(task.example)
-        expected = {gold: 1.0, "": 0.0}
-        for completion, value in expected.items():
-            got = score(environment.reward, str(task.prompt), completion, task.example)
-            if got != value:
-                raise TaskError(
-                    f"{environment.name}: {task.prompt!r} scores {got} for {completion!r}; "
-                    f"expected {value} ({'the gold answer' if completion else 'no answer'})"
-                )
+def from_dataset(
+    dataset: Dataset, reward: RewardFn, *, gold: Gold | None = None, max_tokens: int = 256
+) -> Environment:
+    """The rows of a dataset, each answered once."""
+    return question_and_answer(
+        dataset.name, dataset.draw, reward, tasks=dataset, gold=gold, max_tokens=max_tokens
+    )
 
 
-def _is_held_out(prompt: str) -> bool:
-    return blake2b(prompt.encode(), digest_size=1).digest()[0] < _HELD_OUT
+def from_gymnasium(
+    env: str | Callable[[], gym.Env[Any, Any]], *, name: str | None = None, max_tokens: int = 256
+) -> Environment:
+    """Any Gymnasium environment of text, by its id or by what makes one; seeds are its tasks."""
+    make_env = partial(gym.make, env, disable_env_checker=True) if isinstance(env, str) else env
+    name = name or (env if isinstance(env, str) else env.__name__)
+    return Environment(
+        name=name,
+        tasks=Seeded(name=name, make_env=make_env),
+        max_tokens=max_tokens,
+        make_env=lambda reward: make_env(),
+    )
+
+
+def _different(
+    tasks: Iterator[Task], number: int, problem: Callable[[Task], str], name: str
+) -> list[Task]:
+    found: dict[str, Task] = {}
+    for task in islice(tasks, 20 * number):
+        found.setdefault(problem(task), task)
+        if len(found) == number:
+            break
+    if not found:
+        raise TaskError(f"{name} has no held-out task among {20 * number} that were drawn")
+    return list(found.values())
+
+
+def _is_held_out(problem: str) -> bool:
+    return blake2b(problem.encode(), digest_size=1).digest()[0] < _HELD_OUT

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from jaxtyping import Float
 from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -26,7 +27,7 @@ StopRule = Callable[[list[int]], StopReason | None]
 
 @dataclass(slots=True)
 class Row:
-    """One completion in the making."""
+    """One completion in the making. `cache` holds the first `read` tokens of its context."""
 
     prompt: int
     member: int
@@ -34,6 +35,26 @@ class Row:
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     stop_reason: StopReason | None = None
+    cache: list[Any] | None = None
+    read: int = 0
+    drawn_before: int = 0
+
+    def after(self, heard: list[int], cache: list[Any]) -> "Row":
+        """The next turn of this row: all it has read and said, and what it heard since."""
+        said = self.context + self.tokens
+        return Row(
+            self.prompt,
+            self.member,
+            said + heard,
+            cache=cache,
+            # The last token drawn has not been through the model.
+            read=len(said) - 1,
+            drawn_before=self.drawn_before + len(self.tokens),
+        )
+
+
+Respond = Callable[[Row], list[int] | None]
+"""Given a row that ended: the tokens that it hears before its next turn, or None if it is over."""
 
 
 @dataclass(slots=True)
@@ -75,64 +96,100 @@ def decode(
     seed: int,
     max_rows: int,
     together: bool = True,
+    respond: Respond = lambda row: None,
 ) -> list[list[Row]]:
     """`n` finished rows for each prompt. Groups are admitted while `max_rows` allow it, and alone
     if they are larger; freed slots refill. Without `together`, each row is decoded by itself.
+
+    A row whose turn ended goes on from its own cache as soon as `respond` has tokens for it. What
+    is returned are the rows' last turns.
     """
     groups = [[Row(p, m, prompt) for m in range(n)] for p, prompt in enumerate(prompts)]
-    rows = [[row] for group in groups for row in group]
-    waiting = deque(groups if together else rows)
+    waiting = deque(groups if together else [[row] for group in groups for row in group])
     size, limit = (n, max_rows) if together else (1, 1)
     active: _Active | None = None
-    while waiting or active:
-        room = limit - (len(active.rows) if active else 0)
+    heard: list[Row] = []
+    while waiting or heard or active:
+        rows = active.rows if active else []
+        room = limit - len(rows) - len(heard)
         admitted = [waiting.popleft() for _ in range(min(len(waiting), room // size))]
-        if not admitted and active is None:
+        if not (admitted or rows or heard):
             admitted = [waiting.popleft()]
         if admitted:
-            fresh = _prefill(model, admitted, seed)
-            active = active.join(fresh) if active else fresh
+            active = _join(active, _prefill(model, admitted, seed))
+        # Reading what was heard is one ragged pass, so it waits until enough rows share it.
+        if len(heard) >= len(rows) - _count_ended(rows):
+            active, heard = _join(active, _prefill(model, [[row] for row in heard], seed)), []
         assert active is not None
-        _advance(model, active, sampling, stop)
-        finished = sum(row.stop_reason is not None for row in active.rows)
+        ended = _advance(model, active, sampling, stop)
+        for index in ended:
+            row = active.rows[index]
+            if (tokens := respond(row)) is not None:
+                heard.append(row.after(tokens, [layer.extract(index) for layer in active.cache]))
+                groups[row.prompt][row.member] = heard[-1]
         # Dropping rows copies the whole cache, so it waits until half of them are done.
-        if 2 * finished >= len(active.rows):
+        if 2 * _count_ended(active.rows) >= len(active.rows):
             active = active.without_finished()
     return groups
 
 
+def _join(active: _Active | None, fresh: _Active | None) -> _Active | None:
+    return active.join(fresh) if active and fresh else active or fresh
+
+
+def _count_ended(rows: Sequence[Row]) -> int:
+    return sum(row.stop_reason is not None for row in rows)
+
+
 def can_batch(model: nn.Module) -> bool:
-    """Whether rows of unequal length decode together to what each gives alone.
+    """Whether rows of unequal length decode together to what each gives alone, two turns long.
 
     Not so for every architecture in mlx-lm 0.32: gemma2 lays a batch's mask over its heads, and
     recurrent states take in the padding.
     """
-    prompts = [[1, 2, 3, 4], [2]]
+    prompts, replies = [[1, 2, 3, 4], [2]], [[3], [1, 4, 2]]
     try:
-        together = _first_logits(model, prompts)
+        together = _probe(model, prompts, replies)
     except ValueError:
         return False
-    alone = mx.concatenate([_first_logits(model, [prompt]) for prompt in prompts])
+    pairs = zip(prompts, replies, strict=True)
+    alone = mx.concatenate([_probe(model, [prompt], [reply]) for prompt, reply in pairs], axis=1)
     tolerance = 1e-3 if alone.dtype == mx.float32 else 0.1
     return float(mx.abs(together - alone).astype(mx.float32).mean()) < tolerance
 
 
-def _first_logits(model: nn.Module, prompts: list[list[int]]) -> mx.array:
-    active = _prefill(model, [[Row(p, 0, prompt)] for p, prompt in enumerate(prompts)], seed=0)
-    return model(active.last[:, None], cache=active.cache)[:, -1, :]
+def _probe(
+    model: nn.Module, prompts: list[list[int]], replies: list[list[int]]
+) -> Float[mx.array, "turns rows vocab"]:
+    """The logits after each prompt, and after a reply to the token 0 drawn then."""
+    rows = [Row(p, 0, prompt, tokens=[0]) for p, prompt in enumerate(prompts)]
+    logits: list[mx.array] = []
+    for turn in range(2):
+        active = _prefill(model, [[row] for row in rows], seed=0)
+        assert active is not None
+        logits.append(model(active.last[:, None], cache=active.cache)[:, -1, :])
+        rows = [
+            row.after(replies[r], [layer.extract(r) for layer in active.cache])
+            for r, row in enumerate(active.rows)
+            if turn == 0
+        ]
+    return mx.stack(logits)
 
 
-def _prefill(model: nn.Module, groups: list[list[Row]], seed: int) -> _Active:
-    """Run each group's prompt once, all but its last token, and fan the caches out to the rows."""
-    prompts = [group[0].context for group in groups]
-    batch = PromptProcessingBatch(
-        model, list(range(len(groups))), [make_prompt_cache(model) for _ in groups]
-    )
-    batch.prompt([prompt[:-1] for prompt in prompts])
+def _prefill(model: nn.Module, groups: list[list[Row]], seed: int) -> _Active | None:
+    """Run what each group's cache has not read, all but the last token, once for all its rows."""
+    if not groups:
+        return None
+    firsts = [group[0] for group in groups]
+    caches = [row.cache or make_prompt_cache(model) for row in firsts]
+    batch = PromptProcessingBatch(model, list(range(len(groups))), caches)
+    batch.prompt([row.context[row.read : -1] for row in firsts])
     rows = [row for group in groups for row in group]
     owner = [g for g, group in enumerate(groups) for _ in group]
     for layer in batch.prompt_cache:
         layer.filter(mx.array(owner))
+    for row in rows:
+        row.cache = None
     return _Active(
         rows=rows,
         cache=batch.prompt_cache,
@@ -141,23 +198,30 @@ def _prefill(model: nn.Module, groups: list[list[Row]], seed: int) -> _Active:
     )
 
 
-def _advance(model: nn.Module, active: _Active, sampling: Sampling, stop: StopRule) -> None:
-    """Draw one more token for every row; rows that already ended keep theirs."""
+def _advance(model: nn.Module, active: _Active, sampling: Sampling, stop: StopRule) -> list[int]:
+    """Draw one more token for every row that goes on; returns the indices of those that now end."""
     logits = model(active.last[:, None], cache=active.cache)[:, -1, :].astype(mx.float32)
     if sampling.repetition_penalty != 1.0:
         contexts = [row.context + row.tokens for row in active.rows]
         logits = penalise_repetition(logits, contexts, sampling.repetition_penalty)
-    drawn = np.array([len(row.tokens) for row in active.rows], dtype=np.uint32)
-    keys = np.stack([active.keys[:, 0], active.keys[:, 1] + drawn], axis=1)
+    drawn = [row.drawn_before + len(row.tokens) for row in active.rows]
+    keys = np.stack(
+        [active.keys[:, 0], active.keys[:, 1] + np.array(drawn, dtype=np.uint32)], axis=1
+    )
     tokens, logprobs = draw(logits, mx.array(keys), sampling)
     mx.eval(tokens, logprobs, [layer.state for layer in active.cache])
     active.last = tokens
+    ended: list[int] = []
     # Through numpy: one transfer for all rows.
-    for row, token, logprob in zip(active.rows, np.array(tokens), np.array(logprobs), strict=True):
+    drawn_rows = zip(active.rows, np.array(tokens), np.array(logprobs), strict=True)
+    for index, (row, token, logprob) in enumerate(drawn_rows):
         if row.stop_reason is None:
             row.tokens.append(int(token))
             row.logprobs.append(float(logprob))
             row.stop_reason = _ends(row, sampling, stop)
+            if row.stop_reason is not None:
+                ended.append(index)
+    return ended
 
 
 def _ends(row: Row, sampling: Sampling, stop: StopRule) -> StopReason | None:

@@ -1,7 +1,7 @@
 """A policy over an MLX language model: prompts in, completions with log-probabilities out."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.nn as nn
@@ -11,12 +11,18 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
 from textpolicy.generation.engine import Row, can_batch, decode
-from textpolicy.generation.prompts import check_prompt, decode_text, encode_prompt
-from textpolicy.types import Completion, Prompt, Sampling, StopReason
+from textpolicy.generation.prompts import (
+    check_prompt,
+    decode_text,
+    encode_prompt,
+    encode_reply,
+    has_room,
+)
+from textpolicy.types import Completion, Prompt, Respond, Sampling, StopReason
 
 
 class ModelPolicy:
-    """Generates with whatever adapters its model carries; keeps `textpolicy.types.Policy`.
+    """Generates with whatever adapters its model carries; a `textpolicy.types.ConversingPolicy`.
 
     With `follow`, the policy looks at that adapter file before each generation and swaps to it
     when it is new. `seed` makes the sequence of generations repeatable.
@@ -60,6 +66,41 @@ class ModelPolicy:
     def generate(
         self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
     ) -> list[list[Completion]]:
+        groups = self._decode(prompts, n, seed, lambda row: None)
+        version = self.version
+        return [[self._completion(row, version) for row in group] for group in groups]
+
+    def converse(
+        self,
+        prompts: Sequence[Prompt],
+        respond: Respond,
+        *,
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[list[list[Completion]]]:
+        """Also over, whatever `respond` says: a row with no room for another answer."""
+        turns_P_N: list[list[list[Completion]]] = [[[] for _ in range(n)] for _ in prompts]
+
+        def go_on(row: Row) -> list[int] | None:
+            said = self._completion(row, self.version)
+            turns_P_N[row.prompt][row.member].append(said)
+            replies = respond(row.prompt, row.member, said)
+            if replies is None:
+                return None
+            heard = encode_reply(self.tokenizer, replies, row.tokens[-1])
+            length = len(row.context) + len(row.tokens) + len(heard)
+            return heard if has_room(self.model, length, self.sampling.max_tokens) else None
+
+        self._decode(prompts, n, seed, go_on)
+        return turns_P_N
+
+    def _decode(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        seed: int | None,
+        respond: Callable[[Row], list[int] | None],
+    ) -> list[list[Row]]:
         if n < 1:
             raise ConfigError(f"n is {n}; expected at least 1 completion of each prompt")
         if self._watcher and (changed := self._watcher.poll()):
@@ -68,7 +109,7 @@ class ModelPolicy:
         prompt_tokens = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for tokens in prompt_tokens:
             check_prompt(self.model, tokens, self.sampling.max_tokens)
-        groups = decode(
+        return decode(
             self.model,
             prompt_tokens,
             n=n,
@@ -77,9 +118,8 @@ class ModelPolicy:
             seed=self._next_seed() if seed is None else seed,
             max_rows=self._max_rows,
             together=self._together,
+            respond=respond,
         )
-        version = self.version
-        return [[self._completion(row, version) for row in group] for group in groups]
 
     def _next_seed(self) -> int:
         self._generations += 1

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from textpolicy.rewards import Scoring
 from textpolicy.rollout.worker import collect
-from textpolicy.types import Metrics, Policy, RewardFn, RolloutGroup, Task
+from textpolicy.types import Metrics, Policy, RolloutGroup, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Refilled:
 def collect_with_signal(
     next_tasks: Callable[[int], Sequence[Task]],
     policy: Policy,
-    reward: RewardFn,
+    reward: Scoring,
     *,
     groups: int,
     group_size: int,

@@ -1,6 +1,6 @@
 """What rollouts say about a run: rewards, useless groups, lengths. Names are in docs/metrics.md."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,8 +19,10 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
     ]
     return (
         _reward_metrics(rewards_G)
+        | _part_metrics(rollouts)
         | _length_metrics(rollouts)
         | {
+            "reward/errors": float(np.mean([rollout.error is not None for rollout in rollouts])),
             "reward/unscored": 1 - sum(map(len, rewards_G)) / len(rollouts),
         }
     )
@@ -59,3 +61,20 @@ def _length_metrics(rollouts: Sequence[Rollout]) -> Metrics:
         metrics["completions/min_terminated_length"] = float(min(ended))
         metrics["completions/max_terminated_length"] = float(max(ended))
     return metrics
+
+
+def _part_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """Each reward function's own mean and spread, and the means of what else was reported."""
+    metrics: Metrics = {}
+    for name, values in _by_name([rollout.rewards for rollout in rollouts]).items():
+        metrics[f"rewards/{name}/mean"] = float(np.mean(values))
+        metrics[f"rewards/{name}/std"] = float(np.std(values))
+    for name, values in _by_name([rollout.metrics for rollout in rollouts]).items():
+        metrics[name] = float(np.mean(values))
+    return metrics
+
+
+def _by_name(numbers: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Each name's values, of the rollouts that have one."""
+    names = dict.fromkeys(name for mapping in numbers for name in mapping)
+    return {name: [mapping[name] for mapping in numbers if name in mapping] for name in names}

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from textpolicy.training.head import Head, find_head, score_logits
+from textpolicy.training.head import Head, find_head
+from textpolicy.training.scores import score_logits
 from textpolicy.training.shared_prompts import read_after_prompts, read_whole_rows
 from textpolicy.types import Batch
 
@@ -35,17 +36,20 @@ class Reader:
 
     def __call__(self, batch: Batch) -> Scores:
         """Scores of the counted completion tokens, each read after its prompt; 0 elsewhere."""
+        counted = np.flatnonzero(np.array(batch.mask))
+        if not len(counted):
+            return mx.zeros(batch.mask.shape), mx.zeros(batch.mask.shape)
         network = self.head.body if self.head else self.model
         if self.share_prompts:
             outputs = read_after_prompts(network, self.model, batch)
         else:
             outputs = read_whole_rows(network, batch)
         time = batch.tokens.shape[1]
-        counted = mx.array(np.flatnonzero(np.array(batch.mask)))
-        read = outputs.reshape(-1, outputs.shape[-1])[counted]
+        at = mx.array(counted)
+        read = outputs.reshape(-1, outputs.shape[-1])[at]
         score = self.head.score if self.head else score_logits
-        scores = score(read, batch.tokens.flatten()[counted], batch.temperature[counted // time])
-        return _placed(scores[0], counted, batch), _placed(scores[1], counted, batch)
+        logp, entropy = score(read, batch.tokens.flatten()[at], batch.temperature[at // time])
+        return _placed(logp, at, batch), _placed(entropy, at, batch)
 
 
 def token_logps(

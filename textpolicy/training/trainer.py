@@ -194,7 +194,7 @@ class Trainer:
                 gradient, metrics = self._gradient(part)
                 if not updates:
                     self._sampler.see(metrics, on_policy=on_policy)
-                has_signal = any(row.advantage != 0 for row in part)
+                has_signal = any(row.advantage != 0 and not row.silent for row in part)
                 updates.append(metrics | self._update(gradient, has_signal, groups))
         if first and self._updates:
             self._sampler.note_move(self._distance(rows))

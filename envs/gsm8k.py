@@ -1,0 +1,50 @@
+"""Word problems with a number as the answer, in the form of GSM8K, from a file of yours.
+
+`--data FILE` takes rows with `question` and `answer`, where the number follows `####`, as in the
+published files. The rows below are our own and few: enough to try things out.
+"""
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+PROMPT = "{question}\nReason step by step, and end with the number alone after ####."
+MAX_TOKENS = 512
+# A number is never longer; more digits are not worth reading.
+LONGEST = 40
+_NUMBER = re.compile(r"-?\$?[0-9][0-9,]*(?:\.[0-9]+)?")
+
+ROWS = [
+    {"question": question, "answer": answer}
+    for question, answer in [
+        ("A tram holds 40 people. How many do 6 trams hold?", "6*40 = 240\n#### 240"),
+        ("Mia has 15 marbles and gives 6 away. How many are left?", "15-6 = 9\n#### 9"),
+        ("A book costs $12 and a pen $3. What do 2 of each cost?", "12+3 = 15, 2*15 = 30\n#### 30"),
+        ("48 eggs go into boxes of 6. How many boxes?", "48/6 = 8\n#### 8"),
+        ("Ali walks 3 km a day for 2 weeks. How many km?", "2*7 = 14, 14*3 = 42\n#### 42"),
+        ("Half of 90 seats are taken. How many are free?", "90/2 = 45\n#### 45"),
+        ("A tank of 500 l loses 20 l a day. What is left after 9 days?", "500-180 = 320\n#### 320"),
+        ("3 pizzas are cut into 8 slices each; 5 are eaten. How many are left?", "24-5\n#### 19"),
+        ("Noa saves $25 a month. How much in a year and a half?", "18*25 = 450\n#### 450"),
+        ("A film lasts 150 minutes. How many hours is that?", "150/60 = 2.5\n#### 2.5"),
+        ("From 1,200 sheets a class of 24 takes 10 each. How many are left?", "#### 960"),
+        ("It was 4 degrees and fell by 11. How many degrees is it?", "4-11 = -7\n#### -7"),
+    ]
+]
+
+
+def gold(example: Mapping[str, Any]) -> str:
+    return str(example["answer"])
+
+
+def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+    answer, right = number_in(completion), number_in(str(example["answer"]))
+    return float(answer is not None and answer == right)
+
+
+def number_in(text: str) -> Fraction | None:
+    """The number after the last ####; None without one."""
+    _, found, after = text.rpartition("####")
+    match = _NUMBER.match(after.strip()[:LONGEST]) if found else None
+    return Fraction(match.group().replace(",", "").replace("$", "")) if match else None

@@ -1,0 +1,53 @@
+"""Facts as JSON: `as JSON with name, age, city: Ada, 36, lives in Rome` and the object for it.
+
+An object scores 0.2, one with the right keys 0.5, one with the right values too 1.
+"""
+
+import json
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+NAMES = [
+    "Ada",
+    "Ben",
+    "Carla",
+    "Dev",
+    "Elif",
+    "Femi",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jun",
+    "Kofi",
+    "Lena",
+]
+CITIES = ["Accra", "Berlin", "Cairo", "Delhi", "Lagos", "Lima", "Oslo", "Paris", "Quito", "Rome"]
+KEYS = ["name", "age", "city"]
+MAX_TOKENS = 64
+# Far longer than any right answer.
+LONGEST = 1000
+
+
+def make(rng: Random) -> tuple[str, dict[str, Any]]:
+    facts = {"name": rng.choice(NAMES), "age": rng.randint(18, 99), "city": rng.choice(CITIES)}
+    told = f"{facts['name']}, {facts['age']}, lives in {facts['city']}"
+    return f"as JSON with {', '.join(KEYS)}: {told}", facts
+
+
+def gold(example: Mapping[str, Any]) -> str:
+    return json.dumps(dict(example))
+
+
+def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+    try:
+        answer = json.loads(completion) if len(completion) <= LONGEST else None
+    except (ValueError, RecursionError):
+        return 0.0
+    if not isinstance(answer, dict):
+        return 0.0
+    if set(answer) != set(KEYS):
+        return 0.2
+    # 36 and 36.0 are equal in Python, and not what was asked for.
+    same = json.dumps(answer, sort_keys=True) == json.dumps(dict(example), sort_keys=True)
+    return 1.0 if same else 0.5

@@ -1,0 +1,103 @@
+"""Dynamic sampling and curricula: which tasks the trainer gets to see."""
+
+from itertools import count, islice
+
+import pytest
+
+from tests.test_loop import Scripted
+from tests.test_types import rollout
+from textpolicy.environments.curriculum import MixedAgain
+from textpolicy.rollout.refill import collect_with_signal, has_signal
+from textpolicy.types import Curriculum, RolloutGroup, Task
+
+
+def group(*rewards: float | None, id: str = "t") -> RolloutGroup:
+    members = [rollout(reward=reward) for reward in rewards]
+    return RolloutGroup(task=Task(id=id, prompt="p"), rollouts=members)
+
+
+def refill(mixed: set[int], *, groups: int = 2, rounds: int = 4):
+    """Tasks 0, 1, 2 .. of which only `mixed` have rewards that differ."""
+    numbers = count()
+    asked, seeds = [], []
+
+    def next_tasks(wanted):
+        asked.append(wanted)
+        return [Task(id=str(n), prompt=str(n)) for n in islice(numbers, wanted)]
+
+    def reward(prompt, completion, example):
+        return float(completion == "a" and int(prompt) in mixed)
+
+    def seed_of(done):
+        seeds.append(done)
+        return done
+
+    policy = Scripted(["a", "b"] * 20, version=0)
+    result = collect_with_signal(
+        next_tasks, policy, reward, groups=groups, group_size=2, seeds=seed_of, rounds=rounds
+    )
+    return result, asked, seeds
+
+
+def test_only_differing_rewards_are_signal():
+    assert has_signal(group(1.0, 0.0, None))
+    assert not has_signal(group(0.5, 0.5, None))
+    assert not has_signal(group(None, None))
+
+
+def test_groups_without_signal_are_replaced_until_there_are_enough():
+    result, asked, seeds = refill({1, 4})
+    assert [g.task.id for g in result.kept] == ["1", "4"]
+    assert [g.task.id for g in result.sampled] == ["0", "1", "2", "3", "4"]
+    assert asked == [2, 1, 1, 1]
+    assert seeds == [0, 1, 2, 3]
+    assert result.metrics == {"refill/rounds": 4, "refill/dropped": 3}
+
+
+def test_sampling_stops_as_soon_as_there_are_enough():
+    result, asked, _ = refill({0, 1})
+    assert asked == [2]
+    assert result.metrics == {"refill/rounds": 1, "refill/dropped": 0}
+
+
+def test_the_cap_ends_the_search():
+    result, asked, _ = refill({1}, rounds=3)
+    assert asked == [2, 1, 1]
+    assert [g.task.id for g in result.kept] == ["1"]
+
+
+def test_where_nothing_has_signal_everything_is_kept():
+    result, _, _ = refill(set(), rounds=2)
+    assert result.kept == result.sampled
+    assert len(result.kept) == 4
+
+
+def test_tasks_that_were_solved_sometimes_come_again():
+    tasks = (Task(id=str(n), prompt="p") for n in count())
+    curriculum = MixedAgain(tasks, share=1.0)
+    assert isinstance(curriculum, Curriculum)
+    assert next(curriculum).id == "0"
+    curriculum.observe([group(1.0, 0.0, id="mixed"), group(1.0, 1.0, id="solved")])
+    assert [next(curriculum).id for _ in range(2)] == ["mixed", "1"]
+
+
+def test_a_curriculum_keeps_the_latest_and_repeats_by_its_seed():
+    def ids(seed):
+        tasks = (Task(id=str(n), prompt="p") for n in count())
+        curriculum = MixedAgain(tasks, share=0.5, capacity=3, seed=seed)
+        curriculum.observe([group(1.0, 0.0, id=f"again {n}") for n in range(5)])
+        return [next(curriculum).id for _ in range(12)]
+
+    again = {name for name in ids(0) if name.startswith("again")}
+    assert again == {"again 2", "again 3", "again 4"}
+    assert ids(0) == ids(0)
+    assert ids(0) != ids(1)
+
+
+def test_a_share_of_nothing_gives_only_new_tasks():
+    tasks = (Task(id=str(n), prompt="p") for n in range(3))
+    curriculum = MixedAgain(tasks, share=0.0)
+    curriculum.observe([group(1.0, 0.0)])
+    assert [task.id for task in curriculum] == ["0", "1", "2"]
+    with pytest.raises(StopIteration):
+        next(curriculum)

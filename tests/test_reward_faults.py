@@ -1,0 +1,368 @@
+"""Rewards that fail in every way user code can, under each policy: the step is over in time."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pytest
+
+from textpolicy.errors import ConfigError, RewardError
+from textpolicy.rewards import Rewards, Scorer, load_reward, sample_of
+
+TIMEOUT = 0.3
+ALLOWED = TIMEOUT + 0.5
+SOURCE = """
+import asyncio, ctypes, os, re, subprocess, sys, time
+import textpolicy as tp
+
+def act(what):
+    if what == "raises":
+        raise ValueError("no such answer")
+    if what == "hangs":
+        time.sleep(60)
+    if what == "spins in Python":
+        while True:
+            pass
+    if what == "spins in C":
+        re.fullmatch("(a+)+", "a" * 60 + "b")
+    if what == "exits the process":
+        os._exit(3)
+    if what == "segfaults":
+        ctypes.string_at(0)
+    if what == "returns NaN":
+        return float("nan")
+    if what == "returns None":
+        return None
+    if what == "returns a string":
+        return "good"
+    if what == "returns a megabyte":
+        return "x" * 1_000_000
+    if what == "prints a megabyte":
+        print("x" * 1_000_000)
+        print("x" * 1_000_000, file=sys.stderr)
+    return 1.0
+
+def odd(completion):
+    return act(completion)
+
+@tp.reward(batched=True)
+def counting(completions):
+    return [1.0] * (len(completions) + ("returns the wrong count" in completions))
+
+@tp.reward(batched=True)
+def odd_batch(completions):
+    return [act(completion) for completion in completions]
+
+async def odd_await(completion):
+    if completion == "hangs":
+        await asyncio.sleep(60)
+    return act(completion)
+
+def imports(completion):
+    return float(bool({"mlx", "mlx.core", "numpy"} & set(sys.modules)))
+
+def child(completion):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", completion])
+    time.sleep(60)
+
+def deaf(completion):
+    return 1.0
+"""
+HARMLESS = {"returns None": None, "prints a megabyte": 1.0}
+FAULTS = {
+    "raises": r"odd raised ValueError: no such answer \(.*faulty\.py, line 7\)",
+    "hangs": "odd took longer than 0.3 s and was stopped",
+    "spins in Python": "odd took longer than 0.3 s and was stopped",
+    "spins in C": "odd took longer than 0.3 s and was stopped",
+    "exits the process": "odd ended its process, which exited with code 3",
+    "segfaults": r"(?s)odd ended its process, which died of SIGSEGV.*faulty\.py.*line 18",
+    "returns NaN": "odd returned nan",
+    "returns a string": "odd returned 'good'",
+    "returns a megabyte": "odd returned 'xxx",
+    "returns the wrong count": r"counting returned 4 values \(list\) for 3 samples",
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """From a name in the faulty file to the reward it holds."""
+    path = tmp_path_factory.mktemp("rewards") / "faulty.py"
+    path.write_text(SOURCE)
+    rewards = {}
+
+    def load(name):
+        if name not in rewards:
+            rewards[name] = load_reward(f"{path}:{name}")
+        return rewards[name]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def scorers(faulty):
+    """One warm scorer for each policy, shared by all faults: each has to survive the others."""
+    functions = [faulty("odd"), faulty("counting")]
+    opened = {
+        policy: Scorer(Rewards(functions, timeout=TIMEOUT, on_error=policy, workers=2))
+        for policy in ("fail", "skip", -1.0)
+    }
+    for scorer in opened.values():
+        scorer.score(samples("fine"))
+    yield opened
+    for scorer in opened.values():
+        scorer.close()
+
+
+def samples(*completions):
+    return [sample_of("the prompt", text, {}) for text in completions]
+
+
+def timed(scorer, *completions):
+    """The verdicts, and the seconds that they took."""
+    started = time.perf_counter()
+    verdicts = scorer.score(samples(*completions))
+    return verdicts, time.perf_counter() - started
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("policy", ["skip", -1.0])
+def test_a_fault_costs_its_sample_and_no_more_than_the_timeout(scorers, fault, policy):
+    scorer = scorers[policy]
+    scorer._failed.clear()  # thirty faults in a row are what the error rate stops
+    verdicts, seconds = timed(scorer, "before", fault, "after")
+    assert seconds < ALLOWED
+    whole_batch = fault == "returns the wrong count"
+    lost = 0.0 if policy == -1.0 else None
+    expected = [lost] * 3 if whole_batch else [2.0, lost, 2.0]
+    assert [verdict.value for verdict in verdicts] == expected
+    message = verdicts[1].error
+    assert re.search(FAULTS[fault], message)
+    assert f"completion '{'before' if whole_batch else fault}'" in message
+    assert whole_batch or verdicts[0].error is verdicts[2].error is None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_the_run_in_time_where_it_is_to_fail(scorers, fault):
+    started = time.perf_counter()
+    with pytest.raises(RewardError, match=FAULTS[fault]):
+        scorers["fail"].score(samples("before", fault, "after"))
+    assert time.perf_counter() - started < ALLOWED
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+@pytest.mark.parametrize("policy", ["fail", "skip", -1.0])
+def test_none_and_much_output_are_no_faults(scorers, what, policy):
+    verdicts, seconds = timed(scorers[policy], "before", what, "after")
+    assert seconds < ALLOWED
+    middle = verdicts[1]
+    assert middle.error is None
+    assert middle.parts == {"counting": 1.0} | ({"odd": 1.0} if HARMLESS[what] else {})
+
+
+def test_after_a_fault_the_next_step_is_scored_as_if_nothing_had_been(scorers):
+    with pytest.raises(RewardError):
+        scorers["fail"].score(samples("segfaults"))
+    scorers["skip"].score(samples("hangs", "segfaults"))
+    for policy in ("fail", "skip"):
+        verdicts, seconds = timed(scorers[policy], "a", "b")
+        assert [verdict.value for verdict in verdicts] == [2.0, 2.0]
+        assert seconds < ALLOWED
+
+
+@pytest.mark.parametrize("name", ["odd_batch", "odd_await"])
+def test_batched_and_awaited_rewards_are_stopped_too(faulty, name):
+    rewards = Rewards(faulty(name), timeout=TIMEOUT, on_error="skip", workers=1)
+    with closing(Scorer(rewards)) as scorer:
+        scorer.score(samples("fine"))
+        hung, seconds = timed(scorer, "fine", "hangs")
+        assert seconds < ALLOWED
+        # A batch is lost as a whole; awaited calls are lost one by one.
+        assert [v.value for v in hung] == [1.0 if name == "odd_await" else None, None]
+        assert "took longer than 0.3 s" in hung[1].error
+        stuck, seconds = timed(scorer, "fine", "spins in C")
+        assert seconds < ALLOWED + 0.2  # the one child may still have been starting
+        assert stuck[1].value is None and "took longer than 0.3 s" in stuck[1].error
+
+
+def test_a_child_imports_neither_mlx_nor_numpy(faulty):
+    with closing(Scorer(Rewards(faulty("imports"), timeout=5))) as scorer:
+        assert scorer.score(samples("x"))[0].value == 0.0
+
+
+def test_what_a_killed_reward_has_started_is_killed_with_it(faulty):
+    mark = f"orphan-{os.getpid()}"
+    rewards = Rewards(faulty("child"), timeout=TIMEOUT, on_error="skip")
+    with closing(Scorer(rewards)) as scorer:
+        assert scorer.score(samples(mark))[0].value is None
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert mark not in running
+
+
+def test_children_stay_warm_and_are_gone_when_the_scorer_is_closed(faulty):
+    scorer = Scorer(Rewards(faulty("deaf"), timeout=5, workers=2))
+    scorer.score(samples("a", "b", "c"))
+    first = [child.process.pid for child in scorer._runner._children]
+    scorer.score(samples("a", "b", "c"))
+    assert [child.process.pid for child in scorer._runner._children] == first
+    scorer.close()
+    for pid in first:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_child_killed_from_outside_is_replaced_and_no_sample_is_blamed(faulty):
+    with closing(Scorer(Rewards(faulty("deaf"), timeout=5, workers=1))) as scorer:
+        scorer.score(samples("a"))
+        child = scorer._runner._children[0]
+        os.kill(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+        (verdict,) = scorer.score(samples("b"))
+        assert (verdict.value, verdict.error) == (1.0, None)
+
+
+@pytest.mark.parametrize("on_error", ["skip", 0.0])
+def test_too_many_faults_end_the_run_with_the_last_of_them(on_error):
+    def often(completion):
+        if completion == "bad":
+            raise ValueError("again")
+        return 1.0
+
+    with closing(Scorer(Rewards(often, on_error=on_error, max_error_rate=0.1))) as scorer:
+        for _ in range(5):
+            scorer.score(samples("bad", "bad", *["good"] * 18))
+        # Ten of a hundred are allowed; what is older than a hundred calls is forgotten.
+        scorer.score(samples(*["good"] * 20, *["bad"] * 2))
+        with pytest.raises(RewardError, match=r"(?s)11 of the last 100 .* more than 10%.*again"):
+            scorer.score(samples("bad", "bad", "bad"))
+
+
+def test_a_failed_batch_counts_as_one_failure():
+    from textpolicy.rewards import reward
+
+    @reward(batched=True)
+    def offline(completions):
+        raise OSError("no route")
+
+    with closing(Scorer(Rewards(offline, on_error="skip"))) as scorer:
+        for _ in range(20):
+            scorer.score(samples(*["x"] * 50))
+        with pytest.raises(RewardError, match="21 of the last 21 calls"):
+            scorer.score(samples("x"))
+
+
+def test_failing_and_slow_samples_are_reported_once_a_call_with_function_and_seconds():
+    def uneven(completion):
+        time.sleep(0.03 if completion == "slow" else 0.0)
+        return 1 / len(completion)
+
+    incidents = []
+    rewards = Rewards(uneven, on_error="skip", slow=0.02)
+    with closing(Scorer(rewards, on_incident=incidents.append)) as scorer:
+        scorer.score(samples("fine", "slow", "slow", "", ""))
+        scorer.score(samples("fine"))
+    failed, slow = incidents
+    assert failed.fault.startswith("reward uneven raised ZeroDivisionError") and failed.more == 1
+    assert (slow.reward, slow.fault, slow.more) == ("uneven", None, 1)
+    assert 0.03 <= slow.seconds < 1 and "completion 'slow'" in slow.sample
+    assert str(slow).startswith("reward uneven took 0.0 s (and 1 more)")
+
+
+def test_a_function_that_no_other_process_could_find_is_refused_a_timeout():
+    def local(completion):
+        return 1.0
+
+    for function in (local, lambda completion: 1.0):
+        with pytest.raises(ConfigError, match="top level of a file"):
+            Scorer(Rewards(function, timeout=1))
+
+
+def test_rows_that_cannot_be_sent_to_another_process_are_an_error_that_says_so(faulty):
+    unsendable = [sample_of("p", "c", {"answer": lambda: 1})]
+    with (
+        closing(Scorer(Rewards(faulty("deaf"), timeout=5))) as scorer,
+        pytest.raises(RewardError, match="handing rows to another process raised"),
+    ):
+        scorer.score(unsendable)
+
+
+def test_a_file_that_only_fails_to_import_in_another_process_is_an_error(tmp_path):
+    path = tmp_path / "once.py"
+    path.write_text("def score(completion):\n    return 1.0\n")
+    reward = load_reward(str(path))
+    for source, message in [
+        ("import nowhere_to_be_found", "raised ModuleNotFoundError"),
+        ("import os; os._exit(4)", "was not ready when it exited with code 4"),
+        ("", "finding the reward functions in a new process raised"),
+    ]:
+        path.write_text(source)
+        with (
+            closing(Scorer(Rewards(reward, timeout=5))) as scorer,
+            pytest.raises(RewardError, match=message),
+        ):
+            scorer.score(samples("x"))
+
+
+SCRIPT = """
+import textpolicy as tp
+from textpolicy.rewards import Scorer, sample_of
+
+def score(completion):
+    return float(len(completion))
+
+@tp.reward(batched=True)
+def lengths(completions):
+    return [len(text) for text in completions]
+
+def main():
+    scorer = Scorer(tp.Rewards([score, lengths], timeout=5))
+    print([v.value for v in scorer.score([sample_of("p", "abc", {})])])
+"""
+
+
+@pytest.mark.parametrize(
+    ("last_line", "printed"),
+    [
+        ("if __name__ == '__main__': main()", "[6.0]"),
+        ("main()", 'put what it does under `if __name__ == "__main__":`'),
+    ],
+)
+def test_a_script_may_hold_its_rewards_if_its_main_part_is_guarded(tmp_path, last_line, printed):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT + last_line + "\n")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", path], capture_output=True, text=True, timeout=60
+    )
+    assert printed in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_child_ends_by_itself_soon_after_its_deadline_when_its_parent_is_gone(tmp_path):
+    (tmp_path / "faulty.py").write_text(SOURCE)
+    program = (
+        "import os\n"
+        "from textpolicy.rewards import *\n"
+        "scorer = Scorer(Rewards(load_reward('faulty.py:odd'), timeout=1, workers=1))\n"
+        "scorer.score([sample_of('p', 'fine', {})])\n"
+        "print(scorer._runner._children[0].process.pid, flush=True)\n"
+        "scorer.score([sample_of('p', 'spins in C', {})])\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    pid = int(parent.stdout.readline())
+    time.sleep(0.3)
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 5
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return done.stdout.strip()[:1] not in ("", "Z")

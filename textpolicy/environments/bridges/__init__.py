@@ -1,0 +1,1 @@
+"""Environments of other libraries; each is imported when one of its names is asked for."""

@@ -1,0 +1,28 @@
+"""The boundary to tools and to environments of others: what they raise goes on as text or ours."""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from textpolicy.errors import RewardError, TaskError, TextPolicyError
+
+
+def call_tool(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[str, bool]:
+    """What the tool returned, as text, and True; or the error that it raised, and False."""
+    try:
+        return str(tool(**arguments)), True
+    except Exception as error:
+        return f"error: {type(error).__name__}: {error}", False
+
+
+@contextmanager
+def environment_code(name: str, where: str) -> Generator[None, None, None]:
+    """Inside the block, an exception becomes a `TaskError` naming the environment and `where`."""
+    try:
+        yield
+    except RewardError:
+        raise
+    except TextPolicyError as error:
+        raise TaskError(f"environment {name}, {where}: {error}") from error
+    except Exception as error:
+        raise TaskError(f"environment {name}, {where}: {type(error).__name__}: {error}") from error

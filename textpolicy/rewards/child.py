@@ -1,0 +1,99 @@
+"""The other end of `textpolicy.rewards.children`: a process that calls rewards until told to stop.
+
+It reads calls from one socket and writes JSON to it. What the user's code prints goes elsewhere.
+"""
+
+import faulthandler
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+from textpolicy.errors import TextPolicyError
+from textpolicy.rewards.call import Callee, Outcome
+from textpolicy.rewards.contract import Reward, Sample
+from textpolicy.rewards.faults import user_code
+from textpolicy.rewards.load import MAIN, run_file
+
+GRACE = 1.0
+"""Seconds after its deadline that a child ends by itself, should its parent be gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Samples for the reward at `index`: `limit` seconds for each await, `seconds` for all."""
+
+    index: int
+    samples: Sequence[Sample]
+    limit: float
+    seconds: float
+
+
+def main(descriptor: int) -> None:
+    """Serve the parent on this socket until it closes it."""
+    # Programs that the user's code starts should neither hold the socket nor do without mlx.
+    os.set_inheritable(descriptor, False)
+    os.environ.pop("TEXTPOLICY_WITHOUT_MLX", None)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    faulthandler.enable()
+    connection = Connection(descriptor)
+    try:
+        callees = [Callee(reward) for reward in _receive_rewards(connection)]
+    except TextPolicyError as error:
+        _send(connection, failed=str(error))
+        return
+    _send(connection, ready=True)
+    try:
+        while True:
+            _serve(connection, callees)
+    except EOFError:
+        return
+
+
+def _receive_rewards(connection: Connection) -> list[Reward]:
+    files: Mapping[str, str] = connection.recv()
+    for name, file in files.items():
+        module = run_file(Path(file), name)
+        if name == MAIN:
+            # What a script defines is known as part of __main__, wherever it is looked up.
+            sys.modules["__main__"] = module
+    with user_code("finding the reward functions in a new process", file=""):
+        return connection.recv()
+
+
+def _serve(connection: Connection, callees: list[Callee]) -> None:
+    data = connection.recv_bytes()
+
+    def emit(position: int, outcome: Outcome) -> None:
+        _send(connection, position=position, outcome=asdict(outcome))
+
+    try:
+        with user_code("reading the rows in the reward's process", file=""):
+            # The stub takes this function for a method.
+            call: Call = ForkingPickler.loads(data)  # pyright: ignore[reportAttributeAccessIssue]
+        _set_alarm(call.seconds + GRACE)
+        callees[call.index].run(call.samples, emit, call.limit)
+    except TextPolicyError as error:
+        _send(connection, failed=str(error))
+    else:
+        _send(connection, done=True)
+    finally:
+        _set_alarm(0)
+
+
+def _set_alarm(seconds: float) -> None:
+    # The default action of this signal ends the process, even one that is stuck in C.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _send(connection: Connection, **message: Any) -> None:
+    connection.send_bytes(json.dumps(message).encode())

@@ -1,0 +1,271 @@
+"""A small grammar of mathematical answers: text to a tree, and nothing is ever evaluated as code.
+
+    answer  = item {"," item}
+    item    = [name "="] sum
+    sum     = ["+" | "-"] product {("+" | "-") product}
+    product = power {["*" | "/"] power}            2x, 2(3) and 3 1/2 too
+    power   = atom ["^" signed] {"%"}
+    atom    = number | name | function atom | "(" answer ")" | "[" answer "]" | "{" answer "}"
+
+Numbers may have thousands separators (1,234) and exponents (1e-3). The LaTeX that answers are
+written in is read: \\frac, \\sqrt, \\cdot, \\pi, \\pm, \\text and so on. All is bounded
+before it is computed: LENGTH characters, DEPTH levels of brackets, HEIGHT operations on top of each
+other, EXPONENT_DIGITS digits after the e.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+LENGTH = 256
+DEPTH = 24
+HEIGHT = 64
+EXPONENT_DIGITS = 3
+FUNCTIONS = ("sqrt", "root", "frac", "ln", "log", "exp", "abs")
+
+_SPELLINGS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"\\[()\[\]]|\$", " "),
+        (r"\\left|\\right|\\displaystyle|\\[!,;: ]|~", " "),
+        (r"\{,\}", ","),
+        (r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ","),
+        (r"\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}", " "),
+        (r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " "),
+        (r"\\[dt]?frac\s*([0-9a-z])\s*([0-9a-z])", r" frac{\1}{\2}"),
+        (r"\\[dt]?frac", " frac"),
+        (r"\\sqrt\s*\[([^\[\]]*)\]", r" root{\1}"),
+        (r"\\sqrt|√", " sqrt"),
+        (r"\\(?:cdot|times)|[\u00d7\u00b7]|\*(?!\*)", "*"),
+        (r"\*\*", "^"),
+        (r"\\div|÷", "/"),
+        (r"[\u2212\u2013]", "-"),
+        (r"\\%", "%"),
+        (r"\\pi|π", " pi "),
+        (r"\\(ln|log|exp)", r" \1"),
+        (r"\\([{}])", r"\1"),
+        (r"^\s*[a-zA-Z]\s*\\in", " "),
+        (r"[.\s]+$", ""),
+    ]
+]
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?P<exponent>[eE][+-]?[0-9]+)?"
+    r"|(?P<name>[a-zA-Z]+|\\[a-zA-Z]+)|(?P<sign>[-+*/^%=,()\[\]{}]))"
+)
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
+_CLOSING = {"(": ")]", "[": ")]", "{": "}"}
+
+
+class Unreadable(ValueError):
+    """Text that is no answer in this grammar, or one beyond its bounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    value: Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """An operator or function and what it is applied to."""
+
+    operator: str
+    operands: "tuple[Number | Name | Apply | Several, ...]"
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Items between brackets: "()", "[)" and so on in order, "{}" (or no brackets) a set."""
+
+    brackets: str
+    items: "tuple[Number | Name | Apply | Several, ...]"
+    height: int
+
+
+Tree = Number | Name | Apply | Several
+
+
+def read(text: str) -> Tree:
+    """The tree of an answer; raises `Unreadable`."""
+    if len(text) > LENGTH:
+        raise Unreadable(f"longer than {LENGTH} characters")
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    if text.count("\\pm") + text.count("±") == 1:
+        text = ",".join(re.sub(r"\\pm|±", sign, text) for sign in "+-")
+    if not re.search(r"[0-9]|[^a-zA-Z\s]", text) and len(text.strip()) > 1 and "pi" not in text:
+        raise Unreadable("words")
+    if not re.search(r"[(\[{]", text):
+        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    return _Parser(_tokens(text)).answer()
+
+
+def _apply(operator: str, *operands: Tree) -> Apply:
+    return Apply(operator, operands, _height_over(operands))
+
+
+def _height_over(trees: Sequence[Tree]) -> int:
+    """One more than the highest: what walks a tree by recursion needs it bounded."""
+    height = 1 + max(0 if isinstance(tree, Number | Name) else tree.height for tree in trees)
+    if height > HEIGHT:
+        raise Unreadable(f"more than {HEIGHT} operations on top of each other")
+    return height
+
+
+def _tokens(text: str) -> list[str | Number]:
+    tokens: list[str | Number] = []
+    place, end = 0, len(text.rstrip())
+    while place < end:
+        match = _TOKEN.match(text, place)
+        if match is None:
+            raise Unreadable(f"cannot read {text[place : place + 10]!r}")
+        place = match.end()
+        if match["number"]:
+            tokens.append(_number(match["number"], match["exponent"] or ""))
+        else:
+            tokens.extend(_names(match["name"]) if match["name"] else [match["sign"]])
+    return tokens
+
+
+def _number(digits: str, exponent: str) -> Number:
+    if len(exponent.lstrip("eE+-")) > EXPONENT_DIGITS:
+        raise Unreadable("exponent too large")
+    return Number(Fraction(digits) * Fraction(10) ** int(exponent[1:] or "0"))
+
+
+def _names(word: str) -> list[str]:
+    """`2ab` is a product of letters; a longer run of them is a word."""
+    if word in (*FUNCTIONS, "pi") or word.startswith("\\"):
+        return [word]
+    if len(word) > 3:
+        raise Unreadable(f"{word!r} is a word")
+    return list(word)
+
+
+class _Parser:
+    """Reads tokens from left to right, one ahead."""
+
+    def __init__(self, tokens: Sequence[str | Number]) -> None:
+        self._tokens = tokens
+        self._place = 0
+        self._depth = 0
+
+    def answer(self) -> Tree:
+        tree = self._items("", "")
+        if self._next is not None:
+            raise Unreadable(f"{self._next!r} is left over")
+        return tree
+
+    @property
+    def _next(self) -> str | Number | None:
+        return self._tokens[self._place] if self._place < len(self._tokens) else None
+
+    def _take(self, expected: str = "") -> str | Number:
+        token = self._next
+        if token is None or (expected and token not in list(expected)):
+            raise Unreadable(f"expected {expected or 'more'}, got {token!r}")
+        self._place += 1
+        return token
+
+    def _items(self, opening: str, closings: str) -> Tree:
+        """Comma-separated items up to a closing bracket, which is taken, or to the end."""
+        self._depth += 1
+        if self._depth > DEPTH:
+            raise Unreadable(f"nested more than {DEPTH} deep")
+        items = [self._item()]
+        while self._next == ",":
+            self._take()
+            items.append(self._item())
+        closing = str(self._take(closings)) if closings else ""
+        self._depth -= 1
+        if len(items) == 1:
+            return items[0]
+        brackets = "{}" if opening in ("", "{") else opening + closing
+        return Several(brackets, tuple(items), _height_over(items))
+
+    def _item(self) -> Tree:
+        tree = self._sum()
+        if self._next == "=" and isinstance(tree, Name):
+            self._take()
+            tree = self._sum()
+        return tree
+
+    def _sum(self) -> Tree:
+        tree = self._signed(self._product)
+        while self._next in ("+", "-"):
+            operator = str(self._take())
+            tree = _apply(operator, tree, self._product())
+        return tree
+
+    def _signed(self, rest: Callable[[], Tree]) -> Tree:
+        negative = False
+        while self._next in ("+", "-"):
+            negative ^= self._take() == "-"
+        tree = rest()
+        return _apply("-", Number(Fraction(0)), tree) if negative else tree
+
+    def _product(self) -> Tree:
+        tree = self._power()
+        while (token := self._next) is not None:
+            if token in ("*", "/"):
+                operator = str(self._take())
+                tree = _apply(operator, tree, self._signed(self._power))
+            elif isinstance(token, Number) or token == "frac":
+                tree = self._mixed(tree)
+            elif token in ("(", "[", "{") or str(token)[0].isalpha() or str(token)[0] == "\\":
+                tree = _apply("*", tree, self._power())
+            else:
+                break
+        return tree
+
+    def _mixed(self, whole: Tree) -> Tree:
+        """`3 1/2` and `3\\frac{1}{2}` are three and a half; `x \\frac{1}{2}` is a product."""
+        simple = isinstance(whole, Number) and whole.value.denominator == 1
+        if self._next == "frac":
+            return _apply("+" if simple else "*", whole, self._power())
+        top = self._take()
+        if not simple or self._next != "/":
+            raise Unreadable("two numbers side by side")
+        self._take("/")
+        bottom = self._take()
+        if not isinstance(top, Number) or not isinstance(bottom, Number):
+            raise Unreadable("half a fraction")
+        return _apply("+", whole, _apply("/", top, bottom))
+
+    def _power(self) -> Tree:
+        tree = self._atom()
+        if self._next == "^":
+            self._take()
+            # A minus binds to the exponent, and 2^3^2 is 2^(3^2).
+            self._depth += 1
+            tree = _apply("^", tree, self._signed(self._power))
+            self._depth -= 1
+        while self._next == "%":
+            self._take()
+            tree = _apply("/", tree, Number(Fraction(100)))
+        return tree
+
+    def _atom(self) -> Tree:
+        if self._depth > DEPTH:
+            raise Unreadable(f"nested more than {DEPTH} deep")
+        token = self._take()
+        if isinstance(token, Number):
+            return token
+        if token in _CLOSING:
+            return self._items(token, _CLOSING[token])
+        if token in FUNCTIONS:
+            arity = 2 if token in ("frac", "root") else 1
+            self._depth += 1
+            operands = tuple(self._atom() for _ in range(arity))
+            self._depth -= 1
+            return _apply("/" if token == "frac" else token, *operands)
+        if token[0].isalpha() or token[0] == "\\":
+            return Name(token)
+        raise Unreadable(f"{token!r} where a value should be")
