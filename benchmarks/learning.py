@@ -7,6 +7,10 @@ and its greedy accuracy on 512 held-out problems is reported before and after. T
 same run with each step's rewards shuffled across the whole batch: advantages become noise, and what
 it "learns" is what the benchmark would report of a library that does not work. The exit code is 1
 if a trained run gains less than MARGIN, or a control gains more.
+
+Of `calculator` (tool use) and `hilo` (several turns) the model knows nothing, so it first imitates
+gold episodes for a few iterations, and "before" is what that gave. Greedy reward is that of whole
+episodes.
 """
 
 import argparse
@@ -18,21 +22,30 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import version
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 
 from textpolicy import fast_cpu
-from textpolicy.cli.experiment import find_algorithm, run_experiment
+from textpolicy.cli.experiment import Experiment, find_algorithm, run_experiment
 from textpolicy.cli.options import ALGORITHMS, DEMO, RunSettings
+from textpolicy.environments import gold_answers
+from textpolicy.generation.scripted import ScriptedPolicy
+from textpolicy.rollout.worker import collect
 from textpolicy.tracking.console import Console
+from textpolicy.training.sft import Demonstration, shuffled_batches, train_sft
 from textpolicy.types import AdvantageFn
 
-ENVS = ("add", "sort", "reverse", "countdown")
+ENVS = ("add", "sort", "reverse", "countdown", "calculator", "hilo")
+# Environments of several turns: how many iterations of imitation come before the run.
+WARM_UPS = {"calculator": 70, "hilo": 70}
+WARM_UP_LR = 2e-3
+GOLD_EPISODES = 2000
 # 512 problems give each accuracy a standard error of about 0.02.
 MARGIN = 0.03
 
@@ -57,6 +70,25 @@ def shuffled(advantage_fn: AdvantageFn, seed: int) -> AdvantageFn:
     return compute_advantages
 
 
+def warm_up(experiment: Experiment, env: str, seed: int) -> None:
+    """Let the adapters imitate gold episodes until the model is about half able."""
+    environment, policy = experiment.environment, experiment.policy
+    tasks = list(islice(environment.stream(seed + 1000), GOLD_EPISODES))
+    scripts = [gold_answers(environment, task) for task in tasks]
+    script = ScriptedPolicy(policy.tokenizer, scripts)
+    groups = collect(tasks, script, environment.reward, group_size=1, seed=0)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    demonstrations = [Demonstration(tokens=r.tokens, mask=r.mask) for r in rollouts]
+    train_sft(
+        experiment.trainer.model,
+        shuffled_batches(demonstrations, 32, seed=seed),
+        optim.Adam(learning_rate=WARM_UP_LR, bias_correction=True),
+        iterations=WARM_UPS[env],
+    )
+    experiment.adapters.publish()
+    policy.reload(experiment.trainer.published)
+
+
 def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
     """One run from the embedded model, as a record of what it gained and what it took."""
     algorithm = find_algorithm(settings)
@@ -67,7 +99,14 @@ def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as folder,
         closing(Console(sys.stderr, settings.steps)) as console,
     ):
-        outcome = run_experiment(settings, Path(folder), console, algorithm)
+        prepare = partial(warm_up, env=settings.env, seed=settings.seed)
+        outcome = run_experiment(
+            settings,
+            Path(folder),
+            console,
+            algorithm,
+            prepare if settings.env in WARM_UPS else lambda experiment: None,
+        )
     gain = outcome.after.reward - outcome.before.reward
     return {
         "env": settings.env,
@@ -90,14 +129,17 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[RunSettings, bool]]:
     settings = replace(DEMO, **{name: value for name, value in given.items() if value is not None})
     algorithms = ALGORITHMS if options.algorithm == "all" else (options.algorithm,)
     for env, algorithm in product(envs, algorithms):
+        chosen = replace(settings, env=env, algorithm=algorithm)
+        if env in WARM_UPS:
+            # An episode has several times the tokens of one answer.
+            chosen = replace(chosen, steps=options.steps or 80, groups_per_step=8, count=256)
+        if algorithm == "dpo":
+            pairs = chosen.groups_per_step * chosen.group_size // 2
+            chosen = replace(chosen, group_size=2, groups_per_step=pairs)
         for seed in map(int, options.seeds.split(",")):
-            run = replace(settings, env=env, seed=seed, algorithm=algorithm)
-            if algorithm == "dpo":
-                pairs = settings.groups_per_step * settings.group_size // 2
-                run = replace(run, group_size=2, groups_per_step=pairs)
-            yield run, False
+            yield replace(chosen, seed=seed), False
             if options.control:
-                yield run, True
+                yield replace(chosen, seed=seed), True
 
 
 def setting() -> dict[str, Any]:

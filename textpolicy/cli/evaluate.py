@@ -16,6 +16,8 @@ def run(options: Namespace) -> Report:
     environment, rewards = find_task(
         options.env,
         options.reward,
+        data=options.data,
+        prompt=options.prompt,
         timeout=options.reward_timeout,
         on_error=options.on_reward_error,
     )
@@ -33,5 +35,5 @@ def run(options: Namespace) -> Report:
             scores["base"] = measure(policy, tasks, scorer)
     data = {name: asdict(score) for name, score in scores.items()}
     rows = [(name, f"{score}") for name, score in scores.items()]
-    title = f"greedy reward of {options.model} on {len(tasks)} held-out tasks of {options.env}"
-    return Report(data={"env": options.env, **data}, text=f"{title}\n{table(rows)}")
+    title = f"greedy reward of {options.model} on {len(tasks)} held-out tasks of {environment.name}"
+    return Report(data={"env": environment.name, **data}, text=f"{title}\n{table(rows)}")

@@ -5,12 +5,15 @@ a model, its adapters, a policy and a trainer fit together; `textpolicy.loop` tu
 """
 
 import json
+import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -22,7 +25,7 @@ from textpolicy.adapters.quantization import quantize
 from textpolicy.adapters.twin import twin
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.options import DYNAMIC_ROUNDS, RunSettings
-from textpolicy.environments import Environment, load
+from textpolicy.environments import Dataset, Environment, from_dataset, load
 from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import load_model
@@ -92,18 +95,24 @@ class Outcome:
 
 
 def find_task(
-    env: str,
+    env: str | None,
     reward: str | None,
     *,
+    data: str | None = None,
+    prompt: str | None = None,
     timeout: float | None = None,
     on_error: OnError | None = None,
 ) -> tuple[Environment, Rewards]:
     """The environment, with its own reward or the one in `reward` ("FILE.py:FUNCTION").
 
-    `timeout` and `on_error` go before what the file itself says of them.
+    Without `env`, the rows of `data` are one. `timeout` and `on_error` go before what the file
+    itself says of them.
     """
-    environment = load(env)
-    rewards = as_rewards(load_reward(reward) if reward else environment.reward)
+    given = load_reward(reward) if reward else None
+    environment = load(env, data) if env else _environment_of(data, prompt, given)
+    if env and prompt:
+        raise ConfigError(f"environment {env} writes its prompts itself; --prompt goes with --data")
+    rewards = as_rewards(given or environment.reward)
     if timeout is not None:
         rewards = replace(rewards, timeout=timeout)
     if on_error is not None:
@@ -117,6 +126,29 @@ def find_task(
     return environment, rewards
 
 
+def _environment_of(
+    data: str | None, prompt: str | None, reward: Callable[..., Any] | Rewards | None
+) -> Environment:
+    if data is None:
+        raise ConfigError(
+            "there is nothing to train on: name an environment, --env sort (`textpolicy envs` "
+            "lists them), or rows and a reward, --data rows.jsonl --reward my_reward.py"
+        )
+    if reward is None:
+        raise ConfigError(
+            f"the rows of {data} come without a reward: name the file of yours, --reward "
+            "my_reward.py, or an environment that knows such rows, --env gsm8k"
+        )
+    return from_dataset(Dataset.load(data, prompt), reward)
+
+
+def fresh_folder(name: str, parent: Path = Path("runs")) -> Path:
+    """A folder for a run of this name that no earlier run has taken."""
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    numbered = (parent / (f"{plain}-{number}" if number > 1 else plain) for number in count(1))
+    return next(folder for folder in numbered if not folder.exists())
+
+
 def find_algorithm(settings: RunSettings) -> Algorithm:
     """The algorithm that the settings name, with the divergence that they ask for."""
     return algorithms.get(settings.algorithm, **({"beta": settings.beta} if settings.beta else {}))
@@ -128,6 +160,8 @@ def assemble(settings: RunSettings, output: Path, algorithm: Algorithm) -> Exper
     environment, reward = find_task(
         settings.env,
         settings.reward,
+        data=settings.data,
+        prompt=settings.prompt,
         timeout=settings.reward_timeout,
         on_error=settings.on_reward_error,
     )
@@ -181,11 +215,16 @@ def _trainer(
 
 
 def run_experiment(
-    settings: RunSettings, output: Path, console: Console, algorithm: Algorithm | None = None
+    settings: RunSettings,
+    output: Path,
+    console: Console,
+    algorithm: Algorithm | None = None,
+    prepare: Callable[[Experiment], None] = lambda experiment: None,
 ) -> Outcome:
-    """Measure, train, measure again; the last adapters stay in `output`."""
+    """Prepare, measure, train, measure again; the last adapters stay in `output`."""
     algorithm = algorithm or find_algorithm(settings)
     experiment = assemble(settings, output, algorithm)
+    prepare(experiment)
     (output / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     # Steps of a run that failed before its first update are none of this run's.
     (output / METRICS).unlink(missing_ok=True)

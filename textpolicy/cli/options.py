@@ -13,7 +13,9 @@ OnError = str | float
 class RunSettings:
     """One training run. The defaults of `train` are here; `demo` is a run with its own."""
 
-    env: str
+    env: str | None = None
+    data: str | None = None
+    prompt: str | None = None
     model: str = "tiny"
     reward: str | None = None
     reward_timeout: float | None = None
@@ -144,9 +146,13 @@ def _adapter(parser: ArgumentParser) -> None:
 
 
 def _task(parser: ArgumentParser) -> None:
-    text = "task to use: add, sort, reverse, countdown"
-    _option(parser, "env", text, required=True)
-    text = "your reward function instead of the task's own"
+    text = "environment: a name that `textpolicy envs` lists, or a file of yours, FILE.py[:NAME]"
+    _option(parser, "env", text)
+    text = "rows to train on: a .jsonl, .csv or .parquet file, a saved dataset, or hf:NAME"
+    _option(parser, "data", text, metavar="FILE")
+    text = "template of the prompt over the columns of --data (default: the column 'prompt')"
+    _option(parser, "prompt", text, metavar="TEXT")
+    text = "your reward function, instead of the environment's own"
     _option(parser, "reward", text, metavar="FILE.py[:NAME]")
     _reward_limits(parser)
     text = "held-out tasks to measure on"
@@ -168,8 +174,8 @@ def _max_tokens(parser: ArgumentParser) -> None:
 def _train(parser: ArgumentParser) -> None:
     _model(parser)
     _task(parser)
-    text = "folder for adapters.safetensors, config.json and metrics.jsonl"
-    _option(parser, "output", text, type=Path, required=True, metavar="DIR")
+    text = "folder for the adapters, config and metrics (default: a new one in runs)"
+    _option(parser, "output", text, type=Path, metavar="DIR")
     run = RunSettings
     text = "what is maximised: " + ", ".join(ALGORITHMS)
     _option(parser, "algorithm", text, run.algorithm, metavar="NAME")
@@ -260,6 +266,13 @@ def _plan(parser: ArgumentParser) -> None:
     _option(parser, "scale", text, type=positive)
 
 
+def _envs(parser: ArgumentParser) -> None:
+    text = "an environment to check and show, as --env takes it (default: list all)"
+    parser.add_argument("env", nargs="?", help=text, metavar="ENV")
+    _option(parser, "data", "rows for environments that take them", metavar="FILE")
+    parser.set_defaults(model=None, threads=None)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     parser.set_defaults(model=None, threads=None)
 
@@ -290,6 +303,12 @@ _COMMANDS = {
         "show which layers an adapter config would train, and the bytes they take",
         "textpolicy plan --model tiny --rank 8 --keys self_attn.q_proj,self_attn.v_proj",
         _plan,
+    ),
+    "envs": (
+        "envs",
+        "list the ready environments, or check and show one",
+        "textpolicy envs calculator",
+        _envs,
     ),
     "doctor": ("doctor", "report what this installation runs on", "textpolicy doctor", _doctor),
 }

@@ -4,8 +4,9 @@ import sys
 from argparse import Namespace
 from contextlib import closing
 from dataclasses import asdict, fields
+from pathlib import Path
 
-from textpolicy.cli.experiment import Outcome, run_experiment
+from textpolicy.cli.experiment import Outcome, fresh_folder, run_experiment
 from textpolicy.cli.options import RunSettings
 from textpolicy.cli.report import Report
 from textpolicy.tracking.console import Console
@@ -14,7 +15,8 @@ from textpolicy.tracking.console import Console
 def run(options: Namespace) -> Report:
     settings = RunSettings(**{f.name: getattr(options, f.name) for f in fields(RunSettings)})
     with closing(Console(sys.stderr, settings.steps)) as console:
-        outcome = run_experiment(settings, options.output, console)
+        source = settings.env or Path(settings.data or "").stem
+        outcome = run_experiment(settings, options.output or fresh_folder(source), console)
     data = asdict(outcome) | {"adapters": str(outcome.adapters)}
     return Report(data=data, text=f"{describe(outcome)}\nadapters in {outcome.adapters}")
 

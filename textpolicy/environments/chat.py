@@ -14,7 +14,7 @@ from textpolicy.environments.single_turn import (
     prompt_text,
 )
 from textpolicy.environments.space import AnyText
-from textpolicy.rewards import score
+from textpolicy.rewards import Rewards, score
 from textpolicy.types import RewardFn
 
 Reply = Callable[[Sequence[str], Mapping[str, Any]], str | None]
@@ -35,7 +35,7 @@ class ChatEnv(gym.Env[str, str]):
         self,
         draw: Draw,
         reply: Reply,
-        reward: RewardFn | None = None,
+        reward: RewardFn | Rewards | None = None,
         *,
         turn_reward: TurnReward | None = None,
         gold: Gold | None = None,

@@ -13,6 +13,7 @@ import gymnasium as gym
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.single_turn import Draw, Gold, SingleTurnEnv
 from textpolicy.errors import TaskError
+from textpolicy.rewards import Rewards
 from textpolicy.types import Prompt, RewardFn, Task
 
 # One problem in four is held out, by its hash: enough even where there are few problems.
@@ -39,7 +40,9 @@ class TaskSource(Protocol):
 class Build(Protocol):
     """Makes an environment whose tasks are drawn that way and whose last answer earns `reward`."""
 
-    def __call__(self, draw: Draw, /, *, reward: RewardFn | None) -> gym.Env[Any, Any]: ...
+    def __call__(
+        self, draw: Draw, /, *, reward: RewardFn | Rewards | None
+    ) -> gym.Env[Any, Any]: ...
 
 
 def earned(*, turn_rewards: Sequence[float]) -> float:
@@ -63,8 +66,8 @@ class Environment:
     name: str
     tasks: TaskSource
     max_tokens: int
-    make_env: Callable[[RewardFn], gym.Env[Any, Any]]
-    reward: RewardFn = earned
+    make_env: Callable[[RewardFn | Rewards], gym.Env[Any, Any]]
+    reward: RewardFn | Rewards = earned
     gold: Gold | None = None
 
     def stream(self, seed: int) -> Iterator[Task]:
@@ -178,7 +181,7 @@ def opening(observation: Any, info: dict[str, Any], name: str) -> tuple[Prompt, 
 def question_and_answer(
     name: str,
     draw: Draw,
-    reward: RewardFn,
+    reward: RewardFn | Rewards,
     *,
     tasks: TaskSource | None = None,
     gold: Gold | None = None,
@@ -186,7 +189,7 @@ def question_and_answer(
 ) -> Environment:
     """Tasks that a function draws, each answered once; or those of `tasks`, if it is given."""
 
-    def make_env(reward: RewardFn) -> SingleTurnEnv:
+    def make_env(reward: RewardFn | Rewards) -> SingleTurnEnv:
         return SingleTurnEnv(draw, reward, gold)
 
     return Environment(
@@ -200,7 +203,7 @@ def question_and_answer(
 
 
 def from_dataset(
-    dataset: Dataset, reward: RewardFn, *, gold: Gold | None = None, max_tokens: int = 256
+    dataset: Dataset, reward: RewardFn | Rewards, *, gold: Gold | None = None, max_tokens: int = 256
 ) -> Environment:
     """The rows of a dataset, each answered once."""
     return question_and_answer(

@@ -15,6 +15,14 @@ def call_tool(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[s
         return f"error: {type(error).__name__}: {error}", False
 
 
+def score_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str, Any]) -> float:
+    """What a verifier of another library says of the answer; 0 if it cannot even read it."""
+    try:
+        return float(verify(answer, example))
+    except Exception:
+        return 0.0
+
+
 @contextmanager
 def environment_code(name: str, where: str) -> Generator[None, None, None]:
     """Inside the block, an exception becomes a `TaskError` naming the environment and `where`."""

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from textpolicy.environments.space import AnyText
-from textpolicy.rewards import score
+from textpolicy.rewards import Rewards, score
 from textpolicy.types import Prompt, RewardFn
 
 Draw = Callable[[Random], tuple[Prompt, Mapping[str, Any]]]
@@ -26,7 +26,7 @@ class SingleTurnEnv(gym.Env[str, str]):
     whoever wants the same task as an environment.
     """
 
-    def __init__(self, draw: Draw, reward: RewardFn, gold: Gold | None = None) -> None:
+    def __init__(self, draw: Draw, reward: RewardFn | Rewards, gold: Gold | None = None) -> None:
         self.observation_space = AnyText()
         self.action_space = AnyText()
         self._draw = draw

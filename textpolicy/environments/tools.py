@@ -27,7 +27,7 @@ from textpolicy.environments.tool_calls import (
     schema_of,
     tagged_calls,
 )
-from textpolicy.rewards import score
+from textpolicy.rewards import Rewards, score
 from textpolicy.types import Message, RewardFn
 
 LONGEST_OUTPUT = 4000
@@ -44,7 +44,7 @@ class ToolEnv(gym.Env[str, str]):
         self,
         draw: Draw,
         tools: Sequence[Tool],
-        reward: RewardFn | None = None,
+        reward: RewardFn | Rewards | None = None,
         *,
         parse: Parser = tagged_calls,
         turn_reward: TurnReward | None = None,

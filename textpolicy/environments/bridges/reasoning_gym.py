@@ -1,20 +1,44 @@
-"""Tasks of reasoning-gym by name, made without end and scored by its own verifiers."""
+"""Tasks of reasoning-gym by name, made without end and scored by its own verifiers.
 
+Some of those verifiers evaluate the answer as Python or hand it to sympy's parser, which does. What
+they are given is checked first: text of a model never runs.
+"""
+
+import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from random import Random
 from typing import Any
 
 from textpolicy.environments.environment import Environment, question_and_answer
-from textpolicy.environments.faults import environment_code
+from textpolicy.environments.faults import environment_code, score_or_zero
 from textpolicy.errors import ConfigError, TaskError
 
 MAX_TOKENS = 512
+# These evaluate answers: as Python literals, as sympy expressions.
+LITERALS = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+EXPRESSIONS = {
+    "countdown",
+    "intermediate_integration",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+}
+LONGEST = 10_000
+LONGEST_EXPRESSION = 300
+LARGEST_POWER = 1000
+# Tasks are picked by number from this many; a few kinds prepare all of theirs beforehand.
+_TASKS = 10**9
+_FEW_TASKS = 10_000
+_PREPARED = {"acre", "gsm_symbolic", "list_functions", "word_ladder"}
 _REQUEST = "\n\nEnd with the answer alone, between <answer> and </answer>."
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_NAMES = {"sin", "cos", "tan", "exp", "log", "sqrt", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
+_WORD = re.compile(r"[A-Za-z]+")
+_EXPRESSION = re.compile(r"[A-Za-z0-9+\-*/(). ^]*")
+_POWER = re.compile(r"(?:\*\*|\^)[ (]*-?([0-9]*)")
 
 
 def load(name: str, **options: Any) -> Environment:
@@ -26,14 +50,18 @@ def load(name: str, **options: Any) -> Environment:
             "environments of reasoning-gym need the library: pip install "
             "'textpolicy[reasoning-gym]'"
         ) from error
-    if name not in DATASETS:
+    if name == "composite" or name not in DATASETS:
         near = get_close_matches(name, list(DATASETS), n=3)
         raise TaskError(
-            f"reasoning-gym has no task {name!r}; the nearest of its {len(DATASETS)}: {near}"
+            f"reasoning-gym has no single task {name!r}; the nearest of its {len(DATASETS)}: {near}"
         )
     task = ReasoningTask(name, options)
     return question_and_answer(
-        f"reasoning_gym:{name}", task.draw, task.reward, gold=task.gold, max_tokens=MAX_TOKENS
+        f"reasoning_gym:{name}",
+        task.draw,
+        task.reward,
+        gold=task.gold if task.has_gold else None,
+        max_tokens=MAX_TOKENS,
     )
 
 
@@ -44,27 +72,64 @@ class ReasoningTask:
     """
 
     name: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def draw(self, rng: Random) -> tuple[str, dict[str, Any]]:
-        seed = rng.randrange(2**31)
-        with environment_code(f"reasoning_gym:{self.name}", f"seed {seed}"):
-            entry = dict(self._dataset(seed)[0])
+        number = rng.randrange(self._size)
+        with environment_code(f"reasoning_gym:{self.name}", f"task {number}"):
+            entry = dict(self._dataset[number])
         return f"{entry['question']}{_REQUEST}", entry
 
+    @property
+    def has_gold(self) -> bool:
+        """Whether the library knows an answer, and not only what is right of one."""
+        return isinstance(self._dataset[0]["answer"], str)
+
     def gold(self, example: Mapping[str, Any]) -> str:
-        return str(example["answer"])
+        return example["answer"]
 
     def reward(self, prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-        tagged = _ANSWER.findall(completion)
-        answer = tagged[-1].strip() if tagged else completion
-        return float(self._verifier.score_answer(answer, dict(example)))
+        _, tag, rest = completion.rpartition("<answer>")
+        answer = rest.partition("</answer>")[0].strip() if tag else completion
+        if answer != example["answer"] and not is_harmless(answer, self.name):
+            return 0.0
+        return score_or_zero(self._dataset.score_answer, answer, dict(example))
+
+    @property
+    def _size(self) -> int:
+        return self.options.get("size", _FEW_TASKS if self.name in _PREPARED else _TASKS)
 
     @cached_property
-    def _verifier(self) -> Any:
-        return self._dataset(0)
-
-    def _dataset(self, seed: int) -> Any:
+    def _dataset(self) -> Any:
         from reasoning_gym import create_dataset
 
-        return create_dataset(self.name, seed=seed, size=1, **self.options)
+        return create_dataset(self.name, **{"seed": 0, "size": self._size, **self.options})
+
+
+def is_harmless(answer: str, name: str) -> bool:
+    """Whether the verifier of that task may see the answer: nothing in it can run, or for long."""
+    if name in LITERALS:
+        return len(answer) <= LONGEST and _is_literal(answer)
+    if name in EXPRESSIONS:
+        return len(answer) <= LONGEST_EXPRESSION and _is_expression(answer)
+    return len(answer) <= LONGEST
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def _is_expression(text: str) -> bool:
+    """Numbers, single letters and functions of a short list; all powers together stay small."""
+    if not _EXPRESSION.fullmatch(text):
+        return False
+    if any(len(word) > 1 and word not in _NAMES for word in _WORD.findall(text)):
+        return False
+    powers = 1
+    for digits in _POWER.findall(text):
+        powers *= max(1, int(digits[:9])) if digits else 2
+    return powers <= LARGEST_POWER
