@@ -198,7 +198,7 @@ def test_the_active_adapter_is_merged_and_the_others_stay_in_the_container():
     half = model(TOKENS)
     container.fuse()
     assert mx.allclose(model(TOKENS), half, atol=1e-5)
-    assert container.names == ("default", "half") and container.name == "half"
+    assert container.names == ("half", "default") and container.name == "half"
 
 
 def test_merged_adapters_cannot_be_put_on_the_merged_model():
