@@ -168,7 +168,9 @@ def _drop_head(
 
 def _with_origin(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
     """With version and base, where this library wrote the folder."""
-    ours = {name.removeprefix(_OURS): text for name, text in metadata.items()}
+    ours = {
+        name.removeprefix(_OURS): text for name, text in metadata.items() if name.startswith(_OURS)
+    }
     if not is_ours(ours):
         return adapter
     return replace(
