@@ -69,6 +69,9 @@ def child(completion):
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", completion])
     time.sleep(60)
 
+def greedy(completion):
+    return float(len(bytearray(2 << 30)) if completion == "much" else 1)
+
 def deaf(completion):
     return 1.0
 """
@@ -192,6 +195,15 @@ def test_batched_and_awaited_rewards_are_stopped_too(faulty, name):
 def test_a_child_imports_neither_mlx_nor_numpy(faulty):
     with closing(Scorer(Rewards(faulty("imports"), timeout=5))) as scorer:
         assert scorer.score(samples("x"))[0].value == 0.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit address space")
+def test_a_reward_that_takes_all_memory_is_refused_it(faulty):
+    rewards = Rewards(faulty("greedy"), timeout=20, memory_gb=1, on_error="skip", workers=1)
+    with closing(Scorer(rewards)) as scorer:
+        much, little = scorer.score(samples("much", "little"))
+    assert "reward greedy raised MemoryError" in much.error
+    assert (much.value, little.value) == (None, 1.0)
 
 
 def test_what_a_killed_reward_has_started_is_killed_with_it(faulty):

@@ -102,7 +102,12 @@ class Scorer:
         self._runner: Runner = (
             InProcess(self._callees)
             if rewards.timeout is None
-            else Children(self._callees, timeout=rewards.timeout, workers=rewards.workers)
+            else Children(
+                self._callees,
+                timeout=rewards.timeout,
+                workers=rewards.workers,
+                memory=None if rewards.memory_gb is None else int(rewards.memory_gb * 1e9),
+            )
         )
         self._on_incident = on_incident
         self._failed: deque[bool] = deque(maxlen=WINDOW)
