@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import pytest
 
 from tests.tiny import TOKENS, qwen3_model
 from textpolicy.adapters import (
+    Adapter,
     AdapterConfig,
     AdapterContainer,
     AdapterWatcher,
@@ -21,7 +23,7 @@ from textpolicy.adapters import (
     quantize,
     read_adapter,
 )
-from textpolicy.adapters.files import destination, write_adapter
+from textpolicy.adapters.files import destination, write_file
 from textpolicy.adapters.fingerprint import fingerprint
 from textpolicy.errors import AdapterError
 
@@ -37,8 +39,8 @@ def path(tmp_path) -> Path:
 def write(path: Path, version: int = 1, **changes) -> Path:
     """A small adapter whose tensors all hold its version."""
     arrays = {f"layer.{name}": mx.full((64, 8), version) for name in ("lora_a", "lora_b")}
-    options = {"config": CONFIG, "version": version, "fingerprint": "f" * 64} | changes
-    return write_adapter(path, options.pop("arrays", arrays), **options)
+    options = {"arrays": arrays, "config": CONFIG, "version": version, "fingerprint": "f" * 64}
+    return write_file(path, Adapter(origin="a test", **options | changes))
 
 
 def adapted(seed: int = 0, config: AdapterConfig = CONFIG) -> tuple[nn.Module, AdapterContainer]:
@@ -66,7 +68,7 @@ def test_a_file_holds_tensors_config_version_and_base(path):
     assert container.publish(path) == 7
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     file = read_adapter(path)
-    assert file.config == CONFIG and file.version == 7 and file.path == path
+    assert file.config == CONFIG and file.version == 7 and file.origin == str(path)
     assert file.fingerprint == fingerprint(model) and file.quantization is None
     own = container.parameters()
     assert file.arrays.keys() == own.keys()
@@ -131,14 +133,49 @@ def test_adapters_of_another_base_are_refused(path):
     assert "another model?" in message
 
 
-def test_rank_and_scale_must_agree(path):
-    _other, theirs = adapted(config=AdapterConfig(rank=8, scale=3.0, keys=KEYS))
-    theirs.publish(path)
+def test_everything_that_does_not_fit_is_said_in_one_message(path):
+    """Another base, another kind, other modules, a wrong shape and a number that is none."""
+    other = qwen3_model(seed=1)
+    config = AdapterConfig(rank=4, kind="dora", keys=["self_attn.q_proj", "mlp.down_proj"])
+    theirs = AdapterContainer.from_model(other, config)
+    tensors = dict(theirs.parameters())
+    q = "model.layers.0.self_attn.q_proj"
+    tensors[f"{q}.lora_a"] = mx.zeros((32, 4))
+    tensors[f"{q}.lora_b"] = tensors[f"{q}.lora_b"] * mx.nan
+    write_file(path, replace(theirs.adapter(), arrays=tensors))
     _model, container = adapted()
     message = refusal(container, path)
-    assert "rank: 8 in the file, 4 in the model" in message
-    assert "scale: 3.0 in the file, 2.0 in the model" in message
-    assert "model.layers.0.mlp.up_proj.lora_a: shape (64, 8), model has (64, 4)" in message
+    for words in [
+        "base fingerprint",
+        f"{q}.lora_a: shape (32, 4), model has (64, 4)",
+        f"{q}.lora_b: not finite",
+        f"{q}.m: no such adapter in the model",
+        "model.layers.1.mlp.up_proj.lora_b: missing",
+        "model.layers.1.mlp.down_proj.lora_b: no such adapter in the model",
+    ]:
+        assert words in message, words
+
+
+def test_a_fresh_model_is_told_everything_too(path):
+    _model, theirs = adapted(seed=1)
+    tensors = dict(theirs.parameters())
+    tensors.pop("model.layers.0.mlp.up_proj.lora_a")
+    write_file(path, replace(theirs.adapter(), arrays=tensors))
+    model = qwen3_model()
+    with pytest.raises(AdapterError) as caught:
+        AdapterContainer.from_directory(path).load(model)
+    assert "base fingerprint" in str(caught.value)
+    assert "model.layers.0.mlp.up_proj.lora_a: missing" in str(caught.value)
+    assert AdapterContainer.of(model) is None
+
+
+def test_a_config_that_does_not_fit_is_told_beside_the_base(path):
+    other = qwen3_model(layers=3)
+    config = AdapterConfig(keys=["model.layers.2.mlp.up_proj"])
+    AdapterContainer.from_model(other, config).publish(path)
+    with pytest.raises(AdapterError) as caught:
+        AdapterContainer.from_directory(path).load(qwen3_model())
+    assert "base fingerprint" in str(caught.value) and "matches nothing" in str(caught.value)
 
 
 def test_other_targets_are_listed_as_missing_and_unknown(path):
@@ -197,8 +234,10 @@ def test_tensors_of_another_kind_are_refused(path):
 
 
 def test_a_folder_and_a_missing_file_are_told_apart(tmp_path):
-    with pytest.raises(AdapterError, match="is a folder; expected one adapter file"):
+    with pytest.raises(AdapterError, match=r"is a folder with no adapters in it; expected one of"):
         read_adapter(tmp_path)
+    with pytest.raises(AdapterError, match="is a folder; expected one adapter file"):
+        peek_version(tmp_path)
     with pytest.raises(AdapterError, match="No such file"):
         read_adapter(tmp_path / "none.safetensors")
 
@@ -251,14 +290,14 @@ def test_a_folder_without_permission_is_refused_before_anything_is_written(tmp_p
 WRITER_WITHOUT_ROOM = """
 import resource, signal, sys
 import mlx.core as mx
-from textpolicy.adapters import AdapterConfig
-from textpolicy.adapters.files import write_adapter
+from textpolicy.adapters import Adapter, AdapterConfig
+from textpolicy.adapters.files import write_file
 from textpolicy.errors import AdapterError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 arrays = {"a": mx.zeros((100_000,))}
 try:
-    write_adapter(sys.argv[1], arrays, config=AdapterConfig(), version=2, fingerprint="f")
+    write_file(sys.argv[1], Adapter(origin="a test", arrays=arrays, config=AdapterConfig()))
 except AdapterError as error:
     print(error)
 """

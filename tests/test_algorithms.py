@@ -1,6 +1,9 @@
 """What holds for every algorithm, whatever its paper."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -12,6 +15,7 @@ from textpolicy.algorithms.ratios import sequence_log_ratio, token_log_ratio
 from textpolicy.cli.options import ALGORITHMS
 from textpolicy.errors import ConfigError
 
+ROOT = Path(__file__).parent.parent
 # How each loss averages, on policy: its gradient is that of the average of -A logp.
 AVERAGES = {
     "grpo": averages.sequence_mean,
@@ -234,3 +238,12 @@ def test_one_line_makes_an_algorithm_known():
 
 def test_the_command_offers_every_algorithm_that_needs_no_teacher():
     assert set(ALGORITHMS) == set(algorithms.names()) - {"distillation", "mine"}
+
+
+def test_the_pages_say_what_the_code_says():
+    command = [sys.executable, str(ROOT / "tools" / "algorithm_pages.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    overview = (ROOT / "docs" / "algorithms.md").read_text()
+    for name in set(algorithms.names()) - {"mine"}:
+        assert f"[`{name}`](algorithms/{name}.md)" in overview

@@ -1,69 +1,85 @@
-"""The adapters of one model: install, publish, swap, switch off, take off, fuse."""
+"""The adapters of one model: install, load, publish, swap, switch off, take off, fuse."""
 
 import weakref
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from textpolicy.adapters.adapter import Adapter
+from textpolicy.adapters.combine import Method, combine
 from textpolicy.adapters.config import AdapterConfig
-from textpolicy.adapters.files import AdapterFile, read_adapter, write_adapter
+from textpolicy.adapters.cpu_products import use_fast_products
+from textpolicy.adapters.files import write_file
 from textpolicy.adapters.fingerprint import Original
-from textpolicy.adapters.fit import misfits
-from textpolicy.adapters.fuse import FusedModule, FuseReport, fuse_layer
-from textpolicy.adapters.kinds import new_layer
+from textpolicy.adapters.fit import (
+    Fitted,
+    assign,
+    check_fit,
+    expected_shapes,
+    fit,
+    fresh,
+    is_finite,
+    misfits,
+    refuse_misfits,
+    with_ranks_of,
+)
+from textpolicy.adapters.folders import FolderLayout, read_adapter, write_folder
+from textpolicy.adapters.fuse import FuseReport, fuse_layer
 from textpolicy.adapters.layers import AdapterLayer, adapter_layers
 from textpolicy.adapters.quantization import quantization_of, quantize, quantize_by_rules
-from textpolicy.adapters.targets import select_targets
+from textpolicy.adapters.rules import LoRARule
+from textpolicy.adapters.targets import assign_rules
 from textpolicy.adapters.tree import freeze_names, replace_modules
 from textpolicy.errors import AdapterError
 
+DEFAULT = "default"
+Source = str | Path | Adapter
+
 
 class AdapterContainer:
-    """Made by `from_model`, found again by `of`. `version` 0 is a fresh adapter.
+    """Made by `from_model` or `from_directory`, found again by `of`.
 
-    With `publish_path` set, a trainer publishes every new version there.
+    It holds one adapter or several by name, of which the model carries one. `version` 0 is a fresh
+    adapter. With `publish_path` set, a trainer publishes every new version there.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: AdapterConfig,
-        original: Original,
-        version: int = 0,
-    ) -> None:
+    def __init__(self, name: str = DEFAULT) -> None:
         # Layers own their container. If it owned the model in return, a dropped model would stay
         # in memory, gigabytes of it, until the garbage collector looks for cycles.
-        self._model = weakref.ref(model)
-        self.config = config
-        self.original = original
-        self.version = version
+        self._model: weakref.ref[nn.Module] | None = None
+        self._original: Original | None = None
+        self._fitted: dict[str, Fitted] = {}
+        self._apart: dict[str, Adapter] = {}
+        self._gate = mx.array(True)
+        self.name = name
         self.publish_path: Path | None = None
-        for layer in adapter_layers(model).values():
-            layer.container = self
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, config: AdapterConfig, *, seed: int = 0
+        cls, model: nn.Module, config: AdapterConfig, *, name: str = DEFAULT, seed: int = 0
     ) -> "AdapterContainer":
         """Install fresh adapters and freeze everything else. The model computes what it did.
 
         Where rules have a `weight_qtype` the base is quantized first, and stays so when unloaded.
         """
         quantize_by_rules(model, config)
-        targets = select_targets(model, config)
-        original = Original.of(model)
-        keys = mx.random.split(mx.random.key(seed), len(targets))
-        layers: dict[str, nn.Module] = {
-            path: new_layer(target, key)
-            for (path, target), key in zip(targets.items(), keys, strict=True)
-        }
-        replace_modules(model, layers)
-        freeze_base(model)
-        container = cls(model, config, original)
+        container = cls(name)
+        container._put_on(model, Original.of(model), {name: fresh(model, config, seed)})
         mx.eval(container.parameters())
+        return container
+
+    @classmethod
+    def from_directory(cls, path: str | Path, *, name: str = DEFAULT) -> "AdapterContainer":
+        """The adapter in a folder or file of this library, mlx-lm, mlx-swift-lm or PEFT.
+
+        It is on no model until `load`.
+        """
+        container = cls(name)
+        container._apart[name] = read_adapter(path)
         return container
 
     @staticmethod
@@ -71,7 +87,7 @@ class AdapterContainer:
         """The container of an adapted model, or None."""
         containers = [layer.container for layer in adapter_layers(model).values()]
         container = next((found for found in containers if found), None)
-        if container and container._model() is not model:
+        if container and (container._model is None or container._model() is not model):
             raise AdapterError(
                 "these adapters belong to another module than this one: pass the model that they "
                 "were made for, and make second models with twin(model), not with copy.deepcopy"
@@ -81,30 +97,57 @@ class AdapterContainer:
     @property
     def model(self) -> nn.Module:
         """The adapted model."""
-        model = self._model()
-        if model is None:
+        if self._model is None:
+            raise AdapterError(
+                "these adapters are on no model (they were unloaded or fused, or never loaded); "
+                "put them on one with load(model)"
+            )
+        if (model := self._model()) is None:
             raise AdapterError("the model of these adapters no longer exists: keep a reference")
         return model
+
+    @property
+    def original(self) -> Original:
+        """What the model is without adapters."""
+        _ = self.model
+        assert self._original is not None
+        return self._original
 
     @property
     def fingerprint(self) -> str:
         """The name of the base that these adapters belong to."""
         return self.original.fingerprint
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All adapters held, the active one too."""
+        return (*self._fitted, *self._apart)
+
+    @property
+    def config(self) -> AdapterConfig:
+        """How the active adapter was made, or what has been swapped in since."""
+        return self._active().config
+
+    @property
+    def version(self) -> int:
+        """The number of the active adapter's last update."""
+        return self._active().version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._on_model().version = version
+
     def layers(self) -> dict[str, AdapterLayer]:
-        """The adapter layers by path."""
-        found = adapter_layers(self.model)
-        layers = {path: layer for path, layer in found.items() if layer.container is self}
-        if not layers:
-            raise AdapterError(
-                "these adapters are no longer on their model (they were unloaded or fused); "
-                "make new ones with AdapterContainer.from_model or attach_adapter"
-            )
-        return layers
+        """The active adapter's layers by path."""
+        _ = self.model
+        return self._on_model().layers
 
     def parameters(self) -> dict[str, mx.array]:
-        """The adapter tensors, by their names in the model."""
-        return _tensors(self.layers())
+        """The active adapter's tensors, by their names in the model."""
+        if self._apart:
+            return dict(self._apart[self.name].arrays)
+        _ = self.model
+        return self._on_model().tensors()
 
     def advance(self) -> int:
         """Count an update: to be called when the tensors have changed. Returns the new version."""
@@ -112,123 +155,278 @@ class AdapterContainer:
         self.version += 1
         return self.version
 
+    # Files
+
     def publish(self, path: str | Path | None = None) -> int:
-        """Write the adapters to `path`, by default `publish_path`; returns their version."""
+        """Write the active adapter as one file, by default to `publish_path`; returns its version.
+
+        The file is replaced in one step.
+        """
         path = path or self.publish_path
         if path is None:
             raise AdapterError("no path to publish to: pass one, or set publish_path")
-        tensors = self.parameters()
-        _check_dtype(tensors)
-        write_adapter(
-            path,
-            tensors,
-            config=self.config,
-            version=self.version,
+        _check_dtype(self.parameters())
+        write_file(path, self.adapter())
+        return self.version
+
+    def save(
+        self, folder: str | Path, *, layout: FolderLayout = "mlx", over_float_base: bool = False
+    ) -> Path:
+        """Write the active adapter as a folder that mlx-lm and mlx-swift-lm load, or PEFT.
+
+        Adapters of a base that the other library cannot load, such as a quantized one for PEFT,
+        compute something else over a float base: `over_float_base` says that this is meant.
+        Returns the folder.
+        """
+        _check_dtype(self.parameters())
+        adapter = self.adapter()
+        with self._bare() as model:
+            return write_folder(folder, adapter, model, layout, over_float_base=over_float_base)
+
+    def adapter(self, name: str | None = None) -> Adapter:
+        """An adapter as it is now, apart from the model; the active one unless a name is given."""
+        name = name or self.name
+        if name in self._apart:
+            return self._apart[name]
+        fitted = self._find(name)
+        return Adapter(
+            origin=name,
+            arrays=fitted.tensors(),
+            config=fitted.present_config(),
+            version=fitted.version,
             fingerprint=self.fingerprint,
             quantization=self.original.quantization,
         )
-        return self.version
 
-    def swap(
-        self,
-        source: str | Path | AdapterFile | Mapping[str, mx.array],
-        version: int | None = None,
-    ) -> int:
-        """Replace every adapter tensor, or none if anything does not fit; returns the version.
+    def swap(self, source: Source | Mapping[str, mx.array], version: int | None = None) -> int:
+        """Replace every tensor of the active adapter, or none if anything does not fit.
 
-        Without `version` it is the file's own or, for tensors, one more than now.
+        Ranks and scales may change, and compiled functions see it; modules and kinds have to be
+        the same. Returns the version: without `version` it is the file's own or, for tensors, one
+        more than now.
         """
+        fitted = self._on_model()
         if isinstance(source, Mapping):
-            self._assign(source, "the tensors given", [])
-            found = self.version + 1
+            rules = with_ranks_of(source, fitted.rules)
+            self._assign(source, rules, "the tensors given")
+            found = fitted.version + 1
         else:
-            file = source if isinstance(source, AdapterFile) else read_adapter(source)
-            self._assign(file.arrays, str(file.path), self._differences(file))
-            found = file.version
-        self.version = found if version is None else version
-        return self.version
+            adapter = source if isinstance(source, Adapter) else read_adapter(source)
+            problems = _differences(self.original, adapter)
+            self._assign(adapter.arrays, self._rules_of(adapter), adapter.origin, problems)
+            fitted.config, found = adapter.config, adapter.version
+        fitted.version = found if version is None else version
+        return fitted.version
+
+    # Several by name
+
+    def add(self, name: str, source: Source) -> None:
+        """Hold another adapter of this base beside the active one, ready to be activated."""
+        self._check_new(name)
+        adapter = source if isinstance(source, Adapter) else read_adapter(source)
+        with self._bare() as model:
+            fitted = fit(model, adapter, _differences(self.original, adapter))
+        for layer in fitted.layers.values():
+            layer.container = self
+        self._fitted[name] = fitted
+
+    def activate(self, name: str) -> None:
+        """Put the adapter of this name in the place of the active one, which stays beside it."""
+        chosen, model = self._find(name), self.model
+        bases = {path: layer.base for path, layer in self.layers().items()}
+        for layer in chosen.layers.values():
+            layer.switch(self._gate)
+            layer.train(model.training)
+        replace_modules(model, bases | chosen.layers)
+        freeze_base(model)
+        self.name = name
+
+    def remove(self, name: str) -> None:
+        """Drop an adapter that is not the active one."""
+        self._find(name)
+        if name == self.name:
+            raise AdapterError(f"{name!r} is the active adapter: activate another one first")
+        del self._fitted[name]
+
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        method: Method = "cat",
+        *,
+        rank: int | None = None,
+    ) -> None:
+        """Hold a weighted sum of LoRA adapters as a new one, ready to be activated.
+
+        "cat" is the exact sum, of a rank that is the sum of the ranks. "svd" is the nearest to it
+        of `rank`, by default the largest of theirs. "linear" sums the factors instead of their
+        products, as PEFT does: it keeps the rank and is no sum of the updates.
+        """
+        self._check_new(name)
+        chosen = {one: self._find(one) for one in weights}
+        arrays, config = combine(chosen, weights, method, rank)
+        like = self.adapter()
+        self.add(name, replace(like, origin=name, arrays=arrays, config=config, version=0))
+
+    # The model
+
+    def load(self, model: nn.Module) -> "AdapterContainer":
+        """Put the adapters on an unadapted model, all or none of them, and freeze the rest.
+
+        A float base is quantized first where the adapters were made over a quantized one.
+        """
+        if self._fitted:
+            raise AdapterError("these adapters are on a model already: unload() them first")
+        _prepare_base(model, self._apart[self.name])
+        original = Original.of(model)
+        fitted = {
+            name: fit(model, adapter, _differences(original, adapter))
+            for name, adapter in self._apart.items()
+        }
+        self._put_on(model, original, fitted)
+        return self
+
+    def unload(self) -> nn.Module:
+        """Take the adapters off: the very modules and arrays of before, frozen as they were.
+
+        They can be loaded again, on this model or another one of the same base.
+        """
+        model, frozen = self.model, self.original.frozen
+        replace_modules(model, {path: layer.base for path, layer in self.layers().items()})
+        freeze_names(model, frozen)
+        self._put_apart()
+        return model
 
     @contextmanager
     def disabled(self) -> Generator[None]:
         """Inside the block the model is its base, exactly: the reference policy."""
-        layers = list(self.layers().values())
-        off = mx.array(False)
-        before = [layer.switch(off) for layer in layers]
+        _ = self.layers()
+        before = self._gate
+        self._switch(mx.array(False))
         try:
             yield
         finally:
-            for layer, gate in zip(layers, before, strict=True):
-                layer.switch(gate)
+            self._switch(before)
 
-    def unload(self) -> nn.Module:
-        """Take the adapters off: the very modules and arrays of before, frozen as they were."""
-        model = self.model
-        replace_modules(model, {path: layer.base for path, layer in self.layers().items()})
-        freeze_names(model, self.original.frozen)
-        return model
-
-    def fuse(self, *, dtype: mx.Dtype | None = None) -> FuseReport:
-        """Add the adapters into the weights and take them off; reports how much survived.
+    def fuse(
+        self, *, dtype: mx.Dtype | None = None, qtype: str | None = None, min_survival: float = 0.9
+    ) -> FuseReport:
+        """Add the active adapter into the weights and take all off; reports how much survived.
 
         Weights keep the base's dtype unless `dtype` is given. A quantized base becomes float where
-        it was adapted: rounding it to few bits again would erase most of the update.
+        it was adapted, unless `qtype` names a format to round to again: "same", or one that rules
+        know. Few bits erase most of a small update: where less than `min_survival` of it would be
+        left, an error says so and nothing is changed.
         """
-        model, layers = self.model, self.layers()
-        _check_fit(layers, _tensors(layers), "adapters that cannot be fused", [])
-        outcomes: list[FusedModule] = []
+        report = self.fuse_report(dtype=dtype, qtype=qtype)
+        report.check(min_survival)
+        model, layers, frozen = self.model, dict(self.layers()), self.original.frozen
+        self._put_apart()
         # One module at a time: each base weight is freed before the next is made.
         for path in list(layers):
             layer = layers.pop(path)
-            fused, outcome = fuse_layer(path, layer, dtype)
-            replace_modules(model, {path: fused})
-            outcomes.append(outcome)
-        freeze_names(model, self.original.frozen)
+            replace_modules(model, {path: fuse_layer(path, layer, dtype, qtype)[0]})
+        use_fast_products(model)
+        freeze_names(model, frozen)
+        return report
+
+    def fuse_report(self, *, dtype: mx.Dtype | None = None, qtype: str | None = None) -> FuseReport:
+        """What would survive `fuse`; the model stays as it is."""
+        layers = self.layers()
+        wrong = [name for name, array in self.parameters().items() if not is_finite(array)]
+        refuse_misfits("adapters that cannot be fused", (f"{name}: not finite" for name in wrong))
+        outcomes = [fuse_layer(path, layer, dtype, qtype)[1] for path, layer in layers.items()]
         return FuseReport(modules=tuple(outcomes))
 
-    def _assign(self, given: Mapping[str, mx.array], name: str, problems: list[str]) -> None:
-        layers = self.layers()
-        _check_fit(layers, given, name, problems)
-        tensors = {name: array.astype(mx.float32) for name, array in given.items()}
-        mx.eval(tensors)
-        for path, layer in layers.items():
-            for name in layer.trainable:
-                layer[name] = tensors[f"{path}.{name}"]
+    def merge_and_unload(
+        self, *, dtype: mx.Dtype | None = None, qtype: str | None = None, min_survival: float = 0.9
+    ) -> nn.Module:
+        """`fuse`, for the plain model instead of the report."""
+        model = self.model
+        self.fuse(dtype=dtype, qtype=qtype, min_survival=min_survival)
+        return model
 
-    def _differences(self, file: AdapterFile) -> list[str]:
-        pairs = {
-            "rank": (
-                _said(rule.rank for rule in file.config.rules),
-                _said(rule.rank for rule in self.config.rules),
-            ),
-            "scale": (
-                _said(rule.scale for rule in file.config.rules),
-                _said(rule.scale for rule in self.config.rules),
-            ),
-            "base quantization": (file.quantization, self.original.quantization),
-            "base fingerprint": (file.fingerprint[:12], self.fingerprint[:12]),
+    def share(self, copy: nn.Module) -> "AdapterContainer":
+        """A container for a copy of the model, layers and all: its active adapter is this one's."""
+        made = AdapterContainer(self.name)
+        fitted = replace(self._on_model(), layers=adapter_layers(copy))
+        made._gate = self._gate
+        made._put_on(copy, self.original, {self.name: fitted})
+        return made
+
+    def _active(self) -> Fitted | Adapter:
+        return self._apart[self.name] if self._apart else self._fitted[self.name]
+
+    def _on_model(self) -> Fitted:
+        _ = self.model
+        return self._fitted[self.name]
+
+    def _find(self, name: str) -> Fitted:
+        _ = self.model
+        if name not in self._fitted:
+            raise AdapterError(f"no adapter is named {name!r}; there are {list(self._fitted)}")
+        return self._fitted[name]
+
+    def _check_new(self, name: str) -> None:
+        _ = self.model
+        if name in self._fitted:
+            raise AdapterError(f"an adapter is named {name!r} already: remove it, or swap it")
+
+    def _put_on(self, model: nn.Module, original: Original, fitted: dict[str, Fitted]) -> None:
+        """Take possession of a model that carries, or is to carry, the active one's layers."""
+        for one in fitted.values():
+            for layer in one.layers.values():
+                layer.container = self
+        replace_modules(model, dict(fitted[self.name].layers))
+        freeze_base(model)
+        self._model, self._original = weakref.ref(model), original
+        self._fitted, self._apart = fitted, {}
+
+    def _put_apart(self) -> None:
+        """Keep the tensors, and nothing of the model."""
+        self._apart = {name: self.adapter(name) for name in self._fitted}
+        self._fitted, self._model = {}, None
+
+    @contextmanager
+    def _bare(self) -> Generator[nn.Module]:
+        """The model without its adapters, for as long as something is looked up in it."""
+        model, layers = self.model, self.layers()
+        replace_modules(model, {path: layer.base for path, layer in layers.items()})
+        try:
+            yield model
+        finally:
+            replace_modules(model, dict(layers))
+
+    def _switch(self, gate: mx.array) -> None:
+        self._gate = gate
+        for fitted in self._fitted.values():
+            for layer in fitted.layers.values():
+                layer.switch(gate)
+
+    def _assign(
+        self,
+        arrays: Mapping[str, mx.array],
+        rules: Mapping[str, LoRARule],
+        origin: str,
+        problems: Iterable[str] = (),
+    ) -> None:
+        fitted = self._on_model()
+        changed = {
+            path: replace(own, rank=new.rank, scale=new.scale, dropout=new.dropout)
+            for path, own in fitted.rules.items()
+            for new in [rules.get(path, own)]
         }
-        return [
-            f"{name}: {given} in the file, {own} in the model"
-            for name, (given, own) in pairs.items()
-            if given != own
-        ]
+        bases = {path: layer.base for path, layer in fitted.layers.items()}
+        refuse_misfits(origin, problems, misfits(expected_shapes(bases, changed), arrays))
+        assign(fitted, arrays, changed)
 
-
-def attach_adapter(model: nn.Module, path: str | Path) -> AdapterContainer:
-    """Give an unadapted model the adapters in a file, and the config that they were made with.
-
-    A float base is quantized first where the adapters were trained over a quantized one.
-    """
-    file = read_adapter(path)
-    if file.quantization and quantization_of(model) is None:
-        quantize(model, **file.quantization)
-    container = AdapterContainer.from_model(model, file.config)
-    try:
-        container.swap(file)
-    except AdapterError:
-        container.unload()
-        raise
-    return container
+    def _rules_of(self, adapter: Adapter) -> Mapping[str, LoRARule]:
+        """What the adapter's config says about this model; nothing if it does not speak of it."""
+        if adapter.config == self.config:
+            return self._on_model().rules
+        with self._bare() as model:
+            targets = assign_rules(model, adapter.config)
+        return {path: target.rule for path, target in targets.items()}
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -238,25 +436,31 @@ def freeze_base(model: nn.Module) -> None:
         layer.unfreeze(keys=list(layer.trainable), recurse=False)
 
 
-def _said(numbers: Iterable[float]) -> str:
-    return ", ".join(str(number) for number in sorted(set(numbers)))
-
-
-def _tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, mx.array]:
-    return {
-        f"{path}.{name}": layer[name] for path, layer in layers.items() for name in layer.trainable
+def _differences(original: Original, adapter: Adapter) -> list[str]:
+    """How the base that an adapter was made for differs from a model, where it says so."""
+    if adapter.fingerprint is None:
+        return []
+    pairs = {
+        "base quantization": (adapter.quantization, original.quantization),
+        "base fingerprint": (adapter.fingerprint[:12], original.fingerprint[:12]),
     }
+    return [
+        f"{name}: {given} in the file, {own} in the model"
+        for name, (given, own) in pairs.items()
+        if given != own
+    ]
 
 
-def _check_fit(
-    layers: Mapping[str, AdapterLayer],
-    given: Mapping[str, mx.array],
-    name: str,
-    problems: list[str],
-) -> None:
-    if problems := problems + misfits(_tensors(layers), given):
-        lines = "\n  ".join([f"{name}: not what the adapters of this model can hold", *problems])
-        raise AdapterError(f"{lines}\nWere they made with other options, or for another model?")
+def _prepare_base(model: nn.Module, adapter: Adapter) -> None:
+    """Quantize the model as the adapter's base was, by its rules or as a whole."""
+    by_rules = any(rule.number_format for rule in adapter.config.rules)
+    whole = None if by_rules or quantization_of(model) else adapter.quantization
+    if by_rules or whole:
+        # Quantizing cannot be undone, so what can be checked before is.
+        check_fit(model, adapter)
+        quantize_by_rules(model, adapter.config)
+    if whole:
+        quantize(model, **whole)
 
 
 def _check_dtype(tensors: Mapping[str, mx.array]) -> None:

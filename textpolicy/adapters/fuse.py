@@ -7,7 +7,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from textpolicy.adapters.layers import AdapterLayer
-from textpolicy.adapters.quantization import float_dtype, float_module, float_weight
+from textpolicy.adapters.number_formats import NumberFormat, named_format
+from textpolicy.adapters.quantization import (
+    float_dtype,
+    float_module,
+    float_weight,
+    format_of,
+    pack_module,
+)
+from textpolicy.errors import AdapterError
+
+SAME = "same"
+_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,23 +54,48 @@ class FuseReport:
         """The module that loses most."""
         return min(self.modules, key=lambda module: module.survival)
 
+    def check(self, min_survival: float) -> None:
+        """Raise if less than this fraction of the update survives."""
+        if self.survival < min_survival:
+            losers = sorted(self.modules, key=lambda module: module.survival)[:_SHOWN]
+            lines = [
+                f"{module.path}: {module.survival:.0%} of an update of relative size "
+                f"{module.relative_size:.1e} is left in {module.dtype}"
+                for module in losers
+            ]
+            text = "\n  ".join([f"fusing would keep {self.survival:.0%} of the update", *lines])
+            raise AdapterError(
+                f"{text}\nExpected at least {min_survival:.0%}. Nothing was changed. Fuse into "
+                "more bits (dtype=mx.float32 keeps all), keep the adapters beside the base, or "
+                "accept the loss with min_survival=0"
+            )
+
 
 def fuse_layer(
-    path: str, layer: AdapterLayer, dtype: mx.Dtype | None
+    path: str, layer: AdapterLayer, dtype: mx.Dtype | None, qtype: str | None
 ) -> tuple[nn.Module, FusedModule]:
-    """A plain module that computes what `layer` does; a packed base becomes a float one."""
+    """A plain module that computes what `layer` does, up to rounding; float unless `qtype`."""
+    form = _format(layer.base, qtype)
     base, delta = float_weight(layer.base), layer.delta()
     dtype = dtype or float_dtype(layer.base)
-    weight = (base + delta).astype(dtype)
-    moved = weight.astype(mx.float32) - base
+    fused = float_module(layer.base, (base + delta).astype(dtype), layer.merged_bias())
+    if form:
+        fused = pack_module(path, fused, form)
+    moved = float_weight(fused) - base
     squared, kept, size = mx.square(delta).sum(), (moved * delta).sum(), mx.linalg.norm(base)
-    fused = float_module(layer.base, weight, layer.merged_bias())
     mx.eval(fused.parameters(), squared, kept, size)
     norm2 = float(squared)
     return fused, FusedModule(
         path=path,
-        dtype=str(dtype).removeprefix("mlx.core."),
+        dtype=form.name if form else str(dtype).removeprefix("mlx.core."),
         relative_size=norm2**0.5 / float(size),
         survival=float(kept) / norm2 if norm2 else 1.0,
         squared_norm=norm2,
     )
+
+
+def _format(base: nn.Module, qtype: str | None) -> NumberFormat | None:
+    """The format to round to again; float modules stay float under "same"."""
+    if qtype is None:
+        return None
+    return format_of(base) if qtype == SAME else named_format(qtype)

@@ -82,6 +82,11 @@ class AdapterLayer(nn.Module):
         """Change the scale, under the eyes of compiled functions."""
         self._scale = mx.array(scale, mx.float32)
 
+    def retune(self, rule: LoRARule) -> None:
+        """Take scale and dropout from a rule; rank and kind are in the tensors."""
+        self.set_scale(rule.scale)
+        self.dropout = nn.Dropout(rule.dropout).train(self.training)
+
     def switch(self, on: Bool[mx.array, ""]) -> Bool[mx.array, ""]:
         """Set the gate; returns what it was. Off is the base exactly."""
         before = self._enabled

@@ -65,13 +65,15 @@ class PeftTargets:
     def assign(self, layout: Layout) -> dict[str, LoRARule]:
         self._check_words(layout)
         return {
-            path: self._rule(
-                _first_match(self.rank_pattern, path, self.r),
-                _first_match(self.alpha_pattern, path, self.lora_alpha),
-            )
-            for path, site in layout.sites.items()
-            if self._means(site)
+            path: self.rule_for(path) for path, site in layout.sites.items() if self._means(site)
         }
+
+    def rule_for(self, path: str) -> LoRARule:
+        """The rule of a module that is meant."""
+        return self._rule(
+            _first_match(self.rank_pattern, path, self.r),
+            _first_match(self.alpha_pattern, path, self.lora_alpha),
+        )
 
     def _rule(self, rank: int, alpha: float) -> LoRARule:
         return LoRARule(

@@ -92,6 +92,16 @@ def forms_to_pack(targets: Mapping[str, Target]) -> dict[str, NumberFormat]:
     return forms
 
 
+def pack_module(path: str, module: nn.Module, form: NumberFormat) -> nn.Module:
+    """A float module in another format, frozen; `path` is for messages."""
+    if reason := _misfit(module, form):
+        raise ModelError(f"{path} cannot be quantized to {form.name}: {reason}")
+    packed = _packed(module, form)
+    # mlx attaches a bias after freezing the new module, which leaves it trainable.
+    packed.freeze()
+    return packed
+
+
 def dequantize(
     model: nn.Module, dtype: mx.Dtype | None = None, *, predicate: Predicate | None = None
 ) -> tuple[str, ...]:
@@ -269,9 +279,7 @@ def _misfit(module: nn.Module, form: NumberFormat) -> str | None:
 def _pack_all(model: nn.Module, forms: Mapping[str, NumberFormat]) -> None:
     modules = dict(model.named_modules())
     for path, form in forms.items():
-        packed = _packed(modules.pop(path), form)
-        # mlx attaches a bias after freezing the new module, which leaves it trainable.
-        packed.freeze()
+        packed = pack_module(path, modules.pop(path), form)
         mx.eval(packed.parameters())
         replace_modules(model, {path: packed})
     use_fast_products(model)

@@ -52,6 +52,11 @@ class Layout:
         endings = [path for path in paths if path.endswith(f".{words}")]
         return endings[:3] or get_close_matches(words, paths, n=3, cutoff=0.0)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an output head that is not the embedding table itself."""
+        return any(site.kind == "linear" and site.block is None for site in self.sites.values())
+
     def depth(self) -> int:
         """How many blocks there are."""
         if self.blocks is None:
@@ -73,6 +78,10 @@ class Selection(Protocol):
 
     def assign(self, layout: Layout) -> dict[str, LoRARule]:
         """The rule of each chosen site, by path; an error names every word that chose nothing."""
+        ...
+
+    def rule_for(self, path: str) -> LoRARule:
+        """The rule of a module that is known to have been chosen."""
         ...
 
 
@@ -112,6 +121,9 @@ class LastBlocks:
             for path, site in layout.sites.items()
             if site.block is not None and site.block >= first and not site.by_name
         }
+
+    def rule_for(self, path: str) -> LoRARule:
+        return self.rule
 
     def _first_block(self, layout: Layout) -> int:
         depth = layout.depth()
@@ -165,6 +177,9 @@ class RuleList:
             lines = [self._why_unused(i, taken.get(i), layout) for i in unused]
             raise AdapterError("rules do not fit the model\n  " + "\n  ".join(lines))
         return {path: self.rules[i] for path, i in chosen.items()}
+
+    def rule_for(self, path: str) -> LoRARule:
+        return next(rule for rule in self.rules if rule.matches(path))
 
     def _why_unused(self, index: int, before: int | None, layout: Layout) -> str:
         rule = self.rules[index]

@@ -9,9 +9,10 @@ from textpolicy.adapters.tree import share_tree
 def twin(model: nn.Module) -> nn.Module:
     """Another model sharing every array, with adapters of its own that begin equal.
 
-    Training or swapping the one never touches the other. The twin publishes nowhere.
+    Training or swapping the one never touches the other. The twin publishes nowhere, and of
+    several adapters it has the active one.
     """
     copy = share_tree(model)
     if container := AdapterContainer.of(model):
-        AdapterContainer(copy, container.config, container.original, container.version)
+        container.share(copy)
     return copy

@@ -251,13 +251,6 @@ def _evaluate(parser: ArgumentParser) -> None:
     _max_tokens(parser)
 
 
-def _envs(parser: ArgumentParser) -> None:
-    text = "an environment to check and show, as --env takes it (default: list all)"
-    parser.add_argument("env", nargs="?", help=text, metavar="ENV")
-    _option(parser, "data", "rows for environments that take them", metavar="FILE")
-    parser.set_defaults(model=None, threads=None)
-
-
 def _plan(parser: ArgumentParser) -> None:
     _model(parser)
     text = "JSON of adapter options: rules, or those of mlx-lm or PEFT (instead of those below)"
@@ -271,6 +264,13 @@ def _plan(parser: ArgumentParser) -> None:
     _option(parser, "rank", text, type=at_least(1))
     text = f"what multiplies the low-rank product (default: {RunSettings.scale})"
     _option(parser, "scale", text, type=positive)
+
+
+def _envs(parser: ArgumentParser) -> None:
+    text = "an environment to check and show, as --env takes it (default: list all)"
+    parser.add_argument("env", nargs="?", help=text, metavar="ENV")
+    _option(parser, "data", "rows for environments that take them", metavar="FILE")
+    parser.set_defaults(model=None, threads=None)
 
 
 def _doctor(parser: ArgumentParser) -> None:
@@ -298,17 +298,17 @@ _COMMANDS = {
         "textpolicy eval --env add --adapter runs/add/adapters.safetensors",
         _evaluate,
     ),
-    "envs": (
-        "envs",
-        "list the ready environments, or check and show one",
-        "textpolicy envs calculator",
-        _envs,
-    ),
     "plan": (
         "plan",
         "show which layers an adapter config would train, and the bytes they take",
         "textpolicy plan --model tiny --rank 8 --keys self_attn.q_proj,self_attn.v_proj",
         _plan,
+    ),
+    "envs": (
+        "envs",
+        "list the ready environments, or check and show one",
+        "textpolicy envs calculator",
+        _envs,
     ),
     "doctor": ("doctor", "report what this installation runs on", "textpolicy doctor", _doctor),
 }

@@ -91,14 +91,16 @@ def extract_params(model: nn.Module) -> dict[str, mx.array]:
     return adapters_of(model).parameters()
 
 
-def merge_weights(model: nn.Module) -> nn.Module:
+def merge_weights(
+    model: nn.Module, *, dtype: mx.Dtype | None = None, min_survival: float = 0.9
+) -> nn.Module:
     """Add the adapters into the weights in place; returns the model, plain again.
 
-    `AdapterContainer.fuse` does the same and reports how much of the update survived the rounding
-    to the dtype of the weights. A quantized base becomes float where it was adapted.
+    It is `AdapterContainer.fuse` without its report: an error if less than `min_survival` of the
+    update is left after rounding to `dtype`, by default that of the weights. A quantized base
+    becomes float where it was adapted.
     """
-    adapters_of(model).fuse()
-    return model
+    return adapters_of(model).merge_and_unload(dtype=dtype, min_survival=min_survival)
 
 
 def compute_lora_memory_savings(

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.container import attach_adapter
+from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.cpu_products import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.generation.models import find_model
@@ -44,7 +44,7 @@ def load_model(
         mx.eval(model.parameters())
     use_fast_products(model)
     if adapter_path is not None:
-        attach_adapter(model, adapter_path)
+        AdapterContainer.from_directory(adapter_path).load(model)
     return model, tokenizer
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.container import AdapterContainer, attach_adapter
-from textpolicy.adapters.files import AdapterWatcher
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
 from textpolicy.generation.engine import Row, can_batch, decode
 from textpolicy.generation.prompts import (
@@ -60,7 +60,7 @@ class ModelPolicy:
     def reload(self, path: str | Path) -> int:
         container = AdapterContainer.of(self.model)
         if container is None:
-            return attach_adapter(self.model, path).version
+            return AdapterContainer.from_directory(path).load(self.model).version
         return container.swap(path)
 
     def generate(

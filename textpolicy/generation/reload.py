@@ -7,6 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from textpolicy.adapters.folders import FolderLayout
 from textpolicy.adapters.twin import twin
 from textpolicy.generation.lora import ADAPTER_PATH, adapters_of, create_lora_setup
 from textpolicy.generation.mlx_generation import create_policy, load_model
@@ -15,9 +16,16 @@ from textpolicy.generation.policy import ModelPolicy
 ReloadFn = Callable[[str | Path], int]
 
 
-def save_adapters(model: nn.Module, path: str | Path) -> int:
-    """Write the model's adapters as one file, replaced in one step; returns their version."""
-    return adapters_of(model).publish(path)
+def save_adapters(model: nn.Module, path: str | Path, *, layout: FolderLayout | None = None) -> int:
+    """Write the model's adapters as one file, replaced in one step; returns their version.
+
+    With `layout`, `path` is a folder as mlx-lm and mlx-swift-lm ("mlx") or PEFT ("peft") load it.
+    """
+    adapters = adapters_of(model)
+    if layout is None:
+        return adapters.publish(path)
+    adapters.save(path, layout=layout)
+    return adapters.version
 
 
 def reload_model(
@@ -25,7 +33,7 @@ def reload_model(
     adapter_path: str | Path,
     tokenizer_config: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """The base model with the adapters of a file, which also says how to apply them.
+    """The base model with the adapters of a file or folder, which also says how to apply them.
 
     A base that was quantized for QLoRA is quantized in the same way again.
     """

@@ -1,0 +1,76 @@
+"""Adapters as folders and as files, told apart by what is in them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import mlx.nn as nn
+
+from textpolicy.adapters import mlx_layout, peft_layout
+from textpolicy.adapters.adapter import Adapter
+from textpolicy.adapters.files import make_folder, read_file
+from textpolicy.errors import AdapterError, ConfigError
+
+FolderLayout = Literal["mlx", "peft"]
+_WRITERS = {"mlx": mlx_layout.write_mlx, "peft": peft_layout.write_peft}
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """The adapter in one file of this library, or in a folder of mlx-lm, mlx-swift-lm or PEFT.
+
+    It is evaluated: what is written there later does not change it.
+    """
+    path = Path(path).expanduser()
+    try:
+        return _read_folder(path) if path.is_dir() else read_file(path)
+    except ConfigError as error:
+        raise AdapterError(f"{path} cannot be read as an adapter: {error}") from error
+
+
+def write_folder(
+    folder: str | Path,
+    adapter: Adapter,
+    model: nn.Module,
+    layout: FolderLayout,
+    *,
+    over_float_base: bool = False,
+) -> Path:
+    """Write an adapter of `model`, which has to be bare, as another library reads it.
+
+    Each file is replaced in one step, but the two of them are not: what is read while it is
+    written belongs into one file.
+    """
+    if layout not in get_args(FolderLayout):
+        raise ConfigError(f"layout is {layout!r}; expected one of {list(get_args(FolderLayout))}")
+    folder = Path(folder).expanduser().absolute()
+    make_folder(folder, folder)
+    if over_float_base:
+        # It is not the base that they were made for, and the file must not say so.
+        adapter = replace(adapter, fingerprint=None, quantization=None)
+    _WRITERS[layout](folder, adapter, model, over_float_base=over_float_base)
+    return folder
+
+
+def _read_folder(path: Path) -> Adapter:
+    found = {name for name in _READERS if (path / name).exists()}
+    if len(found) != 1:
+        raise AdapterError(
+            f"{path} is a folder with {sorted(found) or 'no adapters'} in it; expected one of "
+            f"{list(_READERS)}{_advice(path)}"
+        )
+    return _READERS[found.pop()](path)
+
+
+def _advice(path: Path) -> str:
+    if (path / "adapter_model.bin").exists():
+        return (
+            ". adapter_model.bin can run code when it is opened, and is not read: load it in PEFT "
+            "and save it with safe_serialization=True"
+        )
+    return ""
+
+
+_READERS = {
+    mlx_layout.TENSORS: mlx_layout.read_mlx,
+    peft_layout.TENSORS: peft_layout.read_peft,
+}

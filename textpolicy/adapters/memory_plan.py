@@ -1,0 +1,252 @@
+"""Will it fit: the memory of a step, from a model's config.json alone.
+
+Each phase is an explained sum of sizes of arrays. What is not known of a system, such as how far
+mlx starts on one operation before it is done with another, makes the sum an estimate: measured
+peaks are within 15 % of it (tests/test_memory_plan.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.plan import AdapterPlan, PlannedModule, plan
+from textpolicy.adapters.skeleton import skeleton
+from textpolicy.errors import ConfigError, ModelError
+
+_FLOAT = mx.float32.size
+# Logits, the same over the temperature, log-probabilities, and probabilities.
+_HEAD_ARRAYS = 4
+# The trainer scores positions in chunks of at most so many bytes of logits.
+_CHUNK_BYTES = 32 * 2**20
+# mlx-lm's caches grow by so many positions.
+_CACHE_STEP = 256
+_PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Estimated bytes. The first four are there all the time, the others at their peak.
+
+    activations: what blocks keep for the backward pass
+    block: of one block on all tokens at once, gone through backwards or prefilled
+    head: logits, and what scores them
+    unpacked: a packed matrix made float for a product
+    cache: keys and values of every row while decoding
+    cache_copy: one layer's cache a second time, as it grows
+    prompt_cache, prompt_block: the same two while prompts are prefilled
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    block: int
+    head: int
+    unpacked: int
+    cache: int
+    cache_copy: int
+    decode_head: int
+    prompt_cache: int
+    prompt_block: int
+
+    @property
+    def estimated_training_bytes(self) -> int:
+        """The peak of a training step."""
+        standing = self.weights + self.adapters + self.optimizer + self.gradients
+        backward = self.activations + max(self.block, self.head) + self.unpacked
+        # New weights, and the clipped gradient.
+        update = self.adapters + self.gradients
+        return standing + max(backward, update)
+
+    @property
+    def estimated_generation_bytes(self) -> int:
+        """The peak of sampling the batch."""
+        prefill = self.prompt_cache + self.prompt_block
+        fan_out = self.prompt_cache + self.cache
+        decode = self.cache + max(self.cache_copy, self.decode_head + self.unpacked)
+        return self.weights + self.adapters + max(prefill, fan_out, decode)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The widths of a transformer block, and what its adapters read and write."""
+
+    hidden: int
+    queries: int
+    keys: int
+    inner: int
+    heads: int
+    vocabulary: int
+    blocks: int
+    itemsize: int
+
+    def activations(self, tokens: int, scores: int, joined: int, beside: "_Beside") -> int:
+        """What the backward pass needs of one block.
+
+        Of each token: the residual before each half; queries before and after their norm, and
+        scaled; keys before their norm; the gate, its sigmoid, their product, and the other half.
+        Then the attention probabilities, and the keys and values that completions attend to.
+        """
+        width = 2 * self.hidden + 3 * self.queries + self.keys + 4 * self.inner + beside.inputs
+        attention = scores * self.heads + 2 * joined * self.keys
+        return (tokens * width + attention) * self.itemsize + tokens * beside.width * _FLOAT
+
+    def gradients(self, tokens: int, scores: int) -> int:
+        """Of the larger half of one block, while what it computed is still there."""
+        inner = tokens * (5 * self.inner + 2 * self.hidden)
+        attention = 2 * scores * self.heads + tokens * 4 * self.queries
+        return max(inner, attention) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What adapters make the backward pass keep of each token, in each of `blocks` blocks.
+
+    `inputs` numbers in the model's dtype are what their modules read, `width` are in float32.
+    """
+
+    inputs: int
+    width: int
+    blocks: int
+
+
+def plan_memory(
+    model: nn.Module | Mapping[str, Any],
+    config: AdapterConfig | None = None,
+    *,
+    batch: int,
+    prompt_tokens: int,
+    completion_tokens: int,
+    group_size: int = 1,
+    micro_batch_size: int | None = None,
+    checkpoint_gradients: bool = False,
+    dtype: mx.Dtype | None = None,
+) -> MemoryPlan:
+    """The memory to sample `batch` completions and to train on them with Adam.
+
+    `model` is an unadapted model or the content of its config.json, of which nothing is loaded;
+    groups of `group_size` rows share a prompt. Known are dense models whose blocks are built like
+    Llama's: Llama, Mistral, Qwen2, Qwen3 and their kin.
+    """
+    if batch < 1 or group_size < 1 or batch % group_size:
+        raise ConfigError(f"batch is {batch}; expected a multiple of group_size, {group_size}")
+    # A module is a mapping too.
+    network = model if isinstance(model, nn.Module) else skeleton(model, dtype)
+    planned = plan(network, config or AdapterConfig())
+    block = _widths(network, planned)
+    beside = _beside(planned, block)
+    rows = min(micro_batch_size or batch, batch)
+    prompts, read = ceil(rows / group_size), prompt_tokens - 1
+    tokens = rows * completion_tokens + prompts * read
+    scores = rows * completion_tokens * (completion_tokens + read) + prompts * read**2
+    joined = rows * (read + completion_tokens)
+    whole = block.activations(tokens, scores, joined, beside)
+    # A checkpointed block keeps its input and its prompts' keys and values; mlx computes the one
+    # before again beside the one that is gone through backwards.
+    kept = tokens * block.hidden + 2 * (rows + prompts) * read * block.keys
+    logits = rows * completion_tokens * block.vocabulary * _FLOAT
+    sampled = batch // group_size
+    capacity = _CACHE_STEP * ceil((read + completion_tokens) / _CACHE_STEP)
+    first = _CACHE_STEP * ceil(read / _CACHE_STEP)
+    layer = 2 * batch * capacity * block.keys * block.itemsize
+    accumulated = 2 if rows < batch else 1
+    return MemoryPlan(
+        weights=planned.base_bytes,
+        adapters=planned.adapter_bytes,
+        optimizer=2 * planned.adapter_bytes,
+        gradients=accumulated * planned.adapter_bytes,
+        activations=beside.blocks * (kept * block.itemsize if checkpoint_gradients else whole),
+        block=2 * whole if checkpoint_gradients else block.gradients(tokens, scores),
+        head=_HEAD_ARRAYS * min(logits, _CHUNK_BYTES),
+        unpacked=_unpacked(planned),
+        cache=block.blocks * layer,
+        cache_copy=layer if capacity > first else 0,
+        decode_head=_HEAD_ARRAYS * batch * block.vocabulary * _FLOAT,
+        prompt_cache=block.blocks * 2 * sampled * first * block.keys * block.itemsize,
+        prompt_block=block.activations(sampled * read, sampled * read**2, 0, beside),
+    )
+
+
+def _widths(model: nn.Module, planned: AdapterPlan) -> _Block:
+    modules = dict(model.named_modules())
+    rows = {row.path: row for row in planned.modules}
+    try:
+        args: Any = model.args
+        blocks = cast(list[nn.Module], model.layers)
+        first = next(path for path, module in modules.items() if module is blocks[0])
+        shapes = [rows[f"{first}.{name}"].shape for name in _PROJECTIONS]
+        heads: int = args.num_attention_heads
+        norm: mx.array = modules[f"{first}.input_layernorm"]["weight"]
+    except (AttributeError, KeyError) as error:
+        raise ModelError(
+            f"plan_memory knows dense blocks with {', '.join(_PROJECTIONS)}; "
+            f"{type(model).__module__} has others (no {error}). Measure a small batch with "
+            "mx.get_peak_memory instead"
+        ) from error
+    (queries, hidden), (keys, _), _, _, (inner, _), _, _ = shapes
+    return _Block(
+        hidden=hidden,
+        queries=queries,
+        keys=keys,
+        inner=inner,
+        heads=heads,
+        vocabulary=args.vocab_size,
+        blocks=len(blocks),
+        itemsize=norm.dtype.size,
+    )
+
+
+def _beside(planned: AdapterPlan, block: _Block) -> _Beside:
+    """From the first adapted block on, the backward pass needs what blocks computed."""
+    adapted = [row for row in planned.modules if row.kind != "none"]
+    inside = {row.path: _block_number(row) for row in adapted}
+    numbers = [number for number in inside.values() if number is not None]
+    if any(row.module.endswith("Embedding") for row in adapted):
+        numbers.append(0)
+    first = min(numbers, default=block.blocks)
+    deepest = max(numbers, default=first)
+    rows = [row for row in adapted if inside[row.path] == deepest]
+    read = {_input_of(row): row.shape[1] for row in rows}
+    return _Beside(
+        inputs=sum(read.values()),
+        width=sum(_kept_by(row, block) for row in rows),
+        blocks=block.blocks - first,
+    )
+
+
+def _kept_by(row: PlannedModule, block: _Block) -> int:
+    """The product with A; inputs in float32 if they are not; for DoRA the output and its update."""
+    outputs, inputs = row.shape
+    copied = inputs if block.itemsize < _FLOAT else 0
+    return (row.rank or 0) + copied + (2 * outputs if row.kind == "dora" else 0)
+
+
+def _input_of(row: PlannedModule) -> str:
+    """Modules that read the same array, which is kept once."""
+    name = row.path.rpartition(".")[2]
+    together = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    return together.get(name, name)
+
+
+def _block_number(row: PlannedModule) -> int | None:
+    return next((int(part) for part in row.path.split(".") if part.isdigit()), None)
+
+
+def _unpacked(planned: AdapterPlan) -> int:
+    """The largest packed matrix in float32, and its codes as floats beside it."""
+    packed = [row.shape for row in planned.modules if row.quantization]
+    return max((2 * rows * row * _FLOAT for rows, row in packed), default=0)
