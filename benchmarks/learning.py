@@ -43,9 +43,9 @@ from textpolicy.types import AdvantageFn
 
 ENVS = ("add", "sort", "reverse", "countdown", "calculator", "hilo")
 # Environments of several turns: how many iterations of imitation come before the run.
-WARM_UPS = {"calculator": 70, "hilo": 80}
+WARM_UPS = {"calculator": 70, "hilo": 70}
 WARM_UP_LR = 2e-3
-EPISODES: dict[str, Any] = {"steps": 60, "lr": 1e-3, "count": 256}
+EPISODES: dict[str, Any] = {"steps": 80, "groups_per_step": 8, "count": 256}
 GOLD_EPISODES = 2000
 # 512 problems give each accuracy a standard error of about 0.02.
 MARGIN = 0.03

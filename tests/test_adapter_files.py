@@ -5,27 +5,35 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.utils import save_config
 
-from tests.tiny import TOKENS, qwen3_model
+from tests.bases import trained
+from tests.tiny import TOKENS, expert_model, qwen3_model
 from textpolicy.adapters import (
     Adapter,
     AdapterConfig,
     AdapterContainer,
+    AdapterPublisher,
     AdapterWatcher,
+    LoRARule,
+    inspect_adapter,
     peek_version,
     quantize,
     read_adapter,
 )
 from textpolicy.adapters.files import destination, write_file
 from textpolicy.adapters.fingerprint import fingerprint
-from textpolicy.errors import AdapterError
+from textpolicy.errors import AdapterError, ConfigError
+from textpolicy.generation.mlx_generation import load_model
 
 KEYS = ["self_attn.q_proj", "mlp.up_proj"]
 CONFIG = AdapterConfig(rank=4, scale=2.0, keys=KEYS)
@@ -292,7 +300,8 @@ import resource, signal, sys
 import mlx.core as mx
 from textpolicy.adapters import Adapter, AdapterConfig
 from textpolicy.adapters.files import write_file
-from textpolicy.errors import AdapterError
+from textpolicy.errors import AdapterError, ConfigError
+from textpolicy.generation.mlx_generation import load_model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 arrays = {"a": mx.zeros((100_000,))}
@@ -324,39 +333,6 @@ def test_an_empty_file_may_be_replaced(path):
     path.touch()
     write(path, 3)
     assert peek_version(path) == 3
-
-
-READER = """
-import sys, time
-from textpolicy.adapters import read_adapter
-path, last, good, versions = sys.argv[1], int(sys.argv[2]), 0, set()
-print("ready", flush=True)
-deadline = time.monotonic() + 30
-while time.monotonic() < deadline:
-    file = read_adapter(path)
-    values = {float(v) for a in file.arrays.values() for v in (a.min(), a.max())}
-    assert values == {float(file.version)}, (values, file.version)
-    good += 1
-    versions.add(file.version)
-    if file.version == last:
-        break
-print(good, len(versions), max(versions))
-"""
-
-
-def test_a_reader_sees_whole_adapters_while_they_are_replaced(path):
-    count = 60
-    write(path, 0)
-    command = [sys.executable, "-c", READER, str(path), str(count)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
-        assert reader.stdout.readline() == "ready\n"
-        for version in range(1, count + 1):
-            write(path, version)
-            time.sleep(0.003)
-        good, distinct, newest = map(int, reader.stdout.read().split())
-    assert reader.returncode == 0
-    assert newest == count and good >= distinct > 3
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 # Watching
@@ -453,3 +429,301 @@ def test_fused_adapters_change_the_fingerprint():
     before = container.fingerprint
     container.fuse()
     assert fingerprint(model) != before
+
+
+# Other processes
+
+
+WRITER = """
+import sys
+import mlx.core as mx
+from textpolicy.adapters import Adapter, AdapterConfig
+from textpolicy.adapters.files import write_file
+path, count = sys.argv[1], int(sys.argv[2])
+print("ready", flush=True)
+for version in range(1, count + 1):
+    arrays = {f"layer.{name}": mx.full((64, 64), version) for name in ("lora_a", "lora_b")}
+    config = AdapterConfig(rank=4)
+    write_file(path, Adapter(origin="", arrays=arrays, config=config, version=version))
+"""
+
+
+def test_200_versions_from_another_process_are_read_whole_and_the_last_one_is_the_newest(path):
+    count = 200
+    watcher = AdapterWatcher(path)
+    command = [sys.executable, "-c", WRITER, str(path), str(count)]
+    versions: list[int] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "ready\n"
+        while not versions or versions[-1] < count:
+            adapter = read_adapter(watcher.wait(timeout=30, every=0))
+            watcher.accept()
+            values = {float(end) for a in adapter.arrays.values() for end in (a.min(), a.max())}
+            assert values == {float(adapter.version)}
+            versions.append(adapter.version)
+    assert writer.returncode == 0
+    assert versions == sorted(versions) and 3 < len(set(versions)) <= count
+    assert watcher.poll() is None
+
+
+WORKER = """
+import sys
+import mlx.core as mx
+from tests.tiny import TOKENS, qwen3_model
+from textpolicy.adapters import AdapterContainer, AdapterWatcher
+path, last = sys.argv[1], int(sys.argv[2])
+watcher = AdapterWatcher(path, from_start=True)
+model, adapters = qwen3_model(), None
+print("ready", flush=True)
+while adapters is None or adapters.version < last:
+    found = watcher.wait(timeout=30)
+    if adapters:
+        adapters.swap(found)
+    else:
+        adapters = AdapterContainer.from_directory(found).load(model)
+    watcher.accept()
+print(adapters.version, float(model(TOKENS).sum()))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_in_another_process_follows_a_publisher(path):
+    model, container = adapted()
+    publisher = AdapterPublisher(path)
+    publisher.publish(container)
+    command = [sys.executable, "-c", WORKER, str(path), "20"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout.readline() == "ready\n"
+        for _ in range(20):
+            container.swap({name: array * 1.01 for name, array in container.parameters().items()})
+            publisher.publish(container)
+        version, total = worker.stdout.read().split()
+    assert worker.returncode == 0
+    assert int(version) == 20 and float(total) == float(model(TOKENS).sum())
+
+
+def test_a_publisher_keeps_the_last_versions_as_files_of_their_own(path):
+    _model, container = adapted()
+    publisher = AdapterPublisher(path, keep=2)
+    for version in range(4):
+        container.version = version
+        assert publisher.publish(container) == version
+    assert sorted(publisher.versions()) == [2, 3]
+    assert {file.name for file in path.parent.iterdir()} == {
+        "adapters.safetensors",
+        "adapters-00000002.safetensors",
+        "adapters-00000003.safetensors",
+    }
+    assert read_adapter(publisher.versions()[2]).version == 2
+    assert read_adapter(path).version == 3
+    with pytest.raises(ConfigError, match="keep is -1"):
+        AdapterPublisher(path, keep=-1)
+
+
+def test_a_watcher_that_waits_in_vain_says_where_it_looked(path):
+    with pytest.raises(AdapterError, match=r"no new adapters in .*adapters\.safetensors for 0"):
+        AdapterWatcher(path).wait(timeout=0)
+
+
+# Folders of mlx-lm
+
+
+def from_mlx_lm(model: nn.Module, folder: Path) -> nn.Module:
+    """The bare model with a folder's adapters, as mlx-lm puts them on."""
+    model.freeze()
+    return load_adapters(model, str(folder)).eval()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_mlx_lm_computes_the_same_from_what_we_save(tmp_path, kind, bits):
+    def base() -> nn.Module:
+        model = qwen3_model()
+        if bits:
+            nn.quantize(model, bits=bits)
+        return model
+
+    model = base()
+    container = AdapterContainer.from_model(
+        model, AdapterConfig(num_layers=1, kind=kind, rank=4, scale=3.0, keys=KEYS)
+    )
+    container.swap(trained(container))
+    folder = container.save(tmp_path / "saved")
+    assert {file.name for file in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapters.safetensors",
+    }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config == {
+        "fine_tune_type": kind,
+        "num_layers": 1,
+        "lora_parameters": {"rank": 4, "scale": 3.0, "dropout": 0.0, "keys": KEYS[::-1]},
+    }
+    assert mx.allclose(from_mlx_lm(base(), folder)(TOKENS), model(TOKENS), atol=1e-5)
+
+
+def test_mlx_lm_load_takes_the_folder_and_the_model_together(tmp_path, tiny):
+    model, _ = load_model("tiny", dtype=mx.bfloat16)
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=4))
+    container.swap(trained(container))
+    folder = container.save(tmp_path)
+    theirs, _ = mlx_lm.load(str(tiny), adapter_path=str(folder))
+    base, _ = mlx_lm.load(str(tiny))
+    theirs, ours, base = theirs(TOKENS), model(TOKENS), base(TOKENS)
+    # All are in bfloat16: the difference is rounding, the change is not.
+    assert float(mx.abs(theirs - ours).max()) < 0.3 < float(mx.abs(base - ours).max()) / 5
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_mlx_lm_saves_computes_the_same_here(tmp_path, kind):
+    model = qwen3_model()
+    parameters = {"rank": 4, "scale": 5.0, "dropout": 0.0, "keys": KEYS}
+    linear_to_lora_layers(model, 2, parameters, use_dora=kind == "dora")
+    tensors = {
+        name: array + mx.random.normal(array.shape) * 0.1
+        for name, array in tree_flatten(model.parameters(), destination={}).items()
+        if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
+    }
+    model.load_weights(list(tensors.items()), strict=False)
+    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": parameters}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+    save_config(config | {"batch_size": 4, "iters": 100}, tmp_path / "adapter_config.json")
+    ours = qwen3_model()
+    container = AdapterContainer.from_directory(tmp_path).load(ours)
+    assert mx.allclose(ours(TOKENS), model.eval()(TOKENS), atol=1e-5)
+    assert container.config.rules[0].scale == 5.0 and container.version == 0
+
+
+def test_many_ranks_and_scales_are_one_rank_and_scale_for_mlx_lm(tmp_path):
+    model = qwen3_model()
+    rules = [
+        LoRARule(module_path=".*q_proj", rank=2, scale=0.5),
+        LoRARule(module_path=r".*layers\.1.*up_proj", rank=5, scale=4.0),
+        LoRARule(module_path=".*embed_tokens", rank=3, scale=1.0),
+    ]
+    container = AdapterContainer.from_model(model, AdapterConfig(rules=rules))
+    container.swap(trained(container))
+    folder = container.save(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 5 and config["lora_parameters"]["scale"] == 1
+    # No set of paths inside blocks names just these modules, so they are whole paths.
+    assert "model.layers.1.mlp.up_proj" in config["lora_parameters"]["keys"]
+    for again in (from_mlx_lm(qwen3_model(), folder), loaded(qwen3_model(), folder)):
+        assert mx.allclose(again(TOKENS), model(TOKENS), atol=1e-5)
+
+
+def loaded(model: nn.Module, folder: Path) -> nn.Module:
+    AdapterContainer.from_directory(folder).load(model)
+    return model
+
+
+def test_experts_are_saved_in_mlx_lms_own_axes(tmp_path):
+    model = expert_model()
+    config = AdapterConfig(rank=2, keys=["mlp.switch_mlp.up_proj", "self_attn.q_proj"])
+    container = AdapterContainer.from_model(model, config)
+    container.swap(trained(container))
+    folder = container.save(tmp_path)
+    assert mx.allclose(from_mlx_lm(expert_model(), folder)(TOKENS), model(TOKENS), atol=1e-5)
+
+
+def test_a_folder_for_mlx_lm_keeps_version_and_base(tmp_path):
+    model, container = adapted()
+    container.version = 9
+    adapter = read_adapter(container.save(tmp_path))
+    assert adapter.version == 9 and adapter.fingerprint == fingerprint(model)
+    assert peek_version(tmp_path / "adapters.safetensors") == 9
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            AdapterConfig(
+                rules=[
+                    LoRARule(module_path=".*q_proj", kind="dora"),
+                    LoRARule(module_path=".*v_proj"),
+                ]
+            ),
+            "one kind for all modules",
+        ),
+        (
+            AdapterConfig(rules=[LoRARule(module_path=".*q_proj", bias=True)]),
+            "adapters have no bias",
+        ),
+        (
+            AdapterConfig(rules=[LoRARule(module_path=".*q_proj", weight_qtype="nf4")]),
+            "base in NF4.*over_float_base=True",
+        ),
+    ],
+)
+def test_what_mlx_lm_cannot_load_is_refused_before_anything_is_written(config, message, tmp_path):
+    model = qwen3_model()
+    container = AdapterContainer.from_model(model, config)
+    with pytest.raises(AdapterError, match=message):
+        container.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_an_adapter_of_mlx_lm_is_refused(tmp_path):
+    """mlx-lm itself takes a folder with one tensor of many, or with DoRA's lengths missing."""
+    _model, container = adapted(config=AdapterConfig(kind="dora", rank=4, scale=2.0, keys=KEYS))
+    folder = container.save(tmp_path)
+    tensors = container.parameters()
+    del tensors["model.layers.0.self_attn.q_proj.m"]
+    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
+    with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj\.m: missing"):
+        AdapterContainer.from_directory(folder).load(qwen3_model())
+
+
+def test_whole_weights_of_mlx_lm_are_refused(tmp_path):
+    _model, container = adapted()
+    folder = container.save(tmp_path)
+    tensors = container.parameters() | {"model.norm.weight": mx.ones((64,))}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
+    with pytest.raises(AdapterError, match=r"model\.norm\.weight and 0 more tensors"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"lora_parameters": {"rank": 4}}'])
+def test_a_config_that_says_too_little_is_refused_with_its_folder(tmp_path, text):
+    _model, container = adapted()
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), container.parameters())
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterError, match=str(tmp_path)):
+        read_adapter(tmp_path)
+
+
+def test_an_unknown_layout_is_refused(tmp_path):
+    _model, container = adapted()
+    with pytest.raises(ConfigError, match=r"layout is 'gguf'; expected one of \['mlx', 'peft'\]"):
+        container.save(tmp_path, layout="gguf")
+
+
+# Looking into them
+
+
+@pytest.mark.parametrize("layout", ["file", "mlx", "peft"])
+def test_an_adapter_is_inspected_without_its_model(tmp_path, layout):
+    _model, container = adapted()
+    container.version = 3
+    where = tmp_path / "a.safetensors"
+    if layout == "file":
+        container.publish(where)
+    else:
+        where = container.save(tmp_path / layout, layout=layout)
+    summary = inspect_adapter(where)
+    tensors = container.parameters().values()
+    assert summary.version == 3 and summary.fingerprint == container.fingerprint
+    assert summary.parameters == sum(array.size for array in tensors)
+    assert summary.bytes == 4 * summary.parameters and list(summary.dtypes) == ["float32"]
+    assert [module.path for module in summary.modules] == sorted(container.layers())
+    assert {(m.kind, m.rank, m.scale) for m in summary.modules} == {("lora", 4, 2.0)}
+    assert "version 3" in str(summary) and "mlp.up_proj" in str(summary)
+
+
+def test_inspecting_names_numbers_that_are_none(path):
+    model, container = adapted()
+    layer = model.layers[0].mlp.up_proj
+    layer.lora_b = layer.lora_b * mx.inf
+    container.publish(path)
+    assert inspect_adapter(path).not_finite == ["model.layers.0.mlp.up_proj.lora_b"]

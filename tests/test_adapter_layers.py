@@ -436,3 +436,12 @@ def test_bases_are_untouched_by_their_adapters():
     after = arrays(container.unload())
     assert after.keys() == before.keys()
     assert all(after[name] is array for name, array in before.items())
+
+
+@pytest.mark.parametrize("make", [qwen3_model, expert_model])
+def test_the_size_of_the_product_is_known_without_making_it(make):
+    _model, container = adapt(make)
+    container.swap(trained(container))
+    for layer in container.layers().values():
+        expected = float(mx.square(layer.delta()).sum())
+        assert float(layer.product_square()) == pytest.approx(expected, rel=1e-4)

@@ -117,6 +117,10 @@ def test_quantizing_again_happens_when_asked_for_and_is_measured(qtype):
     kept = ((float_weight(fused) - base) * delta).sum() / mx.square(delta).sum()
     found = {module.path: module.survival for module in report.modules}
     assert found["model.layers.0.self_attn.q_proj"] == pytest.approx(float(kept), abs=1e-4)
+    noise = {module.path: module.noise for module in report.modules}
+    changed = mx.linalg.norm(float_weight(fused) - base - delta) / mx.linalg.norm(delta)
+    assert noise["model.layers.0.self_attn.q_proj"] == pytest.approx(float(changed), abs=1e-4)
+    assert min(noise.values()) <= report.noise <= max(noise.values())
 
 
 def test_float_modules_stay_float_when_the_same_format_is_asked_for():
@@ -198,7 +202,7 @@ def test_the_active_adapter_is_merged_and_the_others_stay_in_the_container():
     half = model(TOKENS)
     container.fuse()
     assert mx.allclose(model(TOKENS), half, atol=1e-5)
-    assert container.names == ("default", "half") and container.name == "half"
+    assert container.names == ("half", "default") and container.name == "half"
 
 
 def test_merged_adapters_cannot_be_put_on_the_merged_model():

@@ -5,23 +5,28 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from tests.tiny import TOKENS, biased_model, qwen3_model
+from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.adapters import (
     AdapterConfig,
     AdapterContainer,
+    LoRARule,
+    inspect_adapter,
     memory_stats,
     quantize,
     twin,
 )
+from textpolicy.adapters.files import write_file
 from textpolicy.adapters.layers import adapter_layers
-from textpolicy.adapters.quantization import float_weight
+from textpolicy.adapters.quantization import float_weight, is_quantized
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.generation.lora import (
     apply_lora,
@@ -413,12 +418,14 @@ def test_the_adapters_of_a_deep_copy_are_refused():
 
 
 def test_a_dropped_model_is_freed_at_once():
-    model, container = adapt()
-    gone = weakref.ref(model)
+    model, container = adapt(config=AdapterConfig(rank=4, kind="dora"))
+    container.add("other", container.adapter())
+    container.activate("other")
+    gone = [weakref.ref(model), weakref.ref(model.layers[0].mlp.up_proj.base)]
     gc.disable()
     try:
         del model
-        assert gone() is None
+        assert not any(ref() for ref in gone)
     finally:
         gc.enable()
     with pytest.raises(AdapterError, match="no longer exists"):
@@ -635,3 +642,368 @@ def test_a_model_that_an_adapter_does_not_fit_stays_unadapted(tmp_path):
     with pytest.raises(AdapterError, match="base fingerprint"):
         AdapterContainer.from_directory(path).load(other)
     assert AdapterContainer.of(other) is None
+
+
+# Apart from a model, and on it again
+
+
+@pytest.mark.parametrize("make", BASES)
+def test_unloaded_adapters_can_be_loaded_again(make):
+    model, container = adapt(make)
+    container.swap(trained(container), version=4)
+    adapted = model(TOKENS)
+    container.unload()
+    assert container.version == 4 and len(container.parameters()) == 28
+    assert container.load(model) is container and AdapterContainer.of(model) is container
+    assert mx.array_equal(model(TOKENS), adapted)
+    assert container.version == 4
+
+
+def test_adapters_are_hot_swapped_by_unloading_one_and_loading_another(tmp_path):
+    model, first = adapt()
+    first.swap(trained(first, 1))
+    first.publish(tmp_path / "first.safetensors")
+    with_first = model(TOKENS)
+    first.unload()
+    second = AdapterContainer.from_model(model, AdapterConfig(kind="dora", keys=["mlp.up_proj"]))
+    second.swap(trained(second, 2))
+    second.unload()
+    AdapterContainer.from_directory(tmp_path / "first.safetensors").load(model)
+    assert mx.array_equal(model(TOKENS), with_first)
+
+
+def test_loading_freezes_the_rest_and_unloading_gives_it_back():
+    model, container = adapt()
+    container.unload()
+    before = tree_flatten(model.trainable_parameters(), destination={}).keys()
+    container.load(model)
+    assert tree_flatten(model.trainable_parameters(), destination={}).keys() == (
+        container.parameters().keys()
+    )
+    container.unload()
+    assert tree_flatten(model.trainable_parameters(), destination={}).keys() == before
+
+
+def test_a_container_is_on_one_model_at_a_time_and_a_model_in_one_container():
+    model, container = adapt()
+    other = qwen3_model()
+    with pytest.raises(AdapterError, match=r"unload\(\) them first"):
+        container.load(other)
+    container.unload()
+    container.load(other)
+    AdapterContainer.from_model(model, CONFIG)
+    container.unload()
+    with pytest.raises(AdapterError, match="already has adapters"):
+        container.load(model)
+
+
+def test_an_unloaded_container_does_not_hold_the_model():
+    model, container = adapt()
+    gone = [weakref.ref(model), weakref.ref(model.layers[0].mlp.up_proj.base)]
+    container.add("other", container.adapter())
+    container.unload()
+    gc.disable()
+    try:
+        del model
+        assert not any(ref() for ref in gone)
+    finally:
+        gc.enable()
+    assert container.names == ("default", "other")
+
+
+def test_rules_that_quantize_do_so_before_adapters_of_a_file_are_put_on(tmp_path):
+    rules = [LoRARule(module_path=".*q_proj", rank=2, weight_qtype="nf4")]
+    model, container = adapt(config=AdapterConfig(rules=rules))
+    container.swap(trained(container))
+    container.publish(tmp_path / "a.safetensors")
+    other = qwen3_model()
+    AdapterContainer.from_directory(tmp_path / "a.safetensors").load(other)
+    assert other.layers[0].self_attn.q_proj.base.mode == "nf4"
+    assert mx.array_equal(model(TOKENS), other(TOKENS))
+
+
+def test_a_base_is_not_quantized_for_adapters_that_do_not_fit_it(tmp_path):
+    _model, container = adapt(in_4_bits)
+    tensors = container.parameters()
+    tensors.popitem()
+    adapter = replace(container.adapter(), arrays=tensors)
+    write_file(tmp_path / "a.safetensors", adapter)
+    other = qwen3_model()
+    with pytest.raises(AdapterError, match="missing"):
+        AdapterContainer.from_directory(tmp_path / "a.safetensors").load(other)
+    assert not any(is_quantized(module) for module in other.modules())
+
+
+# Other ranks and scales
+
+
+def other_rank(tmp_path, rank: int, make=qwen3_model, **words):
+    """A model with trained adapters of a rank, and their file."""
+    model, container = adapt(make, AdapterConfig(rank=rank, **words))
+    container.swap(trained(container, rank), version=rank)
+    container.publish(tmp_path / f"{rank}.safetensors")
+    return model, tmp_path / f"{rank}.safetensors"
+
+
+@pytest.mark.parametrize("make", [qwen3_model, in_4_bits])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_compiled_function_sees_a_swap_to_another_rank_and_scale(tmp_path, make, kind):
+    theirs, path = other_rank(tmp_path, 7, make, scale=0.5, kind=kind)
+    model, container = adapt(make, AdapterConfig(rank=4, scale=3.0, kind=kind))
+    compiled = mx.compile(model, inputs=[model.state])
+    before = compiled(TOKENS)
+    container.swap(trained(container))
+    swapped = compiled(TOKENS)
+    assert float(mx.abs(swapped - before).max()) > 0.01
+    assert container.swap(path) == 7
+    assert mx.allclose(compiled(TOKENS), theirs(TOKENS), atol=1e-5)
+    assert not mx.allclose(compiled(TOKENS), swapped, atol=0.01)
+    assert {layer.rank for layer in container.layers().values()} == {7}
+
+
+def test_tensors_of_another_rank_are_swapped_in_and_written_with_it(tmp_path):
+    model, container = adapt(config=AdapterConfig(rank=2, scale=1.5))
+    wide = AdapterContainer.from_model(other := qwen3_model(), AdapterConfig(rank=6))
+    container.swap(trained(wide))
+    container.publish(tmp_path / "a.safetensors")
+    assert {m.rank for m in inspect_adapter(tmp_path / "a.safetensors").modules} == {6}
+    wide.unload()
+    AdapterContainer.from_directory(tmp_path / "a.safetensors").load(other)
+    assert mx.array_equal(model(TOKENS), other(TOKENS))
+
+
+def test_tensors_that_disagree_about_their_rank_are_refused():
+    _model, container = adapt()
+    tensors = trained(container)
+    name = "model.layers.0.mlp.up_proj.lora_a"
+    tensors[name] = mx.zeros((64, 9))
+    with pytest.raises(AdapterError, match=r"up_proj\.lora_b: shape \(4, 128\), model has \(9,"):
+        container.swap(tensors)
+
+
+def test_a_scale_that_was_set_is_the_scale_that_is_written(tmp_path):
+    model, container = adapt()
+    container.swap(trained(container))
+    for layer in container.layers().values():
+        layer.set_scale(0.25)
+    container.publish(tmp_path / "a.safetensors")
+    assert {m.scale for m in inspect_adapter(tmp_path / "a.safetensors").modules} == {0.25}
+    other = qwen3_model()
+    AdapterContainer.from_directory(tmp_path / "a.safetensors").load(other)
+    assert mx.array_equal(model(TOKENS), other(TOKENS))
+
+
+def test_a_swap_takes_the_dropout_of_the_file_and_does_not_turn_it_on(tmp_path):
+    _model, path = other_rank(tmp_path, 4, dropout=0.5)
+    model, container = adapt()
+    model.eval()
+    container.swap(path)
+    assert container.config.dropout == 0.5
+    assert mx.array_equal(model(TOKENS), model(TOKENS))
+
+
+# Several by name
+
+
+@pytest.fixture
+def pair() -> tuple[nn.Module, AdapterContainer, dict[str, mx.array]]:
+    """A model with two adapters of different kinds, ranks and modules, and what each computes."""
+    model = qwen3_model()
+    config = AdapterConfig(rank=3, kind="dora", keys=["self_attn.q_proj", "lm_head"])
+    other = AdapterContainer.from_model(model, config)
+    other.swap(trained(other, 2), version=8)
+    logits = {"code": model(TOKENS)}
+    other.unload()
+    container = AdapterContainer.from_model(model, CONFIG, name="math")
+    container.swap(trained(container, 1), version=5)
+    container.add("code", other.adapter())
+    return model, container, logits | {"math": model(TOKENS)}
+
+
+def test_adapters_stand_side_by_side_and_one_is_active(pair):
+    model, container, logits = pair
+    assert container.names == ("math", "code") and container.name == "math"
+    for name in ["code", "math", "code"]:
+        container.activate(name)
+        assert mx.array_equal(model(TOKENS), logits[name])
+        assert container.version == {"math": 5, "code": 8}[name]
+    assert container.config.rules[0].kind == "dora"
+    assert tree_flatten(model.trainable_parameters(), destination={}).keys() == (
+        container.parameters().keys()
+    )
+
+
+def test_a_compiled_function_sees_another_adapter_become_active(pair):
+    model, container, logits = pair
+    compiled = mx.compile(model, inputs=[model.state])
+    for name in ["math", "code", "math"]:
+        container.activate(name)
+        assert mx.allclose(compiled(TOKENS), logits[name], atol=1e-5)
+
+
+def test_training_one_adapter_leaves_the_other_alone(pair):
+    model, container, logits = pair
+    train(model)
+    container.activate("code")
+    assert mx.array_equal(model(TOKENS), logits["code"])
+
+
+def test_the_reference_stays_the_base_while_adapters_change_places(pair):
+    model, container, logits = pair
+    base = qwen3_model()(TOKENS)
+    with container.disabled():
+        container.activate("code")
+        assert mx.array_equal(model(TOKENS), base)
+    assert mx.array_equal(model(TOKENS), logits["code"])
+    container.activate("math")
+    assert mx.array_equal(model(TOKENS), logits["math"])
+
+
+def test_all_of_them_come_off_and_on_together(pair):
+    model, container, logits = pair
+    container.unload()
+    assert mx.array_equal(model(TOKENS), qwen3_model()(TOKENS))
+    container.load(model)
+    assert mx.array_equal(model(TOKENS), logits["math"])
+    container.activate("code")
+    assert mx.array_equal(model(TOKENS), logits["code"])
+
+
+def test_names_are_taken_once_found_or_listed_and_dropped(pair):
+    _model, container, _logits = pair
+    with pytest.raises(AdapterError, match="named 'code' already"):
+        container.add("code", container.adapter())
+    with pytest.raises(
+        AdapterError, match=r"no adapter is named 'kode'; there are \['math', 'code"
+    ):
+        container.activate("kode")
+    with pytest.raises(AdapterError, match="'math' is the active adapter"):
+        container.remove("math")
+    container.remove("code")
+    assert container.names == ("math",)
+
+
+def test_an_adapter_of_another_base_cannot_stand_beside(pair, tmp_path):
+    _model, container, _logits = pair
+    other = qwen3_model(seed=1)
+    AdapterContainer.from_model(other, CONFIG).publish(tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="base fingerprint"):
+        container.add("other", tmp_path / "a.safetensors")
+    assert container.names == ("math", "code") and len(container.layers()) == 14
+
+
+def test_a_twin_has_the_active_adapter(pair):
+    model, container, logits = pair
+    container.activate("code")
+    own = AdapterContainer.of(other := twin(model))
+    assert own.names == ("code",) and own.version == 8
+    assert mx.array_equal(other(TOKENS), logits["code"])
+
+
+# Combined
+
+
+@pytest.fixture
+def summands() -> tuple[nn.Module, AdapterContainer]:
+    """A model with two LoRA adapters of different ranks, one of them on fewer modules."""
+    model = qwen3_model()
+    narrow = AdapterConfig(rank=2, scale=0.5, keys=["self_attn.q_proj"])
+    other = AdapterContainer.from_model(model, narrow)
+    other.swap(trained(other, 2))
+    other.unload()
+    container = AdapterContainer.from_model(model, CONFIG, name="a")
+    container.swap(trained(container, 1))
+    container.add("b", other.adapter())
+    return model, container
+
+
+def deltas(container: AdapterContainer, name: str) -> dict[str, mx.array]:
+    container.activate(name)
+    return {path: layer.delta() for path, layer in container.layers().items()}
+
+
+def test_side_by_side_is_the_exact_sum_of_the_updates(summands):
+    _model, container = summands
+    container.combine("sum", {"a": 0.75, "b": -2.0})
+    a, b, total = (deltas(container, name) for name in ("a", "b", "sum"))
+    assert total.keys() == a.keys() > b.keys()
+    for path, delta in total.items():
+        expected = 0.75 * a[path] - 2.0 * b.get(path, mx.zeros(delta.shape))
+        assert mx.allclose(delta, expected, atol=1e-6)
+    ranks = {layer.rank for layer in container.layers().values()}
+    assert ranks == {4, 6}
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_nearest_of_a_rank_is_numpys_truncated_svd(summands, rank):
+    _model, container = summands
+    container.combine("sum", {"a": 1.0, "b": 1.0})
+    container.combine("near", {"a": 1.0, "b": 1.0}, "svd", rank=rank)
+    path = "model.layers.0.self_attn.q_proj"
+    u, s, v = np.linalg.svd(np.array(deltas(container, "sum")[path]))
+    kept = rank or 4
+    expected = (u[:, :kept] * s[:kept]) @ v[:kept]
+    near = deltas(container, "near")[path]
+    assert np.allclose(np.array(near), expected, atol=1e-5)
+    assert container.layers()[path].rank == kept
+
+
+def test_a_linear_combination_needs_equal_ranks_and_keeps_them(summands):
+    _model, container = summands
+    with pytest.raises(AdapterError, match=r"ranks \[2, 4\] cannot be summed; use method 'cat'"):
+        container.combine("sum", {"a": 1.0, "b": 1.0}, "linear")
+    container.combine("half", {"a": 0.5}, "linear")
+    a, half = deltas(container, "a"), deltas(container, "half")
+    assert all(mx.allclose(half[path], 0.5 * a[path], atol=1e-6) for path in a)
+
+
+def test_experts_and_offsets_combine_too():
+    model = expert_model()
+    rules = [
+        LoRARule(module_path=".*switch_mlp.*", rank=2),
+        LoRARule(module_path=".*q_proj", rank=2, bias=True),
+    ]
+    container = AdapterContainer.from_model(model, AdapterConfig(rules=rules))
+    container.swap(trained(container))
+    full = model(TOKENS)
+    for method in ["cat", "svd", "linear"]:
+        container.combine(method, {"default": 1.0}, method)
+        container.activate(method)
+        assert mx.allclose(model(TOKENS), full, atol=1e-4), method
+
+
+def test_a_combination_is_an_adapter_like_any_other(summands, tmp_path):
+    model, container = summands
+    container.combine("sum", {"a": 1.0, "b": 0.5})
+    container.activate("sum")
+    assert container.version == 0
+    for where in (tmp_path / "a.safetensors", tmp_path / "mlx", tmp_path / "peft"):
+        if where.suffix:
+            container.publish(where)
+        else:
+            container.save(where, layout=where.name)
+        other = qwen3_model()
+        AdapterContainer.from_directory(where).load(other)
+        assert mx.allclose(other(TOKENS), model(TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "method", "rank", "message"),
+    [
+        ({}, "cat", None, "weights is empty"),
+        ({"a": 1.0}, "mean", None, "method is 'mean'"),
+        ({"a": 1.0}, "cat", 3, "rank is 3 for method 'cat'"),
+        ({"a": 1.0}, "svd", 0, "rank is 0"),
+        ({"c": 1.0}, "cat", None, "no adapter is named 'c'"),
+    ],
+)
+def test_a_combination_that_makes_no_sense_says_why(summands, weights, method, rank, message):
+    _model, container = summands
+    with pytest.raises((AdapterError, ConfigError), match=message):
+        container.combine("sum", weights, method, rank=rank)
+
+
+def test_lengths_of_dora_do_not_add_up(pair):
+    _model, container, _logits = pair
+    with pytest.raises(AdapterError, match="'code' has DoRA on lm_head and 2 more"):
+        container.combine("sum", {"math": 1.0, "code": 1.0})

@@ -1,5 +1,6 @@
 """Accounting: what a model takes, measured; and what it will take, before it is there."""
 
+import gc
 import json
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.bases import BASES, arrays, in_bfloat16, packed
-from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
+from tests.tiny import SIZES, TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.adapters import (
     AdapterConfig,
     AdapterContainer,
@@ -19,10 +20,15 @@ from textpolicy.adapters import (
     print_trainable_parameters,
     quantize,
 )
+from textpolicy.adapters.memory_plan import plan_memory
 from textpolicy.adapters.quantization import format_of, weight_shape
 from textpolicy.adapters.skeleton import skeleton
+from textpolicy.algorithms import grpo
 from textpolicy.cli.main import main
-from textpolicy.errors import AdapterError, ModelError
+from textpolicy.errors import AdapterError, ConfigError, ModelError
+from textpolicy.generation.engine import decode
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
 
 CONFIG = AdapterConfig(rank=4, scale=2.0)
 
@@ -225,3 +231,183 @@ def test_the_command_says_what_it_cannot_plan(capsys, tmp_path, content, words, 
     path.write_text(content)
     assert main(["plan", "--adapter-config", str(path), *words]) == 1
     assert message in capsys.readouterr().err
+
+
+# Will it fit
+
+
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+TINY = SHAPE | {"hidden_size": 192, "intermediate_size": 256, "num_key_value_heads": 1}
+TINY |= {"head_dim": 64, "vocab_size": 320, "tie_word_embeddings": True}
+WIDE = SHAPE | {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
+# Blocks, groups, rows of each, tokens of prompts and of completions.
+STEPS = {
+    "like the embedded model": ((4, 2, 8, 16, 64), TINY, {}),
+    "deeper": ((8, 1, 4, 64, 96), SHAPE, {}),
+    "long prompts": ((4, 1, 4, 200, 64), SHAPE, {}),
+    "large vocabulary": ((4, 1, 4, 32, 96), SHAPE | {"vocab_size": 16384}, {}),
+    "the last blocks": ((8, 1, 4, 64, 96), SHAPE, {"config": {"num_layers": 2}}),
+    "two projections": (
+        (6, 1, 4, 64, 96),
+        SHAPE,
+        {"config": {"keys": ["self_attn.q_proj", "self_attn.v_proj"]}},
+    ),
+    "dora": ((4, 1, 4, 64, 96), SHAPE, {"config": {"kind": "dora"}}),
+    "micro-batches": ((4, 2, 4, 64, 96), SHAPE, {"micro_batch_size": 4}),
+    "checkpoints": ((6, 1, 4, 64, 96), SHAPE, {"checkpoint_gradients": True}),
+    "quantized": ((4, 1, 8, 32, 32), WIDE, {"mode": "affine"}),
+    "nf4": ((4, 1, 8, 32, 32), WIDE, {"mode": "nf4"}),
+}
+
+
+def rollout_groups(groups, size, prompt, completion):
+    def rollout(group, member):
+        tokens = [(7 * i + group) % 96 for i in range(prompt)]
+        tokens += [(5 * i + member) % 96 for i in range(completion)]
+        return Rollout(
+            tokens=tokens,
+            mask=[False] * prompt + [True] * completion,
+            logprobs=[0.0] * prompt + [-1.0] * completion,
+            completion="",
+            reward=float(member % 2),
+            stop_reason=StopReason.LENGTH,
+            sampling=Sampling(),
+            version=NOT_SAMPLED,
+        )
+
+    return [
+        RolloutGroup(task=Task(id=str(g), prompt=""), rollouts=[rollout(g, m) for m in range(size)])
+        for g in range(groups)
+    ]
+
+
+def prepared(blocks, shape, config, mode):
+    """A model of its own and what was there before it, with mlx's free memory given back."""
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = qwen3_model(layers=blocks, **shape)
+    if mode:
+        quantize(model, mode=mode)
+    AdapterContainer.from_model(model, AdapterConfig(rank=8, **config))
+    return model, before
+
+
+def peak_of(compute, before):
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    compute()
+    return mx.get_peak_memory() - before
+
+
+def planned_for(step):
+    (blocks, groups, size, prompt, completion), shape, words = STEPS[step]
+    words = dict(words)
+    mode = words.pop("mode", None)
+    config = words.pop("config", {})
+    architecture = SIZES | {"model_type": "qwen3", "num_hidden_layers": blocks, "head_dim": 32}
+    architecture |= {"tie_word_embeddings": False} | shape
+    if mode == "nf4":
+        architecture = packed_model(architecture, mode)
+    elif mode:
+        architecture["quantization"] = {"group_size": 64, "bits": 4, "mode": mode}
+    planned = plan_memory(
+        architecture,
+        AdapterConfig(rank=8, **config),
+        batch=groups * size,
+        group_size=size,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        **words,
+    )
+    return planned, config, mode
+
+
+def packed_model(architecture, mode):
+    model = skeleton(architecture)
+    quantize(model, mode=mode)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_a_training_step_peaks_where_the_plan_says(step):
+    (blocks, groups, size, prompt, completion), shape, words = STEPS[step]
+    planned, config, mode = planned_for(step)
+    model, before = prepared(blocks, shape, config, mode)
+    options = {name: words[name] for name in words.keys() - {"config", "mode"}}
+    trainer = Trainer(
+        model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(learning_rate=1e-4), **options
+    )
+    rollouts = rollout_groups(groups, size, prompt, completion)
+    trainer.train(rollouts)
+    peak = peak_of(lambda: trainer.train(rollouts), before)
+    assert planned.estimated_training_bytes == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step", ["like the embedded model", "deeper", "long prompts", "large vocabulary", "quantized"]
+)
+def test_sampling_peaks_where_the_plan_says(step):
+    (blocks, groups, size, prompt, completion), shape, _ = STEPS[step]
+    planned, config, mode = planned_for(step)
+    model, before = prepared(blocks, shape, config, mode)
+    prompts = [[(7 * i + group) % 96 for i in range(prompt)] for group in range(groups)]
+
+    def sample():
+        decode(
+            model,
+            prompts,
+            n=size,
+            sampling=Sampling(max_tokens=completion),
+            stop=lambda tokens: None,
+            seed=0,
+            max_rows=groups * size,
+        )
+
+    assert planned.estimated_generation_bytes == pytest.approx(peak_of(sample, before), rel=0.15)
+
+
+def test_the_memory_of_a_model_that_is_not_here_is_planned_without_loading_anything():
+    qwen3_8b = {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }
+    before = mx.get_active_memory()
+    step = {"batch": 64, "group_size": 8, "prompt_tokens": 256, "completion_tokens": 512}
+    planned = plan_memory(qwen3_8b, dtype=mx.bfloat16, micro_batch_size=2, **step)
+    # 8.19 billion parameters in two bytes each.
+    assert planned.weights == pytest.approx(2 * 8.19e9, rel=0.01)
+    assert planned.optimizer == 2 * planned.adapters
+    lean = plan_memory(
+        qwen3_8b, dtype=mx.bfloat16, micro_batch_size=2, checkpoint_gradients=True, **step
+    )
+    assert lean.estimated_training_bytes < planned.estimated_training_bytes
+    packed_8b = qwen3_8b | {"quantization": {"group_size": 64, "bits": 4}}
+    assert plan_memory(packed_8b, dtype=mx.bfloat16, **step).weights < planned.weights / 3.5
+    assert mx.get_active_memory() - before < 2**20
+
+
+def test_a_step_that_is_no_step_and_a_model_that_is_not_known_are_refused():
+    with pytest.raises(ConfigError, match="batch is 6; expected a multiple of group_size, 4"):
+        plan_memory(qwen3_model(), batch=6, group_size=4, prompt_tokens=8, completion_tokens=8)
+    with pytest.raises(ModelError, match=r"knows dense blocks.*get_peak_memory"):
+        plan_memory(expert_model(), batch=4, prompt_tokens=8, completion_tokens=8)

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.bases import arrays, trained
-from textpolicy.adapters import AdapterConfig, AdapterContainer, attach_adapter, plan, quantize
+from textpolicy.adapters import AdapterConfig, AdapterContainer, plan, quantize
 from textpolicy.adapters.dora import DoRALinear
 from textpolicy.adapters.lora import LoRALinear
 from textpolicy.errors import AdapterError, ConfigError
@@ -98,17 +98,32 @@ def test_from_model_is_ready_for_training(model):
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_applying_an_adapter_of_a_file(model, load_tiny, tmp_path, kind):
+    # A file, or a directory with adapter_config.json and adapters.safetensors.
     expected = trained_file(load_tiny, tmp_path / "a.safetensors", kind=kind)
     before = model(PROMPT)
-    attach_adapter(model, tmp_path / "a.safetensors")
+    AdapterContainer.from_directory(tmp_path / "a.safetensors").load(model)
     assert mx.array_equal(model(PROMPT), expected)
     assert not mx.array_equal(before, expected)
+
+
+def test_a_directory_as_the_page_has_it(model, tmp_path):
+    container = AdapterContainer.from_model(model, AdapterConfig(num_layers=2, rank=4))
+    container.swap(trained(container))
+    expected = model(PROMPT)
+    container.save(tmp_path / "adapter", layout="mlx")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapters.safetensors",
+    }
+    container.unload()
+    AdapterContainer.from_directory(tmp_path / "adapter").load(model)
+    assert mx.array_equal(model(PROMPT), expected)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_fusing_leaves_plain_layers_with_the_adapter_baked_in(model, load_tiny, tmp_path, kind):
     expected = trained_file(load_tiny, tmp_path / "a.safetensors", kind=kind)
-    report = attach_adapter(model, tmp_path / "a.safetensors").fuse()
+    report = AdapterContainer.from_directory(tmp_path / "a.safetensors").load(model).fuse()
     assert report.survival == pytest.approx(1, abs=1e-3)
     assert type(model.layers[0].self_attn.q_proj) is nn.Linear
     assert mx.allclose(model(PROMPT), expected, atol=1e-3)
@@ -118,7 +133,7 @@ def test_fusing_leaves_plain_layers_with_the_adapter_baked_in(model, load_tiny, 
 def test_unloading_restores_the_original_layers(model, load_tiny, tmp_path, kind):
     before, modules = arrays(model), dict(model.named_modules())
     trained_file(load_tiny, tmp_path / "a.safetensors", kind=kind)
-    attach_adapter(model, tmp_path / "a.safetensors").unload()
+    AdapterContainer.from_directory(tmp_path / "a.safetensors").load(model).unload()
     assert all(array is before[name] for name, array in arrays(model).items())
     assert all(module is modules[path] for path, module in model.named_modules())
 
@@ -193,12 +208,12 @@ def test_hot_swapping_adapters_of_different_shape(model, load_tiny, tmp_path):
         load_tiny, tmp_path / "2.safetensors", 2, kind="dora", keys=["mlp.up_proj"]
     )
     before = model(PROMPT)
-    adapter1 = attach_adapter(model, tmp_path / "1.safetensors")
+    adapter1 = AdapterContainer.from_directory(tmp_path / "1.safetensors").load(model)
     assert mx.array_equal(model(PROMPT), first)
     adapter1.unload()
     assert mx.array_equal(model(PROMPT), before)
     # Nothing of the first is left behind by the second, whose keys are others.
-    adapter2 = attach_adapter(model, tmp_path / "2.safetensors")
+    adapter2 = AdapterContainer.from_directory(tmp_path / "2.safetensors").load(model)
     assert mx.array_equal(model(PROMPT), second)
     adapter2.unload()
     assert mx.array_equal(model(PROMPT), before)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from textpolicy.adapters.config import AdapterConfig
     from textpolicy.adapters.container import AdapterContainer
+    from textpolicy.adapters.memory_plan import plan_memory
+    from textpolicy.adapters.rules import LoRARule
     from textpolicy.buffer import Buffer
     from textpolicy.generation.mlx_generation import create_policy, load_model
     from textpolicy.generation.models import tiny_model
@@ -39,6 +41,7 @@ __all__ = [
     "Batch",
     "Buffer",
     "Completion",
+    "LoRARule",
     "Policy",
     "Rewards",
     "Rollout",
@@ -54,6 +57,7 @@ __all__ = [
     "collect",
     "create_policy",
     "load_model",
+    "plan_memory",
     "reward",
     "tiny_model",
     "train_rl",
@@ -63,6 +67,8 @@ __all__ = [
 _HOME = {
     "AdapterConfig": "textpolicy.adapters.config",
     "AdapterContainer": "textpolicy.adapters.container",
+    "LoRARule": "textpolicy.adapters.rules",
+    "plan_memory": "textpolicy.adapters.memory_plan",
     "Buffer": "textpolicy.buffer",
     "Rewards": "textpolicy.rewards",
     "Sample": "textpolicy.rewards",

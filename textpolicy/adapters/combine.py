@@ -9,18 +9,17 @@ another's B in it.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 
-from textpolicy.adapters.adapter import by_module, joined, rank_of
-from textpolicy.adapters.config import AdapterConfig
-from textpolicy.adapters.fit import Fitted, explicit_config
+from textpolicy.adapters.adapter import Adapter, by_module, joined, rank_of
+from textpolicy.adapters.fit import explicit_config, quantizing
 from textpolicy.adapters.rules import LoRARule
+from textpolicy.adapters.uniform import rules_by_path
 from textpolicy.errors import AdapterError, ConfigError
 
-Method = Literal["linear", "cat", "svd"]
+METHODS = ("linear", "cat", "svd")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,34 +38,38 @@ class _Part:
 
 
 def combine(
-    adapters: Mapping[str, Fitted],
+    name: str,
+    like: Adapter,
+    adapters: Mapping[str, Adapter],
     weights: Mapping[str, float],
-    method: Method,
+    method: str,
     rank: int | None,
-) -> tuple[dict[str, mx.array], AdapterConfig]:
-    """The tensors and the config of a weighted sum. One that has no part in a module adds 0."""
+) -> Adapter:
+    """A weighted sum of adapters of the base of `like`. One that has no part in a module adds 0."""
     _check(adapters, method, rank)
     parts: dict[str, list[_Part]] = {}
     rules: dict[str, LoRARule] = {}
-    for name, fitted in adapters.items():
-        rules = fitted.present_rules() | rules
-        for path, tensors in by_module(fitted.tensors()).items():
-            part = _part(weights[name], fitted.present_rules()[path], tensors)
-            parts.setdefault(path, []).append(part)
+    for one, adapter in adapters.items():
+        own = rules_by_path(adapter)
+        rules = own | rules
+        for path, tensors in by_module(adapter.arrays).items():
+            parts.setdefault(path, []).append(_part(weights[one], own[path], tensors))
     modules = {path: _combined(path, some, method, rank) for path, some in parts.items()}
-    config = explicit_config({path: _rule(rule, modules.get(path)) for path, rule in rules.items()})
-    return joined(modules), config
+    made = {path: _rule(rules[path], tensors) for path, tensors in modules.items()}
+    config = explicit_config(made, quantizing(like.config))
+    return replace(like, origin=name, arrays=joined(modules), config=config, version=0)
 
 
-def _check(adapters: Mapping[str, Fitted], method: str, rank: int | None) -> None:
-    if method not in get_args(Method):
-        raise ConfigError(f"method is {method!r}; expected one of {list(get_args(Method))}")
+def _check(adapters: Mapping[str, Adapter], method: str, rank: int | None) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}; expected one of {list(METHODS)}")
     if not adapters:
         raise ConfigError("weights is empty; expected at least one name of an adapter and a number")
     if rank is not None and (method != "svd" or rank < 1):
         raise ConfigError(f"rank is {rank} for method {method!r}; expected one above 0, for 'svd'")
-    for name, fitted in adapters.items():
-        if dora := [path for path, layer in fitted.layers.items() if layer.kind == "dora"]:
+    for name, adapter in adapters.items():
+        modules = by_module(adapter.arrays)
+        if dora := sorted(path for path, tensors in modules.items() if "m" in tensors):
             raise AdapterError(
                 f"{name!r} has DoRA on {dora[0]} and {len(dora) - 1} more: lengths of rows do not "
                 "add up, so it cannot be combined. Fuse one adapter, then train or load the other"
@@ -80,9 +83,7 @@ def _part(weight: float, rule: LoRARule, tensors: Mapping[str, mx.array]) -> _Pa
     return _Part(weight=weight, scale=rule.scale, a=a, b=b, bias=tensors.get("lora_bias"))
 
 
-def _combined(
-    path: str, parts: list[_Part], method: Method, rank: int | None
-) -> dict[str, mx.array]:
+def _combined(path: str, parts: list[_Part], method: str, rank: int | None) -> dict[str, mx.array]:
     a, b = _linear(path, parts) if method == "linear" else _beside(parts)
     if method == "svd":
         a, b = _nearest(a, b, rank or max(part.a.shape[-1] for part in parts))
@@ -121,7 +122,5 @@ def _nearest(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
     return mx.array(left.astype(np.float32)), mx.array(right.astype(np.float32))
 
 
-def _rule(rule: LoRARule, tensors: Mapping[str, mx.array] | None) -> LoRARule:
-    if tensors is None or (rank := rank_of(tensors)) is None:
-        return rule
-    return replace(rule, rank=rank, scale=1.0, bias="lora_bias" in tensors)
+def _rule(rule: LoRARule, tensors: Mapping[str, mx.array]) -> LoRARule:
+    return replace(rule, rank=rank_of(tensors) or rule.rank, scale=1.0, bias="lora_bias" in tensors)

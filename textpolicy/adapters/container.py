@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from textpolicy.adapters.adapter import Adapter
-from textpolicy.adapters.combine import Method, combine
+from textpolicy.adapters.combine import combine
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.cpu_products import use_fast_products
 from textpolicy.adapters.files import write_file
@@ -20,6 +20,7 @@ from textpolicy.adapters.fit import (
     assign,
     check_fit,
     expected_shapes,
+    explicit_config,
     fit,
     fresh,
     is_finite,
@@ -27,7 +28,7 @@ from textpolicy.adapters.fit import (
     refuse_misfits,
     with_ranks_of,
 )
-from textpolicy.adapters.folders import FolderLayout, read_adapter, write_folder
+from textpolicy.adapters.folders import read_adapter, write_folder
 from textpolicy.adapters.fuse import FuseReport, fuse_layer
 from textpolicy.adapters.layers import AdapterLayer, adapter_layers
 from textpolicy.adapters.quantization import quantization_of, quantize, quantize_by_rules
@@ -52,7 +53,7 @@ class AdapterContainer:
         # in memory, gigabytes of it, until the garbage collector looks for cycles.
         self._model: weakref.ref[nn.Module] | None = None
         self._original: Original | None = None
-        self._fitted: dict[str, Fitted] = {}
+        self._current: Fitted | None = None
         self._apart: dict[str, Adapter] = {}
         self._gate = mx.array(True)
         self.name = name
@@ -68,7 +69,7 @@ class AdapterContainer:
         """
         quantize_by_rules(model, config)
         container = cls(name)
-        container._put_on(model, Original.of(model), {name: fresh(model, config, seed)})
+        container._put_on(model, Original.of(model), fresh(model, config, seed))
         mx.eval(container.parameters())
         return container
 
@@ -120,18 +121,18 @@ class AdapterContainer:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All adapters held, the active one too."""
-        return (*self._fitted, *self._apart)
+        """All adapters held, the active one first."""
+        return tuple(dict.fromkeys([self.name, *self._apart]))
 
     @property
     def config(self) -> AdapterConfig:
         """How the active adapter was made, or what has been swapped in since."""
-        return self._active().config
+        return (self._current or self._apart[self.name]).config
 
     @property
     def version(self) -> int:
         """The number of the active adapter's last update."""
-        return self._active().version
+        return (self._current or self._apart[self.name]).version
 
     @version.setter
     def version(self, version: int) -> None:
@@ -139,14 +140,12 @@ class AdapterContainer:
 
     def layers(self) -> dict[str, AdapterLayer]:
         """The active adapter's layers by path."""
-        _ = self.model
-        return self._on_model().layers
+        return dict(self._on_model().layers)
 
     def parameters(self) -> dict[str, mx.array]:
         """The active adapter's tensors, by their names in the model."""
-        if self._apart:
+        if self._current is None:
             return dict(self._apart[self.name].arrays)
-        _ = self.model
         return self._on_model().tensors()
 
     def advance(self) -> int:
@@ -170,7 +169,7 @@ class AdapterContainer:
         return self.version
 
     def save(
-        self, folder: str | Path, *, layout: FolderLayout = "mlx", over_float_base: bool = False
+        self, folder: str | Path, *, layout: str = "mlx", over_float_base: bool = False
     ) -> Path:
         """Write the active adapter as a folder that mlx-lm and mlx-swift-lm load, or PEFT.
 
@@ -186,9 +185,9 @@ class AdapterContainer:
     def adapter(self, name: str | None = None) -> Adapter:
         """An adapter as it is now, apart from the model; the active one unless a name is given."""
         name = name or self.name
-        if name in self._apart:
-            return self._apart[name]
-        fitted = self._find(name)
+        if self._current is None or name != self.name:
+            return self._find(name)
+        fitted = self._on_model()
         return Adapter(
             origin=name,
             arrays=fitted.tensors(),
@@ -208,8 +207,9 @@ class AdapterContainer:
         fitted = self._on_model()
         if isinstance(source, Mapping):
             rules = with_ranks_of(source, fitted.rules)
+            config = fitted.config if rules == fitted.rules else explicit_config(rules)
             self._assign(source, rules, "the tensors given")
-            found = fitted.version + 1
+            fitted.config, found = config, fitted.version + 1
         else:
             adapter = source if isinstance(source, Adapter) else read_adapter(source)
             problems = _differences(self.original, adapter)
@@ -225,34 +225,34 @@ class AdapterContainer:
         self._check_new(name)
         adapter = source if isinstance(source, Adapter) else read_adapter(source)
         with self._bare() as model:
-            fitted = fit(model, adapter, _differences(self.original, adapter))
-        for layer in fitted.layers.values():
-            layer.container = self
-        self._fitted[name] = fitted
+            check_fit(model, adapter, _differences(self.original, adapter))
+        self._apart[name] = adapter
 
     def activate(self, name: str) -> None:
         """Put the adapter of this name in the place of the active one, which stays beside it."""
-        chosen, model = self._find(name), self.model
+        if name == self.name:
+            return
+        adapter, now, model = self._find(name), self.adapter(), self.model
         bases = {path: layer.base for path, layer in self.layers().items()}
-        for layer in chosen.layers.values():
-            layer.switch(self._gate)
-            layer.train(model.training)
-        replace_modules(model, bases | chosen.layers)
-        freeze_base(model)
-        self.name = name
+        with self._bare():
+            fitted = fit(model, adapter)
+        replace_modules(model, bases)
+        del self._apart[name]
+        self._apart[self.name], self.name = now, name
+        self._put_on(model, self.original, fitted)
 
     def remove(self, name: str) -> None:
         """Drop an adapter that is not the active one."""
-        self._find(name)
         if name == self.name:
             raise AdapterError(f"{name!r} is the active adapter: activate another one first")
-        del self._fitted[name]
+        self._find(name)
+        del self._apart[name]
 
     def combine(
         self,
         name: str,
         weights: Mapping[str, float],
-        method: Method = "cat",
+        method: str = "cat",
         *,
         rank: int | None = None,
     ) -> None:
@@ -263,10 +263,8 @@ class AdapterContainer:
         products, as PEFT does: it keeps the rank and is no sum of the updates.
         """
         self._check_new(name)
-        chosen = {one: self._find(one) for one in weights}
-        arrays, config = combine(chosen, weights, method, rank)
-        like = self.adapter()
-        self.add(name, replace(like, origin=name, arrays=arrays, config=config, version=0))
+        adapters = {one: self.adapter(one) for one in weights}
+        self.add(name, combine(name, self.adapter(), adapters, weights, method, rank))
 
     # The model
 
@@ -275,14 +273,13 @@ class AdapterContainer:
 
         A float base is quantized first where the adapters were made over a quantized one.
         """
-        if self._fitted:
+        if self._current is not None:
             raise AdapterError("these adapters are on a model already: unload() them first")
         _prepare_base(model, self._apart[self.name])
         original = Original.of(model)
-        fitted = {
-            name: fit(model, adapter, _differences(original, adapter))
-            for name, adapter in self._apart.items()
-        }
+        for adapter in self._apart.values():
+            check_fit(model, adapter, _differences(original, adapter))
+        fitted = fit(model, self._apart.pop(self.name))
         self._put_on(model, original, fitted)
         return self
 
@@ -291,10 +288,10 @@ class AdapterContainer:
 
         They can be loaded again, on this model or another one of the same base.
         """
-        model, frozen = self.model, self.original.frozen
-        replace_modules(model, {path: layer.base for path, layer in self.layers().items()})
-        freeze_names(model, frozen)
+        model, frozen, layers = self.model, self.original.frozen, self.layers()
         self._put_apart()
+        replace_modules(model, {path: layer.base for path, layer in layers.items()})
+        freeze_names(model, frozen)
         return model
 
     @contextmanager
@@ -320,7 +317,7 @@ class AdapterContainer:
         """
         report = self.fuse_report(dtype=dtype, qtype=qtype)
         report.check(min_survival)
-        model, layers, frozen = self.model, dict(self.layers()), self.original.frozen
+        model, frozen, layers = self.model, self.original.frozen, self.layers()
         self._put_apart()
         # One module at a time: each base weight is freed before the next is made.
         for path in list(layers):
@@ -351,41 +348,40 @@ class AdapterContainer:
         made = AdapterContainer(self.name)
         fitted = replace(self._on_model(), layers=adapter_layers(copy))
         made._gate = self._gate
-        made._put_on(copy, self.original, {self.name: fitted})
+        made._put_on(copy, self.original, fitted)
         return made
-
-    def _active(self) -> Fitted | Adapter:
-        return self._apart[self.name] if self._apart else self._fitted[self.name]
 
     def _on_model(self) -> Fitted:
         _ = self.model
-        return self._fitted[self.name]
+        assert self._current is not None
+        return self._current
 
-    def _find(self, name: str) -> Fitted:
-        _ = self.model
-        if name not in self._fitted:
-            raise AdapterError(f"no adapter is named {name!r}; there are {list(self._fitted)}")
-        return self._fitted[name]
+    def _find(self, name: str) -> Adapter:
+        if name not in self._apart:
+            raise AdapterError(f"no adapter is named {name!r}; there are {list(self.names)}")
+        return self._apart[name]
 
     def _check_new(self, name: str) -> None:
         _ = self.model
-        if name in self._fitted:
+        if name in self.names:
             raise AdapterError(f"an adapter is named {name!r} already: remove it, or swap it")
 
-    def _put_on(self, model: nn.Module, original: Original, fitted: dict[str, Fitted]) -> None:
-        """Take possession of a model that carries, or is to carry, the active one's layers."""
-        for one in fitted.values():
-            for layer in one.layers.values():
-                layer.container = self
-        replace_modules(model, dict(fitted[self.name].layers))
+    def _put_on(self, model: nn.Module, original: Original, fitted: Fitted) -> None:
+        """Make an adapter's layers those of a model without any, and this their container."""
+        for layer in fitted.layers.values():
+            layer.container = self
+            layer.switch(self._gate)
+            layer.train(model.training)
+        replace_modules(model, dict(fitted.layers))
         freeze_base(model)
         self._model, self._original = weakref.ref(model), original
-        self._fitted, self._apart = fitted, {}
+        # The model owns the layers, and through them the base: see __init__.
+        self._current = replace(fitted, layers=weakref.WeakValueDictionary(fitted.layers))
 
     def _put_apart(self) -> None:
         """Keep the tensors, and nothing of the model."""
-        self._apart = {name: self.adapter(name) for name in self._fitted}
-        self._fitted, self._model = {}, None
+        self._apart = {self.name: self.adapter()} | self._apart
+        self._current = self._model = None
 
     @contextmanager
     def _bare(self) -> Generator[nn.Module]:
@@ -399,8 +395,8 @@ class AdapterContainer:
 
     def _switch(self, gate: mx.array) -> None:
         self._gate = gate
-        for fitted in self._fitted.values():
-            for layer in fitted.layers.values():
+        if self._current is not None:
+            for layer in self._current.layers.values():
                 layer.switch(gate)
 
     def _assign(

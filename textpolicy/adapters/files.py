@@ -28,8 +28,16 @@ _LENGTH = struct.Struct("<Q")
 
 def peek_version(path: str | Path) -> int:
     """The adapter version in a file, from its first kilobytes."""
-    path = Path(path)
-    return int(_checked(path, read_header(path).get(METADATA) or {})["version"])
+    return _version(Path(path), read_header(Path(path))[0])
+
+
+def signature(path: Path) -> tuple[int, ...] | None:
+    """Numbers that differ for two adapters that were in the file, or None if there is no file."""
+    # File times are coarse and inode numbers are reused, so the version in the header decides.
+    if not path.exists():
+        return None
+    header, stat = read_header(path)
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size, _version(path, header)
 
 
 def read_file(path: str | Path) -> Adapter:
@@ -130,11 +138,15 @@ def replacing(target: Path) -> Generator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """A safetensors header (8 bytes of length, then that much JSON) of a file of the right size."""
+def read_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
+    """The header (8 bytes of length, then that much JSON) of a safetensors file of the right size.
+
+    The file's other facts come with it, because another file may be in its place the next moment.
+    """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            stat = os.fstat(file.fileno())
+            size = stat.st_size
             prefix = file.read(_LENGTH.size)
             length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else size
             text = file.read(length) if length < size else b""
@@ -151,12 +163,16 @@ def read_header(path: Path) -> dict[str, Any]:
         raise _not_whole(path, "it has no safetensors header") from error
     if size != (expected := _LENGTH.size + length + max(ends, default=0)):
         raise _not_whole(path, f"it has {size} bytes, its header announces {expected}")
-    return header
+    return header, stat
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:
     """Whether a header's metadata is that of an adapter of this library."""
     return metadata.get("format") == FORMAT
+
+
+def _version(path: Path, header: Mapping[str, Any]) -> int:
+    return int(_checked(path, header.get(METADATA) or {})["version"])
 
 
 def _check_replaceable(target: Path) -> None:

@@ -1,7 +1,7 @@
 """Adapters put around a model's modules, and every reason at once why they cannot be."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -30,7 +30,7 @@ class Fitted:
 
     config: AdapterConfig
     rules: Mapping[str, LoRARule]
-    layers: dict[str, AdapterLayer]
+    layers: MutableMapping[str, AdapterLayer]
     version: int = 0
 
     def tensors(self) -> dict[str, mx.array]:
@@ -151,8 +151,10 @@ def is_finite(array: mx.array) -> bool:
     return bool(np.isfinite(np.array(array.astype(mx.float32), copy=False)).all())
 
 
-def explicit_config(rules: Mapping[str, LoRARule]) -> AdapterConfig:
-    """Rules that name every module by its whole path, those of one kind together."""
+def explicit_config(
+    rules: Mapping[str, LoRARule], others: Iterable[LoRARule] = ()
+) -> AdapterConfig:
+    """Rules that name every module by its whole path, those of one kind together; then `others`."""
     paths: dict[tuple[object, ...], list[str]] = {}
     kinds: dict[tuple[object, ...], LoRARule] = {}
     for path, rule in rules.items():
@@ -160,9 +162,13 @@ def explicit_config(rules: Mapping[str, LoRARule]) -> AdapterConfig:
         key = tuple(getattr(plain, name) for name in plain.__slots__)
         kinds[key] = plain
         paths.setdefault(key, []).append(re.escape(path))
-    return AdapterConfig(
-        rules=[replace(rule, module_path="|".join(paths[key])) for key, rule in kinds.items()]
-    )
+    named = [replace(rule, module_path="|".join(paths[key])) for key, rule in kinds.items()]
+    return AdapterConfig(rules=[*named, *others])
+
+
+def quantizing(config: AdapterConfig) -> list[LoRARule]:
+    """The rules that adapt nothing, but say how the base is quantized."""
+    return [rule for rule in config.rules if rule.kind == "none"]
 
 
 def _fitted(targets: Mapping[str, Target], config: AdapterConfig, seed: int = 0) -> Fitted:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import mlx.nn as nn
 
@@ -11,7 +10,6 @@ from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.files import make_folder, read_file
 from textpolicy.errors import AdapterError, ConfigError
 
-FolderLayout = Literal["mlx", "peft"]
 _WRITERS = {"mlx": mlx_layout.write_mlx, "peft": peft_layout.write_peft}
 
 
@@ -31,7 +29,7 @@ def write_folder(
     folder: str | Path,
     adapter: Adapter,
     model: nn.Module,
-    layout: FolderLayout,
+    layout: str,
     *,
     over_float_base: bool = False,
 ) -> Path:
@@ -40,8 +38,8 @@ def write_folder(
     Each file is replaced in one step, but the two of them are not: what is read while it is
     written belongs into one file.
     """
-    if layout not in get_args(FolderLayout):
-        raise ConfigError(f"layout is {layout!r}; expected one of {list(get_args(FolderLayout))}")
+    if layout not in _WRITERS:
+        raise ConfigError(f"layout is {layout!r}; expected one of {list(_WRITERS)}")
     folder = Path(folder).expanduser().absolute()
     make_folder(folder, folder)
     if over_float_base:

@@ -25,14 +25,16 @@ _SHOWN = 5
 class FusedModule:
     """`survival` is the fraction of the update that is left after rounding to `dtype`.
 
-    It is measured along the update: 1 is all of it, 0 none. `relative_size` is the update's norm
-    over the base weight's. An update of zero survives whole.
+    It is measured along the update: 1 is all of it, 0 none. `noise` is the norm of what rounding
+    added or took, over the update's own. `relative_size` is the update's norm over the base
+    weight's. An update of zero survives whole, without noise.
     """
 
     path: str
     dtype: str
     relative_size: float
     survival: float
+    noise: float
     squared_norm: float
 
 
@@ -48,6 +50,13 @@ class FuseReport:
         total = sum(module.squared_norm for module in self.modules)
         kept = sum(module.squared_norm * module.survival for module in self.modules)
         return kept / total if total else 1.0
+
+    @property
+    def noise(self) -> float:
+        """The norm of what rounding changed, over that of the whole update."""
+        total = sum(module.squared_norm for module in self.modules)
+        changed = sum(module.squared_norm * module.noise**2 for module in self.modules)
+        return (changed / total) ** 0.5 if total else 0.0
 
     @property
     def worst(self) -> FusedModule:
@@ -83,13 +92,15 @@ def fuse_layer(
         fused = pack_module(path, fused, form)
     moved = float_weight(fused) - base
     squared, kept, size = mx.square(delta).sum(), (moved * delta).sum(), mx.linalg.norm(base)
-    mx.eval(fused.parameters(), squared, kept, size)
+    noise = mx.linalg.norm(moved - delta)
+    mx.eval(fused.parameters(), squared, kept, size, noise)
     norm2 = float(squared)
     return fused, FusedModule(
         path=path,
         dtype=form.name if form else str(dtype).removeprefix("mlx.core."),
         relative_size=norm2**0.5 / float(size),
         survival=float(kept) / norm2 if norm2 else 1.0,
+        noise=float(noise) / norm2**0.5 if norm2 else 0.0,
         squared_norm=norm2,
     )
 

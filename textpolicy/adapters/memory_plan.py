@@ -7,7 +7,7 @@ peaks are within 15 % of it (tests/test_memory_plan.py).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any, cast
 
 import mlx.core as mx
@@ -21,8 +21,12 @@ from textpolicy.errors import ConfigError, ModelError
 _FLOAT = mx.float32.size
 # Logits, the same over the temperature, log-probabilities, and probabilities.
 _HEAD_ARRAYS = 4
-# The trainer scores positions in chunks of at most so many bytes of logits.
-_CHUNK_BYTES = 32 * 2**20
+# The trainer scores positions in chunks of at most so many bytes of logits, and measured what a
+# chunk comes to with what mlx allocates ahead for the next.
+_CHUNK_BYTES = 16 * 2**20
+_CHUNK_ARRAYS = 15
+# Two gradients more than `_HEAD_ARRAYS`, where chunks are gone through backwards one by one.
+_CHUNKED_ARRAYS = 6
 # mlx-lm's caches grow by so many positions.
 _CACHE_STEP = 256
 _PROJECTIONS = (
@@ -43,9 +47,11 @@ class MemoryPlan:
     activations: what blocks keep for the backward pass
     block: of one block on all tokens at once, gone through backwards or prefilled
     head: logits, and what scores them
-    unpacked: a packed matrix made float for a product
+    unpacked: the largest packed matrix, made float for a product
     cache: keys and values of every row while decoding
     cache_copy: one layer's cache a second time, as it grows
+    decode_head: logits, and what draws from them
+    decode_unpacked: packed matrices made float ahead of their use
     prompt_cache, prompt_block: the same two while prompts are prefilled
     """
 
@@ -59,6 +65,7 @@ class MemoryPlan:
     unpacked: int
     cache: int
     cache_copy: int
+    decode_unpacked: int
     decode_head: int
     prompt_cache: int
     prompt_block: int
@@ -77,7 +84,7 @@ class MemoryPlan:
         """The peak of sampling the batch."""
         prefill = self.prompt_cache + self.prompt_block
         fan_out = self.prompt_cache + self.cache
-        decode = self.cache + max(self.cache_copy, self.decode_head + self.unpacked)
+        decode = self.cache + max(self.cache_copy, self.decode_head) + self.decode_unpacked
         return self.weights + self.adapters + max(prefill, fan_out, decode)
 
 
@@ -147,7 +154,7 @@ def plan_memory(
     # A module is a mapping too.
     network = model if isinstance(model, nn.Module) else skeleton(model, dtype)
     planned = plan(network, config or AdapterConfig())
-    block = _widths(network, planned)
+    block, packed = _widths(network, planned), _unpacked(planned)
     beside = _beside(planned, block)
     rows = min(micro_batch_size or batch, batch)
     prompts, read = ceil(rows / group_size), prompt_tokens - 1
@@ -171,10 +178,11 @@ def plan_memory(
         gradients=accumulated * planned.adapter_bytes,
         activations=beside.blocks * (kept * block.itemsize if checkpoint_gradients else whole),
         block=2 * whole if checkpoint_gradients else block.gradients(tokens, scores),
-        head=_HEAD_ARRAYS * min(logits, _CHUNK_BYTES),
-        unpacked=_unpacked(planned),
+        head=_head(logits),
+        unpacked=max(packed.values(), default=0),
         cache=block.blocks * layer,
         cache_copy=layer if capacity > first else 0,
+        decode_unpacked=_ahead(planned, packed, block),
         decode_head=_HEAD_ARRAYS * batch * block.vocabulary * _FLOAT,
         prompt_cache=block.blocks * 2 * sampled * first * block.keys * block.itemsize,
         prompt_block=block.activations(sampled * read, sampled * read**2, 0, beside),
@@ -246,7 +254,31 @@ def _block_number(row: PlannedModule) -> int | None:
     return next((int(part) for part in row.path.split(".") if part.isdigit()), None)
 
 
-def _unpacked(planned: AdapterPlan) -> int:
-    """The largest packed matrix in float32, and its codes as floats beside it."""
-    packed = [row.shape for row in planned.modules if row.quantization]
-    return max((2 * rows * row * _FLOAT for rows, row in packed), default=0)
+def _head(logits: int) -> int:
+    if logits <= _CHUNK_BYTES:
+        return _HEAD_ARRAYS * logits
+    return min(_CHUNKED_ARRAYS * logits, _CHUNK_ARRAYS * _CHUNK_BYTES)
+
+
+def _unpacked(planned: AdapterPlan) -> dict[str, int]:
+    """The bytes in float32 of each packed matrix that is made float for a product, by path.
+
+    GPUs multiply mlx's own formats as they are.
+    """
+    on_cpu = mx.default_device().type == mx.cpu
+    return {
+        row.path: prod(row.shape) * _FLOAT
+        for row in planned.modules
+        if row.quantization and (on_cpu or row.quantization.startswith("nf4"))
+    }
+
+
+def _ahead(planned: AdapterPlan, packed: Mapping[str, int], block: _Block) -> int:
+    """While tokens are decoded, little else is alive, and mlx makes weights float ahead of time.
+
+    NF4 takes several operations, so mlx gets no further than a block; its own formats take one,
+    and about half of a model is float at once.
+    """
+    several = {row.path for row in planned.modules if (row.quantization or "").startswith("nf4")}
+    one = sum(size for path, size in packed.items() if path not in several)
+    return one // 2 + sum(packed[path] for path in several) // block.blocks

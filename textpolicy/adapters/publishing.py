@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files import destination, peek_version
+from textpolicy.adapters.files import destination, signature
 from textpolicy.errors import AdapterError, ConfigError
 
 
@@ -48,12 +48,12 @@ class AdapterWatcher:
 
     def __init__(self, path: str | Path, *, from_start: bool = False) -> None:
         self.path = Path(path).absolute()
-        self._found = _signature(self.path)
+        self._found = signature(self.path)
         self._seen = None if from_start else self._found
 
     def poll(self) -> Path | None:
         """The path, if its file is another one than the last that was accepted."""
-        self._found = _signature(self.path)
+        self._found = signature(self.path)
         return None if self._found in (None, self._seen) else self.path
 
     def accept(self) -> None:
@@ -71,12 +71,3 @@ class AdapterWatcher:
                 )
             time.sleep(every)
         return path
-
-
-def _signature(path: Path) -> tuple[int, ...] | None:
-    # File times are coarse and inode numbers are reused, so the version in the header decides.
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size, peek_version(path)

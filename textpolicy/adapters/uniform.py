@@ -10,7 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from textpolicy.adapters.adapter import Adapter, by_module, joined, rank_of
-from textpolicy.adapters.fit import explicit_config
+from textpolicy.adapters.fit import explicit_config, quantizing
 from textpolicy.adapters.rules import LoRARule
 
 
@@ -33,7 +33,8 @@ def uniform(adapter: Adapter) -> Adapter:
         for path, tensors in by_module(adapter.arrays).items()
     }
     made = {path: replace(rule, rank=rank, scale=1.0) for path, rule in rules.items()}
-    return replace(adapter, arrays=joined(modules), config=explicit_config(made))
+    config = explicit_config(made, quantizing(adapter.config))
+    return replace(adapter, arrays=joined(modules), config=config)
 
 
 def _padded(tensors: Mapping[str, mx.array], scale: float, rank: int) -> dict[str, mx.array]:

@@ -7,7 +7,6 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.folders import FolderLayout
 from textpolicy.adapters.twin import twin
 from textpolicy.generation.lora import ADAPTER_PATH, adapters_of, create_lora_setup
 from textpolicy.generation.mlx_generation import create_policy, load_model
@@ -16,7 +15,7 @@ from textpolicy.generation.policy import ModelPolicy
 ReloadFn = Callable[[str | Path], int]
 
 
-def save_adapters(model: nn.Module, path: str | Path, *, layout: FolderLayout | None = None) -> int:
+def save_adapters(model: nn.Module, path: str | Path, *, layout: str | None = None) -> int:
     """Write the model's adapters as one file, replaced in one step; returns their version.
 
     With `layout`, `path` is a folder as mlx-lm and mlx-swift-lm ("mlx") or PEFT ("peft") load it.
