@@ -141,8 +141,8 @@ def _model(parser: ArgumentParser) -> None:
 
 
 def _adapter(parser: ArgumentParser) -> None:
-    text = "adapter file to put on the model (default: none)"
-    _option(parser, "adapter", text, type=Path, metavar="FILE")
+    text = "adapters to put on the model: a file, or a folder of mlx-lm or PEFT (default: none)"
+    _option(parser, "adapter", text, type=Path, metavar="PATH")
 
 
 def _task(parser: ArgumentParser) -> None:
@@ -266,6 +266,12 @@ def _plan(parser: ArgumentParser) -> None:
     _option(parser, "scale", text, type=positive)
 
 
+def _inspect(parser: ArgumentParser) -> None:
+    text = "an adapter file, or a folder of mlx-lm or PEFT"
+    parser.add_argument("path", help=text, type=Path, metavar="PATH")
+    parser.set_defaults(model=None, threads=None)
+
+
 def _envs(parser: ArgumentParser) -> None:
     text = "an environment to check and show, as --env takes it (default: list all)"
     parser.add_argument("env", nargs="?", help=text, metavar="ENV")
@@ -303,6 +309,12 @@ _COMMANDS = {
         "show which layers an adapter config would train, and the bytes they take",
         "textpolicy plan --model tiny --rank 8 --keys self_attn.q_proj,self_attn.v_proj",
         _plan,
+    ),
+    "inspect": (
+        "inspect",
+        "show what an adapter is: modules, ranks, scales, version, base",
+        "textpolicy inspect runs/sort/adapters.safetensors",
+        _inspect,
     ),
     "envs": (
         "envs",
