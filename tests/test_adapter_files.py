@@ -178,6 +178,14 @@ def test_a_fresh_model_is_told_everything_too(path):
     assert AdapterContainer.of(model) is None
 
 
+def test_a_swap_whose_config_does_not_fit_is_told_the_base_too(path):
+    other = qwen3_model(layers=3)
+    AdapterContainer.from_model(other, AdapterConfig(num_layers=3)).publish(path)
+    _model, container = adapted()
+    message = refusal(container, path)
+    assert "base fingerprint" in message and "num_layers is 3, the model has 2" in message
+
+
 def test_a_config_that_does_not_fit_is_told_beside_the_base(path):
     other = qwen3_model(layers=3)
     config = AdapterConfig(keys=["model.layers.2.mlp.up_proj"])
