@@ -32,6 +32,7 @@ from textpolicy.adapters import (
 )
 from textpolicy.adapters.files import destination, write_file
 from textpolicy.adapters.fingerprint import fingerprint
+from textpolicy.cli.main import main
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.generation.mlx_generation import load_model
 
@@ -177,6 +178,14 @@ def test_a_fresh_model_is_told_everything_too(path):
     assert AdapterContainer.of(model) is None
 
 
+def test_a_swap_whose_config_does_not_fit_is_told_the_base_too(path):
+    other = qwen3_model(layers=3)
+    AdapterContainer.from_model(other, AdapterConfig(num_layers=3)).publish(path)
+    _model, container = adapted()
+    message = refusal(container, path)
+    assert "base fingerprint" in message and "num_layers is 3, the model has 2" in message
+
+
 def test_a_config_that_does_not_fit_is_told_beside_the_base(path):
     other = qwen3_model(layers=3)
     config = AdapterConfig(keys=["model.layers.2.mlp.up_proj"])
@@ -300,6 +309,7 @@ import resource, signal, sys
 import mlx.core as mx
 from textpolicy.adapters import Adapter, AdapterConfig
 from textpolicy.adapters.files import write_file
+from textpolicy.cli.main import main
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.generation.mlx_generation import load_model
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -727,3 +737,19 @@ def test_inspecting_names_numbers_that_are_none(path):
     layer.lora_b = layer.lora_b * mx.inf
     container.publish(path)
     assert inspect_adapter(path).not_finite == ["model.layers.0.mlp.up_proj.lora_b"]
+
+
+def test_the_command_shows_an_adapter_and_fails_if_its_numbers_are_none(path, capsys):
+    model, container = adapted()
+    container.publish(path)
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "version 0" in shown and "model.layers.1.mlp.up_proj" in shown
+    layer = model.layers[0].mlp.up_proj
+    layer.lora_b = layer.lora_b * mx.nan
+    container.publish(path)
+    assert main(["inspect", str(path), "--json"]) == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["not_finite"] == ["model.layers.0.mlp.up_proj.lora_b"]
+    assert main(["inspect", str(path.parent / "none")]) == 1
+    assert "No such file" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.bases import BASES as FORMATS
 from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.adapters import (
     AdapterConfig,
@@ -116,12 +117,14 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(make):
     assert mx.array_equal(bits(before), bits(after))
 
 
-@pytest.mark.parametrize("make", BASES)
-def test_load_then_unload_restores_the_very_modules_and_arrays(make):
-    model = make()
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("base", [*FORMATS, "biased"])
+def test_load_then_unload_restores_the_very_modules_and_arrays(base, kind):
+    model = biased_model() if base == "biased" else FORMATS[base]()
     arrays_before, modules_before = arrays(model), dict(model.named_modules())
     trainable_before = tree_flatten(model.trainable_parameters(), destination={})
-    container = AdapterContainer.from_model(model, CONFIG)
+    rule = LoRARule(module_path=".*_proj|.*embed_tokens", kind=kind, rank=4)
+    container = AdapterContainer.from_model(model, AdapterConfig(rules=[rule]))
     container.swap(trained(container))
     assert container.unload() is model
     assert AdapterContainer.of(model) is None

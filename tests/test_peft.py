@@ -223,6 +223,15 @@ def test_embeddings_for_the_lookup_alone_do_not_fit_a_tied_model():
     assert AdapterContainer.of(model) is None
 
 
+def test_nor_can_they_be_swapped_or_added_to_a_tied_model():
+    model = base("lora")
+    config = AdapterConfig(rank=2, keys=["model.embed_tokens"])
+    container = AdapterContainer.from_model(model, config)
+    for put in (container.swap, lambda folder: container.add("other", folder)):
+        with pytest.raises(AdapterError, match=r"model\.embed_tokens: adapted for looking"):
+            put(GOLDEN / "refused_lookup_only")
+
+
 def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path):
     folder = changed(tmp_path, "tied_embedding")
     file = folder / "adapter_model.safetensors"

@@ -256,6 +256,32 @@ def test_merging_weights(tiny):
     assert mx.allclose(model(PROMPT), adapted, atol=1e-4)
 
 
+def test_merging_weights_of_a_quantized_base(tiny):
+    from textpolicy.generation.lora import create_qlora_setup, merge_weights
+
+    model, _ = load_model(str(tiny))
+    model, _ = create_qlora_setup(model, {"lora_rank": 8}, {"bits": 4, "group_size": 64})
+    container = AdapterContainer.of(model)
+    container.swap({name: array + 0.05 for name, array in container.parameters().items()})
+    adapted = model(PROMPT)
+    assert mx.allclose(merge_weights(model)(PROMPT), adapted, atol=1e-3)
+    # Rounding to 4 bits again would have erased most of it, so these weights are float.
+    assert model.layers[0].mlp.up_proj.weight.dtype == mx.float32
+
+
+def test_adapters_can_be_kept_separate_for_deployment_elsewhere(tiny):
+    from textpolicy.generation.reload import reload_model, save_adapters
+
+    model, *_ = trained_setup(tiny)
+    container = AdapterContainer.of(model)
+    container.swap({name: array + 0.01 for name, array in container.parameters().items()})
+    for layout in ("mlx", "peft"):
+        assert save_adapters(model, layout, layout=layout) == 1
+        again, _tokenizer = reload_model(str(tiny), layout)
+        assert mx.allclose(again(PROMPT), model(PROMPT), atol=1e-5)
+        assert AdapterContainer.of(again).version == 1
+
+
 def test_building_blocks_and_practical_tips(tiny):
     from textpolicy.generation.lora import apply_lora, extract_params, freeze_base
     from textpolicy.generation.mlx_generation import load_model

@@ -24,8 +24,10 @@ from textpolicy.adapters.fit import (
     fit,
     fresh,
     is_finite,
+    lookup_problems,
     misfits,
     refuse_misfits,
+    targets_of,
     with_ranks_of,
 )
 from textpolicy.adapters.folders import read_adapter, write_folder
@@ -33,7 +35,6 @@ from textpolicy.adapters.fuse import FuseReport, fuse_layer
 from textpolicy.adapters.layers import AdapterLayer, adapter_layers
 from textpolicy.adapters.quantization import quantization_of, quantize, quantize_by_rules
 from textpolicy.adapters.rules import LoRARule
-from textpolicy.adapters.targets import assign_rules
 from textpolicy.adapters.tree import freeze_names, replace_modules
 from textpolicy.errors import AdapterError
 
@@ -212,8 +213,9 @@ class AdapterContainer:
             fitted.config, found = config, fitted.version + 1
         else:
             adapter = source if isinstance(source, Adapter) else read_adapter(source)
-            problems = _differences(self.original, adapter)
-            self._assign(adapter.arrays, self._rules_of(adapter), adapter.origin, problems)
+            problems = self._problems(adapter)
+            rules = self._rules_of(adapter, problems)
+            self._assign(adapter.arrays, rules, adapter.origin, problems)
             fitted.config, found = adapter.config, adapter.version
         fitted.version = found if version is None else version
         return fitted.version
@@ -416,12 +418,18 @@ class AdapterContainer:
         refuse_misfits(origin, problems, misfits(expected_shapes(bases, changed), arrays))
         assign(fitted, arrays, changed)
 
-    def _rules_of(self, adapter: Adapter) -> Mapping[str, LoRARule]:
-        """What the adapter's config says about this model; nothing if it does not speak of it."""
+    def _problems(self, adapter: Adapter) -> list[str]:
+        """Why an adapter is not for this model, whatever its tensors are."""
+        with self._bare() as model:
+            lookup = lookup_problems(model, adapter)
+        return _differences(self.original, adapter) + lookup
+
+    def _rules_of(self, adapter: Adapter, problems: Iterable[str]) -> Mapping[str, LoRARule]:
+        """What the adapter's config says about this model; an error with `problems` if nothing."""
         if adapter.config == self.config:
             return self._on_model().rules
         with self._bare() as model:
-            targets = assign_rules(model, adapter.config)
+            targets = targets_of(model, adapter, problems)
         return {path: target.rule for path, target in targets.items()}
 
 

@@ -73,16 +73,21 @@ def check_fit(
     model: nn.Module, adapter: Adapter, problems: Iterable[str] = ()
 ) -> dict[str, Target]:
     """The modules that an adapter is for; an error like that of `fit` if it does not fit them."""
+    problems = [*problems, *lookup_problems(model, adapter)]
+    targets = targets_of(model, adapter, problems)
+    modules = {path: target.module for path, target in targets.items()}
+    shapes = expected_shapes(modules, {path: target.rule for path, target in targets.items()})
+    refuse_misfits(adapter.origin, problems, misfits(shapes, adapter.arrays))
+    return targets
+
+
+def targets_of(model: nn.Module, adapter: Adapter, problems: Iterable[str]) -> dict[str, Target]:
+    """The modules that an adapter's config means; one error with `problems` if it means none."""
     try:
-        targets = assign_rules(model, adapter.config)
+        return assign_rules(model, adapter.config)
     except AdapterError as error:
         refuse_misfits(adapter.origin, problems, [str(error)])
         raise
-    modules = {path: target.module for path, target in targets.items()}
-    shapes = expected_shapes(modules, {path: target.rule for path, target in targets.items()})
-    lookup = _lookup_problems(model, adapter)
-    refuse_misfits(adapter.origin, problems, lookup, misfits(shapes, adapter.arrays))
-    return targets
 
 
 def assign(fitted: Fitted, arrays: Mapping[str, mx.array], rules: Mapping[str, LoRARule]) -> None:
@@ -151,6 +156,20 @@ def is_finite(array: mx.array) -> bool:
     return bool(np.isfinite(np.array(array.astype(mx.float32), copy=False)).all())
 
 
+def lookup_problems(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Embeddings adapted for the lookup alone, in a model that reads the same table as its head."""
+    layout = layout_of(model)
+    if layout.has_head or not adapter.lookup_only:
+        return []
+    sites = [layout.sites[path] for path in by_module(adapter.arrays) if path in layout.sites]
+    tables = [site.path for site in sites if site.kind == "embedding"]
+    return [
+        f"{path}: adapted for looking tokens up alone, but it is the model's output head too. "
+        "Train with PEFT's ensure_weight_tying=True, or leave embeddings out"
+        for path in tables
+    ]
+
+
 def explicit_config(
     rules: Mapping[str, LoRARule], others: Iterable[LoRARule] = ()
 ) -> AdapterConfig:
@@ -187,20 +206,6 @@ def _present_rule(rule: LoRARule, layer: AdapterLayer | None) -> LoRARule:
         return rule
     scale = rule.scale if np.float32(rule.scale) == layer.scale else layer.scale
     return replace(rule, rank=layer.rank, scale=scale)
-
-
-def _lookup_problems(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Embeddings adapted for the lookup alone, in a model that reads the same table as its head."""
-    layout = layout_of(model)
-    if layout.has_head or not adapter.lookup_only:
-        return []
-    sites = [layout.sites[path] for path in by_module(adapter.arrays) if path in layout.sites]
-    tables = [site.path for site in sites if site.kind == "embedding"]
-    return [
-        f"{path}: adapted for looking tokens up alone, but it is the model's output head too. "
-        "Train with PEFT's ensure_weight_tying=True, or leave embeddings out"
-        for path in tables
-    ]
 
 
 def _shorten(lines: Iterable[str]) -> Iterator[str]:

@@ -141,8 +141,8 @@ def _model(parser: ArgumentParser) -> None:
 
 
 def _adapter(parser: ArgumentParser) -> None:
-    text = "adapter file to put on the model (default: none)"
-    _option(parser, "adapter", text, type=Path, metavar="FILE")
+    text = "adapters to put on the model: a file, or a folder of mlx-lm or PEFT (default: none)"
+    _option(parser, "adapter", text, type=Path, metavar="PATH")
 
 
 def _task(parser: ArgumentParser) -> None:
@@ -285,6 +285,12 @@ def _check(parser: ArgumentParser) -> None:
     _max_tokens(parser)
 
 
+def _inspect(parser: ArgumentParser) -> None:
+    text = "an adapter file, or a folder of mlx-lm or PEFT"
+    parser.add_argument("path", help=text, type=Path, metavar="PATH")
+    parser.set_defaults(model=None, threads=None)
+
+
 def _envs(parser: ArgumentParser) -> None:
     text = "an environment to check and show, as --env takes it (default: list all)"
     parser.add_argument("env", nargs="?", help=text, metavar="ENV")
@@ -328,6 +334,12 @@ _COMMANDS = {
         "try a reward on right, wrong and empty answers before training on it",
         "textpolicy check my_reward.py --data rows.jsonl",
         _check,
+    ),
+    "inspect": (
+        "inspect",
+        "show what an adapter is: modules, ranks, scales, version, base",
+        "textpolicy inspect runs/sort/adapters.safetensors",
+        _inspect,
     ),
     "envs": (
         "envs",
