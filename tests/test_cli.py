@@ -109,7 +109,6 @@ def test_the_example_in_the_help_is_a_valid_command(name):
     [
         [],
         ["dance"],
-        ["train", "--env", "add"],
         ["train", "--env", "add", "--output", "x", "--speed", "9"],
         ["train", "--env", "add", "--output", "x", "--steps", "0"],
         ["train", "--env", "add", "--output", "x", "--group-size", "1"],

@@ -146,9 +146,9 @@ def _adapter(parser: ArgumentParser) -> None:
 
 
 def _task(parser: ArgumentParser) -> None:
-    text = "environment: a name that `textpolicy envs` lists, or a file of yours, FILE.py[:NAME]"
+    text = "a name that `textpolicy envs` lists, or FILE.py[:NAME] (default: --data's rows alone)"
     _option(parser, "env", text)
-    text = "rows to train on: a .jsonl, .csv or .parquet file, a saved dataset, or hf:NAME"
+    text = "rows: a .jsonl, .csv or .parquet file, a saved dataset, hf:NAME (default: --env's)"
     _option(parser, "data", text, metavar="FILE")
     text = "template of the prompt over the columns of --data (default: the column 'prompt')"
     _option(parser, "prompt", text, metavar="TEXT")
@@ -294,7 +294,7 @@ def _inspect(parser: ArgumentParser) -> None:
 def _envs(parser: ArgumentParser) -> None:
     text = "an environment to check and show, as --env takes it (default: list all)"
     parser.add_argument("env", nargs="?", help=text, metavar="ENV")
-    _option(parser, "data", "rows for environments that take them", metavar="FILE")
+    _option(parser, "data", "rows for it (default: its own)", metavar="FILE")
     parser.set_defaults(model=None, threads=None)
 
 
