@@ -45,6 +45,7 @@ ENVS = ("add", "sort", "reverse", "countdown", "calculator", "hilo")
 # Environments of several turns: how many iterations of imitation come before the run.
 WARM_UPS = {"calculator": 70, "hilo": 70}
 WARM_UP_LR = 2e-3
+EPISODES: dict[str, Any] = {"steps": 80, "groups_per_step": 8, "count": 256}
 GOLD_EPISODES = 2000
 # 512 problems give each accuracy a standard error of about 0.02.
 MARGIN = 0.03
@@ -125,21 +126,22 @@ def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
 def runs(options: argparse.Namespace) -> Iterator[tuple[RunSettings, bool]]:
     """The settings of every run that was asked for, and whether it is a control."""
     envs = ENVS if options.env == "all" else (options.env,)
-    given = {"steps": options.steps, "lr": options.lr, "rank": options.rank}
-    settings = replace(DEMO, **{name: value for name, value in given.items() if value is not None})
+    asked = {"steps": options.steps, "lr": options.lr, "rank": options.rank}
+    given = {name: value for name, value in asked.items() if value is not None}
+    settings = replace(DEMO, **given)
     algorithms = ALGORITHMS if options.algorithm == "all" else (options.algorithm,)
     for env, algorithm in product(envs, algorithms):
-        chosen = replace(settings, env=env, algorithm=algorithm)
-        if env in WARM_UPS:
-            # An episode has several times the tokens of one answer.
-            chosen = replace(chosen, steps=options.steps or 80, groups_per_step=8, count=256)
-        if algorithm == "dpo":
-            pairs = chosen.groups_per_step * chosen.group_size // 2
-            chosen = replace(chosen, group_size=2, groups_per_step=pairs)
         for seed in map(int, options.seeds.split(",")):
-            yield replace(chosen, seed=seed), False
+            run = replace(settings, env=env, seed=seed, algorithm=algorithm)
+            if env in WARM_UPS:
+                # An episode has several times the tokens of one answer.
+                run = replace(run, **EPISODES | given)
+            if algorithm == "dpo":
+                pairs = run.groups_per_step * run.group_size // 2
+                run = replace(run, group_size=2, groups_per_step=pairs)
+            yield run, False
             if options.control:
-                yield replace(chosen, seed=seed), True
+                yield run, True
 
 
 def setting() -> dict[str, Any]:

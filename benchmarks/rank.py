@@ -57,7 +57,7 @@ def _lora(rank: int, scale: float) -> Callable[[nn.Module, int], object]:
 
 
 VARIANTS = (
-    Variant("full", 1e-4, _everything),
+    Variant("full", 3e-5, _everything),
     Variant("rank 16", 5e-4, _lora(16, 2.0)),
     Variant("rank 1", 5e-4, _lora(1, 8.0)),
 )

@@ -82,7 +82,9 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
     return dict(commands.choices)
 
 
-@pytest.mark.parametrize("name", ["demo", "train", "generate", "eval", "inspect", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["demo", "train", "generate", "eval", "inspect", "check", "doctor"]
+)
 def test_help_explains_every_option_with_its_default_and_ends_in_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
@@ -94,7 +96,9 @@ def test_help_explains_every_option_with_its_default_and_ends_in_an_example(name
         assert flag or action.required or "default" in action.help or "instead of" in action.help
 
 
-@pytest.mark.parametrize("name", ["demo", "train", "generate", "eval", "inspect", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["demo", "train", "generate", "eval", "inspect", "check", "doctor"]
+)
 def test_the_example_in_the_help_is_a_valid_command(name):
     example = subcommands()[name].epilog.splitlines()[-1].replace("'", "").split()
     assert example[0] == "textpolicy"

@@ -1,6 +1,7 @@
 """Rewards: found by file and name, called in order, and held to a finite number."""
 
 import asyncio
+import functools
 import json
 import math
 import sys
@@ -207,6 +208,8 @@ def test_columns_that_the_rows_lack_are_named_before_anything_is_called():
     assert "ask for `example`" in message
     with pytest.raises(ConfigError, match="Did you mean `answers`"):
         call(close, answers=[1])
+    with pytest.raises(ConfigError, match=r"the rows have `result`\. Rename"):
+        call(lambda completion, solution: 1.0, result=1)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +235,13 @@ def test_async_rewards_are_awaited_together_but_not_all_at_once():
     verdicts = score_all(slow, *map(str, range(50)))
     assert [verdict.value for verdict in verdicts] == list(range(50))
     assert most == 16
+
+
+def test_a_partial_of_an_async_reward_is_awaited():
+    async def scaled(completion, factor):
+        return factor * len(completion)
+
+    assert call(functools.partial(scaled, factor=2.0), "abc") == 6.0
 
 
 def test_async_rewards_run_inside_a_loop_too_as_in_a_notebook():
@@ -327,6 +337,8 @@ def test_what_declines_is_left_out_of_the_sum_and_a_sample_that_all_decline_has_
         ({"on_error": float("nan")}, "on_error nan; expected"),
         ({"max_error_rate": 2}, "expected 0 to 1"),
         ({"workers": 0}, "workers 0"),
+        ({"memory_gb": 1}, "expected a timeout with memory_gb"),
+        ({"timeout": 1, "memory_gb": 0}, "memory_gb 0; expected more than 0"),
     ],
     ids=str,
 )

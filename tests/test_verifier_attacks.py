@@ -164,8 +164,8 @@ CATASTROPHES = ["(a+)+$", "(a|aa)+$", "(a|a)*$", "(.*a){20}$", "^(([a-z])+.)+[A-
 
 
 def test_patterns_that_explode_are_killed_on_time():
-    assert pattern_match("warm", "warm", seconds=0.1)
     for pattern in CATASTROPHES:
+        assert pattern_match("ready again", "again", seconds=5)
         started = time.perf_counter()
-        assert not pattern_match("a" * 40 + "!", pattern, seconds=0.1)
-        assert time.perf_counter() - started < 0.1 + 0.5
+        assert not pattern_match("a" * 40 + "!", pattern, seconds=0.2)
+        assert time.perf_counter() - started < 0.2 + 0.5

@@ -1,7 +1,6 @@
 """Verifiers: what counts as the same answer, and what does not."""
 
 import math
-import time
 
 import pytest
 
@@ -224,9 +223,7 @@ def test_patterns_are_searched_for_or_matched_whole():
 
 
 def test_a_pattern_that_hangs_is_no_match_and_the_next_one_is_unharmed():
-    started = time.perf_counter()
-    assert not pattern_match("a" * 40 + "b", "(a+)+$")
-    assert time.perf_counter() - started < 0.1 + 0.5
+    assert not pattern_match("a" * 40 + "b", "(a+)+$", seconds=0.2)
     assert pattern_match("aaa", "(a+)+$")
 
 

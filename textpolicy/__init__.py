@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from textpolicy.generation.mlx_generation import create_policy, load_model
     from textpolicy.generation.models import tiny_model
     from textpolicy.loop import StepReport, train_rl
-    from textpolicy.rewards import Rewards, Sample, Score, reward
+    from textpolicy.rewards import Rewards, Sample, Score, reward, verifiers
+    from textpolicy.rewards.check import check_reward
     from textpolicy.rollout.worker import collect
     from textpolicy.training.trainer import Trainer
     from textpolicy.types import (
@@ -52,6 +53,7 @@ __all__ = [
     "StopReason",
     "Task",
     "Trainer",
+    "check_reward",
     "collect",
     "create_policy",
     "load_model",
@@ -59,6 +61,7 @@ __all__ = [
     "reward",
     "tiny_model",
     "train_rl",
+    "verifiers",
 ]
 
 _HOME = {
@@ -72,6 +75,7 @@ _HOME = {
     "Score": "textpolicy.rewards",
     "StepReport": "textpolicy.loop",
     "Trainer": "textpolicy.training.trainer",
+    "check_reward": "textpolicy.rewards.check",
     "collect": "textpolicy.rollout.worker",
     "create_policy": "textpolicy.generation.mlx_generation",
     "load_model": "textpolicy.generation.mlx_generation",
@@ -98,6 +102,8 @@ if "TEXTPOLICY_WITHOUT_MLX" not in os.environ:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'textpolicy' has no attribute {name!r}")
+    if name == "verifiers":
+        return import_module("textpolicy.rewards.verifiers")
     return getattr(import_module(_HOME.get(name, "textpolicy.types")), name)
 
 

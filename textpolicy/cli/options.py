@@ -272,6 +272,25 @@ def _inspect(parser: ArgumentParser) -> None:
     parser.set_defaults(model=None, threads=None)
 
 
+def _check(parser: ArgumentParser) -> None:
+    text = "the reward to try (default: the one of --env)"
+    parser.add_argument("reward", help=text, nargs="?", metavar="FILE.py[:NAME]")
+    text = "rows to try it on: a .jsonl or .csv file (default: those of --env)"
+    _option(parser, "data", text, metavar="FILE")
+    _option(parser, "env", "an environment to try it on (default: none)", metavar="NAME")
+    text = "column of right answers (default: gold, answer, solution, ... what there is)"
+    _option(parser, "gold-column", text, metavar="NAME")
+    text = "column of prompts (default: prompt, question, problem, ... what there is)"
+    _option(parser, "prompt-column", text, metavar="NAME")
+    _option(parser, "rows", "how many rows to try", 64, type=at_least(1))
+    text = "sample this many completions a row, to see how often rewards differ (default: none)"
+    _option(parser, "sample", text, type=at_least(2), metavar="N")
+    text = "seconds after which the reward is killed, in its own process (default: no limit)"
+    _option(parser, "reward-timeout", text, type=positive, metavar="SECONDS")
+    _model(parser)
+    _max_tokens(parser)
+
+
 def _envs(parser: ArgumentParser) -> None:
     text = "an environment to check and show, as --env takes it (default: list all)"
     parser.add_argument("env", nargs="?", help=text, metavar="ENV")
@@ -315,6 +334,12 @@ _COMMANDS = {
         "show what an adapter is: modules, ranks, scales, version, base",
         "textpolicy inspect runs/sort/adapters.safetensors",
         _inspect,
+    ),
+    "check": (
+        "check",
+        "try a reward on right, wrong and empty answers before training on it",
+        "textpolicy check my_reward.py --data rows.jsonl",
+        _check,
     ),
     "envs": (
         "envs",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +37,6 @@ from textpolicy.types import RewardFn, Task
 _DEFAULT_TOKENS = 256
 _DEFAULT_TURNS = 8
 # A number keeps a file named json.py from passing for another module.
-_numbers = count(1)
 _PARSERS = {"tagged": tagged_calls, "written": written_calls}
 
 
@@ -168,7 +166,7 @@ class _Problem:
 
 
 def _from_file(path: Path, name: str, data: str | Path | None) -> Environment:
-    module = run_file(path, f"environment_file_{next(_numbers)}_{path.stem}")
+    module = run_file(path, what="environment")
     if not name:
         return from_module(module, path.stem, data)
     _refuse_data(f"{path}:{name}", data)

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ _READERS = {".jsonl": _jsonl, ".csv": _csv}
 
 def _read_huggingface(source: str, split: str) -> list[Row]:
     try:
-        import datasets
+        datasets: Any = import_module("datasets")
     except ImportError as error:
         raise DataError(
             f"reading {source!r} needs the datasets library: pip install 'textpolicy[datasets]'"

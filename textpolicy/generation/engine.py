@@ -8,6 +8,7 @@ own float32 log-probability, and a row must not depend on its neighbours.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from jaxtyping import Float
 from mlx_lm.generate import PromptProcessingBatch
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from textpolicy.generation.sampling import draw, penalise_repetition, row_keys
 from textpolicy.types import Sampling, StopReason
@@ -27,7 +28,7 @@ StopRule = Callable[[list[int]], StopReason | None]
 
 @dataclass(slots=True)
 class Row:
-    """One completion in the making. `cache` holds the first `read` tokens of its context."""
+    """One completion in the making. Its cache holds the first `read` tokens of its context."""
 
     prompt: int
     member: int
@@ -35,18 +36,16 @@ class Row:
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     stop_reason: StopReason | None = None
-    cache: list[Any] | None = None
     read: int = 0
     drawn_before: int = 0
 
-    def after(self, heard: list[int], cache: list[Any]) -> "Row":
+    def after(self, heard: list[int]) -> "Row":
         """The next turn of this row: all it has read and said, and what it heard since."""
         said = self.context + self.tokens
         return Row(
             self.prompt,
             self.member,
             said + heard,
-            cache=cache,
             # The last token drawn has not been through the model.
             read=len(said) - 1,
             drawn_before=self.drawn_before + len(self.tokens),
@@ -75,6 +74,15 @@ class _Active:
             last=mx.concatenate([self.last, other.last]),
             keys=np.concatenate([self.keys, other.keys]),
         )
+
+    def pick(self, indices: list[int]) -> "_Active":
+        """A copy of these rows; this stays as it is."""
+        index = mx.array(indices)
+        cache = deepcopy(self.cache)
+        for layer in cache:
+            layer.filter(index)
+        rows = [self.rows[i] for i in indices]
+        return _Active(rows, cache, self.last[index], self.keys[indices])
 
     def without_finished(self) -> "_Active | None":
         keep = [i for i, row in enumerate(self.rows) if row.stop_reason is None]
@@ -108,37 +116,62 @@ def decode(
     waiting = deque(groups if together else [[row] for group in groups for row in group])
     size, limit = (n, max_rows) if together else (1, 1)
     active: _Active | None = None
-    heard: list[Row] = []
+    heard: _Active | None = None
     while waiting or heard or active:
-        rows = active.rows if active else []
-        room = limit - len(rows) - len(heard)
+        decoding, listening = _count_going(active), _count_going(heard)
+        room = limit - (len(active.rows) if active else 0) - listening
         admitted = [waiting.popleft() for _ in range(min(len(waiting), room // size))]
-        if not (admitted or rows or heard):
+        if not (admitted or active or heard):
             admitted = [waiting.popleft()]
         if admitted:
             active = _join(active, _prefill(model, admitted, seed))
         # Reading what was heard is one ragged pass, so it waits until enough rows share it.
-        if len(heard) >= len(rows) - _count_ended(rows):
-            active, heard = _join(active, _prefill(model, [[row] for row in heard], seed)), []
+        if heard and listening >= decoding:
+            active, heard = _join(active, _read(model, heard)), None
         assert active is not None
         ended = _advance(model, active, sampling, stop)
-        for index in ended:
-            row = active.rows[index]
-            if (tokens := respond(row)) is not None:
-                heard.append(row.after(tokens, [layer.extract(index) for layer in active.cache]))
-                groups[row.prompt][row.member] = heard[-1]
+        if going_on := _listen(active, ended, respond):
+            heard = _join(heard, going_on)
+            for row in going_on.rows:
+                groups[row.prompt][row.member] = row
         # Dropping rows copies the whole cache, so it waits until half of them are done.
-        if 2 * _count_ended(active.rows) >= len(active.rows):
+        if 2 * _count_going(active) <= len(active.rows):
             active = active.without_finished()
     return groups
+
+
+def _listen(active: _Active, ended: Sequence[int], respond: Respond) -> _Active | None:
+    """The rows among those that ended which have a next turn, with what they hear unread."""
+    heard = {index: respond(active.rows[index]) for index in ended}
+    replies = {index: tokens for index, tokens in heard.items() if tokens is not None}
+    if not replies:
+        return None
+    picked = active.pick(list(replies))
+    picked.rows = [row.after(replies[i]) for i, row in zip(replies, picked.rows, strict=True)]
+    return picked
+
+
+def _read(model: nn.Module, heard: _Active) -> _Active:
+    """Run what each row's cache has not read, all but the last token."""
+    numbers = list(range(len(heard.rows)))
+    if all(type(layer) is BatchKVCache for layer in heard.cache):
+        batch = PromptProcessingBatch(model, numbers, [])
+        batch.prompt_cache = heard.cache
+    else:
+        # A window that has gone round is put in order by taking its rows apart and together.
+        caches = [[layer.extract(number) for layer in heard.cache] for number in numbers]
+        batch = PromptProcessingBatch(model, numbers, caches)
+    batch.prompt([row.context[row.read : -1] for row in heard.rows])
+    last = mx.array([row.context[-1] for row in heard.rows])
+    return _Active(heard.rows, batch.prompt_cache, last, heard.keys)
 
 
 def _join(active: _Active | None, fresh: _Active | None) -> _Active | None:
     return active.join(fresh) if active and fresh else active or fresh
 
 
-def _count_ended(rows: Sequence[Row]) -> int:
-    return sum(row.stop_reason is not None for row in rows)
+def _count_going(active: _Active | None) -> int:
+    return sum(row.stop_reason is None for row in active.rows) if active else 0
 
 
 def can_batch(model: nn.Module) -> bool:
@@ -163,33 +196,26 @@ def _probe(
 ) -> Float[mx.array, "turns rows vocab"]:
     """The logits after each prompt, and after a reply to the token 0 drawn then."""
     rows = [Row(p, 0, prompt, tokens=[0]) for p, prompt in enumerate(prompts)]
-    logits: list[mx.array] = []
-    for turn in range(2):
-        active = _prefill(model, [[row] for row in rows], seed=0)
-        assert active is not None
-        logits.append(model(active.last[:, None], cache=active.cache)[:, -1, :])
-        rows = [
-            row.after(replies[r], [layer.extract(r) for layer in active.cache])
-            for r, row in enumerate(active.rows)
-            if turn == 0
-        ]
-    return mx.stack(logits)
+    active = _prefill(model, [[row] for row in rows], seed=0)
+    first = model(active.last[:, None], cache=active.cache)[:, -1, :]
+    heard = _listen(active, range(len(rows)), lambda row: replies[row.prompt])
+    assert heard is not None
+    heard = _read(model, heard)
+    second = model(heard.last[:, None], cache=heard.cache)[:, -1, :]
+    return mx.stack([first, second])
 
 
-def _prefill(model: nn.Module, groups: list[list[Row]], seed: int) -> _Active | None:
-    """Run what each group's cache has not read, all but the last token, once for all its rows."""
-    if not groups:
-        return None
-    firsts = [group[0] for group in groups]
-    caches = [row.cache or make_prompt_cache(model) for row in firsts]
-    batch = PromptProcessingBatch(model, list(range(len(groups))), caches)
-    batch.prompt([row.context[row.read : -1] for row in firsts])
+def _prefill(model: nn.Module, groups: list[list[Row]], seed: int) -> _Active:
+    """Run each group's prompt once, all but its last token, and fan the caches out to the rows."""
+    prompts = [group[0].context for group in groups]
+    batch = PromptProcessingBatch(
+        model, list(range(len(groups))), [make_prompt_cache(model) for _ in groups]
+    )
+    batch.prompt([prompt[:-1] for prompt in prompts])
     rows = [row for group in groups for row in group]
     owner = [g for g, group in enumerate(groups) for _ in group]
     for layer in batch.prompt_cache:
         layer.filter(mx.array(owner))
-    for row in rows:
-        row.cache = None
     return _Active(
         rows=rows,
         cache=batch.prompt_cache,

@@ -71,6 +71,9 @@ class Callee:
             args, kwargs = self.signature.arguments(sample)
             with self._user_code(describe(sample)):
                 answer = self.reward(*args, **kwargs)
+                if inspect.iscoroutine(answer):
+                    # A partial of an async function does not look like one.
+                    answer = _await(answer)
             outcome = self._outcome(answer, sample)
         except RewardError as error:
             outcome = Outcome(fault=str(error))

@@ -41,8 +41,7 @@ def main(descriptor: int) -> None:
     # Programs that the user's code starts should neither hold the socket nor do without mlx.
     os.set_inheritable(descriptor, False)
     os.environ.pop("TEXTPOLICY_WITHOUT_MLX", None)
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    _limit(resource.RLIMIT_CORE, 0)
     faulthandler.enable()
     connection = Connection(descriptor)
     try:
@@ -59,14 +58,22 @@ def main(descriptor: int) -> None:
 
 
 def _receive_rewards(connection: Connection) -> list[Reward]:
-    files: Mapping[str, str] = connection.recv()
+    received: tuple[Mapping[str, str], int | None] = connection.recv()
+    files, memory = received
+    if memory is not None:
+        _limit(resource.RLIMIT_AS, memory)
     for name, file in files.items():
-        module = run_file(Path(file), name)
+        module = run_file(Path(file), what="reward", name=name)
         if name == MAIN:
             # What a script defines is known as part of __main__, wherever it is looked up.
             sys.modules["__main__"] = module
     with user_code("finding the reward functions in a new process", file=""):
         return connection.recv()
+
+
+def _limit(what: int, most: int) -> None:
+    _, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most, hard))
 
 
 def _serve(connection: Connection, callees: list[Callee]) -> None:

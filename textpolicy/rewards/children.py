@@ -61,7 +61,7 @@ class Work:
 class Child:
     """One process: starting, then ready, then at `work`, until it is killed."""
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
+    def __init__(self, rewards: Sequence[Reward], memory: int | None = None) -> None:
         ours, theirs = socket.socketpair()
         self.output, output = os.pipe()
         os.set_blocking(self.output, False)
@@ -85,7 +85,7 @@ class Child:
         self.started = time.monotonic()
         self.deadline = self.started + STARTUP_SECONDS
         self._printed = b""
-        _send_rewards(self.connection, rewards)
+        _send_rewards(self.connection, rewards, memory)
 
     def begin(self, work: Work, limit: float) -> None:
         """Hand over a call; its deadline runs from now."""
@@ -133,7 +133,14 @@ class Child:
 class Children:
     """Runs rewards in up to `workers` processes, `timeout` seconds for each sample."""
 
-    def __init__(self, callees: Sequence[Callee], *, timeout: float, workers: int) -> None:
+    def __init__(
+        self,
+        callees: Sequence[Callee],
+        *,
+        timeout: float,
+        workers: int,
+        memory: int | None = None,
+    ) -> None:
         # multiprocessing gives the main script both names; in a child they differ while it runs.
         if sys.modules.get(MAIN) is not sys.modules["__main__"]:
             raise ConfigError(
@@ -147,13 +154,14 @@ class Children:
             _check_portable(reward)
         self._timeout = timeout
         self._workers = workers
+        self._memory = memory
         self._children: list[Child] = []
 
     def start(self, count: int) -> None:
         """Have `count` children, or as many as are allowed; they get ready meanwhile."""
         self._children = [child for child in self._children if child.process.poll() is None]
         while len(self._children) < min(count, self._workers):
-            self._children.append(Child(self._rewards))
+            self._children.append(Child(self._rewards, self._memory))
 
     def run(self, index: int, samples: Sequence[Sample], emit: Emit) -> None:
         """Score the samples with the reward at `index`, emitting each outcome once."""
@@ -213,7 +221,7 @@ class Children:
             if not child.ready:
                 raise RewardError(_startup_failed(words, self._rewards))
             # An idle one that was killed from outside: another takes over.
-            self._children.append(Child(self._rewards))
+            self._children.append(Child(self._rewards, self._memory))
             return
         self._replace(child)
         seconds = time.monotonic() - child.started
@@ -229,7 +237,7 @@ class Children:
 
     def _replace(self, child: Child) -> None:
         child.kill()
-        self._children[self._children.index(child)] = Child(self._rewards)
+        self._children[self._children.index(child)] = Child(self._rewards, self._memory)
 
 
 def _deal_with(child: Child, message: Mapping[str, Any], emit: Emit) -> None:
@@ -268,13 +276,13 @@ def _program(descriptor: int) -> str:
     )
 
 
-def _send_rewards(connection: Connection, rewards: Sequence[Reward]) -> None:
+def _send_rewards(connection: Connection, rewards: Sequence[Reward], memory: int | None) -> None:
     """The files that a new process has to run under their present names, then the functions."""
     modules = {_module_of(reward) for reward in rewards}
     files = {name: str(sys.modules[name].__file__) for name in modules if name.startswith(PREFIX)}
     if "__main__" in modules:
         files[MAIN] = str(sys.modules["__main__"].__file__)
-    _send(connection, "the names of files", files)
+    _send(connection, "the names of files", (files, memory))
     _send(connection, "the reward functions", list(rewards))
 
 

@@ -27,7 +27,8 @@ class Rewards:
         on_error=-1.0     any number: what that function's reward is then
 
     With the latter two a run still ends once more than `max_error_rate` of the last 100 calls have
-    failed. Nothing is tried twice. A sample that takes more than `slow` seconds is reported.
+    failed. Nothing is tried twice. A sample that takes more than `slow` seconds is reported. With
+    `memory_gb` each of the other processes gets a MemoryError beyond so much (Linux).
     """
 
     functions: Callable[..., Any] | Sequence[Callable[..., Any]]
@@ -38,6 +39,7 @@ class Rewards:
     max_error_rate: float = 0.2
     workers: int = min(4, os.cpu_count() or 1)
     slow: float = 5.0
+    memory_gb: float | None = None
 
     def __post_init__(self) -> None:
         names = [reward.name for reward in self.members]
@@ -61,6 +63,9 @@ class Rewards:
         _require(fine, '"fail", "skip" or a finite number', f"on_error {policy!r}")
         _require(0 <= self.max_error_rate <= 1, "0 to 1", f"max_error_rate {self.max_error_rate}")
         _require(self.workers >= 1, "at least 1", f"workers {self.workers}")
+        memory = self.memory_gb
+        _require(memory is None or memory > 0, "more than 0", f"memory_gb {memory}")
+        _require(memory is None or limit, "a timeout with memory_gb", "no other processes to limit")
         for reward in self.members:
             read_signature(reward)
 

@@ -16,7 +16,8 @@ from textpolicy.rewards.contract import Reward, as_reward
 from textpolicy.rewards.faults import user_code
 from textpolicy.rewards.signature import read_signature
 
-PREFIX = "reward_file_"
+PREFIX = "textpolicy_file_"
+"""How the names of modules begin that were run from a file, and that no import would find."""
 MAIN = "__mp_main__"
 """What a script is called in the processes that run it for its functions, as multiprocessing does;
 its `if __name__ == "__main__"` part is then left out."""
@@ -32,8 +33,7 @@ def load_reward(spec: str) -> Callable[..., Any] | Rewards:
     path = Path(file or spec)
     if path.suffix != ".py":
         raise ConfigError(f"reward is {spec!r}; expected FILE.py or FILE.py:FUNCTION")
-    # A number keeps a file named json.py from passing for another module.
-    module = run_file(path, f"{PREFIX}{next(_numbers)}_{path.stem}")
+    module = run_file(path, what="reward")
     found = _rewards_in(module)
     reward: Any = vars(module).get(name) if name else _only(found, path)
     if reward is None:
@@ -48,13 +48,18 @@ def load_reward(spec: str) -> Callable[..., Any] | Rewards:
     return reward
 
 
-def run_file(path: Path, name: str) -> ModuleType:
-    """The file as a module of this name, its neighbours importable as `python FILE.py` has it."""
+def run_file(path: Path, *, what: str, name: str | None = None) -> ModuleType:
+    """The module that a Python file makes when it is run; `what` is what messages call it.
+
+    It can import the files beside it, as under `python FILE.py`.
+    """
     if not path.is_file():
-        raise ConfigError(f"file {str(path)!r} does not exist (looked in {Path.cwd()})")
+        raise ConfigError(f"{what} file {str(path)!r} does not exist (looked in {Path.cwd()})")
+    # A number keeps a file named json.py from passing for another module.
+    name = name or f"{PREFIX}{next(_numbers)}_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file: expected a name ending in .py")
+        raise ConfigError(f"{what} file {path} is not a Python file: expected a name ending in .py")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     folder = str(path.resolve().parent)

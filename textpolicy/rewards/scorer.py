@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from textpolicy.errors import RewardError
 from textpolicy.rewards.call import Callee, Emit, Outcome, describe
@@ -53,6 +53,7 @@ class Incident:
         return f"reward {self.reward} took {self.seconds:.1f} s{more}\n  {self.sample}"
 
 
+@runtime_checkable
 class Runner(Protocol):
     """Calls functions, here or elsewhere."""
 
@@ -101,7 +102,12 @@ class Scorer:
         self._runner: Runner = (
             InProcess(self._callees)
             if rewards.timeout is None
-            else Children(self._callees, timeout=rewards.timeout, workers=rewards.workers)
+            else Children(
+                self._callees,
+                timeout=rewards.timeout,
+                workers=rewards.workers,
+                memory=None if rewards.memory_gb is None else int(rewards.memory_gb * 1e9),
+            )
         )
         self._on_incident = on_incident
         self._failed: deque[bool] = deque(maxlen=WINDOW)

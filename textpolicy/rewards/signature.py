@@ -85,7 +85,8 @@ def check_columns(reward: Reward, signature: Signature, columns: Collection[str]
     missing = signature.missing(columns)
     if not missing:
         return
-    near = get_close_matches(missing[0], [*columns, *signature.fixed, *CONTEXT], n=1)
+    unused = {*columns, *signature.fixed, *CONTEXT} - {*signature.required}
+    near = get_close_matches(missing[0], sorted(unused), n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     raise ConfigError(
         f"your reward {reward.name} asks for {_quoted(missing)}; the rows have "

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
+from importlib import import_module
 from random import Random
 from typing import Any
 
@@ -44,16 +45,16 @@ _POWER = re.compile(r"(?:\*\*|\^)[ (]*-?([0-9]*)")
 def load(name: str, **options: Any) -> Environment:
     """The task of that name; `options` are those of its configuration, such as a difficulty."""
     try:
-        from reasoning_gym.factory import DATASETS
+        known: Any = import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
         raise ConfigError(
             "environments of reasoning-gym need the library: pip install "
             "'textpolicy[reasoning-gym]'"
         ) from error
-    if name == "composite" or name not in DATASETS:
-        near = get_close_matches(name, list(DATASETS), n=3)
+    if name == "composite" or name not in known:
+        near = get_close_matches(name, list(known), n=3)
         raise TaskError(
-            f"reasoning-gym has no single task {name!r}; the nearest of its {len(DATASETS)}: {near}"
+            f"reasoning-gym has no single task {name!r}; the nearest of its {len(known)}: {near}"
         )
     task = ReasoningTask(name, options)
     return question_and_answer(
@@ -101,9 +102,8 @@ class ReasoningTask:
 
     @cached_property
     def _dataset(self) -> Any:
-        from reasoning_gym import create_dataset
-
-        return create_dataset(self.name, **{"seed": 0, "size": self._size, **self.options})
+        library: Any = import_module("reasoning_gym")
+        return library.create_dataset(self.name, **{"seed": 0, "size": self._size, **self.options})
 
 
 def is_harmless(answer: str, name: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from functools import partial
+from importlib import import_module
 from io import StringIO
 from random import Random
 from typing import Any
@@ -113,10 +114,9 @@ class TextArenaEnv(gym.Env[str, str]):
 
 
 def _start(name: str, seed: int) -> Any:
-    import textarena
-
+    library: Any = import_module("textarena")
     try:
-        game = textarena.make(name)
+        game = library.make(name)
     except LookupError as error:
         raise TaskError(
             f"TextArena's {name} needs word lists that are not on this machine; with a network, "
@@ -126,7 +126,7 @@ def _start(name: str, seed: int) -> Any:
         try:
             game.reset(num_players=players, seed=seed)
         except (AssertionError, ValueError):
-            game = textarena.make(name)
+            game = library.make(name)
         else:
             return game
     raise TaskError(f"TextArena's {name} is for more than 2 players; expected 1 or 2")
@@ -134,9 +134,9 @@ def _start(name: str, seed: int) -> Any:
 
 def _games() -> list[str]:
     try:
-        from textarena.envs.registration import ENV_REGISTRY
+        registration: Any = import_module("textarena.envs.registration")
     except ImportError as error:
         raise ConfigError(
             "environments of TextArena need the library: pip install 'textpolicy[textarena]'"
         ) from error
-    return list(ENV_REGISTRY)
+    return list(registration.ENV_REGISTRY)

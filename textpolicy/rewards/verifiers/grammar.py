@@ -10,7 +10,7 @@
 Numbers may have thousands separators (1,234) and exponents (1e-3). The LaTeX that answers are
 written in is read: \\frac, \\sqrt, \\cdot, \\pi, \\pm, \\text and so on. All is bounded
 before it is computed: LENGTH characters, DEPTH levels of brackets, HEIGHT operations on top of each
-other, EXPONENT_DIGITS digits after the e.
+other, ITEMS items in a list, EXPONENT_DIGITS digits after the e.
 """
 
 import re
@@ -21,6 +21,7 @@ from fractions import Fraction
 LENGTH = 256
 DEPTH = 24
 HEIGHT = 64
+ITEMS = 24
 EXPONENT_DIGITS = 3
 FUNCTIONS = ("sqrt", "root", "frac", "ln", "log", "exp", "abs")
 
@@ -187,6 +188,10 @@ class _Parser:
         self._depth -= 1
         if len(items) == 1:
             return items[0]
+        inner = [item for item in items if isinstance(item, Several)]
+        nested = any(isinstance(below, Several) for item in inner for below in item.items)
+        if nested or len(items) > ITEMS:
+            raise Unreadable(f"more than {ITEMS} items, or lists of lists of lists")
         brackets = "{}" if opening in ("", "{") else opening + closing
         return Several(brackets, tuple(items), _height_over(items))
 

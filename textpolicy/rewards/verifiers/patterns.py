@@ -1,8 +1,8 @@
 """Regular expressions with a time limit.
 
 Python's engine takes exponential time on some patterns, and cannot be interrupted. So a match runs
-in a process of its own, which stays warm (a match costs 0.1 ms beyond its own time) and is killed
-when the time is up.
+in a process of its own, which stays warm and is killed when the time is up. `benchmarks/rewards.py`
+measures what that costs.
 """
 
 import re
@@ -14,7 +14,7 @@ from textpolicy.rewards.children import Children
 from textpolicy.rewards.contract import Reward, Sample
 
 
-def pattern_match(text: str, pattern: str, *, whole: bool = False, seconds: float = 0.1) -> bool:
+def pattern_match(text: str, pattern: str, *, whole: bool = False, seconds: float = 0.5) -> bool:
     """Whether the pattern is found in the text, or with `whole` is all of it.
 
     False as well if that cannot be said in `seconds`: what ties up the engine is no match.
@@ -37,4 +37,7 @@ def found(completion: str, pattern: str, whole: bool) -> bool:
 
 @cache
 def _engine(seconds: float) -> Children:
-    return Children([Callee(Reward(found, "pattern_match"))], timeout=seconds, workers=1)
+    # Two, so that one is ready while the other is replaced.
+    engine = Children([Callee(Reward(found, "pattern_match"))], timeout=seconds, workers=2)
+    engine.start(2)
+    return engine

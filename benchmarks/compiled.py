@@ -1,0 +1,129 @@
+"""Is a compiled training step faster than the one that the trainer takes?
+
+    python benchmarks/compiled.py --json
+
+Both compute the gradient of GRPO's loss on one batch of the embedded model with LoRA: as the
+trainer does it, and by `mx.compile` for this very shape, which is the best that compiling can be:
+real batches differ in shape from step to step, and each new shape costs a first call. Medians over
+interleaved runs; on CPUs compiled code needs a C++ compiler. Without sharing, prompts are repeated
+in every row, as models without plain attention need it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from learning import setting
+
+from textpolicy import fast_cpu
+from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.algorithms import grpo
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.training.head import find_head
+from textpolicy.training.logprobs import Reader
+from textpolicy.training.scores import score_logits
+from textpolicy.training.shared_prompts import read_after_prompts, read_whole_rows
+from textpolicy.types import Batch
+
+PROMPTS, GROUP = 16, 8
+
+
+def batch_of(prompt: int, completion: int) -> Batch:
+    """Random tokens: 16 prompts, 8 completions each, all of full length."""
+    rows = PROMPTS * GROUP
+    shape = (rows, completion)
+    return Batch(
+        prompts=mx.random.randint(5, 250, (PROMPTS, prompt)),
+        prompt_lengths=mx.full((PROMPTS,), prompt),
+        owner=mx.repeat(mx.arange(PROMPTS), GROUP),
+        group=mx.repeat(mx.arange(PROMPTS), GROUP),
+        tokens=mx.random.randint(5, 250, shape),
+        mask=mx.ones(shape, dtype=mx.bool_),
+        logp_sampled=mx.full(shape, -1.0),
+        logp_old=mx.full(shape, -1.0),
+        advantages=mx.random.normal(shape),
+        temperature=mx.ones(rows),
+        rows=rows,
+        token_count=rows * completion,
+        max_tokens=completion,
+    )
+
+
+def eager(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
+    """The trainer's gradient."""
+    read = Reader(model, find_head(model), share)
+
+    def objective() -> mx.array:
+        return grpo.policy_loss(read(batch)[0], batch)[0]
+
+    return nn.value_and_grad(model, objective)
+
+
+def compiled(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
+    """The same gradient, compiled for the shape of this batch; logits are not cut into chunks."""
+    temperature = mx.repeat(batch.temperature, batch.tokens.shape[1])
+
+    def objective(tokens: mx.array) -> mx.array:
+        now = Batch(**{**vars(batch), "tokens": tokens})
+        logits = read_after_prompts(model, model, now) if share else read_whole_rows(model, now)
+        flat = logits.reshape(-1, logits.shape[-1])
+        logp, _ = score_logits(flat, tokens.flatten(), temperature)
+        return grpo.policy_loss(logp.reshape(tokens.shape), batch)[0]
+
+    run = mx.compile(
+        nn.value_and_grad(model, objective), inputs=[model.state], outputs=[model.state]
+    )
+    return lambda: run(batch.tokens)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """One call, evaluated."""
+    started = time.perf_counter()
+    mx.eval(function())
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=9, help="default: 9")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args()
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(1)
+    model, _ = load_model("tiny")
+    AdapterContainer.from_model(model, AdapterConfig(rank=16))
+    records: list[dict[str, Any]] = []
+    for share in (True, False):
+        for prompt, completion in ((18, 6), (64, 64)):
+            batch = batch_of(prompt, completion)
+            ways = {name: way(model, batch, share=share) for name, way in WAYS.items()}
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for way in ways.values():
+                seconds(way)
+            for _ in range(options.runs):
+                for name, way in ways.items():
+                    times[name].append(seconds(way))
+            other = compiled(model, batch_of(prompt + 1, completion), share=share)
+            new_shape = round(seconds(other), 4)
+            medians = {name: round(statistics.median(t), 4) for name, t in times.items()}
+            record = {"prompt": prompt, "completion": completion, "prompt_once_a_group": share}
+            records.append(record | medians | {"compiled_first_call": new_shape})
+            print(records[-1], file=sys.stderr)
+    if options.json:
+        print(json.dumps({"setting": setting(), "seconds": records}))
+    return 0
+
+
+WAYS = {"eager": eager, "compiled": compiled}
+
+if __name__ == "__main__":
+    sys.exit(main())

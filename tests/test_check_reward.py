@@ -1,0 +1,181 @@
+"""`check_reward`: what it finds in rewards with each kind of mistake, and what the command says."""
+
+import itertools
+import json
+import random
+import time
+
+import pytest
+
+import textpolicy as tp
+from textpolicy.cli import main
+from textpolicy.errors import ConfigError
+from textpolicy.rewards.check import check_reward
+
+ROWS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 9)]
+
+
+def right(completion, answer):
+    return float(completion == answer)
+
+
+def verdicts(check):
+    return {finding.name: finding.verdict for finding in check.findings}
+
+
+def detail(check, name):
+    return next(finding.detail for finding in check.findings if finding.name == name)
+
+
+def test_a_sound_reward_passes_and_the_table_says_so():
+    check = check_reward(right, ROWS)
+    assert check.ok
+    assert verdicts(check) == {
+        "finite": "ok",
+        "deterministic": "ok",
+        "gold highest": "ok",
+        "empty low": "ok",
+        "speed": "ok",
+        "signal": "not checked",
+    }
+    lines = str(check).splitlines()
+    assert lines[0] == "reward right on 8 rows" and len(lines) == 7
+    assert lines[1].split() == ["finite", "ok", "40", "calls"]
+
+
+def test_a_reward_that_fails_somewhere_is_shown_the_first_failure():
+    def fragile(completion, answer):
+        return float(int(completion) == int(answer))
+
+    check = check_reward(fragile, ROWS)
+    assert not check.ok and verdicts(check)["finite"] == "FAILED"
+    assert "24 of 40 calls: reward fragile raised ValueError" in detail(check, "finite")
+    assert "on task row 0, prompt '1+1=', completion ''" in detail(check, "finite")
+
+
+def test_a_reward_that_scores_nothing_fails():
+    assert verdicts(check_reward(lambda p, c, e: None, ROWS))["finite"] == "FAILED"
+
+
+def test_a_reward_by_chance_is_not_deterministic():
+    chance = random.Random(0)
+    check = check_reward(lambda p, c, e: chance.random(), ROWS)
+    assert verdicts(check)["deterministic"] == "warning"
+    assert detail(check, "deterministic").startswith("row 0, the right answer: 0.")
+
+
+def test_a_reward_that_prefers_something_else_to_the_right_answer_fails():
+    check = check_reward(lambda p, c, e: len(c) / 100, ROWS)
+    assert verdicts(check)["gold highest"] == "FAILED" and not check.ok
+    assert detail(check, "gold highest").startswith("8 of 8 rows: in row 0 the prompt again")
+
+
+def test_a_reward_that_cannot_tell_right_from_wrong_is_warned_of():
+    check = check_reward(lambda p, c, e: float(c.isdecimal()), ROWS)
+    assert verdicts(check)["gold highest"] == "warning"
+    assert "right and wrong look alike" in detail(check, "gold highest")
+
+
+def test_a_reward_that_gives_nothing_its_due_fails():
+    check = check_reward(lambda p, c, e: float(c in ("", e["answer"])), ROWS)
+    assert verdicts(check)["empty low"] == "FAILED"
+    assert "no answer at all scores 1, as much as the right one" in detail(check, "empty low")
+
+
+def test_a_slow_reward_is_warned_of_with_its_row():
+    def slow(completion, answer):
+        time.sleep(0.11 if answer == "4" else 0)
+        return float(completion == answer)
+
+    check = check_reward(slow, ROWS[:3])
+    assert check.ok and verdicts(check)["speed"] == "warning"
+    assert detail(check, "speed").endswith("ms in row 1")
+
+
+def test_columns_are_found_named_or_missing():
+    rows = [{"q": "1+1=", "result": 2}, {"q": "2+2=", "result": 4}]
+
+    def by_result(prompt, completion, result):
+        assert prompt.endswith("=")
+        return float(completion == str(result))
+
+    check = check_reward(by_result, rows, prompt="q")
+    assert verdicts(check)["gold highest"] == "not checked" and check.ok
+    named = check_reward(by_result, rows, prompt="q", gold="result")
+    assert verdicts(named)["gold highest"] == "ok"
+    made = check_reward(by_result, rows, prompt="q", gold=lambda row: row["result"])
+    assert verdicts(made) == verdicts(named)
+    with pytest.raises(ConfigError, match="no column 'gold'; the rows have q, result"):
+        check_reward(by_result, rows, gold="gold")
+    with pytest.raises(ConfigError, match="asks for `answer`; the rows have `q`, `result`"):
+        check_reward(right, rows)
+    with pytest.raises(ConfigError, match="there are no rows"):
+        check_reward(right, [])
+
+
+def test_an_endless_source_of_rows_is_tried_up_to_the_limit():
+    assert str(check_reward(right, itertools.cycle(ROWS), limit=5)).startswith("reward right on 5")
+
+
+def test_sampling_shows_how_many_groups_have_signal():
+    def sample(prompts):
+        return [["2", "4", "6"] for _ in prompts]
+
+    check = check_reward(right, ROWS, sample=sample)
+    assert verdicts(check)["signal"] == "ok"
+    assert detail(check, "signal") == "3 of 8 groups of 3 differ; mean reward 0.125"
+    silent = check_reward(right, ROWS, sample=lambda prompts: [["x", "y"] for _ in prompts])
+    assert verdicts(silent)["signal"] == "warning" and silent.ok
+
+
+def test_several_rewards_are_checked_together():
+    def brief(completion):
+        return 1 / (1 + len(completion))
+
+    check = tp.check_reward(tp.Rewards([right, brief], weights=[1, 0.1]), ROWS)
+    assert str(check).startswith("reward right + brief on 8 rows") and check.ok
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n")
+    (tmp_path / "mine.py").write_text(
+        "def right(completion, answer):\n    return float(completion == answer)\n"
+        "def long(completion):\n    return len(completion)\n"
+        "def other(completion, solution):\n    return 1.0\n"
+    )
+    return tmp_path
+
+
+def test_the_command_prints_the_table_and_exits_by_what_it_found(files, capsys):
+    data = ["--data", str(files / "rows.jsonl")]
+    assert main(["check", f"{files}/mine.py:right", *data]) == 0
+    assert capsys.readouterr().out.startswith("reward right on 8 rows\n  finite         ok")
+    assert main(["check", f"{files}/mine.py:long", *data, "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is False
+    assert {f["name"] for f in answer["findings"] if f["verdict"] == "FAILED"} == {"gold highest"}
+
+
+def test_the_command_says_which_columns_are_missing(files, capsys):
+    assert main(["check", f"{files}/mine.py:other", "--data", str(files / "rows.jsonl")]) == 1
+    stderr = capsys.readouterr().err
+    assert "your reward other asks for `solution`; the rows have `answer`, `question`" in stderr
+
+
+def test_the_command_tries_an_environment_and_samples_from_a_model(capsys):
+    assert main(["check", "--env", "add", "--rows", "8", "--sample", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "reward reward on 8 rows" in shown and "groups of 4 differ; mean reward 0." in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mine.py"], "name what to try the reward on"),
+        (["--data", "rows.jsonl"], "name the reward to try"),
+    ],
+)
+def test_the_command_says_what_is_missing(arguments, message, capsys):
+    assert main(["check", *arguments]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,258 @@
+"""Environments from files, rows and ids: what a newcomer types, and what is said to mistakes."""
+
+import json
+from itertools import islice
+
+import gymnasium as gym
+import pytest
+
+from textpolicy.cli import main
+from textpolicy.environments import AnyText, check_env, from_gymnasium, gold_answers, load
+from textpolicy.errors import TaskError
+from textpolicy.generation.scripted import ScriptedPolicy
+from textpolicy.rollout.worker import collect
+
+SINGLE = """
+def make(rng):
+    number = rng.randint(0, 999)
+    return f"echo {number}", {"number": number}
+
+
+def gold(example):
+    return str(example["number"])
+
+
+def reward(prompt, completion, example):
+    return float(completion.strip() == gold(example))
+"""
+CHAT = (
+    SINGLE
+    + """
+MAX_TURNS = 3
+
+
+def reply(completions, example):
+    return None if len(completions) == 2 else "again"
+
+
+def turn_reward(completions, example):
+    return 0.5
+"""
+)
+TOOLS = '''
+CALLS = "written"
+ROWS = [{"question": f"{n}", "answer": f"{n * n}"} for n in range(40)]
+PROMPT = "square({question})?"
+
+
+def square(n: int) -> int:
+    """The number times itself."""
+    return n * n
+
+
+TOOLS = [square]
+
+
+def gold(example):
+    return [f"square({example['question']})", example["answer"]]
+
+
+def reward(completion, answer):
+    return float(completion == answer)
+'''
+CLASS = '''
+import gymnasium as gym
+from gymnasium.spaces import Text
+
+MAX_TOKENS = 7
+
+
+class Parity(gym.Env):
+    """Says whether a number is even, three times."""
+
+    observation_space = Text(20)
+    action_space = Text(4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 3
+        return self._ask()
+
+    def step(self, action):
+        self.left -= 1
+        right = action == self.answer
+        observation, info = self._ask()
+        return observation, float(right), self.left == 0, False, info
+
+    def _ask(self):
+        number = int(self.np_random.integers(1000))
+        self.answer = "odd" if number % 2 else "even"
+        return str(number), {"gold": self.answer}
+'''
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="mine.py"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "turns", "reward"),
+    [(SINGLE, 0, 1.0), (CHAT, 2, 2.0), (TOOLS, 2, 1.0), (CLASS, 3, 3.0)],
+    ids=["one turn", "chat", "tools", "gymnasium class"],
+)
+def test_an_environment_is_one_file_anywhere(write, load_tiny, text, turns, reward):
+    environment = load(write(text))
+    check_env(environment, 20)
+    tasks = list(islice(environment.stream(0), 4))
+    script = [gold_answers(environment, task) for task in tasks]
+    policy = ScriptedPolicy(load_tiny()[1], script)
+    for group in collect(tasks, policy, environment.reward, group_size=2, seed=0):
+        for rollout in group.rollouts:
+            assert len(rollout.turns) == turns
+            assert rollout.reward == reward
+
+
+def test_a_class_of_a_file_can_be_named(write):
+    assert load(f"{write(CLASS)}:Parity").max_tokens == 7
+    with pytest.raises(TaskError, match=r"no environment 'Partiy'.*Its classes: \['Parity'\]"):
+        load(f"{write(CLASS)}:Partiy")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", r"neither make\(rng\) and reward.*nor one subclass of gymnasium\.Env"),
+        ("def make(rng): ...", r"has no reward\(prompt, completion, example\)"),
+        (TOOLS.replace("n: int", "n"), r"parameter 'n' has no annotation"),
+        (TOOLS.replace("ROWS =", "OTHER ="), r"has no rows of its own: name a file of them"),
+        (TOOLS.replace('"written"', '"writen"'), r"CALLS is 'writen'; expected one of"),
+    ],
+)
+def test_a_file_that_holds_no_environment_says_what_is_missing(write, text, message):
+    with pytest.raises(TaskError, match=message):
+        load(write(text)).make()
+
+
+class Endless(gym.Env):
+    """Never ends."""
+
+    observation_space = AnyText()
+    action_space = AnyText()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "x", {}
+
+    def step(self, action):
+        return "x", 0.0, False, False, {}
+
+
+class Picky(Endless):
+    """Falls over what it does not know."""
+
+    def step(self, action):
+        return "x", float(len("abc".split(action)) > 1), True, False, {}
+
+
+class Forgetful(Endless):
+    """Opens differently every time."""
+
+    def reset(self, *, seed=None, options=None):
+        return str(gym.utils.seeding.np_random()[0].integers(10**9)), {}
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (Endless, "goes on after 200 turns; expected it to end"),
+        (Picky, "ValueError: empty separator"),
+        (Forgetful, "gymnasium's check_env: AssertionError"),
+    ],
+)
+def test_check_env_names_what_breaks(env, message):
+    with pytest.raises(TaskError, match=message):
+        check_env(from_gymnasium(env))
+
+
+def test_an_environment_that_is_no_text_is_refused():
+    with pytest.raises(TaskError, match=r"CartPole-v1 opened with .*ndarray\); expected text"):
+        load("gymnasium:CartPole-v1").heldout(1)
+
+
+def test_every_string_is_in_the_space_and_samples_repeat():
+    space = AnyText(seed=3)
+    assert all(text in space for text in ("", "\n", "漢字", "x" * 10**6))
+    assert 3 not in space
+    again = AnyText(seed=3)
+    assert [space.sample() for _ in range(9)] == [again.sample() for _ in range(9)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    rows = [{"prompt": f"{n}+{n + 7}=", "answer": f"{2 * n + 7}"} for n in range(100, 140)]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "my_reward.py").write_text(
+        "def reward(completion, answer):\n    return float(completion.strip() == answer)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_rows_and_a_reward_train_from_an_empty_folder(folder, capsys):
+    train = ["train", "--model", "tiny", "--data", "rows.jsonl", "--reward", "my_reward.py"]
+    assert main([*train, "--steps", "2", "--group-size", "4", "--max-tokens", "6"]) == 0
+    out = capsys.readouterr()
+    assert "4 held-out tasks" in out.err
+    assert "adapters in runs/rows/adapters.safetensors" in out.out
+    assert main([*train, "--steps", "1", "--group-size", "2", "--max-tokens", "6"]) == 0
+    assert (folder / "runs" / "rows-2" / "adapters.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there is nothing to train on"),
+        (["--data", "rows.jsonl"], "the rows of rows.jsonl come without a reward"),
+        (["--data", "rows.jsonl", "--env", "sort"], "environment sort makes its tasks itself"),
+        (["--env", "sort", "--prompt", "{x}"], "environment sort writes its prompts itself"),
+        (
+            ["--data", "rows.jsonl", "--prompt", "{question}", "--reward", "my_reward.py"],
+            "the prompt template asks for {question}; the rows have ['prompt', 'answer']",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_a_model_loads(folder, capsys, options, message):
+    assert main(["train", *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
+def test_word_problems_come_from_a_file(folder):
+    row = {"question": "What is 600+600?", "answer": "600+600 = 1200\n#### 1,200"}
+    lines = "".join(json.dumps(row | {"question": f"{n}: {row['question']}"}) + "\n" for n in "ab")
+    (folder / "problems.jsonl").write_text(lines, encoding="utf-8")
+    environment = load("gsm8k", "problems.jsonl")
+    (task,) = environment.heldout(9)
+    assert task.prompt.endswith("end with the number alone after ####.")
+    scores = {"#### 1200": 1.0, "#### $1,200.00 in all": 1.0, "1200": 0.0, "#### 12": 0.0, "": 0.0}
+    for completion, value in scores.items():
+        assert environment.reward(task.prompt, completion, task.example) == value
+
+
+def test_the_command_lists_every_environment_and_shows_one(capsys):
+    assert main(["envs", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"add", "wordle", "calculator"} <= set(listed["ready"])
+    assert set(listed["others"]) >= {"FILE.py[:NAME]", "textarena:NAME", "reasoning_gym:NAME"}
+    assert main(["envs", "tictactoe", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["prompt"].startswith("You are X.")
+    assert len(shown["gold"]) >= 3

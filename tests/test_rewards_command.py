@@ -1,0 +1,72 @@
+"""Rewards of one's own from the shell: a file, a time limit, and what becomes of failures."""
+
+import json
+
+import pytest
+
+from textpolicy.cli import main
+
+SMALL = ["--env", "add", "--steps", "1", "--group-size", "4", "--groups-per-step", "4"]
+SOURCE = """
+import time
+
+def fussy(completion, example):
+    if completion[-1:] in "02468":
+        time.sleep(30)
+    return float(completion == str(example["sum"]))
+"""
+
+
+@pytest.fixture
+def train(tmp_path, capsys):
+    """Runs a small training with options; returns exit code, metrics of its step, and stderr."""
+    (tmp_path / "mine.py").write_text(SOURCE)
+
+    def run(*options):
+        output = tmp_path / "run"
+        argv = ["train", *SMALL, "--count", "2", "--output", str(output), *options]
+        code = main(argv)
+        file = output / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return code, [json.loads(line) for line in lines], capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_own_reward_of_an_environment_runs_in_other_processes_too(train):
+    code, (metrics,), _ = train("--reward-timeout", "20")
+    assert code == 0 and metrics["reward/errors"] == 0
+    assert metrics["rewards/reward/mean"] == metrics["reward"]
+
+
+def test_a_reward_that_hangs_is_told_before_a_model_is_loaded(train, tmp_path):
+    (tmp_path / "mine.py").write_text(SOURCE.replace("completion[-1:]", '"2"'))
+    options = ["--reward", f"{tmp_path}/mine.py", "--reward-timeout", "0.3"]
+    code, metrics, stderr = train(*options, "--model", "no-such-model")
+    assert code == 1 and not metrics
+    assert "reward fussy took longer than 0.3 s and was stopped" in stderr
+    assert "no-such-model" not in stderr
+
+
+@pytest.mark.slow
+def test_samples_that_a_reward_hangs_on_are_skipped_and_shown(train, tmp_path):
+    source = SOURCE.replace("completion[-1:]", "completion[-2:-1]")
+    (tmp_path / "mine.py").write_text(source.replace('"02468"', '"0"'))
+    code, (metrics,), stderr = train(
+        *("--reward", f"{tmp_path}/mine.py:fussy"),
+        *("--reward-timeout", "0.2", "--on-reward-error", "skip", "--seed", "3"),
+    )
+    assert code == 0
+    assert 0 < metrics["reward/errors"] == metrics["reward/unscored"] < 0.5
+    assert "reward fussy took longer than 0.2 s and was stopped" in stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--on-reward-error", "ignore"], ["--on-reward-error", "nan"], ["--reward-timeout", "0"]],
+)
+def test_a_policy_that_is_none_is_misuse(train, options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(*options)
+    assert stopped.value.code == 2 and "expected" in capsys.readouterr().err
