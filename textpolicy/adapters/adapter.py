@@ -7,9 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from textpolicy.adapters.config import AdapterConfig
-
-TENSORS = ("lora_a", "lora_b", "m", "lora_bias")
-"""The names of an adapter layer's tensors: the last part of every name in a file."""
+from textpolicy.errors import AdapterError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,3 +62,13 @@ def rank_of(tensors: Mapping[str, mx.array]) -> int | None:
     if "lora_a" not in tensors or (a := tensors["lora_a"]).ndim not in (2, 3) or not a.size:
         return None
     return a.shape[1] if a.ndim == 3 else a.shape[-1]
+
+
+def check_float32(arrays: Mapping[str, mx.array]) -> None:
+    """Refuse tensors that were cast to fewer bits."""
+    for name, array in arrays.items():
+        if array.dtype != mx.float32:
+            raise AdapterError(
+                f"{name} is {array.dtype}; expected float32, since small updates vanish in fewer "
+                "bits. Was the model cast (set_dtype) after adapting it? Cast it before"
+            )

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.adapter import Adapter
+from textpolicy.adapters.adapter import Adapter, check_float32
 from textpolicy.adapters.combine import combine
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.cpu_products import use_fast_products
@@ -151,7 +151,7 @@ class AdapterContainer:
 
     def advance(self) -> int:
         """Count an update: to be called when the tensors have changed. Returns the new version."""
-        _check_dtype(self.parameters())
+        check_float32(self.parameters())
         self.version += 1
         return self.version
 
@@ -165,7 +165,7 @@ class AdapterContainer:
         path = path or self.publish_path
         if path is None:
             raise AdapterError("no path to publish to: pass one, or set publish_path")
-        _check_dtype(self.parameters())
+        check_float32(self.parameters())
         write_file(path, self.adapter())
         return self.version
 
@@ -178,7 +178,7 @@ class AdapterContainer:
         compute something else over a float base: `over_float_base` says that this is meant.
         Returns the folder.
         """
-        _check_dtype(self.parameters())
+        check_float32(self.parameters())
         adapter = self.adapter()
         with self._bare() as model:
             return write_folder(folder, adapter, model, layout, over_float_base=over_float_base)
@@ -227,7 +227,7 @@ class AdapterContainer:
         self._check_new(name)
         adapter = source if isinstance(source, Adapter) else read_adapter(source)
         with self._bare() as model:
-            check_fit(model, adapter, _differences(self.original, adapter))
+            check_fit(model, adapter, self.original.differences(adapter))
         self._apart[name] = adapter
 
     def activate(self, name: str) -> None:
@@ -280,7 +280,7 @@ class AdapterContainer:
         _prepare_base(model, self._apart[self.name])
         original = Original.of(model)
         for adapter in self._apart.values():
-            check_fit(model, adapter, _differences(original, adapter))
+            check_fit(model, adapter, original.differences(adapter))
         fitted = fit(model, self._apart.pop(self.name))
         self._put_on(model, original, fitted)
         return self
@@ -422,7 +422,7 @@ class AdapterContainer:
         """Why an adapter is not for this model, whatever its tensors are."""
         with self._bare() as model:
             lookup = lookup_problems(model, adapter)
-        return _differences(self.original, adapter) + lookup
+        return self.original.differences(adapter) + lookup
 
     def _rules_of(self, adapter: Adapter, problems: Iterable[str]) -> Mapping[str, LoRARule]:
         """What the adapter's config says about this model; an error with `problems` if nothing."""
@@ -440,21 +440,6 @@ def freeze_base(model: nn.Module) -> None:
         layer.unfreeze(keys=list(layer.trainable), recurse=False)
 
 
-def _differences(original: Original, adapter: Adapter) -> list[str]:
-    """How the base that an adapter was made for differs from a model, where it says so."""
-    if adapter.fingerprint is None:
-        return []
-    pairs = {
-        "base quantization": (adapter.quantization, original.quantization),
-        "base fingerprint": (adapter.fingerprint[:12], original.fingerprint[:12]),
-    }
-    return [
-        f"{name}: {given} in the file, {own} in the model"
-        for name, (given, own) in pairs.items()
-        if given != own
-    ]
-
-
 def _prepare_base(model: nn.Module, adapter: Adapter) -> None:
     """Quantize the model as the adapter's base was, by its rules or as a whole."""
     by_rules = any(rule.number_format for rule in adapter.config.rules)
@@ -465,12 +450,3 @@ def _prepare_base(model: nn.Module, adapter: Adapter) -> None:
         quantize_by_rules(model, adapter.config)
     if whole:
         quantize(model, **whole)
-
-
-def _check_dtype(tensors: Mapping[str, mx.array]) -> None:
-    for name, array in tensors.items():
-        if array.dtype != mx.float32:
-            raise AdapterError(
-                f"{name} is {array.dtype}; expected float32, since small updates vanish in fewer "
-                "bits. Was the model cast (set_dtype) after adapting it? Cast it before"
-            )

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.layers import adapter_layers, base_parameters, base_path
 from textpolicy.adapters.quantization import is_quantized, quantization_of
 from textpolicy.adapters.tree import frozen_names
@@ -33,6 +34,20 @@ class Original:
             quantization=quantization_of(model),
             frozen=frozen_names(model),
         )
+
+    def differences(self, adapter: Adapter) -> list[str]:
+        """How the base that an adapter was made for differs from this one, where it says so."""
+        if adapter.fingerprint is None:
+            return []
+        pairs = {
+            "base quantization": (adapter.quantization, self.quantization),
+            "base fingerprint": (adapter.fingerprint[:12], self.fingerprint[:12]),
+        }
+        return [
+            f"{name}: {given} in the file, {own} in the model"
+            for name, (given, own) in pairs.items()
+            if given != own
+        ]
 
 
 def fingerprint(model: nn.Module) -> str:
