@@ -7,8 +7,8 @@ and its greedy accuracy on 512 held-out problems is reported before and after. T
 same run with each step's rewards shuffled across the whole batch: advantages become noise, and what
 it "learns" is what the benchmark would report of a library that does not work. Distillation learns
 from what GRPO has made of the same model; as a control, it hears its opinions of the wrong tokens.
-The exit code is 1
-if a trained run gains less than MARGIN, or a control gains more.
+The exit code is 1 if a
+trained run gains less than MARGIN, or a control gains more.
 
 Of `calculator` (tool use) and `hilo` (several turns) the model knows nothing, so it first imitates
 gold episodes for a few iterations, and "before" is what that gave. Greedy reward is that of whole
