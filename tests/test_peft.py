@@ -132,10 +132,13 @@ def test_adapters_combine_to_what_peft_makes_of_them(method):
 # To PEFT
 
 
-def written(case: str, folder: Path) -> Path:
+@pytest.fixture(scope="module", params=CASES)
+def written(request, tmp_path_factory) -> tuple[str, Path]:
     """A golden adapter, read and written again by this library."""
+    case, folder = request.param, tmp_path_factory.mktemp("written")
     model = base(case)
-    return AdapterContainer.from_directory(GOLDEN / case).load(model).save(folder, layout="peft")
+    AdapterContainer.from_directory(GOLDEN / case).load(model).save(folder, layout="peft")
+    return case, folder
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -146,9 +149,8 @@ def digests(folder: Path) -> dict[str, str]:
     return {"tensors": tensors.hexdigest(), "config": config.hexdigest()}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_written_is_what_peft_has_read_and_computed_the_same_with(case, tmp_path):
-    folder = written(case, tmp_path)
+def test_what_is_written_is_what_peft_has_read_and_computed_the_same_with(written):
+    case, folder = written
     assert {file.name for file in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -157,9 +159,9 @@ def test_what_is_written_is_what_peft_has_read_and_computed_the_same_with(case, 
     assert READ_BACK["cases"][case]["difference"] < TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_tensors_come_back_to_peft_byte_for_byte(case, tmp_path):
-    ours = load_file(written(case, tmp_path) / "adapter_model.safetensors")
+def test_tensors_come_back_to_peft_byte_for_byte(written):
+    case, folder = written
+    ours = load_file(folder / "adapter_model.safetensors")
     theirs = load_file(GOLDEN / case / "adapter_model.safetensors")
     theirs = {name: array for name, array in theirs.items() if "base_layer" not in name}
     assert ours.keys() == theirs.keys()
@@ -168,9 +170,9 @@ def test_tensors_come_back_to_peft_byte_for_byte(case, tmp_path):
         assert ours[name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_config_that_is_written_has_no_word_that_peft_does_not_write(case, tmp_path):
-    ours = config_of(written(case, tmp_path))
+def test_the_config_that_is_written_has_no_word_that_peft_does_not_write(written):
+    case, folder = written
+    ours = config_of(folder)
     theirs = config_of(GOLDEN / case)
     assert ours.keys() <= theirs.keys()
     for name in ["use_dora", "lora_bias", "bias", "peft_type", "task_type", "ensure_weight_tying"]:

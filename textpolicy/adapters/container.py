@@ -420,9 +420,11 @@ class AdapterContainer:
 
     def _problems(self, adapter: Adapter) -> list[str]:
         """Why an adapter is not for this model, whatever its tensors are."""
-        with self._bare() as model:
-            lookup = lookup_problems(model, adapter)
-        return self.original.differences(adapter) + lookup
+        problems = self.original.differences(adapter)
+        if adapter.lookup_only:
+            with self._bare() as model:
+                problems += lookup_problems(model, adapter)
+        return problems
 
     def _rules_of(self, adapter: Adapter, problems: Iterable[str]) -> Mapping[str, LoRARule]:
         """What the adapter's config says about this model; an error with `problems` if nothing."""

@@ -158,8 +158,7 @@ def is_finite(array: mx.array) -> bool:
 
 def lookup_problems(model: nn.Module, adapter: Adapter) -> list[str]:
     """Embeddings adapted for the lookup alone, in a model that reads the same table as its head."""
-    layout = layout_of(model)
-    if layout.has_head or not adapter.lookup_only:
+    if not adapter.lookup_only or (layout := layout_of(model)).has_head:
         return []
     sites = [layout.sites[path] for path in by_module(adapter.arrays) if path in layout.sites]
     tables = [site.path for site in sites if site.kind == "embedding"]
