@@ -5,8 +5,10 @@
 For each seed the embedded model is trained by an algorithm with LoRA, as `textpolicy train` does,
 and its greedy accuracy on 512 held-out problems is reported before and after. The control is the
 same run with each step's rewards shuffled across the whole batch: advantages become noise, and what
-it "learns" is what the benchmark would report of a library that does not work. The exit code is 1
-if a trained run gains less than MARGIN, or a control gains more.
+it "learns" is what the benchmark would report of a library that does not work. Distillation learns
+from what GRPO has made of the same model; as a control, it hears its opinions of the wrong tokens.
+The exit code is 1 if a
+trained run gains less than MARGIN, or a control gains more.
 
 Of `calculator` (tool use) and `hilo` (several turns) the model knows nothing, so it first imitates
 gold episodes for a few iterations, and "before" is what that gave. Greedy reward is that of whole
@@ -29,23 +31,27 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 
 from textpolicy import fast_cpu
-from textpolicy.cli.experiment import Experiment, find_algorithm, run_experiment
+from textpolicy.algorithms import Algorithm
+from textpolicy.cli.experiment import ADAPTERS, Experiment, find_algorithm, run_experiment
 from textpolicy.cli.options import ALGORITHMS, DEMO, RunSettings
 from textpolicy.environments import gold_answers
+from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.console import Console
 from textpolicy.training.sft import Demonstration, shuffled_batches, train_sft
-from textpolicy.types import AdvantageFn
+from textpolicy.types import AdvantageFn, Batch, LossFn
 
-ENVS = ("add", "sort", "reverse", "countdown", "calculator", "hilo")
+ENVS = ("add", "sort", "reverse", "countdown")
 # Environments of several turns: how many iterations of imitation come before the run.
-WARM_UPS = {"calculator": 70, "hilo": 70}
+WARM_UPS = {"calculator": 70, "hilo": 80}
 WARM_UP_LR = 2e-3
-EPISODES: dict[str, Any] = {"steps": 80, "groups_per_step": 8, "count": 256}
+EPISODES: dict[str, Any] = {"steps": 60, "lr": 3e-4, "count": 256}
 GOLD_EPISODES = 2000
 # 512 problems give each accuracy a standard error of about 0.02.
 MARGIN = 0.03
@@ -90,12 +96,48 @@ def warm_up(experiment: Experiment, env: str, seed: int) -> None:
     policy.reload(experiment.trainer.published)
 
 
-def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
-    """One run from the embedded model, as a record of what it gained and what it took."""
+def prepared(settings: RunSettings, *, control: bool) -> Algorithm:
+    """The algorithm that the settings name, with its teacher; as a control, misled."""
     algorithm = find_algorithm(settings)
-    if control:
+    if settings.algorithm == "distillation":
+        algorithm = replace(algorithm, trainer={"reference": teacher(settings)})
+        if control:
+            wrong = misheard(algorithm.policy_loss, settings.seed)
+            algorithm = replace(algorithm, policy_loss=wrong)
+    elif control:
         wrong = shuffled(algorithm.compute_advantages, settings.seed)
         algorithm = replace(algorithm, compute_advantages=wrong)
+    return algorithm
+
+
+def teacher(settings: RunSettings) -> nn.Module:
+    """The embedded model with what a run of GRPO taught it."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(Console(sys.stderr, settings.steps)) as console,
+    ):
+        run_experiment(replace(settings, algorithm="grpo"), Path(folder), console)
+        model, _ = load_model(settings.model, Path(folder) / ADAPTERS)
+    return model
+
+
+def misheard(policy_loss: LossFn, seed: int) -> LossFn:
+    """The loss with the teacher's opinions dealt to the wrong tokens."""
+    random = np.random.default_rng(seed)
+
+    def loss(logp: mx.array, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+        assert batch.logp_ref is not None
+        mask = np.array(batch.mask)
+        opinions = np.array(batch.logp_ref - batch.logp_old)
+        opinions[mask] = random.permutation(opinions[mask])
+        return policy_loss(logp, replace(batch, logp_ref=batch.logp_old + mx.array(opinions)))
+
+    return loss
+
+
+def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
+    """One run from the embedded model, as a record of what it gained and what it took."""
+    algorithm = prepared(settings, control=control)
     with (
         tempfile.TemporaryDirectory() as folder,
         closing(Console(sys.stderr, settings.steps)) as console,
@@ -125,11 +167,12 @@ def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
 
 def runs(options: argparse.Namespace) -> Iterator[tuple[RunSettings, bool]]:
     """The settings of every run that was asked for, and whether it is a control."""
-    envs = ENVS if options.env == "all" else (options.env,)
+    envs = {"all": ENVS, "episodes": tuple(WARM_UPS)}.get(options.env, (options.env,))
     asked = {"steps": options.steps, "lr": options.lr, "rank": options.rank}
     given = {name: value for name, value in asked.items() if value is not None}
     settings = replace(DEMO, **given)
-    algorithms = ALGORITHMS if options.algorithm == "all" else (options.algorithm,)
+    every = (*ALGORITHMS, "distillation")
+    algorithms = every if options.algorithm == "all" else (options.algorithm,)
     for env, algorithm in product(envs, algorithms):
         for seed in map(int, options.seeds.split(",")):
             run = replace(settings, env=env, seed=seed, algorithm=algorithm)
@@ -160,9 +203,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--env", choices=(*ENVS, "all"), default="all", help="default: all")
+    names = (*ENVS, "all", *WARM_UPS, "episodes")
+    text = "default: all, which are tasks of one answer"
+    parser.add_argument("--env", choices=names, default="all", help=text)
     parser.add_argument(
-        "--algorithm", choices=(*ALGORITHMS, "all"), default=DEMO.algorithm, help="default: grpo"
+        "--algorithm",
+        choices=(*ALGORITHMS, "distillation", "all"),
+        default=DEMO.algorithm,
+        help="default: grpo",
     )
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--control", action="store_true", help="also with shuffled rewards")

@@ -3,7 +3,7 @@
     python benchmarks/rank.py --output benchmarks/results/rank.json --plot docs/images/rank.svg
 
 The four tasks are trained by GRPO three times from the embedded model: every weight (full
-fine-tuning), LoRA of rank 16, and LoRA of rank 1, which has 1/70 of the weights to move. Each has
+fine-tuning), LoRA of rank 16, and LoRA of rank 1, which moves a hundredth of the weights. Each has
 the learning rate that was best for it on `add` among three. Reported are the greedy reward on 512
 held-out tasks before and after, and the reward of each step's rollouts; the plot shows the latter.
 """

@@ -1,7 +1,8 @@
 """Environments of other libraries keep our contract, and cannot run what a model writes."""
 
-import random
 import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -36,17 +37,28 @@ GAMES = [
 ]
 
 
+# In a process of its own: shape checks make it many times slower, and the library warns a lot.
+CHECK_ALL = """
+import sys
+from textpolicy.environments import check_env, load
+
+for name in sys.argv[1:]:
+    check_env(load(f"reasoning_gym:{name}"), 2)
+    print("\\nkept", name)
+"""
+
+
 @pytest.mark.slow
 @needs_reasoning_gym
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_hundred_tasks_of_reasoning_gym_keep_the_contract():
     from reasoning_gym.factory import DATASETS
 
     names = sorted(set(DATASETS) - SLOW_TASKS)
     assert len(names) >= 100
-    for name in names:
-        check_env(load(f"reasoning_gym:{name}"), 2)
+    command = [sys.executable, "-W", "ignore", "-c", CHECK_ALL, *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split()[1] for line in done.stdout.splitlines() if line[:5] == "kept "] == names
 
 
 @pytest.mark.slow
@@ -93,6 +105,10 @@ def test_an_answer_that_is_code_scores_nothing_and_does_not_run(name, tmp_path):
         ("x.__class__", "simple_integration", False),
         ("factorial(999999)", "simple_integration", False),
         ("9**9**9", "puzzle24", False),
+        ("9**(9**9)", "puzzle24", False),
+        ("exp(exp(99))", "puzzle24", False),
+        ("((9**99)**99)**99", "puzzle24", False),
+        ("2**-1 * x^(1/2)", "simple_integration", True),
         ("(1+2)*8", "puzzle24", True),
         ("1" * 301, "countdown", False),
         ("anything at all: open('x')", "word_sorting", True),
@@ -138,10 +154,10 @@ def test_games_do_not_draw_from_each_other_nor_from_us():
                 return seen
         return seen
 
-    before = (random.getstate(), np.random.get_state()[1].tolist())
+    before = np.random.get_state()[1].tolist()
     alone = play(beside=False)
     assert alone == play(beside=True)
-    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+    assert before == np.random.get_state()[1].tolist()
 
 
 @pytest.mark.slow

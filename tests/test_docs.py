@@ -1,8 +1,8 @@
 """Every snippet of the README and the docs runs, so that they cannot describe what is not there.
 
 The python blocks of a page run in order in one program, as a reader would paste them. Lines of
-bash blocks that start with `textpolicy` run as commands, in one folder a page. What cannot run
-here is fenced as text.
+bash blocks that start with `textpolicy` run as commands, in one folder a page. A fence with a name
+after its language is a file of that folder. What cannot run here is fenced as text.
 """
 
 import re
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w*) ?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "text"}
 COMMAND = Path(sys.executable).with_name("textpolicy")
 # A page trains for a few steps at most.
@@ -23,17 +23,24 @@ SECONDS = 300
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The contents of the page's fences of this language."""
-    return [text for kind, text in BLOCK.findall(page) if kind == language]
+    """The contents of the page's fences of this language that are not files."""
+    return [text for kind, name, text in BLOCK.findall(page) if kind == language and not name]
+
+
+def write_files(page: str, folder: Path) -> None:
+    """The page's fences that have a name, as files."""
+    for _, name, text in BLOCK.findall(page):
+        if name:
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def program(page: str) -> str:
     """The page's python blocks as one program, on the lines where the page has them."""
     lines = [""] * len(page.splitlines())
     for match in BLOCK.finditer(page):
-        if match[1] == "python":
-            first = page.count("\n", 0, match.start(2))
-            body = match[2].splitlines()
+        if match[1] == "python" and not match[2]:
+            first = page.count("\n", 0, match.start(3))
+            body = match[3].splitlines()
             lines[first : first + len(body)] = body
     return "\n".join(lines) + "\n"
 
@@ -60,6 +67,7 @@ def run(arguments: list[str | Path], folder: Path) -> None:
 
 
 def run_program(page: str, folder: Path) -> None:
+    write_files(page, folder)
     script = folder / "page.py"
     script.write_text(program(page), encoding="utf-8")
     run([sys.executable, "-W", "error", script], folder)
@@ -83,6 +91,7 @@ def test_the_python_of_the_page_runs(page: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", having("bash"))
 def test_the_commands_of_the_page_run(page: str, tmp_path: Path) -> None:
+    write_files(page, tmp_path)
     for arguments in commands(page):
         run([COMMAND, *arguments], tmp_path)
 
@@ -90,7 +99,7 @@ def test_the_commands_of_the_page_run(page: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_block_is_python_bash_or_text(path: Path) -> None:
     page = path.read_text("utf-8")
-    assert {kind for kind, _ in BLOCK.findall(page)} <= LANGUAGES
+    assert {kind for kind, _, _ in BLOCK.findall(page)} <= LANGUAGES
     # A fence that is indented, or made of tildes, would not be seen and not be run.
     assert 2 * len(BLOCK.findall(page)) == len(re.findall(r"```|~~~", page))
 

@@ -125,10 +125,17 @@ def samples(*completions):
 
 
 def timed(scorer, *completions):
-    """The verdicts, and the seconds that they took."""
-    started = time.perf_counter()
-    verdicts = scorer.score(samples(*completions))
-    return verdicts, time.perf_counter() - started
+    """The verdicts, and the seconds that they took: the least of three tries, if it takes more.
+
+    A machine with more to do than cores stops us for longer than all that is measured here.
+    """
+    times = []
+    while True:
+        started = time.perf_counter()
+        verdicts = scorer.score(samples(*completions))
+        times.append(time.perf_counter() - started)
+        if min(times) < ALLOWED or len(times) == 3:
+            return verdicts, min(times)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -150,10 +157,13 @@ def test_a_fault_costs_its_sample_and_no_more_than_the_timeout(scorers, fault, p
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_ends_the_run_in_time_where_it_is_to_fail(scorers, fault):
-    started = time.perf_counter()
-    with pytest.raises(RewardError, match=FAULTS[fault]):
-        scorers["fail"].score(samples("before", fault, "after"))
-    assert time.perf_counter() - started < ALLOWED
+    times = []
+    while not times or (min(times) >= ALLOWED and len(times) < 3):
+        started = time.perf_counter()
+        with pytest.raises(RewardError, match=FAULTS[fault]):
+            scorers["fail"].score(samples("before", fault, "after"))
+        times.append(time.perf_counter() - started)
+    assert min(times) < ALLOWED
 
 
 @pytest.mark.parametrize("what", HARMLESS)
@@ -269,19 +279,19 @@ def test_a_failed_batch_counts_as_one_failure():
 
 def test_failing_and_slow_samples_are_reported_once_a_call_with_function_and_seconds():
     def uneven(completion):
-        time.sleep(0.03 if completion == "slow" else 0.0)
+        time.sleep(0.25 if completion == "slow" else 0.0)
         return 1 / len(completion)
 
     incidents = []
-    rewards = Rewards(uneven, on_error="skip", slow=0.02)
+    rewards = Rewards(uneven, on_error="skip", slow=0.2)
     with closing(Scorer(rewards, on_incident=incidents.append)) as scorer:
         scorer.score(samples("fine", "slow", "slow", "", ""))
         scorer.score(samples("fine"))
     failed, slow = incidents
     assert failed.fault.startswith("reward uneven raised ZeroDivisionError") and failed.more == 1
     assert (slow.reward, slow.fault, slow.more) == ("uneven", None, 1)
-    assert 0.03 <= slow.seconds < 1 and "completion 'slow'" in slow.sample
-    assert str(slow).startswith("reward uneven took 0.0 s (and 1 more)")
+    assert 0.25 <= slow.seconds < 5 and "completion 'slow'" in slow.sample
+    assert re.match(r"reward uneven took [0-9.]+ s \(and 1 more\)", str(slow))
 
 
 def test_a_function_that_no_other_process_could_find_is_refused_a_timeout():

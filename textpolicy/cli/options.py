@@ -146,9 +146,9 @@ def _adapter(parser: ArgumentParser) -> None:
 
 
 def _task(parser: ArgumentParser) -> None:
-    text = "environment: a name that `textpolicy envs` lists, or a file of yours, FILE.py[:NAME]"
+    text = "a name that `textpolicy envs` lists, or FILE.py[:NAME] (default: --data's rows alone)"
     _option(parser, "env", text)
-    text = "rows to train on: a .jsonl, .csv or .parquet file, a saved dataset, or hf:NAME"
+    text = "rows: a .jsonl, .csv or .parquet file, a saved dataset, hf:NAME (default: --env's)"
     _option(parser, "data", text, metavar="FILE")
     text = "template of the prompt over the columns of --data (default: the column 'prompt')"
     _option(parser, "prompt", text, metavar="TEXT")
@@ -266,12 +266,6 @@ def _plan(parser: ArgumentParser) -> None:
     _option(parser, "scale", text, type=positive)
 
 
-def _inspect(parser: ArgumentParser) -> None:
-    text = "an adapter file, or a folder of mlx-lm or PEFT"
-    parser.add_argument("path", help=text, type=Path, metavar="PATH")
-    parser.set_defaults(model=None, threads=None)
-
-
 def _check(parser: ArgumentParser) -> None:
     text = "the reward to try (default: the one of --env)"
     parser.add_argument("reward", help=text, nargs="?", metavar="FILE.py[:NAME]")
@@ -291,10 +285,16 @@ def _check(parser: ArgumentParser) -> None:
     _max_tokens(parser)
 
 
+def _inspect(parser: ArgumentParser) -> None:
+    text = "an adapter file, or a folder of mlx-lm or PEFT"
+    parser.add_argument("path", help=text, type=Path, metavar="PATH")
+    parser.set_defaults(model=None, threads=None)
+
+
 def _envs(parser: ArgumentParser) -> None:
     text = "an environment to check and show, as --env takes it (default: list all)"
     parser.add_argument("env", nargs="?", help=text, metavar="ENV")
-    _option(parser, "data", "rows for environments that take them", metavar="FILE")
+    _option(parser, "data", "rows for it (default: its own)", metavar="FILE")
     parser.set_defaults(model=None, threads=None)
 
 
@@ -329,17 +329,17 @@ _COMMANDS = {
         "textpolicy plan --model tiny --rank 8 --keys self_attn.q_proj,self_attn.v_proj",
         _plan,
     ),
-    "inspect": (
-        "inspect",
-        "show what an adapter is: modules, ranks, scales, version, base",
-        "textpolicy inspect runs/sort/adapters.safetensors",
-        _inspect,
-    ),
     "check": (
         "check",
         "try a reward on right, wrong and empty answers before training on it",
         "textpolicy check my_reward.py --data rows.jsonl",
         _check,
+    ),
+    "inspect": (
+        "inspect",
+        "show what an adapter is: modules, ranks, scales, version, base",
+        "textpolicy inspect runs/sort/adapters.safetensors",
+        _inspect,
     ),
     "envs": (
         "envs",

@@ -6,7 +6,7 @@ they are given is checked first: text of a model never runs.
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -39,7 +39,11 @@ _REQUEST = "\n\nEnd with the answer alone, between <answer> and </answer>."
 _NAMES = {"sin", "cos", "tan", "exp", "log", "sqrt", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
 _WORD = re.compile(r"[A-Za-z]+")
 _EXPRESSION = re.compile(r"[A-Za-z0-9+\-*/(). ^]*")
-_POWER = re.compile(r"(?:\*\*|\^)[ (]*-?([0-9]*)")
+_POWER = re.compile(r"\*\*|\^")
+# A plain number or fraction, and no power of a power.
+_EXPONENT = re.compile(
+    r" *(?:\( *-?([0-9]{1,3}) *(?:/ *[0-9]{1,3} *)?\)|-?([0-9]{1,3}))(?! *(?:\*\*|\^|[0-9.]))"
+)
 
 
 def load(name: str, **options: Any) -> Environment:
@@ -111,7 +115,8 @@ def is_harmless(answer: str, name: str) -> bool:
     if name in LITERALS:
         return len(answer) <= LONGEST and _is_literal(answer)
     if name in EXPRESSIONS:
-        return len(answer) <= LONGEST_EXPRESSION and _is_expression(answer)
+        names = set[str]() if name in ("countdown", "puzzle24") else _NAMES
+        return len(answer) <= LONGEST_EXPRESSION and _is_expression(answer, names)
     return len(answer) <= LONGEST
 
 
@@ -123,13 +128,16 @@ def _is_literal(text: str) -> bool:
     return True
 
 
-def _is_expression(text: str) -> bool:
+def _is_expression(text: str, names: Set[str]) -> bool:
     """Numbers, single letters and functions of a short list; all powers together stay small."""
     if not _EXPRESSION.fullmatch(text):
         return False
-    if any(len(word) > 1 and word not in _NAMES for word in _WORD.findall(text)):
+    if any(len(word) > 1 and word not in names for word in _WORD.findall(text)):
         return False
     powers = 1
-    for digits in _POWER.findall(text):
-        powers *= max(1, int(digits[:9])) if digits else 2
+    for power in _POWER.finditer(text):
+        exponent = _EXPONENT.match(text, power.end())
+        if exponent is None:
+            return False
+        powers *= max(1, int(exponent[1] or exponent[2]))
     return powers <= LARGEST_POWER

@@ -19,6 +19,8 @@ from textpolicy.environments.space import AnyText
 from textpolicy.errors import ConfigError, TaskError
 
 MAX_TOKENS = 256
+# Games fall over numbers of thousands of digits; no move is nearly as long.
+LONGEST = 1000
 Opponent = Callable[[str, Random], str]
 """Given what the other player sees and a generator: that player's move."""
 _MOVE = re.compile(r"\[[^\[\]\s]+\]")
@@ -48,7 +50,7 @@ def listed_move(observation: str, rng: Random) -> str:
 class TextArenaEnv(gym.Env[str, str]):
     """A fresh game at each `reset`; observations hold what is new since the last.
 
-    The reward is the game's for player 0, at its end.
+    The reward is the game's for player 0, at its end. The game reads 1,000 characters of an answer.
     """
 
     def __init__(self, name: str, opponent: Opponent = listed_move) -> None:
@@ -73,7 +75,7 @@ class TextArenaEnv(gym.Env[str, str]):
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         with self._alone():
-            self._over, _ = self._game.step(action)
+            self._over, _ = self._game.step(action[:LONGEST])
             self._oppose()
             if not self._over:
                 return self._news(action), 0.0, False, False, {}
