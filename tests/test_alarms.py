@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +11,8 @@ import pytest
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.adapters.files import read_file
 from textpolicy.cli import main
+from textpolicy.cli.experiment import Outcome, Score
+from textpolicy.cli.train import describe
 from textpolicy.tracking.alarms import COLUMNS, Watch
 from textpolicy.tracking.best import BestAdapter
 
@@ -159,8 +162,24 @@ def test_the_best_adapter_is_the_one_that_sampled_the_best_steps(load_tiny, tmp_
         assert mx.array_equal(kept.arrays[name], value).item()
 
 
+def test_the_summary_says_which_adapters_a_stopped_run_ends_with():
+    score = Score(reward=0.5, standard_error=0.1, count=9)
+    outcome = Outcome(
+        before=score,
+        after=score,
+        steps=17,
+        updates=17,
+        seconds=1.0,
+        adapters=Path("adapters.safetensors"),
+        alarms=("alarm at step 17",),
+        kept=3,
+    )
+    assert "stopped by an alarm; the adapters are again those of version 3" in describe(outcome)
+    assert "stopped" not in describe(replace(outcome, kept=None))
+
+
 def collapsing(output, *options):
-    settings = "--env add --lr 0.01 --steps 40 --count 64 --groups-per-step 8"
+    settings = "--env add --lr 0.01 --steps 30 --count 64 --groups-per-step 8"
     return ["train", *settings.split(), "--output", str(output), "--json", *options]
 
 
@@ -169,7 +188,7 @@ def test_a_run_that_collapses_is_stopped_and_ends_with_its_best_adapter(tmp_path
     assert main(collapsing(tmp_path / "run", "--stop-on-collapse")) == 0
     stdout, stderr = capsys.readouterr()
     stopped = json.loads(stdout)
-    assert stopped["steps"] < 40 and "alarm at step" in stopped["alarms"][0]
+    assert stopped["steps"] < 30 and "alarm at step" in stopped["alarms"][0]
     assert stopped["alarms"][0] in stderr
     final = read_file(tmp_path / "run" / "adapters.safetensors")
     best = read_file(tmp_path / "run" / "best.safetensors")
@@ -183,6 +202,6 @@ def test_a_run_that_collapses_is_stopped_and_ends_with_its_best_adapter(tmp_path
 
     assert main(collapsing(tmp_path / "on")) == 0
     went_on = json.loads(capsys.readouterr().out)
-    assert went_on["steps"] == 40 and went_on["kept"] is None
+    assert went_on["steps"] == 30 and went_on["kept"] is None
     assert went_on["alarms"][0] == stopped["alarms"][0]
     assert went_on["after"]["reward"] < 0.1
