@@ -14,12 +14,12 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.errors import TrainingError
 from textpolicy.training.sft import (
     Demonstration,
-    Progress,
     pad,
     sft_loss,
     shuffled_batches,
     train_sft,
 )
+from textpolicy.types import Progress
 
 VOCABULARY = 7
 STOP = 6

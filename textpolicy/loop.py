@@ -16,7 +16,7 @@ from textpolicy.rewards import Scorer, Scoring, scorer_of
 from textpolicy.rollout.refill import collect_with_signal
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import Curriculum, Metrics, Policy, RolloutGroup, Task
+from textpolicy.types import Curriculum, Metrics, Policy, Progress, RolloutGroup, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,15 @@ def train_rl(
     group_size: int = 8,
     refill_rounds: int = 1,
     seed: int = 0,
-    on_step: Callable[[StepReport], None] | None = None,
+    on_step: Callable[[StepReport], Progress | None] | None = None,
 ) -> Metrics:
     """Train for `steps` steps and return the last one's metrics.
 
     The trainer publishes adapters to the file its set-up names, and the policy reloads that file
     before its next generation: both may live on twins of one model, or in different processes.
     With `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
-    most so many rounds of sampling. Tasks that are a `Curriculum` are told how they went.
+    most so many rounds of sampling. Tasks that are a `Curriculum` are told how they went. The run
+    ends early when `on_step` answers `Progress.STOP`.
     """
     buffer = Buffer()
     source = iter(tasks)
@@ -79,8 +80,9 @@ def train_rl(
             metrics |= rollout_metrics(collected.sampled) | collected.metrics | laps.metrics()
             metrics["version"] = float(trainer.version)
             metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["time/generate"]
-            if on_step:
-                on_step(StepReport(step, steps, metrics, collected.sampled))
+            report = StepReport(step, steps, metrics, collected.sampled)
+            if on_step and on_step(report) is Progress.STOP:
+                break
     return metrics
 
 

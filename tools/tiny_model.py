@@ -29,8 +29,8 @@ from textpolicy.generation.models import tiny_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import score
-from textpolicy.training.sft import Demonstration, Progress, TrainReport, train_sft
-from textpolicy.types import Sampling, Task
+from textpolicy.training.sft import Demonstration, TrainReport, train_sft
+from textpolicy.types import Progress, Sampling, Task
 
 VOCABULARY = 320
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

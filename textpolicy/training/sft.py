@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from itertools import islice
 from random import Random
 
@@ -22,6 +21,7 @@ from mlx.utils import tree_flatten
 
 from textpolicy.errors import TrainingError
 from textpolicy.training.logprobs import token_logps
+from textpolicy.types import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +42,6 @@ class Demonstration:
                 "a demonstration needs at least one token to learn, and a token before it: "
                 f"mask is {self.mask}"
             )
-
-
-class Progress(Enum):
-    """What a callback answers: go on, or stop after this event."""
-
-    MORE = auto()
-    STOP = auto()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
