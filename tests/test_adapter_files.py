@@ -492,7 +492,9 @@ def test_200_versions_from_another_process_are_read_whole_and_the_last_one_is_th
             versions.append(adapter.version)
     assert writer.returncode == 0
     assert versions == sorted(versions) and 3 < len(set(versions)) <= count
-    assert watcher.poll() is None
+    # The last file may be reported twice, if it was read before it was noticed.
+    again = watcher.poll()
+    assert again is None or read_adapter(again).version == count
 
 
 WORKER = """
