@@ -30,9 +30,9 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     with holder, holder.stdout:
         assert holder.stdout.readline() == "held\n"
         assert directory.running
-        with pytest.raises(ConfigError, match=f"written by process {holder.pid}"):
-            with directory.lock():
-                pass
+        refused = pytest.raises(ConfigError, match=f"written by process {holder.pid}")
+        with refused, directory.lock():
+            pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert not directory.running
