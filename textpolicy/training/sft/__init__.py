@@ -1,7 +1,7 @@
 """Supervised fine-tuning: demonstrations in, moved weights out."""
 
 from textpolicy.training.sft.batches import Stream
-from textpolicy.training.sft.data import SFTData, load_data
+from textpolicy.training.sft.data import SFTData, load_data, load_examples
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 from textpolicy.training.sft.events import (
@@ -30,6 +30,7 @@ __all__ = [
     "evaluate_sft",
     "iterations_of",
     "load_data",
+    "load_examples",
     "sft_loss",
     "train_sft",
 ]

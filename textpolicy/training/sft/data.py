@@ -68,15 +68,9 @@ def load_data(source: str | Path, encoding: Encoding, *, validation_share: float
     )
 
 
-def load_rows(folder: str | Path, name: str) -> PlacedRows:
-    """The rows of one part of a folder, NAME.jsonl or else NAME.txt, each with its place."""
-    found = _part(Path(folder), name)
-    if found is None:
-        raise DataError(
-            f"{folder} holds neither {name}.jsonl nor {name}.txt; expected one of them, a row or a "
-            "text a line"
-        )
-    return found
+def load_examples(folder: str | Path, name: str) -> list[Row]:
+    """The rows of one part of a folder: NAME.jsonl or else NAME.txt, a text a line."""
+    return [row for _, row in _needed_part(Path(folder), name)]
 
 
 def split(
@@ -116,7 +110,7 @@ def _read_splits(source: str | Path) -> dict[str, PlacedRows]:
         return {"train": load_placed_rows(source)}
     others = {name: _part(folder, name) for name in ("valid", "test")}
     present = {name: rows for name, rows in others.items() if rows is not None}
-    return {"train": load_rows(folder, "train"), **present}
+    return {"train": _needed_part(folder, "train"), **present}
 
 
 def _saved_splits(folder: Path) -> dict[str, PlacedRows]:
@@ -127,6 +121,15 @@ def _saved_splits(folder: Path) -> dict[str, PlacedRows]:
         found["valid"] = found.pop("validation")
     if "train" not in found:
         raise DataError(f"{folder} has the splits {names}; expected one named 'train'")
+    return found
+
+
+def _needed_part(folder: Path, name: str) -> PlacedRows:
+    if (found := _part(folder, name)) is None:
+        raise DataError(
+            f"{folder} holds neither {name}.jsonl nor {name}.txt; expected one of them, a row or a "
+            "text a line"
+        )
     return found
 
 

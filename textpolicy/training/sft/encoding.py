@@ -6,7 +6,7 @@ The prompt of a demonstration is, token for token, what a policy is fed when it 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -16,7 +16,6 @@ from textpolicy.errors import ConfigError, DataError, PromptError
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.types import Message
 
-Learn = Literal["answers", "everything"]
 FORMS = (
     '{"text"}, {"prompt", "completion"}, {"messages"} or {"instruction", "input", "output"}, '
     "where `input` may be missing"
@@ -43,7 +42,7 @@ class Encoding:
     """
 
     tokenizer: TokenizerWrapper
-    learn: Learn = "answers"
+    learn: str = "answers"
     system: str | None = None
     max_length: int | None = 2048
 
@@ -112,7 +111,10 @@ class Encoding:
             messages = [{"role": "system", "content": self.system}, *messages]
         _check_turns(self.tokenizer, messages)
         whole = _render(self.tokenizer, messages, opened=False)
-        starts = [_opening(self.tokenizer, messages, n, whole) for n in _answers(messages)]
+        answers = _answers(messages)
+        starts = [_opening(self.tokenizer, messages, n, whole) for n in answers]
+        for n, start, end in zip(answers, starts, starts[1:], strict=False):
+            _check_kept(messages[n], n, whole[start:end])
         tokens = self._literal(whole[: starts[0]])
         mask = [False] * len(tokens)
         for start, end in zip(starts, [*starts[1:], None], strict=True):
@@ -213,6 +215,15 @@ def _opening(tokenizer: TokenizerWrapper, messages: Sequence[Message], n: int, w
             "goes on, so what the model would have read there is unknown; make a row of each answer"
         )
     return len(opening)
+
+
+def _check_kept(message: Message, n: int, written: str) -> None:
+    """Templates take thoughts, or whole answers, out of all turns but the last."""
+    if message["content"].strip() not in written:
+        raise DataError(
+            f"the chat template leaves out a part of message {n + 1}, {message['content']!r:.60}, "
+            "once the conversation goes on; make a row of each answer"
+        )
 
 
 def _render(tokenizer: TokenizerWrapper, messages: Sequence[Message], *, opened: bool) -> str:

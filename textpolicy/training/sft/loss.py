@@ -8,7 +8,7 @@ The mean is over all learned tokens of a batch, however they lie in its rows. Pa
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,22 +23,13 @@ from textpolicy.training.sft.packing import reading
 LossAndTokens = tuple[Float[mx.array, ""], Int[mx.array, ""]]
 
 
-class SFTLoss(Protocol):
-    """The mean loss of a batch and the number of tokens that it is the mean of.
+SFTLoss = Callable[..., tuple[mx.array, mx.array]]
+"""(model, inputs, targets, lengths) to the mean loss of a batch and the tokens it is the mean of.
 
-    Of the targets of row r, the first `lengths[r]` are real. A loss may also take the keyword
-    `mask`, True on the targets that are to be learned; without it, it cannot tell prompts from
-    answers, and is given data in which everything is learned.
-    """
-
-    def __call__(
-        self,
-        model: Any,
-        inputs: Int[mx.array, "batch time"],
-        targets: Int[mx.array, "batch time"],
-        lengths: Int[mx.array, " batch"],
-        /,
-    ) -> tuple[mx.array, mx.array]: ...
+Of the targets of row r, the first `lengths[r]` are real. A loss may ask for the keyword `mask`,
+True on the targets that are to be learned. Without it, it cannot tell prompts from answers, and is
+given data in which everything is learned.
+"""
 
 
 def sft_loss(
@@ -90,7 +81,7 @@ class _Lean:
 @dataclass(frozen=True)
 class _Custom:
     model: nn.Module
-    loss: Callable[..., tuple[mx.array, mx.array]]
+    loss: SFTLoss
     asks_mask: bool
 
     def __call__(self, batch: SFTBatch) -> LossAndTokens:
