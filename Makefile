@@ -36,7 +36,7 @@ demo: setup ## Train the embedded model on addition and show the accuracy rise
 test: setup-dev ## Run the whole test suite
 	@$(BIN)/python -m pytest
 
-test-fast: setup-dev ## Run the tests that take under a minute together
+test-fast: setup-dev ## Run the quick tests: about two minutes on two cores
 	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
 
 check: setup-dev ## Format, lint, types, layers and the fast tests

@@ -775,6 +775,21 @@ def test_tensors_of_another_rank_are_swapped_in_and_written_with_it(tmp_path):
     assert mx.array_equal(model(TOKENS), other(TOKENS))
 
 
+def test_an_optimizer_of_another_rank_is_noticed_at_the_next_update(tmp_path):
+    """Its moments broadcast with a gradient of rank 1, and the tensors grow back in silence."""
+    _other, path = other_rank(tmp_path, 1)
+    model, container = adapt()
+    optimizer = optim.Adam(learning_rate=1e-2)
+    for step in range(2):
+        _, gradient = nn.value_and_grad(model, loss)(model, TOKENS)
+        optimizer.update(model, gradient)
+        if step == 0:
+            assert container.advance() == 1
+            container.swap(path)
+    with pytest.raises(AdapterError, match=r"changed their shapes.*make a new one"):
+        container.advance()
+
+
 def test_tensors_that_disagree_about_their_rank_are_refused():
     _model, container = adapt()
     tensors = trained(container)

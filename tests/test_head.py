@@ -73,16 +73,16 @@ def test_scores_and_gradients_in_chunks_are_those_of_whole_logits(tied):
 
 
 def test_a_chunk_of_logits_is_all_that_is_alive():
-    model = qwen3_model(vocab_size=20_000)
+    model = qwen3_model(vocab_size=10_000)
     head = find_head(model)
     assert head is not None
-    hidden = mx.random.normal((1, 1024, 64))[0]
-    tokens = mx.zeros(1024, dtype=mx.int32)
-    logits_bytes = 1024 * 20_000 * 4
+    hidden = mx.random.normal((384, 64))
+    tokens = mx.zeros(384, dtype=mx.int32)
+    logits_bytes = 384 * 10_000 * 4
 
     def peak(chunk_bytes):
         def total(hidden):
-            logp, entropy = head.score(hidden, tokens, mx.ones(1024), chunk_bytes=chunk_bytes)
+            logp, entropy = head.score(hidden, tokens, mx.ones(384), chunk_bytes=chunk_bytes)
             return (logp + entropy).sum()
 
         mx.eval(model.parameters(), hidden)
@@ -93,7 +93,7 @@ def test_a_chunk_of_logits_is_all_that_is_alive():
 
     whole, chunked = peak(2**40), peak(logits_bytes // 32)
     assert whole > 4 * logits_bytes
-    assert chunked < whole / 8
+    assert chunked < whole / 4
 
 
 def test_only_positions_that_count_reach_the_head(load_tiny):

@@ -17,7 +17,7 @@ from textpolicy.rewards import Score, reward
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import Completion, RolloutGroup, Sampling, StopReason, Task
+from textpolicy.types import Completion, Progress, RolloutGroup, Sampling, StopReason, Task
 
 
 class Scripted:
@@ -113,6 +113,19 @@ def test_each_generation_uses_the_latest_weights(load_tiny, tmp_path):
         assert (sampled.parameters()[name] == value).all().item()
 
 
+def test_a_run_ends_early_when_its_watcher_says_so(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path)
+    seen = []
+
+    def on_step(report):
+        seen.append(report.step)
+        return Progress.STOP if report.step == 1 else Progress.MORE
+
+    options = {"groups_per_step": 2, "group_size": 2, "on_step": on_step}
+    train_rl(tasks=tasks(), reward=digits, policy=policy, trainer=trainer, steps=9, **options)
+    assert seen == [0, 1] and policy.version == trainer.version == 2
+
+
 def test_the_same_seed_gives_the_same_run(load_tiny, tmp_path):
     runs = []
     for attempt in range(2):
@@ -180,7 +193,7 @@ def test_a_twin_cannot_follow_a_trainer_that_publishes_nothing(load_tiny, tmp_pa
 def test_a_list_of_tasks_is_gone_through_once_and_its_end_is_an_error(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     seen = []
-    with pytest.raises(TaskError, match="ran out at step 2 of 5, which needs 2 and got 1"):
+    with pytest.raises(TaskError, match="2 more were needed after 4, and 1 came"):
         train_rl(
             tasks=list(itertools.islice(tasks(), 5)),
             reward=digits,

@@ -19,7 +19,7 @@ from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft import (
     Demonstration,
-    Progress,
+
     SFTParameters,
     Stream,
     TrainReport,

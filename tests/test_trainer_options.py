@@ -333,15 +333,15 @@ def test_a_student_comes_nearer_to_its_teacher(load_tiny):
         advantage_fn=distillation.compute_advantages,
         loss_fn=distillation.policy_loss,
         reference=teacher,
-        optimizer=build_optimizer(1e-3),
+        optimizer=build_optimizer(2e-3),
     )
     _, tokenizer = load_tiny()
     policy = create_policy(model, tokenizer, {"max_tokens": 10})
     found = []
-    for seed in range(8):
-        groups = collect(TASKS, policy, length_reward, group_size=8, seed=seed)
+    for seed in range(16):
+        groups = collect(TASKS, policy, length_reward, group_size=4, seed=seed)
         found.append(trainer.train(groups)["kl"])
-    assert np.mean(found[-2:]) < 0.85 * found[0]
+    assert np.mean(found[-5:]) < 0.7 * np.mean(found[:3])
 
 
 def test_reinforce_trains_weights_without_adapters(load_tiny):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from pathlib import Path
 from types import UnionType
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
@@ -18,6 +18,13 @@ Prompt = str | Sequence[Message]
 
 NOT_SAMPLED = -1
 """The version of rollouts that no policy sampled: their log-probabilities were never recorded."""
+
+
+class Progress(Enum):
+    """What a callback answers: go on, or stop after this event."""
+
+    MORE = auto()
+    STOP = auto()
 
 
 class StopReason(StrEnum):

@@ -32,13 +32,12 @@ from textpolicy.rewards import score
 from textpolicy.training.sft import (
     Demonstration,
     Event,
-    Progress,
     SFTParameters,
     Stream,
     TrainReport,
     train_sft,
 )
-from textpolicy.types import Sampling, Task
+from textpolicy.types import Progress, Sampling, Task
 
 VOCABULARY = 320
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -152,6 +152,7 @@ class AdapterContainer:
     def advance(self) -> int:
         """Count an update: to be called when the tensors have changed. Returns the new version."""
         check_float32(self.parameters())
+        self._check_shapes()
         self.version += 1
         return self.version
 
@@ -414,9 +415,22 @@ class AdapterContainer:
             for path, own in fitted.rules.items()
             for new in [rules.get(path, own)]
         }
-        bases = {path: layer.base for path, layer in fitted.layers.items()}
-        refuse_misfits(origin, problems, misfits(expected_shapes(bases, changed), arrays))
+        refuse_misfits(origin, problems, misfits(self._shapes(changed), arrays))
         assign(fitted, arrays, changed)
+
+    def _shapes(self, rules: Mapping[str, LoRARule]) -> dict[str, tuple[int, ...]]:
+        return expected_shapes({path: layer.base for path, layer in self.layers().items()}, rules)
+
+    def _check_shapes(self) -> None:
+        """Refuse what a broadcast makes of a tensor and an optimizer's state of another rank."""
+        shapes, tensors = self._shapes(self._on_model().rules), self.parameters()
+        changed = [name for name, shape in shapes.items() if tensors[name].shape != shape]
+        if changed:
+            raise AdapterError(
+                f"{changed[0]} and {len(changed) - 1} more have changed their shapes: it is "
+                f"{tensors[changed[0]].shape}, expected {shapes[changed[0]]}. Was the optimizer "
+                "made before a swap to another rank? Its state is of that rank: make a new one"
+            )
 
     def _problems(self, adapter: Adapter) -> list[str]:
         """Why an adapter is not for this model, whatever its tensors are."""

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.config import AdapterConfig
-from textpolicy.errors import AdapterError, ConfigError
+from textpolicy.errors import AdapterError
 
 FORMAT = "textpolicy.adapter"
 FORMAT_VERSION = 1
@@ -45,18 +45,15 @@ def read_file(path: str | Path) -> Adapter:
     path = Path(path)
     arrays, metadata = read_tensors(path)
     metadata = _checked(path, metadata)
-    try:
-        config = AdapterConfig.from_dict(json.loads(metadata["config"]))
-    except (ConfigError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path} cannot be read as an adapter: {error}") from error
-    return Adapter(
-        origin=str(path),
-        arrays=arrays,
-        config=config,
-        version=int(metadata["version"]),
-        fingerprint=metadata["base_fingerprint"] or None,
-        quantization=json.loads(metadata["base_quantization"]),
-    )
+    with parsing(path):
+        return Adapter(
+            origin=str(path),
+            arrays=arrays,
+            config=AdapterConfig.from_dict(json.loads(metadata["config"])),
+            version=int(metadata["version"]),
+            fingerprint=metadata["base_fingerprint"] or None,
+            quantization=json.loads(metadata["base_quantization"]),
+        )
 
 
 def write_file(path: str | Path, adapter: Adapter) -> Path:
@@ -159,11 +156,23 @@ def read_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
     try:
         header = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != METADATA]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = _LENGTH.size + length + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_whole(path, "it has no safetensors header") from error
-    if size != (expected := _LENGTH.size + length + max(ends, default=0)):
+    if size != expected:
         raise _not_whole(path, f"it has {size} bytes, its header announces {expected}")
     return header, stat
+
+
+@contextmanager
+def parsing(path: Path) -> Generator[None]:
+    """Whatever is wrong with the words in a file becomes one error that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise AdapterError(f"{path} cannot be read as an adapter: it has no {error}") from error
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{path} cannot be read as an adapter: {error}") from error
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:
@@ -172,7 +181,9 @@ def is_ours(metadata: Mapping[str, str]) -> bool:
 
 
 def _version(path: Path, header: Mapping[str, Any]) -> int:
-    return int(_checked(path, header.get(METADATA) or {})["version"])
+    metadata = _checked(path, header.get(METADATA) or {})
+    with parsing(path):
+        return int(metadata["version"])
 
 
 def _check_replaceable(target: Path) -> None:

@@ -19,10 +19,7 @@ def read_adapter(path: str | Path) -> Adapter:
     It is evaluated: what is written there later does not change it.
     """
     path = Path(path).expanduser()
-    try:
-        return _read_folder(path) if path.is_dir() else read_file(path)
-    except ConfigError as error:
-        raise AdapterError(f"{path} cannot be read as an adapter: {error}") from error
+    return _read_folder(path) if path.is_dir() else read_file(path)
 
 
 def write_folder(

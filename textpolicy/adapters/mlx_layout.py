@@ -16,6 +16,7 @@ from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.files import (
     is_ours,
     metadata_of,
+    parsing,
     read_file,
     read_tensors,
     replacing,
@@ -37,7 +38,8 @@ def read_mlx(folder: Path) -> Adapter:
     arrays, metadata = read_tensors(file)
     if is_ours(metadata):
         return read_file(file)
-    config = AdapterConfig.from_dict(read_config(folder))
+    with parsing(folder):
+        config = AdapterConfig.from_dict(read_config(folder))
     if others := [name for name in arrays if split(name)[1] not in ("lora_a", "lora_b", "m")]:
         raise AdapterError(
             f"{file} has {others[0]} and {len(others) - 1} more tensors that are no adapters; were "

@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from textpolicy.adapters.adapter import Adapter, by_module, joined
 from textpolicy.adapters.config import AdapterConfig
-from textpolicy.adapters.files import is_ours, metadata_of, read_tensors, write_tensors
+from textpolicy.adapters.files import is_ours, metadata_of, parsing, read_tensors, write_tensors
 from textpolicy.adapters.mlx_layout import CONFIG, read_config, write_json
 from textpolicy.adapters.quantization import is_quantized
 from textpolicy.adapters.rules import LoRARule
@@ -52,7 +52,8 @@ def read_peft(folder: Path) -> Adapter:
             f"{folder / CONFIG} has fan_in_fan_out: its base has Conv1D layers (GPT-2), of which "
             "adapters are not supported. Merge it with PEFT and load the result as a model"
         )
-    config = AdapterConfig.from_peft(data, trained=True)
+    with parsing(folder):
+        config = AdapterConfig.from_peft(data, trained=True)
     modules, embeddings = _read_modules(folder, arrays)
     if tied and embeddings:
         _drop_head(folder, modules, embeddings)
@@ -173,12 +174,13 @@ def _with_origin(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
     }
     if not is_ours(ours):
         return adapter
-    return replace(
-        adapter,
-        version=int(ours["version"]),
-        fingerprint=ours["base_fingerprint"] or None,
-        quantization=json.loads(ours["base_quantization"]),
-    )
+    with parsing(Path(adapter.origin)):
+        return replace(
+            adapter,
+            version=int(ours["version"]),
+            fingerprint=ours["base_fingerprint"] or None,
+            quantization=json.loads(ours["base_quantization"]),
+        )
 
 
 def _theirs(

@@ -24,13 +24,14 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization import quantize
 from textpolicy.adapters.twin import twin
 from textpolicy.algorithms import Algorithm
+from textpolicy.cli.observer import Observer
 from textpolicy.cli.options import DYNAMIC_ROUNDS, RunSettings
 from textpolicy.environments import Dataset, Environment, from_dataset, load
 from textpolicy.environments.single_turn import answer_of, prompt_text
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
-from textpolicy.loop import StepReport, train_rl
+from textpolicy.loop import train_rl
 from textpolicy.rewards import (
     Incident,
     OnError,
@@ -42,6 +43,7 @@ from textpolicy.rewards import (
     scorer_of,
 )
 from textpolicy.rollout.worker import collect
+from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
@@ -51,6 +53,7 @@ from textpolicy.training.trainer import Trainer
 from textpolicy.types import Sampling, Task
 
 ADAPTERS = "adapters.safetensors"
+BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
 REJECTED = "rejected"
 
@@ -92,6 +95,9 @@ class Outcome:
     updates: int
     seconds: float
     adapters: Path
+    alarms: tuple[str, ...]
+    kept: int | None = None
+    """The version that was brought back when an alarm stopped the run."""
 
 
 def find_task(
@@ -241,17 +247,13 @@ def _train_and_measure(
 ) -> Outcome:
     policy = experiment.policy
     heldout = experiment.environment.heldout(settings.count)
+    best = BestAdapter(experiment.adapters, output / BEST)
     started = time.perf_counter()
     before = measure(policy, heldout, scorer)
     console.note(f"before  {before}  greedy reward on {before.count} held-out tasks")
     with ExitStack() as opened:
         sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(settings, output)]
-
-        def on_step(report: StepReport) -> None:
-            for sink in sinks:
-                sink.write(report.step, report.metrics)
-            console.show(report.step, report.metrics)
-
+        observer = Observer(sinks, console, best, stop_on_alarm=settings.stop_on_collapse)
         train_rl(
             tasks=experiment.environment.stream(settings.seed),
             reward=scorer,
@@ -262,21 +264,33 @@ def _train_and_measure(
             group_size=settings.group_size,
             refill_rounds=experiment.refill_rounds,
             seed=settings.seed,
-            on_step=on_step,
+            on_step=observer.see,
         )
     console.close()
-    if experiment.trainer.version == 0:
+    updates = experiment.trainer.version
+    if observer.stopped:
+        _bring_back(best, experiment)
+    elif updates == 0:
         # Each update publishes; without any, the file still has to be there for `eval`.
         experiment.adapters.publish()
     after = measure(policy, heldout, scorer)
     return Outcome(
         before=before,
         after=after,
-        steps=settings.steps,
-        updates=experiment.trainer.version,
+        steps=observer.steps,
+        updates=updates,
         seconds=time.perf_counter() - started,
         adapters=output / ADAPTERS,
+        alarms=tuple(map(str, observer.alarms)),
+        kept=best.version if observer.stopped else None,
     )
+
+
+def _bring_back(best: BestAdapter, experiment: Experiment) -> None:
+    """Make the best adapter the final one: in the trainer, in the published file, in the policy."""
+    experiment.adapters.swap(best.path)
+    experiment.adapters.publish()
+    experiment.policy.reload(experiment.trainer.published)
 
 
 def open_sinks(settings: RunSettings, output: Path) -> list[Sink]:

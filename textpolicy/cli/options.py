@@ -41,6 +41,7 @@ class RunSettings:
     temperature: float = 1.0
     count: int = 512
     seed: int = 0
+    stop_on_collapse: bool = False
     wandb: str | None = None
 
 
@@ -254,6 +255,8 @@ def _train(parser: ArgumentParser) -> None:
     text = "randomness of the sampled completions"
     _option(parser, "temperature", text, run.temperature, type=positive)
     _option(parser, "seed", "makes the run repeatable", run.seed, type=int)
+    text = "end the run at the first alarm, and keep the adapter with the best rolling reward"
+    parser.add_argument("--stop-on-collapse", help=text, action="store_true")
     text = "log to this project of Weights & Biases too; offline without an API key (default: no)"
     _option(parser, "wandb", text, metavar="PROJECT")
 

@@ -28,6 +28,11 @@ def describe(outcome: Outcome) -> str:
         f"{outcome.before} before, {outcome.after} after\n"
         f"{outcome.steps} steps in {outcome.seconds:.0f} s"
     )
+    if outcome.kept is not None:
+        text += (
+            f"\nstopped by an alarm; the adapters are again those of version {outcome.kept}, which "
+            "had the best rolling reward"
+        )
     if outcome.updates == 0:
         text += (
             "\nno update was made, so the adapters change nothing: does the reward ever differ "

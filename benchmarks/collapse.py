@@ -1,0 +1,149 @@
+"""What runs that collapse look like, beside healthy ones, in the numbers that alarms read.
+
+    python benchmarks/collapse.py --output tests/golden/collapse
+
+Each run starts from the embedded model. The healthy ones are `textpolicy train` with its default
+settings. The others go wrong on purpose: a learning rate far too high, for LoRA and for full
+fine-tuning, rewards dealt to the wrong rollouts, and a reward for length. Each leaves one JSON file
+with the columns of `tracking.alarms`, step by step, and the alarms that they set off are printed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from learning import setting, shuffled
+
+from textpolicy import fast_cpu
+from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.algorithms import grpo
+from textpolicy.cli.options import RunSettings
+from textpolicy.environments import load
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.generation.policy import ModelPolicy
+from textpolicy.loop import StepReport, train_rl
+from textpolicy.rewards import as_rewards
+from textpolicy.tracking.alarms import COLUMNS, Alarm, Watch
+from textpolicy.training.optimizer import build_optimizer
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import Sampling
+
+DEFAULT = RunSettings()
+LONG = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One recorded run; what is not said is as in `textpolicy train`."""
+
+    env: str
+    healthy: bool = False
+    steps: int = 60
+    lr: float = DEFAULT.lr
+    seed: int = 0
+    adapters: bool = True
+    shuffled: bool = False
+    for_length: bool = False
+
+
+SETTINGS = {
+    "hot_lora_add": Setting(env="add", lr=1e-2),
+    "hot_full_add": Setting(env="add", lr=1e-3, adapters=False),
+    "long_add": Setting(env="add", for_length=True, steps=100),
+    "healthy_add": Setting(env="add", healthy=True, steps=120),
+    "shuffled_reverse": Setting(env="reverse", shuffled=True, steps=120),
+    "healthy_sort": Setting(env="sort", healthy=True, steps=120),
+    "hot_lora_sort": Setting(env="sort", lr=1e-2),
+    "healthy_countdown": Setting(env="countdown", healthy=True, steps=120),
+    "healthy_reverse": Setting(env="reverse", healthy=True, steps=120),
+    "healthy_add_1": Setting(env="add", healthy=True, steps=120, seed=1),
+    "hot_full_countdown": Setting(env="countdown", lr=1e-3, adapters=False),
+}
+
+
+def length(completion: str) -> float:
+    """A reward that wants more of everything."""
+    return len(completion) / LONG
+
+
+def record(run: Setting, show: Callable[[StepReport], None]) -> list[Mapping[str, float]]:
+    """The metrics of every step of a run."""
+    environment = load(run.env)
+    model, tokenizer = load_model("tiny")
+    if run.adapters:
+        config = AdapterConfig(rank=DEFAULT.rank, scale=DEFAULT.scale)
+        AdapterContainer.from_model(model, config, seed=run.seed)
+    else:
+        model.unfreeze()
+    advantages = grpo.compute_advantages
+    sampling = Sampling(max_tokens=LONG if run.for_length else environment.max_tokens)
+    steps: list[Mapping[str, float]] = []
+
+    def on_step(report: StepReport) -> None:
+        steps.append(report.metrics)
+        show(report)
+
+    train_rl(
+        tasks=environment.stream(run.seed),
+        reward=as_rewards(length if run.for_length else environment.reward),
+        policy=ModelPolicy(model, tokenizer, sampling, seed=run.seed),
+        trainer=Trainer(
+            model,
+            shuffled(advantages, run.seed) if run.shuffled else advantages,
+            grpo.policy_loss,
+            build_optimizer(run.lr),
+            seed=run.seed,
+        ),
+        steps=run.steps,
+        seed=run.seed,
+        on_step=on_step,
+    )
+    return steps
+
+
+def alarms_of(columns: Mapping[str, list[float]]) -> list[Alarm]:
+    """The alarms that go off when these columns are seen step by step."""
+    watch = Watch()
+    rows = zip(*columns.values(), strict=True)
+    return [
+        alarm
+        for step, row in enumerate(rows)
+        for alarm in watch.see(step, dict(zip(columns, row, strict=True)))
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", choices=SETTINGS, help="only this one (default: all)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write the columns there")
+    options = parser.parse_args()
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(1)
+    wrong = 0
+    for name in [options.run] if options.run else SETTINGS:
+        run = SETTINGS[name]
+
+        def show(report: StepReport, name: str = name) -> None:
+            print(f"\r{name} {report.step + 1}/{report.steps}", end="", file=sys.stderr, flush=True)
+
+        steps = record(run, show)
+        columns = {column: [round(step[column], 4) for step in steps] for column in COLUMNS}
+        alarms = alarms_of(columns)
+        wrong += run.healthy == bool(alarms)
+        print(f"\r{name}: {', '.join(f'{a.name} at {a.step}' for a in alarms) or 'no alarm'}")
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+            data: dict[str, Any] = {"run": asdict(run), "setting": setting(), "columns": columns}
+            (options.output / f"{name}.json").write_text(json.dumps(data) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

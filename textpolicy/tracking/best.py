@@ -1,0 +1,36 @@
+"""The best adapter of a run so far, in a file of its own."""
+
+from collections import deque
+from pathlib import Path
+from statistics import fmean
+
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.files import write_file
+from textpolicy.tracking.alarms import REWARD
+from textpolicy.types import Metrics
+
+
+class BestAdapter:
+    """Keeps in `path` the adapter that sampled the last step of the best rolling mean reward.
+
+    An update is judged by what is sampled with it, a step later: at the first sign of ruin, the
+    adapter of the step before is still the one to keep.
+    """
+
+    def __init__(self, adapters: AdapterContainer, path: Path, window: int = 10) -> None:
+        self._adapters = adapters
+        self._sampled_with = adapters.adapter()
+        self._rewards: deque[float] = deque(maxlen=window)
+        self.path = path
+        self.reward = float("-inf")
+        self.version = self._sampled_with.version
+        write_file(path, self._sampled_with)
+
+    def see(self, metrics: Metrics) -> None:
+        """To be called after each step, when its update is made."""
+        if REWARD in metrics:
+            self._rewards.append(metrics[REWARD])
+            if (mean := fmean(self._rewards)) > self.reward:
+                self.reward, self.version = mean, self._sampled_with.version
+                write_file(self.path, self._sampled_with)
+        self._sampled_with = self._adapters.adapter()
