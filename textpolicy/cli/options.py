@@ -45,6 +45,45 @@ class RunSettings:
     wandb: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SFTSettings:
+    """One run of supervised training, with the defaults of `sft`."""
+
+    model: str = "tiny"
+    data: str = ""
+    learn: Literal["answers", "everything"] = "answers"
+    system: str | None = None
+    max_length: int = 2048
+    validation_share: float = 0.1
+    adapter: str | None = None
+    adapter_config: str | None = None
+    target_modules: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    scale: float | None = None
+    dropout: float | None = None
+    quantize: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    iterations: int | None = None
+    epochs: int | None = None
+    batch_size: int = 4
+    accumulation: int = 1
+    packing: bool = False
+    checkpoint_gradients: bool = False
+    lr: float = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    steps_per_report: int = 10
+    steps_per_eval: int = 100
+    validation_batches: int = 10
+    save_every: int = 100
+    patience: int | None = None
+    seed: int = 0
+    wandb: str | None = None
+    tensorboard: bool = False
+
+
 DYNAMIC_ROUNDS = 10
 ALGORITHMS = (
     "grpo",
@@ -222,6 +261,90 @@ def _train(parser: ArgumentParser) -> None:
     _option(parser, "wandb", text, metavar="PROJECT")
 
 
+def _sft(parser: ArgumentParser) -> None:
+    run = SFTSettings
+    _model(parser)
+    text = "a folder with train, valid and test as .jsonl or .txt, one file of rows, or hf:NAME"
+    _option(parser, "data", text, required=True, metavar="DIR")
+    text = "folder for the adapters, checkpoint, metrics and report (default: a new one in runs)"
+    _option(parser, "output", text, type=Path, metavar="DIR")
+    text = "go on with the run in --output, given with the options that it was begun with"
+    parser.add_argument("--resume", help=text, action="store_true")
+    _sft_data(parser, run)
+    _sft_adapters(parser, run)
+    _sft_course(parser, run)
+    text = "log to this project of Weights & Biases too; offline without an API key (default: no)"
+    _option(parser, "wandb", text, metavar="PROJECT")
+    text = "log to event files of TensorBoard too, in the folder tensorboard of --output"
+    parser.add_argument("--tensorboard", help=text, action="store_true")
+
+
+def _sft_data(parser: ArgumentParser, run: type[SFTSettings]) -> None:
+    text = "what of a row is learned: the answers, or everything"
+    _option(parser, "learn", text, run.learn, choices=("answers", "everything"))
+    text = "system message of conversations that have none (default: none)"
+    _option(parser, "system", text, metavar="TEXT")
+    text = "tokens at which a row is cut, which is reported, and the length of packed rows"
+    _option(parser, "max-length", text, run.max_length, type=at_least(2))
+    text = "share of the rows to validate on where the data has no valid part; 0 is none"
+    _option(parser, "validation-share", text, run.validation_share, type=at_least(0, float))
+
+
+def _sft_adapters(parser: ArgumentParser, run: type[SFTSettings]) -> None:
+    text = "adapters to go on training, a file or a folder (default: fresh ones)"
+    _option(parser, "adapter", text, metavar="PATH")
+    text = "JSON of adapter options: rules, or those of mlx-lm or PEFT (instead of those below)"
+    _option(parser, "adapter-config", text, metavar="FILE")
+    text = "names of layers, such as q_proj,v_proj (default: every linear layer of the blocks)"
+    _option(parser, "target-modules", text, metavar="NAMES")
+    text = f"rank of the low-rank product (default: {RunSettings.rank})"
+    _option(parser, "rank", text, type=at_least(1))
+    text = "rank times the scale, as PEFT gives it (default: --scale)"
+    _option(parser, "alpha", text, type=positive)
+    text = f"what multiplies the low-rank product (default: {RunSettings.scale})"
+    _option(parser, "scale", text, type=positive)
+    text = "share of the adapters' inputs that is left out while training (default: 0)"
+    _option(parser, "dropout", text, type=at_least(0, float))
+    text = "quantize the frozen model to this many bits, QLoRA (default: no)"
+    _option(parser, "quantize", text, type=int, choices=(2, 3, 4, 5, 6, 8))
+    text = (
+        "number format of the frozen model; adapters are float32 over any (default: the model's "
+        "own, and float32 on a CPU, which computes in 16 bits many times slower)"
+    )
+    _option(parser, "dtype", text, choices=("float32", "bfloat16", "float16"))
+
+
+def _sft_course(parser: ArgumentParser, run: type[SFTSettings]) -> None:
+    text = "updates to take in all (default: 1000)"
+    _option(parser, "iterations", text, type=at_least(1))
+    text = "times to go through the data, instead of --iterations"
+    _option(parser, "epochs", text, type=at_least(1))
+    _option(parser, "batch-size", "rows in memory at once", run.batch_size, type=at_least(1))
+    text = "batches whose gradients make one update"
+    _option(parser, "accumulation", text, run.accumulation, type=at_least(1))
+    text = "fill rows of --max-length tokens with several demonstrations, kept apart"
+    parser.add_argument("--packing", help=text, action="store_true")
+    text = "compute activations again in the backward pass: less memory, more time"
+    parser.add_argument("--checkpoint-gradients", help=text, action="store_true")
+    _option(parser, "lr", "learning rate of Adam", run.lr, type=positive)
+    text = "how the learning rate falls to 0 by the end, if it does"
+    _option(parser, "schedule", text, run.schedule, choices=("constant", "linear", "cosine"))
+    text = "updates over which the learning rate rises at the start"
+    _option(parser, "warmup", text, run.warmup, type=at_least(0))
+    text = "share of each weight, times the learning rate, that an update takes off"
+    _option(parser, "weight-decay", text, run.weight_decay, type=at_least(0, float))
+    number = at_least(1)
+    _option(parser, "steps-per-report", "updates in a report", run.steps_per_report, type=number)
+    text = "updates from one validation to the next"
+    _option(parser, "steps-per-eval", text, run.steps_per_eval, type=number)
+    text = "batches to validate on; 0 is all"
+    _option(parser, "validation-batches", text, run.validation_batches, type=at_least(0))
+    _option(parser, "save-every", "updates from one save to the next", run.save_every, type=number)
+    text = "validations in a row without a better loss that end the run (default: no limit)"
+    _option(parser, "patience", text, type=number)
+    _option(parser, "seed", "makes the run repeatable", run.seed, type=int)
+
+
 def _demo(parser: ArgumentParser) -> None:
     _option(parser, "steps", "updates to take", DEMO.steps, type=at_least(1))
     _option(parser, "seed", "makes the run repeatable", DEMO.seed, type=int)
@@ -312,6 +435,12 @@ _COMMANDS = {
         "train adapters by reinforcement learning, so that a reward goes up",
         "textpolicy train --env sort --steps 100 --output runs/sort",
         _train,
+    ),
+    "sft": (
+        "sft",
+        "train adapters on demonstrations: texts, prompts with completions, or conversations",
+        "textpolicy sft --data my_data --epochs 3 --output runs/mine",
+        _sft,
     ),
     "generate": (
         "generate",
