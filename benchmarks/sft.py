@@ -47,12 +47,12 @@ from textpolicy.generation.models import tiny_model
 from textpolicy.training.sft import (
     Demonstration,
     Event,
-    Progress,
     SFTParameters,
     Stream,
     TrainReport,
     train_sft,
 )
+from textpolicy.types import Progress
 
 RANK, SCALE, LEARNING_RATE, BATCH = 8, 20.0, 1e-4, 4
 # Relative difference of the loss of any one update. float32 sums in another order, and what the

@@ -166,6 +166,16 @@ def test_a_checkpoint_of_another_base_is_refused(load_tiny, tmp_path):
         Run(load_tiny, tmp_path / "other").go(resume=checkpoint)
 
 
+def test_a_run_goes_on_from_before_its_first_update(load_tiny, tmp_path):
+    fresh = Run(load_tiny, tmp_path / "fresh")
+    trainer, state = fresh.trainer, fresh.trainer.state()
+    straight = fresh.go()
+    resumed = Run(load_tiny, tmp_path / "resumed")
+    resumed.trainer.restore(*state)
+    assert same(resumed.go().weights(), straight.weights())
+    assert trainer.version > 0
+
+
 def test_facts_are_what_json_can_hold(load_tiny, tmp_path):
     run = Run(load_tiny, tmp_path, steps_per_generation=3).go(until=2)
     facts = run.checkpoints.newest().facts

@@ -19,7 +19,6 @@ from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft import (
     Demonstration,
-
     SFTParameters,
     Stream,
     TrainReport,
@@ -32,6 +31,7 @@ from textpolicy.training.sft import (
 from textpolicy.training.sft.batches import Epochs, arrange, pack
 from textpolicy.training.sft.loss import loss_of
 from textpolicy.training.sft.packing import check_packing
+from textpolicy.types import Progress
 
 VOCABULARY = 7
 STOP = 6

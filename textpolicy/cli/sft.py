@@ -32,7 +32,6 @@ from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
     Encoding,
     Event,
-    Progress,
     SFTData,
     SFTParameters,
     SFTResult,
@@ -44,7 +43,7 @@ from textpolicy.training.sft import (
     train_sft,
 )
 from textpolicy.training.sft.checkpoint import checkpoint_iteration
-from textpolicy.types import Metrics
+from textpolicy.types import Metrics, Progress
 
 CONFIG = "config.json"
 REPORT = "report.html"

@@ -151,7 +151,10 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
         """What `restore` needs: tensors, and facts that JSON can hold."""
-        arrays = flat(_WEIGHTS, self.model.trainable_parameters())
+        weights = self.model.trainable_parameters()
+        # Before the first update there is no state; one that is there is left as it is.
+        self.optimizer.init(weights)
+        arrays = flat(_WEIGHTS, weights)
         return arrays | flat(_OPTIMIZER, self.optimizer.state), {
             "base": self.adapters.fingerprint if self.adapters else None,
             "version": self.version,
@@ -167,7 +170,6 @@ class Trainer:
         Adapters are published again: what was published since then belongs to another course.
         """
         self._check_base(facts["base"])
-        self.optimizer.init(self.model.trainable_parameters())
         check_fits(arrays, self.state()[0])
         self.model.update(tree(_WEIGHTS, arrays))
         self.optimizer.state = tree(_OPTIMIZER, arrays)

@@ -6,7 +6,6 @@ from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 from textpolicy.training.sft.events import (
     Event,
-    Progress,
     SaveReport,
     TrainReport,
     ValidationReport,
@@ -19,7 +18,6 @@ __all__ = [
     "Demonstration",
     "Encoding",
     "Event",
-    "Progress",
     "SFTData",
     "SFTParameters",
     "SFTResult",

@@ -1,15 +1,7 @@
 """What a run of supervised training tells while it goes, and what it is answered."""
 
 from dataclasses import dataclass
-from enum import Enum, auto
 from pathlib import Path
-
-
-class Progress(Enum):
-    """What a callback answers: go on, or stop after this event."""
-
-    MORE = auto()
-    STOP = auto()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,13 +33,12 @@ from textpolicy.training.sft.batches import (
     arrange,
     by_length,
 )
-from textpolicy.training.sft.checkpoint import restore_checkpoint, write_checkpoint
+from textpolicy.training.sft.checkpoint import restore_progress, save_progress
 from textpolicy.training.sft.data import digest
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 from textpolicy.training.sft.events import (
     Event,
-    Progress,
     SaveReport,
     TrainReport,
     ValidationReport,
@@ -47,6 +46,7 @@ from textpolicy.training.sft.events import (
 from textpolicy.training.sft.loss import BatchLoss, SFTLoss, loss_of
 from textpolicy.training.sft.packing import check_packing
 from textpolicy.training.sft.parameters import SFTParameters
+from textpolicy.types import Progress
 
 Example = Demonstration | str | Mapping[str, Any]
 """Tokens, a text, or a row in one of the forms that `Encoding` knows."""
@@ -90,7 +90,8 @@ def train_sft(
         raise TrainingError("the model has no trainable weights: attach adapters or unfreeze it")
     source = train if isinstance(train, Stream) else _epochs(train, parameters, tokenizer)
     if parameters.packing:
-        check_packing(model)
+        with _in_mode(model, training=False):
+            check_packing(model)
     run = _Run(
         model=model,
         optimizer=optimizer,
@@ -238,7 +239,8 @@ class _Run:
     def _due(self) -> Generator[Event]:
         """What falls on this iteration and has not been done."""
         now, parameters, validated = self.iteration, self.parameters, self.validated
-        if now % parameters.steps_per_report == 0 and self.window.timed_updates:
+        falls = now % parameters.steps_per_report == 0 or now == parameters.iterations
+        if falls and self.window.timed_updates:
             yield self._report()
         falls = now % parameters.steps_per_eval == 0 or validated.last is None
         if self.validation and falls and validated.last_iteration != now:
@@ -267,14 +269,14 @@ class _Run:
 
     def restore(self, path: Path) -> None:
         """Take up the run where the checkpoint left it."""
-        progress = restore_checkpoint(path, self.model, self.optimizer, self.course)
+        iteration, progress = restore_progress(path, self.model, self.optimizer, self.course)
         begun = self.parameters.completed_iterations
-        if begun not in (0, progress["iteration"]):
+        if begun not in (0, iteration):
             raise ConfigError(
-                f"completed_iterations is {begun}, and {path} was written after "
-                f"{progress['iteration']}; with a checkpoint, leave it out"
+                f"completed_iterations is {begun}, and {path} was written after {iteration}; with "
+                "a checkpoint, leave it out"
             )
-        self.iteration = self.saved = progress["iteration"]
+        self.iteration = self.saved = iteration
         self.window = _Window(**progress["window"])
         self.validated = _Validated(**progress["validated"])
         if self.adapters:
@@ -342,12 +344,11 @@ class _Run:
         past = {"timed_updates": 0, "timed_tokens": 0, "seconds": 0.0}
         progress = {
             "course": self.course,
-            "iteration": self.iteration,
             "version": self.adapters.version,
             "window": asdict(self.window) | past,
             "validated": asdict(self.validated),
         }
-        write_checkpoint(checkpoint, self.model, self.optimizer, progress)
+        save_progress(checkpoint, self.iteration, self.model, self.optimizer, progress)
         self.saved = self.iteration
         return SaveReport(iteration=self.iteration, path=path)
 
