@@ -22,6 +22,7 @@ LAYERS = (
     ("textpolicy.cli",),
     ("textpolicy.loop",),
     ("textpolicy.export", "textpolicy.serving"),
+    ("textpolicy.evaluation",),
     ("textpolicy.rollout",),
     ("textpolicy.generation",),
     ("textpolicy.training",),
@@ -35,6 +36,7 @@ LAYERS = (
     ("textpolicy.backend",),
     ("textpolicy.fast_cpu",),
     ("textpolicy.types",),
+    ("textpolicy.config",),
     ("textpolicy.errors",),
 )
 LEVEL = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}
