@@ -45,7 +45,7 @@ from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.console import Console
-from textpolicy.training.sft import Demonstration, shuffled_batches, train_sft
+from textpolicy.training.sft import Demonstration, SFTParameters, train_sft
 from textpolicy.types import AdvantageFn, Batch, LossFn
 
 ENVS = ("add", "sort", "reverse", "countdown")
@@ -89,9 +89,10 @@ def warm_up(experiment: Experiment, env: str, seed: int) -> None:
     demonstrations = [Demonstration(tokens=r.tokens, mask=r.mask) for r in rollouts]
     train_sft(
         experiment.trainer.model,
-        shuffled_batches(demonstrations, 32, seed=seed),
+        demonstrations,
+        [],
         optim.Adam(learning_rate=WARM_UP_LR, bias_correction=True),
-        iterations=WARM_UPS[env],
+        parameters=SFTParameters(batch_size=32, iterations=WARM_UPS[env], seed=seed),
     )
     experiment.adapters.publish()
     policy.reload(experiment.trainer.published)

@@ -16,7 +16,7 @@ import pytest
 from textpolicy.adapters.rules import LoRARule
 from textpolicy.cli.flags import add_config_file, add_settings, configured
 from textpolicy.cli.options import build_parser
-from textpolicy.config import DEMO, TrainConfig, changed, read_toml, settings_of, to_toml
+from textpolicy.config import DEMO, SFTConfig, TrainConfig, changed, read_toml, settings_of, to_toml
 from textpolicy.config.kinds import Table, alternatives
 from textpolicy.config.settings import above, check, option
 from textpolicy.errors import ConfigError
@@ -31,7 +31,7 @@ SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
 def read(tmp_path):
     """A function from the text of a TOML file to the config that it makes of the defaults."""
 
-    def run(text: str, defaults: TrainConfig = DEFAULTS) -> TrainConfig:
+    def run(text: str, defaults: Any = DEFAULTS) -> Any:
         path = tmp_path / "run.toml"
         path.write_text(text, "utf-8")
         return read_toml(path, defaults)
@@ -154,9 +154,9 @@ def test_a_config_made_in_a_program_is_checked_too():
         changed(DEFAULTS, {"run.steps": 0})
 
 
-@pytest.mark.parametrize("config", [DEFAULTS, DEMO], ids=["defaults", "demo"])
+@pytest.mark.parametrize("config", [DEFAULTS, DEMO, SFTConfig()], ids=["train", "demo", "sft"])
 def test_the_config_that_a_run_keeps_reads_back_as_it_was(config, read):
-    assert read(to_toml(config)) == config
+    assert read(to_toml(config), type(config)()) == config
 
 
 def test_what_is_written_names_every_setting_and_says_what_unset_means():
@@ -194,7 +194,8 @@ def some_value(annotation: Any, random: Random) -> Any:
 def some_config(random: Random) -> TrainConfig:
     """A config of which every setting may have any value that it allows."""
     values: dict[str, Any] = {}
-    for key in sorted(SETTINGS.keys() - {"adapter.config", "adapter.start", "model.quantize"}):
+    ways_to_adapt = {"adapter.config", "adapter.start", "adapter.target_modules"}
+    for key in sorted(SETTINGS.keys() - ways_to_adapt - {"model.quantize"}):
         value = some_value(SETTINGS[key].annotation, random)
         with suppress(ConfigError):
             values[key] = SETTINGS[key].accept(value)
@@ -237,22 +238,32 @@ def flags_of(command: str) -> dict[str, argparse.Action]:
     return {action.dest: action for action in subparsers.choices[command]._actions}
 
 
-SWITCHES = {"help", "json", "config", "set", "dry_run"}
+SWITCHES = {"help", "json", "config", "set", "dry_run", "resume"}
+CONFIGS = {"train": DEFAULTS, "sft": SFTConfig()}
 
 
-def test_the_help_of_train_and_the_config_name_the_same_options():
-    assert flags_of("train").keys() - SWITCHES == SETTINGS.keys()
+@pytest.mark.parametrize("command", CONFIGS)
+def test_the_help_and_the_config_name_the_same_options(command):
+    settings = {setting.key: setting for setting in settings_of(CONFIGS[command])}
+    actions = flags_of(command)
+    assert actions.keys() - SWITCHES == settings.keys()
+    for key, setting in settings.items():
+        assert setting.flag in actions[key].option_strings
+        assert actions[key].help == f"{setting.option.help} (default: {setting.shown_default})"
 
 
-@pytest.mark.parametrize("key", SETTINGS)
-def test_each_option_is_in_the_help_once_with_its_line_and_default(key):
-    setting, action = SETTINGS[key], flags_of("train")[key]
-    assert setting.flag in action.option_strings
-    assert action.help == f"{setting.option.help} (default: {setting.shown_default})"
+def test_an_option_that_two_commands_share_is_said_once():
+    train, sft = flags_of("train"), flags_of("sft")
+    shared = train.keys() & sft.keys() - SWITCHES - {"run.output"}
+    assert len(shared) > 20
+    for key in shared:
+        same = key == "trainer.lr" or train[key].help == sft[key].help
+        assert same and train[key].option_strings == sft[key].option_strings
 
 
-def test_no_two_options_share_a_flag():
-    flags = [setting.flag for setting in SETTINGS.values()]
+@pytest.mark.parametrize("command", CONFIGS)
+def test_no_two_options_share_a_flag(command):
+    flags = [setting.flag for setting in settings_of(CONFIGS[command])]
     assert len(set(flags)) == len(flags)
 
 
@@ -286,7 +297,8 @@ def test_words_for_defaults_of_the_library_are_its_defaults():
         assert getattr(trainer, name) == keywords[keyword].default
 
 
-def test_every_section_checks_itself():
-    for known in fields(DEFAULTS):
-        section = getattr(DEFAULTS, known.name)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_section_checks_itself(config):
+    for known in fields(config):
+        section = getattr(config, known.name)
         assert is_dataclass(section) and "__post_init__" in type(section).__dict__

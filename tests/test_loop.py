@@ -193,7 +193,7 @@ def test_a_twin_cannot_follow_a_trainer_that_publishes_nothing(load_tiny, tmp_pa
 def test_a_list_of_tasks_is_gone_through_once_and_its_end_is_an_error(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     seen = []
-    with pytest.raises(TaskError, match="ran out at step 2 of 5, which needs 2 and got 1"):
+    with pytest.raises(TaskError, match="2 more were needed after 4, and 1 came"):
         train_rl(
             tasks=list(itertools.islice(tasks(), 5)),
             reward=digits,

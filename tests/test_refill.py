@@ -1,5 +1,6 @@
 """Dynamic sampling and curricula: which tasks the trainer gets to see."""
 
+import json
 from itertools import count, islice
 
 import pytest
@@ -66,38 +67,69 @@ def test_the_cap_ends_the_search():
     assert [g.task.id for g in result.kept] == ["1"]
 
 
+def test_with_one_round_nothing_is_replaced_and_everything_kept():
+    result, asked, _ = refill({1}, rounds=1)
+    assert asked == [2]
+    assert [g.task.id for g in result.kept] == ["0", "1"]
+
+
 def test_where_nothing_has_signal_everything_is_kept():
     result, _, _ = refill(set(), rounds=2)
     assert result.kept == result.sampled
     assert len(result.kept) == 4
 
 
+def numbered():
+    return (Task(id=str(n), prompt="p") for n in count())
+
+
+def went(curriculum, tasks, *rewards):
+    """Each of the tasks got these rewards."""
+    groups = [
+        RolloutGroup(task=task, rollouts=[rollout(reward=reward) for reward in rewards])
+        for task in tasks
+    ]
+    curriculum.observe(groups)
+
+
 def test_tasks_that_were_solved_sometimes_come_again():
-    tasks = (Task(id=str(n), prompt="p") for n in count())
-    curriculum = MixedAgain(tasks, share=1.0)
+    curriculum = MixedAgain(numbered(), share=1.0)
     assert isinstance(curriculum, Curriculum)
-    assert next(curriculum).id == "0"
-    curriculum.observe([group(1.0, 0.0, id="mixed"), group(1.0, 1.0, id="solved")])
-    assert [next(curriculum).id for _ in range(2)] == ["mixed", "1"]
+    mixed, solved = islice(curriculum, 2)
+    went(curriculum, [mixed], 1.0, 0.0)
+    went(curriculum, [solved], 1.0, 1.0)
+    assert [next(curriculum).id for _ in range(2)] == [mixed.id, "2"]
+
+
+def after_five_mixed(seed):
+    curriculum = MixedAgain(numbered(), share=0.5, capacity=3, seed=seed)
+    went(curriculum, list(islice(curriculum, 5)), 1.0, 0.0)
+    return curriculum
+
+
+def ids(curriculum, number=12):
+    return [next(curriculum).id for _ in range(number)]
 
 
 def test_a_curriculum_keeps_the_latest_and_repeats_by_its_seed():
-    def ids(seed):
-        tasks = (Task(id=str(n), prompt="p") for n in count())
-        curriculum = MixedAgain(tasks, share=0.5, capacity=3, seed=seed)
-        curriculum.observe([group(1.0, 0.0, id=f"again {n}") for n in range(5)])
-        return [next(curriculum).id for _ in range(12)]
+    again = {name for name in ids(after_five_mixed(0)) if int(name) < 5}
+    assert again == {"2", "3", "4"}
+    assert ids(after_five_mixed(0)) == ids(after_five_mixed(0))
+    assert ids(after_five_mixed(0)) != ids(after_five_mixed(1))
 
-    again = {name for name in ids(0) if name.startswith("again")}
-    assert again == {"again 2", "again 3", "again 4"}
-    assert ids(0) == ids(0)
-    assert ids(0) != ids(1)
+
+def test_a_curriculum_goes_on_where_it_was():
+    curriculum = after_five_mixed(0)
+    went(curriculum, list(islice(curriculum, 3)), 0.0, 1.0)
+    state = json.loads(json.dumps(curriculum.state()))
+    resumed = MixedAgain(numbered(), share=0.5, capacity=3, seed=7)
+    resumed.restore(state)
+    assert ids(resumed) == ids(curriculum)
 
 
 def test_a_share_of_nothing_gives_only_new_tasks():
-    tasks = (Task(id=str(n), prompt="p") for n in range(3))
-    curriculum = MixedAgain(tasks, share=0.0)
-    curriculum.observe([group(1.0, 0.0)])
-    assert [task.id for task in curriculum] == ["0", "1", "2"]
+    curriculum = MixedAgain(islice(numbered(), 3), share=0.0)
+    went(curriculum, [first := next(curriculum)], 1.0, 0.0)
+    assert [first.id, *(task.id for task in curriculum)] == ["0", "1", "2"]
     with pytest.raises(StopIteration):
         next(curriculum)

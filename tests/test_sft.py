@@ -1,6 +1,8 @@
-"""Supervised fine-tuning: the loss by hand, padding never learned, training that can stop."""
+"""Supervised fine-tuning: the loss by hand, no padding learned, packing and accumulation exact."""
 
+import time
 from itertools import chain, islice
+from random import Random
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,17 +10,27 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import gpt2, mamba
 
+from tests.tiny import qwen3_model
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.errors import TrainingError
+from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft import (
     Demonstration,
-    pad,
+    SFTParameters,
+    Stream,
+    TrainReport,
+    ValidationReport,
+    evaluate_sft,
+    iterations_of,
     sft_loss,
-    shuffled_batches,
     train_sft,
 )
+from textpolicy.training.sft.batches import Epochs, arrange, pack
+from textpolicy.training.sft.loss import loss_of
+from textpolicy.training.sft.packing import check_packing
 from textpolicy.types import Progress
 
 VOCABULARY = 7
@@ -47,6 +59,22 @@ RAGGED = [
 ]
 
 
+def texts(count: int, seed: int = 0) -> list[Demonstration]:
+    """Demonstrations of different lengths over 64 tokens, with and without prompts."""
+    rng = Random(seed)
+    rows = [[rng.randrange(64) for _ in range(rng.randint(3, 12))] for _ in range(count)]
+    return [demonstration(row[: n % 2 + 1], row[n % 2 + 1 :]) for n, row in enumerate(rows)]
+
+
+def loss_and_gradient(model, rows, custom=None):
+    (loss, count), gradient = nn.value_and_grad(model, loss_of(model, custom))(arrange(rows))
+    return float(loss), int(count), dict(tree_flatten(gradient))
+
+
+def alone(demonstrations):
+    return [[one] for one in demonstrations]
+
+
 def reference(table: np.ndarray, batch: list[Demonstration]) -> tuple[float, np.ndarray]:
     """Loss and gradient of a Bigram in float64, one token at a time."""
     pairs = [
@@ -63,94 +91,284 @@ def reference(table: np.ndarray, batch: list[Demonstration]) -> tuple[float, np.
     return loss, gradient
 
 
-def test_loss_and_gradient_of_a_ragged_batch_equal_a_float64_reference():
+# The loss
+
+
+@pytest.mark.parametrize("custom", [None, sft_loss])
+def test_loss_and_gradient_of_a_ragged_batch_equal_a_float64_reference(custom):
     model = Bigram()
-    (loss, count), gradient = nn.value_and_grad(model, sft_loss)(model, *pad(RAGGED))
+    loss, count, gradient = loss_and_gradient(model, alone(RAGGED), custom)
     expected_loss, expected_gradient = reference(np.array(model.table, dtype=np.float64), RAGGED)
-    assert count.item() == 8
-    np.testing.assert_allclose(loss.item(), expected_loss, rtol=1e-6)
+    assert count == 8
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(np.array(gradient["table"]), expected_gradient, atol=1e-7)
 
 
 def test_the_step_from_a_stop_token_into_padding_is_not_learned():
     model = Bigram()
-    tokens, mask = pad(RAGGED)
-    assert mask.sum(axis=1).tolist() == [2, 5, 1]
-    _, gradient = nn.value_and_grad(model, sft_loss)(model, tokens, mask)
+    assert arrange(alone(RAGGED)).mask.sum(axis=1).tolist() == [2, 5, 1]
+    _, _, gradient = loss_and_gradient(model, alone(RAGGED))
     # STOP only ever stands at a row's end: what follows it is padding or nothing.
     assert mx.all(gradient["table"][STOP] == 0)
     assert mx.any(gradient["table"][2, STOP] != 0)
 
 
-def test_prompt_tokens_are_read_and_not_predicted():
+def test_a_loss_of_four_arguments_sees_no_padding_target_either():
+    # The lengths count targets. Those of mlx-swift-lm count tokens, and its own loss trains on one
+    # padding target of every row but the longest.
+    everything = [
+        Demonstration(tokens=d.tokens, mask=[False, *[True] * 9][: len(d.tokens)]) for d in RAGGED
+    ]
+
+    def loss(model, inputs, targets, lengths):
+        length_mask = mx.arange(inputs.shape[1])[None, :] < lengths[:, None]
+        ntoks = length_mask.sum()
+        ce = nn.losses.cross_entropy(model(inputs), targets) * length_mask
+        return ce.sum() / ntoks, ntoks
+
     model = Bigram()
-    _, gradient = nn.value_and_grad(model, sft_loss)(model, *pad([demonstration([1, 4, 2], [3])]))
+    value, count, gradient = loss_and_gradient(model, alone(everything), loss)
+    assert count == sum(len(row.tokens) - 1 for row in RAGGED)
+    assert mx.all(gradient["table"][STOP] == 0)
+    assert value == pytest.approx(reference(np.array(model.table, np.float64), everything)[0])
+
+
+def test_prompt_tokens_are_read_and_not_predicted():
+    _, _, gradient = loss_and_gradient(Bigram(), [[demonstration([1, 4, 2], [3])]])
     learned = mx.any(gradient["table"] != 0, axis=1)
     assert learned.tolist() == [row == 2 for row in range(VOCABULARY)]
 
 
-def test_training_lowers_the_loss_and_reports_token_means():
+def test_a_custom_loss_without_a_mask_is_not_given_prompts_to_learn():
+    def loss(model, inputs, targets, lengths):
+        return sft_loss(model, inputs, targets, lengths)
+
+    with pytest.raises(ConfigError, match="do not tell prompts from answers"):
+        loss_and_gradient(Bigram(), alone(RAGGED), loss)
+
+
+def test_logits_of_counted_positions_give_the_loss_of_all_of_them():
+    model, rows = qwen3_model(), alone(texts(5))
+    lean, plain = loss_and_gradient(model, rows), loss_and_gradient(model, rows, sft_loss)
+    assert lean[:2] == pytest.approx(plain[:2], rel=1e-6)
+    for name, gradient in plain[2].items():
+        assert mx.allclose(lean[2][name], gradient, atol=1e-6), name
+
+
+# Packing
+
+
+@pytest.mark.parametrize("custom", [None, sft_loss])
+@pytest.mark.parametrize("tied", [True, False])
+def test_packing_equals_no_packing_in_loss_and_gradient(custom, tied):
+    model, batch = qwen3_model(tie_word_embeddings=tied), texts(6)
+    packed = [batch[:3], batch[3:4], batch[4:]]
+    loss, count, gradient = loss_and_gradient(model, alone(batch), custom)
+    packed_loss, packed_count, packed_gradient = loss_and_gradient(model, packed, custom)
+    assert (packed_loss, packed_count) == (pytest.approx(loss, rel=1e-5), count)
+    for name, expected in gradient.items():
+        assert mx.allclose(packed_gradient[name], expected, atol=2e-5), name
+
+
+def test_what_stands_beside_it_in_a_row_does_not_change_a_demonstration():
+    model, (first, second, third) = qwen3_model(), texts(3)
+    hidden = {}
+    for other in (second, third):
+        quiet = Demonstration(tokens=first.tokens, mask=first.mask)
+        loss, *_ = loss_and_gradient(model, [[other, quiet]])
+        hidden[len(hidden)] = loss * (sum(other.mask) + sum(first.mask)) - (
+            loss_and_gradient(model, [[other]])[0] * sum(other.mask)
+        )
+    assert hidden[0] == pytest.approx(hidden[1], rel=1e-4)
+
+
+def test_every_demonstration_is_packed_once_and_rows_keep_to_their_length():
+    batch = texts(40)
+    rows = pack(batch, 16, Random(0))
+    assert sorted(map(id, chain(*rows))) == sorted(map(id, batch))
+    assert max(sum(len(one.tokens) - 1 for one in row) for row in rows) <= 16
+    # No two rows could have been one.
+    fills = sorted(sum(len(one.tokens) - 1 for one in row) for row in rows)
+    assert fills[0] + fills[1] > 16
+
+
+def test_a_demonstration_too_long_to_pack_has_a_row_of_its_own():
+    long = demonstration([1], list(range(1, 30)))
+    assert [long] in pack([*texts(3), long], 16, Random(0))
+
+
+@pytest.mark.parametrize("name", ["learned positions", "recurrence"])
+def test_models_that_cannot_keep_demonstrations_apart_are_refused(name):
+    if name == "recurrence":
+        sizes = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+        }
+        rest = {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True}
+        args = {"model_type": "mamba", "time_step_rank": 4} | sizes | rest
+        model = mamba.Model(mamba.ModelArgs(**args))
+    else:
+        sizes = {"n_ctx": 64, "n_embd": 32, "n_head": 2, "n_layer": 1, "n_positions": 64}
+        args = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "vocab_size": 64} | sizes
+        model = gpt2.Model(gpt2.ModelArgs(**args))
+    with pytest.raises(ConfigError, match="cannot be packed"):
+        check_packing(model)
+
+
+# Batches
+
+
+def test_an_epoch_shows_every_demonstration_once_in_an_order_the_seed_decides():
+    batch = texts(11)
+
+    def epoch(seed, number=0):
+        return list(chain(*chain(*Epochs(batch, 2, seed).epoch(number))))
+
+    assert sorted(map(id, epoch(0))) == sorted(map(id, batch))
+    assert epoch(0) == epoch(0)
+    assert epoch(0) != epoch(1) and epoch(0) != epoch(0, number=1)
+
+
+def test_batches_are_sorted_by_length_and_come_in_any_order():
+    lengths = [[len(row[0].tokens) for row in rows] for rows in Epochs(texts(64), 4, 0).epoch(0)]
+    assert len(lengths) == 16
+    assert all(batch == sorted(batch) for batch in lengths)
+    # Hardly any padding, and not the shortest first.
+    assert sum(4 * max(batch) - sum(batch) for batch in lengths) < 0.05 * sum(map(sum, lengths))
+    assert lengths != sorted(lengths)
+
+
+@pytest.mark.parametrize("packed", [None, 16])
+def test_updates_after_some_are_those_that_would_have_followed(packed):
+    source = Epochs(texts(10), 3, 5, packed)
+    assert list(islice(source.updates(4), 5)) == list(islice(source.updates(0), 9))[4:]
+
+
+def test_iterations_of_epochs_count_the_updates_that_they_take():
+    batch = texts(10)
+    assert iterations_of(3, batch, SFTParameters(batch_size=2, accumulation=2)) == 9
+    packed = SFTParameters(batch_size=1, packing=True, max_length=16)
+    assert iterations_of(2, batch, packed) == 2 * len(pack(batch, 16, Random(0)))
+
+
+# Training
+
+
+def test_training_lowers_the_loss_and_reports_token_means_and_rates():
     model = Bigram()
-    losses = [sft_loss(model, *pad(RAGGED))[0].item()]
+    losses = [loss_and_gradient(model, alone(RAGGED))[0]]
     reports = []
-
-    def note(report):
-        reports.append(report)
-        return Progress.MORE
-
     train_sft(
         model,
-        shuffled_batches(RAGGED, 3, seed=0),
+        RAGGED,
+        [],
         optim.SGD(learning_rate=0.5),
-        iterations=5,
-        steps_per_report=2,
-        on_progress=note,
+        parameters=SFTParameters(iterations=5, steps_per_report=2),
+        on_progress=lambda report: reports.append(report) or Progress.MORE,
     )
+    # The last window is shorter, and its rates are its own.
     assert [report.iteration for report in reports] == [2, 4, 5]
     losses += [report.loss for report in reports]
     assert losses == sorted(losses, reverse=True)
     for report in reports:
         # Eight counted tokens an update: the two rates of a window belong together.
         assert report.tokens_per_second == pytest.approx(8 * report.iterations_per_second)
+        assert report.learning_rate == 0.5
+
+
+def test_the_rate_of_the_shorter_window_is_that_of_its_updates():
+    class Slow(Bigram):
+        def __call__(self, tokens):
+            time.sleep(0.02)
+            return super().__call__(tokens)
+
+    reports = []
+    train_sft(
+        Slow(),
+        RAGGED,
+        [],
+        optim.SGD(learning_rate=0.5),
+        parameters=SFTParameters(iterations=4, steps_per_report=3),
+        on_progress=lambda report: reports.append(report) or Progress.MORE,
+    )
+    rates = [report.iterations_per_second for report in reports]
+    assert all(10 < rate < 50 for rate in rates), rates
 
 
 def test_a_report_weighs_batches_by_their_tokens():
     model = Bigram()
     batches = [[RAGGED[1]], [RAGGED[2]]]
-    losses = [sft_loss(model, *pad(batch))[0].item() for batch in batches]
+    losses = [loss_and_gradient(model, alone(batch))[0] for batch in batches]
     reports = []
     train_sft(
         model,
-        batches,
+        Stream(batches),
+        [],
         optim.SGD(learning_rate=0.0),
-        iterations=2,
-        steps_per_report=2,
+        parameters=SFTParameters(iterations=2),
         on_progress=lambda report: reports.append(report) or Progress.MORE,
     )
     assert reports[0].loss == pytest.approx((5 * losses[0] + 1 * losses[1]) / 6)
 
 
-def test_stop_ends_training_after_that_report():
-    model = Bigram()
+def trained(batch_size, accumulation, **more):
+    model = qwen3_model()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=2))
     reports = []
     train_sft(
         model,
-        shuffled_batches(RAGGED, 1, seed=0),
+        texts(20),
+        [],
         optim.SGD(learning_rate=0.1),
-        iterations=100,
-        steps_per_report=1,
-        on_progress=lambda report: reports.append(report) or Progress.STOP,
+        parameters=SFTParameters(
+            iterations=3,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            steps_per_report=1,
+            **more,
+        ),
+        on_progress=lambda report: reports.append(report.loss) or Progress.MORE,
     )
-    assert [report.iteration for report in reports] == [1]
+    return container.parameters(), reports
 
 
-def test_an_epoch_shows_every_demonstration_once_in_an_order_the_seed_decides():
-    def epoch(seed):
-        return list(chain(*islice(shuffled_batches(RAGGED, 2, seed=seed), 2)))
+@pytest.mark.parametrize("more", [{}, {"packing": True, "max_length": 24}])
+def test_accumulating_batches_equals_the_big_batch(more):
+    whole, losses = trained(6, 1, **more)
+    parts, losses_of_parts = trained(1, 6, **more)
+    assert losses_of_parts == pytest.approx(losses, rel=1e-5)
+    for name, weight in whole.items():
+        assert mx.allclose(parts[name], weight, atol=1e-6), name
 
-    assert sorted(epoch(0), key=RAGGED.index) == RAGGED
-    assert epoch(0) == epoch(0)
-    assert any(epoch(0) != epoch(seed) for seed in range(1, 5))
+
+def test_recomputed_activations_make_the_same_update():
+    expected, _ = trained(4, 1)
+    found, _ = trained(4, 1, checkpoint_gradients=True)
+    for name, weight in expected.items():
+        assert mx.allclose(found[name], weight, atol=1e-6), name
+
+
+def test_recomputed_dropout_leaves_out_what_the_forward_pass_left_out():
+    model = qwen3_model()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=2, dropout=0.4))
+    tensors = {name: array + 0.05 for name, array in container.parameters().items()}
+    name = "model.layers.0.self_attn.q_proj.lora_b"
+    way = mx.random.normal(tensors[name].shape, key=mx.random.key(1))
+    tokens = mx.array([[5, 17, 3, 44, 60, 2]])
+    value_and_grad = nn.value_and_grad(model, lambda: mx.square(model(tokens)).mean())
+    model.train()
+
+    def at(distance):
+        container.swap(tensors | {name: tensors[name] + distance * way})
+        mx.random.seed(3)
+        with recomputing(model):
+            value, gradient = value_and_grad()
+        return float(value), dict(tree_flatten(gradient))[name]
+
+    slope = (at(0.01)[0] - at(-0.01)[0]) / 0.02
+    assert float((at(0)[1] * way).sum()) == pytest.approx(slope, rel=0.02)
 
 
 def test_only_trainable_weights_move_and_the_mode_is_restored(load_tiny):
@@ -159,33 +377,170 @@ def test_only_trainable_weights_move_and_the_mode_is_restored(load_tiny):
     adapted = {name for name, _ in tree_flatten(model.trainable_parameters())}
     before = dict(tree_flatten(model.parameters()))
     model.eval()
-    train_sft(model, [RAGGED] * 2, optim.SGD(learning_rate=0.1), iterations=2)
+    parameters = SFTParameters(iterations=2)
+    train_sft(model, RAGGED, RAGGED, optim.SGD(learning_rate=0.1), parameters=parameters)
     after = dict(tree_flatten(model.parameters()))
     moved = {name for name, value in after.items() if not mx.array_equal(value, before[name])}
     assert moved == adapted
     assert not model.training
-    adapters.unload()
+    assert adapters.version == 2
+
+
+def test_a_16_bit_base_is_trained_by_float32_adapters(load_tiny):
+    model, _ = load_tiny()
+    model.set_dtype(mx.bfloat16)
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=4))
+    before = evaluate_sft(model, RAGGED)
+    parameters = SFTParameters(iterations=6)
+    train_sft(model, RAGGED, [], optim.Adam(learning_rate=1e-2), parameters=parameters)
+    assert {array.dtype for array in container.parameters().values()} == {mx.float32}
+    assert evaluate_sft(model, RAGGED) < before / 2
+
+
+def test_validation_comes_first_every_so_often_and_last_with_the_mean_over_tokens():
+    model, events = Bigram(), []
+    before = evaluate_sft(model, RAGGED)
+    result = train_sft(
+        model,
+        RAGGED,
+        RAGGED,
+        optim.SGD(learning_rate=0.5),
+        parameters=SFTParameters(
+            iterations=5, batch_size=2, steps_per_eval=2, steps_per_report=4, validation_batches=0
+        ),
+        on_progress=lambda event: events.append(event) or Progress.MORE,
+    )
+    order = [(type(event), event.iteration) for event in events]
+    assert order == [
+        (ValidationReport, 0),
+        (ValidationReport, 2),
+        (TrainReport, 4),
+        (ValidationReport, 4),
+        (TrainReport, 5),
+        (ValidationReport, 5),
+    ]
+    expected, _ = reference(np.array(Bigram().table, np.float64), RAGGED)
+    assert events[0].loss == pytest.approx(before) == pytest.approx(expected, rel=1e-5)
+    assert result.validation_loss == events[-1].loss == evaluate_sft(model, RAGGED, batch_size=2)
+    assert result.best_iteration == 5 and result.best_loss < before
+
+
+def test_so_many_validation_batches_are_the_same_rows_every_time():
+    model, rows = qwen3_model(), texts(30)
+    some = [evaluate_sft(model, rows, batch_size=2, batches=3) for _ in range(2)]
+    assert some[0] == some[1] != evaluate_sft(model, rows)
+    assert evaluate_sft(model, rows, batches=100) == pytest.approx(evaluate_sft(model, rows))
+
+
+def test_evaluation_leaves_dropout_out_and_the_mode_as_it_was():
+    model = qwen3_model()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=2, dropout=0.5))
+    container.swap({name: array + 0.1 for name, array in container.parameters().items()})
+    model.train()
+    assert evaluate_sft(model, texts(4)) == evaluate_sft(model, texts(4))
+    assert model.training
+
+
+def test_training_ends_early_when_validation_no_longer_improves():
+    # What is validated contradicts what is trained.
+    other = [demonstration([1, 2], [0, 0, 0])]
+    result = train_sft(
+        Bigram(),
+        RAGGED,
+        other,
+        optim.SGD(learning_rate=1.0),
+        parameters=SFTParameters(iterations=100, steps_per_eval=5, patience=3),
+    )
+    assert result.ended == "early"
+    assert result.iteration == result.best_iteration + 3 * 5 < 100
+
+
+def test_data_begins_after_the_completed_iterations():
+    seen = []
+
+    def loss(model, inputs, targets, lengths, *, mask):
+        seen.append(inputs.tolist())
+        return sft_loss(model, inputs, targets, lengths, mask=mask)
+
+    def run(completed):
+        seen.clear()
+        parameters = SFTParameters(iterations=6, batch_size=1, completed_iterations=completed)
+        result = train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), parameters=parameters, loss=loss)
+        return result.iteration, list(seen)
+
+    done, every = run(0)
+    assert run(4) == (done, every[4:]) and len(every) == 6
+    assert run(6) == (6, [])
+
+
+def test_texts_and_rows_are_read_with_the_tokenizer(load_tiny):
+    model, tokenizer = load_tiny()
+    AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    data = ["sort 312", {"text": "sort 312"}, {"prompt": "1+1=", "completion": "2"}]
+    parameters = SFTParameters(iterations=1)
+    train_sft(model, data, data[:1], optim.SGD(0.1), parameters=parameters, tokenizer=tokenizer)
+    assert evaluate_sft(model, data[:1], tokenizer=tokenizer) == evaluate_sft(
+        model, data[1:2], tokenizer=tokenizer
+    )
+    with pytest.raises(ConfigError, match="pass the tokenizer"):
+        train_sft(model, data, [], optim.SGD(0.1))
+
+
+def test_texts_that_are_cut_are_warned_about(load_tiny):
+    model, tokenizer = load_tiny()
+    with pytest.warns(UserWarning, match="1 are longer than 4 tokens and are cut"):
+        evaluate_sft(model, ["sort 31245", "1+"], tokenizer=tokenizer, max_length=4)
+
+
+# What is refused
 
 
 def test_a_model_with_nothing_to_train_is_refused():
     model = Bigram()
     model.freeze()
     with pytest.raises(TrainingError, match="no trainable weights"):
-        train_sft(model, [RAGGED], optim.SGD(learning_rate=0.1), iterations=1)
+        train_sft(model, RAGGED, [], optim.SGD(learning_rate=0.1))
+
+
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(TrainingError, match="no demonstrations to train on"):
+        train_sft(Bigram(), [], [], optim.SGD(learning_rate=0.1))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(TrainingError, match="lower the learning rate"):
         train_sft(
             Bigram(),
-            [RAGGED] * 3,
+            RAGGED,
+            [],
             optim.SGD(learning_rate=float("inf")),
-            iterations=3,
-            steps_per_report=1,
+            parameters=SFTParameters(iterations=3, steps_per_report=1),
         )
+
+
+def test_a_loss_that_teaches_nothing_is_refused():
+    def loss(model, inputs, targets, lengths, *, mask):
+        return mx.array(1.0), mask.sum()
+
+    with pytest.raises(TrainingError, match="gradient of the first update is exactly zero"):
+        train_sft(Bigram(), RAGGED, [], optim.SGD(learning_rate=0.1), loss=loss)
 
 
 @pytest.mark.parametrize("mask", [[False, False], [True, True], []])
 def test_a_demonstration_must_have_something_to_learn(mask):
     with pytest.raises(TrainingError, match="at least one token to learn"):
         Demonstration(tokens=[1] * len(mask), mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"validation_batches": -1}, "validation_batches is -1"),
+        ({"patience": 0}, "patience is 0"),
+        ({"completed_iterations": 7, "iterations": 5}, "completed_iterations is 7 of 5"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SFTParameters(**options)

@@ -1,8 +1,10 @@
 """Groups in, fresh groups out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
-from textpolicy.types import RolloutGroup
+from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task, Turn
 
 
 class Buffer:
@@ -31,3 +33,39 @@ class Buffer:
         limit = len(fresh) if limit is None else limit
         self._groups = fresh[limit:]
         return fresh[:limit]
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, in values that JSON can hold."""
+        return {"dropped": self.dropped, "groups": [group_facts(group) for group in self._groups]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Hold what was held when `state` was taken, and nothing else."""
+        self.dropped = state["dropped"]
+        self._groups = [_group(facts) for facts in state["groups"]]
+
+
+def group_facts(group: RolloutGroup) -> dict[str, Any]:
+    """All of a group that training needs, in values that JSON can hold.
+
+    Of the task that is its id and prompt: it has been scored, with columns that may be anything.
+    """
+    return {
+        "task": group.task.id,
+        "prompt": group.task.prompt,
+        "rollouts": [asdict(rollout) for rollout in group.rollouts],
+    }
+
+
+def _group(facts: Mapping[str, Any]) -> RolloutGroup:
+    task = Task(id=facts["task"], prompt=facts["prompt"])
+    return RolloutGroup(task=task, rollouts=[_rollout(one) for one in facts["rollouts"]])
+
+
+def _rollout(facts: Mapping[str, Any]) -> Rollout:
+    sampling = facts["sampling"]
+    special: dict[str, Any] = {
+        "sampling": Sampling(**(sampling | {"stop": tuple(sampling["stop"])})),
+        "stop_reason": StopReason(facts["stop_reason"]),
+        "turns": [Turn(**turn) for turn in facts["turns"]],
+    }
+    return Rollout(**(dict(facts) | special))

@@ -4,19 +4,21 @@ Read this to see how a run goes; everything it calls is in the folder of the sam
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import mlx.core as mx
 
 from textpolicy.buffer import Buffer
-from textpolicy.errors import TaskError, TrainingError
+from textpolicy.errors import TrainingError
+from textpolicy.resume import restore, snapshot
 from textpolicy.rewards import Scorer, Scoring, scorer_of
-from textpolicy.rollout.refill import collect_with_signal
+from textpolicy.rollout.cursor import Cursor
+from textpolicy.rollout.refill import Refilled, collect_with_signal
 from textpolicy.tracking.rollout_metrics import rollout_metrics
+from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import Curriculum, Metrics, Policy, Progress, RolloutGroup, Task
+from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,52 +40,70 @@ def train_rl(
     steps: int,
     groups_per_step: int = 16,
     group_size: int = 8,
+    steps_per_generation: int = 1,
     refill_rounds: int = 1,
     seed: int = 0,
     on_step: Callable[[StepReport], Progress | None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: Checkpoint | None = None,
 ) -> Metrics:
     """Train for `steps` steps and return the last one's metrics.
 
     The trainer publishes adapters to the file its set-up names, and the policy reloads that file
     before its next generation: both may live on twins of one model, or in different processes.
-    With `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
+    With `steps_per_generation` above 1, rollouts for several steps are sampled at once. With
+    `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
     most so many rounds of sampling. Tasks that are a `Curriculum` are told how they went. The run
     ends early when `on_step` answers `Progress.STOP`.
+
+    `checkpoints` are saved after `on_step`, and at the end of the run. `resume` goes on from one
+    to the same numbers, given the arguments of before and tasks that begin anew.
     """
-    buffer = Buffer()
-    source = iter(tasks)
+    source, buffer = Cursor(tasks), Buffer(max_staleness=steps_per_generation - 1)
+    first = restore(resume, trainer, policy, source, buffer) if resume else 0
     metrics: Metrics = {}
     with scorer_of(reward) as scorer:
-        for step in range(steps):
+        for step in range(first, steps):
             laps = _Laps(scorer)
-            collected = collect_with_signal(
-                lambda count, step=step: _next_tasks(source, count, step, steps),
-                policy,
-                scorer,
-                groups=groups_per_step,
-                group_size=group_size,
-                seeds=lambda done, step=step: (seed << 32) + (done << 24) + step,
-                rounds=refill_rounds,
-            )
-            buffer.extend(collected.kept)
-            if isinstance(source, Curriculum):
-                source.observe(collected.sampled)
+            sampled: Refilled | None = None
+            if not buffer:
+                sampled = collect_with_signal(
+                    source.take,
+                    policy,
+                    scorer,
+                    groups=groups_per_step * steps_per_generation,
+                    group_size=group_size,
+                    seeds=lambda done, step=step: (seed << 32) + (done << 24) + step,
+                    rounds=refill_rounds,
+                )
+                buffer.extend(sampled.kept)
+                source.observe(sampled.sampled)
             laps.mark("generate")
 
-            metrics = trainer.train(buffer)
+            metrics = trainer.train(buffer.take(trainer.version, groups_per_step))
             laps.mark("train")
 
             if policy.version != trainer.version:
                 _reload(policy, trainer)
             laps.mark("reload")
 
-            metrics |= rollout_metrics(collected.sampled) | collected.metrics | laps.metrics()
-            metrics["version"] = float(trainer.version)
-            metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["time/generate"]
-            report = StepReport(step, steps, metrics, collected.sampled)
-            if on_step and on_step(report) is Progress.STOP:
+            metrics |= laps.metrics() | {"version": float(trainer.version)}
+            metrics |= _sampling_metrics(sampled, metrics["time/generate"])
+            report = StepReport(step, steps, metrics, sampled.sampled if sampled else ())
+            stop = on_step is not None and on_step(report) is Progress.STOP
+            if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):
+                checkpoints.save(snapshot(step + 1, trainer, source, buffer))
+            if stop:
                 break
     return metrics
+
+
+def _sampling_metrics(sampled: Refilled | None, seconds: float) -> Metrics:
+    """What was sampled in a step; nothing, where it trained on what was sampled before."""
+    if sampled is None:
+        return {}
+    metrics = rollout_metrics(sampled.sampled) | sampled.metrics
+    return metrics | {"tokens_per_second": metrics["num_tokens"] / seconds}
 
 
 class _Laps:
@@ -109,17 +129,6 @@ class _Laps:
             "time/step": self._last - self._started,
             "memory/peak_gb": mx.get_peak_memory() / 1e9,
         }
-
-
-def _next_tasks(tasks: Iterator[Task], count: int, step: int, steps: int) -> list[Task]:
-    batch = list(islice(tasks, count))
-    if len(batch) < count:
-        raise TaskError(
-            f"the tasks ran out at step {step} of {steps}, which needs {count} and got "
-            f"{len(batch)}: pass a longer list, or an iterator without end such as "
-            "itertools.cycle(tasks)"
-        )
-    return batch
 
 
 def _reload(policy: Policy, trainer: Trainer) -> None:

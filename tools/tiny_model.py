@@ -29,7 +29,14 @@ from textpolicy.generation.models import tiny_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import score
-from textpolicy.training.sft import Demonstration, TrainReport, train_sft
+from textpolicy.training.sft import (
+    Demonstration,
+    Event,
+    SFTParameters,
+    Stream,
+    TrainReport,
+    train_sft,
+)
 from textpolicy.types import Progress, Sampling, Task
 
 VOCABULARY = 320
@@ -199,8 +206,10 @@ class Curriculum:
         rate = LEARNING_RATE * mx.minimum(step / WARM_UP, 1)
         return rate if self.last is None else rate * (self.last - step) / COOL_DOWN
 
-    def practise(self, report: TrainReport) -> Progress:
+    def practise(self, report: Event) -> Progress:
         """Measure, print, and give each task the weight of what it still lacks."""
+        if not isinstance(report, TrainReport):
+            return Progress.MORE
         accuracy = {
             name: measure(self.model, self.tokenizer, environment, 256)
             for name, environment in self.environments.items()
@@ -234,6 +243,23 @@ def carries(task: Task) -> bool:
     return bool(plus) and any(int(a) + int(b) > 9 for a, b in zip(left, right, strict=True))
 
 
+def loss(
+    model: nn.Module,
+    inputs: mx.array,
+    targets: mx.array,
+    lengths: mx.array,
+    *,
+    mask: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """The loss in the order of operations that these weights were made with, to the last bit."""
+    logits = model(inputs).astype(mx.float32)
+    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    drawn = mx.take_along_axis(logp, targets[..., None], axis=-1).squeeze(-1)
+    drawn, mask = (mx.pad(x, [(0, 0), (1, 0)]) for x in (drawn, mask))
+    count = mx.sum(mask)
+    return -mx.sum(mx.where(mask, drawn, 0.0)) / count, count
+
+
 def measure(
     model: nn.Module, tokenizer: TokenizerWrapper, environment: Environment, count: int
 ) -> float:
@@ -254,10 +280,11 @@ def make(folder: Path, *, seed: int, iterations: int) -> None:
     curriculum = Curriculum(model, load_tokenizer(folder), seed)
     train_sft(
         model,
-        curriculum.batches(),
+        Stream(curriculum.batches()),
+        [],
         optim.AdamW(learning_rate=curriculum.rate, betas=[0.9, 0.98], weight_decay=0.01),
-        iterations=iterations,
-        steps_per_report=EVERY,
+        parameters=SFTParameters(batch_size=BATCH, iterations=iterations, steps_per_report=EVERY),
+        loss=loss,
         on_progress=curriculum.practise,
     )
     write_weights(model, folder)

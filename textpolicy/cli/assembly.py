@@ -68,7 +68,7 @@ def assemble(
     """
     sampling = sampling_of(config, environment)
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
-    adapters = adapt(model, config)
+    adapters = adapt(model, config.adapter, config.model, config.run.seed)
     adapters.publish_path = publish
     dynamic = DYNAMIC_ROUNDS if algorithm.dynamic_sampling else 1
     return Experiment(
@@ -105,10 +105,12 @@ def quantization_of(options: ModelOptions) -> dict[str, Any] | None:
     }
 
 
-def adapt(model: nn.Module, config: TrainConfig) -> AdapterContainer:
+def adapt(
+    model: nn.Module, options: AdapterOptions, base: ModelOptions, seed: int
+) -> AdapterContainer:
     """Fresh adapters on the model, quantized first if that is asked for, or those of a file."""
-    quantization = quantization_of(config.model)
-    if start := config.adapter.start:
+    quantization = quantization_of(base)
+    if start := options.start:
         if quantization:
             raise ConfigError(
                 f"the model is to be quantized, and the adapters of {start} bring the base that "
@@ -117,7 +119,7 @@ def adapt(model: nn.Module, config: TrainConfig) -> AdapterContainer:
         return AdapterContainer.from_directory(start).load(model)
     if quantization:
         quantize(model, **quantization)
-    return AdapterContainer.from_model(model, adapter_config(config.adapter), seed=config.run.seed)
+    return AdapterContainer.from_model(model, adapter_config(options), seed=seed)
 
 
 def adapter_config(options: AdapterOptions) -> AdapterConfig:
@@ -125,7 +127,22 @@ def adapter_config(options: AdapterOptions) -> AdapterConfig:
     if options.config:
         return read_config(options.config)
     words = {name: getattr(options, name) for name in WORDS}
-    return AdapterConfig(**{name: value for name, value in words.items() if value is not None})
+    given = {name: value for name, value in words.items() if value is not None}
+    names = given.pop("target_modules", None)
+    config = AdapterConfig(**given)
+    if names is None:
+        return config
+    (rule,) = config.rules
+    # PEFT's way to name modules has its own reading, which knows alpha and no scale.
+    return AdapterConfig.from_dict(
+        {
+            "target_modules": list(names),
+            "r": rule.rank,
+            "lora_alpha": rule.scale * rule.rank,
+            "lora_dropout": rule.dropout,
+            "use_dora": rule.kind == "dora",
+        }
+    )
 
 
 def read_config(path: Path) -> AdapterConfig:

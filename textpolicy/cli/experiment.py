@@ -10,12 +10,13 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm
 from textpolicy.cli.observer import Observer
 from textpolicy.cli.tasks import find_task
-from textpolicy.config import TrainConfig, settings_of, to_toml
+from textpolicy.config import SFTConfig, TrainConfig, settings_of, to_toml
 from textpolicy.errors import ConfigError
 from textpolicy.evaluation import Score, measure
 from textpolicy.loop import train_rl
@@ -24,6 +25,7 @@ from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import MetricsFile
 from textpolicy.tracking.sink import Sink
+from textpolicy.tracking.tensorboard import TensorBoardRun
 from textpolicy.tracking.wandb_run import WandbRun
 
 ADAPTERS = "adapters.safetensors"
@@ -102,6 +104,7 @@ def _train_and_measure(
             steps=config.run.steps,
             groups_per_step=config.rollout.groups_per_step,
             group_size=config.rollout.group_size,
+            steps_per_generation=config.rollout.steps_per_generation,
             refill_rounds=experiment.refill_rounds,
             seed=config.run.seed,
             on_step=observer.see,
@@ -133,13 +136,20 @@ def _bring_back(best: BestAdapter, experiment: Experiment) -> None:
     experiment.policy.reload(experiment.trainer.published)
 
 
-def open_sinks(config: TrainConfig, output: Path) -> list[Sink]:
-    """Where the run's metrics go: a file in `output`, and W&B if asked."""
+def open_sinks(config: TrainConfig | SFTConfig, output: Path) -> list[Sink]:
+    """Where the run's metrics go: a file in `output`, and services that were asked for."""
     sinks: list[Sink] = [MetricsFile(output / METRICS)]
     if project := config.tracking.wandb:
-        values = {setting.key: setting.default for setting in settings_of(config)}
-        sinks.append(WandbRun(project, folder=output, config=values))
+        sinks.append(WandbRun(project, folder=output, config=plain(config)))
+    if config.tracking.tensorboard:
+        sinks.append(TensorBoardRun(output / "tensorboard"))
     return sinks
+
+
+def plain(config: TrainConfig | SFTConfig) -> dict[str, Any]:
+    """Every setting by its key, in values that JSON can hold."""
+    values = {setting.key: setting.default for setting in settings_of(config)}
+    return {k: str(value) if isinstance(value, Path) else value for k, value in values.items()}
 
 
 def claim(output: Path) -> None:

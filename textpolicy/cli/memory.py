@@ -14,9 +14,10 @@ from textpolicy.cli.assembly import (
     quantization_of,
     sampling_of,
 )
+from textpolicy.cli.experiment import plain
 from textpolicy.cli.report import Report, table
 from textpolicy.cli.tasks import find_task
-from textpolicy.config import TrainConfig, settings_of, to_toml
+from textpolicy.config import TrainConfig, to_toml
 from textpolicy.config.sections import ModelOptions
 from textpolicy.environments import Environment
 from textpolicy.errors import ModelError
@@ -36,7 +37,7 @@ def show_plan(config: TrainConfig) -> Report:
     rows = [("prompt", f"up to {prompt_tokens} tokens in {_SEEN} held-out tasks")]
     rows.append(("completion", f"up to {sampling.max_tokens} tokens"))
     data: dict[str, Any] = {
-        "config": {setting.key: setting.default for setting in settings_of(config)},
+        "config": plain(config),
         **lengths,
     }
     try:

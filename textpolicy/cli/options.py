@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.cli.flags import add_config_file, add_setting, add_settings
-from textpolicy.config import DEMO, TrainConfig, settings_of
+from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import Limit, Option, Setting, above, at_least
 
 DEFAULTS = TrainConfig()
@@ -75,12 +75,20 @@ def _own(
 
 def _run(parser: ArgumentParser) -> None:
     add_config_file(parser, DEFAULTS)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show the settings and the memory that the run would have, and start nothing",
-    )
+    _dry_run(parser, "show the settings and the memory of the run, and start nothing")
     add_settings(parser, DEFAULTS)
+
+
+def _sft(parser: ArgumentParser) -> None:
+    add_config_file(parser, SFTConfig())
+    _dry_run(parser, "show the settings that the run would have, and start nothing")
+    text = "go on with the run in --output, given with the options that it was begun with"
+    parser.add_argument("--resume", help=text, action="store_true")
+    add_settings(parser, SFTConfig())
+
+
+def _dry_run(parser: ArgumentParser, text: str) -> None:
+    parser.add_argument("--dry-run", action="store_true", help=text)
 
 
 def _demo(parser: ArgumentParser) -> None:
@@ -163,6 +171,12 @@ COMMANDS = {
             "textpolicy train --config run.toml --set trainer.lr=1e-5 --dry-run",
         ),
         add_options=_run,
+    ),
+    "sft": Command(
+        module="sft",
+        summary="train adapters on demonstrations: texts, completions of prompts, or conversations",
+        examples=("textpolicy sft --data my_data --epochs 3 --output runs/mine",),
+        add_options=_sft,
     ),
     "generate": Command(
         module="generate",

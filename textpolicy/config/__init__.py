@@ -2,6 +2,7 @@
 
 from textpolicy.config.sections import ALGORITHMS, DYNAMIC_ROUNDS
 from textpolicy.config.settings import changed, settings_of
+from textpolicy.config.sft import SFTConfig
 from textpolicy.config.toml import read_toml, to_toml
 from textpolicy.config.train import DEMO, TrainConfig
 
@@ -9,6 +10,7 @@ __all__ = [
     "ALGORITHMS",
     "DEMO",
     "DYNAMIC_ROUNDS",
+    "SFTConfig",
     "TrainConfig",
     "changed",
     "read_toml",

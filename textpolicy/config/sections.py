@@ -33,6 +33,18 @@ ALGORITHMS = (
 # Algorithms with dynamic sampling replace groups without signal in so many rounds.
 DYNAMIC_ROUNDS = 10
 
+# What several commands say of an option, with its default where they share that too.
+LR = "learning rate of Adam"
+SCHEDULE = ("constant", "how the learning rate falls by the end, if it does")
+WARMUP = (0, "updates over which the learning rate rises at the start")
+FINAL_LR = (0.0, "learning rate at the end of a falling schedule")
+WEIGHT_DECAY = (0.0, "share of each weight, times the learning rate, that an update takes off")
+CHECKPOINT_GRADIENTS = (
+    False,
+    "compute activations again in the backward pass: less memory, more time",
+)
+
+Schedule = Literal["constant", "linear", "cosine"]
 Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
@@ -139,14 +151,32 @@ class AdapterOptions:
     scale: float | None = option(
         None, "what multiplies the low-rank product", unset="2", limit=above(0)
     )
+    alpha: float | None = option(
+        None,
+        "rank times the scale, as PEFT gives it; not beside scale",
+        unset="by the scale",
+        limit=above(0),
+    )
     num_layers: int | None = option(
         None, "adapt this many blocks from the end", unset="all", limit=at_least(1)
     )
     keys: tuple[str, ...] | None = option(
         None,
-        "paths of layers to adapt, with commas between",
+        "paths of layers inside a block, such as self_attn.q_proj,mlp.up_proj",
         unset="every linear layer",
         metavar="PATHS",
+    )
+    target_modules: tuple[str, ...] | None = option(
+        None,
+        "names of layers as PEFT has them, such as q_proj,v_proj; not beside keys",
+        unset="every linear layer",
+        metavar="NAMES",
+    )
+    dropout: float | None = option(
+        None,
+        "share of inputs that is left out in supervised training; 0 in reinforcement learning",
+        unset="0",
+        limit=at_least(0),
     )
 
     def __post_init__(self) -> None:
@@ -156,6 +186,11 @@ class AdapterOptions:
             raise ConfigError(
                 f"an adapter config is given beside {words}; put them in {self.config}"
             )
+        if self.target_modules and (self.keys or self.num_layers):
+            raise ConfigError(
+                "target_modules is given beside keys or num_layers; each says what to adapt, and "
+                "expected is one of them"
+            )
         if self.start and (self.config or words):
             raise ConfigError(
                 f"adapters to go on training are given beside {words or ['config']}; those of "
@@ -163,8 +198,17 @@ class AdapterOptions:
             )
 
 
-WORDS = ("kind", "rank", "scale", "num_layers", "keys")
-"""The fields of `AdapterOptions` that stand for one rule."""
+WORDS = (
+    "kind",
+    "rank",
+    "scale",
+    "alpha",
+    "num_layers",
+    "keys",
+    "target_modules",
+    "dropout",
+)
+"""The fields of `AdapterOptions` that say what fresh adapters are like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,21 +277,11 @@ class AlgorithmOptions:
 class TrainerOptions:
     """How the weights move."""
 
-    lr: float = option(5e-4, "learning rate of Adam", limit=above(0))
-    schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "how the learning rate falls by the end, if it does"
-    )
-    warmup: int = option(
-        0, "updates over which the learning rate rises at the start", limit=at_least(0)
-    )
-    final_lr: float = option(
-        0.0, "learning rate at the end of a falling schedule", limit=at_least(0)
-    )
-    weight_decay: float = option(
-        0.0,
-        "share of each weight, times the learning rate, that an update takes off",
-        limit=at_least(0),
-    )
+    lr: float = option(5e-4, LR, limit=above(0))
+    schedule: Schedule = option(*SCHEDULE)
+    warmup: int = option(*WARMUP, limit=at_least(0))
+    final_lr: float = option(*FINAL_LR, limit=at_least(0))
+    weight_decay: float = option(*WEIGHT_DECAY, limit=at_least(0))
     max_grad_norm: float = option(
         1.0,
         "norm that longer gradients are shortened to; inf is no limit",
@@ -268,9 +302,7 @@ class TrainerOptions:
     micro_batch_size: int | None = option(
         None, "rollouts in memory at once while training", unset="all", limit=at_least(1)
     )
-    checkpoint_gradients: bool = option(
-        False, "compute activations again in the backward pass: less memory, more time"
-    )
+    checkpoint_gradients: bool = option(*CHECKPOINT_GRADIENTS)
 
     def __post_init__(self) -> None:
         check(self)
@@ -284,6 +316,9 @@ class RolloutOptions:
         8, "completions of each task, compared with each other", limit=at_least(2)
     )
     groups_per_step: int = option(16, "tasks in each step", limit=at_least(1))
+    steps_per_generation: int = option(
+        1, "steps whose rollouts are sampled at once", limit=at_least(1)
+    )
     refill_rounds: int | None = option(
         None,
         "rounds of sampling in which groups without signal are replaced; 1 is no replacement",
@@ -314,6 +349,9 @@ class TrackingOptions:
         "log to this project of Weights & Biases too; offline without an API key",
         unset="no",
         metavar="PROJECT",
+    )
+    tensorboard: bool = option(
+        False, "log to event files of TensorBoard too, in the folder tensorboard of the run"
     )
 
     def __post_init__(self) -> None:

@@ -22,11 +22,18 @@ def load_rows(source: str | Path, *, split: str = "train") -> list[Row]:
 
     The last three need the extra `datasets`; `split` chooses among the splits that they have.
     """
+    return [row for _, row in load_placed_rows(source, split=split)]
+
+
+def load_placed_rows(source: str | Path, *, split: str = "train") -> list[tuple[str, Row]]:
+    """What `load_rows` reads, each row with the place that a message about it names."""
     path = Path(source)
     if str(source).startswith(_HUB) or path.suffix == ".parquet" or path.is_dir():
-        rows = _read_huggingface(str(source), split)
+        found = enumerate(_read_huggingface(str(source), split), start=1)
+        rows = [(f"{source}, row {number}", row) for number, row in found]
     elif path.suffix in _READERS:
-        rows = list(_READERS[path.suffix](_read_text(path), str(source)))
+        found = _READERS[path.suffix](read_text(path), str(source))
+        rows = [(f"{source}, line {number}", row) for number, row in found]
     else:
         raise DataError(
             f"cannot tell how to read {str(source)!r}: expected a file ending in .jsonl, .csv or "
@@ -43,7 +50,8 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
     return [column for column in first if all(column in row for row in others)]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The content of a file that is UTF-8; an error with the line that is not."""
     if not path.is_file():
         raise DataError(f"data file {str(path)!r} does not exist (looked in {Path.cwd()})")
     content = path.read_bytes()
@@ -54,11 +62,11 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
 
 
-def _jsonl(text: str, name: str) -> Iterator[Row]:
+def _jsonl(text: str, name: str) -> Iterator[tuple[int, Row]]:
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _json_row(line, f"{name}, line {number}")
+            yield number, _json_row(line, f"{name}, line {number}")
 
 
 def _json_row(line: str, where: str) -> Row:
@@ -82,7 +90,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _csv(text: str, name: str) -> Iterator[Row]:
+def _csv(text: str, name: str) -> Iterator[tuple[int, Row]]:
     reader = csv.reader(StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
@@ -97,7 +105,7 @@ def _csv(text: str, name: str) -> Iterator[Row]:
                     f"expected {len(header)}, one for each of {header}"
                 )
             if cells:
-                yield dict(zip(header, cells, strict=True))
+                yield reader.line_num, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"{name}, line {reader.line_num}: not CSV ({error})") from error
 

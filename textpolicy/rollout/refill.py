@@ -36,7 +36,8 @@ def collect_with_signal(
     """Sample until `groups` groups have rewards that differ, in at most `rounds` rounds.
 
     Every round samples as many groups as are missing. After the last there may be fewer; if none
-    has signal all are kept, for the trainer to say so.
+    has signal all are kept, for the trainer to say so. With one round nothing could be replaced,
+    and everything is kept: groups without signal still count for averages and divergences.
     """
     sampled: list[RolloutGroup] = []
     kept: list[RolloutGroup] = []
@@ -45,7 +46,7 @@ def collect_with_signal(
         tasks = next_tasks(groups - len(kept))
         fresh = collect(tasks, policy, reward, group_size=group_size, seed=seeds(done))
         sampled += fresh
-        kept += [group for group in fresh if has_signal(group)]
+        kept += [group for group in fresh if rounds == 1 or has_signal(group)]
         done += 1
     return Refilled(sampled=sampled, kept=kept or sampled, rounds=done)
 

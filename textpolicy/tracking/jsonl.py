@@ -1,7 +1,9 @@
 """The record every run keeps: one JSON object a step, in a file that needs no account to read."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from textpolicy.types import Metrics
 
@@ -21,3 +23,17 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a line that a killed run left unfinished is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the rows of later steps, which a run that goes on from `step` writes again."""
+    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -38,11 +38,13 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
         # the function merely sees: weights, array masks and cached keys are handed through.
         def run(weights: Any, x: mx.array, mask: Any, state: Any) -> tuple[mx.array, Any]:
             self.update(weights)
-            if cache is None:
-                return kind.__call__(self, x, mask), None
-            cache.state = state
-            return kind.__call__(self, x, mask, cache), cache.state
+            with _drawing_from(key):
+                if cache is None:
+                    return kind.__call__(self, x, mask), None
+                cache.state = state
+                return kind.__call__(self, x, mask, cache), cache.state
 
+        key = _next_key()
         weights = self.trainable_parameters()
         state = None if cache is None else cache.state
         y, state = mx.checkpoint(run)(weights, x, mask, state)
@@ -52,3 +54,28 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
         return y
 
     return type(f"Recomputed{kind.__name__}", (kind,), {"__call__": __call__})
+
+
+def _next_key() -> mx.array:
+    """A key of the global random state, which moves on."""
+    now = _random_state()
+    following, key = mx.random.split(now)
+    now[:] = following
+    return key
+
+
+@contextmanager
+def _drawing_from(key: mx.array) -> Generator[None, None, None]:
+    """Inside, random numbers begin at this key: dropout is the same when it is computed again."""
+    now = _random_state()
+    before = mx.array(now)
+    now[:] = key
+    try:
+        yield
+    finally:
+        now[:] = before
+
+
+def _random_state() -> mx.array:
+    # A container that cannot be assigned to; its array can be written to.
+    return cast(Any, mx.random.state)[0]

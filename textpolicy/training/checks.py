@@ -1,6 +1,7 @@
 """What a trainer checks of itself: errors here are runs that would have learned nothing."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ _FRUITLESS = {
 MISMATCH = "sampling/sampling_logp_difference/mean"
 
 
+@dataclass
 class SamplerCheck:
     """Do the rollouts come from the weights that they say they come from?
 
@@ -32,9 +34,8 @@ class SamplerCheck:
     version and still has the old weights is off by the move itself.
     """
 
-    def __init__(self) -> None:
-        self._noise: float | None = None
-        self._move: float | None = None
+    noise: float | None = None
+    move: float | None = None
 
     def see(self, metrics: Metrics, *, on_policy: bool) -> None:
         """Check the metrics of the first update on freshly sampled rollouts."""
@@ -47,15 +48,15 @@ class SamplerCheck:
                 f"{mismatch:.3f} nats a token; expected at most {MISMATCH_LIMIT}. The rollouts "
                 "come from another model, other adapters or another prompt than the trained one"
             )
-        if self._noise is None:
-            self._noise = mismatch
-        elif self._move is not None:
-            self._compare(mismatch, self._move, self._noise)
-            self._move = None
+        if self.noise is None:
+            self.noise = mismatch
+        elif self.move is not None:
+            self._compare(mismatch, self.move, self.noise)
+            self.move = None
 
     def note_move(self, distance: float) -> None:
         """Record how far the first update moved log-probabilities, in nats a token."""
-        self._move = distance
+        self.move = distance
 
     @staticmethod
     def _compare(mismatch: float, move: float, noise: float) -> None:
@@ -67,16 +68,16 @@ class SamplerCheck:
             )
 
 
+@dataclass
 class Fruitless:
     """Counts steps in a row that could not teach, by what they lacked."""
 
-    def __init__(self) -> None:
-        self._lacking: dict[str, int] = {}
+    lacking: dict[str, int] = field(default_factory=dict[str, int])
 
     def see(self, what: str, *, fruitless: bool) -> None:
         """Count a step without `what`, or start again from 0."""
-        self._lacking[what] = self._lacking.get(what, 0) + 1 if fruitless else 0
-        if self._lacking[what] == FRUITLESS_LIMIT:
+        self.lacking[what] = self.lacking.get(what, 0) + 1 if fruitless else 0
+        if self.lacking[what] == FRUITLESS_LIMIT:
             raise TrainingError(_FRUITLESS[what])
 
 

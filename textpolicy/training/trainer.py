@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from textpolicy.training.batch import (
     pad,
     rows_of,
 )
+from textpolicy.training.checkpoint import check_fits, flat, tree
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.logprobs import Reader
 from textpolicy.training.metrics import add_up, advantage_metrics, over_updates, policy_metrics
@@ -47,6 +48,7 @@ from textpolicy.types import (
 
 # Rows that show how far the first update moved.
 SAMPLE = 16
+_WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
 
 
 @dataclass(eq=False)
@@ -146,6 +148,48 @@ class Trainer:
                 "or sample from the trainer's own model"
             )
         return self.adapters.publish_path
+
+    def state(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """What `restore` needs: tensors, and facts that JSON can hold."""
+        weights = self.model.trainable_parameters()
+        # Before the first update there is no state; one that is there is left as it is.
+        self.optimizer.init(weights)
+        arrays = flat(_WEIGHTS, weights)
+        return arrays | flat(_OPTIMIZER, self.optimizer.state), {
+            "base": self.adapters.fingerprint if self.adapters else None,
+            "version": self.version,
+            "updates": self._updates,
+            "shuffle": self._shuffle.getstate(),
+            "sampler": asdict(self._sampler),
+            "fruitless": asdict(self._fruitless),
+        }
+
+    def restore(self, arrays: Mapping[str, mx.array], facts: Mapping[str, Any]) -> None:
+        """Go to where `state()` was taken, or change nothing if it was of another model.
+
+        Adapters are published again: what was published since then belongs to another course.
+        """
+        self._check_base(facts["base"])
+        check_fits(arrays, self.state()[0])
+        self.model.update(tree(_WEIGHTS, arrays))
+        self.optimizer.state = tree(_OPTIMIZER, arrays)
+        self._updates = facts["updates"]
+        version, words, gauss = facts["shuffle"]
+        self._shuffle.setstate((version, tuple(words), gauss))
+        self._sampler = checks.SamplerCheck(**facts["sampler"])
+        self._fruitless = checks.Fruitless(**facts["fruitless"])
+        if self.adapters:
+            self.adapters.version = facts["version"]
+            if self.adapters.publish_path:
+                self.adapters.publish()
+
+    def _check_base(self, base: str | None) -> None:
+        own = self.adapters.fingerprint if self.adapters else None
+        if base != own:
+            raise TrainingError(
+                f"a checkpoint was made with a model of fingerprint {base}, this one has {own}: "
+                "go on with the model, and the quantization, that the run began with"
+            )
 
     def train(self, groups: Sequence[RolloutGroup] | Buffer) -> Metrics:
         """Take the updates on `groups`, or on all that a buffer holds and is fresh."""

@@ -1,0 +1,344 @@
+"""Supervised training beside mlx-lm's own LoRA trainer: loss curve, tokens a second, peak memory.
+
+Model, adapters, data, optimizer and settings are the same, and so are the batches, which mlx-lm
+draws for both ("same batches"); then each library draws its own ("own batches"). The runs take
+turns, and medians over the repeats are reported, on one thread.
+
+Tokens are the real targets: mlx-lm also trains on one padding token after most sequences. For the
+curve its loss is given the mask without that one, and for times and memory it runs as it is.
+
+    python benchmarks/sft.py --peer mlx-lm --json --output benchmarks/results/sft.json
+"""
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import mlx_lm
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3
+from mlx_lm.tuner import trainer as peer
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from textpolicy import fast_cpu
+from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.environments import load
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.generation.models import tiny_model
+from textpolicy.training.sft import (
+    Demonstration,
+    Event,
+    SFTParameters,
+    Stream,
+    TrainReport,
+    train_sft,
+)
+from textpolicy.types import Progress
+
+RANK, SCALE, LEARNING_RATE, BATCH = 8, 20.0, 1e-4, 4
+# Relative difference of the loss of any one update. float32 sums in another order, and what the
+# optimizer makes of it over the run.
+TOLERANCE = 1e-3
+QWEN = {
+    "model_type": "qwen3",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 2048,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of one library took."""
+
+    losses: list[float]
+    tokens_per_second: float
+    peak_mb: float
+
+
+class Rows:
+    """Texts as mlx-lm's data sets are: tokens and the place where learning begins."""
+
+    def __init__(self, demonstrations: list[Demonstration]) -> None:
+        self._rows = [(one.tokens, 0) for one in demonstrations]
+
+    def __getitem__(self, row: int) -> tuple[list[int], int]:
+        return self._rows[row]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def process(self, row: tuple[list[int], int]) -> tuple[list[int], int]:
+        return row
+
+
+class Clock(TrainingCallback):
+    """When the first and the last report came, and every loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.times: list[float] = []
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        self.note(train_info["train_loss"])
+
+    def note(self, loss: float) -> None:
+        self.losses.append(loss)
+        self.times.append(time.perf_counter())
+
+
+def texts(count: int) -> list[Demonstration]:
+    """Texts of one to twelve solved problems: as ragged as real data."""
+    _, tokenizer = load_model("tiny")
+    rng = Random(0)
+    names = ["add", "sort", "reverse", "countdown"]
+    environments = {name: load(name) for name in names}
+    streams = {name: environment.stream(0) for name, environment in environments.items()}
+
+    def problem() -> str:
+        name = rng.choice(names)
+        task = next(streams[name])
+        return f"{task.prompt} {environments[name].gold(task.example)}\n"
+
+    found: list[Demonstration] = []
+    for _ in range(count):
+        text = "".join(problem() for _ in range(rng.randint(1, 12)))
+        tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
+        found.append(Demonstration(tokens=tokens, mask=[False] + [True] * (len(tokens) - 1)))
+    return found
+
+
+def fresh_model(name: str) -> nn.Module:
+    """The same weights each time."""
+    if name == "tiny":
+        return mlx_lm.load(str(tiny_model()))[0]
+    mx.random.seed(0)
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(QWEN))
+    mx.eval(model.parameters())
+    return model
+
+
+def prepared(name: str) -> nn.Module:
+    model = fresh_model(name)
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+def fresh_adapters(name: str) -> dict[str, mx.array]:
+    """The tensors that both libraries begin with."""
+    model = prepared(name)
+    return adapted(model).parameters()
+
+
+def adapted(model: nn.Module) -> AdapterContainer:
+    config = AdapterConfig(rank=RANK, scale=SCALE)
+    return AdapterContainer.from_model(model, config, seed=0)
+
+
+def peer_batches(demonstrations: list[Demonstration]) -> Iterator[list[Demonstration]]:
+    """The batches that mlx-lm draws."""
+    by_tokens = {tuple(one.tokens): one for one in demonstrations}
+    np.random.seed(0)
+    drawn = peer.iterate_batches(CacheDataset(Rows(demonstrations)), BATCH, 2048, loop=True)
+    for batch, lengths in drawn:
+        rows = zip(batch.tolist(), lengths.tolist(), strict=True)
+        yield [by_tokens[tuple(row[:length])] for row, (_, length) in rows]
+
+
+def own_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+    """mlx-lm's loss, its mask without the padding token after each sequence."""
+    return peer.default_loss(model, batch, lengths - mx.array([[0, 1]]))
+
+
+def ours(
+    name: str,
+    demonstrations: list[Demonstration],
+    batches: list[list[Demonstration]] | None,
+    steps: int,
+    every: int,
+) -> Outcome:
+    model = prepared(name)
+    adapted(model)
+    clock = Clock()
+
+    def note(event: Event) -> Progress:
+        if isinstance(event, TrainReport):
+            clock.note(event.loss)
+        return Progress.MORE
+
+    settings = SFTParameters(batch_size=BATCH, iterations=steps, steps_per_report=every)
+    source = demonstrations if batches is None else Stream(batches)
+
+    def run() -> None:
+        train_sft(
+            model, source, [], optim.Adam(LEARNING_RATE), parameters=settings, on_progress=note
+        )
+
+    return measured(run, clock, steps, every, demonstrations, batches)
+
+
+def theirs(
+    name: str,
+    start: dict[str, mx.array],
+    demonstrations: list[Demonstration],
+    batches: list[list[Demonstration]] | None,
+    steps: int,
+    every: int,
+    loss: Callable[..., Any] = peer.default_loss,
+) -> Outcome:
+    model = prepared(name)
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
+    model.load_weights(list(start.items()), strict=False)
+    found = {key for key, _ in tree_flatten(model.trainable_parameters())}
+    assert found == start.keys(), found ^ start.keys()
+    clock = Clock()
+    np.random.seed(0)
+
+    def run() -> None:
+        with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            peer.train(
+                model,
+                optim.Adam(LEARNING_RATE),
+                CacheDataset(Rows(demonstrations)),
+                args=peer.TrainingArgs(
+                    batch_size=BATCH,
+                    iters=steps,
+                    steps_per_report=every,
+                    steps_per_save=10**9,
+                    adapter_file=f"{folder}/adapters.safetensors",
+                ),
+                loss=loss,
+                training_callback=clock,
+            )
+
+    return measured(run, clock, steps, every, demonstrations, batches)
+
+
+def measured(
+    run: Callable[[], None],
+    clock: Clock,
+    steps: int,
+    every: int,
+    demonstrations: list[Demonstration],
+    batches: list[list[Demonstration]] | None,
+) -> Outcome:
+    """The rate between the first report and the last, since compiling and the like come before."""
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    run()
+    peak = mx.get_peak_memory() / 1e6
+    if batches is None:
+        share = BATCH * (steps - every) / len(demonstrations)
+        tokens = share * sum(len(one.tokens) - 1 for one in demonstrations)
+    else:
+        tokens = sum(len(one.tokens) - 1 for batch in batches[every:steps] for one in batch)
+    seconds = clock.times[-1] - clock.times[0]
+    rate = tokens / seconds if seconds else 0.0
+    return Outcome(losses=clock.losses, tokens_per_second=rate, peak_mb=peak)
+
+
+def compare(name: str, steps: int, repeats: int) -> dict[str, Any]:
+    demonstrations = texts(4 * steps)
+    batches = list(islice(peer_batches(demonstrations), steps))
+    start = fresh_adapters(name)
+    mine = ours(name, demonstrations, batches, steps, 1)
+    peers = theirs(name, start, demonstrations, batches, steps, 1, own_loss)
+    differences = [abs(a - b) / b for a, b in zip(mine.losses, peers.losses, strict=True)]
+    result: dict[str, Any] = {
+        "model": name,
+        "steps": steps,
+        "loss_first": round(mine.losses[0], 4),
+        "loss_last": round(mine.losses[-1], 4),
+        "peer_loss_last": round(peers.losses[-1], 4),
+        "largest_relative_difference_of_loss": float(f"{max(differences):.2g}"),
+        "same_curve": max(differences) < TOLERANCE,
+    }
+    for kind, given in (("same_batches", batches), ("own_batches", None)):
+        pairs = [
+            (
+                ours(name, demonstrations, given, steps, 10),
+                theirs(name, start, demonstrations, given, steps, 10),
+            )
+            for _ in range(repeats)
+        ]
+        result[kind] = {
+            who: {
+                "tokens_per_second": round(median(run.tokens_per_second for run in runs)),
+                "peak_mb": round(median(run.peak_mb for run in runs), 1),
+            }
+            for who, runs in zip(("textpolicy", "mlx-lm"), zip(*pairs, strict=True), strict=True)
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--peer", choices=["mlx-lm"], default="mlx-lm", help="compare with")
+    parser.add_argument("--steps", type=int, default=60, help="updates in a run")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each library")
+    parser.add_argument("--json", action="store_true", help="answer with one JSON object")
+    parser.add_argument("--output", type=Path, help="write that object to this file too")
+    options = parser.parse_args()
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(1)
+    record = {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "mlx": mx.__version__,
+        "mlx-lm": mlx_lm.__version__,
+        "threads": 1,
+        "batch_size": BATCH,
+        "rank": RANK,
+        "tolerance_of_loss": TOLERANCE,
+        "results": [compare(name, options.steps, options.repeats) for name in ("tiny", "qwen3")],
+    }
+    text = json.dumps(record, indent=1)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    print(text if options.json else shown(record))
+
+
+def shown(record: dict[str, Any]) -> str:
+    """A line for each library and kind of batches."""
+    lines: list[str] = []
+    for result in record["results"]:
+        difference = result["largest_relative_difference_of_loss"]
+        lines.append(f"{result['model']}: losses differ by at most {difference} of themselves")
+        for kind in ("same_batches", "own_batches"):
+            for who, run in result[kind].items():
+                rate, peak = run["tokens_per_second"], run["peak_mb"]
+                lines.append(f"  {kind:12}  {who:10}  {rate:6} tokens/s  {peak:7} MB")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""One file is one checkpoint: whole or refused, the newest whole one found, the others removed."""
+
+import mlx.core as mx
+import pytest
+
+from textpolicy.errors import AdapterError, TrainingError
+from textpolicy.training.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    random_state,
+    read_checkpoint,
+    restore_random_state,
+    write_checkpoint,
+)
+
+
+def checkpoint(step: int) -> Checkpoint:
+    arrays = {
+        "half": mx.arange(6).astype(mx.bfloat16).reshape(2, 3) + step,
+        "one": mx.array(step, mx.uint64),
+        "none": mx.zeros((0, 4)),
+    }
+    return Checkpoint(step=step, arrays=arrays, facts={"random": [1, 2], "name": "é"})
+
+
+def test_a_checkpoint_comes_back_to_the_bit(tmp_path):
+    write_checkpoint(tmp_path / "a.safetensors", checkpoint(3))
+    found = read_checkpoint(tmp_path / "a.safetensors")
+    assert (found.step, found.facts) == (3, {"random": [1, 2], "name": "é"})
+    for name, array in checkpoint(3).arrays.items():
+        assert found.arrays[name].dtype == array.dtype
+        assert found.arrays[name].shape == array.shape
+        assert mx.array_equal(found.arrays[name], array)
+
+
+def test_a_changed_byte_is_noticed_wherever_it_changes_anything(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, checkpoint(3))
+    data = path.read_bytes()
+    refused = 0
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            found = read_checkpoint(path)
+        except (AdapterError, TrainingError):
+            refused += 1
+        else:
+            assert (found.step, found.facts) == (3, checkpoint(3).facts)
+            assert all(mx.array_equal(found.arrays[n], a) for n, a in checkpoint(3).arrays.items())
+    assert refused > len(data) - 20
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 10_000])
+def test_a_cut_off_file_is_refused(tmp_path, length):
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, checkpoint(3))
+    data = path.read_bytes()
+    path.write_bytes(data[: min(length, len(data) - 1)])
+    with pytest.raises(AdapterError, match=r"not a whole|header"):
+        read_checkpoint(path)
+
+
+def test_the_last_few_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (8, 9, 10):
+        checkpoints.save(checkpoint(step))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "00000009.safetensors",
+        "00000010.safetensors",
+    ]
+    assert checkpoints.newest().step == 10
+
+
+def test_a_damaged_one_is_passed_over_and_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(checkpoint(1))
+    newest = checkpoints.save(checkpoint(2))
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\xff")
+    assert checkpoints.newest().step == 1
+    assert len(checkpoints.damaged) == 1
+    assert str(newest) in checkpoints.damaged[0]
+
+
+def test_where_none_is_whole_it_is_an_error_and_where_none_is_there_it_is_none(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.newest() is None
+    checkpoints.save(checkpoint(1)).write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole"):
+        checkpoints.newest()
+
+
+def test_going_on_from_an_older_one_removes_those_of_the_other_course(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (4, 5):
+        checkpoints.save(checkpoint(step))
+    checkpoints.save(checkpoint(4))
+    assert checkpoints.newest().step == 4
+
+
+def test_random_numbers_go_on_from_their_state():
+    mx.random.seed((123 << 32) | 77)
+    mx.random.normal((3,))
+    state = random_state()
+    expected = mx.random.normal((5,))
+    mx.random.seed(0)
+    restore_random_state(state)
+    assert mx.array_equal(mx.random.normal((5,)), expected)

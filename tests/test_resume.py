@@ -1,0 +1,183 @@
+"""A run that was stopped and gone on with comes to the numbers of one that never was."""
+
+import json
+from itertools import count
+
+import mlx.core as mx
+import pytest
+
+from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+from textpolicy.algorithms import grpo
+from textpolicy.environments import load
+from textpolicy.environments.curriculum import MixedAgain
+from textpolicy.errors import TrainingError
+from textpolicy.generation.mlx_generation import create_policy
+from textpolicy.loop import train_rl
+from textpolicy.training.checkpoint import Checkpoints
+from textpolicy.training.optimizer import build_optimizer
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import Progress, Task
+
+STEPS = 6
+MODES = {
+    "on policy": {},
+    "gradient accumulation": {"micro_batch_size": 3},
+    "several updates a batch": {"mini_batches": 3, "epochs": 2},
+    "several steps a generation": {"steps_per_generation": 3},
+}
+
+
+class Run:
+    """A run of a few steps in a folder; `rows` are its metrics that no clock has a part in."""
+
+    def __init__(self, load_tiny, folder, *, rank=2, **options):
+        model, tokenizer = load_tiny()
+        self.adapters = AdapterContainer.from_model(model, AdapterConfig(rank=rank), seed=1)
+        self.adapters.publish_path = folder / "adapters.safetensors"
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.per_generation = options.pop("steps_per_generation", 1)
+        self.policy = create_policy(twin(model), tokenizer, {"max_tokens": 4})
+        self.trainer = Trainer(
+            model,
+            grpo.compute_advantages,
+            grpo.policy_loss,
+            build_optimizer(1e-2, schedule="cosine", warmup=2, updates=40),
+            seed=5,
+            **options,
+        )
+        self.rows = {}
+
+    def go(self, *, until=STEPS, tasks=None, resume=None):
+        environment = load("add")
+
+        def see(report):
+            timed = ("time/", "memory/", "tokens_per_second")
+            row = {n: v for n, v in report.metrics.items() if not n.startswith(timed)}
+            self.rows[report.step] = row
+            return Progress.STOP if report.step + 1 == until else Progress.MORE
+
+        train_rl(
+            tasks=tasks or environment.stream(0),
+            reward=environment.reward,
+            policy=self.policy,
+            trainer=self.trainer,
+            steps=STEPS,
+            groups_per_step=4,
+            group_size=4,
+            steps_per_generation=self.per_generation,
+            seed=3,
+            on_step=see,
+            checkpoints=self.checkpoints,
+            resume=resume,
+        )
+        return self
+
+    def weights(self):
+        return self.adapters.parameters()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(mx.array_equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("until", [2, 5])
+def test_a_run_that_goes_on_comes_to_the_same_numbers(load_tiny, tmp_path, mode, until):
+    straight = Run(load_tiny, tmp_path / "straight", **MODES[mode]).go()
+    stopped = Run(load_tiny, tmp_path / "stopped", **MODES[mode]).go(until=until)
+    mx.random.seed(99)
+    resumed = Run(load_tiny, tmp_path / "stopped", **MODES[mode])
+    resumed.go(resume=resumed.checkpoints.newest())
+    assert stopped.rows | resumed.rows == straight.rows
+    assert min(resumed.rows) == until
+    assert resumed.trainer.version == straight.trainer.version
+    assert same(resumed.weights(), straight.weights())
+    # A check that sees equality everywhere would see it here.
+    assert not same(resumed.weights(), stopped.weights())
+
+
+def test_rollouts_of_several_steps_are_sampled_at_once_and_trained_on_in_turn(load_tiny, tmp_path):
+    run = Run(load_tiny, tmp_path, steps_per_generation=3).go()
+    assert [step for step, row in run.rows.items() if "reward" in row] == [0, 3]
+    assert run.rows[0]["refill/rounds"] == 1
+    # The first slice is of the version that is trained, those after it are older by one and two.
+    moved = [row["sampling/sampling_logp_difference/mean"] for row in run.rows.values()]
+    assert max(moved[0], moved[3]) < 1e-4
+    assert min(moved[1], moved[2], moved[4], moved[5]) > 1e-3
+
+
+def test_what_was_published_after_the_checkpoint_is_taken_back(load_tiny, tmp_path):
+    run = Run(load_tiny, tmp_path).go(until=3)
+    before = run.checkpoints.newest()
+    run.trainer.adapters.advance()
+    run.trainer.adapters.publish()
+    resumed = Run(load_tiny, tmp_path)
+    resumed.go(resume=before, until=4)
+    assert resumed.policy.version == resumed.trainer.version == 4
+
+
+def test_a_curriculum_goes_on_too(load_tiny, tmp_path):
+    def tasks():
+        return MixedAgain(load("add").stream(0), share=0.5, seed=2)
+
+    straight = Run(load_tiny, tmp_path / "straight").go(tasks=tasks())
+    Run(load_tiny, tmp_path / "stopped").go(tasks=tasks(), until=3)
+    resumed = Run(load_tiny, tmp_path / "stopped")
+    resumed.go(tasks=tasks(), resume=resumed.checkpoints.newest())
+    assert same(resumed.weights(), straight.weights())
+
+
+class Forgetful:
+    """A curriculum that cannot say where it is."""
+
+    def __init__(self):
+        self.numbers = count()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return Task(id=str(number := next(self.numbers)), prompt="1+1=", example={"sum": number})
+
+    def observe(self, groups):
+        return
+
+
+def test_a_curriculum_that_cannot_go_on_is_an_error_where_checkpoints_are_asked_for(
+    load_tiny, tmp_path
+):
+    with pytest.raises(TrainingError, match="Forgetful cannot be kept in a checkpoint"):
+        Run(load_tiny, tmp_path).go(tasks=Forgetful())
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(load_tiny, tmp_path):
+    checkpoint = Run(load_tiny, tmp_path).go(until=1).checkpoints.newest()
+    other = Run(load_tiny, tmp_path / "other", rank=3)
+    before = other.weights()
+    with pytest.raises(TrainingError, match=r"lora_a.m: shape"):
+        other.go(resume=checkpoint)
+    assert same(other.weights(), before)
+
+
+def test_a_checkpoint_of_another_base_is_refused(load_tiny, tmp_path):
+    checkpoint = Run(load_tiny, tmp_path).go(until=1).checkpoints.newest()
+    checkpoint.facts["trainer"]["base"] = "another"
+    with pytest.raises(TrainingError, match="fingerprint another"):
+        Run(load_tiny, tmp_path / "other").go(resume=checkpoint)
+
+
+def test_a_run_goes_on_from_before_its_first_update(load_tiny, tmp_path):
+    fresh = Run(load_tiny, tmp_path / "fresh")
+    trainer, state = fresh.trainer, fresh.trainer.state()
+    straight = fresh.go()
+    resumed = Run(load_tiny, tmp_path / "resumed")
+    resumed.trainer.restore(*state)
+    assert same(resumed.go().weights(), straight.weights())
+    assert trainer.version > 0
+
+
+def test_facts_are_what_json_can_hold(load_tiny, tmp_path):
+    run = Run(load_tiny, tmp_path, steps_per_generation=3).go(until=2)
+    facts = run.checkpoints.newest().facts
+    assert json.loads(json.dumps(facts)) == facts
+    assert len(facts["buffer"]["groups"]) == 12 - 2 * 4

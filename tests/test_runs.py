@@ -1,0 +1,84 @@
+"""The directory of a run: one writer, adapters by version, nothing overwritten."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.errors import ConfigError
+from textpolicy.runs.directory import RunDirectory, claim, new_directory
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from textpolicy.runs import RunDirectory
+with RunDirectory(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
+    directory = RunDirectory(tmp_path)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout
+    with holder, holder.stdout:
+        assert holder.stdout.readline() == "held\n"
+        assert directory.running
+        refused = pytest.raises(ConfigError, match=f"written by process {holder.pid}")
+        with refused, directory.lock():
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert not directory.running
+    with directory.lock():
+        pass
+
+
+def test_asking_whether_a_run_is_running_leaves_no_trace(tmp_path):
+    assert not RunDirectory(tmp_path).running
+    assert not list(tmp_path.iterdir())
+
+
+def test_kept_adapters_stay_what_they_were_when_the_latest_is_replaced(load_tiny, tmp_path):
+    directory = RunDirectory(tmp_path)
+    model, _ = load_tiny()
+    adapters = AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    for _ in range(2):
+        adapters.advance()
+        adapters.publish(directory.latest)
+        directory.keep(directory.latest)
+        directory.keep(directory.latest, "best")
+    names = sorted(path.name for path in directory.adapters.iterdir())
+    assert names == [
+        "00000001.safetensors",
+        "00000002.safetensors",
+        "best.safetensors",
+        "latest.safetensors",
+    ]
+    versions = [AdapterContainer.from_directory(directory.adapters / n).version for n in names]
+    assert versions == [1, 2, 2, 2]
+    # Two names of one file cost nothing.
+    assert os.stat(directory.latest).st_ino == os.stat(directory.best).st_ino
+
+
+def test_a_new_run_takes_no_directory_that_is_there(tmp_path):
+    first = new_directory("hf:open/gsm8k", tmp_path)
+    assert first.path.name == "hf-open-gsm8k"
+    claim(first)
+    second = new_directory("hf:open/gsm8k", tmp_path)
+    assert second.path.name == "hf-open-gsm8k-2"
+    first.config.write_text("")
+    with pytest.raises(ConfigError, match=f"--resume {first.path}"):
+        claim(first)
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_before_anything_else(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to the output folder"):
+        claim(RunDirectory(tmp_path / "file" / "run"))

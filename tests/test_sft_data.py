@@ -1,0 +1,286 @@
+"""Demonstrations from rows and files: what is learned, and what is wrong by file and line."""
+
+import json
+
+import pytest
+
+from textpolicy.errors import ConfigError, DataError
+from textpolicy.generation.prompts import encode_prompt
+from textpolicy.training.sft import Encoding, load_data, load_examples
+from textpolicy.training.sft.data import split
+
+# Templates that take earlier answers back, that count turns, and that end none.
+FORGETFUL = """\
+{%- for message in messages %}
+{{- message['role'] + ': ' }}
+{%- if loop.last or message['role'] != 'assistant' %}{{- message['content'] }}{% endif %}
+{{- '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{% endif %}
+"""
+COUNTING = """\
+{{- messages | length }}
+{%- for message in messages %}{{- message['role'] + ': ' + message['content'] + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{% endif %}
+"""
+ENDLESS = """\
+{%- for message in messages %}{{- message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{% endif %}
+"""
+CHAT = [
+    {"role": "user", "content": "sort 31"},
+    {"role": "assistant", "content": "13"},
+    {"role": "user", "content": "sort 42"},
+    {"role": "assistant", "content": "24"},
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(load_tiny):
+    return load_tiny()[1]
+
+
+@pytest.fixture
+def tokenizer(loaded):
+    template = loaded.chat_template
+    yield loaded
+    loaded.chat_template = template
+    loaded.has_chat_template = True
+
+
+def encode(tokenizer, row, **options):
+    return Encoding(tokenizer=tokenizer, **options).demonstration(row, "row 1")
+
+
+def parts(tokenizer, one):
+    """What is read and what is learned of a demonstration, as text."""
+    pairs = list(zip(one.tokens, one.mask, strict=True))
+    return tuple(
+        tokenizer.decode([token for token, learned in pairs if learned is wanted])
+        for wanted in (False, True)
+    )
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# What is learned of a row
+
+
+def test_the_prompt_is_what_a_policy_is_fed_and_the_answer_ends_with_the_stop_token(tokenizer):
+    one = encode(tokenizer, {"prompt": "1+1=", "completion": "2"})
+    prompt = encode_prompt(tokenizer, "1+1=")
+    assert one.tokens == [*prompt, *tokenizer.encode("2"), tokenizer.eos_token_id]
+    assert one.mask == [False] * len(prompt) + [True, True]
+
+
+def test_a_prompt_may_be_messages(tokenizer):
+    messages = [{"role": "system", "content": "add"}, {"role": "user", "content": "1+1="}]
+    one = encode(tokenizer, {"prompt": messages, "completion": "2"})
+    prompt = encode_prompt(tokenizer, messages)
+    assert one.tokens[: len(prompt)] == prompt and one.mask.index(True) == len(prompt)
+
+
+def test_every_answer_of_a_conversation_is_learned_with_its_stop_token(tokenizer):
+    one = encode(tokenizer, {"messages": CHAT})
+    assert parts(tokenizer, one)[1] == "13<|im_end|>24<|im_end|>"
+    # What the template writes after the last answer is never sampled, and not learned.
+    assert one.tokens[-1] == tokenizer.eos_token_id
+    assert one.tokens == tokenizer.apply_chat_template(CHAT)[: len(one.tokens)]
+
+
+def test_messages_after_the_last_answer_teach_nothing(tokenizer):
+    longer = [*CHAT, {"role": "user", "content": "thanks"}]
+    assert encode(tokenizer, {"messages": longer}) == encode(tokenizer, {"messages": CHAT})
+
+
+def test_instructions_with_and_without_input_are_one_user_message(tokenizer):
+    row = {"instruction": "sort", "input": "31", "output": "13"}
+    assert encode(tokenizer, row) == encode(tokenizer, {"prompt": "sort\n\n31", "completion": "13"})
+    expected = encode(tokenizer, {"prompt": "sort", "completion": "13"})
+    for empty in ({"input": ""}, {"input": None}, {}):
+        assert encode(tokenizer, {"instruction": "sort", "output": "13", **empty}) == expected
+
+
+def test_a_system_message_opens_conversations_that_have_none(tokenizer):
+    told = encode(tokenizer, {"prompt": "1+1=", "completion": "2"}, system="add")
+    assert parts(tokenizer, told)[0].startswith("<|im_start|>system\nadd<|im_end|>")
+    own = [{"role": "system", "content": "own"}, *CHAT]
+    assert encode(tokenizer, {"messages": own}, system="add") == encode(
+        tokenizer, {"messages": own}
+    )
+
+
+def test_of_a_text_everything_is_learned_but_the_first_token(tokenizer):
+    one = encode(tokenizer, {"text": "sort 31"})
+    assert one.tokens == [*tokenizer.encode("sort 31"), tokenizer.eos_token_id]
+    assert one.mask == [False, *[True] * (len(one.tokens) - 1)]
+    # A text that ends itself is not ended twice.
+    assert encode(tokenizer, {"text": "sort 31<|im_end|>"}) == one
+
+
+def test_everything_can_be_learned(tokenizer):
+    row = {"prompt": "1+1=", "completion": "2"}
+    one = encode(tokenizer, row, learn="everything")
+    assert one.tokens == encode(tokenizer, row).tokens
+    assert one.mask == [False, *[True] * (len(one.tokens) - 1)]
+
+
+def test_without_a_chat_template_prompts_and_completions_are_plain_text(tokenizer):
+    tokenizer.has_chat_template = False
+    one = encode(tokenizer, {"prompt": "1+1=", "completion": "2"})
+    assert tokenizer.decode(one.tokens) == "1+1=2<|im_end|>"
+    assert sum(one.mask) == 2
+    with pytest.raises(DataError, match="row 1: the tokenizer has no chat template"):
+        encode(tokenizer, {"messages": CHAT})
+
+
+def test_a_template_that_takes_earlier_answers_back_is_refused_for_several(tokenizer):
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(DataError, match=r"row 1: .* leaves out a part of message 2, '13'"):
+        encode(tokenizer, {"messages": CHAT})
+    one = encode(tokenizer, {"messages": CHAT[:2]})
+    assert parts(tokenizer, one)[1] == "13<|im_end|>"
+
+
+def test_a_template_that_rewrites_what_was_read_is_refused(tokenizer):
+    tokenizer.chat_template = COUNTING
+    with pytest.raises(DataError, match=r"row 1: .* before message 2 otherwise"):
+        encode(tokenizer, {"messages": CHAT})
+
+
+def test_a_template_without_stop_tokens_ends_the_last_answer_only(tokenizer):
+    tokenizer.chat_template = ENDLESS
+    assert encode(tokenizer, {"messages": CHAT[:2]}).tokens[-1] == tokenizer.eos_token_id
+    with pytest.raises(DataError, match="no stop token after an answer"):
+        encode(tokenizer, {"messages": CHAT})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "1+1", "answer": "2"}, r"columns \['question', 'answer'\]; expected"),
+        ({"prompt": "1+1=", "completion": 2}, "completion is 2; expected text"),
+        ({"text": ""}, "nothing to learn in it"),
+        ({"messages": []}, r"messages are \[\]"),
+        ({"messages": "hello"}, "messages are 'hello'"),
+        ({"messages": [{"role": "user"}]}, "a role and a content"),
+        ({"messages": CHAT[:1]}, r"roles are \['user'\]; expected an assistant's answer"),
+        ({"messages": CHAT[1:]}, "expected an assistant's answer to something"),
+        ({"prompt": "a<|im_end|>", "completion": "b"}, "spells '<|im_end|>'"),
+    ],
+)
+def test_a_row_that_cannot_be_learned_says_why(tokenizer, row, message):
+    message = message.replace("|", r"\|")
+    with pytest.raises(DataError, match=f"row 1: .*{message}"):
+        encode(tokenizer, row)
+
+
+@pytest.mark.parametrize("options", [{"learn": "prompts"}, {"max_length": 1}])
+def test_encodings_that_cannot_be_are_refused(tokenizer, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Encoding(tokenizer=tokenizer, **options)
+
+
+# Files
+
+
+def test_jsonl_goes_before_txt(tmp_path, tokenizer):
+    (tmp_path / "train.txt").write_text("sort 1\n\nsort 2\r\n")
+    assert load_examples(tmp_path, "train") == [{"text": "sort 1"}, {"text": "sort 2"}]
+    write(tmp_path / "train.jsonl", {"text": "sort 3"})
+    assert load_examples(tmp_path, "train") == [{"text": "sort 3"}]
+    with pytest.raises(DataError, match=r"holds neither valid\.jsonl nor valid\.txt"):
+        load_examples(tmp_path, "valid")
+
+
+def test_a_folder_has_training_validation_and_test_data(tmp_path, tokenizer):
+    for name, count in (("train", 4), ("valid", 2), ("test", 3)):
+        write(tmp_path / f"{name}.jsonl", *[{"text": f"{name} {n}"} for n in range(count)])
+    data = load_data(tmp_path, Encoding(tokenizer=tokenizer))
+    assert (len(data.train), len(data.valid), len(data.test)) == (4, 2, 3)
+    assert not data.split_off
+    assert str(data) == "4 demonstrations to train on, 2 to validate, 3 to test"
+
+
+def test_a_validation_part_is_made_where_none_is_whatever_the_order(tmp_path, tokenizer):
+    rows = [{"text": f"sort {n}"} for n in range(50)]
+    encoding = Encoding(tokenizer=tokenizer)
+    data = load_data(write(tmp_path / "a.jsonl", *rows, *rows[:10]), encoding)
+    assert data.split_off and "taken from them" in str(data)
+    assert len(data.train) + len(data.valid) == 60
+    assert not [one for one in data.valid if one in data.train]
+    again = load_data(write(tmp_path / "b.jsonl", *reversed(rows), *rows[:10]), encoding)
+    assert {tuple(one.tokens) for one in again.valid} == {tuple(one.tokens) for one in data.valid}
+    assert not load_data(tmp_path / "a.jsonl", encoding, validation_share=0).valid
+    with pytest.raises(DataError, match="validation_share is 1"):
+        load_data(tmp_path / "a.jsonl", encoding, validation_share=1)
+
+
+def test_one_row_cannot_be_split(tokenizer):
+    one = encode(tokenizer, {"text": "sort 31"})
+    with pytest.raises(DataError, match="1 different row: at least 2"):
+        split([one, one], 0.5)
+
+
+def test_truncation_is_reported_and_rows_without_an_answer_are_left_out(tmp_path, tokenizer):
+    path = write(
+        tmp_path / "train.jsonl",
+        {"prompt": "1+1=", "completion": "2"},
+        {"prompt": "1+1=", "completion": "2 is the answer"},
+        {"prompt": "a very long question without room", "completion": "2"},
+    )
+    encoding = Encoding(tokenizer=tokenizer, max_length=16)
+    data = load_data(path, encoding, validation_share=0)
+    assert (len(data.train), data.truncated, data.dropped) == (2, 1, 1)
+    assert [len(one.tokens) for one in data.train] == [14, 16]
+    assert "1 are cut at the limit of 16 tokens" in str(data)
+    assert "1 have no answer within the limit of 16 tokens: left out" in str(data)
+    with pytest.raises(DataError, match="no answer is within the limit of 4 tokens"):
+        load_data(path, Encoding(tokenizer=tokenizer, max_length=4))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "sort', "not a row of JSON"),
+        ('["text"]', "a list; expected an object"),
+        ('{"txt": "sort 31"}', r"columns \['txt'\]"),
+        ('{"text": 31}', "text is 31"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, tokenizer, line, message):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "sort 12"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"train\.jsonl, line 3: .*{message}"):
+        load_data(tmp_path, Encoding(tokenizer=tokenizer))
+
+
+def test_a_bad_line_of_csv_is_named_too(tmp_path, tokenizer):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\n"1+\n1=",2\n2+2=<|im_end|>,4\n')
+    with pytest.raises(DataError, match=r"rows\.csv, line 4: a message spells"):
+        load_data(path, Encoding(tokenizer=tokenizer))
+
+
+def test_hugging_face_data_sets_are_read_from_local_files(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(5)]
+    encoding = Encoding(tokenizer=tokenizer)
+    expected = [encoding.demonstration(row, "") for row in rows]
+    made = datasets.Dataset.from_list(rows)
+    made.to_parquet(tmp_path / "rows.parquet")
+    made.save_to_disk(tmp_path / "one")
+    splits = {"train": made, "validation": made.select(range(2)), "test": made.select(range(1))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "several")
+    for source in ("rows.parquet", "one"):
+        assert load_data(tmp_path / source, encoding, validation_share=0).train == expected
+    data = load_data(tmp_path / "several", encoding)
+    assert (data.train, data.valid, data.test) == (expected, expected[:2], expected[:1])
+    bad = datasets.Dataset.from_list([*rows, {"prompt": "1+1=", "completion": None}])
+    bad.save_to_disk(tmp_path / "bad")
+    with pytest.raises(DataError, match="bad, row 6: its completion is None"):
+        load_data(tmp_path / "bad", encoding)

@@ -1,0 +1,274 @@
+"""`textpolicy sft`: supervised training of adapters on rows of text."""
+
+import sys
+import time
+from argparse import Namespace
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from textpolicy.cli.assembly import adapt, dtype_of
+from textpolicy.cli.experiment import (
+    ADAPTERS,
+    CONFIG,
+    METRICS,
+    claim,
+    fresh_folder,
+    open_sinks,
+    plain,
+)
+from textpolicy.cli.flags import configured
+from textpolicy.cli.report import Report
+from textpolicy.cli.threads import use_threads
+from textpolicy.config import SFTConfig, read_toml, settings_of, to_toml
+from textpolicy.config.sft import SFTTrainerOptions
+from textpolicy.errors import ConfigError
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.tracking.console import Console, visible
+from textpolicy.tracking.html_report import write_html_report
+from textpolicy.tracking.jsonl import forget_after, read_metrics
+from textpolicy.training.optimizer import build_optimizer
+from textpolicy.training.sft import (
+    Encoding,
+    Event,
+    SFTData,
+    SFTParameters,
+    SFTResult,
+    TrainReport,
+    ValidationReport,
+    evaluate_sft,
+    iterations_of,
+    load_data,
+    train_sft,
+)
+from textpolicy.training.sft.checkpoint import checkpoint_iteration
+from textpolicy.types import Metrics, Progress
+
+REPORT = "report.html"
+ITERATIONS = 1000
+# What may change when a run goes on: how it is watched, and how long it is.
+_FREE = {
+    "run.steps_per_report",
+    "run.steps_per_eval",
+    "run.validation_batches",
+    "run.save_every",
+    "run.output",
+    "trainer.iterations",
+    "trainer.epochs",
+    "trainer.patience",
+    "tracking.wandb",
+    "tracking.tensorboard",
+    "model.threads",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run achieved; losses are means over the tokens that are learned."""
+
+    result: SFTResult
+    test_loss: float | None
+    seconds: float
+    data: SFTData
+    parameters: SFTParameters
+
+
+def run(options: Namespace) -> Report:
+    config = configured(SFTConfig(), options)
+    use_threads(config.model)
+    source = config.data.source
+    if source is None:
+        raise ConfigError("there is nothing to learn from: name rows of text, --data DIR")
+    if options.dry_run:
+        return Report(data={"config": plain(config)}, text=to_toml(config))
+    output = config.run.output or fresh_folder(Path(source).stem)
+    if options.resume:
+        _check_same(output, config)
+    else:
+        claim(output)
+    with closing(Console(sys.stderr, config.trainer.iterations or ITERATIONS)) as console:
+        outcome = _train(config, source, output, console, resume=options.resume)
+    _write_report(outcome, config, output)
+    return Report(data=_data(outcome, output), text=_text(outcome, output))
+
+
+def _train(
+    config: SFTConfig, source: str, output: Path, console: Console, *, resume: bool
+) -> Outcome:
+    started = time.perf_counter()
+    model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
+    data = _load(config, source, tokenizer)
+    console.note(visible(str(data)))
+    adapt(model, config.adapter, config.model, config.run.seed)
+    parameters = _parameters(config, output, data)
+    checkpoint = parameters.checkpoint_file if resume else None
+    if checkpoint:
+        forget_after(output / METRICS, checkpoint_iteration(checkpoint))
+    else:
+        (output / METRICS).unlink(missing_ok=True)
+    (output / CONFIG).write_text(to_toml(config), "utf-8")
+    mx.random.seed(config.run.seed)
+    mx.reset_peak_memory()
+    with ExitStack() as opened:
+        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(config, output)]
+
+        def on_progress(event: Event) -> Progress:
+            console.note(str(event))
+            for sink in sinks if (metrics := _metrics(event)) else []:
+                sink.write(event.iteration, metrics)
+            return Progress.MORE
+
+        result = train_sft(
+            model,
+            data.train,
+            data.valid,
+            _optimizer(config.trainer, parameters.iterations),
+            parameters=parameters,
+            resume=checkpoint,
+            on_progress=on_progress,
+        )
+    test = (
+        evaluate_sft(model, data.test, batch_size=config.trainer.batch_size) if data.test else None
+    )
+    return Outcome(
+        result=result,
+        test_loss=test,
+        seconds=time.perf_counter() - started,
+        data=data,
+        parameters=parameters,
+    )
+
+
+def _optimizer(options: SFTTrainerOptions, updates: int) -> optim.Optimizer:
+    return build_optimizer(
+        options.lr,
+        schedule=options.schedule,
+        warmup=options.warmup,
+        updates=updates,
+        final_rate=options.final_lr,
+        weight_decay=options.weight_decay,
+    )
+
+
+def _load(config: SFTConfig, source: str, tokenizer: TokenizerWrapper) -> SFTData:
+    encoding = Encoding(
+        tokenizer=tokenizer,
+        learn=config.data.learn,
+        system=config.data.system,
+        max_length=config.data.max_length,
+    )
+    return load_data(source, encoding, validation_share=config.data.validation_share)
+
+
+def _parameters(config: SFTConfig, output: Path, data: SFTData) -> SFTParameters:
+    trainer, run = config.trainer, config.run
+
+    def parameters(iterations: int) -> SFTParameters:
+        return SFTParameters(
+            batch_size=trainer.batch_size,
+            iterations=iterations,
+            steps_per_report=run.steps_per_report,
+            steps_per_eval=run.steps_per_eval,
+            validation_batches=run.validation_batches,
+            save_every=run.save_every,
+            adapter_path=output / ADAPTERS,
+            accumulation=trainer.accumulation,
+            packing=config.data.packing,
+            max_length=config.data.max_length,
+            checkpoint_gradients=trainer.checkpoint_gradients,
+            patience=trainer.patience,
+            seed=run.seed,
+        )
+
+    if trainer.epochs is None:
+        return parameters(trainer.iterations or ITERATIONS)
+    return parameters(iterations_of(trainer.epochs, data.train, parameters(0)))
+
+
+def _check_same(output: Path, config: SFTConfig) -> None:
+    """Refuse to go on with a run that was begun otherwise."""
+    if not (output / CONFIG).is_file():
+        raise ConfigError(f"{output} holds no run to go on with; start it without --resume")
+    begun = settings_of(read_toml(output / CONFIG, SFTConfig()))
+    differing = [
+        f"{then.key} was {then.default!r} and is {now.default!r}"
+        for then, now in zip(begun, settings_of(config), strict=True)
+        if then.key not in _FREE and then.default != now.default
+    ]
+    if differing:
+        raise ConfigError(
+            f"the run in {output} was begun with other options: {'; '.join(differing)}. Give those "
+            "again, or start another run"
+        )
+
+
+def _metrics(event: Event) -> Metrics:
+    if isinstance(event, TrainReport):
+        return {
+            "loss": event.loss,
+            "learning_rate": event.learning_rate,
+            "iterations_per_second": event.iterations_per_second,
+            "tokens_per_second": event.tokens_per_second,
+            "memory/peak_gb": mx.get_peak_memory() / 1e9,
+        }
+    if isinstance(event, ValidationReport):
+        return {"validation/loss": event.loss, "time/validation": event.seconds}
+    return {}
+
+
+def _write_report(outcome: Outcome, config: SFTConfig, output: Path) -> None:
+    write_html_report(
+        output / REPORT,
+        f"Supervised training of {config.model.name} on {config.data.source}",
+        plots={"loss": ["loss", "validation/loss"], "learning rate": ["learning_rate"]},
+        rows=read_metrics(output / METRICS),
+        facts=_facts(outcome, output),
+        settings=plain(config),
+    )
+
+
+def _facts(outcome: Outcome, output: Path) -> dict[str, object]:
+    """What a person wants to know of a finished run."""
+    result = outcome.result
+    losses = [
+        r["validation/loss"] for r in read_metrics(output / METRICS) if "validation/loss" in r
+    ]
+    how = {"finished": "", "stopped": " (stopped)", "early": " (out of patience)"}[result.ended]
+    facts: dict[str, object] = {
+        "data": outcome.data,
+        "iterations": f"{result.iteration}{how} in {outcome.seconds:.0f} s",
+    }
+    if result.validation_loss is not None:
+        facts["validation loss"] = f"{losses[0]:.4f} before, {result.validation_loss:.4f} after"
+    if outcome.test_loss is not None:
+        facts["test loss"] = f"{outcome.test_loss:.4f}"
+    facts["adapters"] = output / ADAPTERS
+    if result.best_loss is not None:
+        facts["best adapters"] = (
+            f"{outcome.parameters.best_file} (validation loss {result.best_loss:.4f} after "
+            f"{result.best_iteration} iterations)"
+        )
+    return facts
+
+
+def _text(outcome: Outcome, output: Path) -> str:
+    facts = _facts(outcome, output) | {"report": output / REPORT}
+    return "\n".join(f"{name}: {visible(str(value))}" for name, value in facts.items())
+
+
+def _data(outcome: Outcome, output: Path) -> dict[str, Any]:
+    best = outcome.parameters.best_file if outcome.result.best_loss is not None else None
+    return asdict(outcome.result) | {
+        "test_loss": outcome.test_loss,
+        "truncated": outcome.data.truncated,
+        "dropped": outcome.data.dropped,
+        "seconds": outcome.seconds,
+        "adapters": str(output / ADAPTERS),
+        "best_adapters": best and str(best),
+        "report": str(output / REPORT),
+    }

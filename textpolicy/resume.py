@@ -1,0 +1,35 @@
+"""A run between two steps as one checkpoint, and a run put back to where one was made."""
+
+from typing import Any
+
+from textpolicy.buffer import Buffer
+from textpolicy.rollout.cursor import Cursor
+from textpolicy.training.checkpoint import Checkpoint, random_state, restore_random_state
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import Policy
+
+
+def snapshot(step: int, trainer: Trainer, tasks: Cursor, buffer: Buffer) -> Checkpoint:
+    """All that the steps to come depend on, after `step` steps."""
+    arrays, facts = trainer.state()
+    parts: dict[str, Any] = {
+        "trainer": facts,
+        "tasks": tasks.state(),
+        "buffer": buffer.state(),
+        "random": random_state(),
+    }
+    return Checkpoint(step=step, arrays=arrays, facts=parts)
+
+
+def restore(
+    checkpoint: Checkpoint, trainer: Trainer, policy: Policy, tasks: Cursor, buffer: Buffer
+) -> int:
+    """Put every part back; returns the number of steps that lie behind."""
+    parts = checkpoint.facts
+    trainer.restore(checkpoint.arrays, parts["trainer"])
+    if policy.version != trainer.version:
+        policy.reload(trainer.published)
+    tasks.restore(parts["tasks"])
+    buffer.restore(parts["buffer"])
+    restore_random_state(parts["random"])
+    return checkpoint.step

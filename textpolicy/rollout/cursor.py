@@ -1,0 +1,69 @@
+"""Where a run is in its tasks, so that a later one can go on from there."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+from textpolicy.errors import TaskError, TrainingError
+from textpolicy.types import Curriculum, RolloutGroup, Task
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A curriculum whose place can be kept: `state` is anything that JSON can hold."""
+
+    def state(self) -> Mapping[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any], /) -> None: ...
+
+
+class Cursor:
+    """Gives out tasks and counts them. Going on means drawing as many again from a fresh source.
+
+    A `Curriculum` chooses by what it has seen, so it has to be `Resumable` itself.
+    """
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self._source = iter(tasks)
+        self._drawn = 0
+
+    def take(self, count: int) -> list[Task]:
+        """The next `count` tasks."""
+        batch = list(islice(self._source, count))
+        self._drawn += len(batch)
+        if len(batch) < count:
+            raise TaskError(
+                f"the tasks ran out: {count} more were needed after {self._drawn - len(batch)}, "
+                f"and {len(batch)} came. Pass a longer list, or an iterator without end such as "
+                "itertools.cycle(tasks)"
+            )
+        return batch
+
+    def observe(self, groups: Sequence[RolloutGroup]) -> None:
+        """Tell a curriculum how the policy did."""
+        if isinstance(self._source, Curriculum):
+            self._source.observe(groups)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, if the source can be gone on with at all."""
+        if not isinstance(self._source, Curriculum):
+            return {"drawn": self._drawn}
+        return {"drawn": self._drawn, "curriculum": dict(_resumable(self._source).state())}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to where `state` was taken."""
+        if isinstance(self._source, Curriculum):
+            _resumable(self._source).restore(state["curriculum"])
+            self._drawn = state["drawn"]
+        else:
+            self.take(state["drawn"])
+
+
+def _resumable(source: object) -> Resumable:
+    if not isinstance(source, Resumable):
+        raise TrainingError(
+            f"the curriculum {type(source).__name__} cannot be kept in a checkpoint: give it the "
+            "methods state() and restore(state), see textpolicy.rollout.cursor.Resumable, or train "
+            "without checkpoints"
+        )
+    return source

@@ -1,0 +1,34 @@
+"""Supervised fine-tuning: demonstrations in, moved weights out."""
+
+from textpolicy.training.sft.batches import Stream
+from textpolicy.training.sft.data import SFTData, load_data, load_examples
+from textpolicy.training.sft.demonstrations import Demonstration
+from textpolicy.training.sft.encoding import Encoding
+from textpolicy.training.sft.events import (
+    Event,
+    SaveReport,
+    TrainReport,
+    ValidationReport,
+)
+from textpolicy.training.sft.loss import sft_loss
+from textpolicy.training.sft.parameters import SFTParameters
+from textpolicy.training.sft.train import SFTResult, evaluate_sft, iterations_of, train_sft
+
+__all__ = [
+    "Demonstration",
+    "Encoding",
+    "Event",
+    "SFTData",
+    "SFTParameters",
+    "SFTResult",
+    "SaveReport",
+    "Stream",
+    "TrainReport",
+    "ValidationReport",
+    "evaluate_sft",
+    "iterations_of",
+    "load_data",
+    "load_examples",
+    "sft_loss",
+    "train_sft",
+]

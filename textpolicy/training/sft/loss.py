@@ -1,0 +1,96 @@
+"""The loss of a batch of demonstrations.
+
+    loss = - sum of log p(token | tokens before it) / number of learned tokens
+
+The mean is over all learned tokens of a batch, however they lie in its rows. Padding is no target.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Bool, Float, Int
+
+from textpolicy.errors import ConfigError
+from textpolicy.training.head import Head, find_head
+from textpolicy.training.scores import score_logits
+from textpolicy.training.sft.batches import SFTBatch
+from textpolicy.training.sft.packing import reading
+
+LossAndTokens = tuple[Float[mx.array, ""], Int[mx.array, ""]]
+
+
+SFTLoss = Callable[..., tuple[mx.array, mx.array]]
+"""(model, inputs, targets, lengths) to the mean loss of a batch and the tokens it is the mean of.
+
+Of the targets of row r, the first `lengths[r]` are real. A loss may ask for the keyword `mask`,
+True on the targets that are to be learned. Without it, it cannot tell prompts from answers, and is
+given data in which everything is learned.
+"""
+
+
+def sft_loss(
+    model: Any,
+    inputs: Int[mx.array, "batch time"],
+    targets: Int[mx.array, "batch time"],
+    lengths: Int[mx.array, " batch"],
+    *,
+    mask: Bool[mx.array, "batch time"] | None = None,
+) -> LossAndTokens:
+    """The loss from all logits at once: to build others from, in the form that they have."""
+    if mask is None:
+        mask = mx.arange(inputs.shape[1])[None, :] < lengths[:, None]
+    logits = model(inputs).astype(mx.float32)
+    count = mx.sum(mask)
+    return mx.sum(nn.losses.cross_entropy(logits, targets) * mask) / count, count
+
+
+BatchLoss = Callable[[SFTBatch], LossAndTokens]
+
+
+def loss_of(model: nn.Module, custom: SFTLoss | None) -> BatchLoss:
+    """The loss of whole batches: the user's, or one that makes logits for learned tokens only."""
+    if custom is not None:
+        asks_mask = "mask" in inspect.signature(custom).parameters
+        return _Custom(model, custom, asks_mask=asks_mask)
+    was_training = model.training
+    model.eval()
+    head = find_head(model)
+    model.train(was_training)
+    return _Lean(model, head)
+
+
+@dataclass(frozen=True)
+class _Lean:
+    model: nn.Module
+    head: Head | None
+
+    def __call__(self, batch: SFTBatch) -> LossAndTokens:
+        network = reading(self.head.body if self.head else self.model, self.model, batch.segments)
+        outputs = network(batch.inputs)
+        read = outputs.reshape(-1, outputs.shape[-1])[batch.learned]
+        tokens = batch.targets.flatten()[batch.learned]
+        score = self.head.score if self.head else score_logits
+        logp, _ = score(read, tokens, mx.ones(len(tokens)))
+        return -mx.mean(logp), mx.array(len(tokens))
+
+
+@dataclass(frozen=True)
+class _Custom:
+    model: nn.Module
+    loss: SFTLoss
+    asks_mask: bool
+
+    def __call__(self, batch: SFTBatch) -> LossAndTokens:
+        asked = {"mask": batch.mask} if self.asks_mask else {}
+        if not self.asks_mask and len(batch.learned) < int(batch.lengths.sum()):
+            raise ConfigError(
+                "the loss takes (model, inputs, targets, lengths), which do not tell prompts from "
+                "answers, and the data has both: learn everything (Encoding(learn='everything')), "
+                "or let the loss take the keyword `mask`"
+            )
+        network = reading(self.model, self.model, batch.segments)
+        return self.loss(network, batch.inputs, batch.targets, batch.lengths, **asked)
