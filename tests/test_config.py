@@ -257,7 +257,7 @@ def test_an_option_that_two_commands_share_is_said_once():
     shared = train.keys() & sft.keys() - SWITCHES - {"run.output"}
     assert len(shared) > 20
     for key in shared:
-        same = key == "trainer.lr" or train[key].help == sft[key].help
+        same = key in ("trainer.lr", "trainer.epochs") or train[key].help == sft[key].help
         assert same and train[key].option_strings == sft[key].option_strings
 
 
