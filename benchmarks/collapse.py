@@ -22,7 +22,7 @@ from textpolicy import fast_cpu
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.algorithms import grpo
-from textpolicy.cli.options import RunSettings
+from textpolicy.config import TrainConfig
 from textpolicy.environments import load
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
@@ -33,7 +33,7 @@ from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Sampling
 
-DEFAULT = RunSettings()
+DEFAULT = TrainConfig()
 LONG = 24
 
 
@@ -44,7 +44,7 @@ class Setting:
     env: str
     healthy: bool = False
     steps: int = 60
-    lr: float = DEFAULT.lr
+    lr: float = DEFAULT.trainer.lr
     seed: int = 0
     adapters: bool = True
     shuffled: bool = False
@@ -76,8 +76,7 @@ def record(run: Setting, show: Callable[[StepReport], None]) -> list[Mapping[str
     environment = load(run.env)
     model, tokenizer = load_model("tiny")
     if run.adapters:
-        config = AdapterConfig(rank=DEFAULT.rank, scale=DEFAULT.scale)
-        AdapterContainer.from_model(model, config, seed=run.seed)
+        AdapterContainer.from_model(model, AdapterConfig(), seed=run.seed)
     else:
         model.unfreeze()
     advantages = grpo.compute_advantages

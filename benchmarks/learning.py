@@ -37,8 +37,9 @@ import numpy as np
 
 from textpolicy import fast_cpu
 from textpolicy.algorithms import Algorithm
-from textpolicy.cli.experiment import ADAPTERS, Experiment, find_algorithm, run_experiment
-from textpolicy.cli.options import ALGORITHMS, DEMO, RunSettings
+from textpolicy.cli.assembly import Experiment, find_algorithm
+from textpolicy.cli.experiment import ADAPTERS, run_experiment
+from textpolicy.config import ALGORITHMS, DEMO, TrainConfig, changed
 from textpolicy.environments import gold_answers
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.scripted import ScriptedPolicy
@@ -51,7 +52,7 @@ ENVS = ("add", "sort", "reverse", "countdown")
 # Environments of several turns: how many iterations of imitation come before the run.
 WARM_UPS = {"calculator": 70, "hilo": 80}
 WARM_UP_LR = 2e-3
-EPISODES: dict[str, Any] = {"steps": 60, "lr": 3e-4, "count": 256}
+EPISODES: dict[str, Any] = {"run.steps": 60, "trainer.lr": 3e-4, "evaluation.count": 256}
 GOLD_EPISODES = 2000
 # 512 problems give each accuracy a standard error of about 0.02.
 MARGIN = 0.03
@@ -97,28 +98,29 @@ def warm_up(experiment: Experiment, env: str, seed: int) -> None:
     policy.reload(experiment.trainer.published)
 
 
-def prepared(settings: RunSettings, *, control: bool) -> Algorithm:
-    """The algorithm that the settings name, with its teacher; as a control, misled."""
-    algorithm = find_algorithm(settings)
-    if settings.algorithm == "distillation":
-        algorithm = replace(algorithm, trainer={"reference": teacher(settings)})
+def prepared(config: TrainConfig, *, control: bool) -> Algorithm:
+    """The algorithm that the config names, with its teacher; as a control, misled."""
+    algorithm = find_algorithm(config.algorithm)
+    if config.algorithm.name == "distillation":
+        algorithm = replace(algorithm, trainer={"reference": teacher(config)})
         if control:
-            wrong = misheard(algorithm.policy_loss, settings.seed)
+            wrong = misheard(algorithm.policy_loss, config.run.seed)
             algorithm = replace(algorithm, policy_loss=wrong)
     elif control:
-        wrong = shuffled(algorithm.compute_advantages, settings.seed)
+        wrong = shuffled(algorithm.compute_advantages, config.run.seed)
         algorithm = replace(algorithm, compute_advantages=wrong)
     return algorithm
 
 
-def teacher(settings: RunSettings) -> nn.Module:
+def teacher(config: TrainConfig) -> nn.Module:
     """The embedded model with what a run of GRPO taught it."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(Console(sys.stderr, settings.steps)) as console,
+        closing(Console(sys.stderr, config.run.steps)) as console,
     ):
-        run_experiment(replace(settings, algorithm="grpo"), Path(folder), console)
-        model, _ = load_model(settings.model, Path(folder) / ADAPTERS)
+        grpo = changed(config, {"algorithm.name": "grpo"})
+        run_experiment(grpo, Path(folder), console)
+        model, _ = load_model(config.model.name, Path(folder) / ADAPTERS)
     return model
 
 
@@ -136,26 +138,27 @@ def misheard(policy_loss: LossFn, seed: int) -> LossFn:
     return loss
 
 
-def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
+def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
     """One run from the embedded model, as a record of what it gained and what it took."""
-    algorithm = prepared(settings, control=control)
+    env = str(config.task.env)
+    algorithm = prepared(config, control=control)
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(Console(sys.stderr, settings.steps)) as console,
+        closing(Console(sys.stderr, config.run.steps)) as console,
     ):
-        prepare = partial(warm_up, env=settings.env, seed=settings.seed)
+        prepare = partial(warm_up, env=env, seed=config.run.seed)
         outcome = run_experiment(
-            settings,
+            config,
             Path(folder),
             console,
             algorithm,
-            prepare if settings.env in WARM_UPS else lambda experiment: None,
+            prepare if env in WARM_UPS else lambda experiment: None,
         )
     gain = outcome.after.reward - outcome.before.reward
     return {
-        "env": settings.env,
-        "algorithm": settings.algorithm,
-        "seed": settings.seed,
+        "env": env,
+        "algorithm": config.algorithm.name,
+        "seed": config.run.seed,
         "control": control,
         "before": round(outcome.before.reward, 4),
         "after": round(outcome.after.reward, 4),
@@ -166,23 +169,21 @@ def measure_run(settings: RunSettings, *, control: bool) -> dict[str, Any]:
     }
 
 
-def runs(options: argparse.Namespace) -> Iterator[tuple[RunSettings, bool]]:
-    """The settings of every run that was asked for, and whether it is a control."""
+def runs(options: argparse.Namespace) -> Iterator[tuple[TrainConfig, bool]]:
+    """The config of every run that was asked for, and whether it is a control."""
     envs = {"all": ENVS, "episodes": tuple(WARM_UPS)}.get(options.env, (options.env,))
-    asked = {"steps": options.steps, "lr": options.lr, "rank": options.rank}
-    given = {name: value for name, value in asked.items() if value is not None}
-    settings = replace(DEMO, **given)
-    every = (*ALGORITHMS, "distillation")
-    algorithms = every if options.algorithm == "all" else (options.algorithm,)
+    asked = {"run.steps": options.steps, "trainer.lr": options.lr, "adapter.rank": options.rank}
+    given = {key: value for key, value in asked.items() if value is not None}
+    algorithms = ALGORITHMS if options.algorithm == "all" else (options.algorithm,)
     for env, algorithm in product(envs, algorithms):
         for seed in map(int, options.seeds.split(",")):
-            run = replace(settings, env=env, seed=seed, algorithm=algorithm)
-            if env in WARM_UPS:
-                # An episode has several times the tokens of one answer.
-                run = replace(run, **EPISODES | given)
+            what = {"task.env": env, "run.seed": seed, "algorithm.name": algorithm}
+            # An episode has several times the tokens of one answer.
+            how = EPISODES if env in WARM_UPS else {}
+            run = changed(DEMO, what | how | given)
             if algorithm == "dpo":
-                pairs = run.groups_per_step * run.group_size // 2
-                run = replace(run, group_size=2, groups_per_step=pairs)
+                pairs = run.rollout.groups_per_step * run.rollout.group_size // 2
+                run = changed(run, {"rollout.group_size": 2, "rollout.groups_per_step": pairs})
             yield run, False
             if options.control:
                 yield run, True
@@ -209,23 +210,23 @@ def main() -> int:
     parser.add_argument("--env", choices=names, default="all", help=text)
     parser.add_argument(
         "--algorithm",
-        choices=(*ALGORITHMS, "distillation", "all"),
-        default=DEMO.algorithm,
+        choices=(*ALGORITHMS, "all"),
+        default=DEMO.algorithm.name,
         help="default: grpo",
     )
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--control", action="store_true", help="also with shuffled rewards")
-    parser.add_argument("--steps", type=int, help=f"default: {DEMO.steps}, as the demo")
-    parser.add_argument("--lr", type=float, help=f"default: {DEMO.lr}, as the demo")
-    parser.add_argument("--rank", type=int, help=f"default: {DEMO.rank}, as the demo")
+    parser.add_argument("--steps", type=int, help=f"default: {DEMO.run.steps}, as the demo")
+    parser.add_argument("--lr", type=float, help=f"default: {DEMO.trainer.lr}, as the demo")
+    parser.add_argument("--rank", type=int, help="default: 16, as the demo")
     parser.add_argument("--json", action="store_true", help="one JSON object a run, and a last one")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there too")
     options = parser.parse_args()
     if fast_cpu.status().threads:
         fast_cpu.use_threads(1)
     records = []
-    for settings, control in runs(options):
-        record = measure_run(settings, control=control)
+    for config, control in runs(options):
+        record = measure_run(config, control=control)
         records.append(record)
         print(json.dumps(record) if options.json else _line(record), flush=True)
     summary = {"setting": setting(), "all_as_expected": all(r["as_expected"] for r in records)}

@@ -24,8 +24,8 @@ from textpolicy import fast_cpu
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.algorithms import grpo
-from textpolicy.cli.experiment import measure
 from textpolicy.environments import load
+from textpolicy.evaluation import measure
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.loop import StepReport, train_rl

@@ -11,8 +11,9 @@ import pytest
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.adapters.files import read_file
 from textpolicy.cli import main
-from textpolicy.cli.experiment import Outcome, Score
+from textpolicy.cli.experiment import Outcome
 from textpolicy.cli.train import describe
+from textpolicy.evaluation import Score
 from textpolicy.tracking.alarms import COLUMNS, Watch
 from textpolicy.tracking.best import BestAdapter
 

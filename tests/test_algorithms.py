@@ -12,7 +12,7 @@ from tests.batches import batch_of, part_of, random_case
 from textpolicy import algorithms
 from textpolicy.algorithms import averages, correction, entropy, kl, reinforce_pp
 from textpolicy.algorithms.ratios import sequence_log_ratio, token_log_ratio
-from textpolicy.cli.options import ALGORITHMS
+from textpolicy.config import ALGORITHMS
 from textpolicy.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -236,8 +236,8 @@ def test_one_line_makes_an_algorithm_known():
         algorithms.register("mine", dr_grpo.compute_advantages, sapo.policy_loss)
 
 
-def test_the_command_offers_every_algorithm_that_needs_no_teacher():
-    assert set(ALGORITHMS) == set(algorithms.names()) - {"distillation", "mine"}
+def test_the_command_offers_every_algorithm():
+    assert set(ALGORITHMS) == set(algorithms.names()) - {"mine"}
 
 
 def test_the_pages_say_what_the_code_says():

@@ -23,6 +23,7 @@ LAYERS = (
     ("textpolicy.loop",),
     ("textpolicy.resume",),
     ("textpolicy.export", "textpolicy.serving"),
+    ("textpolicy.evaluation",),
     ("textpolicy.rollout",),
     ("textpolicy.generation",),
     ("textpolicy.training",),
@@ -37,6 +38,7 @@ LAYERS = (
     ("textpolicy.backend",),
     ("textpolicy.fast_cpu",),
     ("textpolicy.types",),
+    ("textpolicy.config",),
     ("textpolicy.errors",),
 )
 LEVEL = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}

@@ -11,7 +11,7 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 # What runs without mlx: enough for `textpolicy --help`, and for the command to say what is missing.
-_LIGHT = {"backend", "cli", "errors", "fast_cpu"}
+_LIGHT = {"backend", "cli", "config", "errors", "fast_cpu"}
 
 
 @cache

@@ -3,25 +3,28 @@
 import sys
 from argparse import Namespace
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from textpolicy.cli.experiment import run_experiment
-from textpolicy.cli.options import DEMO
+from textpolicy.cli.flags import configured
 from textpolicy.cli.report import Report
+from textpolicy.cli.threads import use_threads
 from textpolicy.cli.train import describe
+from textpolicy.config import DEMO
 from textpolicy.tracking.console import Console
 
 
 def run(options: Namespace) -> Report:
-    settings = replace(DEMO, steps=options.steps, seed=options.seed)
-    with TemporaryDirectory() as folder, closing(Console(sys.stderr, settings.steps)) as console:
+    config = configured(DEMO, options)
+    use_threads(config.model)
+    steps, rollout = config.run.steps, config.rollout
+    with TemporaryDirectory() as folder, closing(Console(sys.stderr, steps)) as console:
         console.note(
-            f"GRPO with LoRA on the embedded model: task {settings.env!r}, {settings.steps} steps "
-            f"of {settings.groups_per_step} x {settings.group_size} completions"
+            f"GRPO with LoRA on the embedded model: task {config.task.env!r}, {steps} steps "
+            f"of {rollout.groups_per_step} x {rollout.group_size} completions"
         )
-        outcome = run_experiment(settings, Path(folder), console)
+        outcome = run_experiment(config, Path(folder), console)
     data = {
         "before": outcome.before.reward,
         "after": outcome.after.reward,

@@ -3,7 +3,10 @@
 from argparse import Namespace
 from dataclasses import asdict
 
+from textpolicy.cli.flags import configured
 from textpolicy.cli.report import Report
+from textpolicy.cli.threads import use_threads
+from textpolicy.config import TrainConfig
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.tracking.console import visible
@@ -11,6 +14,8 @@ from textpolicy.types import Sampling
 
 
 def run(options: Namespace) -> Report:
+    config = configured(TrainConfig(), options)
+    use_threads(config.model)
     sampling = Sampling(
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -19,7 +24,7 @@ def run(options: Namespace) -> Report:
         min_p=options.min_p,
         stop=tuple(options.stop or ()),
     )
-    model, tokenizer = load_model(options.model, options.adapter)
+    model, tokenizer = load_model(config.model.name, config.adapter.start)
     policy = ModelPolicy(model, tokenizer, sampling)
     (completions,) = policy.generate([options.prompt], n=options.n, seed=options.seed)
     texts = [visible(completion.text) for completion in completions]

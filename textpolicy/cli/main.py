@@ -2,13 +2,12 @@
 
 import json
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 
-from textpolicy import backend, fast_cpu
+from textpolicy import backend
 from textpolicy.cli.options import build_parser
-from textpolicy.errors import TextPolicyError
+from textpolicy.errors import ConfigError, TextPolicyError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,20 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{failed}{missing}", file=sys.stderr)
         return 1
     try:
-        _set_threads(options)
         report = import_module(f"textpolicy.cli.{options.module}").run(options)
     except KeyboardInterrupt:
         print(f"{failed}interrupted", file=sys.stderr)
         return 130
     except (TextPolicyError, OSError) as error:
         print(f"{failed}{error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     print(json.dumps(report.data) if options.json else report.text)
     return report.exit_code
-
-
-def _set_threads(options: Namespace) -> None:
-    if options.threads:
-        fast_cpu.use_threads(options.threads)
-    elif options.model == "tiny" and fast_cpu.status().threads:
-        fast_cpu.use_threads(1)

@@ -1,33 +1,37 @@
 """`textpolicy sft`: supervised training of adapters on rows of text."""
 
-import json
 import sys
 import time
 from argparse import Namespace
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+import mlx.optimizers as optim
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.config import AdapterConfig
-from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.quantization import quantize
-from textpolicy.cli.experiment import ADAPTERS, METRICS, claim, fresh_folder
-from textpolicy.cli.options import RunSettings, SFTSettings
-from textpolicy.cli.plan import read_config
+from textpolicy.cli.assembly import adapt, dtype_of
+from textpolicy.cli.experiment import (
+    ADAPTERS,
+    CONFIG,
+    METRICS,
+    claim,
+    fresh_folder,
+    open_sinks,
+    plain,
+)
+from textpolicy.cli.flags import configured
 from textpolicy.cli.report import Report
+from textpolicy.cli.threads import use_threads
+from textpolicy.config import SFTConfig, read_toml, settings_of, to_toml
+from textpolicy.config.sft import SFTTrainerOptions
 from textpolicy.errors import ConfigError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.html_report import write_html_report
-from textpolicy.tracking.jsonl import MetricsFile, forget_after, read_metrics
-from textpolicy.tracking.sink import Sink
-from textpolicy.tracking.tensorboard import TensorBoardRun
-from textpolicy.tracking.wandb_run import WandbRun
+from textpolicy.tracking.jsonl import forget_after, read_metrics
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
     Encoding,
@@ -45,20 +49,21 @@ from textpolicy.training.sft import (
 from textpolicy.training.sft.checkpoint import checkpoint_iteration
 from textpolicy.types import Metrics, Progress
 
-CONFIG = "config.json"
 REPORT = "report.html"
 ITERATIONS = 1000
 # What may change when a run goes on: how it is watched, and how long it is.
 _FREE = {
-    *(
-        "iterations",
-        "epochs",
-        "steps_per_report",
-        "steps_per_eval",
-        "validation_batches",
-        "save_every",
-    ),
-    *("patience", "wandb", "tensorboard"),
+    "run.steps_per_report",
+    "run.steps_per_eval",
+    "run.validation_batches",
+    "run.save_every",
+    "run.output",
+    "trainer.iterations",
+    "trainer.epochs",
+    "trainer.patience",
+    "tracking.wandb",
+    "tracking.tensorboard",
+    "model.threads",
 }
 
 
@@ -74,38 +79,43 @@ class Outcome:
 
 
 def run(options: Namespace) -> Report:
-    settings = SFTSettings(**{f.name: getattr(options, f.name) for f in fields(SFTSettings)})
-    if settings.iterations and settings.epochs:
-        raise ConfigError("both --iterations and --epochs are given; expected one of them")
-    output = options.output or fresh_folder(Path(settings.data).stem)
+    config = configured(SFTConfig(), options)
+    use_threads(config.model)
+    source = config.data.source
+    if source is None:
+        raise ConfigError("there is nothing to learn from: name rows of text, --data DIR")
+    if options.dry_run:
+        return Report(data={"config": plain(config)}, text=to_toml(config))
+    output = config.run.output or fresh_folder(Path(source).stem)
     if options.resume:
-        _check_same(output, settings)
+        _check_same(output, config)
     else:
         claim(output)
-    with closing(Console(sys.stderr, settings.iterations or ITERATIONS)) as console:
-        outcome = _train(settings, output, console, resume=options.resume)
-    _write_report(outcome, settings, output)
+    with closing(Console(sys.stderr, config.trainer.iterations or ITERATIONS)) as console:
+        outcome = _train(config, source, output, console, resume=options.resume)
+    _write_report(outcome, config, output)
     return Report(data=_data(outcome, output), text=_text(outcome, output))
 
 
-def _train(settings: SFTSettings, output: Path, console: Console, *, resume: bool) -> Outcome:
+def _train(
+    config: SFTConfig, source: str, output: Path, console: Console, *, resume: bool
+) -> Outcome:
     started = time.perf_counter()
-    dtype: mx.Dtype | None = getattr(mx, settings.dtype) if settings.dtype else None
-    model, tokenizer = load_model(settings.model, dtype=dtype)
-    data = _load(settings, tokenizer)
+    model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
+    data = _load(config, source, tokenizer)
     console.note(visible(str(data)))
-    _adapt(model, settings)
-    parameters = _parameters(settings, output, data)
+    adapt(model, config.adapter, config.model, config.run.seed)
+    parameters = _parameters(config, output, data)
     checkpoint = parameters.checkpoint_file if resume else None
     if checkpoint:
         forget_after(output / METRICS, checkpoint_iteration(checkpoint))
     else:
         (output / METRICS).unlink(missing_ok=True)
-    (output / CONFIG).write_text(json.dumps(asdict(settings), indent=2) + "\n", "utf-8")
-    mx.random.seed(settings.seed)
+    (output / CONFIG).write_text(to_toml(config), "utf-8")
+    mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
     with ExitStack() as opened:
-        sinks = [opened.enter_context(closing(sink)) for sink in _sinks(settings, output)]
+        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(config, output)]
 
         def on_progress(event: Event) -> Progress:
             console.note(str(event))
@@ -117,18 +127,14 @@ def _train(settings: SFTSettings, output: Path, console: Console, *, resume: boo
             model,
             data.train,
             data.valid,
-            build_optimizer(
-                settings.lr,
-                schedule=settings.schedule,
-                warmup=settings.warmup,
-                updates=parameters.iterations,
-                weight_decay=settings.weight_decay,
-            ),
+            _optimizer(config.trainer, parameters.iterations),
             parameters=parameters,
             resume=checkpoint,
             on_progress=on_progress,
         )
-    test = evaluate_sft(model, data.test, batch_size=settings.batch_size) if data.test else None
+    test = (
+        evaluate_sft(model, data.test, batch_size=config.trainer.batch_size) if data.test else None
+    )
     return Outcome(
         result=result,
         test_loss=test,
@@ -138,91 +144,67 @@ def _train(settings: SFTSettings, output: Path, console: Console, *, resume: boo
     )
 
 
-def _load(settings: SFTSettings, tokenizer: TokenizerWrapper) -> SFTData:
+def _optimizer(options: SFTTrainerOptions, updates: int) -> optim.Optimizer:
+    return build_optimizer(
+        options.lr,
+        schedule=options.schedule,
+        warmup=options.warmup,
+        updates=updates,
+        final_rate=options.final_lr,
+        weight_decay=options.weight_decay,
+    )
+
+
+def _load(config: SFTConfig, source: str, tokenizer: TokenizerWrapper) -> SFTData:
     encoding = Encoding(
         tokenizer=tokenizer,
-        learn=settings.learn,
-        system=settings.system,
-        max_length=settings.max_length,
+        learn=config.data.learn,
+        system=config.data.system,
+        max_length=config.data.max_length,
     )
-    return load_data(settings.data, encoding, validation_share=settings.validation_share)
+    return load_data(source, encoding, validation_share=config.data.validation_share)
 
 
-def _adapt(model: nn.Module, settings: SFTSettings) -> AdapterContainer:
-    """Fresh adapters on the model, or those of a file."""
-    words = ("adapter_config", "target_modules", "rank", "alpha", "scale", "dropout")
-    given = [f"--{w.replace('_', '-')}" for w in words if getattr(settings, w) is not None]
-    if settings.adapter and (given or settings.quantize):
-        raise ConfigError(
-            f"--adapter is given beside {given or ['--quantize']}; adapters of a file bring their "
-            "own config, and the base that they were made over"
-        )
-    if settings.adapter:
-        return AdapterContainer.from_directory(settings.adapter).load(model)
-    if settings.quantize:
-        quantize(model, bits=settings.quantize)
-    return AdapterContainer.from_model(model, _adapter_config(settings, given), seed=settings.seed)
+def _parameters(config: SFTConfig, output: Path, data: SFTData) -> SFTParameters:
+    trainer, run = config.trainer, config.run
 
-
-def _adapter_config(settings: SFTSettings, given: list[str]) -> AdapterConfig:
-    if settings.adapter_config:
-        if others := [name for name in given if name != "--adapter-config"]:
-            raise ConfigError(f"--adapter-config is given beside {others}; put them in the file")
-        return read_config(Path(settings.adapter_config))
-    if settings.alpha is not None and settings.scale is not None:
-        raise ConfigError("both --alpha and --scale are given; alpha is rank times the scale")
-    rank = settings.rank or RunSettings.rank
-    scale = RunSettings.scale if settings.scale is None else settings.scale
-    alpha = rank * scale if settings.alpha is None else settings.alpha
-    dropout = settings.dropout or 0.0
-    if not settings.target_modules:
-        return AdapterConfig(rank=rank, scale=alpha / rank, dropout=dropout)
-    return AdapterConfig.from_dict(
-        {
-            "target_modules": settings.target_modules.split(","),
-            "r": rank,
-            "lora_alpha": alpha,
-            "lora_dropout": dropout,
-        }
-    )
-
-
-def _parameters(settings: SFTSettings, output: Path, data: SFTData) -> SFTParameters:
     def parameters(iterations: int) -> SFTParameters:
-        names = {f.name for f in fields(SFTParameters)} & {f.name for f in fields(SFTSettings)}
-        shared = {name: getattr(settings, name) for name in names - {"iterations"}}
-        return SFTParameters(**shared, iterations=iterations, adapter_path=output / ADAPTERS)
+        return SFTParameters(
+            batch_size=trainer.batch_size,
+            iterations=iterations,
+            steps_per_report=run.steps_per_report,
+            steps_per_eval=run.steps_per_eval,
+            validation_batches=run.validation_batches,
+            save_every=run.save_every,
+            adapter_path=output / ADAPTERS,
+            accumulation=trainer.accumulation,
+            packing=config.data.packing,
+            max_length=config.data.max_length,
+            checkpoint_gradients=trainer.checkpoint_gradients,
+            patience=trainer.patience,
+            seed=run.seed,
+        )
 
-    if settings.epochs is None:
-        return parameters(settings.iterations or ITERATIONS)
-    return parameters(iterations_of(settings.epochs, data.train, parameters(0)))
+    if trainer.epochs is None:
+        return parameters(trainer.iterations or ITERATIONS)
+    return parameters(iterations_of(trainer.epochs, data.train, parameters(0)))
 
 
-def _check_same(output: Path, settings: SFTSettings) -> None:
+def _check_same(output: Path, config: SFTConfig) -> None:
     """Refuse to go on with a run that was begun otherwise."""
-    path = output / CONFIG
-    if not path.is_file():
+    if not (output / CONFIG).is_file():
         raise ConfigError(f"{output} holds no run to go on with; start it without --resume")
-    then, now = json.loads(path.read_text("utf-8")), asdict(settings)
+    begun = settings_of(read_toml(output / CONFIG, SFTConfig()))
     differing = [
-        f"{name} was {then.get(name)!r} and is {value!r}"
-        for name, value in now.items()
-        if name not in _FREE and then.get(name) != value
+        f"{then.key} was {then.default!r} and is {now.default!r}"
+        for then, now in zip(begun, settings_of(config), strict=True)
+        if then.key not in _FREE and then.default != now.default
     ]
     if differing:
         raise ConfigError(
             f"the run in {output} was begun with other options: {'; '.join(differing)}. Give those "
             "again, or start another run"
         )
-
-
-def _sinks(settings: SFTSettings, output: Path) -> list[Sink]:
-    sinks: list[Sink] = [MetricsFile(output / METRICS)]
-    if settings.wandb:
-        sinks.append(WandbRun(settings.wandb, folder=output, config=asdict(settings)))
-    if settings.tensorboard:
-        sinks.append(TensorBoardRun(output / "tensorboard"))
-    return sinks
 
 
 def _metrics(event: Event) -> Metrics:
@@ -239,14 +221,14 @@ def _metrics(event: Event) -> Metrics:
     return {}
 
 
-def _write_report(outcome: Outcome, settings: SFTSettings, output: Path) -> None:
+def _write_report(outcome: Outcome, config: SFTConfig, output: Path) -> None:
     write_html_report(
         output / REPORT,
-        f"Supervised training of {settings.model} on {settings.data}",
+        f"Supervised training of {config.model.name} on {config.data.source}",
         plots={"loss": ["loss", "validation/loss"], "learning rate": ["learning_rate"]},
         rows=read_metrics(output / METRICS),
         facts=_facts(outcome, output),
-        settings=asdict(settings),
+        settings=plain(config),
     )
 
 

@@ -1,22 +1,28 @@
-"""`textpolicy train`: a run with the settings of its options."""
+"""`textpolicy train`: a run with the settings that were asked for."""
 
 import sys
 from argparse import Namespace
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from textpolicy.cli.experiment import Outcome, fresh_folder, run_experiment
-from textpolicy.cli.options import RunSettings
+from textpolicy.cli.flags import configured
+from textpolicy.cli.memory import show_plan
 from textpolicy.cli.report import Report
+from textpolicy.cli.threads import use_threads
+from textpolicy.config import TrainConfig
 from textpolicy.tracking.console import Console
 
 
 def run(options: Namespace) -> Report:
-    settings = RunSettings(**{f.name: getattr(options, f.name) for f in fields(RunSettings)})
-    with closing(Console(sys.stderr, settings.steps)) as console:
-        source = settings.env or Path(settings.data or "").stem
-        outcome = run_experiment(settings, options.output or fresh_folder(source), console)
+    config = configured(TrainConfig(), options)
+    use_threads(config.model)
+    if options.dry_run:
+        return show_plan(config)
+    with closing(Console(sys.stderr, config.run.steps)) as console:
+        source = config.task.env or Path(config.task.data or "").stem
+        outcome = run_experiment(config, config.run.output or fresh_folder(source), console)
     data = asdict(outcome) | {"adapters": str(outcome.adapters)}
     return Report(data=data, text=f"{describe(outcome)}\nadapters in {outcome.adapters}")
 

@@ -1,0 +1,124 @@
+"""Settings as flags of a command, and the flags that were given as a config again."""
+
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentError,
+    ArgumentParser,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    Namespace,
+)
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from textpolicy.config.settings import Setting, changed, sections_of, settings_of
+from textpolicy.config.toml import nearest, read_toml
+from textpolicy.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def add_settings(parser: ArgumentParser, config: Any, only: Collection[str] = ()) -> None:
+    """A flag for each setting of `config`, in groups by section, or for those whose keys are in
+    `only`. What is not given leaves no trace in the namespace.
+    """
+    sections = sections_of(config)
+    for section, about in sections.items():
+        chosen = [
+            setting
+            for setting in settings_of(config)
+            if setting.section == section and (not only or setting.key in only)
+        ]
+        if chosen:
+            group = parser.add_argument_group(f"[{section}] {about[0].lower()}{about[1:]}")
+            for setting in chosen:
+                add_setting(group, setting)
+
+
+def add_setting(parser: Any, setting: Setting, **rest: Any) -> None:
+    """The flag of one setting."""
+    shape: dict[str, Any] = {"action": BooleanOptionalAction}
+    if setting.annotation is not bool:
+        shape = {"type": converter(setting.parse), "metavar": setting.metavar}
+    known = {"dest": setting.key, "default": SUPPRESS, "help": help_of(setting)}
+    parser.add_argument(setting.flag, **(known | shape | rest))
+
+
+def help_of(setting: Setting) -> str:
+    """The line of a setting in the help."""
+    return f"{setting.option.help} (default: {setting.shown_default})".replace("%", "%%")
+
+
+def converter(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A `type` for argparse, whose message for a wrong value is that of `parse`."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def add_config_file(parser: ArgumentParser, config: Any) -> None:
+    """--config and --set, for commands that take all of a config."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        type=Path,
+        help="settings from a TOML file; flags and --set go before it (default: none)",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action=_assignment(settings_of(config)),
+        default=SUPPRESS,
+        help="a setting by its name in the file, such as trainer.lr=1e-5; may be given several "
+        "times (default: none)",
+    )
+
+
+def configured(defaults: C, options: Namespace) -> C:
+    """`defaults`, over them the file of --config, over both the flags and --set."""
+    given = vars(options)
+    if given.get("config") is not None:
+        defaults = read_toml(given["config"], defaults)
+    known = [setting.key for setting in settings_of(defaults)]
+    return changed(defaults, {key: given[key] for key in known if key in given})
+
+
+def _assignment(settings: Sequence[Setting]) -> type[Action]:
+    known = {setting.key: setting for setting in settings}
+
+    class Assignment(Action):
+        """Stores what `key=value` says where the key's own flag would, in the order given."""
+
+        def __call__(
+            self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None
+        ) -> None:
+            try:
+                key, value = _assigned(str(values), known, vars(namespace))
+            except ConfigError as error:
+                raise ArgumentError(self, str(error)) from error
+            setattr(namespace, key, value)
+
+    return Assignment
+
+
+def _assigned(text: str, known: dict[str, Setting], given: dict[str, Any]) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r}; expected KEY=VALUE, such as trainer.lr=1e-5")
+    if key in known:
+        try:
+            return key, known[key].parse(value)
+        except ConfigError as error:
+            raise ConfigError(f"{key} is {error}") from error
+    table, _, name = key.rpartition(".")
+    if table in known and known[table].metavar == "TABLE":
+        entry = known[table].parse(f"{{{name} = {value}}}")
+        return table, (given.get(table) or {}) | entry
+    raise ConfigError(f"{key} is no setting{nearest(key, list(known))}")

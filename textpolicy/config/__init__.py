@@ -1,0 +1,19 @@
+"""Every option of a run, said once: defaults, checks, help, TOML. Imports nothing heavy."""
+
+from textpolicy.config.sections import ALGORITHMS, DYNAMIC_ROUNDS
+from textpolicy.config.settings import changed, settings_of
+from textpolicy.config.sft import SFTConfig
+from textpolicy.config.toml import read_toml, to_toml
+from textpolicy.config.train import DEMO, TrainConfig
+
+__all__ = [
+    "ALGORITHMS",
+    "DEMO",
+    "DYNAMIC_ROUNDS",
+    "SFTConfig",
+    "TrainConfig",
+    "changed",
+    "read_toml",
+    "settings_of",
+    "to_toml",
+]
