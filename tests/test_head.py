@@ -150,7 +150,7 @@ def test_recomputing_takes_less_memory():
     model = qwen3_model(layers=8)
     model.freeze()
     AdapterContainer.from_model(model, AdapterConfig(rank=2))
-    (batch,) = batch_for(groups_of((4, [120] * 16)))
+    (batch,) = batch_for(groups_of((4, [120] * 16)), size=16)
     read = Reader(model, find_head(model), share_prompts=True)
     peaks = []
     for again in (False, True):
