@@ -8,12 +8,9 @@ from random import Random
 import mlx.core as mx
 import numpy as np
 
+from textpolicy.adapters.memory_plan import MICRO_BATCH_TOKENS
 from textpolicy.errors import TrainingError
 from textpolicy.types import Batch, Rollout, RolloutGroup
-
-# A group's prompt and so many tokens of its completions keep a device busy; more at once only takes
-# more memory. `plan_memory` counts on it.
-MICRO_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from textpolicy.training.frozen_head import score_frozen, score_only
 from textpolicy.training.scores import PositionScores, score_logits
 
 # Of float32 logits. What softmax and gradient make of a chunk, and what mlx allocates ahead for the
-# next, come to about fifteen times as much.
+# next, come to about twelve times as much.
 CHUNK_BYTES = 16 * 2**20
 
 
