@@ -1,10 +1,10 @@
 """The record every run keeps: one JSON object a step, in a file that needs no account to read."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from textpolicy.adapters.files import replacing
 from textpolicy.types import Metrics
 
 
@@ -34,6 +34,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def forget_after(path: Path, step: int) -> None:
     """Drop the rows of later steps, which a run that goes on from `step` writes again."""
     kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
