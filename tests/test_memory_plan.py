@@ -30,6 +30,7 @@ from textpolicy.cli.main import main
 from textpolicy.errors import AdapterError, ConfigError, ModelError
 from textpolicy.generation.engine import decode
 from textpolicy.training.trainer import Trainer
+from textpolicy.training.wired import wired_memory
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
 
 CONFIG = AdapterConfig(rank=4, scale=2.0)
@@ -382,6 +383,22 @@ def test_more_groups_take_no_more_memory():
         peaks.append(peak_of(partial(trainer.train, rollouts), before))
         del model, trainer
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+
+
+def test_a_run_leaves_the_wired_limit_as_it_was():
+    before = mx.set_wired_limit(0)
+    mx.set_wired_limit(before)
+    with wired_memory():
+        assert mx.square(mx.array(3.0)).item() == 9
+    assert mx.set_wired_limit(before) == before
+
+
+@pytest.mark.metal
+@pytest.mark.skipif(not mx.metal.is_available(), reason="needs an Apple GPU")
+def test_inside_a_run_the_device_keeps_what_it_recommends():
+    with wired_memory():
+        limit = mx.device_info()["max_recommended_working_set_size"]
+        assert mx.set_wired_limit(limit) == limit
 
 
 @pytest.mark.slow
