@@ -18,6 +18,7 @@ from textpolicy.rollout.refill import Refilled, collect_with_signal
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
+from textpolicy.training.wired import wired_memory
 from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task
 
 
@@ -62,7 +63,7 @@ def train_rl(
     source, buffer = Cursor(tasks), Buffer(max_staleness=steps_per_generation - 1)
     first = restore(resume, trainer, policy, source, buffer) if resume else 0
     metrics: Metrics = {}
-    with scorer_of(reward) as scorer:
+    with scorer_of(reward) as scorer, wired_memory():
         for step in range(first, steps):
             laps = _Laps(scorer)
             sampled: Refilled | None = None
