@@ -35,15 +35,15 @@ from textpolicy.types import Batch
 PROMPTS, GROUP = 16, 8
 
 
-def batch_of(prompt: int, completion: int) -> Batch:
-    """Random tokens: 16 prompts, 8 completions each, all of full length."""
-    rows = PROMPTS * GROUP
+def batch_of(prompt: int, completion: int, *, prompts: int = PROMPTS, group: int = GROUP) -> Batch:
+    """Random tokens: by default 16 prompts, 8 completions each, all of full length."""
+    rows = prompts * group
     shape = (rows, completion)
     return Batch(
-        prompts=mx.random.randint(5, 250, (PROMPTS, prompt)),
-        prompt_lengths=mx.full((PROMPTS,), prompt),
-        owner=mx.repeat(mx.arange(PROMPTS), GROUP),
-        group=mx.repeat(mx.arange(PROMPTS), GROUP),
+        prompts=mx.random.randint(5, 250, (prompts, prompt)),
+        prompt_lengths=mx.full((prompts,), prompt),
+        owner=mx.repeat(mx.arange(prompts), group),
+        group=mx.repeat(mx.arange(prompts), group),
         tokens=mx.random.randint(5, 250, shape),
         mask=mx.ones(shape, dtype=mx.bool_),
         logp_sampled=mx.full(shape, -1.0),

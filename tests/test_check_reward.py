@@ -158,7 +158,7 @@ def test_the_command_prints_the_table_and_exits_by_what_it_found(files, capsys):
 
 
 def test_the_command_says_which_columns_are_missing(files, capsys):
-    assert main(["check", f"{files}/mine.py:other", "--data", str(files / "rows.jsonl")]) == 1
+    assert main(["check", f"{files}/mine.py:other", "--data", str(files / "rows.jsonl")]) == 2
     stderr = capsys.readouterr().err
     assert "your reward other asks for `solution`; the rows have `answer`, `question`" in stderr
 
@@ -177,5 +177,5 @@ def test_the_command_tries_an_environment_and_samples_from_a_model(capsys):
     ],
 )
 def test_the_command_says_what_is_missing(arguments, message, capsys):
-    assert main(["check", *arguments]) == 1
+    assert main(["check", *arguments]) == 2
     assert message in capsys.readouterr().err

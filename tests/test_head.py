@@ -14,6 +14,7 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.head import find_head
 from textpolicy.training.logprobs import Reader, token_logps
+from textpolicy.training.scores import score_logits
 
 
 def adapted(load_tiny, **options):
@@ -72,6 +73,35 @@ def test_scores_and_gradients_in_chunks_are_those_of_whole_logits(tied):
     agree(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("chunk", [2**20, 5 * 4 * 96])
+def test_a_frozen_head_gives_the_gradients_of_whole_logits(chunk):
+    model = qwen3_model()
+    head = find_head(model)
+    assert head is not None
+    hidden = mx.random.normal((19, 64))
+    tokens = mx.random.randint(0, 96, (19,))
+    temperature = mx.random.uniform(0.5, 2.0, (19,))
+    weight = mx.random.normal((2, 19))
+
+    def total(hidden, score):
+        logp, entropy = score(hidden)
+        return (weight[0] * logp + weight[1] * entropy).sum()
+
+    def whole(hidden):
+        return score_logits(head.project(hidden), tokens, temperature)
+
+    def frozen(hidden, **options):
+        return head.score(hidden, tokens, temperature, chunk_bytes=chunk, **options)
+
+    model.freeze()
+    for differentiable in (True, False):
+        scores = frozen(hidden, differentiable=differentiable)
+        for found, expected in zip(scores, whole(hidden), strict=True):
+            assert mx.allclose(found, expected, atol=1e-6)
+    expected, found = (mx.grad(total)(hidden, score) for score in (whole, frozen))
+    assert mx.abs(found - expected).max().item() < 3e-6 * mx.abs(expected).max().item()
+
+
 def test_a_chunk_of_logits_is_all_that_is_alive():
     model = qwen3_model(vocab_size=10_000)
     head = find_head(model)
@@ -119,6 +149,26 @@ def test_a_head_that_is_more_than_a_projection_is_left_to_the_model():
     assert find_head(Capped()) is None
 
 
+def test_a_frozen_head_keeps_no_logits_for_the_backward_pass():
+    model = qwen3_model(vocab_size=10_000)
+    head = find_head(model)
+    assert head is not None
+    hidden, tokens = mx.random.normal((384, 64)), mx.zeros(384, dtype=mx.int32)
+
+    def after_forward(trained):
+        model.unfreeze() if trained else model.freeze()
+        logp, gradient = mx.value_and_grad(
+            lambda hidden: head.score(hidden, tokens, mx.ones(384), chunk_bytes=2**20)[0].sum()
+        )(hidden)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(logp, gradient)
+        return mx.get_peak_memory() - before
+
+    mx.eval(model.parameters(), hidden)
+    assert after_forward(False) < after_forward(True)
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_activations_computed_again_leave_gradients_as_they_are(load_tiny, share):
     model = adapted(load_tiny)
@@ -150,7 +200,7 @@ def test_recomputing_takes_less_memory():
     model = qwen3_model(layers=8)
     model.freeze()
     AdapterContainer.from_model(model, AdapterConfig(rank=2))
-    (batch,) = batch_for(groups_of((4, [120] * 16)))
+    (batch,) = batch_for(groups_of((4, [120] * 16)), size=16)
     read = Reader(model, find_head(model), share_prompts=True)
     peaks = []
     for again in (False, True):

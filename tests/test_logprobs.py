@@ -1,5 +1,7 @@
 """Scoring: prompts shared by a group give the numbers and gradients of whole rows."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.test_types import rollout
+from tests.tiny import qwen3_model
 from textpolicy.training.batch import Whole, micro_batches, pad, rows_of
+from textpolicy.training.head import find_head
 from textpolicy.training.logprobs import Reader, can_share_prompts, token_logps
 from textpolicy.types import RolloutGroup, Sampling, Task
 
@@ -124,6 +128,47 @@ def test_a_group_stays_together_in_its_micro_batch():
     assert [batch.prompts.shape[0] for batch in batches] == [1, 1, 1]
     assert [batch.tokens.shape for batch in batches] == [(3, 3), (3, 8), (3, 9)]
     assert {batch.rows for batch in batches} == {9}
+
+
+def lengths(parts):
+    return [[len(row.mask) for row in part] for part in parts]
+
+
+def test_micro_batches_are_whole_groups_within_a_number_of_tokens():
+    rows = rows_of(groups_of((60, [100, 40]), (60, [300, 300]), (60, [90, 90]), (10, [200, 200])))
+    parts = micro_batches(rows, None)
+    # With the third group, the first part would have six rows of 200 and three prompts of 60.
+    assert lengths(parts) == [[90, 90, 100, 40], [200, 200], [300, 300]]
+
+
+def test_a_group_with_more_tokens_is_cut_and_a_pair_is_not():
+    (group,) = groups_of((700, [400, 250, 390, 300, 260]))
+    assert lengths(micro_batches(rows_of([group]), None)) == [[250, 260], [300, 390], [400]]
+    (pair,) = groups_of((5, [3000, 2000]))
+    assert lengths(micro_batches(rows_of([pair]), None)) == [[2000, 3000]]
+    (long_prompt,) = groups_of((5000, [64] * 16))
+    assert lengths(micro_batches(rows_of([long_prompt]), None)) == [[64] * 16]
+
+
+def test_groups_without_an_advantage_are_apart():
+    rows = rows_of(groups_of((5, [3, 3]), (5, [2, 2]), (5, [4, 4])))
+    rows = [replace(row, advantage=float(row.group == 2 and row.member)) for row in rows]
+    for size in (None, 6):
+        parts = micro_batches(rows, size)
+        assert [[row.group for row in part] for part in parts] == [[2, 2], [1, 1, 0, 0]]
+
+
+def test_sharing_a_long_prompt_leaves_the_gradient_as_it_is():
+    model = qwen3_model(vocab_size=256, max_position_embeddings=1024)
+    (batch,) = batch_for(groups_of((512, [64] * 16)))
+    gradients = []
+    for share in (True, False):
+        read = Reader(model, find_head(model), share)
+        objective = lambda read=read: read(batch)[0].mean()  # noqa: E731
+        gradients.append(dict(tree_flatten(nn.value_and_grad(model, objective)()[1])))
+    assert max(mx.abs(gradient).max().item() for gradient in gradients[1].values()) > 1e-2
+    for name, gradient in gradients[1].items():
+        assert mx.abs(gradients[0][name] - gradient).max().item() < 1e-6, name
 
 
 def test_models_with_plain_attention_share_prompts(model):

@@ -2,8 +2,10 @@
 
 import math
 from collections import Counter
+from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -26,6 +28,10 @@ TIMES = {"time/score", "time/update", "time/publish"}
 
 def length_reward(prompt, completion, example):
     return len(completion) % 5 / 4
+
+
+def constant_reward(prompt, completion, example):
+    return 0.5
 
 
 def setup(load_tiny, *, reward=length_reward, rank=4, **options):
@@ -104,12 +110,45 @@ def test_rollouts_of_another_policy_are_refused_at_the_first_step(load_tiny):
 
 
 def test_a_constant_reward_moves_nothing_and_says_so(load_tiny):
-    model, trainer, groups = setup(load_tiny, reward=lambda prompt, completion, example: 0.5)
+    model, trainer, groups = setup(load_tiny, reward=constant_reward)
     before = weights(model)
     metrics = trainer.train(groups)
     assert metrics["update_skipped/no_signal"] == 1
     assert trainer.version == 0
     assert all(np.array_equal(value, before[name]) for name, value in weights(model).items())
+
+
+class Poisoned(nn.Module):
+    """Computes what another module does; its gradient is not a number."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __call__(self, x):
+        run = mx.custom_function(self.module)
+        run.vjp(lambda x, cotangent, _: mx.full(x.shape, math.nan))
+        return run(x)
+
+
+def test_where_nothing_is_learned_nothing_is_computed_backwards(load_tiny):
+    for reward, name in ((constant_reward, "no_signal"), (length_reward, "not_finite")):
+        model, trainer, groups = setup(load_tiny, reward=reward)
+        model.model.norm = Poisoned(model.model.norm)
+        metrics = trainer.train(groups)
+        assert metrics[f"update_skipped/{name}"] == 1
+        assert metrics["entropy"] > 0
+
+
+@pytest.mark.parametrize("terms", [{"beta": 0.5}, {"entropy_bonus": 0.1}])
+def test_what_a_loss_has_beside_advantages_is_learned_from_every_group(load_tiny, terms):
+    loss = partial(grpo.policy_loss, **terms)
+    model, trainer, groups = setup(
+        load_tiny, reward=constant_reward, loss_fn=loss, reference="base"
+    )
+    before = weights(model)
+    assert trainer.train(groups)["update_skipped/no_signal"] == 0
+    assert any(not np.array_equal(value, before[name]) for name, value in weights(model).items())
 
 
 def test_a_loss_that_ignores_the_model_is_an_error(load_tiny):

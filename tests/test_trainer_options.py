@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import count
 from random import Random
 
 import mlx.core as mx
@@ -30,6 +31,12 @@ def moves(model, before) -> float:
     return math.sqrt(sum(float(((after[n] - before[n]) ** 2).sum()) for n in before))
 
 
+def ever_higher():
+    """A reward by which every group teaches: no two are equal."""
+    numbers = count()
+    return lambda prompt, completion, example: float(next(numbers))
+
+
 def recording(loss_fn, seen: list):
     def loss(logp, batch):
         seen.append(batch)
@@ -42,6 +49,7 @@ def test_mini_batches_share_out_whole_groups_and_each_is_an_update(load_tiny):
     seen = []
     _, trainer, groups = setup(
         load_tiny,
+        reward=ever_higher(),
         mini_batches=2,
         loss_fn=recording(grpo.policy_loss, seen),
         optimizer=optim.SGD(learning_rate=5.0),
@@ -80,7 +88,10 @@ def test_epochs_go_through_the_batch_again(load_tiny):
 def test_fresh_old_log_probabilities_are_the_trainer_s_own(load_tiny):
     seen = []
     _, trainer, groups = setup(
-        load_tiny, old_logprobs="fresh", loss_fn=recording(grpo.policy_loss, seen)
+        load_tiny,
+        reward=ever_higher(),
+        old_logprobs="fresh",
+        loss_fn=recording(grpo.policy_loss, seen),
     )
     drifted = [
         replace(
@@ -138,7 +149,10 @@ def test_the_divergence_from_the_base_is_zero_at_step_zero_and_grows(load_tiny):
 def test_the_reference_is_the_model_without_its_adapters(load_tiny):
     seen = []
     _, trainer, groups = setup(
-        load_tiny, reference="base", loss_fn=recording(grpo.policy_loss, seen)
+        load_tiny,
+        reward=ever_higher(),
+        reference="base",
+        loss_fn=recording(grpo.policy_loss, seen),
     )
     trainer.train(groups)
     base, _ = load_tiny()
@@ -208,7 +222,10 @@ def cut_off(groups, which) -> list[RolloutGroup]:
 def test_completions_that_were_cut_off_can_be_left_out_of_the_loss(load_tiny):
     seen = []
     _, trainer, groups = setup(
-        load_tiny, truncated="mask", loss_fn=recording(grpo.policy_loss, seen)
+        load_tiny,
+        reward=ever_higher(),
+        truncated="mask",
+        loss_fn=recording(grpo.policy_loss, seen),
     )
     trainer.train(cut_off(groups, {1}))
     (batch,) = seen

@@ -23,7 +23,7 @@ from textpolicy.rewards.verifiers import (
     tagged,
 )
 
-LIMIT = 0.05
+LIMIT = 0.5
 CANARY = "textpolicy-verifier-canary"
 MATHS = {
     "code": "__import__('os').system('touch {canary}')",

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from textpolicy.rewards import Rewards, Sample, Score, reward, verifiers
     from textpolicy.rewards.check import check_reward
     from textpolicy.rollout.worker import collect
+    from textpolicy.training.sft import SFTParameters, evaluate_sft, train_sft
     from textpolicy.training.trainer import Trainer
     from textpolicy.types import (
         Batch,
         Completion,
         Policy,
+        Progress,
         Rollout,
         RolloutGroup,
         Sampling,
@@ -43,9 +45,11 @@ __all__ = [
     "Completion",
     "LoRARule",
     "Policy",
+    "Progress",
     "Rewards",
     "Rollout",
     "RolloutGroup",
+    "SFTParameters",
     "Sample",
     "Sampling",
     "Score",
@@ -56,11 +60,13 @@ __all__ = [
     "check_reward",
     "collect",
     "create_policy",
+    "evaluate_sft",
     "load_model",
     "plan_memory",
     "reward",
     "tiny_model",
     "train_rl",
+    "train_sft",
     "verifiers",
 ]
 
@@ -71,6 +77,7 @@ _HOME = {
     "plan_memory": "textpolicy.adapters.memory_plan",
     "Buffer": "textpolicy.buffer",
     "Rewards": "textpolicy.rewards",
+    "SFTParameters": "textpolicy.training.sft",
     "Sample": "textpolicy.rewards",
     "Score": "textpolicy.rewards",
     "StepReport": "textpolicy.loop",
@@ -78,10 +85,12 @@ _HOME = {
     "check_reward": "textpolicy.rewards.check",
     "collect": "textpolicy.rollout.worker",
     "create_policy": "textpolicy.generation.mlx_generation",
+    "evaluate_sft": "textpolicy.training.sft",
     "load_model": "textpolicy.generation.mlx_generation",
     "reward": "textpolicy.rewards",
     "tiny_model": "textpolicy.generation.models",
     "train_rl": "textpolicy.loop",
+    "train_sft": "textpolicy.training.sft",
 }
 
 

@@ -21,12 +21,16 @@ from textpolicy.errors import ConfigError, ModelError
 _FLOAT = mx.float32.size
 # Logits, the same over the temperature, log-probabilities, and probabilities.
 _HEAD_ARRAYS = 4
-# The trainer scores positions in chunks of at most so many bytes of logits, and measured what a
-# chunk comes to with what mlx allocates ahead for the next.
+# The trainer scores positions in chunks of at most so many bytes of logits. Measured is what a chunk
+# comes to with what mlx allocates ahead for the next.
 _CHUNK_BYTES = 16 * 2**20
-_CHUNK_ARRAYS = 15
-# Two gradients more than `_HEAD_ARRAYS`, where chunks are gone through backwards one by one.
-_CHUNKED_ARRAYS = 6
+_CHUNK_ARRAYS = 12
+# The same two where the head itself is trained, and computed a second time.
+_TRAINED_HEAD_ARRAYS = 10
+_TRAINED_CHUNK_ARRAYS = 16
+# A group's prompt and so many tokens of its completions keep a device busy; more at once only takes
+# more memory.
+MICRO_BATCH_TOKENS = 1024
 # mlx-lm's caches grow by so many positions.
 _CACHE_STEP = 256
 _PROJECTIONS = (
@@ -156,7 +160,7 @@ def plan_memory(
     planned = plan(network, config or AdapterConfig())
     block, packed = _widths(network, planned), _unpacked(planned)
     beside = _beside(planned, block)
-    rows = min(micro_batch_size or batch, batch)
+    rows = min(micro_batch_size or _rows(group_size, prompt_tokens, completion_tokens), batch)
     prompts, read = ceil(rows / group_size), prompt_tokens - 1
     tokens = rows * completion_tokens + prompts * read
     scores = rows * completion_tokens * (completion_tokens + read) + prompts * read**2
@@ -178,7 +182,7 @@ def plan_memory(
         gradients=accumulated * planned.adapter_bytes,
         activations=beside.blocks * (kept * block.itemsize if checkpoint_gradients else whole),
         block=2 * whole if checkpoint_gradients else block.gradients(tokens, scores),
-        head=_head(logits),
+        head=_head(logits, planned),
         unpacked=max(packed.values(), default=0),
         cache=block.blocks * layer,
         cache_copy=layer if capacity > first else 0,
@@ -187,6 +191,14 @@ def plan_memory(
         prompt_cache=block.blocks * 2 * sampled * first * block.keys * block.itemsize,
         prompt_block=block.activations(sampled * read, sampled * read**2, 0, beside),
     )
+
+
+def _rows(group_size: int, prompt_tokens: int, completion_tokens: int) -> int:
+    """How many rows a trainer has in memory at once unless it is told."""
+    completions = group_size * completion_tokens
+    if completions > MICRO_BATCH_TOKENS:
+        return min(group_size, max(2, MICRO_BATCH_TOKENS // completion_tokens))
+    return group_size * max(1, MICRO_BATCH_TOKENS // (completions + prompt_tokens))
 
 
 def _widths(model: nn.Module, planned: AdapterPlan) -> _Block:
@@ -254,10 +266,12 @@ def _block_number(row: PlannedModule) -> int | None:
     return next((int(part) for part in row.path.split(".") if part.isdigit()), None)
 
 
-def _head(logits: int) -> int:
-    if logits <= _CHUNK_BYTES:
-        return _HEAD_ARRAYS * logits
-    return min(_CHUNKED_ARRAYS * logits, _CHUNK_ARRAYS * _CHUNK_BYTES)
+def _head(logits: int, planned: AdapterPlan) -> int:
+    names = {row.path.rpartition(".")[2]: row.kind for row in planned.modules}
+    kind = names["lm_head" if "lm_head" in names else "embed_tokens"]
+    if kind == "none":
+        return min(_HEAD_ARRAYS * logits, _CHUNK_ARRAYS * _CHUNK_BYTES)
+    return min(_TRAINED_HEAD_ARRAYS * logits, _TRAINED_CHUNK_ARRAYS * _CHUNK_BYTES)
 
 
 def _unpacked(planned: AdapterPlan) -> dict[str, int]:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from random import Random
 
 import mlx.core as mx
 import numpy as np
 
+from textpolicy.adapters.memory_plan import MICRO_BATCH_TOKENS
 from textpolicy.errors import TrainingError
 from textpolicy.types import Batch, Rollout, RolloutGroup
 
@@ -43,6 +45,11 @@ class Row:
     def old(self) -> np.ndarray:
         """What ratios are taken against: computed before the update, or else as recorded."""
         return self.sampled if self.logp_old is None else self.logp_old
+
+    @property
+    def teaches(self) -> bool:
+        """Whether its advantage gives the loss something to learn."""
+        return self.advantage != 0 and not self.silent
 
     @property
     def mask(self) -> list[bool]:
@@ -93,13 +100,64 @@ def mini_batches(rows: Sequence[Row], count: int, shuffle: Random) -> list[list[
 
 
 def micro_batches(rows: Sequence[Row], size: int | None) -> list[list[Row]]:
-    """An optimizer batch cut into at most `size` rows each, groups of like length together."""
-    longest: dict[int, int] = {}
+    """An optimizer batch in parts that are in memory one at a time, groups of like length together.
+
+    Parts have at most `size` rows. Without a size they are whole groups, as many as have
+    MICRO_BATCH_TOKENS with their padding; a group whose completions alone have more is cut.
+    Groups in which no row has an advantage are in parts of their own, the last ones.
+    """
+    teaching = {row.group for row in rows if row.teaches}
+    parts: list[list[Row]] = []
+    for kind in (True, False):
+        groups = _by_length([row for row in rows if (row.group in teaching) is kind])
+        parts += _packed(groups) if size is None else _cut([*chain.from_iterable(groups)], size)
+    return parts
+
+
+def _by_length(rows: Sequence[Row]) -> list[list[Row]]:
+    groups: dict[int, list[Row]] = {}
     for row in rows:
-        longest[row.group] = max(longest.get(row.group, 0), len(row.rollout.tokens))
-    ordered = sorted(rows, key=lambda row: (longest[row.group], row.group))
-    size = size or len(ordered)
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        groups.setdefault(row.group, []).append(row)
+    return sorted(groups.values(), key=lambda group: (_completion(group), _prompt(group)))
+
+
+def _packed(groups: Sequence[list[Row]]) -> list[list[Row]]:
+    parts: list[list[Row]] = []
+    for group in groups:
+        for piece in _pieces(group):
+            together = [*parts[-1], *piece] if parts else []
+            if parts and _padded_tokens(together) <= MICRO_BATCH_TOKENS:
+                parts[-1] = together
+            else:
+                parts.append(piece)
+    return parts
+
+
+def _pieces(group: list[Row]) -> list[list[Row]]:
+    """A group whose completions are too many at once, like lengths together."""
+    longest = _completion(group)
+    if len(group) * longest <= MICRO_BATCH_TOKENS:
+        return [group]
+    # Never one row alone: losses that compare two find both.
+    size = max(2, MICRO_BATCH_TOKENS // longest)
+    return _cut(sorted(group, key=lambda row: len(row.mask)), size)
+
+
+def _cut(rows: list[Row], size: int) -> list[list[Row]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _padded_tokens(rows: Sequence[Row]) -> int:
+    prompts = len({row.group for row in rows})
+    return len(rows) * _completion(rows) + prompts * _prompt(rows)
+
+
+def _completion(rows: Sequence[Row]) -> int:
+    return max(len(row.rollout.tokens) - row.start for row in rows)
+
+
+def _prompt(rows: Sequence[Row]) -> int:
+    return max(row.start for row in rows)
 
 
 def pad(rows: Sequence[Row], whole: Whole) -> Batch:

@@ -24,7 +24,7 @@ def one_after_another(
         parts: list[PositionScores] = []
         for place in places:
             before = [*parts[-1]] if parts else []
-            parts.append(function(place, _after(rows[place], before), weights))
+            parts.append(function(place, after(rows[place], before), weights))
         return mx.concatenate([p for p, _ in parts]), mx.concatenate([e for _, e in parts])
 
     def backward(primals: Any, cotangents: PositionScores, _: PositionScores) -> Any:
@@ -38,7 +38,7 @@ def one_after_another(
             def again(rows: mx.array, *arrays: mx.array, place: slice = place) -> Any:
                 return function(place, rows, tree_unflatten([*zip(names, arrays, strict=True)]))
 
-            inputs = [_after(rows[place], [*parts[-1:], *sums]), *arrays]
+            inputs = [after(rows[place], [*parts[-1:], *sums]), *arrays]
             slopes: Any = mx.vjp(again, inputs, [c[place] for c in cotangents])[1]
             part, *more = slopes
             parts.append(part)
@@ -50,6 +50,6 @@ def one_after_another(
     return run
 
 
-def _after(x: mx.array, others: Sequence[mx.array]) -> mx.array:
+def after(x: mx.array, others: Sequence[mx.array]) -> mx.array:
     """x, once the others are computed."""
     return mx.depends([x], others)[0] if others else x

@@ -1,7 +1,7 @@
 """The last layer of a language model, applied to the positions that count and a few at a time.
 
-Logits of a whole batch are often its largest array. Here they exist for a chunk of positions only,
-in the forward pass and, computed again, in the backward pass.
+Logits of a whole batch are often its largest array. Here they exist for a chunk of positions only:
+once if the head is frozen, and a second time in the backward pass if it is trained.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ import mlx.nn as nn
 from jaxtyping import Float, Int
 
 from textpolicy.training.chunks import one_after_another
+from textpolicy.training.frozen_head import score_frozen, score_only
 from textpolicy.training.scores import PositionScores, score_logits
 
 # Of float32 logits. What softmax and gradient make of a chunk, and what mlx allocates ahead for the
-# next, come to about fifteen times as much.
+# next, come to about twelve times as much.
 CHUNK_BYTES = 16 * 2**20
 
 
@@ -46,15 +47,22 @@ class Head:
         tokens: Int[mx.array, " positions"],
         temperature: Float[mx.array, " positions"],
         *,
+        differentiable: bool = True,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> PositionScores:
-        """Scores under softmax(logits / temperature), a chunk of positions in memory at a time."""
+        """Scores under softmax(logits / temperature), a chunk of positions in memory at a time.
+
+        A frozen head is quicker if it is told that no gradient will be asked for.
+        """
         vocabulary = self.project(hidden[:1]).shape[-1]
         size = max(1, chunk_bytes // (4 * vocabulary))
-        if len(tokens) <= size:
-            return score_logits(self.project(hidden), tokens, temperature)
-        weights = self.weights.trainable_parameters()
         places = [slice(at, at + size) for at in range(0, len(tokens), size)]
+        weights = self.weights.trainable_parameters()
+        if not weights:
+            score = score_frozen if differentiable else score_only
+            return score(self.project, hidden, tokens, temperature, places)
+        if len(places) == 1:
+            return score_logits(self.project(hidden), tokens, temperature)
 
         def score_chunk(place: slice, hidden: mx.array, weights: Any) -> PositionScores:
             self.weights.update(weights)

@@ -34,7 +34,7 @@ class Reader:
         """The leanest way to read this model."""
         return cls(model, find_head(model), can_share_prompts(model))
 
-    def __call__(self, batch: Batch) -> Scores:
+    def __call__(self, batch: Batch, *, differentiable: bool = True) -> Scores:
         """Scores of the counted completion tokens, each read after its prompt; 0 elsewhere."""
         counted = np.flatnonzero(np.array(batch.mask))
         if not len(counted):
@@ -47,8 +47,12 @@ class Reader:
         time = batch.tokens.shape[1]
         at = mx.array(counted)
         read = outputs.reshape(-1, outputs.shape[-1])[at]
-        score = self.head.score if self.head else score_logits
-        logp, entropy = score(read, batch.tokens.flatten()[at], batch.temperature[at // time])
+        drawn, temperature = batch.tokens.flatten()[at], batch.temperature[at // time]
+        if self.head:
+            scores = self.head.score(read, drawn, temperature, differentiable=differentiable)
+        else:
+            scores = score_logits(read, drawn, temperature)
+        logp, entropy = scores
         return _placed(logp, at, batch), _placed(entropy, at, batch)
 
 

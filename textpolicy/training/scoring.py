@@ -1,20 +1,17 @@
 """Log-probabilities that are computed once, before the first update on a batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from textpolicy.training.batch import Row, Whole, micro_batches, pad
-from textpolicy.training.logprobs import Scores
-from textpolicy.types import Batch
-
-Read = Callable[[Batch], Scores]
+from textpolicy.training.logprobs import Reader
 
 
 def scored(
-    rows: Sequence[Row], policy: Read | None, reference: Read | None, size: int | None
+    rows: Sequence[Row], policy: Reader | None, reference: Reader | None, size: int | None
 ) -> list[Row]:
     """The rows with what the policy and the reference, where given, say of their tokens."""
     done: list[Row] = []
@@ -23,16 +20,12 @@ def scored(
         batch = pad([replace(row, silent=False) for row in part], Whole.of(part))
         known: dict[str, np.ndarray] = {}
         if policy:
-            known["logp_old"], known["entropies"] = _evaluated(policy(batch))
+            logp, entropy = policy(batch, differentiable=False)
+            mx.eval(logp, entropy)
+            known |= {"logp_old": np.array(logp), "entropies": np.array(entropy)}
         if reference:
-            known["logp_ref"], _ = _evaluated(reference(batch))
+            known["logp_ref"] = np.array(reference(batch, differentiable=False)[0])
         for place, row in enumerate(part):
             own = {name: array[place, : len(row.mask)] for name, array in known.items()}
             done.append(replace(row, **own))
     return done
-
-
-def _evaluated(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-    mx.eval(scores)
-    logp, entropy = scores
-    return np.array(logp), np.array(entropy)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from jaxtyping import Float
 from mlx.utils import tree_flatten, tree_map
 
 from textpolicy.adapters.container import AdapterContainer
@@ -66,7 +67,8 @@ class Trainer:
     optimizer: optim.Optimizer
     _: KW_ONLY
     micro_batch_size: int | None = None
-    """Rows in memory at once; changes no update. None is all of them."""
+    """Rows in memory at once; changes no update. None is whole groups, as many as have about a
+    thousand tokens."""
     checkpoint_gradients: bool = False
     """Compute activations again in the backward pass: less memory, more time, the same update."""
     max_grad_norm: float = 1.0
@@ -238,7 +240,7 @@ class Trainer:
                 gradient, metrics = self._gradient(part)
                 if not updates:
                     self._sampler.see(metrics, on_policy=on_policy)
-                has_signal = any(row.advantage != 0 and not row.silent for row in part)
+                has_signal = any(row.teaches for row in part)
                 updates.append(metrics | self._update(gradient, has_signal, groups))
         if first and self._updates:
             self._sampler.note_move(self._distance(rows))
@@ -250,22 +252,36 @@ class Trainer:
         metrics = over_updates(updates, with_sampler=known)
         return metrics | self._movement() | advantage_metrics(rows) | published
 
-    def _objective(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+    def _objective(
+        self, batch: Batch, advantages: bool
+    ) -> tuple[mx.array, tuple[mx.array, dict[str, mx.array]]]:
         logp, entropy = self._read(batch)
         loss, metrics = self.loss_fn(logp, replace(batch, entropy=entropy))
-        return loss, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics
+        pull = mx.array(1.0) if advantages else largest_slope(self.loss_fn, logp, entropy, batch)
+        return loss, (pull, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics)
 
     def _gradient(self, rows: Sequence[Row]) -> tuple[Any, Metrics]:
         """The gradient and metrics of an optimizer batch, one micro-batch in memory at a time."""
-        gradient: Any = None
-        metrics: Metrics = {}
+        gradient = tree_map(mx.zeros_like, self.model.trainable_parameters())
+        reports: list[dict[str, mx.array]] = []
         whole = Whole.of(rows)
         for part in micro_batches(rows, self.micro_batch_size):
+            advantages = any(row.teaches for row in part)
             with recomputing(self.model) if self.checkpoint_gradients else nullcontext():
-                (_, more), grads = self._value_and_grad(pad(part, whole))
-            gradient = grads if gradient is None else tree_map(mx.add, gradient, grads)
-            mx.eval(gradient, more)
-            add_up(metrics, {name: float(value) for name, value in more.items()})
+                (_, (pull, report)), grads = self._value_and_grad(pad(part, whole), advantages)
+            # The part before makes room first. Until here the device was busy with it.
+            mx.eval(gradient, reports)
+            reports.append(report)
+            if not advantages:
+                mx.eval(pull, report)
+                if pull.item() == 0:
+                    # Nothing has been computed backwards, and nothing will be.
+                    continue
+            gradient = tree_map(mx.add, gradient, grads)
+            mx.async_eval(gradient, report)
+        metrics: Metrics = {}
+        for report in reports:
+            add_up(metrics, {name: float(value) for name, value in report.items()})
         return gradient, metrics
 
     def _update(self, gradient: Any, has_signal: bool, groups: Sequence[RolloutGroup]) -> Metrics:
@@ -312,6 +328,21 @@ class Trainer:
             "update_skipped/not_finite": float(not math.isfinite(norm)),
             "update_skipped/no_signal": float(norm == 0),
         }
+
+
+def largest_slope(
+    loss_fn: LossFn,
+    logp: Float[mx.array, "batch time"],
+    entropy: Float[mx.array, "batch time"],
+    batch: Batch,
+) -> Float[mx.array, ""]:
+    """How much the loss of a batch changes with its scores; 0 if it does not care for them."""
+
+    def loss(logp: mx.array, entropy: mx.array) -> mx.array:
+        return loss_fn(logp, replace(batch, entropy=entropy))[0]
+
+    slopes = mx.grad(loss, argnums=(0, 1))(mx.stop_gradient(logp), mx.stop_gradient(entropy))
+    return mx.maximum(*(mx.abs(slope).max() for slope in slopes))
 
 
 def global_norm(gradient: Any) -> float:

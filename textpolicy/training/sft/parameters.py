@@ -20,7 +20,10 @@ class SFTParameters:
     """How many batches of the validation data to look at; 0 is all of it."""
     save_every: int = 100
     adapter_path: Path | None = None
-    """A .safetensors file for the adapters; the best ones and the state are kept beside it."""
+    """A .safetensors file for the adapters. The best ones and the state to go on from are kept
+    beside it, or where the next two say."""
+    best_path: Path | None = None
+    checkpoint_path: Path | None = None
     completed_iterations: int = 0
     """Data begins after these, as if they had been trained on. With a checkpoint it is known."""
     accumulation: int = 1
@@ -66,12 +69,12 @@ class SFTParameters:
     @property
     def best_file(self) -> Path | None:
         """Where the adapters with the lowest validation loss go."""
-        return _beside(self.adapter_file, "best")
+        return self.best_path or _beside(self.adapter_file, "best")
 
     @property
     def checkpoint_file(self) -> Path | None:
         """Where the state to go on from goes."""
-        return _beside(self.adapter_file, "checkpoint")
+        return self.checkpoint_path or _beside(self.adapter_file, "checkpoint")
 
 
 def _beside(path: Path | None, what: str) -> Path | None:

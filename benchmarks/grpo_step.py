@@ -1,0 +1,246 @@
+"""How long a GRPO step takes, and how much memory, beside other libraries on the same task.
+
+    python benchmarks/grpo_step.py --peer both --beta 0.1 --json
+
+The task: a Qwen3 of 3.7 million random weights in float32, LoRA of rank 8 on every linear layer,
+4 prompts of 64 tokens, 8 completions of 64 tokens each, one Adam update. Each side is a process of
+its own that is asked for one step after another, turn by turn with the others, so that whatever
+else the machine does falls on all of them. Reported are medians, and ratios of medians.
+
+Peers live in environments of their own, where this script looks for them:
+
+    python -m venv build/peers/mlx-lm-lora
+    build/peers/mlx-lm-lora/bin/pip install mlx-lm-lora==5.10.2 'mlx[cpu]' scipy-openblas32
+    python -m venv build/peers/trl
+    build/peers/trl/bin/pip install trl==1.16.* torch peft
+
+A peer that is not there is left out, and the record says so. mlx multiplies with OpenBLAS on both
+mlx sides, and every side has the same number of threads.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from learning import setting
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+PEERS = ("mlx-lm-lora", "trl")
+VOCABULARY = 2048
+SIZES: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 768,
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+}
+# Outside the vocabulary, so that no completion ends early.
+END = VOCABULARY
+
+
+def write_model(folder: Path) -> None:
+    """A checkpoint that every side can load: random weights, and one word for each token."""
+    mx.random.seed(0)
+    model = qwen3.Model(qwen3.ModelArgs(**SIZES))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    config = {"architectures": ["Qwen3ForCausalLM"], "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(SIZES | config))
+    words = {f"t{token}": token for token in range(VOCABULARY)} | {"<end>": END}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(folder)
+
+
+def prompts(count: int, length: int) -> list[str]:
+    """Random words, the same on every side."""
+    drawn = mx.random.randint(0, VOCABULARY, (count, length), key=mx.random.key(1)).tolist()
+    return [" ".join(f"t{token}" for token in row) for row in drawn]
+
+
+@dataclass
+class Side:
+    """A running process and what it has measured."""
+
+    name: str
+    process: subprocess.Popen[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    peaks: dict[str, float] = field(default_factory=dict)
+
+    def step(self) -> dict[str, float]:
+        assert self.process.stdin
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def finish(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.peaks = self.read()
+        self.process.wait()
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the side of {self.name} ended; its messages are above")
+        return json.loads(line)
+
+
+@contextmanager
+def running(name: str, python: Path, task: Path) -> Iterator[Side]:
+    """One side, started and ready."""
+    script = {"ours": "ours.py"}.get(name, f"with_{name.replace('-', '_')}.py")
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [python, HERE / "sides" / script, task],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        side = Side(name, process)
+        side.facts = side.read()
+        yield side
+    finally:
+        process.kill()
+        process.wait()
+
+
+def pythons(peers: Sequence[str]) -> dict[str, Path]:
+    """The interpreter of each side that is installed."""
+    found = {"ours": Path(sys.executable)}
+    for peer in peers:
+        python = HERE.parent / "build" / "peers" / peer / "bin" / "python"
+        if python.exists():
+            found[peer] = python
+        else:
+            print(f"{peer} is not installed: see --help. Left out.", file=sys.stderr)
+    return found
+
+
+def measure(options: argparse.Namespace) -> list[Side]:
+    """All sides, a step of each in turn; the first ones are warm-up and are not kept."""
+    peers = PEERS if options.peer == "both" else [options.peer] if options.peer else []
+    with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
+        folder = Path(name)
+        write_model(folder)
+        task = {
+            "model": str(folder),
+            "prompts": prompts(options.prompts, options.prompt_tokens),
+            "group_size": options.group_size,
+            "completion_tokens": options.completion_tokens,
+            "rank": 8,
+            "scale": 2.0,
+            "learning_rate": 1e-5,
+            "beta": options.beta,
+            "threads": options.threads,
+        }
+        (folder / "task.json").write_text(json.dumps(task))
+        sides = [
+            opened.enter_context(running(name, python, folder / "task.json"))
+            for name, python in pythons(peers).items()
+        ]
+        for number in range(options.warm_up + options.runs):
+            for side in sides:
+                taken = side.step()
+                if number >= options.warm_up:
+                    side.steps.append(taken)
+        for side in sides:
+            side.finish()
+    return sides
+
+
+def summary(side: Side, tokens: int) -> dict[str, Any]:
+    """Medians in seconds, memory in megabytes, and new tokens a second over the whole step."""
+    names = side.steps[0].keys() - {"mlx_peak"}
+    medians = {name: statistics.median(step[name] for step in side.steps) for name in names}
+    peaks = {name: value / 1e6 for name, value in side.peaks.items()}
+    if "mlx_peak" in side.steps[0]:
+        peaks["mlx"] = max(step["mlx_peak"] for step in side.steps) / 1e6
+    return {
+        "facts": side.facts,
+        "seconds": {name: round(value, 4) for name, value in sorted(medians.items())},
+        "fastest_step": round(min(step["step"] for step in side.steps), 4),
+        "megabytes": {name: round(value, 1) for name, value in sorted(peaks.items())},
+        "tokens_per_second": round(tokens / medians["step"], 1),
+        "tokens_per_second_generating": round(tokens / medians["generate"], 1),
+    }
+
+
+def ratios(records: dict[str, Any]) -> dict[str, Any]:
+    """Ours over each peer's."""
+    ours = records["ours"]
+    return {
+        name: {
+            f"{kind}_{key}": round(ours[kind][key] / record[kind][key], 3)
+            for kind in ("seconds", "megabytes")
+            for key in record[kind].keys() & ours[kind].keys()
+            if record[kind][key]
+        }
+        for name, record in records.items()
+        if name != "ours"
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peer", choices=(*PEERS, "both"), help="default: ours alone")
+    parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL (default: 0)")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--completion-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--runs", type=int, default=9, help="steps of each side (default: 9)")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before (default: 2)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    options = parser.parse_args()
+    sides = measure(options)
+    tokens = options.prompts * options.group_size * options.completion_tokens
+    records = {side.name: summary(side, tokens) for side in sides}
+    asked = {name: value for name, value in vars(options).items() if name not in ("json", "output")}
+    record = {"setting": setting() | asked, "sides": records, "ours_over": ratios(records)}
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    if options.json:
+        print(json.dumps(record, indent=1))
+        return
+    for name, found in records.items():
+        print(
+            name, f"{found['seconds']['step']:.3f} s a step", found["seconds"], found["megabytes"]
+        )
+    for name, found in record["ours_over"].items():
+        print(f"ours over {name}:", found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What it saves to read a group's prompt once in training, and whether gradients stay the same.
+
+    python benchmarks/prompt_sharing.py --json
+
+The gradient of GRPO's loss on one group, by the trainer's way and by the plain way, where every row
+repeats its prompt, as models without plain attention need it. The model is that of `grpo_step.py`.
+Medians over interleaved runs, the most memory, and the largest difference between the gradients
+beside the largest number in them. By default a group is 16 completions of 64 tokens; its prompt has
+64, 256 or 512.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from compiled import batch_of
+from grpo_step import SIZES
+from learning import setting
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3
+
+from textpolicy import fast_cpu
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.algorithms import grpo
+from textpolicy.training.head import find_head
+from textpolicy.training.logprobs import Reader
+from textpolicy.types import Batch
+
+
+def adapted_model() -> nn.Module:
+    """Random weights, and adapters that are not zero, so that every gradient flows."""
+    mx.random.seed(0)
+    model = qwen3.Model(qwen3.ModelArgs(**SIZES))
+    mx.eval(model.parameters())
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=8, scale=2.0))
+    moved = {n: 0.02 * mx.random.normal(v.shape) for n, v in container.parameters().items()}
+    container.swap(moved, version=0)
+    return model
+
+
+def gradient(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
+    """Of the policy loss in the adapters, evaluated."""
+    read = Reader(model, find_head(model), share)
+    compute = nn.value_and_grad(model, lambda: grpo.policy_loss(read(batch)[0], batch)[0])
+
+    def run() -> Any:
+        _, found = compute()
+        mx.eval(found)
+        return found
+
+    return run
+
+
+def largest(tree: Any) -> float:
+    """The largest absolute number in a tree of arrays."""
+    return max(mx.abs(array).max().item() for _, array in tree_flatten(tree))
+
+
+def measure(model: nn.Module, prompt: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Both ways on one batch, turn by turn."""
+    batch = batch_of(prompt, options.completion_tokens, prompts=1, group=options.group_size)
+    ways = {
+        "shared": gradient(model, batch, share=True),
+        "plain": gradient(model, batch, share=False),
+    }
+    found = {name: dict(tree_flatten(way())) for name, way in ways.items()}
+    difference = largest([found["shared"][name] - found["plain"][name] for name in found["plain"]])
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, float] = {}
+    for _ in range(options.runs):
+        for name, way in ways.items():
+            mx.reset_peak_memory()
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+            peaks[name] = round(mx.get_peak_memory() / 1e6, 1)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "prompt": prompt,
+        "seconds": {name: round(value, 4) for name, value in medians.items()},
+        "times_faster": round(medians["plain"] / medians["shared"], 2),
+        "megabytes": peaks,
+        "largest_gradient": largest(found["plain"]),
+        "largest_difference": difference,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompt-tokens", default="64,256,512", help="separated by commas")
+    parser.add_argument("--completion-tokens", type=int, default=64)
+    parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1, help="of the BLAS (default: 1)")
+    parser.add_argument("--runs", type=int, default=5, help="of each way (default: 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    options = parser.parse_args()
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(options.threads)
+    model = adapted_model()
+    records = [measure(model, int(text), options) for text in options.prompt_tokens.split(",")]
+    asked = {"group_size": options.group_size, "completion_tokens": options.completion_tokens}
+    asked |= {"threads": options.threads, "runs": options.runs}
+    record = {"setting": setting() | asked, "groups": records}
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1) if options.json else "\n".join(map(str, records)))
+
+
+if __name__ == "__main__":
+    main()

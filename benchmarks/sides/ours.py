@@ -1,0 +1,70 @@
+"""TextPolicy's side: the loop as the command assembles it, files and reloading included."""
+
+import tempfile
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from protocol import Steps, read_task, reward_of
+
+from textpolicy import fast_cpu
+from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+from textpolicy.algorithms import grpo
+from textpolicy.generation.mlx_generation import create_policy, load_model
+from textpolicy.loop import StepReport, train_rl
+from textpolicy.training.optimizer import build_optimizer
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import Progress, Task
+
+TIMES = ("generate", "reward", "score", "update", "publish", "reload")
+MANY = 1_000_000
+
+
+def main() -> None:
+    steps, task = Steps(), read_task()
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(task["threads"])
+    model, tokenizer = load_model(task["model"])
+    config = AdapterConfig(rank=task["rank"], scale=task["scale"])
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = AdapterContainer.from_model(model, config)
+        adapters.publish_path = Path(folder) / "adapters.safetensors"
+        policy = create_policy(
+            twin(model), tokenizer, {"max_tokens": task["completion_tokens"], "seed": 0}
+        )
+        trainer = Trainer(
+            model,
+            grpo.compute_advantages,
+            lambda logp, batch: grpo.policy_loss(logp, batch, beta=task["beta"]),
+            build_optimizer(task["learning_rate"]),
+            reference="base" if task["beta"] else None,
+        )
+
+        def on_step(report: StepReport) -> Progress:
+            measured = {name: report.metrics[f"time/{name}"] for name in TIMES}
+            steps.done(**measured, mlx_peak=mx.get_peak_memory())
+            return Progress.MORE if steps.wait() else Progress.STOP
+
+        steps.ready(mlx=mx.__version__, blas=fast_cpu.status().name)
+        if steps.wait():
+            train_rl(
+                tasks=cycle(tasks_of(task)),
+                reward=lambda prompt, completion, example: reward_of(completion),
+                policy=policy,
+                trainer=trainer,
+                steps=MANY,
+                groups_per_step=len(task["prompts"]),
+                group_size=task["group_size"],
+                on_step=on_step,
+            )
+    steps.end()
+
+
+def tasks_of(task: dict[str, Any]) -> list[Task]:
+    """The prompts as tasks."""
+    return [Task(id=str(number), prompt=prompt) for number, prompt in enumerate(task["prompts"])]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""TRL's side: its `GRPOTrainer`, unchanged, held before each step until one is asked for."""
+
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from protocol import Steps, read_task, reward_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+MANY = 1_000_000
+
+
+class Held(TrainerCallback):
+    """Waits at the beginning of a step, answers at its end."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.scoring = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if not self.steps.wait():
+            self.steps.end()
+            sys.exit()
+        self.scoring = 0.0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps.lap("train")
+        self.steps.done(score=self.scoring)
+
+
+def main() -> None:
+    steps, task = Steps(), read_task()
+    torch.set_num_threads(task["threads"])
+    tokenizer = AutoTokenizer.from_pretrained(task["model"])
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    held = Held(steps)
+    groups = len(task["prompts"])
+
+    def even_share(completions: list[str], **_: Any) -> list[float]:
+        steps.lap("generate")
+        rewards = [reward_of(text) for text in completions]
+        steps.lap("reward")
+        return rewards
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model,
+            even_share,
+            args=GRPOConfig(
+                output_dir=folder,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                logging_strategy="no",
+                max_steps=MANY,
+                per_device_train_batch_size=groups * task["group_size"],
+                num_generations=task["group_size"],
+                max_completion_length=task["completion_tokens"],
+                beta=task["beta"],
+                loss_type="grpo",
+                temperature=1.0,
+                learning_rate=task["learning_rate"],
+                lr_scheduler_type="constant",
+            ),
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in task["prompts"]]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=task["rank"],
+                lora_alpha=task["scale"] * task["rank"],
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
+            callbacks=[held],
+        )
+        time_scoring(trainer, held)
+        steps.ready(trl=trl.__version__, torch=torch.__version__, peft_of=transformers.__version__)
+        trainer.train()
+
+
+def time_scoring(trainer: GRPOTrainer, held: Held) -> None:
+    """Note what passes without a gradient take: those of the reference."""
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def timed(*args: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        result = compute(*args, **options)
+        if not torch.is_grad_enabled():
+            held.scoring += time.perf_counter() - started
+        return result
+
+    trainer._get_per_token_logps_and_entropies = timed
+
+
+if __name__ == "__main__":
+    main()
