@@ -300,7 +300,10 @@ class TrainerOptions:
         limit=at_least(1),
     )
     micro_batch_size: int | None = option(
-        None, "rollouts in memory at once while training", unset="all", limit=at_least(1)
+        None,
+        "rollouts in memory at once while training",
+        unset="whole groups, about a thousand tokens",
+        limit=at_least(1),
     )
     checkpoint_gradients: bool = option(*CHECKPOINT_GRADIENTS)
 
