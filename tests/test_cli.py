@@ -250,8 +250,11 @@ def test_train_leaves_adapters_config_and_one_line_of_metrics_a_step(answer, tmp
     assert 0 <= report["before"]["reward"] <= 1 and report["after"]["count"] == 4
     assert read_toml(output / "config.toml", TrainConfig()).adapter.rank == 4
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics] == [0, 1]
-    assert all("reward" in line and "tokens_per_second" in line for line in metrics)
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert all("reward" in line and "tokens_per_second" in line for line in metrics[:2])
+    assert ["eval/reward" in line for line in metrics] == [True, False, True]
+    assert metrics[0]["eval/reward"] == report["before"]["reward"]
+    assert metrics[2]["eval/reward"] == report["after"]["reward"]
 
 
 @pytest.mark.slow
@@ -283,9 +286,15 @@ def test_eval_shows_trained_adapters_beside_their_base(quantize, answer, tmp_pat
     report = answer(*argv)
     assert report["base"] == pytest.approx(trained["before"])
     assert report["adapter"] == pytest.approx(trained["after"])
-    assert main(argv) == 0
+    gain = trained["after"]["reward"] - trained["before"]["reward"]
+    assert report["comparison"]["gain"] == pytest.approx(gain)
+    assert main([*argv, "--eval-samples", "2", "--show", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "base" in shown and "adapter" in shown
+    assert "95 % interval" in shown and "paired bootstrap" in shown and "pass@2" in shown
+    differing = report["comparison"]["differences"]
+    assert shown.count("prompt  ") == min(1, len(differing))
+    if differing:
+        assert differing[0]["prompt"] in shown and differing[0]["after"] in shown
 
 
 def test_eval_without_adapters_scores_the_base(answer):
@@ -373,8 +382,8 @@ def test_a_run_that_fails_before_its_first_update_leaves_its_folder_usable(
     assert not (tmp_path / "run" / "adapters.safetensors").exists()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     assert answer(*argv, "--reward", rewards("checksum"))["updates"] == 1
-    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert "reward" in line
+    first, last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert '"reward"' in first and '"eval/reward"' in last
 
 
 def test_a_run_without_any_signal_says_so_and_leaves_adapters_that_change_nothing(

@@ -7,20 +7,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from textpolicy.algorithms import Algorithm
-from textpolicy.cli.assembly import Experiment, assemble, find_algorithm
+from textpolicy.cli.assembly import Experiment, assemble, find_algorithm, sampling_of
 from textpolicy.cli.observer import Observer
 from textpolicy.cli.tasks import find_task
 from textpolicy.config import SFTConfig, TrainConfig, settings_of, to_toml
 from textpolicy.errors import ConfigError
-from textpolicy.evaluation import Score, measure
+from textpolicy.evaluation import Evaluator, HeldOut, Score
 from textpolicy.loop import train_rl
-from textpolicy.rewards import Incident, Scorer
+from textpolicy.rewards import Incident, Rewards, Scorer
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import MetricsFile
@@ -76,56 +76,95 @@ def run_experiment(
     # Steps of a run that failed before its first update are none of this run's.
     (output / METRICS).unlink(missing_ok=True)
 
-    def on_incident(incident: Incident) -> None:
-        console.note(visible(str(incident)))
-
-    with closing(Scorer(experiment.reward, on_incident=on_incident)) as scorer:
-        return _train_and_measure(experiment, scorer, config, output, console)
+    with ExitStack() as opened:
+        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(config, output)]
+        scorer = open_scorer(opened, experiment.reward, console)
+        evaluator = Evaluator(
+            policy=experiment.policy,
+            heldout=HeldOut(
+                name=environment.name,
+                tasks=environment.heldout(config.evaluation.count),
+                scorer=scorer,
+                max_tokens=experiment.policy.sampling.max_tokens,
+            ),
+            others=[
+                held_out(opened, name, config, console) for name in config.evaluation.envs or ()
+            ],
+            samples=config.evaluation.samples,
+            temperature=config.evaluation.temperature,
+            good=config.evaluation.good,
+        )
+        best = BestAdapter(experiment.adapters, output / BEST)
+        observer = Observer(
+            sinks,
+            console,
+            best,
+            evaluator,
+            every=config.evaluation.every,
+            stop_on_alarm=config.run.stop_on_collapse,
+        )
+        return _train_and_measure(experiment, scorer, config, observer, best)
 
 
 def _train_and_measure(
-    experiment: Experiment, scorer: Scorer, config: TrainConfig, output: Path, console: Console
+    experiment: Experiment,
+    scorer: Scorer,
+    config: TrainConfig,
+    observer: Observer,
+    best: BestAdapter,
 ) -> Outcome:
-    policy = experiment.policy
-    heldout = experiment.environment.heldout(config.evaluation.count)
-    best = BestAdapter(experiment.adapters, output / BEST)
     first = experiment.trainer.version
     started = time.perf_counter()
-    before = measure(policy, heldout, scorer)
-    console.note(f"before  {before}  greedy reward on {before.count} held-out tasks")
-    with ExitStack() as opened:
-        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(config, output)]
-        observer = Observer(sinks, console, best, stop_on_alarm=config.run.stop_on_collapse)
-        train_rl(
-            tasks=experiment.environment.stream(config.run.seed),
-            reward=scorer,
-            policy=policy,
-            trainer=experiment.trainer,
-            steps=config.run.steps,
-            groups_per_step=config.rollout.groups_per_step,
-            group_size=config.rollout.group_size,
-            steps_per_generation=config.rollout.steps_per_generation,
-            refill_rounds=experiment.refill_rounds,
-            seed=config.run.seed,
-            on_step=observer.see,
-        )
-    console.close()
+    before = observer.evaluate("before")
+    train_rl(
+        tasks=experiment.environment.stream(config.run.seed),
+        reward=scorer,
+        policy=experiment.policy,
+        trainer=experiment.trainer,
+        steps=config.run.steps,
+        groups_per_step=config.rollout.groups_per_step,
+        group_size=config.rollout.group_size,
+        steps_per_generation=config.rollout.steps_per_generation,
+        refill_rounds=experiment.refill_rounds,
+        seed=config.run.seed,
+        on_step=observer.see,
+    )
     updates = experiment.trainer.version - first
     if observer.stopped:
         _bring_back(best, experiment)
     elif updates == 0:
         # Each update publishes; without any, the file still has to be there for `eval`.
         experiment.adapters.publish()
-    after = measure(policy, heldout, scorer)
+    after = observer.finish(experiment.policy.version)
     return Outcome(
         before=before,
         after=after,
         steps=observer.steps,
         updates=updates,
         seconds=time.perf_counter() - started,
-        adapters=output / ADAPTERS,
+        adapters=experiment.trainer.published,
         alarms=tuple(map(str, observer.alarms)),
         kept=best.version if observer.stopped else None,
+    )
+
+
+def open_scorer(opened: ExitStack, rewards: Rewards, console: Console) -> Scorer:
+    """A scorer whose incidents are told on the console, closed with `opened`."""
+
+    def on_incident(incident: Incident) -> None:
+        console.note(visible(str(incident)))
+
+    return opened.enter_context(closing(Scorer(rewards, on_incident=on_incident)))
+
+
+def held_out(opened: ExitStack, name: str, config: TrainConfig, console: Console) -> HeldOut:
+    """The held-out tasks of another environment, with the reward of its own."""
+    environment, rewards = find_task(replace(config.task, env=name, data=None, reward=None))
+    return HeldOut(
+        name=environment.name,
+        tasks=environment.heldout(config.evaluation.count),
+        scorer=open_scorer(opened, rewards, console),
+        max_tokens=sampling_of(config, environment).max_tokens,
     )
 
 

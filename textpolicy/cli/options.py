@@ -97,8 +97,11 @@ def _demo(parser: ArgumentParser) -> None:
 
 def _evaluate(parser: ArgumentParser) -> None:
     add_config_file(parser, DEFAULTS)
-    keys = ("adapter.start", "sampling.max_tokens", "evaluation.count")
-    add_settings(parser, DEFAULTS, (*_TASK, *_PLAIN_MODEL, *keys))
+    text = "tasks to show on which base and adapters earn most differently"
+    _own(parser, "show", int, 5, text, limit=at_least(0))
+    asked = ("count", "samples", "temperature", "good")
+    keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
+    add_settings(parser, DEFAULTS, (*_TASK, *_PLAIN_MODEL, "model.dtype", *keys))
 
 
 def _plan(parser: ArgumentParser) -> None:
@@ -189,8 +192,11 @@ COMMANDS = {
     ),
     "eval": Command(
         module="evaluate",
-        summary="measure the greedy reward on held-out tasks, without and with adapters",
-        examples=("textpolicy eval --env add --adapter runs/add/adapters.safetensors",),
+        summary="measure the reward on held-out tasks, without and with adapters",
+        examples=(
+            "textpolicy eval --env add --adapter runs/add/adapters.safetensors",
+            "textpolicy eval --config runs/add/config.toml --eval-samples 8",
+        ),
         add_options=_evaluate,
     ),
     "plan": Command(

@@ -102,10 +102,10 @@ def _train(
 ) -> Outcome:
     started = time.perf_counter()
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
-    data = _load(config, source, tokenizer)
+    data = data_of(config, source, tokenizer)
     console.note(visible(str(data)))
     adapt(model, config.adapter, config.model, config.run.seed)
-    parameters = _parameters(config, output, data)
+    parameters = parameters_of(config, output, data)
     checkpoint = parameters.checkpoint_file if resume else None
     if checkpoint:
         forget_after(output / METRICS, checkpoint_iteration(checkpoint))
@@ -127,7 +127,7 @@ def _train(
             model,
             data.train,
             data.valid,
-            _optimizer(config.trainer, parameters.iterations),
+            optimizer_of(config.trainer, parameters.iterations),
             parameters=parameters,
             resume=checkpoint,
             on_progress=on_progress,
@@ -144,7 +144,8 @@ def _train(
     )
 
 
-def _optimizer(options: SFTTrainerOptions, updates: int) -> optim.Optimizer:
+def optimizer_of(options: SFTTrainerOptions, updates: int) -> optim.Optimizer:
+    """Adam on the schedule of the options, over so many updates."""
     return build_optimizer(
         options.lr,
         schedule=options.schedule,
@@ -155,7 +156,8 @@ def _optimizer(options: SFTTrainerOptions, updates: int) -> optim.Optimizer:
     )
 
 
-def _load(config: SFTConfig, source: str, tokenizer: TokenizerWrapper) -> SFTData:
+def data_of(config: SFTConfig, source: str, tokenizer: TokenizerWrapper) -> SFTData:
+    """The rows of `source`, as tokens, in their parts."""
     encoding = Encoding(
         tokenizer=tokenizer,
         learn=config.data.learn,
@@ -165,7 +167,8 @@ def _load(config: SFTConfig, source: str, tokenizer: TokenizerWrapper) -> SFTDat
     return load_data(source, encoding, validation_share=config.data.validation_share)
 
 
-def _parameters(config: SFTConfig, output: Path, data: SFTData) -> SFTParameters:
+def parameters_of(config: SFTConfig, output: Path, data: SFTData) -> SFTParameters:
+    """What `train_sft` is told; epochs are so many updates on these data."""
     trainer, run = config.trainer, config.run
 
     def parameters(iterations: int) -> SFTParameters:

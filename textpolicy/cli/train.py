@@ -37,7 +37,7 @@ def describe(outcome: Outcome) -> str:
     if outcome.kept is not None:
         text += (
             f"\nstopped by an alarm; the adapters are again those of version {outcome.kept}, which "
-            "had the best rolling reward"
+            "had the best reward"
         )
     if outcome.updates == 0:
         text += (

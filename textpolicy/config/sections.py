@@ -338,6 +338,35 @@ class EvaluationOptions:
     """What is measured on held-out tasks."""
 
     count: int = option(512, "held-out tasks to measure on", limit=at_least(2))
+    every: int | None = option(
+        None,
+        "steps from one evaluation to the next; the best adapter is then the best evaluated",
+        unset="only before and after the run",
+        flag="--eval-every",
+        limit=at_least(1),
+    )
+    samples: int = option(
+        0,
+        "completions of each task beside the greedy one, for pass@k and avg@k",
+        flag="--eval-samples",
+        limit=at_least(0),
+    )
+    temperature: float = option(
+        1.0, "randomness of those completions", flag="--eval-temperature", limit=above(0)
+    )
+    good: float = option(
+        0.5,
+        "reward from which on a completion counts as right, for pass@k",
+        flag="--eval-good",
+        limit=FINITE,
+    )
+    envs: tuple[str, ...] | None = option(
+        None,
+        "other environments to evaluate on too, with commas between",
+        unset="none",
+        flag="--eval-envs",
+        metavar="NAMES",
+    )
 
     def __post_init__(self) -> None:
         check(self)

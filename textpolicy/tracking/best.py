@@ -1,4 +1,4 @@
-"""The best adapter of a run so far, in a file of its own."""
+"""The best adapter of a run so far, in a file of its own: by evaluation, or by what it sampled."""
 
 from collections import deque
 from pathlib import Path
@@ -34,3 +34,10 @@ class BestAdapter:
                 self.reward, self.version = mean, self._sampled_with.version
                 write_file(self.path, self._sampled_with)
         self._sampled_with = self._adapters.adapter()
+
+    def measured(self, reward: float) -> None:
+        """To be called with what the adapter earned as it is now, where runs are evaluated."""
+        if reward > self.reward:
+            adapter = self._adapters.adapter()
+            self.reward, self.version = reward, adapter.version
+            write_file(self.path, adapter)

@@ -1,0 +1,157 @@
+"""Evaluation: estimators against counting, greedy against sampled, intervals that cover."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.environments import load
+from textpolicy.errors import ConfigError, RewardError
+from textpolicy.evaluation import HeldOut, Score, compare, evaluate, measure, pass_at_k
+from textpolicy.evaluation.compare import interval
+from textpolicy.evaluation.evaluate import Evaluation
+from textpolicy.generation.policy import ModelPolicy
+from textpolicy.rewards import as_rewards, scorer_of
+from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task
+
+
+@pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 3), (4, 4)])
+def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(samples, right):
+    answers = [True] * right + [False] * (samples - right)
+    for k in range(1, samples + 1):
+        share = np.mean([any(choice) for choice in combinations(answers, k)])
+        assert pass_at_k(samples, right, k) == pytest.approx(share)
+
+
+def rollout(reward, completion="x"):
+    return Rollout(
+        tokens=[1, 2],
+        mask=[False, True],
+        logprobs=[0.0, 0.0],
+        completion=completion,
+        reward=reward,
+        stop_reason=StopReason.STOP_TOKEN,
+        sampling=Sampling(),
+        version=0,
+    )
+
+
+def evaluation(greedy, sampled=(), good=0.5):
+    tasks = [Task(id=str(number), prompt=f"p{number}") for number in range(len(sampled))]
+    return Evaluation(
+        greedy=[rollout(reward, f"said {reward}") for reward in greedy],
+        sampled=[
+            RolloutGroup(task=task, rollouts=[rollout(reward) for reward in rewards])
+            for task, rewards in zip(tasks, sampled, strict=True)
+        ],
+        good=good,
+    )
+
+
+def test_the_numbers_of_an_evaluation_can_be_checked_by_hand():
+    metrics = evaluation([1.0, 0.0], [[1, 0, 0, 0], [1, 1, 0.4, 0]]).metrics()
+    assert metrics["eval/reward"] == 0.5
+    assert metrics["eval/standard_error"] == pytest.approx(0.5 / 2**0.5)
+    assert metrics["eval/avg@4"] == pytest.approx((1 / 4 + 2.4 / 4) / 2)
+    assert metrics["eval/pass@1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
+    assert metrics["eval/pass@2"] == pytest.approx((3 / 6 + 5 / 6) / 2)
+    assert metrics["eval/pass@4"] == 1
+    assert {name for name in metrics if "@" in name} == {
+        f"eval/{name}" for name in ("avg@4", "pass@1", "pass@2", "pass@4")
+    }
+
+
+def test_what_counts_as_right_is_a_matter_of_the_threshold():
+    sampled = [[1, 0.4]]
+    assert evaluation([1.0], sampled, good=0.4).metrics()["eval/pass@1"] == 1
+    assert evaluation([1.0], sampled, good=0.5).metrics()["eval/pass@1"] == 0.5
+
+
+def test_tasks_with_a_sample_that_was_not_scored_are_left_out_of_pass_at_k():
+    metrics = evaluation([1.0], [[1, 0], [None, 1]]).metrics()
+    assert metrics["eval/pass@1"] == 0.5
+
+
+def test_an_evaluation_without_any_score_is_an_error_and_no_zero():
+    with pytest.raises(RewardError, match="declined to score each of 2"):
+        evaluation([None, None]).metrics()
+
+
+@pytest.fixture
+def policy(load_tiny):
+    model, tokenizer = load_tiny()
+    AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    return ModelPolicy(model, tokenizer, Sampling(max_tokens=6))
+
+
+@pytest.fixture
+def heldout():
+    environment = load("add")
+    with scorer_of(as_rewards(environment.reward)) as scorer:
+        yield HeldOut(name="add", tasks=environment.heldout(16), scorer=scorer, max_tokens=6)
+
+
+def test_an_evaluation_repeats_itself_whatever_was_sampled_in_between(policy, heldout):
+    first = evaluate(policy, heldout, samples=3)
+    policy.generate(["1+1="], n=2)
+    again = evaluate(policy, heldout, samples=3)
+    assert first == again
+    assert {len(group.rollouts) for group in first.sampled} == {3}
+
+
+def test_samples_differ_and_at_almost_no_temperature_they_are_the_greedy_answer(policy, heldout):
+    cold = evaluate(policy, heldout, samples=2, temperature=1e-4)
+    for greedy, group in zip(cold.greedy, cold.sampled, strict=True):
+        assert {one.completion for one in group.rollouts} == {greedy.completion}
+    hot = evaluate(policy, heldout, samples=2, temperature=3.0)
+    assert any(len({one.completion for one in group.rollouts}) > 1 for group in hot.sampled)
+
+
+def test_the_greedy_score_is_the_same_with_and_without_samples(policy, heldout):
+    with_samples = evaluate(policy, heldout, samples=2).score
+    assert with_samples == measure(policy, heldout.tasks, heldout.scorer)
+    assert isinstance(with_samples, Score) and with_samples.count == 16
+
+
+def test_a_comparison_names_the_tasks_that_differ_largest_gain_first():
+    tasks = [Task(id=str(n), prompt=f"p{n}") for n in range(5)]
+    before, after = evaluation([0, 0, 1, 0.5, None]), evaluation([1, 0, 0.8, 0.9, 1])
+    comparison = compare(tasks, before, after)
+    assert [d.prompt for d in comparison.differences] == ["p0", "p3", "p2"]
+    assert comparison.differences[0].before == "said 0" and comparison.differences[0].gain == 1
+    assert (comparison.better, comparison.worse, comparison.count) == (2, 1, 4)
+    assert comparison.gain == pytest.approx((1 - 0.2 + 0.4) / 4)
+    assert comparison.low <= comparison.gain <= comparison.high
+
+
+def test_a_policy_beside_itself_gains_nothing_for_sure(policy, heldout):
+    same = evaluate(policy, heldout)
+    comparison = compare(heldout.tasks, same, same)
+    assert (comparison.gain, comparison.low, comparison.high) == (0, 0, 0)
+    assert not comparison.differences
+
+
+def test_policies_that_share_no_scored_task_are_not_compared():
+    tasks = [Task(id="0", prompt="p"), Task(id="1", prompt="q")]
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare(tasks, evaluation([None, 1]), evaluation([1, None]))
+
+
+def test_the_interval_holds_the_true_gain_in_about_95_of_100_experiments():
+    random = np.random.default_rng(1)
+    held = 0
+    for _ in range(40):
+        # Mean 0.1: of ten tasks, two are gained and one is lost.
+        gains = random.choice([1, -1, 0], p=[0.2, 0.1, 0.7], size=200)
+        low, high = interval(gains.tolist())
+        held += low <= 0.1 <= high
+    assert 35 <= held <= 40
+
+
+def test_the_interval_is_that_of_the_normal_approximation_where_tasks_are_many():
+    gains = np.random.default_rng(2).normal(0.2, 1, size=2000)
+    low, high = interval(gains.tolist())
+    error = 1.96 * gains.std() / len(gains) ** 0.5
+    assert low == pytest.approx(gains.mean() - error, abs=0.005)
+    assert high == pytest.approx(gains.mean() + error, abs=0.005)
