@@ -6,8 +6,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,15 @@ from textpolicy.errors import ConfigError
 from textpolicy.evaluation import Score, measure
 from textpolicy.loop import train_rl
 from textpolicy.rewards import Incident, Scorer
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.console import Console, visible
-from textpolicy.tracking.jsonl import MetricsFile
-from textpolicy.tracking.sink import Sink
-from textpolicy.tracking.tensorboard import TensorBoardRun
-from textpolicy.tracking.wandb_run import WandbRun
+from textpolicy.tracking.open import Services, open_tracker
+from textpolicy.tracking.tracker import Tracker
 
 ADAPTERS = "adapters.safetensors"
 BEST = "best.safetensors"
 CONFIG = "config.toml"
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +71,6 @@ def run_experiment(
     experiment = assemble(config, environment, reward, algorithm, output / ADAPTERS)
     prepare(experiment)
     (output / CONFIG).write_text(to_toml(config), "utf-8")
-    # Steps of a run that failed before its first update are none of this run's.
-    (output / METRICS).unlink(missing_ok=True)
 
     def on_incident(incident: Incident) -> None:
         console.note(visible(str(incident)))
@@ -93,9 +89,8 @@ def _train_and_measure(
     started = time.perf_counter()
     before = measure(policy, heldout, scorer)
     console.note(f"before  {before}  greedy reward on {before.count} held-out tasks")
-    with ExitStack() as opened:
-        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(config, output)]
-        observer = Observer(sinks, console, best, stop_on_alarm=config.run.stop_on_collapse)
+    with tracker_of(config, output, console) as tracker:
+        observer = Observer(tracker, console, best, stop_on_alarm=config.run.stop_on_collapse)
         train_rl(
             tasks=experiment.environment.stream(config.run.seed),
             reward=scorer,
@@ -136,14 +131,23 @@ def _bring_back(best: BestAdapter, experiment: Experiment) -> None:
     experiment.policy.reload(experiment.trainer.published)
 
 
-def open_sinks(config: TrainConfig | SFTConfig, output: Path) -> list[Sink]:
-    """Where the run's metrics go: a file in `output`, and services that were asked for."""
-    sinks: list[Sink] = [MetricsFile(output / METRICS)]
-    if project := config.tracking.wandb:
-        sinks.append(WandbRun(project, folder=output, config=plain(config)))
-    if config.tracking.tensorboard:
-        sinks.append(TensorBoardRun(output / "tensorboard"))
-    return sinks
+def tracker_of(
+    config: TrainConfig | SFTConfig,
+    output: Path,
+    console: Console,
+    *,
+    resume_step: int = 0,
+    samples: bool = True,
+) -> Tracker:
+    """Where a run's numbers go: its files, and the services that were asked for."""
+    return open_tracker(
+        RunDirectory(output),
+        Services(**asdict(config.tracking)),
+        plain(config),
+        notice=lambda text: console.note(visible(text)),
+        resume_step=resume_step,
+        samples=samples,
+    )
 
 
 def plain(config: TrainConfig | SFTConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import sys
 import time
 from argparse import Namespace
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from textpolicy.cli.assembly import adapt, dtype_of
 from textpolicy.cli.experiment import (
     ADAPTERS,
     CONFIG,
-    METRICS,
     claim,
     fresh_folder,
-    open_sinks,
     plain,
+    tracker_of,
 )
 from textpolicy.cli.flags import configured
 from textpolicy.cli.report import Report
@@ -29,9 +28,10 @@ from textpolicy.config import SFTConfig, read_toml, settings_of, to_toml
 from textpolicy.config.sft import SFTTrainerOptions
 from textpolicy.errors import ConfigError
 from textpolicy.generation.mlx_generation import load_model
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.html_report import write_html_report
-from textpolicy.tracking.jsonl import forget_after, read_metrics
+from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
     Encoding,
@@ -63,6 +63,8 @@ _FREE = {
     "trainer.patience",
     "tracking.wandb",
     "tracking.tensorboard",
+    "tracking.trackio",
+    "tracking.wandb_artifacts",
     "model.threads",
 }
 
@@ -107,20 +109,17 @@ def _train(
     adapt(model, config.adapter, config.model, config.run.seed)
     parameters = _parameters(config, output, data)
     checkpoint = parameters.checkpoint_file if resume else None
-    if checkpoint:
-        forget_after(output / METRICS, checkpoint_iteration(checkpoint))
-    else:
-        (output / METRICS).unlink(missing_ok=True)
+    resume_step = checkpoint_iteration(checkpoint) + 1 if checkpoint else 0
     (output / CONFIG).write_text(to_toml(config), "utf-8")
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
-    with ExitStack() as opened:
-        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(config, output)]
+    tracking = tracker_of(config, output, console, resume_step=resume_step, samples=False)
+    with tracking as tracker:
 
         def on_progress(event: Event) -> Progress:
             console.note(str(event))
-            for sink in sinks if (metrics := _metrics(event)) else []:
-                sink.write(event.iteration, metrics)
+            if metrics := _metrics(event):
+                tracker.write(event.iteration, metrics)
             return Progress.MORE
 
         result = train_sft(
@@ -226,7 +225,7 @@ def _write_report(outcome: Outcome, config: SFTConfig, output: Path) -> None:
         output / REPORT,
         f"Supervised training of {config.model.name} on {config.data.source}",
         plots={"loss": ["loss", "validation/loss"], "learning rate": ["learning_rate"]},
-        rows=read_metrics(output / METRICS),
+        rows=read_metrics(RunDirectory(output).metrics),
         facts=_facts(outcome, output),
         settings=plain(config),
     )
@@ -235,9 +234,8 @@ def _write_report(outcome: Outcome, config: SFTConfig, output: Path) -> None:
 def _facts(outcome: Outcome, output: Path) -> dict[str, object]:
     """What a person wants to know of a finished run."""
     result = outcome.result
-    losses = [
-        r["validation/loss"] for r in read_metrics(output / METRICS) if "validation/loss" in r
-    ]
+    rows = read_metrics(RunDirectory(output).metrics)
+    losses = [row["validation/loss"] for row in rows if "validation/loss" in row]
     how = {"finished": "", "stopped": " (stopped)", "early": " (out of patience)"}[result.ended]
     facts: dict[str, object] = {
         "data": outcome.data,

@@ -353,6 +353,12 @@ class TrackingOptions:
     tensorboard: bool = option(
         False, "log to event files of TensorBoard too, in the folder tensorboard of the run"
     )
+    trackio: str | None = option(
+        None, "log to this project of trackio too", unset="no", metavar="PROJECT"
+    )
+    wandb_artifacts: bool = option(
+        False, "upload the latest and the best adapter to Weights & Biases at the end"
+    )
 
     def __post_init__(self) -> None:
         check(self)
