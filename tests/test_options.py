@@ -15,7 +15,8 @@ from textpolicy.adapters.files import peek_version
 from textpolicy.algorithms import dapo, get
 from textpolicy.cli.assembly import Experiment, adapter_config, assemble, dtype_of, find_algorithm
 from textpolicy.cli.assembly import adapt as adapt_model
-from textpolicy.cli.experiment import plain, run_experiment
+from textpolicy.cli.experiment import run_experiment
+from textpolicy.cli.recording import plain
 from textpolicy.cli.sft import data_of, optimizer_of, parameters_of
 from textpolicy.cli.tasks import find_task
 from textpolicy.cli.threads import use_threads
@@ -23,6 +24,7 @@ from textpolicy.config import SFTConfig, TrainConfig, changed, settings_of
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.models import tiny_model
+from textpolicy.runs import RunDirectory, claim
 from textpolicy.tracking.console import Console
 
 DEFAULTS = changed(TrainConfig(), {"task.env": "add"})
@@ -37,8 +39,7 @@ def assembled(tmp_path):
         config = changed(DEFAULTS, {key.replace("__", "."): v for key, v in changes.items()})
         environment, reward = find_task(config.task)
         algorithm = find_algorithm(config.algorithm)
-        publish = tmp_path / "adapters.safetensors"
-        return assemble(config, environment, reward, algorithm, publish)
+        return assemble(config, environment, reward, algorithm, RunDirectory(tmp_path))
 
     return build
 
@@ -306,7 +307,9 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
         (tmp_path / "console.txt").open("w") as stream,
         closing(Console(stream, config.run.steps)) as console,
     ):
-        outcome = run_experiment(config, folder, console)
+        directory = RunDirectory(folder)
+        claim(directory)
+        outcome = run_experiment(config, directory, console)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert outcome.before.count == outcome.after.count == 5
@@ -342,8 +345,8 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
         "run.steps": 3,
     }
     with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 3)) as console:
-        run_experiment(changed(DEFAULTS, values), tmp_path / "run", console)
-    assert peek_version(tmp_path / "run" / "best.safetensors") == 1
+        run_experiment(changed(DEFAULTS, values), RunDirectory(tmp_path), console)
+    assert peek_version(RunDirectory(tmp_path).best) == 1
 
 
 # Options whose effect is shown by tests of their own, beside those above.

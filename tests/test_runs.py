@@ -98,7 +98,8 @@ def test_a_new_run_takes_no_directory_that_is_there(tmp_path):
     claim(first)
     second = new_directory("hf:open/gsm8k", tmp_path)
     assert second.path.name == "hf-open-gsm8k-2"
-    first.config.write_text("")
+    first.adapters.mkdir()
+    first.latest.write_text("")
     with pytest.raises(ConfigError, match=f"--resume {first.path}"):
         claim(first)
 

@@ -56,7 +56,7 @@ def train(
     from textpolicy.generation.mlx_generation import create_policy, load_model
     from textpolicy.loop import train_rl
     from textpolicy.runs import RunDirectory
-    from textpolicy.tracking.jsonl import MetricsFile, forget_after
+    from textpolicy.tracking.jsonl import RunFiles
     from textpolicy.training.checkpoint import Checkpoints
     from textpolicy.training.optimizer import build_optimizer
     from textpolicy.training.trainer import Trainer
@@ -78,8 +78,8 @@ def train(
         run.remove_partial()
         checkpoints = Checkpoints(run.checkpoints)
         resume = checkpoints.newest()
-        forget_after(run.metrics, resume.step - 1 if resume else -1)
-        with closing(MetricsFile(run.metrics)) as rows:
+        resume_step = resume.step if resume else 0
+        with closing(RunFiles(run.metrics, resume_step=resume_step)) as rows:
 
             def on_step(report: Any) -> Any:
                 rows.write(report.step, report.metrics)

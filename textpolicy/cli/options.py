@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.cli.flags import add_config_file, add_setting, add_settings
+from textpolicy.cli.resuming import add_resume
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import Limit, Option, Setting, above, at_least
 
@@ -75,15 +76,15 @@ def _own(
 
 def _run(parser: ArgumentParser) -> None:
     add_config_file(parser, DEFAULTS)
+    add_resume(parser)
     _dry_run(parser, "show the settings and the memory of the run, and start nothing")
     add_settings(parser, DEFAULTS)
 
 
 def _sft(parser: ArgumentParser) -> None:
     add_config_file(parser, SFTConfig())
+    add_resume(parser)
     _dry_run(parser, "show the settings that the run would have, and start nothing")
-    text = "go on with the run in --output, given with the options that it was begun with"
-    parser.add_argument("--resume", help=text, action="store_true")
     add_settings(parser, SFTConfig())
 
 

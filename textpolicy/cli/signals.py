@@ -32,10 +32,10 @@ class StopRequest:
 
         return see
 
-    def farewell(self, run: Path) -> str:
-        """What to tell whoever stopped the run."""
+    def farewell(self, run: Path, command: str = "train") -> str:
+        """What to tell whoever stopped the run, that this command began."""
         by = f"stopped by {self.signal.name}; " if self.signal else ""
-        return f"{by}go on with: textpolicy train --resume {shlex.quote(str(run))}"
+        return f"{by}go on with: textpolicy {command} --resume {shlex.quote(str(run))}"
 
     @property
     def exit_code(self) -> int:

@@ -125,6 +125,11 @@ class RunDirectory:
                 shutil.copyfile(adapter, temporary)
         return target
 
+    def keep_latest(self) -> None:
+        """Keep the latest adapter under its version too, if there is one yet."""
+        if self.latest.exists():
+            self.keep(self.latest)
+
     def remove_partial(self) -> None:
         """Remove what a killed process was writing; to be called by the holder of the lock."""
         for folder in (self.path, self.adapters, self.checkpoints):
@@ -140,7 +145,8 @@ def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:
 
 def claim(directory: RunDirectory) -> None:
     """Make the directory and see that it can be written to, before a model is loaded for it."""
-    if directory.begun:
+    # A run that failed before it had anything to lose is no hindrance.
+    if directory.latest.exists() or any(directory.checkpoints.glob(f"*{SUFFIX}")):
         raise ConfigError(
             f"{directory.path} holds an earlier run: choose another folder, or go on with that run "
             f"by --resume {directory.path}"
