@@ -25,5 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TextPolicyError, OSError) as error:
         print(f"{failed}{error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    print(json.dumps(report.data) if options.json else report.text)
+    if text := json.dumps(report.data) if options.json else report.text:
+        print(text)
     return report.exit_code
