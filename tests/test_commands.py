@@ -93,6 +93,7 @@ def test_a_seed_makes_a_conversation_repeatable(talk):
     assert once("1") == once("1") != once("2")
 
 
+@pytest.mark.slow
 def test_chat_works_in_a_pipe_and_answers_line_by_line():
     program = "from textpolicy.cli import main; raise SystemExit(main())"
     done = subprocess.run(
