@@ -3,6 +3,8 @@
 import argparse
 import inspect
 import string
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -23,6 +25,7 @@ from textpolicy.errors import ConfigError
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = TrainConfig()
 SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
 
@@ -204,7 +207,7 @@ def some_config(random: Random) -> TrainConfig:
 
 def test_whatever_the_values_are_they_are_written_and_read_back(read):
     random = Random(0)
-    for _ in range(60):
+    for _ in range(20):
         config = some_config(random)
         assert read(to_toml(config)) == config
 
@@ -238,7 +241,7 @@ def flags_of(command: str) -> dict[str, argparse.Action]:
     return {action.dest: action for action in subparsers.choices[command]._actions}
 
 
-SWITCHES = {"help", "json", "config", "set", "dry_run", "resume"}
+SWITCHES = {"help", "json", "config", "set", "dry_run", "resume", "force"}
 CONFIGS = {"train": DEFAULTS, "sft": SFTConfig()}
 
 
@@ -302,3 +305,9 @@ def test_every_section_checks_itself(config):
     for known in fields(config):
         section = getattr(config, known.name)
         assert is_dataclass(section) and "__post_init__" in type(section).__dict__
+
+
+def test_the_page_of_options_says_what_the_configs_say():
+    command = [sys.executable, str(ROOT / "tools" / "configuration_page.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -24,14 +24,9 @@ def add_settings(parser: ArgumentParser, config: Any, only: Collection[str] = ()
     """A flag for each setting of `config`, in groups by section, or for those whose keys are in
     `only`. What is not given leaves no trace in the namespace.
     """
-    sections = sections_of(config)
-    for section, about in sections.items():
-        chosen = [
-            setting
-            for setting in settings_of(config)
-            if setting.section == section and (not only or setting.key in only)
-        ]
-        if chosen:
+    settings = [one for one in settings_of(config) if not only or one.key in only]
+    for section, about in sections_of(config).items():
+        if chosen := [setting for setting in settings if setting.section == section]:
             group = parser.add_argument_group(f"[{section}] {about[0].lower()}{about[1:]}")
             for setting in chosen:
                 add_setting(group, setting)
@@ -78,6 +73,21 @@ def add_config_file(parser: ArgumentParser, config: Any) -> None:
         default=SUPPRESS,
         help="a setting by its name in the file, such as trainer.lr=1e-5; may be given several "
         "times (default: none)",
+    )
+
+
+def add_resume(parser: ArgumentParser) -> None:
+    """--resume and --force."""
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=Path,
+        help="go on with the run in this directory from its last checkpoint (default: a new run)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on although options differ from those that the run was begun with",
     )
 
 

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import asdict
 
+from textpolicy.cli.assembly import dtype_of
 from textpolicy.cli.flags import configured
 from textpolicy.cli.report import Report
 from textpolicy.cli.threads import use_threads
@@ -24,7 +25,9 @@ def run(options: Namespace) -> Report:
         min_p=options.min_p,
         stop=tuple(options.stop or ()),
     )
-    model, tokenizer = load_model(config.model.name, config.adapter.start)
+    model, tokenizer = load_model(
+        config.model.name, config.adapter.start, dtype=dtype_of(config.model)
+    )
     policy = ModelPolicy(model, tokenizer, sampling)
     (completions,) = policy.generate([options.prompt], n=options.n, seed=options.seed)
     texts = [visible(completion.text) for completion in completions]

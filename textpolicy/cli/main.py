@@ -12,7 +12,8 @@ from textpolicy.errors import ConfigError, TextPolicyError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
-    options = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    options = build_parser(next(iter(given), "")).parse_args(given)
     failed = f"textpolicy {options.command}: "
     if missing := backend.missing_backend():
         print(f"{failed}{missing}", file=sys.stderr)
@@ -25,5 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TextPolicyError, OSError) as error:
         print(f"{failed}{error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    print(json.dumps(report.data) if options.json else report.text)
+    if text := json.dumps(report.data) if options.json else report.text:
+        print(text)
     return report.exit_code

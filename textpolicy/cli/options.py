@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textpolicy.cli.flags import add_config_file, add_setting, add_settings
-from textpolicy.cli.resuming import add_resume
+from textpolicy.cli.flags import add_config_file, add_resume, add_setting, add_settings
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import Limit, Option, Setting, above, at_least
 
@@ -28,8 +27,10 @@ class Command:
     add_options: Callable[[ArgumentParser], None]
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of every command."""
+def build_parser(only: str | None = None) -> ArgumentParser:
+    """The parser of every command; with `only`, the others are known by name and have no options,
+    which takes a tenth of the time.
+    """
     parser = ArgumentParser(
         prog="textpolicy",
         description="Reinforcement-learning post-training of language models with LoRA, on MLX.",
@@ -47,7 +48,8 @@ def build_parser() -> ArgumentParser:
             allow_abbrev=False,
         )
         sub.set_defaults(module=command.module)
-        command.add_options(sub)
+        if only in (None, name):
+            command.add_options(sub)
         sub.add_argument(
             "--json", action="store_true", help="answer with one JSON object, the last line"
         )
@@ -112,9 +114,21 @@ def _plan(parser: ArgumentParser) -> None:
 
 
 def _generate(parser: ArgumentParser) -> None:
-    add_settings(parser, DEFAULTS, (*_PLAIN_MODEL, "adapter.start"))
+    add_settings(parser, DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
     _own(parser, "prompt", str, None, "what to say to the model", required=True)
     _own(parser, "n", int, 1, "completions to sample", flag="-n", limit=at_least(1))
+    _drawing(parser)
+    text = "end at this text; may be given several times"
+    _own(parser, "stop", str, None, text, action="append")
+
+
+def _chat(parser: ArgumentParser) -> None:
+    add_settings(parser, DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
+    _own(parser, "system", str | None, None, "what the model is told before you")
+    _drawing(parser)
+
+
+def _drawing(parser: ArgumentParser) -> None:
     _own(parser, "max_tokens", int, 256, "longest completion", limit=at_least(1))
     _own(parser, "temperature", float, 1.0, "randomness; 0 is greedy", limit=at_least(0))
     text = "draw from the likeliest tokens with this much probability together"
@@ -123,9 +137,16 @@ def _generate(parser: ArgumentParser) -> None:
     _own(parser, "top_k", int, 0, text, limit=at_least(0))
     text = "draw from tokens at least this probable, relative to the likeliest"
     _own(parser, "min_p", float, 0.0, text, limit=at_least(0))
-    text = "end at this text; may be given several times"
-    _own(parser, "stop", str, None, text, action="append")
-    _own(parser, "seed", int | None, None, "makes the sample repeatable", unset="random")
+    _own(parser, "seed", int | None, None, "makes what is sampled repeatable", unset="random")
+
+
+def _fuse(parser: ArgumentParser) -> None:
+    add_settings(parser, DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
+    _own(parser, "output", Path, None, "folder to write the model to", required=True, metavar="DIR")
+    text = "write a quantized base in floats, which keeps all of the update"
+    parser.add_argument("--dequantize", action="store_true", help=text)
+    text = "refuse where rounding leaves less than this share of the update"
+    _own(parser, "min_survival", float, 0.9, text, limit=at_least(0))
 
 
 def _check(parser: ArgumentParser) -> None:
@@ -153,6 +174,11 @@ def _envs(parser: ArgumentParser) -> None:
     text = "an environment to check and show, as --env takes it (default: list all)"
     parser.add_argument("env", nargs="?", help=text, metavar="ENV")
     _own(parser, "data", str | None, None, "rows for it", unset="its own", metavar="FILE")
+
+
+def _runs(parser: ArgumentParser) -> None:
+    text = "folders of runs to list, or two runs and more to compare (default: runs)"
+    parser.add_argument("paths", nargs="*", type=Path, help=text, metavar="PATH")
 
 
 def _doctor(parser: ArgumentParser) -> None:
@@ -191,6 +217,20 @@ COMMANDS = {
         ),
         add_options=_generate,
     ),
+    "chat": Command(
+        module="chat",
+        summary="talk with a model",
+        examples=(
+            "textpolicy chat --model Qwen/Qwen3-0.6B --adapter runs/mine/adapters.safetensors",
+        ),
+        add_options=_chat,
+    ),
+    "fuse": Command(
+        module="fuse",
+        summary="write a model with its adapters added into the weights, for mlx-lm to load",
+        examples=("textpolicy fuse --adapter runs/add/adapters.safetensors --output fused",),
+        add_options=_fuse,
+    ),
     "eval": Command(
         module="evaluate",
         summary="measure the reward on held-out tasks, without and with adapters",
@@ -199,6 +239,12 @@ COMMANDS = {
             "textpolicy eval --config runs/add/config.toml --eval-samples 8",
         ),
         add_options=_evaluate,
+    ),
+    "runs": Command(
+        module="runs",
+        summary="list runs and how far they came, or show where several differ",
+        examples=("textpolicy runs", "textpolicy runs runs/add runs/add-2"),
+        add_options=_runs,
     ),
     "plan": Command(
         module="plan",

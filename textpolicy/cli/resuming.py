@@ -1,8 +1,7 @@
 """--resume: the config that a run was begun with, and what may be changed of it."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Collection
-from pathlib import Path
 from typing import TypeVar
 
 from textpolicy.cli.flags import configured
@@ -13,21 +12,6 @@ from textpolicy.runs import RunDirectory
 C = TypeVar("C")
 # Where a run is kept and how it is watched changes none of its numbers.
 WATCHING = frozenset({"run.output", "tracking"})
-
-
-def add_resume(parser: ArgumentParser) -> None:
-    """--resume and --force."""
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        type=Path,
-        help="go on with the run in this directory from its last checkpoint (default: a new run)",
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="go on although options differ from those that the run was begun with",
-    )
 
 
 def taken_up(

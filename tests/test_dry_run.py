@@ -1,0 +1,76 @@
+"""A dry run: what a run would be and what it would take, and nothing started."""
+
+import json
+import shutil
+
+import pytest
+
+from textpolicy.cli import main
+from textpolicy.config import SFTConfig, TrainConfig, changed, read_toml
+
+
+@pytest.fixture
+def planned(capsys):
+    """A function from a command line to what its dry run says, to people and to machines."""
+
+    def run(*argv: str) -> tuple[str, dict]:
+        capsys.readouterr()
+        assert main([*argv, "--dry-run"]) == 0
+        text = capsys.readouterr().out
+        assert main([*argv, "--dry-run", "--json"]) == 0
+        return text, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+ARGV = ["train", "--env", "add", "--lr", "1e-4", "--rank", "4"]
+
+
+def test_it_prints_a_config_that_can_be_given_back(planned, tmp_path):
+    text, _ = planned(*ARGV, "--output", str(tmp_path / "run"))
+    toml = text.partition("\nprompt  ")[0]
+    (tmp_path / "again.toml").write_text(toml)
+    values = {"task.env": "add", "trainer.lr": 1e-4, "adapter.rank": 4}
+    values["run.output"] = tmp_path / "run"
+    assert read_toml(tmp_path / "again.toml", TrainConfig()) == changed(TrainConfig(), values)
+
+
+def test_it_starts_nothing_and_reads_no_weight(planned, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    model = str(tmp_path / "model")
+    text, _ = planned(*ARGV, "--model", model, "--output", str(tmp_path / "run"))
+    assert "nothing was started" in text and not (tmp_path / "run").exists()
+
+
+def test_the_memory_grows_with_what_makes_it_grow(capsys):
+    def training(*more: str) -> int:
+        assert main([*ARGV, *more, "--dry-run", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["estimated_training_bytes"]
+
+    usual = training()
+    assert training("--micro-batch-size", "128") > training("--micro-batch-size", "8")
+    assert training("--checkpoint-gradients", "--micro-batch-size", "128") < training(
+        "--micro-batch-size", "128"
+    )
+    assert training("--quantize", "4") < usual < training("--max-tokens", "200")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--algorithm", "grop"], "Did you mean 'grpo'?"),
+        (["--set", "algorithm.options.clip_hgih=0.3"], "Did you mean 'clip_high'?"),
+    ],
+)
+def test_what_the_run_would_refuse_it_refuses_too(argv, words, capsys):
+    assert main([*ARGV, *argv, "--dry-run"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_supervised_run_shows_its_settings(planned, tmp_path):
+    argv = ["sft", "--data", "rows", "--output", str(tmp_path / "run"), "--lr", "1e-3"]
+    text, data = planned(*argv)
+    (tmp_path / "again.toml").write_text(text)
+    assert read_toml(tmp_path / "again.toml", SFTConfig()).trainer.lr == 1e-3
+    assert data["config"]["trainer.lr"] == 1e-3 and not (tmp_path / "run").exists()
