@@ -1,4 +1,4 @@
-"""`textpolicy train` stopped by a signal, killed, and gone on with: the directory tells the same."""
+"""`textpolicy train` stopped by a signal or killed, and gone on with to the same directory."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from textpolicy.runs import RunDirectory
 
 RUN = [
     *("train", "--env", "add", "--steps", "12", "--count", "16", "--groups-per-step", "4"),
-    *("--group-size", "4", "--eval-every", "5", "--lr", "0.01", "--schedule", "cosine"),
+    *("--group-size", "4", "--eval-every", "5", "--lr", "0.002", "--schedule", "cosine"),
 ]
 COMMAND = [sys.executable, "-c", "from textpolicy.cli import main; raise SystemExit(main())"]
 
@@ -78,7 +78,7 @@ def test_a_run_leaves_what_a_stranger_understands(whole):
     # The versions that were evaluated: after 5 and 10 steps, and the last.
     kept = sorted(int(p.stem) for p in whole.adapters.iterdir() if p.stem.isdecimal())
     assert len(kept) == 3 and kept[-1] == read_file(whole.latest).version
-    assert read_toml(whole.config, TrainConfig()).trainer.lr == 0.01
+    assert read_toml(whole.config, TrainConfig()).trainer.lr == 0.002
     one = completions(whole)[0]
     assert {"step", "prompt", "completion", "reward", "advantage", "version"} <= one.keys()
 
@@ -111,7 +111,7 @@ def test_another_config_is_refused_with_the_differences_unless_forced(whole, tmp
     argv = ["train", "--resume", str(whole.path), "--lr", "0.5", "--beta", "0.1"]
     assert main(argv) == 2
     message = capsys.readouterr().err
-    assert "trainer.lr: 0.01 there, 0.5 now" in message
+    assert "trainer.lr: 0.002 there, 0.5 now" in message
     assert "algorithm.beta: 0.0 there, 0.1 now" in message
     assert "--force" in message
     # Watching it otherwise changes no number.
