@@ -16,6 +16,7 @@ from textpolicy.cli.threads import use_threads
 from textpolicy.config import TrainConfig
 from textpolicy.runs import RunDirectory, claim, new_directory
 from textpolicy.tracking.console import Console
+from textpolicy.tracking.report import write_report
 
 
 def run(options: Namespace) -> Report:
@@ -28,6 +29,7 @@ def run(options: Namespace) -> Report:
         directory = _chosen(config.run.output, source)
     with closing(Console(sys.stderr, config.run.steps)) as console:
         outcome = run_experiment(config, directory, console)
+    write_report([directory.path])
     code = 0 if outcome.after else outcome.request.exit_code
     return Report(data=_data(outcome), text=_text(outcome), exit_code=code)
 
@@ -69,7 +71,8 @@ def describe(outcome: Outcome) -> str:
 def _text(outcome: Outcome) -> str:
     if outcome.after is None:
         return outcome.request.farewell(outcome.directory.path)
-    return f"{describe(outcome)}\nadapters in {outcome.directory.latest}"
+    directory = outcome.directory
+    return f"{describe(outcome)}\nadapters in {directory.latest}\nreport in {directory.report}"
 
 
 def _data(outcome: Outcome) -> dict[str, Any]:
@@ -81,6 +84,7 @@ def _data(outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "run": str(outcome.directory.path),
         "adapters": str(outcome.directory.latest),
+        "report": str(outcome.directory.report),
         "alarms": outcome.alarms,
         "kept": outcome.kept,
     }
