@@ -150,3 +150,25 @@ def test_a_checkpoint_that_is_damaged_is_passed_over(tmp_path, whole, capsys):
     assert main(["train", "--resume", str(directory.path)]) == 0
     assert "passed over" in capsys.readouterr().err
     same_end(directory, whole)
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+from textpolicy.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_the_disk_ends_says_how_it_goes_on(tmp_path):
+    path = str(tmp_path / "run")
+    small = ["--count", "4", "--groups-per-step", "2", "--group-size", "2"]
+    assert main(["train", "--env", "add", "--steps", "2", *small, "--output", path]) == 0
+    more = ["train", "--resume", path, "--steps", "4", "--force"]
+    full = [sys.executable, "-c", FULL_DISK, *more]
+    ended = subprocess.run(full, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 75
+    assert f"go on with: textpolicy train --resume {path}" in ended.stderr
+    assert main(more) == 0
+    assert [row["step"] for row in rows(RunDirectory(tmp_path / "run"))] == [0, 1, 2, 3, 4]

@@ -1,12 +1,14 @@
 """--resume: the config that a run was begun with, and what may be changed of it."""
 
+import shlex
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from textpolicy.cli.flags import configured
 from textpolicy.config import read_toml, settings_of
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, RunInterruptedError, UnwritableError
 from textpolicy.runs import RunDirectory
 
 C = TypeVar("C")
@@ -41,3 +43,17 @@ def taken_up(
             + "\nLeave these out, or go on with them all the same by --force"
         )
     return config, directory
+
+
+@contextmanager
+def to_go_on(directory: RunDirectory, command: str) -> Generator[None]:
+    """A full disk and its like become an error that says how the run goes on, if it can."""
+    try:
+        yield
+    except (UnwritableError, OSError) as error:
+        if not any(directory.checkpoints.glob("*.safetensors")):
+            raise
+        raise RunInterruptedError(
+            f"{error}\nThe run has a checkpoint; when that is put right, go on with: "
+            f"textpolicy {command} --resume {shlex.quote(str(directory.path))}"
+        ) from error

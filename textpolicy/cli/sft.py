@@ -16,7 +16,7 @@ from textpolicy.cli.assembly import adapt, dtype_of
 from textpolicy.cli.flags import configured
 from textpolicy.cli.recording import plain, tracker_of
 from textpolicy.cli.report import Report
-from textpolicy.cli.resuming import WATCHING, taken_up
+from textpolicy.cli.resuming import WATCHING, taken_up, to_go_on
 from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import SFTConfig, to_toml
@@ -88,6 +88,7 @@ def run(options: Namespace) -> Report:
     with (
         closing(Console(sys.stderr, config.trainer.iterations or ITERATIONS)) as console,
         directory.lock(),
+        to_go_on(directory, "sft"),
     ):
         outcome = _train(config, source, directory, console)
     write_report([directory.path])

@@ -11,7 +11,7 @@ from textpolicy.cli.experiment import Outcome, run_experiment
 from textpolicy.cli.flags import configured
 from textpolicy.cli.memory import show_plan
 from textpolicy.cli.report import Report
-from textpolicy.cli.resuming import taken_up
+from textpolicy.cli.resuming import taken_up, to_go_on
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import TrainConfig
 from textpolicy.runs import RunDirectory, claim, new_directory
@@ -27,7 +27,10 @@ def run(options: Namespace) -> Report:
     if directory is None:
         source = config.task.env or Path(config.task.data or "").stem
         directory = _chosen(config.run.output, source)
-    with closing(Console(sys.stderr, config.run.steps)) as console:
+    with (
+        closing(Console(sys.stderr, config.run.steps)) as console,
+        to_go_on(directory, "train"),
+    ):
         outcome = run_experiment(config, directory, console)
     write_report([directory.path])
     code = 0 if outcome.after else outcome.request.exit_code
