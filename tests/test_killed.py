@@ -240,7 +240,7 @@ def test_a_second_signal_leaves_where_the_first_could_not_be_announced():
 def test_a_signal_is_noted_and_announced_and_the_handlers_of_before_come_back():
     before = [signal.getsignal(number) for number in STOPPING]
     heard = Queue()
-    report = StepReport(0, 1, {}, ())
+    report = StepReport(0, 1, {}, (), (), ())
     with stopping(heard.put) as request:
         assert (request.signal, request.exit_code) == (None, 0)
         assert request.farewell(Path("run")) == "go on with: textpolicy train --resume run"

@@ -3,6 +3,8 @@
 import json
 import math
 from contextlib import closing
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from textpolicy.algorithms import dapo, get
 from textpolicy.cli.assembly import Experiment, adapter_config, assemble, dtype_of, find_algorithm
 from textpolicy.cli.assembly import adapt as adapt_model
 from textpolicy.cli.experiment import run_experiment
-from textpolicy.cli.recording import plain
+from textpolicy.cli.recording import plain, tracker_of
 from textpolicy.cli.sft import data_of, optimizer_of, parameters_of
 from textpolicy.cli.tasks import find_task
 from textpolicy.cli.threads import use_threads
@@ -24,8 +26,9 @@ from textpolicy.config import SFTConfig, TrainConfig, changed, settings_of
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.models import tiny_model
-from textpolicy.runs import RunDirectory, claim
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
+from textpolicy.tracking.open import Services
 
 DEFAULTS = changed(TrainConfig(), {"task.env": "add"})
 ROWS = [{"question": f"{n}+1=", "right": str(n + 1)} for n in range(40)]
@@ -308,7 +311,6 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
         closing(Console(stream, config.run.steps)) as console,
     ):
         directory = RunDirectory(folder)
-        claim(directory)
         outcome = run_experiment(config, directory, console)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
@@ -347,6 +349,19 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
     with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 3)) as console:
         run_experiment(changed(DEFAULTS, values), RunDirectory(tmp_path), console)
     assert peek_version(RunDirectory(tmp_path).best) == 1
+
+
+def test_services_are_opened_by_the_options_that_name_them(tmp_path):
+    """Those that are no part of the development environment are asked for by name."""
+    values = {"tracking.trackio": "project", "tracking.wandb_artifacts": True}
+    config = changed(DEFAULTS, values)
+    services = Services(**asdict(config.tracking))
+    assert (services.trackio, services.wandb_artifacts) == ("project", True)
+    if find_spec("trackio") is None:
+        with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 1)) as console:
+            refused = pytest.raises(ConfigError, match=r"textpolicy\[trackio\]")
+            with refused, tracker_of(config, RunDirectory(tmp_path), console):
+                pass
 
 
 # Options whose effect is shown by tests of their own, beside those above.

@@ -17,7 +17,7 @@ from textpolicy.config import TrainConfig, to_toml
 from textpolicy.evaluation import Evaluator, HeldOut, Score
 from textpolicy.loop import train_rl
 from textpolicy.rewards import Incident, Rewards, Scorer
-from textpolicy.runs import RunDirectory
+from textpolicy.runs import RunDirectory, claim
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import read_metrics
@@ -50,13 +50,17 @@ def run_experiment(
     console: Console,
     algorithm: Algorithm | None = None,
     prepare: Callable[[Experiment], None] = lambda experiment: None,
+    *,
+    begun: bool = False,
 ) -> Outcome:
     """Prepare, measure, train, measure again; what it comes to stays in `directory`.
 
-    Where the directory has a checkpoint, the run goes on from there.
+    A run that was `begun` there before goes on from its last checkpoint, if it has one.
     """
     algorithm = algorithm or find_algorithm(config.algorithm)
     environment, reward = find_task(config.task)
+    if not begun:
+        claim(directory)
     with ExitStack() as opened:
         opened.enter_context(directory.lock())
         directory.remove_partial()

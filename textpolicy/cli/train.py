@@ -14,7 +14,7 @@ from textpolicy.cli.report import Report
 from textpolicy.cli.resuming import taken_up, to_go_on
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import TrainConfig
-from textpolicy.runs import RunDirectory, claim, new_directory
+from textpolicy.runs import RunDirectory, new_directory
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.report import write_report
 
@@ -24,14 +24,16 @@ def run(options: Namespace) -> Report:
     use_threads(config.model)
     if options.dry_run:
         return show_plan(config)
+    begun = directory is not None
     if directory is None:
+        output = config.run.output
         source = config.task.env or Path(config.task.data or "").stem
-        directory = _chosen(config.run.output, source)
+        directory = RunDirectory(output) if output else new_directory(source)
     with (
         closing(Console(sys.stderr, config.run.steps)) as console,
         to_go_on(directory, "train"),
     ):
-        outcome = run_experiment(config, directory, console)
+        outcome = run_experiment(config, directory, console, begun=begun)
     write_report([directory.path])
     code = 0 if outcome.after else outcome.request.exit_code
     return Report(data=_data(outcome), text=_text(outcome), exit_code=code)
@@ -41,13 +43,6 @@ def _asked(options: Namespace) -> tuple[TrainConfig, RunDirectory | None]:
     if options.resume:
         return taken_up(TrainConfig(), options)
     return configured(TrainConfig(), options), None
-
-
-def _chosen(output: Path | None, source: str) -> RunDirectory:
-    """The directory of a new run, ready to be written to."""
-    directory = RunDirectory(output) if output else new_directory(source)
-    claim(directory)
-    return directory
 
 
 def describe(outcome: Outcome) -> str:
