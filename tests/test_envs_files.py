@@ -213,7 +213,7 @@ def test_rows_and_a_reward_train_from_an_empty_folder(folder, capsys):
     assert "4 held-out tasks" in out.err
     assert "adapters in runs/rows/adapters/latest.safetensors" in out.out
     assert main([*train, "--steps", "1", "--group-size", "2", "--max-tokens", "6"]) == 0
-    assert (folder / "runs" / "rows-2" / "adapters.safetensors").is_file()
+    assert (folder / "runs" / "rows-2" / "adapters" / "latest.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
