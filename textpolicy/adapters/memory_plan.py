@@ -21,8 +21,8 @@ from textpolicy.errors import ConfigError, ModelError
 _FLOAT = mx.float32.size
 # Logits, the same over the temperature, log-probabilities, and probabilities.
 _HEAD_ARRAYS = 4
-# The trainer scores positions in chunks of at most so many bytes of logits. Measured is what a chunk
-# comes to with what mlx allocates ahead for the next.
+# The trainer scores positions in chunks of at most so many bytes of logits. Measured is what a
+# chunk comes to with what mlx allocates ahead for the next.
 _CHUNK_BYTES = 16 * 2**20
 _CHUNK_ARRAYS = 12
 # The same two where the head itself is trained, and computed a second time.
