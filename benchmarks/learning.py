@@ -38,12 +38,13 @@ import numpy as np
 from textpolicy import fast_cpu
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.assembly import Experiment, find_algorithm
-from textpolicy.cli.experiment import ADAPTERS, run_experiment
+from textpolicy.cli.experiment import run_experiment
 from textpolicy.config import ALGORITHMS, DEMO, TrainConfig, changed
 from textpolicy.environments import gold_answers
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
 from textpolicy.training.sft import Demonstration, SFTParameters, train_sft
 from textpolicy.types import AdvantageFn, Batch, LossFn
@@ -119,8 +120,9 @@ def teacher(config: TrainConfig) -> nn.Module:
         closing(Console(sys.stderr, config.run.steps)) as console,
     ):
         grpo = changed(config, {"algorithm.name": "grpo"})
-        run_experiment(grpo, Path(folder), console)
-        model, _ = load_model(config.model.name, Path(folder) / ADAPTERS)
+        directory = RunDirectory(Path(folder))
+        run_experiment(grpo, directory, console)
+        model, _ = load_model(config.model.name, directory.latest)
     return model
 
 
@@ -149,11 +151,12 @@ def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
         prepare = partial(warm_up, env=env, seed=config.run.seed)
         outcome = run_experiment(
             config,
-            Path(folder),
+            RunDirectory(Path(folder)),
             console,
             algorithm,
             prepare if env in WARM_UPS else lambda experiment: None,
         )
+    assert outcome.after
     gain = outcome.after.reward - outcome.before.reward
     return {
         "env": env,

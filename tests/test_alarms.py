@@ -12,8 +12,10 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.adapters.files import read_file
 from textpolicy.cli import main
 from textpolicy.cli.experiment import Outcome
+from textpolicy.cli.signals import StopRequest
 from textpolicy.cli.train import describe
 from textpolicy.evaluation import Score
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarms import COLUMNS, Watch
 from textpolicy.tracking.best import BestAdapter
 
@@ -171,9 +173,10 @@ def test_the_summary_says_which_adapters_a_stopped_run_ends_with():
         steps=17,
         updates=17,
         seconds=1.0,
-        adapters=Path("adapters.safetensors"),
+        directory=RunDirectory(Path("run")),
         alarms=("alarm at step 17",),
         kept=3,
+        request=StopRequest(),
     )
     assert "stopped by an alarm; the adapters are again those of version 3" in describe(outcome)
     assert "stopped" not in describe(replace(outcome, kept=None))
@@ -191,8 +194,8 @@ def test_a_run_that_collapses_is_stopped_and_ends_with_its_best_adapter(tmp_path
     stopped = json.loads(stdout)
     assert stopped["steps"] < 30 and "alarm at step" in stopped["alarms"][0]
     assert stopped["alarms"][0] in stderr
-    final = read_file(tmp_path / "run" / "adapters.safetensors")
-    best = read_file(tmp_path / "run" / "best.safetensors")
+    final = read_file(tmp_path / "run" / "adapters" / "latest.safetensors")
+    best = read_file(tmp_path / "run" / "adapters" / "best.safetensors")
     assert final.version == best.version == stopped["kept"] < stopped["updates"]
     assert all(mx.array_equal(final.arrays[name], best.arrays[name]).item() for name in best.arrays)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -3,10 +3,11 @@
 import mlx.core as mx
 import pytest
 
-from textpolicy.errors import AdapterError, TrainingError
+from textpolicy.errors import AdapterError, ConfigError, TrainingError
 from textpolicy.training.checkpoint import (
     Checkpoint,
     Checkpoints,
+    check_fits,
     random_state,
     read_checkpoint,
     restore_random_state,
@@ -95,6 +96,41 @@ def test_going_on_from_an_older_one_removes_those_of_the_other_course(tmp_path):
         checkpoints.save(checkpoint(step))
     checkpoints.save(checkpoint(4))
     assert checkpoints.newest().step == 4
+
+
+def test_what_a_killed_process_was_writing_is_removed_at_the_next_save(tmp_path):
+    partial = tmp_path / ".00000001.0123456789ab.safetensors"
+    ours = tmp_path / ".gitignore"
+    for path in (partial, ours):
+        path.write_text("")
+    Checkpoints(tmp_path).save(checkpoint(1))
+    assert not partial.exists()
+    assert ours.exists()
+
+
+@pytest.mark.slow
+def test_facts_may_be_larger_than_the_largest_header_that_mlx_reads(tmp_path):
+    facts = {"rollouts": "x" * 100_000_001}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(Checkpoint(step=1, arrays={"a": mx.zeros(1)}, facts=facts))
+    assert checkpoints.newest().facts == facts
+
+
+def test_facts_that_json_cannot_hold_are_an_error_that_says_where_they_come_from(tmp_path):
+    facts = {"tasks": {"seen": {1, 2}}}
+    with pytest.raises(TrainingError, match=r"after step 7: .*set .*\. What a curriculum says"):
+        Checkpoints(tmp_path).save(Checkpoint(step=7, arrays={"a": mx.zeros(1)}, facts=facts))
+
+
+def test_tensors_of_another_type_do_not_fit():
+    with pytest.raises(TrainingError, match=r"a: mlx\.core\.float32, here mlx\.core\.bfloat16"):
+        check_fits({"a": mx.zeros(1)}, {"a": mx.zeros(1, mx.bfloat16)})
+
+
+@pytest.mark.parametrize("option", ["keep", "every"])
+def test_numbers_of_checkpoints_that_mean_nothing_are_refused(tmp_path, option):
+    with pytest.raises(ConfigError, match=f"{option} is 0; expected"):
+        Checkpoints(tmp_path, **{option: 0})
 
 
 def test_random_numbers_go_on_from_their_state():

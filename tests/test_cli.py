@@ -246,7 +246,9 @@ def test_generate_stops_at_a_stop_string_and_at_max_tokens(answer):
 def test_train_leaves_adapters_config_and_one_line_of_metrics_a_step(answer, tmp_path):
     output = tmp_path / "run"
     report = answer("train", *SMALL_RUN, "--steps", "2", "--rank", "4", "--output", str(output))
-    assert report["steps"] == 2 and report["adapters"] == str(output / "adapters.safetensors")
+    assert report["steps"] == 2 and report["adapters"] == str(
+        output / "adapters" / "latest.safetensors"
+    )
     assert 0 <= report["before"]["reward"] <= 1 and report["after"]["count"] == 4
     assert read_toml(output / "config.toml", TrainConfig()).adapter.rank == 4
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -271,7 +273,7 @@ def test_a_seed_makes_a_run_repeatable(answer, tmp_path, rewards):
             seed,
         ]
         answer(*argv, "--steps", "2", "--output", str(tmp_path / name))
-        return (tmp_path / name / "adapters.safetensors").read_bytes()
+        return (tmp_path / name / "adapters" / "latest.safetensors").read_bytes()
 
     assert adapters("a", "1") == adapters("b", "1")
     assert adapters("a2", "1") != adapters("c", "2")
@@ -282,7 +284,7 @@ def test_eval_shows_trained_adapters_beside_their_base(quantize, answer, tmp_pat
     argv = ["train", *SMALL_RUN, "--reward", rewards("checksum"), "--steps", "3", "--lr", "0.01"]
     trained = answer(*argv, *quantize, "--output", str(tmp_path / "run"))
     argv = ["eval", "--env", "add", "--reward", rewards("checksum"), "--count", "4"]
-    argv += ["--adapter", str(tmp_path / "run" / "adapters.safetensors")]
+    argv += ["--adapter", str(tmp_path / "run" / "adapters" / "latest.safetensors")]
     report = answer(*argv)
     assert report["base"] == pytest.approx(trained["before"])
     assert report["adapter"] == pytest.approx(trained["after"])
@@ -367,10 +369,11 @@ def test_an_output_path_that_cannot_be_written_is_told_before_the_model_is_loade
 
 
 def test_an_output_folder_with_an_earlier_run_is_left_as_it_is(failure, tmp_path):
-    (tmp_path / "adapters.safetensors").write_text("precious")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "latest.safetensors").write_text("precious")
     message = failure("train", *SMALL_RUN, "--output", str(tmp_path), code=2)
     assert "earlier run" in message
-    assert (tmp_path / "adapters.safetensors").read_text() == "precious"
+    assert (tmp_path / "adapters" / "latest.safetensors").read_text() == "precious"
 
 
 def test_a_run_that_fails_before_its_first_update_leaves_its_folder_usable(
@@ -379,7 +382,7 @@ def test_a_run_that_fails_before_its_first_update_leaves_its_folder_usable(
     argv = ["train", *SMALL_RUN, "--steps", "1", "--output", str(tmp_path / "run")]
     # One call checks the reward, four measure "before", the sixth is in the first step.
     assert "in the first step" in failure(*argv, "--reward", rewards("break_early"))
-    assert not (tmp_path / "run" / "adapters.safetensors").exists()
+    assert not (tmp_path / "run" / "adapters" / "latest.safetensors").exists()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     assert answer(*argv, "--reward", rewards("checksum"))["updates"] == 1
     first, last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -392,7 +395,7 @@ def test_a_run_without_any_signal_says_so_and_leaves_adapters_that_change_nothin
     argv = ["train", *SMALL_RUN, "--steps", "2", "--reward", rewards("flat")]
     assert main([*argv, "--output", str(tmp_path / "run")]) == 0
     assert "no update was made" in capsys.readouterr().out
-    adapter = str(tmp_path / "run" / "adapters.safetensors")
+    adapter = str(tmp_path / "run" / "adapters" / "latest.safetensors")
     task = ["--env", "add", "--count", "4", "--reward", rewards("checksum")]
     report = answer("eval", *task, "--adapter", adapter)
     assert report["adapter"] == report["base"]

@@ -4,6 +4,7 @@ import itertools
 import re
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
 
@@ -111,6 +112,47 @@ def test_each_generation_uses_the_latest_weights(load_tiny, tmp_path):
     assert sampled is not trained
     for name, value in trained.parameters().items():
         assert (sampled.parameters()[name] == value).all().item()
+
+
+def test_a_step_reports_what_it_learned_from_with_the_advantages_it_had(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path)
+    reports = []
+    train_rl(
+        tasks=tasks(),
+        reward=lambda completion: None if completion.startswith("1") else len(completion) / 8,
+        policy=policy,
+        trainer=trainer,
+        steps=4,
+        groups_per_step=2,
+        group_size=4,
+        steps_per_generation=2,
+        on_step=reports.append,
+    )
+    assert [len(report.groups) for report in reports] == [4, 0, 4, 0]
+    assert [report.metrics["staleness/max"] for report in reports] == [0, 1, 0, 1]
+    for report in reports:
+        assert len(report.trained) == 2
+        for group, advantages in zip(report.trained, report.advantages, strict=True):
+            rewards = [r.reward for r in group.rollouts]
+            scored = mx.array([[mx.nan if r is None else r for r in rewards]])
+            wanted = grpo.compute_advantages(scored)[0].tolist()
+            for score, advantage, value in zip(rewards, advantages, wanted, strict=True):
+                assert advantage is None if score is None else abs(advantage - value) < 1e-6
+
+
+def test_a_completion_that_is_not_learned_from_has_no_advantage(load_tiny, tmp_path):
+    policy, trainer = circle(load_tiny, tmp_path, truncated="mask")
+    groups = collect(
+        list(itertools.islice(tasks(), 4)),
+        create_policy(policy.model, policy.tokenizer, {"max_tokens": 2}),
+        digits,
+        group_size=4,
+        seed=0,
+    )
+    trainer.train(groups)
+    cut = [r.stop_reason is StopReason.LENGTH for group in groups for r in group.rollouts]
+    assert any(cut) and not all(cut)
+    assert [a is None for group in trainer.advantages for a in group] == cut
 
 
 def test_a_run_ends_early_when_its_watcher_says_so(load_tiny, tmp_path):

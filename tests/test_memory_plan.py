@@ -2,6 +2,7 @@
 
 import gc
 import json
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from tests.bases import BASES, arrays, in_bfloat16, packed
 from tests.tiny import SIZES, TOKENS, biased_model, expert_model, qwen3_model
+from textpolicy import algorithms
 from textpolicy.adapters import (
     AdapterConfig,
     AdapterContainer,
@@ -28,6 +30,7 @@ from textpolicy.cli.main import main
 from textpolicy.errors import AdapterError, ConfigError, ModelError
 from textpolicy.generation.engine import decode
 from textpolicy.training.trainer import Trainer
+from textpolicy.training.wired import wired_memory
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
 
 CONFIG = AdapterConfig(rank=4, scale=2.0)
@@ -264,6 +267,13 @@ STEPS = {
     ),
     "dora": ((4, 1, 4, 64, 96), SHAPE, {"config": {"kind": "dora"}}),
     "micro-batches": ((4, 2, 4, 64, 96), SHAPE, {"micro_batch_size": 4}),
+    "many groups": ((4, 12, 4, 64, 96), SHAPE, {}),
+    "groups that are cut": ((4, 2, 8, 64, 200), SHAPE, {}),
+    "a trained head": (
+        (4, 1, 4, 32, 96),
+        SHAPE | {"vocab_size": 8192},
+        {"config": {"rules": [LoRARule(rank=8, module_path="(.*_proj|lm_head)")]}},
+    ),
     "checkpoints": ((6, 1, 4, 64, 96), SHAPE, {"checkpoint_gradients": True}),
     "quantized": ((4, 1, 8, 32, 32), WIDE, {"mode": "affine"}),
     "nf4": ((4, 1, 8, 32, 32), WIDE, {"mode": "nf4"}),
@@ -291,6 +301,10 @@ def rollout_groups(groups, size, prompt, completion):
     ]
 
 
+def adapter_config(words):
+    return AdapterConfig(**words) if "rules" in words else AdapterConfig(rank=8, **words)
+
+
 def prepared(blocks, shape, config, mode):
     """A model of its own and what was there before it, with mlx's free memory given back."""
     gc.collect()
@@ -299,7 +313,7 @@ def prepared(blocks, shape, config, mode):
     model = qwen3_model(layers=blocks, **shape)
     if mode:
         quantize(model, mode=mode)
-    AdapterContainer.from_model(model, AdapterConfig(rank=8, **config))
+    AdapterContainer.from_model(model, adapter_config(config))
     return model, before
 
 
@@ -324,7 +338,7 @@ def planned_for(step):
         architecture["quantization"] = {"group_size": 64, "bits": 4, "mode": mode}
     planned = plan_memory(
         architecture,
-        AdapterConfig(rank=8, **config),
+        adapter_config(config),
         batch=groups * size,
         group_size=size,
         prompt_tokens=prompt,
@@ -354,6 +368,37 @@ def test_a_training_step_peaks_where_the_plan_says(step):
     trainer.train(rollouts)
     peak = peak_of(lambda: trainer.train(rollouts), before)
     assert planned.estimated_training_bytes == pytest.approx(peak, rel=0.15)
+
+
+def test_more_groups_take_no_more_memory():
+    peaks = []
+    for groups in (2, 6):
+        model, before = prepared(2, SHAPE, {}, None)
+        loss = algorithms.get("grpo", beta=0.1).policy_loss
+        trainer = Trainer(
+            model, grpo.compute_advantages, loss, optim.Adam(learning_rate=1e-4), reference="base"
+        )
+        rollouts = rollout_groups(groups, 8, 32, 64)
+        trainer.train(rollouts)
+        peaks.append(peak_of(partial(trainer.train, rollouts), before))
+        del model, trainer
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+
+
+def test_a_run_leaves_the_wired_limit_as_it_was():
+    before = mx.set_wired_limit(0)
+    mx.set_wired_limit(before)
+    with wired_memory():
+        assert mx.square(mx.array(3.0)).item() == 9
+    assert mx.set_wired_limit(before) == before
+
+
+@pytest.mark.metal
+@pytest.mark.skipif(not mx.metal.is_available(), reason="needs an Apple GPU")
+def test_inside_a_run_the_device_keeps_what_it_recommends():
+    with wired_memory():
+        limit = mx.device_info()["max_recommended_working_set_size"]
+        assert mx.set_wired_limit(limit) == limit
 
 
 @pytest.mark.slow

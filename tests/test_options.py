@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from textpolicy.adapters.files import peek_version
 from textpolicy.algorithms import dapo, get
 from textpolicy.cli.assembly import Experiment, adapter_config, assemble, dtype_of, find_algorithm
 from textpolicy.cli.assembly import adapt as adapt_model
-from textpolicy.cli.experiment import plain, run_experiment
+from textpolicy.cli.experiment import checkpoints_of, run_experiment
+from textpolicy.cli.recording import plain
 from textpolicy.cli.sft import data_of, optimizer_of, parameters_of
 from textpolicy.cli.tasks import find_task
 from textpolicy.cli.threads import use_threads
@@ -23,7 +25,9 @@ from textpolicy.config import SFTConfig, TrainConfig, changed, settings_of
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.models import tiny_model
+from textpolicy.runs import RunDirectory, claim
 from textpolicy.tracking.console import Console
+from textpolicy.tracking.open import Services
 
 DEFAULTS = changed(TrainConfig(), {"task.env": "add"})
 ROWS = [{"question": f"{n}+1=", "right": str(n + 1)} for n in range(40)]
@@ -37,8 +41,7 @@ def assembled(tmp_path):
         config = changed(DEFAULTS, {key.replace("__", "."): v for key, v in changes.items()})
         environment, reward = find_task(config.task)
         algorithm = find_algorithm(config.algorithm)
-        publish = tmp_path / "adapters.safetensors"
-        return assemble(config, environment, reward, algorithm, publish)
+        return assemble(config, environment, reward, algorithm, RunDirectory(tmp_path))
 
     return build
 
@@ -306,7 +309,9 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
         (tmp_path / "console.txt").open("w") as stream,
         closing(Console(stream, config.run.steps)) as console,
     ):
-        outcome = run_experiment(config, folder, console)
+        directory = RunDirectory(folder)
+        claim(directory)
+        outcome = run_experiment(config, directory, console)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert outcome.before.count == outcome.after.count == 5
@@ -342,8 +347,28 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
         "run.steps": 3,
     }
     with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 3)) as console:
-        run_experiment(changed(DEFAULTS, values), tmp_path / "run", console)
-    assert peek_version(tmp_path / "run" / "best.safetensors") == 1
+        run_experiment(changed(DEFAULTS, values), RunDirectory(tmp_path), console)
+    assert peek_version(RunDirectory(tmp_path).best) == 1
+
+
+def test_services_are_those_of_the_options():
+    options = {
+        "tracking.wandb": "p",
+        "tracking.wandb_artifacts": True,
+        "tracking.tensorboard": True,
+        "tracking.trackio": "q",
+    }
+    asked = changed(DEFAULTS, options).tracking
+    services = {"wandb": "p", "wandb_artifacts": True, "tensorboard": True, "trackio": "q"}
+    assert Services(**asdict(asked)) == Services(**services)
+    assert Services(**asdict(DEFAULTS.tracking)) == Services()
+
+
+def test_checkpoints_are_made_and_kept_as_the_options_say(tmp_path):
+    config = changed(DEFAULTS, {"run.checkpoint_every": 3, "run.keep_checkpoints": 5})
+    checkpoints = checkpoints_of(RunDirectory(tmp_path), config)
+    assert checkpoints.keep == 5
+    assert [checkpoints.due(step) for step in range(1, 7)] == [False, False, True] * 2
 
 
 # Options whose effect is shown by tests of their own, beside those above.

@@ -67,13 +67,39 @@ def test_kept_adapters_stay_what_they_were_when_the_latest_is_replaced(load_tiny
     assert os.stat(directory.latest).st_ino == os.stat(directory.best).st_ino
 
 
+def test_keeping_one_version_twice_leaves_no_other_name_behind(load_tiny, tmp_path):
+    directory = RunDirectory(tmp_path)
+    model, _ = load_tiny()
+    AdapterContainer.from_model(model, AdapterConfig(rank=2)).publish(directory.latest)
+    for _ in range(2):
+        directory.keep(directory.latest, "best")
+    assert sorted(p.name for p in directory.adapters.iterdir()) == [
+        "best.safetensors",
+        "latest.safetensors",
+    ]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    directory = RunDirectory(tmp_path)
+    places = [directory.path, directory.adapters, directory.checkpoints]
+    for place in places:
+        place.mkdir(exist_ok=True)
+        (place / ".latest.0123456789ab.safetensors").write_text("")
+        (place / ".latest.json").write_text("of somebody else")
+    with directory.lock():
+        directory.remove_partial()
+    left = sorted(path.name for path in tmp_path.rglob(".*"))
+    assert left == [".latest.json"] * 3 + [".lock"]
+
+
 def test_a_new_run_takes_no_directory_that_is_there(tmp_path):
     first = new_directory("hf:open/gsm8k", tmp_path)
     assert first.path.name == "hf-open-gsm8k"
     claim(first)
     second = new_directory("hf:open/gsm8k", tmp_path)
     assert second.path.name == "hf-open-gsm8k-2"
-    first.config.write_text("")
+    first.adapters.mkdir()
+    first.latest.write_text("")
     with pytest.raises(ConfigError, match=f"--resume {first.path}"):
         claim(first)
 

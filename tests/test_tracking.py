@@ -1,23 +1,108 @@
-"""Sinks: what is written can be read back, without an account and without the library."""
+"""What a run writes can be read back, and nothing that a sink does reaches the run."""
 
 import json
 import struct
 import time
-from pathlib import Path
+from threading import Event
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
-from textpolicy.tracking.jsonl import MetricsFile
+from textpolicy.errors import ConfigError
+from textpolicy.runs import RunDirectory
+from textpolicy.tracking.jsonl import RunFiles, read_metrics, read_rows
+from textpolicy.tracking.open import Services, open_tracker, run_id_of
+from textpolicy.tracking.samples import sample_rows, whole_groups
+from textpolicy.tracking.service import Service
 from textpolicy.tracking.sink import Sink
-from textpolicy.tracking.wandb_run import WandbRun
+from textpolicy.tracking.tensorboard import TensorBoardRun
+from textpolicy.tracking.tracker import Tracker
+from textpolicy.tracking.values import numbers
+from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task, Turn
 
 ROWS = [{"reward": 0.25, "completions/mean_length": 4.5}, {"reward": 0.5, "time/step": 0.125}]
-BLOCK = 32768
+INF = float("inf")
+# An escape code, a line separator, markup, a lone surrogate and a NUL.
+NASTY = "\x1b[2J\u2028</script><b>&amp;\ud800\x00\r\n\t漢"
+
+
+def rollout(completion="5", **fields):
+    plain = {
+        "tokens": [1, 2, 3],
+        "mask": [False, True, True],
+        "logprobs": [0.0, -1.0, -1.0],
+        "completion": completion,
+        "reward": 1.0,
+        "rewards": {"right": 1.0},
+        "stop_reason": StopReason.STOP_TOKEN,
+        "sampling": Sampling(),
+        "version": 3,
+    }
+    return Rollout(**(plain | fields))
+
+
+def group(*rollouts, prompt="2+3="):
+    return RolloutGroup(task=Task(id="t1", prompt=prompt), rollouts=rollouts)
+
+
+class Recorder:
+    """A sink that keeps what it is given, or does what it is told to do instead."""
+
+    def __init__(self, write=lambda step: None, close=lambda: None):
+        self.rows, self.samples, self.closed = {}, {}, False
+        self._write, self._close = write, close
+
+    def write(self, step, metrics):
+        self._write(step)
+        self.rows[step] = metrics
+
+    def write_samples(self, step, samples):
+        self.samples[step] = list(samples)
+
+    def close(self):
+        self._close()
+        self.closed = True
+
+
+def failing(*arguments):
+    raise OSError("No space left\non device")
+
+
+def test_every_kind_of_number_becomes_a_float_and_the_rest_is_named():
+    metrics, left_out = numbers(
+        {
+            "int": 3,
+            "bool": True,
+            "numpy": np.float32(0.5),
+            "zero-dimensional": np.array(2),
+            "mlx": mx.array(0.25),
+            "bfloat16": mx.array(1.5, mx.bfloat16),
+            "nested": {"a": 1, "b": {"c": mx.array([4.0])}},
+            "several": mx.array([1, 2, 3, 6]),
+            "list": [1.0, 3.0],
+            "text": "no",
+            "none": None,
+            "empty": [],
+            "ragged": [[1], [1, 2]],
+            "complex": np.array([1j]),
+        }
+    )
+    assert all(type(value) is float for value in metrics.values())
+    assert left_out == ["text", "none", "empty", "ragged", "complex"]
+    spread = {"several/mean": 3, "several/std": 3.5**0.5, "several/min": 1, "several/max": 6}
+    spread |= {"list/mean": 2, "list/std": 1, "list/min": 1, "list/max": 3}
+    assert metrics == {
+        **{"int": 3, "bool": 1, "numpy": 0.5, "zero-dimensional": 2, "mlx": 0.25, "bfloat16": 1.5},
+        **{"nested/a": 1, "nested/b/c": 4},
+        **spread,
+    }
 
 
 def test_a_metrics_file_has_one_whole_line_a_step_while_the_run_goes_on(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    sink = MetricsFile(path)
+    sink = RunFiles(path)
+    assert isinstance(sink, Sink)
     for step, row in enumerate(ROWS):
         sink.write(step, row)
         lines = path.read_text().splitlines()
@@ -26,50 +111,194 @@ def test_a_metrics_file_has_one_whole_line_a_step_while_the_run_goes_on(tmp_path
     assert len(lines) == 2
 
 
-def records(path: Path) -> list[bytes]:
-    """The records of a W&B run file: LevelDB's log format after a header of seven bytes."""
-    data, found, position, parts = path.read_bytes(), [], 7, b""
-    while position + 7 <= len(data):
-        if BLOCK - position % BLOCK < 7:
-            position += BLOCK - position % BLOCK
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            found.append(parts)
-            parts = b""
-    return found
+def test_what_is_not_finite_is_valid_json_and_is_read_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = RunFiles(path)
+    sink.write(0, {"nan": float("nan"), "up": INF, "down": -INF, "one": 1.0})
+    sink.close()
+    strict = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert strict == {"step": 0, "nan": "NaN", "up": "Infinity", "down": "-Infinity", "one": 1.0}
+    (row,) = read_metrics(path)
+    assert np.isnan(row.pop("nan"))
+    assert row == {"step": 0, "up": INF, "down": -INF, "one": 1.0}
 
 
-@pytest.mark.slow
-def test_a_run_without_a_key_is_kept_offline_row_for_row(tmp_path, monkeypatch):
-    from wandb.proto.wandb_internal_pb2 import Record
+def test_rows_of_one_step_are_read_as_one(tmp_path):
+    sink = RunFiles(tmp_path / "metrics.jsonl")
+    sink.write(0, {"a": 1.0})
+    sink.write(0, {"b": 2.0})
+    sink.write(5, {"a": 3.0})
+    sink.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "a": 1.0, "b": 2.0},
+        {"step": 5, "a": 3.0},
+    ]
+    assert list(read_rows(tmp_path / "elsewhere.jsonl")) == []
 
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    sink = WandbRun("project", folder=tmp_path, config={"lr": 0.5})
+
+@pytest.mark.parametrize("tail", ["", '{"step": 1, "a', '{"step": 1, "a": 1}', "\x00\x00", "[]\n"])
+@pytest.mark.parametrize("step", [0, 1, 3, 9])
+def test_going_on_from_a_step_drops_its_rows_and_an_unfinished_line(tmp_path, step, tail):
+    metrics, samples = tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"
+    for path in (metrics, samples):
+        lines = [json.dumps({"step": s, "text": "é"}) + "\n" for s in (0, 1, 1, 2, 3)]
+        path.write_text("".join(lines) + tail)
+    sink = RunFiles(metrics, samples, resume_step=step)
+    sink.write(step, {"new": 1.0})
+    sink.write_samples(step, [{"step": step}])
+    sink.close()
+    old = [s for s in (0, 1, 1, 2, 3) if s < step]
+    assert [row["step"] for row in read_rows(metrics)] == [*old, step]
+    assert [row["step"] for row in read_rows(samples)] == [*old, step]
+
+
+def test_a_sample_is_all_that_is_known_of_a_completion_and_its_text_is_exact(tmp_path):
+    said = rollout(NASTY, rewards={"right": 0.0, "short": -INF}, reward=0.0, error="timeout")
+    rows = sample_rows(7, [group(rollout(), said, prompt=NASTY)], [[0.5, None]])
+    sink = RunFiles(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    sink.write_samples(7, rows)
+    sink.close()
+    text = (tmp_path / "samples.jsonl").read_text()
+    assert text.isascii()
+    assert len(text.splitlines()) == 2
+    first, second = read_rows(tmp_path / "samples.jsonl")
+    assert first == {
+        **{"step": 7, "group": 0, "member": 0, "task": "t1", "prompt": NASTY, "completion": "5"},
+        **{"reward": 1.0, "rewards": {"right": 1.0}, "advantage": 0.5, "version": 3},
+        **{"stop_reason": "stop_token", "tokens": 2},
+    }
+    assert second["completion"] == NASTY
+    assert second["rewards"] == {"right": 0.0, "short": "-Infinity"}
+    assert (second["advantage"], second["error"]) == (None, "timeout")
+
+
+def test_a_sample_of_an_episode_has_its_turns_and_a_chat_its_messages():
+    replies = [{"role": "user", "content": "wrong"}]
+    turns = [Turn(completion="4", reward=0.0, replies=replies), Turn(completion="5", reward=1.0)]
+    chat = [{"role": "user", "content": "2+3="}]
+    (row,) = sample_rows(0, [group(rollout(turns=turns), prompt=chat)], [[1.0]])
+    assert row["prompt"] == chat
+    assert row["turns"] == [
+        {"completion": "4", "reward": 0.0, "replies": replies},
+        {"completion": "5", "reward": 1.0, "replies": []},
+    ]
+
+
+def test_services_get_whole_groups_of_samples():
+    samples = [{"group": g, "member": m} for g in range(3) for m in range(4)]
+    assert whole_groups(samples, 9) == samples[:8]
+    assert whole_groups(samples, 12) == samples
+    assert whole_groups(samples, 3) == []
+
+
+def test_a_sink_that_fails_is_named_once_counted_and_left_alone_while_the_others_go_on():
+    said, good, bad = [], Recorder(), Recorder(write=failing)
+    with Tracker([bad, good], notice=said.append) as tracker:
+        for step, row in enumerate([*ROWS, {}]):
+            tracker.write_samples(step, [])
+            tracker.write(step, row)
+    assert said == ["Recorder is switched off: OSError: No space left on device"]
+    assert bad.rows == {}
+    assert list(bad.samples) == [0]
+    assert [good.rows[step]["sink_errors"] for step in range(3)] == [0, 1, 1]
+    assert good.closed
+
+
+def test_a_service_that_fails_is_named_once_and_closed():
+    said, good, bad = [], Recorder(), Recorder(write=failing)
+    services = [Service("bad", lambda say: bad), Service("good", lambda say: good)]
+    with Tracker([], services, notice=said.append) as tracker:
+        for step in range(20):
+            tracker.write(step, {"reward": step})
+    assert said == ["bad is switched off: OSError: No space left on device"]
+    assert bad.closed
+    assert [row["reward"] for row in good.rows.values()] == list(range(20))
+
+
+def test_a_service_that_cannot_open_is_switched_off_and_what_one_says_is_passed_on():
+    said = []
+
+    def open_sink(say):
+        say("kept offline")
+        raise ConnectionError("no route")
+
+    Tracker([], [Service("W&B", open_sink)], notice=said.append).close()
+    assert said == ["W&B: kept offline", "W&B is switched off: ConnectionError: no route"]
+
+
+def test_a_hanging_service_neither_slows_the_run_nor_its_end():
+    said, let_go = [], Event()
+    hanging = Service("slow", lambda say: Recorder(write=lambda step: let_go.wait(30)), capacity=5)
+    patient = Service("stuck", lambda say: Recorder(close=lambda: let_go.wait(30)))
+    started = time.monotonic()
+    with Tracker([], [hanging, patient], notice=said.append, patience=1) as tracker:
+        for step in range(10):
+            tracker.write(step, {"reward": step})
+    assert time.monotonic() - started < 2
+    assert sorted(said) == [
+        "slow is switched off: it fell 5 writes behind",
+        "stuck is switched off: it did not finish in time, with 0 writes to go",
+    ]
+    let_go.set()
+
+
+def test_services_get_few_samples_and_the_files_all():
+    file, service = Recorder(), Recorder()
+    services = [Service("service", lambda say: service)]
+    with Tracker([file], services, notice=pytest.fail, samples_every=3, samples_rows=5) as tracker:
+        samples = [{"group": g, "member": m} for g in range(2) for m in range(4)]
+        for step in range(7):
+            tracker.write_samples(step, samples)
+    assert file.samples == dict.fromkeys(range(7), samples)
+    assert service.samples == dict.fromkeys((0, 3, 6), samples[:4])
+
+
+def test_a_metric_that_is_no_number_is_left_out_counted_and_named_once():
+    said, sink = [], Recorder()
+    with Tracker([sink], notice=said.append) as tracker:
+        tracker.write(0, {"a": 1, "b": "text"})
+        tracker.write(1, {"a": 2, "b": "text"})
+    assert said == ["metric 'b' is no number and was left out"]
+    assert sink.rows == {step: {"a": step + 1, "sink_errors": 1} for step in (0, 1)}
+
+
+def scalars(folder):
+    """(tag, step, value) of every scalar in the newest event file: length, crc, record, crc."""
+    from tensorboardX.proto.event_pb2 import Event as Record
+
+    (path,) = folder.glob("events.*")
+    data, position = path.read_bytes(), 0
+    while position < len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        event = Record.FromString(data[position + 12 : position + 12 + length])
+        position += 16 + length
+        yield from ((value.tag, event.step, value.simple_value) for value in event.summary.value)
+
+
+def test_tensorboard_files_hold_every_metric(tmp_path):
+    pytest.importorskip("tensorboardX")
+    sink = TensorBoardRun(tmp_path)
     assert isinstance(sink, Sink)
     for step, row in enumerate(ROWS):
         sink.write(step, row)
     sink.close()
+    wanted = [(name, step, value) for step, row in enumerate(ROWS) for name, value in row.items()]
+    assert list(scalars(tmp_path)) == wanted
 
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    rows, config = [], {}
-    # W&B's own process writes the file, and may still be at it when `finish` returns.
-    deadline = time.monotonic() + 10
-    while True:
-        found = [Record.FromString(data) for data in records(file)]
-        if any(record.HasField("exit") for record in found) or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    for record in found:
-        if record.HasField("history"):
-            items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
-            rows.append({name: json.loads(value) for name, value in items.items()})
-        for item in record.run.config.update:
-            config[item.key] = json.loads(item.value_json)
-    assert [{n: row[n] for n in kept} for row, kept in zip(rows, ROWS, strict=True)] == ROWS
-    assert [row["_step"] for row in rows] == [0, 1]
-    assert config["lr"] == 0.5
+
+def test_a_service_whose_package_is_missing_is_an_error_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    # None is what Python itself keeps for a package that must not be imported.
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(
+        ConfigError, match=r"tensorboardX .* pip install 'textpolicy\[tensorboard\]"
+    ):
+        open_tracker(RunDirectory(tmp_path), Services(tensorboard=True), {}, notice=pytest.fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_keeps_the_id_that_services_know_it_by(tmp_path):
+    assert run_id_of(tmp_path) == run_id_of(tmp_path)
+    (tmp_path / "other").mkdir()
+    assert run_id_of(tmp_path / "other") != run_id_of(tmp_path)

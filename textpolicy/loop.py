@@ -15,20 +15,27 @@ from textpolicy.resume import restore, snapshot
 from textpolicy.rewards import Scorer, Scoring, scorer_of
 from textpolicy.rollout.cursor import Cursor
 from textpolicy.rollout.refill import Refilled, collect_with_signal
-from textpolicy.tracking.rollout_metrics import rollout_metrics
+from textpolicy.tracking.rollout_metrics import rollout_metrics, staleness_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
+from textpolicy.training.wired import wired_memory
 from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One finished step, for whoever watches the run."""
+    """One finished step, for whoever watches the run.
+
+    `groups` were sampled in it, and `trained` learned from, with these `advantages` by group and
+    member; None is a rollout that was not learned from.
+    """
 
     step: int
     steps: int
     metrics: Metrics
     groups: Sequence[RolloutGroup]
+    trained: Sequence[RolloutGroup]
+    advantages: Sequence[Sequence[float | None]]
 
 
 def train_rl(
@@ -62,7 +69,7 @@ def train_rl(
     source, buffer = Cursor(tasks), Buffer(max_staleness=steps_per_generation - 1)
     first = restore(resume, trainer, policy, source, buffer) if resume else 0
     metrics: Metrics = {}
-    with scorer_of(reward) as scorer:
+    with scorer_of(reward) as scorer, wired_memory():
         for step in range(first, steps):
             laps = _Laps(scorer)
             sampled: Refilled | None = None
@@ -80,7 +87,9 @@ def train_rl(
                 source.observe(sampled.sampled)
             laps.mark("generate")
 
-            metrics = trainer.train(buffer.take(trainer.version, groups_per_step))
+            trained = buffer.take(trainer.version, groups_per_step)
+            staleness = staleness_metrics(trained, trainer.version)
+            metrics = trainer.train(trained) | staleness
             laps.mark("train")
 
             if policy.version != trainer.version:
@@ -89,7 +98,14 @@ def train_rl(
 
             metrics |= laps.metrics() | {"version": float(trainer.version)}
             metrics |= _sampling_metrics(sampled, metrics["time/generate"])
-            report = StepReport(step, steps, metrics, sampled.sampled if sampled else ())
+            report = StepReport(
+                step=step,
+                steps=steps,
+                metrics=metrics,
+                groups=sampled.sampled if sampled else (),
+                trained=trained,
+                advantages=trainer.advantages,
+            )
             stop = on_step is not None and on_step(report) is Progress.STOP
             if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):
                 checkpoints.save(snapshot(step + 1, trainer, source, buffer))

@@ -6,6 +6,7 @@ sees the adapter before or the adapter after and never a part of one.
 
 import json
 import os
+import re
 import secrets
 import struct
 from collections.abc import Generator, Mapping
@@ -24,6 +25,7 @@ FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 METADATA = "__metadata__"
 _LENGTH = struct.Struct("<Q")
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.\w+")
 
 
 def peek_version(path: str | Path) -> int:
@@ -83,7 +85,7 @@ def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         arrays, metadata = cast(Any, mx.load(str(path), return_metadata=True))
         mx.eval(arrays)
     except RuntimeError as error:
-        raise AdapterError(f"{path} cannot be read as an adapter: {error}") from error
+        raise AdapterError(f"{path} cannot be read: {error}") from error
     return arrays, metadata
 
 
@@ -92,7 +94,7 @@ def write_tensors(
 ) -> None:
     """Replace the safetensors file `target` in one step."""
     if not arrays:
-        raise AdapterError(f"there are no adapter tensors to write to {target}")
+        raise AdapterError(f"there are no tensors to write to {target}")
     with replacing(target) as temporary:
         mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
 
@@ -129,10 +131,22 @@ def replacing(target: Path) -> Generator[Path]:
         _flush(temporary)
         os.replace(temporary, target)
         _flush(target.parent)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise _unwritable(target, error) from error
+    except RuntimeError as error:
+        raise _unwritable(target, _refusal(temporary) or error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a process was writing in the folder when it was killed.
+
+    For the folder's only writer, between two files.
+    """
+    for path in folder.glob(".*"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
@@ -207,9 +221,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _refusal(path: Path) -> str | None:
+    """Why the system takes no more bytes, which mlx does not say; None if it does take some."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 def _unwritable(target: Path, reason: object) -> AdapterError:
     return AdapterError(
-        f"adapters cannot be written to {target}: {reason}\n"
+        f"{target} cannot be written: {reason}\n"
         "Choose a path in a folder that this process may write to, on a disk with room"
     )
 
@@ -232,6 +256,6 @@ def _checked(path: Path, metadata: Mapping[str, str]) -> Mapping[str, str]:
 
 def _not_whole(path: Path, reason: str) -> AdapterError:
     return AdapterError(
-        f"{path} is not a whole adapter file: {reason}. Was its writing interrupted? "
-        "Publish it again, or use an earlier version"
+        f"{path} is not a whole safetensors file: {reason}. Was its writing interrupted? "
+        "Write it again, or use an earlier one"
     )

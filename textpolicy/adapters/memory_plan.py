@@ -26,7 +26,7 @@ _HEAD_ARRAYS = 4
 _CHUNK_BYTES = 16 * 2**20
 _CHUNK_ARRAYS = 12
 # The same two where the head itself is trained, and computed a second time.
-_TRAINED_HEAD_ARRAYS = 10
+_TRAINED_HEAD_ARRAYS = 7
 _TRAINED_CHUNK_ARRAYS = 16
 # A group's prompt and so many tokens of its completions keep a device busy; more at once only takes
 # more memory.

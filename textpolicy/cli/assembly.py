@@ -26,12 +26,12 @@ from textpolicy.errors import ConfigError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards
+from textpolicy.runs import RunDirectory
 from textpolicy.training.advantages import what_it_asks
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import AdvantageFn, Sampling
 
-REJECTED = "rejected"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -60,23 +60,23 @@ def assemble(
     environment: Environment,
     reward: Rewards,
     algorithm: Algorithm,
-    publish: Path,
+    directory: RunDirectory,
 ) -> Experiment:
     """Trainer and policy on twins of one model: they share its base and nothing else.
 
-    Adapters are published to `publish`, and batches without a finite gradient beside it.
+    Adapters are published as the latest of `directory`.
     """
     sampling = sampling_of(config, environment)
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
     adapters = adapt(model, config.adapter, config.model, config.run.seed)
-    adapters.publish_path = publish
+    adapters.publish_path = directory.latest
     dynamic = DYNAMIC_ROUNDS if algorithm.dynamic_sampling else 1
     return Experiment(
         environment=environment,
         adapters=adapters,
         reward=reward,
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=config.run.seed),
-        trainer=build_trainer(model, config, algorithm, sampling.max_tokens, publish.parent),
+        trainer=build_trainer(model, config, algorithm, sampling.max_tokens, directory.rejected),
         refill_rounds=config.rollout.refill_rounds or dynamic,
     )
 
@@ -157,7 +157,7 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def build_trainer(
-    model: nn.Module, config: TrainConfig, algorithm: Algorithm, max_tokens: int, folder: Path
+    model: nn.Module, config: TrainConfig, algorithm: Algorithm, max_tokens: int, rejected: Path
 ) -> Trainer:
     """The trainer as the algorithm has it, where the config does not say otherwise."""
     options = config.trainer
@@ -191,7 +191,7 @@ def build_trainer(
         max_grad_norm=options.max_grad_norm,
         micro_batch_size=options.micro_batch_size,
         checkpoint_gradients=options.checkpoint_gradients,
-        rejected=folder / REJECTED,
+        rejected=rejected,
         seed=config.run.seed,
         **chosen,
     )

@@ -12,6 +12,7 @@ from textpolicy.cli.report import Report
 from textpolicy.cli.threads import use_threads
 from textpolicy.cli.train import describe
 from textpolicy.config import DEMO
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
 
 
@@ -24,7 +25,9 @@ def run(options: Namespace) -> Report:
             f"GRPO with LoRA on the embedded model: task {config.task.env!r}, {steps} steps "
             f"of {rollout.groups_per_step} x {rollout.group_size} completions"
         )
-        outcome = run_experiment(config, Path(folder), console)
+        outcome = run_experiment(config, RunDirectory(Path(folder)), console)
+    if outcome.after is None:
+        return Report(data={}, text="stopped", exit_code=outcome.request.exit_code)
     data = {
         "before": outcome.before.reward,
         "after": outcome.after.reward,

@@ -2,149 +2,186 @@
 different configs; what it is made of is in `assembly`.
 """
 
-import re
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from itertools import count
-from pathlib import Path
-from typing import Any
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm, sampling_of
 from textpolicy.cli.observer import Observer
+from textpolicy.cli.recording import tracker_of
+from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.cli.tasks import find_task
-from textpolicy.config import SFTConfig, TrainConfig, settings_of, to_toml
-from textpolicy.errors import ConfigError
+from textpolicy.config import TrainConfig, to_toml
 from textpolicy.evaluation import Evaluator, HeldOut, Score
 from textpolicy.loop import train_rl
 from textpolicy.rewards import Incident, Rewards, Scorer
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.console import Console, visible
-from textpolicy.tracking.jsonl import MetricsFile
-from textpolicy.tracking.sink import Sink
-from textpolicy.tracking.tensorboard import TensorBoardRun
-from textpolicy.tracking.wandb_run import WandbRun
-
-ADAPTERS = "adapters.safetensors"
-BEST = "best.safetensors"
-CONFIG = "config.toml"
-METRICS = "metrics.jsonl"
+from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run achieved. `seconds` are those of training and both measurements.
+    """What a run achieved. `seconds` are those of this process.
 
-    `updates` is below `steps` where steps gave no signal to learn from.
+    `updates` is below `steps` where steps gave no signal to learn from. `after` is None where a
+    signal ended the run, by `request`, before its last step.
     """
 
     before: Score
-    after: Score
+    after: Score | None
     steps: int
     updates: int
     seconds: float
-    adapters: Path
+    directory: RunDirectory
     alarms: tuple[str, ...]
-    kept: int | None = None
+    kept: int | None
     """The version that was brought back when an alarm stopped the run."""
-
-
-def fresh_folder(name: str, parent: Path = Path("runs")) -> Path:
-    """A folder for a run of this name that no earlier run has taken."""
-    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    numbered = (parent / (f"{plain}-{number}" if number > 1 else plain) for number in count(1))
-    return next(folder for folder in numbered if not folder.exists())
+    request: StopRequest
 
 
 def run_experiment(
     config: TrainConfig,
-    output: Path,
+    directory: RunDirectory,
     console: Console,
     algorithm: Algorithm | None = None,
     prepare: Callable[[Experiment], None] = lambda experiment: None,
 ) -> Outcome:
-    """Prepare, measure, train, measure again; the last adapters stay in `output`."""
+    """Prepare, measure, train, measure again; what it comes to stays in `directory`.
+
+    Where the directory has a checkpoint, the run goes on from there.
+    """
     algorithm = algorithm or find_algorithm(config.algorithm)
     environment, reward = find_task(config.task)
-    claim(output)
-    experiment = assemble(config, environment, reward, algorithm, output / ADAPTERS)
-    prepare(experiment)
-    (output / CONFIG).write_text(to_toml(config), "utf-8")
-    # Steps of a run that failed before its first update are none of this run's.
-    (output / METRICS).unlink(missing_ok=True)
-
     with ExitStack() as opened:
-        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(config, output)]
+        opened.enter_context(directory.lock())
+        directory.remove_partial()
+        experiment = assemble(config, environment, reward, algorithm, directory)
+        first = experiment.trainer.version
+        prepare(experiment)
+        directory.config.write_text(to_toml(config), "utf-8")
+        checkpoints = checkpoints_of(directory, config)
+        resume = _newest(checkpoints, console)
+        if resume:
+            _put_back(experiment, resume)
         scorer = open_scorer(opened, experiment.reward, console)
-        evaluator = Evaluator(
-            policy=experiment.policy,
-            heldout=HeldOut(
-                name=environment.name,
-                tasks=environment.heldout(config.evaluation.count),
-                scorer=scorer,
-                max_tokens=experiment.policy.sampling.max_tokens,
-            ),
-            others=[
-                held_out(opened, name, config, console) for name in config.evaluation.envs or ()
-            ],
-            samples=config.evaluation.samples,
-            temperature=config.evaluation.temperature,
-            good=config.evaluation.good,
-        )
-        best = BestAdapter(experiment.adapters, output / BEST)
+        tracker = tracker_of(config, directory, console, resume_step=resume.step if resume else 0)
+        best = BestAdapter(experiment.adapters, directory.best)
         observer = Observer(
-            sinks,
+            directory,
+            opened.enter_context(tracker),
             console,
             best,
-            evaluator,
+            _evaluator(experiment, scorer, config, opened, console),
             every=config.evaluation.every,
             stop_on_alarm=config.run.stop_on_collapse,
         )
-        return _train_and_measure(experiment, scorer, config, observer, best)
+        started = time.perf_counter()
+        before = _begin(observer, directory, resume)
+        request = _train(experiment, scorer, config, observer, checkpoints, resume, console)
+        updates = experiment.trainer.version - first
+        if observer.stopped:
+            _bring_back(best, experiment)
+        elif updates == 0:
+            # Each update publishes; without any, the file still has to be there for `eval`.
+            experiment.adapters.publish()
+        ended = observer.stopped or observer.steps >= config.run.steps
+        return Outcome(
+            before=before,
+            after=observer.finish(experiment.policy.version) if ended else None,
+            steps=observer.steps,
+            updates=updates,
+            seconds=time.perf_counter() - started,
+            directory=directory,
+            alarms=tuple(map(str, observer.alarms)),
+            kept=best.version if observer.stopped else None,
+            request=request,
+        )
 
 
-def _train_and_measure(
+def checkpoints_of(directory: RunDirectory, config: TrainConfig) -> Checkpoints:
+    """What the run can be gone on with from."""
+    run = config.run
+    return Checkpoints(directory.checkpoints, keep=run.keep_checkpoints, every=run.checkpoint_every)
+
+
+def _newest(checkpoints: Checkpoints, console: Console) -> Checkpoint | None:
+    found = checkpoints.newest()
+    for damage in checkpoints.damaged:
+        console.note(visible(f"passed over: {damage}"))
+    if found:
+        console.note(f"going on after step {found.step}")
+    return found
+
+
+def _put_back(experiment: Experiment, checkpoint: Checkpoint) -> None:
+    """Adapters as they were, for what is measured before the loop puts back everything."""
+    experiment.trainer.restore(checkpoint.arrays, checkpoint.facts["trainer"])
+    experiment.policy.reload(experiment.trainer.published)
+
+
+def _begin(observer: Observer, directory: RunDirectory, resume: Checkpoint | None) -> Score:
+    """The score before the first step: measured, or as the run's first row has it."""
+    if resume is None:
+        return observer.evaluate("before")
+    rows = read_metrics(directory.metrics)
+    observer.go_on(rows, resume.step)
+    return observer.score_in(rows[0])
+
+
+def _train(
     experiment: Experiment,
     scorer: Scorer,
     config: TrainConfig,
     observer: Observer,
-    best: BestAdapter,
-) -> Outcome:
-    first = experiment.trainer.version
-    started = time.perf_counter()
-    before = observer.evaluate("before")
-    train_rl(
-        tasks=experiment.environment.stream(config.run.seed),
-        reward=scorer,
+    checkpoints: Checkpoints,
+    resume: Checkpoint | None,
+    console: Console,
+) -> StopRequest:
+    with stopping(console.note) as request:
+        train_rl(
+            tasks=experiment.environment.stream(config.run.seed),
+            reward=scorer,
+            policy=experiment.policy,
+            trainer=experiment.trainer,
+            steps=config.run.steps,
+            groups_per_step=config.rollout.groups_per_step,
+            group_size=config.rollout.group_size,
+            steps_per_generation=config.rollout.steps_per_generation,
+            refill_rounds=experiment.refill_rounds,
+            seed=config.run.seed,
+            on_step=request.heeded(observer.see),
+            checkpoints=checkpoints,
+            resume=resume,
+        )
+    console.close()
+    return request
+
+
+def _evaluator(
+    experiment: Experiment,
+    scorer: Scorer,
+    config: TrainConfig,
+    opened: ExitStack,
+    console: Console,
+) -> Evaluator:
+    environment, options = experiment.environment, config.evaluation
+    return Evaluator(
         policy=experiment.policy,
-        trainer=experiment.trainer,
-        steps=config.run.steps,
-        groups_per_step=config.rollout.groups_per_step,
-        group_size=config.rollout.group_size,
-        steps_per_generation=config.rollout.steps_per_generation,
-        refill_rounds=experiment.refill_rounds,
-        seed=config.run.seed,
-        on_step=observer.see,
-    )
-    updates = experiment.trainer.version - first
-    if observer.stopped:
-        _bring_back(best, experiment)
-    elif updates == 0:
-        # Each update publishes; without any, the file still has to be there for `eval`.
-        experiment.adapters.publish()
-    after = observer.finish(experiment.policy.version)
-    return Outcome(
-        before=before,
-        after=after,
-        steps=observer.steps,
-        updates=updates,
-        seconds=time.perf_counter() - started,
-        adapters=experiment.trainer.published,
-        alarms=tuple(map(str, observer.alarms)),
-        kept=best.version if observer.stopped else None,
+        heldout=HeldOut(
+            name=environment.name,
+            tasks=environment.heldout(options.count),
+            scorer=scorer,
+            max_tokens=experiment.policy.sampling.max_tokens,
+        ),
+        others=[held_out(opened, name, config, console) for name in options.envs or ()],
+        samples=options.samples,
+        temperature=options.temperature,
+        good=options.good,
     )
 
 
@@ -173,34 +210,3 @@ def _bring_back(best: BestAdapter, experiment: Experiment) -> None:
     experiment.adapters.swap(best.path)
     experiment.adapters.publish()
     experiment.policy.reload(experiment.trainer.published)
-
-
-def open_sinks(config: TrainConfig | SFTConfig, output: Path) -> list[Sink]:
-    """Where the run's metrics go: a file in `output`, and services that were asked for."""
-    sinks: list[Sink] = [MetricsFile(output / METRICS)]
-    if project := config.tracking.wandb:
-        sinks.append(WandbRun(project, folder=output, config=plain(config)))
-    if config.tracking.tensorboard:
-        sinks.append(TensorBoardRun(output / "tensorboard"))
-    return sinks
-
-
-def plain(config: TrainConfig | SFTConfig) -> dict[str, Any]:
-    """Every setting by its key, in values that JSON can hold."""
-    values = {setting.key: setting.default for setting in settings_of(config)}
-    return {k: str(value) if isinstance(value, Path) else value for k, value in values.items()}
-
-
-def claim(output: Path) -> None:
-    """Make the folder and see that it can be written to, before a model is loaded for it."""
-    if (output / ADAPTERS).exists():
-        raise ConfigError(f"{output} holds the adapters of an earlier run; choose another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to the output folder {output}: {error.strerror}; expected a folder "
-            "that is yours, or a path where one can be made"
-        ) from error

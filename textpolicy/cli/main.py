@@ -11,7 +11,7 @@ from textpolicy.errors import ConfigError, TextPolicyError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 128 + a signal."""
     given = sys.argv[1:] if argv is None else argv
     options = build_parser(next(iter(given), "")).parse_args(given)
     failed = f"textpolicy {options.command}: "

@@ -14,7 +14,7 @@ from textpolicy.cli.assembly import (
     quantization_of,
     sampling_of,
 )
-from textpolicy.cli.experiment import plain
+from textpolicy.cli.recording import plain
 from textpolicy.cli.report import Report, table
 from textpolicy.cli.tasks import find_task
 from textpolicy.config import TrainConfig, to_toml

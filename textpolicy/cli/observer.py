@@ -1,13 +1,15 @@
 """What watches a training run from the command line: files, console, alarms, the best adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 from textpolicy.evaluation import Evaluator, Score
 from textpolicy.loop import StepReport
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarms import Alarm, Watch
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.console import Console
-from textpolicy.tracking.sink import Sink
+from textpolicy.tracking.samples import sample_rows
+from textpolicy.tracking.tracker import Tracker
 from textpolicy.types import Metrics, Progress
 
 
@@ -20,7 +22,8 @@ class Observer:
 
     def __init__(
         self,
-        sinks: Sequence[Sink],
+        directory: RunDirectory,
+        tracker: Tracker,
         console: Console,
         best: BestAdapter,
         evaluator: Evaluator,
@@ -28,7 +31,8 @@ class Observer:
         every: int | None,
         stop_on_alarm: bool,
     ) -> None:
-        self._sinks = sinks
+        self._directory = directory
+        self._tracker = tracker
         self._console = console
         self._best = best
         self._evaluator = evaluator
@@ -40,11 +44,31 @@ class Observer:
         self.steps = 0
         self.stopped = False
 
+    def go_on(self, rows: Iterable[Mapping[str, float]], steps: int) -> None:
+        """Take up a run whose first `steps` steps wrote these rows."""
+        for row in rows:
+            metrics = {name: value for name, value in row.items() if name != "step"}
+            self.alarms += self._watch.see(int(row["step"]), metrics)
+            self._best.replay(metrics, evaluated=self._every is not None)
+        self.steps = steps
+        if self._every and steps % self._every == 0:
+            # What was measured for the row that follows was not in any row yet.
+            self.evaluate(f"step {steps}")
+
+    def score_in(self, row: Mapping[str, float]) -> Score:
+        """The greedy score that a row holds."""
+        return Score(
+            reward=row["eval/reward"],
+            standard_error=row["eval/standard_error"],
+            count=len(self._evaluator.heldout.tasks),
+        )
+
     def evaluate(self, when: str) -> Score:
         """Measure the policy as it is now, for the next row."""
         score, self._evaluated = self._evaluator()
         if self._every:
             self._best.measured(score.reward)
+        self._directory.keep_latest()
         note = f"{when}  {score}  greedy reward on {score.count} held-out tasks"
         self._console.note(note)
         return score
@@ -53,6 +77,8 @@ class Observer:
         self.steps = report.step + 1
         new = self._watch.see(report.step, report.metrics)
         self.alarms += new
+        samples = sample_rows(report.step, report.trained, report.advantages)
+        self._tracker.write_samples(report.step, samples)
         self._write(report.step, report.metrics | self._watch.metrics())
         self._console.show(report.step, report.metrics)
         for alarm in new:
@@ -71,6 +97,5 @@ class Observer:
         return score
 
     def _write(self, step: int, metrics: Metrics) -> None:
-        for sink in self._sinks:
-            sink.write(step, metrics | self._evaluated)
+        self._tracker.write(step, metrics | self._evaluated)
         self._evaluated = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.cli.flags import add_config_file, add_setting, add_settings
+from textpolicy.cli.resuming import add_resume
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import Limit, Option, Setting, above, at_least
 
@@ -78,15 +79,15 @@ def _own(
 
 def _run(parser: ArgumentParser) -> None:
     add_config_file(parser, DEFAULTS)
+    add_resume(parser)
     _dry_run(parser, "show the settings and the memory of the run, and start nothing")
     add_settings(parser, DEFAULTS)
 
 
 def _sft(parser: ArgumentParser) -> None:
     add_config_file(parser, SFTConfig())
+    add_resume(parser)
     _dry_run(parser, "show the settings that the run would have, and start nothing")
-    text = "go on with the run in --output, given with the options that it was begun with"
-    parser.add_argument("--resume", help=text, action="store_true")
     add_settings(parser, SFTConfig())
 
 
@@ -213,7 +214,7 @@ COMMANDS = {
         summary="sample completions of a prompt",
         examples=(
             "textpolicy generate --prompt '347+185=' --temperature 0",
-            "textpolicy generate --prompt '347+185=' -n 4 --adapter runs/add/adapters.safetensors",
+            "textpolicy generate --prompt '3+4=' -n 4 --adapter runs/add/adapters/best.safetensors",
         ),
         add_options=_generate,
     ),
@@ -221,21 +222,21 @@ COMMANDS = {
         module="chat",
         summary="talk with a model",
         examples=(
-            "textpolicy chat --model Qwen/Qwen3-0.6B --adapter runs/mine/adapters.safetensors",
+            "textpolicy chat --adapter runs/mine/adapters/latest.safetensors --temperature 0.7",
         ),
         add_options=_chat,
     ),
     "fuse": Command(
         module="fuse",
         summary="write a model with its adapters added into the weights, for mlx-lm to load",
-        examples=("textpolicy fuse --adapter runs/add/adapters.safetensors --output fused",),
+        examples=("textpolicy fuse --adapter runs/add/adapters/latest.safetensors --output fused",),
         add_options=_fuse,
     ),
     "eval": Command(
         module="evaluate",
         summary="measure the reward on held-out tasks, without and with adapters",
         examples=(
-            "textpolicy eval --env add --adapter runs/add/adapters.safetensors",
+            "textpolicy eval --env add --adapter runs/add/adapters/latest.safetensors",
             "textpolicy eval --config runs/add/config.toml --eval-samples 8",
         ),
         add_options=_evaluate,
@@ -263,7 +264,7 @@ COMMANDS = {
     "inspect": Command(
         module="inspect",
         summary="show what an adapter is: modules, ranks, scales, version, base",
-        examples=("textpolicy inspect runs/sort/adapters.safetensors",),
+        examples=("textpolicy inspect runs/sort/adapters/latest.safetensors",),
         add_options=_inspect,
     ),
     "envs": Command(

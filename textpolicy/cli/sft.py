@@ -3,7 +3,7 @@
 import sys
 import time
 from argparse import Namespace
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,20 @@ import mlx.optimizers as optim
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.cli.assembly import adapt, dtype_of
-from textpolicy.cli.experiment import (
-    ADAPTERS,
-    CONFIG,
-    METRICS,
-    claim,
-    fresh_folder,
-    open_sinks,
-    plain,
-)
 from textpolicy.cli.flags import configured
+from textpolicy.cli.recording import plain, tracker_of
 from textpolicy.cli.report import Report
+from textpolicy.cli.resuming import WATCHING, taken_up
+from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.cli.threads import use_threads
-from textpolicy.config import SFTConfig, read_toml, settings_of, to_toml
+from textpolicy.config import SFTConfig, to_toml
 from textpolicy.config.sft import SFTTrainerOptions
 from textpolicy.errors import ConfigError
 from textpolicy.generation.mlx_generation import load_model
+from textpolicy.runs import RunDirectory, claim, new_directory
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.html_report import write_html_report
-from textpolicy.tracking.jsonl import forget_after, read_metrics
+from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
     Encoding,
@@ -49,21 +44,16 @@ from textpolicy.training.sft import (
 from textpolicy.training.sft.checkpoint import checkpoint_iteration
 from textpolicy.types import Metrics, Progress
 
-REPORT = "report.html"
 ITERATIONS = 1000
 # What may change when a run goes on: how it is watched, and how long it is.
-_FREE = {
+FREE = WATCHING | {
     "run.steps_per_report",
     "run.steps_per_eval",
     "run.validation_batches",
     "run.save_every",
-    "run.output",
     "trainer.iterations",
     "trainer.epochs",
     "trainer.patience",
-    "tracking.wandb",
-    "tracking.tensorboard",
-    "model.threads",
 }
 
 
@@ -76,52 +66,60 @@ class Outcome:
     seconds: float
     data: SFTData
     parameters: SFTParameters
+    request: StopRequest
 
 
 def run(options: Namespace) -> Report:
-    config = configured(SFTConfig(), options)
+    directory = None
+    if options.resume:
+        config, directory = taken_up(SFTConfig(), options, FREE)
+    else:
+        config = configured(SFTConfig(), options)
     use_threads(config.model)
     source = config.data.source
     if source is None:
         raise ConfigError("there is nothing to learn from: name rows of text, --data DIR")
     if options.dry_run:
         return Report(data={"config": plain(config)}, text=to_toml(config))
-    output = config.run.output or fresh_folder(Path(source).stem)
-    if options.resume:
-        _check_same(output, config)
-    else:
-        claim(output)
-    with closing(Console(sys.stderr, config.trainer.iterations or ITERATIONS)) as console:
-        outcome = _train(config, source, output, console, resume=options.resume)
-    _write_report(outcome, config, output)
-    return Report(data=_data(outcome, output), text=_text(outcome, output))
+    if directory is None:
+        output = config.run.output
+        directory = RunDirectory(output) if output else new_directory(Path(source).stem)
+        claim(directory)
+    with (
+        closing(Console(sys.stderr, config.trainer.iterations or ITERATIONS)) as console,
+        directory.lock(),
+    ):
+        outcome = _train(config, source, directory, console)
+    _write_report(outcome, config, directory)
+    return Report(
+        data=_data(outcome, directory),
+        text=_text(outcome, directory),
+        exit_code=outcome.request.exit_code,
+    )
 
 
-def _train(
-    config: SFTConfig, source: str, output: Path, console: Console, *, resume: bool
-) -> Outcome:
+def _train(config: SFTConfig, source: str, directory: RunDirectory, console: Console) -> Outcome:
     started = time.perf_counter()
+    directory.remove_partial()
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
     data = data_of(config, source, tokenizer)
     console.note(visible(str(data)))
     adapt(model, config.adapter, config.model, config.run.seed)
-    parameters = parameters_of(config, output, data)
-    checkpoint = parameters.checkpoint_file if resume else None
-    if checkpoint:
-        forget_after(output / METRICS, checkpoint_iteration(checkpoint))
-    else:
-        (output / METRICS).unlink(missing_ok=True)
-    (output / CONFIG).write_text(to_toml(config), "utf-8")
+    parameters = parameters_of(config, directory, data)
+    checkpoint = parameters.checkpoint_file
+    resume = checkpoint if checkpoint and checkpoint.exists() else None
+    resume_step = checkpoint_iteration(resume) + 1 if resume else 0
+    directory.config.write_text(to_toml(config), "utf-8")
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
-    with ExitStack() as opened:
-        sinks = [opened.enter_context(closing(sink)) for sink in open_sinks(config, output)]
+    tracking = tracker_of(config, directory, console, resume_step=resume_step, samples=False)
+    with tracking as tracker, stopping(console.note) as request:
 
         def on_progress(event: Event) -> Progress:
             console.note(str(event))
-            for sink in sinks if (metrics := _metrics(event)) else []:
-                sink.write(event.iteration, metrics)
-            return Progress.MORE
+            if metrics := _metrics(event):
+                tracker.write(event.iteration, metrics)
+            return Progress.STOP if request.signal else Progress.MORE
 
         result = train_sft(
             model,
@@ -129,7 +127,7 @@ def _train(
             data.valid,
             optimizer_of(config.trainer, parameters.iterations),
             parameters=parameters,
-            resume=checkpoint,
+            resume=resume,
             on_progress=on_progress,
         )
     test = (
@@ -141,6 +139,7 @@ def _train(
         seconds=time.perf_counter() - started,
         data=data,
         parameters=parameters,
+        request=request,
     )
 
 
@@ -167,7 +166,7 @@ def data_of(config: SFTConfig, source: str, tokenizer: TokenizerWrapper) -> SFTD
     return load_data(source, encoding, validation_share=config.data.validation_share)
 
 
-def parameters_of(config: SFTConfig, output: Path, data: SFTData) -> SFTParameters:
+def parameters_of(config: SFTConfig, directory: RunDirectory, data: SFTData) -> SFTParameters:
     """What `train_sft` is told; epochs are so many updates on these data."""
     trainer, run = config.trainer, config.run
 
@@ -179,7 +178,9 @@ def parameters_of(config: SFTConfig, output: Path, data: SFTData) -> SFTParamete
             steps_per_eval=run.steps_per_eval,
             validation_batches=run.validation_batches,
             save_every=run.save_every,
-            adapter_path=output / ADAPTERS,
+            adapter_path=directory.latest,
+            best_path=directory.best,
+            checkpoint_path=directory.checkpoints / "latest.safetensors",
             accumulation=trainer.accumulation,
             packing=config.data.packing,
             max_length=config.data.max_length,
@@ -191,23 +192,6 @@ def parameters_of(config: SFTConfig, output: Path, data: SFTData) -> SFTParamete
     if trainer.epochs is None:
         return parameters(trainer.iterations or ITERATIONS)
     return parameters(iterations_of(trainer.epochs, data.train, parameters(0)))
-
-
-def _check_same(output: Path, config: SFTConfig) -> None:
-    """Refuse to go on with a run that was begun otherwise."""
-    if not (output / CONFIG).is_file():
-        raise ConfigError(f"{output} holds no run to go on with; start it without --resume")
-    begun = settings_of(read_toml(output / CONFIG, SFTConfig()))
-    differing = [
-        f"{then.key} was {then.default!r} and is {now.default!r}"
-        for then, now in zip(begun, settings_of(config), strict=True)
-        if then.key not in _FREE and then.default != now.default
-    ]
-    if differing:
-        raise ConfigError(
-            f"the run in {output} was begun with other options: {'; '.join(differing)}. Give those "
-            "again, or start another run"
-        )
 
 
 def _metrics(event: Event) -> Metrics:
@@ -224,23 +208,22 @@ def _metrics(event: Event) -> Metrics:
     return {}
 
 
-def _write_report(outcome: Outcome, config: SFTConfig, output: Path) -> None:
+def _write_report(outcome: Outcome, config: SFTConfig, directory: RunDirectory) -> None:
     write_html_report(
-        output / REPORT,
+        directory.report,
         f"Supervised training of {config.model.name} on {config.data.source}",
         plots={"loss": ["loss", "validation/loss"], "learning rate": ["learning_rate"]},
-        rows=read_metrics(output / METRICS),
-        facts=_facts(outcome, output),
+        rows=read_metrics(directory.metrics),
+        facts=_facts(outcome, directory),
         settings=plain(config),
     )
 
 
-def _facts(outcome: Outcome, output: Path) -> dict[str, object]:
+def _facts(outcome: Outcome, directory: RunDirectory) -> dict[str, object]:
     """What a person wants to know of a finished run."""
     result = outcome.result
-    losses = [
-        r["validation/loss"] for r in read_metrics(output / METRICS) if "validation/loss" in r
-    ]
+    rows = read_metrics(directory.metrics)
+    losses = [row["validation/loss"] for row in rows if "validation/loss" in row]
     how = {"finished": "", "stopped": " (stopped)", "early": " (out of patience)"}[result.ended]
     facts: dict[str, object] = {
         "data": outcome.data,
@@ -250,7 +233,7 @@ def _facts(outcome: Outcome, output: Path) -> dict[str, object]:
         facts["validation loss"] = f"{losses[0]:.4f} before, {result.validation_loss:.4f} after"
     if outcome.test_loss is not None:
         facts["test loss"] = f"{outcome.test_loss:.4f}"
-    facts["adapters"] = output / ADAPTERS
+    facts["adapters"] = directory.latest
     if result.best_loss is not None:
         facts["best adapters"] = (
             f"{outcome.parameters.best_file} (validation loss {result.best_loss:.4f} after "
@@ -259,19 +242,21 @@ def _facts(outcome: Outcome, output: Path) -> dict[str, object]:
     return facts
 
 
-def _text(outcome: Outcome, output: Path) -> str:
-    facts = _facts(outcome, output) | {"report": output / REPORT}
+def _text(outcome: Outcome, directory: RunDirectory) -> str:
+    facts = _facts(outcome, directory) | {"report": directory.report}
+    if outcome.request.signal:
+        facts["stopped"] = outcome.request.farewell(directory.path, "sft")
     return "\n".join(f"{name}: {visible(str(value))}" for name, value in facts.items())
 
 
-def _data(outcome: Outcome, output: Path) -> dict[str, Any]:
+def _data(outcome: Outcome, directory: RunDirectory) -> dict[str, Any]:
     best = outcome.parameters.best_file if outcome.result.best_loss is not None else None
     return asdict(outcome.result) | {
         "test_loss": outcome.test_loss,
         "truncated": outcome.data.truncated,
         "dropped": outcome.data.dropped,
         "seconds": outcome.seconds,
-        "adapters": str(output / ADAPTERS),
+        "adapters": str(directory.latest),
         "best_adapters": best and str(best),
-        "report": str(output / REPORT),
+        "report": str(directory.report),
     }

@@ -5,30 +5,49 @@ from argparse import Namespace
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from textpolicy.cli.experiment import Outcome, fresh_folder, run_experiment
+from textpolicy.cli.experiment import Outcome, run_experiment
 from textpolicy.cli.flags import configured
 from textpolicy.cli.memory import show_plan
 from textpolicy.cli.report import Report
+from textpolicy.cli.resuming import taken_up
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import TrainConfig
+from textpolicy.runs import RunDirectory, claim, new_directory
 from textpolicy.tracking.console import Console
 
 
 def run(options: Namespace) -> Report:
-    config = configured(TrainConfig(), options)
+    config, directory = _asked(options)
     use_threads(config.model)
     if options.dry_run:
         return show_plan(config)
-    with closing(Console(sys.stderr, config.run.steps)) as console:
+    if directory is None:
         source = config.task.env or Path(config.task.data or "").stem
-        outcome = run_experiment(config, config.run.output or fresh_folder(source), console)
-    data = asdict(outcome) | {"adapters": str(outcome.adapters)}
-    return Report(data=data, text=f"{describe(outcome)}\nadapters in {outcome.adapters}")
+        directory = _chosen(config.run.output, source)
+    with closing(Console(sys.stderr, config.run.steps)) as console:
+        outcome = run_experiment(config, directory, console)
+    code = 0 if outcome.after else outcome.request.exit_code
+    return Report(data=_data(outcome), text=_text(outcome), exit_code=code)
+
+
+def _asked(options: Namespace) -> tuple[TrainConfig, RunDirectory | None]:
+    if options.resume:
+        return taken_up(TrainConfig(), options)
+    return configured(TrainConfig(), options), None
+
+
+def _chosen(output: Path | None, source: str) -> RunDirectory:
+    """The directory of a new run, ready to be written to."""
+    directory = RunDirectory(output) if output else new_directory(source)
+    claim(directory)
+    return directory
 
 
 def describe(outcome: Outcome) -> str:
-    """What a person wants to know of a finished run."""
+    """What a person wants to know of a run that came to its end."""
+    assert outcome.after
     text = (
         f"greedy reward on {outcome.after.count} held-out tasks: "
         f"{outcome.before} before, {outcome.after} after\n"
@@ -45,3 +64,23 @@ def describe(outcome: Outcome) -> str:
             "between completions of one task?"
         )
     return text
+
+
+def _text(outcome: Outcome) -> str:
+    if outcome.after is None:
+        return outcome.request.farewell(outcome.directory.path)
+    return f"{describe(outcome)}\nadapters in {outcome.directory.latest}"
+
+
+def _data(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "before": asdict(outcome.before),
+        "after": outcome.after and asdict(outcome.after),
+        "steps": outcome.steps,
+        "updates": outcome.updates,
+        "seconds": outcome.seconds,
+        "run": str(outcome.directory.path),
+        "adapters": str(outcome.directory.latest),
+        "alarms": outcome.alarms,
+        "kept": outcome.kept,
+    }

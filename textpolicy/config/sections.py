@@ -302,7 +302,7 @@ class TrainerOptions:
     micro_batch_size: int | None = option(
         None,
         "rollouts in memory at once while training",
-        unset="whole groups, about a thousand tokens",
+        unset="whole groups, as many as have 1024 tokens",
         limit=at_least(1),
     )
     checkpoint_gradients: bool = option(*CHECKPOINT_GRADIENTS)
@@ -385,6 +385,12 @@ class TrackingOptions:
     tensorboard: bool = option(
         False, "log to event files of TensorBoard too, in the folder tensorboard of the run"
     )
+    trackio: str | None = option(
+        None, "log to this project of trackio too", unset="no", metavar="PROJECT"
+    )
+    wandb_artifacts: bool = option(
+        False, "upload the latest and the best adapter to Weights & Biases at the end"
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -402,6 +408,8 @@ class RunOptions:
     )
     steps: int = option(200, "rounds of sampling and training", limit=at_least(1))
     seed: int = option(0, "makes the run repeatable")
+    checkpoint_every: int = option(1, "steps from one checkpoint to the next", limit=at_least(1))
+    keep_checkpoints: int = option(2, "checkpoints that are kept", limit=at_least(1))
     stop_on_collapse: bool = option(
         False, "end the run at the first alarm, and keep the best adapter"
     )

@@ -1,5 +1,5 @@
 """The directory of a run."""
 
-from textpolicy.runs.directory import RunDirectory
+from textpolicy.runs.directory import RunDirectory, claim, new_directory
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "claim", "new_directory"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from textpolicy.adapters.files import peek_version
+from textpolicy.adapters.files import peek_version, remove_partial, replacing
 from textpolicy.errors import ConfigError
 
 SUFFIX = ".safetensors"
@@ -117,15 +117,23 @@ class RunDirectory:
         The file shares the bytes of `adapter`, which later versions replace and never change.
         """
         target = self.adapters / f"{name or f'{peek_version(adapter):08d}'}{SUFFIX}"
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(adapter, temporary)
-        except OSError:
-            # Some file systems know no links.
-            shutil.copyfile(adapter, temporary)
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            try:
+                os.link(adapter, temporary)
+            except OSError:
+                # Some file systems know no links.
+                shutil.copyfile(adapter, temporary)
         return target
+
+    def keep_latest(self) -> None:
+        """Keep the latest adapter under its version too, if there is one yet."""
+        if self.latest.exists():
+            self.keep(self.latest)
+
+    def remove_partial(self) -> None:
+        """Remove what a killed process was writing; to be called by the holder of the lock."""
+        for folder in (self.path, self.adapters, self.checkpoints):
+            remove_partial(folder)
 
 
 def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:
@@ -137,7 +145,8 @@ def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:
 
 def claim(directory: RunDirectory) -> None:
     """Make the directory and see that it can be written to, before a model is loaded for it."""
-    if directory.begun:
+    # A run that failed before it had anything to lose is no hindrance.
+    if directory.latest.exists() or any(directory.checkpoints.glob(f"*{SUFFIX}")):
         raise ConfigError(
             f"{directory.path} holds an earlier run: choose another folder, or go on with that run "
             f"by --resume {directory.path}"

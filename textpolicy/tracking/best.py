@@ -24,7 +24,21 @@ class BestAdapter:
         self.path = path
         self.reward = float("-inf")
         self.version = self._sampled_with.version
-        write_file(path, self._sampled_with)
+        if not path.exists():
+            # A run that goes on has one.
+            write_file(path, self._sampled_with)
+        self._replayed = 0.0
+
+    def replay(self, metrics: Metrics, *, evaluated: bool) -> None:
+        """Take the row of a step that an earlier process made, whose best file is there."""
+        if evaluated:
+            reward = metrics.get("eval/reward", float("-inf"))
+        else:
+            self._rewards += [metrics[REWARD]] if REWARD in metrics else []
+            reward = fmean(self._rewards) if REWARD in metrics else float("-inf")
+        if reward > self.reward:
+            self.reward, self.version = reward, int(self._replayed)
+        self._replayed = metrics.get("version", self._replayed)
 
     def see(self, metrics: Metrics) -> None:
         """To be called after each step, when its update is made."""

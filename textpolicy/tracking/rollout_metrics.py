@@ -28,6 +28,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
     )
 
 
+def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> Metrics:
+    """By how many versions these groups are older than the weights that now learn from them."""
+    ages = [version - group.version for group in groups]
+    return {"staleness/mean": float(np.mean(ages)), "staleness/max": float(max(ages))}
+
+
 def _reward_metrics(rewards_G: Sequence[Sequence[float]]) -> Metrics:
     """Nothing, where nothing was scored: a mean of no rewards is no number."""
     scored = [rewards for rewards in rewards_G if rewards]

@@ -10,7 +10,7 @@ import numpy as np
 
 from textpolicy.errors import ConfigError
 from textpolicy.training.batch import Row
-from textpolicy.types import AdvantageFn
+from textpolicy.types import AdvantageFn, RolloutGroup
 
 
 def with_advantages(
@@ -34,6 +34,17 @@ def with_advantages(
             f"{rewards.shape}; expected one advantage for each reward"
         )
     return [replace(row, advantage=float(advantages[row.group, row.member])) for row in rows]
+
+
+def advantage_table(
+    groups: Sequence[RolloutGroup], rows: Sequence[Row]
+) -> list[list[float | None]]:
+    """The rows' advantages by group and member; None where there is no row, or a silent one."""
+    table: list[list[float | None]] = [[None] * len(group.rollouts) for group in groups]
+    for row in rows:
+        if not row.silent:
+            table[row.group][row.member] = row.advantage
+    return table
 
 
 def what_it_asks(advantage_fn: AdvantageFn) -> frozenset[str]:

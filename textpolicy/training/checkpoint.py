@@ -16,12 +16,14 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from textpolicy.adapters.files import read_tensors, write_tensors
-from textpolicy.errors import TextPolicyError, TrainingError
+from textpolicy.adapters.files import read_tensors, remove_partial, write_tensors
+from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, TrainingError
 
 FORMAT = "textpolicy.checkpoint"
 FORMAT_VERSION = "1"
 SUFFIX = ".safetensors"
+# A tensor, since mlx reads no file whose header is over 100 MB, and rollouts can be more than that.
+_CONTENT = "content.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,9 @@ class Checkpoints:
     """The last `keep` checkpoints of a run, in a folder. One is saved every `every` steps."""
 
     def __init__(self, folder: Path, *, keep: int = 2, every: int = 1) -> None:
+        for name, value in (("keep", keep), ("every", every)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; expected a whole number, at least 1")
         self.folder = folder
         self.keep = keep
         self.every = every
@@ -50,6 +55,7 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write one more, and only then remove what is no longer among the last."""
         path = self.folder / f"{checkpoint.step:08d}{SUFFIX}"
+        remove_partial(self.folder)
         write_checkpoint(path, checkpoint)
         # A run that went on from an older one leaves newer ones behind: those of another course.
         course = [p for p in self._paths() if p.stem <= path.stem]
@@ -80,17 +86,15 @@ class Checkpoints:
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Replace the file at `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"step": checkpoint.step, "facts": checkpoint.facts})
-    write_tensors(
-        path,
-        checkpoint.arrays,
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "content": content,
-            "sha256": _digest(checkpoint.arrays, content),
-        },
-    )
+    arrays = {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": _digest(arrays)}
+    try:
+        write_tensors(path, arrays, metadata)
+    except AdapterError as error:
+        raise TrainingError(
+            f"no checkpoint was saved after step {checkpoint.step}; an earlier one is still as it "
+            f"was\n{error}"
+        ) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -102,16 +106,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} is no checkpoint that this release reads: its format is {found}, expected "
             f"{(FORMAT, FORMAT_VERSION)}"
         )
-    content = metadata.get("content", "")
-    if _digest(arrays, content) != metadata.get("sha256"):
+    if _digest(arrays) != metadata.get("sha256"):
         raise TrainingError(f"{path} is damaged: its content is not what was written")
-    return Checkpoint(arrays=arrays, **json.loads(content))
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what a killed process was writing in the folder when it ended."""
-    for path in folder.glob(f".*{SUFFIX}"):
-        path.unlink()
+    content = json.loads(bytes(_bytes(arrays.pop(_CONTENT))))
+    return Checkpoint(arrays=arrays, **content)
 
 
 def flat(prefix: str, tree: Any) -> dict[str, mx.array]:
@@ -152,14 +150,32 @@ def _misfits(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) ->
     yield from (f"{name}: missing in the file" for name in expected.keys() - found.keys())
     yield from (f"{name}: not in this run" for name in found.keys() - expected.keys())
     for name in found.keys() & expected.keys():
-        if (there := found[name].shape) != (here := expected[name].shape):
-            yield f"{name}: shape {there}, here {here}"
+        there, here = found[name], expected[name]
+        if there.shape != here.shape:
+            yield f"{name}: shape {there.shape}, here {here.shape}"
+        elif there.dtype != here.dtype:
+            yield f"{name}: {there.dtype}, here {here.dtype}"
 
 
-def _digest(arrays: Mapping[str, mx.array], content: str) -> str:
-    digest = hashlib.sha256(content.encode())
+def _content(checkpoint: Checkpoint) -> mx.array:
+    try:
+        text = json.dumps({"step": checkpoint.step, "facts": checkpoint.facts})
+    except TypeError as error:
+        raise TrainingError(
+            f"no checkpoint can be made after step {checkpoint.step}: {error}. What a curriculum "
+            "says in state(), and what environments answer, has to be what JSON can hold"
+        ) from error
+    return mx.array(np.frombuffer(text.encode(), np.uint8))
+
+
+def _digest(arrays: Mapping[str, mx.array]) -> str:
+    digest = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.asarray(array.reshape(-1).view(mx.uint8)).data)
+        digest.update(_bytes(array))
     return digest.hexdigest()
+
+
+def _bytes(array: mx.array) -> memoryview:
+    return np.asarray(array.reshape(-1).view(mx.uint8)).data

@@ -20,7 +20,7 @@ from textpolicy.adapters.movement import adapter_movement
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.training import checks
-from textpolicy.training.advantages import what_it_asks, with_advantages
+from textpolicy.training.advantages import advantage_table, what_it_asks, with_advantages
 from textpolicy.training.batch import (
     Row,
     Whole,
@@ -110,6 +110,8 @@ class Trainer:
         self._fruitless = checks.Fruitless()
         self._shuffle = Random(self.seed)
         self._updates = 0
+        # Of the last call of `train`, by group and member; None is not learned from.
+        self.advantages: list[list[float | None]] = []
         self._value_and_grad = nn.value_and_grad(self.model, self._objective)
 
     def _check_options(self) -> None:
@@ -202,11 +204,13 @@ class Trainer:
         check_scorable(groups)
         started = time.perf_counter()
         rows = self._silenced(rows_of(groups))
+        self.advantages = advantage_table(groups, [])
         self._fruitless.see("reward", fruitless=not rows)
         if not rows:
             return self._report(norm=0.0)
         rows = self._scored(rows)
         rows = with_advantages(rows, self.advantage_fn, self._asked, self.reward_kl)
+        self.advantages = advantage_table(groups, rows)
         ready = time.perf_counter()
         metrics = self._updated(rows, groups)
         update = time.perf_counter() - ready - metrics["time/publish"]

@@ -1,0 +1,146 @@
+"""How fast completions come, beside mlx-lm's own generator and beside the matrix products alone.
+
+    python benchmarks/generate.py --json --output benchmarks/results/generate.json
+
+The model is the Qwen3 of random weights of grpo_step.py, prompts and completions have 64 tokens,
+and nothing ends early. Ours is a policy's whole call: prompts once a group of 8, a random key for
+each row, the log-probability of each drawn token kept. mlx-lm's is its `BatchGenerator` as wide as
+there are rows, every prompt by itself, and no log-probabilities kept. "products" are the matrix
+products of the decode steps and of nothing else: no generator comes below that time.
+
+All take turns in one process, with the same matrix products; reported are medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from grpo_step import VOCABULARY, prompts, write_model
+from learning import setting
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from textpolicy import fast_cpu
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.generation.mlx_generation import create_policy, load_model
+
+GROUP, PROMPT, COMPLETION = 8, 64, 64
+ROWS = (1, 8, 32, 64)
+
+Generate = Callable[[], object]
+
+
+def ours(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate:
+    """A policy's call: groups of 8, or one completion."""
+    size = min(GROUP, rows)
+    texts = prompts(rows // size, PROMPT)
+    policy = create_policy(model, tokenizer, {"max_tokens": COMPLETION, "seed": 0})
+
+    def generate() -> None:
+        groups = policy.generate(texts, n=size)
+        assert sum(len(one.tokens) for group in groups for one in group) == rows * COMPLETION
+
+    return generate
+
+
+def mlx_lm(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate:
+    """The same tokens out of mlx-lm: each row with its own copy of the prompt."""
+    size = min(GROUP, rows)
+    texts = prompts(rows // size, PROMPT)
+    tokens = [tokenizer.encode(text) for text in texts for _ in range(size)]
+
+    def generate() -> None:
+        generator = BatchGenerator(
+            model,
+            max_tokens=COMPLETION,
+            sampler=make_sampler(temp=1.0),
+            completion_batch_size=rows,
+            prefill_batch_size=rows,
+        )
+        generator.insert(tokens)
+        count = 0
+        while any(responses := generator.next()):
+            count += len(responses[1])
+        generator.close()
+        assert count == rows * COMPLETION
+
+    return generate
+
+
+def products(model: nn.Module, rows: int) -> Generate:
+    """What the weights are multiplied with in the decode steps, one after another."""
+    weights = [w for name, w in tree_flatten(model.parameters()) if w.ndim == 2]
+    inputs = [mx.random.normal((rows, weight.shape[1])) for weight in weights]
+    mx.eval(inputs)
+
+    def generate() -> None:
+        for _ in range(COMPLETION):
+            mx.eval([x @ weight.T for x, weight in zip(inputs, weights, strict=True)])
+
+    return generate
+
+
+def seconds(run: Generate) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def compare(folder: str, rows: int, runs: int) -> dict[str, Any]:
+    """Tokens a second of each way, and ratios."""
+    plain, tokenizer = load_model(folder)
+    adapted, _ = load_model(folder)
+    container = AdapterContainer.from_model(adapted, AdapterConfig(rank=8, scale=2.0))
+    container.swap({n: a + 0.01 for n, a in container.parameters().items()})
+    ways = {
+        "ours": ours(plain, tokenizer, rows),
+        "ours_with_lora": ours(adapted, tokenizer, rows),
+        "mlx_lm": mlx_lm(plain, tokenizer, rows),
+        "products": products(plain, rows),
+    }
+    for run in ways.values():
+        run()
+    turns = [{name: seconds(run) for name, run in ways.items()} for _ in range(runs)]
+    times = {name: statistics.median(turn[name] for turn in turns) for name in ways}
+    return {
+        "rows": rows,
+        "tokens_per_second": {n: round(rows * COMPLETION / t) for n, t in times.items()},
+        "times_as_fast_as_mlx_lm": round(times["mlx_lm"] / times["ours"], 3),
+        "share_of_the_speed_without_lora": round(times["ours"] / times["ours_with_lora"], 3),
+        "share_of_the_time_in_products": round(times["products"] / times["ours"], 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="separated by commas")
+    parser.add_argument("--runs", type=int, default=7, help="of each way (default: 7)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    options = parser.parse_args()
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        found = [compare(folder, int(rows), options.runs) for rows in options.rows.split(",")]
+    record = {"setting": setting() | {"vocabulary": VOCABULARY}, "results": found}
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1) if options.json else "\n".join(map(str, found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Runs of a few steps in processes of their own, for tests that end them.
+
+The processes come from a server that has the slow imports and no mlx, whose threads survive no
+fork: each starts in a quarter of a second.
+"""
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from itertools import count
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+STEPS, GROUPS, GROUP_SIZE = 5, 4, 4
+SLOW_IMPORTS = ["numpy", "pytest", "transformers", "transformers.models.auto.tokenization_auto"]
+# What a save asks of the system beyond bytes.
+LASTING = ("fsync", "replace", "unlink", "truncate")
+
+context = get_context("forkserver")
+context.set_forkserver_preload(SLOW_IMPORTS)
+
+
+def start(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process that runs `target`, and is gone when this one is."""
+    process = context.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def end_of(process: BaseProcess) -> int:
+    """Its exit code, or minus the signal that killed it; no run of these takes a minute."""
+    process.join(60)
+    assert process.exitcode is not None, "still running after 60 s"
+    return process.exitcode
+
+
+def nothing() -> None:
+    """Start, and end."""
+
+
+def train(
+    folder: Path,
+    options: Mapping[str, Any],
+    observe: Callable[[Any], Any] = lambda report: None,
+    before_reward: Callable[[], None] = nothing,
+) -> None:
+    """A run of `STEPS` steps in the folder, begun or gone on with."""
+    from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+    from textpolicy.algorithms import grpo
+    from textpolicy.environments import load
+    from textpolicy.generation.mlx_generation import create_policy, load_model
+    from textpolicy.loop import train_rl
+    from textpolicy.runs import RunDirectory
+    from textpolicy.tracking.jsonl import RunFiles
+    from textpolicy.training.checkpoint import Checkpoints
+    from textpolicy.training.optimizer import build_optimizer
+    from textpolicy.training.trainer import Trainer
+
+    run = RunDirectory(folder)
+    options = dict(options)
+    per_generation = options.pop("steps_per_generation", 1)
+    model, tokenizer = load_model("tiny")
+    adapters = AdapterContainer.from_model(model, AdapterConfig(rank=2), seed=1)
+    adapters.publish_path = run.latest
+    policy = create_policy(twin(model), tokenizer, {"max_tokens": 4})
+    optimizer = build_optimizer(1e-2, schedule="cosine", warmup=2, updates=40)
+    trainer = Trainer(
+        model, grpo.compute_advantages, grpo.policy_loss, optimizer, seed=5, **options
+    )
+    environment = load("add")
+    folder.mkdir(exist_ok=True)
+    with run.lock():
+        run.remove_partial()
+        checkpoints = Checkpoints(run.checkpoints)
+        resume = checkpoints.newest()
+        resume_step = resume.step if resume else 0
+        with closing(RunFiles(run.metrics, resume_step=resume_step)) as rows:
+
+            def on_step(report: Any) -> Any:
+                rows.write(report.step, report.metrics)
+                return observe(report)
+
+            def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+                before_reward()
+                return environment.reward(prompt, completion, example)
+
+            train_rl(
+                tasks=environment.stream(0),
+                reward=reward,
+                policy=policy,
+                trainer=trainer,
+                steps=STEPS,
+                groups_per_step=GROUPS,
+                group_size=GROUP_SIZE,
+                steps_per_generation=per_generation,
+                seed=3,
+                on_step=on_step,
+                checkpoints=checkpoints,
+                resume=resume,
+            )
+
+
+def train_until_step(folder: Path, options: Mapping[str, Any], step: int) -> None:
+    """Stopped by its observer."""
+    from textpolicy.types import Progress
+
+    train(folder, options, lambda r: Progress.STOP if r.step + 1 == step else Progress.MORE)
+
+
+def train_until_call(folder: Path, options: Mapping[str, Any], number: int, after: bool) -> None:
+    """Killed before or after the `number`-th time that it asks the system for something lasting."""
+    numbers = count(1)
+
+    def fatal(call: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **named: Any) -> Any:
+            last = next(numbers) == number
+            if last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return call(*args, **named)
+            finally:
+                if last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return made
+
+    for name in LASTING:
+        setattr(os, name, fatal(getattr(os, name)))
+    train(folder, options)
+
+
+def train_until_byte(folder: Path, options: Mapping[str, Any], size: int) -> None:
+    """Killed by the system at the first byte that makes a file longer than `size`."""
+    # Python ignores this signal, and sees an error instead.
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    _limit_files(size)
+    train(folder, options)
+
+
+def train_on_a_full_disk(
+    folder: Path, options: Mapping[str, Any], size: int, said: Connection
+) -> None:
+    """No file can be longer than `size`; says what error that was."""
+    from textpolicy.errors import TextPolicyError
+
+    _limit_files(size)
+    try:
+        train(folder, options)
+    except TextPolicyError as error:
+        said.send(f"{type(error).__name__}: {error}")
+
+
+def _limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def train_stoppably(folder: Path, options: Mapping[str, Any], hold: bool, said: Connection) -> None:
+    """Says how many steps are done, what signals lead to, and how to go on.
+
+    The first reward of the third step waits for a word; with `hold` it then takes minutes in C.
+    """
+    from textpolicy.cli.signals import stopping
+
+    rewards = count()
+
+    def before_reward() -> None:
+        if next(rewards) == 2 * GROUPS * GROUP_SIZE:
+            said.send("in the third step")
+            said.recv()
+            if hold:
+                _compute_for_minutes()
+
+    # A shell may have started the tests with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with stopping(said.send) as request:
+        observe = request.heeded(lambda report: said.send(report.step + 1))
+        train(folder, options, observe, before_reward)
+    said.send(request.farewell(folder))
+    raise SystemExit(request.exit_code)
+
+
+def wait_without_a_terminal(said: Connection) -> None:
+    """Waits for signals; what they would say cannot be said."""
+    from textpolicy.cli.signals import stopping
+
+    def announce(line: str) -> None:
+        said.send(line)
+        raise BrokenPipeError
+
+    with stopping(announce):
+        said.send("waiting")
+        said.poll(None)
+
+
+def _compute_for_minutes() -> None:
+    import mlx.core as mx
+
+    x = mx.full((2000, 2000), 1 / 2000)
+    for _ in range(20_000):
+        x = x @ x
+    mx.eval(x)

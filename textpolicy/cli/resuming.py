@@ -1,0 +1,59 @@
+"""--resume: the config that a run was begun with, and what may be changed of it."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Collection
+from pathlib import Path
+from typing import TypeVar
+
+from textpolicy.cli.flags import configured
+from textpolicy.config import read_toml, settings_of
+from textpolicy.errors import ConfigError
+from textpolicy.runs import RunDirectory
+
+C = TypeVar("C")
+# Where a run is kept and how it is watched changes none of its numbers.
+WATCHING = frozenset({"run.output", "tracking"})
+
+
+def add_resume(parser: ArgumentParser) -> None:
+    """--resume and --force."""
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=Path,
+        help="go on with the run in this directory from its last checkpoint (default: a new run)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on although options differ from those that the run was begun with",
+    )
+
+
+def taken_up(
+    defaults: C, options: Namespace, free: Collection[str] = WATCHING
+) -> tuple[C, RunDirectory]:
+    """The config of the run to go on with; an error with the differences if others are asked for.
+
+    What is `free` to change is named by key or by section.
+    """
+    directory = RunDirectory(options.resume)
+    if not directory.begun:
+        raise ConfigError(
+            f"{directory.path} holds no run to go on with: it has no {directory.config.name}. "
+            "Start one with --output, and without --resume"
+        )
+    begun = read_toml(directory.config, defaults)
+    config = configured(begun, options)
+    differing = [
+        f"{then.key}: {then.default!r} there, {now.default!r} now"
+        for then, now in zip(settings_of(begun), settings_of(config), strict=True)
+        if then.default != now.default and not {then.key, then.section} & set(free)
+    ]
+    if differing and not options.force:
+        raise ConfigError(
+            f"the run in {directory.path} was begun with other options:\n  "
+            + "\n  ".join(differing)
+            + "\nLeave these out, or go on with them all the same by --force"
+        )
+    return config, directory

@@ -1,0 +1,115 @@
+"""The tracker of a run directory: its files, and the services that were asked for."""
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from textpolicy.errors import ConfigError
+from textpolicy.runs import RunDirectory
+from textpolicy.tracking.jsonl import RunFiles
+from textpolicy.tracking.service import Say, Service
+from textpolicy.tracking.sink import Sink
+from textpolicy.tracking.tensorboard import TensorBoardRun
+from textpolicy.tracking.tracker import CLOSING, PATIENCE, Tracker
+from textpolicy.tracking.trackio_run import TrackioRun
+from textpolicy.tracking.wandb_run import WandbRun
+
+TENSORBOARD = "tensorboard"
+_ID = ".tracking-id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What a run is logged to beside its files."""
+
+    wandb: str | None = None
+    """A project of Weights & Biases."""
+    wandb_artifacts: bool = False
+    """Whether the latest and the best adapter are uploaded at the end."""
+    tensorboard: bool = False
+    """Whether event files are written into the run's directory."""
+    trackio: str | None = None
+    """A project of trackio."""
+
+
+def open_tracker(
+    directory: RunDirectory,
+    services: Services,
+    config: Mapping[str, Any],
+    *,
+    notice: Callable[[str], None],
+    resume_step: int = 0,
+    samples: bool = True,
+    patience: float = PATIENCE,
+) -> Tracker:
+    """Begin to record, or go on: rows of `resume_step` and later steps are written anew.
+
+    `notice` gets a line for people when a sink has something to say. The run waits for no service
+    but at its end, and then for `patience` seconds; one whose package is missing is an error.
+    """
+    _check_installed(services)
+    kept = directory.samples if samples else None
+    files = RunFiles(directory.metrics, kept, resume_step=resume_step)
+    makers = _makers(directory, services, config, resume_step, patience)
+    return Tracker(
+        [files],
+        [Service(name, make) for name, make in makers.items()],
+        notice=notice,
+        patience=patience,
+    )
+
+
+def _makers(
+    directory: RunDirectory,
+    services: Services,
+    config: Mapping[str, Any],
+    resume_step: int,
+    patience: float,
+) -> dict[str, Callable[[Say], Sink]]:
+    folder, run_id = directory.path, run_id_of(directory.path)
+    makers: dict[str, Callable[[Say], Sink]] = {}
+    if (project := services.wandb) is not None:
+        adapters: Sequence[Path] = (directory.latest, directory.best)
+        makers["W&B"] = lambda say: WandbRun(
+            project,
+            run_id=run_id,
+            folder=folder,
+            config=config,
+            notice=say,
+            artifacts=adapters if services.wandb_artifacts else (),
+            # A server that never answers leaves time to write an offline run. One that falls silent
+            # is waited for at the end, and W&B does so again when the process ends.
+            init_seconds=patience * 0.3,
+            close_seconds=patience * CLOSING * 0.9,
+        )
+    if services.tensorboard:
+        makers["TensorBoard"] = lambda say: TensorBoardRun(
+            folder / TENSORBOARD, resume_step=resume_step
+        )
+    if (name := services.trackio) is not None:
+        makers["trackio"] = lambda say: TrackioRun(
+            name, name=f"{folder.name}-{run_id}", config=config
+        )
+    return makers
+
+
+def run_id_of(folder: Path) -> str:
+    """What services know the run in this folder by: made once, and kept there."""
+    file = folder / _ID
+    if not file.is_file():
+        file.write_text(secrets.token_hex(4), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
+def _check_installed(services: Services) -> None:
+    wanted = {
+        "wandb": (services.wandb is not None, "wandb"),
+        "tensorboardX": (services.tensorboard, "textpolicy[tensorboard]"),
+        "trackio": (services.trackio is not None, "textpolicy[trackio]"),
+    }
+    for module, (asked, package) in wanted.items():
+        if asked and find_spec(module) is None:
+            raise ConfigError(f"{module} is not installed: pip install '{package}'")
