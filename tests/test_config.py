@@ -241,7 +241,7 @@ def flags_of(command: str) -> dict[str, argparse.Action]:
     return {action.dest: action for action in subparsers.choices[command]._actions}
 
 
-SWITCHES = {"help", "json", "config", "set", "dry_run", "resume"}
+SWITCHES = {"help", "json", "config", "set", "dry_run", "resume", "force"}
 CONFIGS = {"train": DEFAULTS, "sft": SFTConfig()}
 
 

@@ -374,6 +374,8 @@ def test_checkpoints_are_made_and_kept_as_the_options_say(tmp_path):
 # Options whose effect is shown by tests of their own, beside those above.
 SHOWN_ELSEWHERE = {
     "run.stop_on_collapse": "test_alarms.py",
+    "run.checkpoint_every": "test_resume_command.py",
+    "run.keep_checkpoints": "test_resume_command.py",
 }
 
 
@@ -419,12 +421,12 @@ def test_each_number_of_a_supervised_run_is_what_its_option_says(load_tiny, sft_
     _, tokenizer = load_tiny()
     config = changed(SFTConfig(), SFT_PARAMETERS)
     data = data_of(config, sft_data, tokenizer)
-    parameters = parameters_of(config, tmp_path, data)
+    parameters = parameters_of(config, RunDirectory(tmp_path), data)
     for key, value in SFT_PARAMETERS.items():
         assert getattr(parameters, key.partition(".")[2]) == value
     epochs = changed(SFTConfig(), {"trainer.epochs": 2, "trainer.batch_size": 4})
     # A tenth of the 40 rows is kept to validate on.
-    assert parameters_of(epochs, tmp_path, data).iterations == 2 * 36 // 4
+    assert parameters_of(epochs, RunDirectory(tmp_path), data).iterations == 2 * 36 // 4
     with pytest.raises(ConfigError, match="expected one of them"):
         changed(epochs, {"trainer.iterations": 5})
 

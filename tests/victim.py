@@ -7,7 +7,7 @@ fork: each starts in a quarter of a second.
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import count
 from multiprocessing import get_context
@@ -18,8 +18,6 @@ from typing import Any
 
 STEPS, GROUPS, GROUP_SIZE = 5, 4, 4
 SLOW_IMPORTS = ["numpy", "pytest", "transformers", "transformers.models.auto.tokenization_auto"]
-# What a save asks of the system beyond bytes.
-LASTING = ("fsync", "replace", "unlink", "truncate")
 
 context = get_context("forkserver")
 context.set_forkserver_preload(SLOW_IMPORTS)
@@ -48,6 +46,7 @@ def train(
     options: Mapping[str, Any],
     observe: Callable[[Any], Any] = lambda report: None,
     before_reward: Callable[[], None] = nothing,
+    loaded: Callable[[], None] = nothing,
 ) -> None:
     """A run of `STEPS` steps in the folder, begun or gone on with."""
     from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
@@ -73,6 +72,7 @@ def train(
         model, grpo.compute_advantages, grpo.policy_loss, optimizer, seed=5, **options
     )
     environment = load("add")
+    loaded()
     folder.mkdir(exist_ok=True)
     with run.lock():
         run.remove_partial()
@@ -105,6 +105,11 @@ def train(
             )
 
 
+def train_aloud(folder: Path, options: Mapping[str, Any], said: Connection) -> None:
+    """Says when its model is loaded, and nothing is done yet."""
+    train(folder, options, loaded=lambda: said.send("loaded"))
+
+
 def train_until_step(folder: Path, options: Mapping[str, Any], step: int) -> None:
     """Stopped by its observer."""
     from textpolicy.types import Progress
@@ -112,8 +117,10 @@ def train_until_step(folder: Path, options: Mapping[str, Any], step: int) -> Non
     train(folder, options, lambda r: Progress.STOP if r.step + 1 == step else Progress.MORE)
 
 
-def train_until_call(folder: Path, options: Mapping[str, Any], number: int, after: bool) -> None:
-    """Killed before or after the `number`-th time that it asks the system for something lasting."""
+def train_until_call(
+    folder: Path, options: Mapping[str, Any], calls: Sequence[str], number: int, after: bool
+) -> None:
+    """Killed before or after the `number`-th of these calls of `os`."""
     numbers = count(1)
 
     def fatal(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +136,7 @@ def train_until_call(folder: Path, options: Mapping[str, Any], number: int, afte
 
         return made
 
-    for name in LASTING:
+    for name in calls:
         setattr(os, name, fatal(getattr(os, name)))
     train(folder, options)
 

@@ -17,6 +17,14 @@ class AdapterError(TextPolicyError, ValueError):
     """Adapters that do not fit the model, or a file that is not a whole adapter."""
 
 
+class UnwritableError(AdapterError):
+    """A file that could not be written: no permission, no room, no such disk."""
+
+
+class RunInterruptedError(TextPolicyError, RuntimeError):
+    """A run that the machine ended, and that goes on from its checkpoint when it can."""
+
+
 class PromptError(TextPolicyError, ValueError):
     """A prompt the model cannot be given: empty, too long, or with ids outside the vocabulary."""
 

@@ -83,7 +83,9 @@ def main() -> None:
             callbacks=[held],
         )
         time_scoring(trainer, held)
-        steps.ready(trl=trl.__version__, torch=torch.__version__, peft_of=transformers.__version__)
+        steps.ready(
+            trl=trl.__version__, torch=torch.__version__, transformers=transformers.__version__
+        )
         trainer.train()
 
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.config import AdapterConfig
-from textpolicy.errors import AdapterError
+from textpolicy.errors import AdapterError, UnwritableError
 
 FORMAT = "textpolicy.adapter"
 FORMAT_VERSION = 1
@@ -231,8 +231,8 @@ def _refusal(path: Path) -> str | None:
     return None
 
 
-def _unwritable(target: Path, reason: object) -> AdapterError:
-    return AdapterError(
+def _unwritable(target: Path, reason: object) -> UnwritableError:
+    return UnwritableError(
         f"{target} cannot be written: {reason}\n"
         "Choose a path in a folder that this process may write to, on a disk with room"
     )

@@ -76,6 +76,21 @@ def add_config_file(parser: ArgumentParser, config: Any) -> None:
     )
 
 
+def add_resume(parser: ArgumentParser) -> None:
+    """--resume and --force."""
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=Path,
+        help="go on with the run in this directory from its last checkpoint (default: a new run)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on although options differ from those that the run was begun with",
+    )
+
+
 def configured(defaults: C, options: Namespace) -> C:
     """`defaults`, over them the file of --config, over both the flags and --set."""
     given = vars(options)

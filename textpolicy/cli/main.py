@@ -1,17 +1,21 @@
 """The `textpolicy` command: what was asked, the answer on stdout, and one message if it failed."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from textpolicy import backend
 from textpolicy.cli.options import build_parser
-from textpolicy.errors import ConfigError, TextPolicyError
+from textpolicy.errors import ConfigError, RunInterruptedError, TextPolicyError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 128 + a signal."""
+    """Run one command and return its exit code.
+
+    0 is done, 1 failed, 2 misused, 75 a run to go on with, 130 and 143 ended by a signal.
+    """
     given = sys.argv[1:] if argv is None else argv
     options = build_parser(next(iter(given), "")).parse_args(given)
     failed = f"textpolicy {options.command}: "
@@ -25,7 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (TextPolicyError, OSError) as error:
         print(f"{failed}{error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return _exit_code(error)
     if text := json.dumps(report.data) if options.json else report.text:
         print(text)
     return report.exit_code
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, RunInterruptedError):
+        return os.EX_TEMPFAIL
+    return 2 if isinstance(error, ConfigError) else 1

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textpolicy.cli.flags import add_config_file, add_setting, add_settings
-from textpolicy.cli.resuming import add_resume
+from textpolicy.cli.flags import add_config_file, add_resume, add_setting, add_settings
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import Limit, Option, Setting, above, at_least
 
@@ -182,6 +181,13 @@ def _runs(parser: ArgumentParser) -> None:
     parser.add_argument("paths", nargs="*", type=Path, help=text, metavar="PATH")
 
 
+def _report(parser: ArgumentParser) -> None:
+    text = "the directory of a run; several are laid over each other"
+    parser.add_argument("paths", nargs="+", help=text, type=Path, metavar="RUN")
+    text, unset = "the page to write", "report.html in the first run"
+    _own(parser, "output", Path | None, None, text, unset=unset, metavar="FILE")
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """It has no options."""
 
@@ -266,6 +272,12 @@ COMMANDS = {
         summary="show what an adapter is: modules, ranks, scales, version, base",
         examples=("textpolicy inspect runs/sort/adapters/latest.safetensors",),
         add_options=_inspect,
+    ),
+    "report": Command(
+        module="write_report",
+        summary="write runs as a page: curves, samples and settings in one HTML file",
+        examples=("textpolicy report runs/add", "textpolicy report runs/add runs/add-2"),
+        add_options=_report,
     ),
     "envs": Command(
         module="envs",

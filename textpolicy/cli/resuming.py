@@ -1,33 +1,19 @@
 """--resume: the config that a run was begun with, and what may be changed of it."""
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Collection
-from pathlib import Path
+import shlex
+from argparse import Namespace
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from textpolicy.cli.flags import configured
 from textpolicy.config import read_toml, settings_of
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, RunInterruptedError, UnwritableError
 from textpolicy.runs import RunDirectory
 
 C = TypeVar("C")
 # Where a run is kept and how it is watched changes none of its numbers.
 WATCHING = frozenset({"run.output", "tracking"})
-
-
-def add_resume(parser: ArgumentParser) -> None:
-    """--resume and --force."""
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        type=Path,
-        help="go on with the run in this directory from its last checkpoint (default: a new run)",
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="go on although options differ from those that the run was begun with",
-    )
 
 
 def taken_up(
@@ -57,3 +43,17 @@ def taken_up(
             + "\nLeave these out, or go on with them all the same by --force"
         )
     return config, directory
+
+
+@contextmanager
+def to_go_on(directory: RunDirectory, command: str) -> Generator[None]:
+    """A full disk and its like become an error that says how the run goes on, if it can."""
+    try:
+        yield
+    except (UnwritableError, OSError) as error:
+        if not any(directory.checkpoints.glob("*.safetensors")):
+            raise
+        raise RunInterruptedError(
+            f"{error}\nThe run has a checkpoint; when that is put right, go on with: "
+            f"textpolicy {command} --resume {shlex.quote(str(directory.path))}"
+        ) from error

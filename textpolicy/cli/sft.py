@@ -16,7 +16,7 @@ from textpolicy.cli.assembly import adapt, dtype_of
 from textpolicy.cli.flags import configured
 from textpolicy.cli.recording import plain, tracker_of
 from textpolicy.cli.report import Report
-from textpolicy.cli.resuming import WATCHING, taken_up
+from textpolicy.cli.resuming import WATCHING, taken_up, to_go_on
 from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import SFTConfig, to_toml
@@ -25,8 +25,8 @@ from textpolicy.errors import ConfigError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import RunDirectory, claim, new_directory
 from textpolicy.tracking.console import Console, visible
-from textpolicy.tracking.html_report import write_html_report
 from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.tracking.report import write_report
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
     Encoding,
@@ -88,9 +88,10 @@ def run(options: Namespace) -> Report:
     with (
         closing(Console(sys.stderr, config.trainer.iterations or ITERATIONS)) as console,
         directory.lock(),
+        to_go_on(directory, "sft"),
     ):
         outcome = _train(config, source, directory, console)
-    _write_report(outcome, config, directory)
+    write_report([directory.path])
     return Report(
         data=_data(outcome, directory),
         text=_text(outcome, directory),
@@ -206,17 +207,6 @@ def _metrics(event: Event) -> Metrics:
     if isinstance(event, ValidationReport):
         return {"validation/loss": event.loss, "time/validation": event.seconds}
     return {}
-
-
-def _write_report(outcome: Outcome, config: SFTConfig, directory: RunDirectory) -> None:
-    write_html_report(
-        directory.report,
-        f"Supervised training of {config.model.name} on {config.data.source}",
-        plots={"loss": ["loss", "validation/loss"], "learning rate": ["learning_rate"]},
-        rows=read_metrics(directory.metrics),
-        facts=_facts(outcome, directory),
-        settings=plain(config),
-    )
 
 
 def _facts(outcome: Outcome, directory: RunDirectory) -> dict[str, object]:

@@ -11,11 +11,12 @@ from textpolicy.cli.experiment import Outcome, run_experiment
 from textpolicy.cli.flags import configured
 from textpolicy.cli.memory import show_plan
 from textpolicy.cli.report import Report
-from textpolicy.cli.resuming import taken_up
+from textpolicy.cli.resuming import taken_up, to_go_on
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import TrainConfig
 from textpolicy.runs import RunDirectory, claim, new_directory
 from textpolicy.tracking.console import Console
+from textpolicy.tracking.report import write_report
 
 
 def run(options: Namespace) -> Report:
@@ -26,8 +27,12 @@ def run(options: Namespace) -> Report:
     if directory is None:
         source = config.task.env or Path(config.task.data or "").stem
         directory = _chosen(config.run.output, source)
-    with closing(Console(sys.stderr, config.run.steps)) as console:
+    with (
+        closing(Console(sys.stderr, config.run.steps)) as console,
+        to_go_on(directory, "train"),
+    ):
         outcome = run_experiment(config, directory, console)
+    write_report([directory.path])
     code = 0 if outcome.after else outcome.request.exit_code
     return Report(data=_data(outcome), text=_text(outcome), exit_code=code)
 
@@ -69,7 +74,8 @@ def describe(outcome: Outcome) -> str:
 def _text(outcome: Outcome) -> str:
     if outcome.after is None:
         return outcome.request.farewell(outcome.directory.path)
-    return f"{describe(outcome)}\nadapters in {outcome.directory.latest}"
+    directory = outcome.directory
+    return f"{describe(outcome)}\nadapters in {directory.latest}\nreport in {directory.report}"
 
 
 def _data(outcome: Outcome) -> dict[str, Any]:
@@ -81,6 +87,7 @@ def _data(outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "run": str(outcome.directory.path),
         "adapters": str(outcome.directory.latest),
+        "report": str(outcome.directory.report),
         "alarms": outcome.alarms,
         "kept": outcome.kept,
     }
