@@ -4,7 +4,6 @@ import json
 import math
 from contextlib import closing
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from textpolicy.adapters.files import peek_version
 from textpolicy.algorithms import dapo, get
 from textpolicy.cli.assembly import Experiment, adapter_config, assemble, dtype_of, find_algorithm
 from textpolicy.cli.assembly import adapt as adapt_model
-from textpolicy.cli.experiment import run_experiment
-from textpolicy.cli.recording import plain, tracker_of
+from textpolicy.cli.experiment import checkpoints_of, run_experiment
+from textpolicy.cli.recording import plain
 from textpolicy.cli.sft import data_of, optimizer_of, parameters_of
 from textpolicy.cli.tasks import find_task
 from textpolicy.cli.threads import use_threads
@@ -311,6 +310,7 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
         closing(Console(stream, config.run.steps)) as console,
     ):
         directory = RunDirectory(folder)
+
         outcome = run_experiment(config, directory, console)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
@@ -351,17 +351,24 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
     assert peek_version(RunDirectory(tmp_path).best) == 1
 
 
-def test_services_are_opened_by_the_options_that_name_them(tmp_path):
-    """Those that are no part of the development environment are asked for by name."""
-    values = {"tracking.trackio": "project", "tracking.wandb_artifacts": True}
-    config = changed(DEFAULTS, values)
-    services = Services(**asdict(config.tracking))
-    assert (services.trackio, services.wandb_artifacts) == ("project", True)
-    if find_spec("trackio") is None:
-        with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 1)) as console:
-            refused = pytest.raises(ConfigError, match=r"textpolicy\[trackio\]")
-            with refused, tracker_of(config, RunDirectory(tmp_path), console):
-                pass
+def test_services_are_those_of_the_options():
+    options = {
+        "tracking.wandb": "p",
+        "tracking.wandb_artifacts": True,
+        "tracking.tensorboard": True,
+        "tracking.trackio": "q",
+    }
+    asked = changed(DEFAULTS, options).tracking
+    services = {"wandb": "p", "wandb_artifacts": True, "tensorboard": True, "trackio": "q"}
+    assert Services(**asdict(asked)) == Services(**services)
+    assert Services(**asdict(DEFAULTS.tracking)) == Services()
+
+
+def test_checkpoints_are_made_and_kept_as_the_options_say(tmp_path):
+    config = changed(DEFAULTS, {"run.checkpoint_every": 3, "run.keep_checkpoints": 5})
+    checkpoints = checkpoints_of(RunDirectory(tmp_path), config)
+    assert checkpoints.keep == 5
+    assert [checkpoints.due(step) for step in range(1, 7)] == [False, False, True] * 2
 
 
 # Options whose effect is shown by tests of their own, beside those above.

@@ -220,7 +220,7 @@ COMMANDS = {
         summary="sample completions of a prompt",
         examples=(
             "textpolicy generate --prompt '347+185=' --temperature 0",
-            "textpolicy generate --prompt '347+185=' -n 4 --adapter runs/add/adapters.safetensors",
+            "textpolicy generate --prompt '3+4=' -n 4 --adapter runs/add/adapters/best.safetensors",
         ),
         add_options=_generate,
     ),
@@ -228,21 +228,21 @@ COMMANDS = {
         module="chat",
         summary="talk with a model",
         examples=(
-            "textpolicy chat --model Qwen/Qwen3-0.6B --adapter runs/mine/adapters.safetensors",
+            "textpolicy chat --adapter runs/mine/adapters/latest.safetensors --temperature 0.7",
         ),
         add_options=_chat,
     ),
     "fuse": Command(
         module="fuse",
         summary="write a model with its adapters added into the weights, for mlx-lm to load",
-        examples=("textpolicy fuse --adapter runs/add/adapters.safetensors --output fused",),
+        examples=("textpolicy fuse --adapter runs/add/adapters/latest.safetensors --output fused",),
         add_options=_fuse,
     ),
     "eval": Command(
         module="evaluate",
         summary="measure the reward on held-out tasks, without and with adapters",
         examples=(
-            "textpolicy eval --env add --adapter runs/add/adapters.safetensors",
+            "textpolicy eval --env add --adapter runs/add/adapters/latest.safetensors",
             "textpolicy eval --config runs/add/config.toml --eval-samples 8",
         ),
         add_options=_evaluate,
@@ -270,7 +270,7 @@ COMMANDS = {
     "inspect": Command(
         module="inspect",
         summary="show what an adapter is: modules, ranks, scales, version, base",
-        examples=("textpolicy inspect runs/sort/adapters.safetensors",),
+        examples=("textpolicy inspect runs/sort/adapters/latest.safetensors",),
         add_options=_inspect,
     ),
     "report": Command(
