@@ -1,34 +1,105 @@
-"""What a person sees while a run goes on."""
+"""What a person sees while a run goes on: on a real terminal, and where it is written to a file."""
 
 import io
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
+from fcntl import ioctl
+from functools import cache
 
 import pytest
 
-from textpolicy.tracking.console import Console, spark_line, visible
+from textpolicy.tracking.console import Console, sample_line, visible
+from textpolicy.tracking.course import Course, clock_face, spark_line, time_shares
 
 METRICS = {
     "reward": 0.5,
     "completions/mean_length": 4.25,
     "tokens_per_second": 1234.0,
     "time/step": 0.3,
+    "time/generate": 0.12,
+    "time/train": 0.17,
+    "time/reload": 0.001,
 }
+SAMPLE = {"prompt": "2+3=", "completion": "5", "reward": 1.0}
+# Runs on a terminal: what a model says there is as hostile as it can be.
+PROGRAM = r"""
+import sys, time
+from textpolicy.tracking.console import Console
+console = Console(sys.stderr, 8)
+console.note("before [/bold] 0.5")
+for step in range(4):
+    metrics = {"reward": step / 10, "reward_std": 0.25, "completions/mean_length": 4.25}
+    metrics |= {"entropy": 0.5, "frac_mixed": 0.75, "frac_all_good": 0.25, "frac_all_bad": 0.0}
+    metrics |= {"tokens_per_second": 1234.0, "time/step": 1.0, "time/generate": 0.4}
+    metrics |= {"time/train": 0.5}
+    text = "5\x1b[2J\x1b]0;taken\x07[/foo]\u202e\n9"
+    console.show(step, metrics, [{"prompt": "2+3=", "completion": text, "reward": 1.0}])
+    if step == 1:
+        console.note("a note")
+    time.sleep(0.21)
+console.close()
+print("after", file=sys.stderr)
+"""
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+class Screen:
+    """As much of a terminal as rich uses: cursor up, erase line, carriage returns, colours."""
 
-    @property
-    def screen(self) -> list[str]:
-        """The lines as they look after every carriage return has gone back and overwritten."""
-        lines = []
-        for line in re.sub(r"\x1b\[[0-9;]*m", "", self.getvalue()).split("\n"):
-            shown = ""
-            for part in line.split("\r"):
-                shown = part + shown[len(part) :]
-            lines.append(shown.rstrip())
-        return lines
+    def __init__(self, text):
+        self.lines, self.row, self.column = [""], 0, 0
+        self.unknown = []
+        for control, char in re.findall(r"(\x1b\[[?0-9;]*[A-Za-z]|\x1b.)|(.)", text, re.DOTALL):
+            self._control(control) if control else self._write(char)
+
+    def _control(self, control):
+        if control == "\x1b[1A":
+            self.row -= 1
+        elif control == "\x1b[2K":
+            self.lines[self.row] = ""
+        elif not re.fullmatch(r"\x1b\[([0-9;]*m|\?25[hl])", control):
+            self.unknown.append(control)
+
+    def _write(self, char):
+        if char == "\n":
+            self.row += 1
+            self.lines += [""] * (self.row + 1 - len(self.lines))
+        elif char == "\r":
+            self.column = 0
+        else:
+            line = self.lines[self.row].ljust(self.column)
+            self.lines[self.row] = line[: self.column] + char + line[self.column + 1 :]
+            self.column += 1
+
+
+@cache
+def on_terminal(*, width=100, **environment):
+    """What a terminal of this width was sent by the program."""
+    ours, its = pty.openpty()
+    ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    inherited = {n: v for n, v in os.environ.items() if n not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        env=inherited | {"TERM": "xterm-256color"} | environment,
+    )
+    os.close(its)
+    sent = b""
+    # Reading from a terminal that no process holds open any more is an error on Linux.
+    try:
+        while part := os.read(ours, 65536):
+            sent += part
+    except OSError:
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    return sent.decode()
 
 
 @pytest.fixture
@@ -42,35 +113,73 @@ def clock():
     return read
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    return Terminal()
+def test_a_terminal_gets_a_panel_that_is_redrawn_in_place_and_notes_above_it():
+    screen = Screen(on_terminal())
+    lines = [line.rstrip() for line in screen.lines]
+    assert lines[:2] == ["before [/bold] 0.5", "a note"]
+    assert lines[2].startswith("╭─ step 4/8 ─")
+    assert [line.strip("│ ").split()[0] for line in lines[4:11]] == [
+        *("reward", "length", "entropy", "groups", "speed", "time", "sample")
+    ]
+    assert re.search(r"▁\S+█ +0\.300 +± 0\.25", lines[4])
+    assert "75% mixed   25% all good   0% all bad" in lines[7]
+    assert re.search(r"1,234 +tokens/s +1\.00 s a step", lines[8])
+    assert re.search("█+ +generate 40% +train 50%", lines[9])
+    assert re.search(r"─ 0:0\d left ─", lines[11])
+    assert lines[12:14] == ["after", ""]
 
 
-def test_a_pipe_gets_the_first_step_the_last_and_one_line_every_two_seconds_between(clock):
+def test_what_a_model_says_cannot_move_the_cursor_or_become_markup():
+    sent = on_terminal()
+    assert Screen(sent).unknown == []
+    assert r"2+3= → 5\x1b[2J\x1b]0;taken\x07[/foo]\u202e⏎9  (reward 1)" in sent
+    assert "\x07" not in sent and "\u202e" not in sent
+
+
+def test_a_panel_never_wraps_and_the_cursor_comes_back():
+    sent = on_terminal(width=48)
+    lines = [line for line in Screen(sent).lines if line.startswith(("│", "╭", "╰"))]
+    assert len(lines) == 10
+    assert {len(line) for line in lines} == {48}
+    assert sent.rfind("\x1b[?25h") > sent.rfind("\x1b[?25l") > -1
+
+
+def test_no_color_is_honoured():
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal())
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal(NO_COLOR="1"))
+
+
+def test_a_dumb_terminal_gets_plain_lines():
+    sent = on_terminal(TERM="dumb")
+    assert "\x1b" not in sent
+    assert len(re.findall(r"^step \d/8", sent, re.MULTILINE)) == 4
+
+
+def test_a_pipe_gets_a_line_a_step_and_a_sample_every_ten_seconds(clock):
     stream = io.StringIO()
     console = Console(stream, 10, clock=clock)
     for step in range(10):
-        clock.advance(0.5)
-        console.show(step, METRICS)
-    steps = [line.split("/")[0] for line in stream.getvalue().splitlines()]
-    assert steps == ["step  1", "step  5", "step  9", "step 10"]
+        clock.advance(3)
+        console.show(step, METRICS, [SAMPLE])
+    lines = stream.getvalue().splitlines()
+    steps = [line.split("/")[0] for line in lines if line.startswith("step")]
+    assert steps == [f"step {step:>2}" for step in range(1, 11)]
+    assert [at for at, line in enumerate(lines) if line.startswith("sample")] == [1, 6, 11]
+    assert lines[1] == "sample  2+3= → 5  (reward 1)"
 
 
-def test_a_line_says_step_reward_length_speed_and_time_left(clock):
+def test_a_line_says_step_reward_length_speed_where_time_goes_and_what_is_left(clock):
     stream = io.StringIO()
     console = Console(stream, 4, clock=clock)
     clock.advance(500)  # loading the model is no part of any step
-    console.show(0, METRICS | {"time/step": 30.0})
+    console.show(0, METRICS | {"time/step": 30.0, "time/generate": 12.0, "time/train": 17.0})
     assert stream.getvalue().split("  ") == [
         "step 1/4",
         "reward 0.500",
         "length 4.2",
         "1,234 tokens/s",
         "30.00 s/step",
+        "generate 40%, train 57%",
         "1:30 left\n",
     ]
 
@@ -81,47 +190,26 @@ def test_a_step_without_any_score_shows_no_reward_and_does_not_stop_the_run(cloc
     assert "reward nan" in stream.getvalue()
 
 
-def test_a_terminal_gets_one_line_that_is_redrawn(clock, terminal):
-    console = Console(terminal, 3, clock=clock)
-    console.show(0, METRICS | {"tokens_per_second": 1e9})
-    console.show(1, METRICS | {"reward": 0.75})
-    assert len(terminal.screen) == 1
-    assert terminal.screen[0].startswith("step 2/3  reward ▁█ 0.750  length 4.2  1,234 tokens/s")
-    assert terminal.screen[0].endswith("left")  # nothing of the longer first line is left over
+def test_the_time_left_of_a_run_that_was_gone_on_with_is_reckoned_from_its_own_steps():
+    course = Course(100)
+    for step, now in ((90, 10.0), (91, 12.0)):
+        course.see(step, {"time/step": 2.0}, now)
+    assert course.remaining == 16
+    assert [clock_face(seconds) for seconds in (16, 61, 3661)] == ["0:16", "1:01", "1:01:01"]
 
 
-def test_a_note_on_a_terminal_stays_above_the_live_line(clock, terminal):
-    console = Console(terminal, 3, clock=clock)
-    console.show(0, METRICS)
-    console.note("a note")
-    console.show(1, METRICS)
-    console.close()
-    first, second, end = terminal.screen
-    assert first == "a note"
-    assert second.startswith("step 2/3")
-    assert end == ""
+def test_shares_of_time_leave_out_what_is_less_than_a_hundredth():
+    assert time_shares(METRICS) == {"generate": 0.12 / 0.3, "train": 0.17 / 0.3}
+    assert time_shares({}) == {}
 
 
-def test_a_live_line_never_wraps(clock, terminal, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")
-    Console(terminal, 3, clock=clock).show(0, METRICS)
-    assert len(terminal.screen[0]) <= 29
-
-
-def test_no_color_is_honoured(clock, terminal, monkeypatch):
-    Console(terminal, 3, clock=clock).show(0, METRICS)
-    assert "\x1b[" in terminal.getvalue()
-    monkeypatch.setenv("NO_COLOR", "1")
-    plain = Terminal()
-    Console(plain, 3, clock=clock).show(0, METRICS)
-    assert "\x1b" not in plain.getvalue()
-
-
-def test_a_dumb_terminal_gets_plain_lines(clock, terminal, monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    Console(terminal, 3, clock=clock).show(0, METRICS)
-    assert "\r" not in terminal.getvalue()
-    assert terminal.getvalue().endswith("\n")
+def test_a_sample_is_one_short_line():
+    chat = [{"role": "system", "content": "no"}, {"role": "user", "content": "2+3="}]
+    assert sample_line(SAMPLE | {"prompt": chat, "reward": None}) == "2+3= → 5  (no reward)"
+    line = sample_line(SAMPLE | {"completion": "a\nb\tc" + "x" * 500})
+    assert line.startswith("2+3= → a⏎b cxxx")
+    assert line.endswith("x…  (reward 1)")
+    assert len(line) == len("2+3= → ") + 60 + len("  (reward 1)")
 
 
 def test_a_spark_line_rises_with_its_values_and_keeps_to_its_width():

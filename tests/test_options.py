@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from tests.wandb_server import records
 from textpolicy import fast_cpu
 from textpolicy.adapters.files import peek_version
 from textpolicy.algorithms import dapo, get
@@ -300,6 +302,7 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
         "evaluation.good": 0.0,
         "evaluation.envs": ("sort",),
         "tracking.wandb": "project",
+        "tracking.wandb_artifacts": True,
         "tracking.tensorboard": True,
         "run.steps": 4,
         "run.output": tmp_path / "run",
@@ -325,8 +328,30 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
     asked = (tmp_path / "seen.txt").read_text().splitlines()
     evaluated, sampled = 3 * 5 * (1 + 4), 4 * 2 * 3
     assert len(asked) == 1 + evaluated + sampled
-    assert list((folder / "tensorboard").iterdir()) and list(folder.glob("wandb/offline-run-*"))
+    assert list((folder / "tensorboard").iterdir())
+    (logged,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    uploaded = [record.artifact for record in records(logged) if record.artifact.type == "model"]
+    assert [entry.path for entry in uploaded[0].manifest.contents] == [
+        "best.safetensors",
+        "latest.safetensors",
+    ]
     assert "step 2" in (tmp_path / "console.txt").read_text()
+
+
+def test_a_service_whose_package_is_missing_stops_a_run_before_its_first_step(
+    tmp_path, monkeypatch
+):
+    # None is what Python itself keeps for a package that must not be imported.
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = changed(DEFAULTS, {"task.env": "add", "tracking.trackio": "project"})
+    directory = RunDirectory(tmp_path)
+    with (
+        (tmp_path / "out.txt").open("w") as out,
+        closing(Console(out, 3)) as console,
+        pytest.raises(ConfigError, match="trackio is not installed"),
+    ):
+        run_experiment(config, directory, console)
+    assert not directory.metrics.exists()
 
 
 def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp_path):

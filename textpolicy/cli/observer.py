@@ -80,7 +80,7 @@ class Observer:
         samples = sample_rows(report.step, report.trained, report.advantages)
         self._tracker.write_samples(report.step, samples)
         self._write(report.step, report.metrics | self._watch.metrics())
-        self._console.show(report.step, report.metrics)
+        self._console.show(report.step, report.metrics, samples)
         for alarm in new:
             self._console.note(str(alarm))
         if not self._every:

@@ -1,18 +1,17 @@
-"""Live progress of a run: a line redrawn in place on a terminal, plain lines everywhere else."""
+"""Live progress of a run: a panel redrawn in place on a terminal, a line a step elsewhere."""
 
-import itertools
 import os
-import shutil
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from textpolicy.tracking.course import Course, clock_face, time_shares
+from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_SPARK_WIDTH = 16
-_SECONDS_BETWEEN_LINES = 2.0
+_SECONDS_BETWEEN_SAMPLES = 10.0
+_LONGEST = 60
 # Control, format (bidirectional overrides among them), surrogate and private-use characters.
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
@@ -26,84 +25,112 @@ class Stream(Protocol):
     def isatty(self) -> bool: ...
 
 
+@runtime_checkable
+class View(Protocol):
+    """A way to show a course."""
+
+    def show(self, course: Course, sample: str | None) -> None:
+        """Show the last step of it, and a sample if there is a new one."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Write a line that stays."""
+        ...
+
+    def close(self) -> None:
+        """Nothing follows for now."""
+        ...
+
+
 class Console:
-    """Shows each step of a run on `stream`; `close` ends the redrawn line."""
+    """Shows each step of a run on `stream`, and a sample every ten seconds; `close` ends the view.
+
+    Text of models is made safe to show; the caller of `note` sees to that of its own.
+    """
 
     def __init__(
         self, stream: Stream, steps: int, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._stream = stream
-        self._steps = steps
+        self._course = Course(steps)
         self._clock = clock
-        self._started: float | None = None
-        self._written = clock()
-        self._rewards: list[float] = []
-        self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._colour = self._live and not os.environ.get("NO_COLOR")
-        self._width = 0
+        self._sampled: float | None = None
+        self._view = _view_on(stream)
 
-    def show(self, step: int, metrics: Metrics) -> None:
+    def show(self, step: int, metrics: Metrics, samples: Sequence[SampleRow] = ()) -> None:
         """Report the finished step `step`, counted from 0."""
-        if "reward" in metrics:
-            self._rewards.append(metrics["reward"])
-        now, done = self._clock(), step + 1
-        if self._started is None:
-            # The first step began before its report; loading the model came before both.
-            self._started = now - metrics.get("time/step", 0)
-        text = self._line(done, metrics, (now - self._started) / done * (self._steps - done))
-        if self._live:
-            self._redraw(text)
-        elif done in (1, self._steps) or now - self._written >= _SECONDS_BETWEEN_LINES:
-            self._written = now
-            self.note(text)
+        now = self._clock()
+        self._course.see(step, metrics, now)
+        sample = None
+        if samples and (self._sampled is None or now - self._sampled >= _SECONDS_BETWEEN_SAMPLES):
+            self._sampled = now
+            sample = sample_line(samples[step % len(samples)])
+        self._view.show(self._course, sample)
 
     def note(self, text: str) -> None:
-        """Write a line that stays, in place of the live one."""
-        if self._width:
-            self._redraw("")
-            self._stream.write("\r")
+        """Write a line that stays, above what is redrawn."""
+        self._view.note(text)
+
+    def close(self) -> None:
+        """Leave what is shown as it is; what is written next begins a new line."""
+        self._view.close()
+
+
+class Lines:
+    """A line a step, for files, pipes and terminals that cannot redraw."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def show(self, course: Course, sample: str | None) -> None:
+        """Write the step's line, and the sample's."""
+        self.note(_line(course))
+        if sample:
+            self.note(f"sample  {sample}")
+
+    def note(self, text: str) -> None:
+        """Write a line."""
         self._stream.write(text + "\n")
         self._stream.flush()
 
     def close(self) -> None:
-        """Leave the live line as it is and begin a new one."""
-        if self._width:
-            self._width = 0
-            self.note("")
-
-    def _line(self, done: int, metrics: Metrics, remaining: float) -> str:
-        spark = spark_line(self._rewards, _SPARK_WIDTH) if self._live else ""
-        fields = [
-            f"step {done:>{len(str(self._steps))}}/{self._steps}",
-            f"reward {spark}{' ' if spark else ''}{metrics.get('reward', float('nan')):.3f}",
-            f"length {metrics.get('completions/mean_length', 0):.1f}",
-            f"{metrics.get('tokens_per_second', 0):,.0f} tokens/s",
-            f"{metrics.get('time/step', 0):.2f} s/step",
-            f"{_clock_face(remaining)} left",
-        ]
-        return "  ".join(fields)
-
-    def _redraw(self, text: str) -> None:
-        text = text[: shutil.get_terminal_size().columns - 1]
-        shown = f"\x1b[36m{text}\x1b[0m" if self._colour else text
-        # Spaces wipe what a longer line left behind, without any escape sequence.
-        self._stream.write(f"\r{shown}{' ' * (self._width - len(text))}")
-        self._stream.flush()
-        self._width = len(text)
+        """Every line has ended."""
 
 
-def spark_line(values: Sequence[float], width: int) -> str:
-    """The course of `values` between their lowest and highest, in at most `width` characters.
+def _view_on(stream: Stream) -> View:
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return Lines(stream)
+    # Only terminals need rich, and its import takes a tenth of a second.
+    from textpolicy.tracking.live_view import LiveView
 
-    Each character is the mean of its stretch.
-    """
-    if not values:
-        return ""
-    stretches = min(width, len(values))
-    edges = [i * len(values) // stretches for i in range(stretches + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, span = min(means), max(means) - min(means) or 1.0
-    return "".join(_BLOCKS[round((mean - low) / span * (len(_BLOCKS) - 1))] for mean in means)
+    return LiveView(stream)
+
+
+def _line(course: Course) -> str:
+    metrics = course.metrics
+    shares = time_shares(metrics).items()
+    fields = [
+        f"step {course.done:>{len(str(course.steps))}}/{course.steps}",
+        f"reward {metrics.get('reward', float('nan')):.3f}",
+        f"length {metrics.get('completions/mean_length', 0):.1f}",
+        f"{metrics.get('tokens_per_second', 0):,.0f} tokens/s",
+        f"{metrics.get('time/step', 0):.2f} s/step",
+        *([", ".join(f"{name} {share:.0%}" for name, share in shares)] if shares else []),
+        f"{clock_face(course.remaining)} left",
+    ]
+    return "  ".join(fields)
+
+
+def sample_line(sample: SampleRow) -> str:
+    """A sample on one safe line; the end of what is longer is left out."""
+    prompt, reward = sample["prompt"], sample["reward"]
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    worth = "no reward" if reward is None else f"reward {reward:.3g}"
+    return f"{_short(asked)} → {_short(sample['completion'])}  ({worth})"
+
+
+def _short(text: str) -> str:
+    line = visible(text).replace("\n", "⏎").replace("\t", " ")
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
 
 
 def visible(text: str) -> str:
@@ -117,9 +144,3 @@ def visible(text: str) -> str:
         else char.encode("unicode_escape").decode()
         for char in text
     )
-
-
-def _clock_face(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,109 @@
+"""What a terminal shows of a run while it goes on: one panel, redrawn in place by rich."""
+
+import time
+from collections.abc import Sequence
+from typing import IO, cast
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from textpolicy.tracking.course import BLOCKS, Course, clock_face, spark_line, time_shares
+from textpolicy.types import Metrics
+
+_SPARK_WIDTH = 24
+_BAR_WIDTH = 40
+_SECONDS_BETWEEN_FRAMES = 0.2
+_COLOURS = ("cyan", "yellow", "magenta", "green")
+
+
+class LiveView:
+    """Draws on `stream`, which must be a terminal, at most five times a second."""
+
+    def __init__(self, stream: object) -> None:
+        # What a reward function writes to standard output is no business of this terminal's.
+        self._live = Live(
+            console=Console(file=cast(IO[str], stream), highlight=False),
+            auto_refresh=False,
+            redirect_stdout=False,
+        )
+        self._course: Course | None = None
+        self._sample: str | None = None
+        self._drawn = float("-inf")
+
+    def show(self, course: Course, sample: str | None) -> None:
+        """Draw the course so far, and the sample or the one before it."""
+        if self._course is None:
+            self._live.start()
+        self._course, self._sample = course, sample or self._sample
+        now = time.monotonic()
+        if now - self._drawn >= _SECONDS_BETWEEN_FRAMES:
+            self._drawn = now
+            self._live.update(panel(course, self._sample), refresh=True)
+
+    def note(self, text: str) -> None:
+        """Write a line that stays above the panel."""
+        self._live.console.print(Text(text))
+
+    def close(self) -> None:
+        """Leave the panel as it came to be, and give the cursor back."""
+        if self._course:
+            self._live.update(panel(self._course, self._sample))
+            self._live.stop()
+            self._course = None
+
+
+def panel(course: Course, sample: str | None) -> RenderableType:
+    """The last step in numbers, and the way there as spark lines."""
+    metrics = course.metrics
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(no_wrap=True, overflow="ellipsis")
+    rows.add_row("reward", _spark(course, "reward", f"± {metrics.get('reward_std', 0):.2f}"))
+    cut = f"{metrics.get('completions/clipped_ratio', 0):.0%} cut off"
+    rows.add_row("length", _spark(course, "completions/mean_length", cut))
+    rows.add_row("entropy", _spark(course, "entropy", ""))
+    rows.add_row("groups", _groups(metrics))
+    speed = f"tokens/s   {metrics.get('time/step', 0):.2f} s a step"
+    rows.add_row("speed", _spark(course, "tokens_per_second", speed))
+    rows.add_row("time", _time(metrics))
+    if sample:
+        rows.add_row("sample", Text(sample, style="italic"))
+    title = f"step {course.done}/{course.steps}"
+    # A bar ends no line by itself: it needs a row of its own.
+    whole = Table.grid(expand=True)
+    whole.add_row(ProgressBar(total=course.steps, completed=course.done))
+    whole.add_row(rows)
+    left = f"{clock_face(course.remaining)} left"
+    return Panel(whole, title=title, subtitle=left, title_align="left")
+
+
+def _spark(course: Course, name: str, beside: str) -> Text:
+    line = spark_line(course.values(name), _SPARK_WIDTH)
+    last = course.last(name)
+    value = f"{last:,.0f}" if abs(last) >= 1000 else f"{last:.3f}"
+    return Text.assemble((f"{line:<{_SPARK_WIDTH}}", "cyan"), f"  {value:>8}  ", (beside, "dim"))
+
+
+def _groups(metrics: Metrics) -> Text:
+    shares = {name: metrics.get(f"frac_{name}", 0) for name in ("mixed", "all_good", "all_bad")}
+    return Text("   ".join(f"{share:.0%} {n.replace('_', ' ')}" for n, share in shares.items()))
+
+
+def _time(metrics: Metrics) -> Text:
+    shares = time_shares(metrics)
+    bar = [
+        (BLOCKS[-1] * round(share * _BAR_WIDTH), _COLOURS[number % len(_COLOURS)])
+        for number, share in enumerate(shares.values())
+    ]
+    return Text.assemble(*bar, "  ", *_legend(list(shares.items())))
+
+
+def _legend(shares: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
+    return [
+        (f"{name} {share:.0%}  ", _COLOURS[number % len(_COLOURS)])
+        for number, (name, share) in enumerate(shares)
+    ]
