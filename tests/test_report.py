@@ -36,6 +36,7 @@ def make_run(folder, *, steps=40, lr="0.1", supervised=False, text="935"):
             continue
         files.write_samples(step, [sample(step, g, m, text) for g in range(2) for m in range(4)])
         files.write(step, metrics(step))
+    files.write(steps, {"loss": 0.5} if supervised else {"version": float(steps)})
     files.close()
     return folder
 
@@ -99,7 +100,7 @@ def test_curves_have_every_step_of_the_metrics_file_and_what_is_not_finite_is_le
     assert [step for step, _ in run["metrics"]["kl"]] == [s for s in range(40) if s != 3]
     assert [step for step, _ in run["metrics"]["eval/reward"]] == [0, 10, 20, 30]
     facts = dict(run["facts"])
-    assert facts["task"] == "add"
+    assert (facts["task"], facts["steps"]) == ("add", "40")
     assert facts["reward"] == "0.0375 → 0.938"
     assert facts["alarm: reward"] == "at step 31"
     assert "loss" not in facts

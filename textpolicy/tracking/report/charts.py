@@ -97,7 +97,6 @@ _CHARTS = [
             Line("time/reload", "reload"),
             Line("time/evaluate", "evaluate"),
             Line("time/checkpoint", "checkpoint"),
-            Line("time/validation", "validate"),
         ],
         "seconds, one on top of the other",
         kind="stack",

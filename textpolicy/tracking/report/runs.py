@@ -77,7 +77,9 @@ def _config(path: Path) -> dict[str, dict[str, str]]:
 
 def _facts(rows: Rows) -> list[tuple[str, str]]:
     """The run in a few numbers, as far as it has them."""
-    facts = [("steps", f"{len(rows):,}")]
+    # A row without the time of a step is of its end: an evaluation, a report of several updates.
+    done = max((row["step"] + ("time/step" in row) for row in rows), default=0)
+    facts = [("steps", f"{done:,.0f}")]
     for name, title in _COURSES.items():
         if (points := _points(rows, name)) and not (name == "loss" and "reward" in rows[0]):
             facts.append((title, _course([value for _, value in points])))
