@@ -199,8 +199,10 @@ def test_a_run_that_collapses_is_stopped_and_ends_with_its_best_adapter(tmp_path
     assert final.version == best.version == stopped["kept"] < stopped["updates"]
     assert all(mx.array_equal(final.arrays[name], best.arrays[name]).item() for name in best.arrays)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == stopped["steps"]
-    assert sum(value for name, value in json.loads(lines[-1]).items() if "alarm/" in name) >= 1
+    *steps, evaluation = map(json.loads, lines)
+    assert [metrics["step"] for metrics in steps] == list(range(stopped["steps"]))
+    assert sum(value for name, value in steps[-1].items() if "alarm/" in name) >= 1
+    assert evaluation["step"] == stopped["steps"] and "eval/reward" in evaluation
     # Whatever the adapter that was kept, it is not the ruin that the run had come to.
     assert stopped["after"]["reward"] > 0.3
 

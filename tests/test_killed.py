@@ -148,7 +148,7 @@ def test_a_run_that_is_killed_at_any_byte_of_a_file_goes_on_from_the_one_before(
 def test_a_full_disk_is_an_error_that_says_so_and_harms_nothing(straight, copied):
     run = RunDirectory(copied())
     adapter = run.latest.stat().st_size
-    full = {adapter // 2: f"AdapterError: {{}}/adapters/{run.latest.name} cannot be written"}
+    full = {adapter // 2: f"UnwritableError: {{}}/adapters/{run.latest.name} cannot be written"}
     full[2 * adapter] = f"TrainingError: no checkpoint was saved after step {STEPS}"
     for size, expected in full.items():
         folder = copied()

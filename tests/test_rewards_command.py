@@ -35,7 +35,7 @@ def train(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_own_reward_of_an_environment_runs_in_other_processes_too(train):
-    code, (metrics,), _ = train("--reward-timeout", "20")
+    code, (metrics, _), _ = train("--reward-timeout", "20")
     assert code == 0 and metrics["reward/errors"] == 0
     assert metrics["rewards/reward/mean"] == metrics["reward"]
 
@@ -53,7 +53,7 @@ def test_a_reward_that_hangs_is_told_before_a_model_is_loaded(train, tmp_path):
 def test_samples_that_a_reward_hangs_on_are_skipped_and_shown(train, tmp_path):
     source = SOURCE.replace("completion[-1:]", "completion[-2:-1]")
     (tmp_path / "mine.py").write_text(source.replace('"02468"', '"0"'))
-    code, (metrics,), stderr = train(
+    code, (metrics, _), stderr = train(
         *("--reward", f"{tmp_path}/mine.py:fussy"),
         *("--reward-timeout", "0.2", "--on-reward-error", "skip", "--seed", "3"),
     )
