@@ -37,6 +37,7 @@ LAYERS = (
     ("textpolicy.algorithms",),
     ("textpolicy.backend",),
     ("textpolicy.fast_cpu",),
+    ("textpolicy.exponential",),
     ("textpolicy.types",),
     ("textpolicy.config",),
     ("textpolicy.errors",),

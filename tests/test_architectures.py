@@ -7,7 +7,8 @@ from mlx_lm.models.deepseek_v3 import Model as DeepseekModel
 from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekArgs
 
 from tests.test_logprobs import RAGGED, batch_for, groups_of
-from textpolicy.generation.engine import can_batch, decode
+from textpolicy.generation.batching import can_batch
+from textpolicy.generation.engine import decode
 from textpolicy.training.logprobs import Reader, token_logps
 from textpolicy.types import Sampling
 

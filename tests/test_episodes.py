@@ -184,7 +184,7 @@ def test_every_architecture_goes_on_from_its_cache(name, batches, shares):
 
     def respond(row):
         turns.append(row)
-        return [3, 1, 4][: 1 + row.prompt] if row.drawn_before < 12 else None
+        return [3, 1, 4][: 1 + row.prompt] if len(row.context) < 24 else None
 
     decode(
         model,
@@ -217,7 +217,7 @@ def test_an_episode_does_not_depend_on_how_many_are_played_beside_it(load_tiny):
             stop=lambda tokens: StopReason.STOP_TOKEN if tokens[-1] % 3 == 0 else None,
             seed=1,
             max_rows=max_rows,
-            respond=lambda row: [5, 6] if row.drawn_before < 9 else None,
+            respond=lambda row: [5, 6] if len(row.context) < 30 else None,
         )
         return [row.context + row.tokens for group in rows for row in group]
 
@@ -236,7 +236,7 @@ def test_no_position_goes_through_the_model_twice(load_tiny):
         stop=lambda tokens: None,
         seed=0,
         max_rows=64,
-        respond=lambda row: [7, 8, 9, 10] if row.drawn_before < 6 else None,
+        respond=lambda row: [7, 8, 9, 10] if len(row.context) < len(prompt) + 14 else None,
     )
     assert {len(row.context + row.tokens) for row in rows} == {len(prompt) + 3 + 4 + 3 + 4 + 3}
     # The prompt once for all eight; then each row's own tokens, all but the last one drawn.

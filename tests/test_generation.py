@@ -11,9 +11,11 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from textpolicy.errors import ConfigError, ModelError, PromptError
-from textpolicy.generation.engine import decode
+from textpolicy.exponential import exp
+from textpolicy.generation.engine import decode, prefill
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prompts import check_prompt, encode_prompt
+from textpolicy.generation.rows import Row
 from textpolicy.generation.sampling import draw, row_keys
 from textpolicy.training.logprobs import token_logps
 from textpolicy.types import Sampling, StopReason
@@ -172,6 +174,71 @@ def test_draws_follow_the_distribution_they_report():
     for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
         assert share[token] / 4000 == pytest.approx(probability, abs=0.032)
     assert mx.allclose(logprobs, logits[tokens], atol=1e-6)
+
+
+def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
+    # Not a whole number of blocks, and one token in three can never be drawn.
+    weights = np.arange(1, 1001, dtype=np.float64) ** 3 * (np.arange(1000) % 3 > 0)
+    expected = weights / weights.sum()
+    logits = mx.broadcast_to(mx.log(mx.array(weights.astype(np.float32))), (20_000, 1000))
+    keys = mx.array(row_keys(0, [(0, member) for member in range(20_000)]))
+    tokens, logprobs = draw(logits, keys, Sampling())
+    drawn = np.array(tokens)
+    assert not (drawn % 3 == 0).any()
+    assert np.allclose(np.exp(np.array(logprobs)), expected[drawn], rtol=1e-5)
+    # Shares of a hundred neighbours each, whose chances go from 1e-4 to 0.34.
+    shares = np.bincount(drawn // 100, minlength=10) / 20_000
+    chances = expected.reshape(10, 100).sum(axis=1)
+    assert (np.abs(shares - chances) < 4 * np.sqrt(chances / 20_000)).all()
+
+
+def test_the_exponential_is_exact_to_its_last_digits():
+    x = np.linspace(-80, 3, 10_001, dtype=np.float32)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(np.array(exp(mx.array(x))) / exact - 1).max() < 1e-5
+    assert np.abs(np.array(exp(mx.array(x[-400:]))) / exact[-400:] - 1).max() < 5e-7
+    assert exp(mx.array([-math.inf])).item() == 0
+
+
+@pytest.mark.parametrize("max_rows", [4, 64])
+def test_a_step_in_advance_changes_nothing(loaded, max_rows):
+    model, tokenizer = loaded
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in RAGGED]
+
+    def rows(ahead: bool):
+        groups = decode(
+            model,
+            prompts,
+            n=2,
+            sampling=Sampling(max_tokens=12),
+            stop=lambda tokens: StopReason.STOP_TOKEN if tokens[-1] % 5 == 0 else None,
+            seed=2,
+            max_rows=max_rows,
+            ahead=ahead,
+        )
+        return [row for group in groups for row in group]
+
+    expected, got = rows(ahead=False), rows(ahead=True)
+    assert [row.tokens for row in got] == [row.tokens for row in expected]
+    assert {row.stop_reason for row in got} == {StopReason.STOP_TOKEN, StopReason.LENGTH}
+    for row, other in zip(got, expected, strict=True):
+        assert np.allclose(row.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_a_mask_is_laid_only_where_a_row_is_padded(loaded):
+    model, _ = loaded
+
+    def mask_after(*prompts: list[int]):
+        rows = [[Row(p, 0, prompt)] for p, prompt in enumerate(prompts)]
+        return prefill(model, rows, seed=0, room=8).cache[0]
+
+    assert mask_after([1, 2, 3], [4, 5, 6]).make_mask(1) is None
+    cache = mask_after([1, 2, 3], [4, 5])
+    assert cache.make_mask(1)[1, 0, 0].tolist() == [False, True, True]
+    cache.filter(mx.array([1]))
+    assert cache.make_mask(1) is None
+    cache.extend(mask_after([1, 2, 3]))
+    assert cache.make_mask(1)[0, 0, 0].tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ _TRAINED_CHUNK_ARRAYS = 16
 # A group's prompt and so many tokens of its completions keep a device busy; more at once only takes
 # more memory.
 MICRO_BATCH_TOKENS = 1024
-# mlx-lm's caches grow by so many positions.
+# mlx-lm's caches grow by so many positions; rows begin with room for their completions, or as much.
 _CACHE_STEP = 256
 _PROJECTIONS = (
     "self_attn.q_proj",
@@ -171,9 +171,10 @@ def plan_memory(
     kept = tokens * block.hidden + 2 * (rows + prompts) * read * block.keys
     logits = rows * completion_tokens * block.vocabulary * _FLOAT
     sampled = batch // group_size
-    capacity = _CACHE_STEP * ceil((read + completion_tokens) / _CACHE_STEP)
+    growing = completion_tokens > _CACHE_STEP
+    room = _CACHE_STEP * ceil(completion_tokens / _CACHE_STEP) if growing else completion_tokens
     first = _CACHE_STEP * ceil(read / _CACHE_STEP)
-    layer = 2 * batch * capacity * block.keys * block.itemsize
+    layer = 2 * batch * (read + room) * block.keys * block.itemsize
     accumulated = 2 if rows < batch else 1
     return MemoryPlan(
         weights=planned.base_bytes,
@@ -185,7 +186,7 @@ def plan_memory(
         head=_head(logits, planned),
         unpacked=max(packed.values(), default=0),
         cache=block.blocks * layer,
-        cache_copy=layer if capacity > first else 0,
+        cache_copy=layer if growing else 0,
         decode_unpacked=_ahead(planned, packed, block),
         decode_head=_HEAD_ARRAYS * batch * block.vocabulary * _FLOAT,
         prompt_cache=block.blocks * 2 * sampled * first * block.keys * block.itemsize,

@@ -1,16 +1,18 @@
 """A policy over an MLX language model: prompts in, completions with log-probabilities out."""
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
-from textpolicy.generation.engine import Row, can_batch, decode
+from textpolicy.generation.batching import can_batch
+from textpolicy.generation.engine import decode
 from textpolicy.generation.prompts import (
     check_prompt,
     decode_text,
@@ -18,6 +20,8 @@ from textpolicy.generation.prompts import (
     encode_reply,
     has_room,
 )
+from textpolicy.generation.rows import Respond as RespondToRow
+from textpolicy.generation.rows import Row
 from textpolicy.types import Completion, Prompt, Respond, Sampling, StopReason
 
 
@@ -66,7 +70,7 @@ class ModelPolicy:
     def generate(
         self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
     ) -> list[list[Completion]]:
-        groups = self._decode(prompts, n, seed, lambda row: None)
+        groups = self._decode(prompts, n, seed, None)
         version = self.version
         return [[self._completion(row, version) for row in group] for group in groups]
 
@@ -99,7 +103,7 @@ class ModelPolicy:
         prompts: Sequence[Prompt],
         n: int,
         seed: int | None,
-        respond: Callable[[Row], list[int] | None],
+        respond: RespondToRow | None,
     ) -> list[list[Row]]:
         if n < 1:
             raise ConfigError(f"n is {n}; expected at least 1 completion of each prompt")
@@ -118,6 +122,8 @@ class ModelPolicy:
             seed=self._next_seed() if seed is None else seed,
             max_rows=self._max_rows,
             together=self._together,
+            # A CPU has no time to spare while Python works: it is slower with a step in advance.
+            ahead=mx.default_device().type == mx.gpu,
             respond=respond,
         )
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from jaxtyping import Float, Int
 
+from textpolicy.exponential import exp
+
 PositionScores = tuple[Float[mx.array, " positions"], Float[mx.array, " positions"]]
 """Each position's log-probability of its token, and the entropy of its distribution."""
 Logits = Float[mx.array, "positions vocabulary"]
@@ -27,7 +29,7 @@ class Softmax(NamedTuple):
         """softmax(logits / temperature)."""
         scaled = logits.astype(mx.float32) / temperature[:, None]
         shifted = scaled - scaled.max(axis=-1, keepdims=True)
-        exponential = mx.exp(shifted)
+        exponential = exp(shifted)
         return cls(shifted, exponential, exponential.sum(axis=-1, keepdims=True))
 
     def scores(self, tokens: Int[mx.array, " positions"]) -> PositionScores:
