@@ -22,7 +22,7 @@ STAMP_DEV := $(VENV)/.setup-dev
 STAMP_DOCS := $(VENV)/.setup-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-fast check types slow shape bench tiny-model docs format constraints clean
+.PHONY: help setup setup-dev demo test test-fast check lint slow shape bench tiny-model docs format constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +40,11 @@ test-fast: setup-dev ## Run the quick tests: about two minutes on two cores
 	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
 
 check: setup-dev ## Format, lint, types, layers and the fast tests
+	@$(MAKE) --no-print-directory -j2 lint test-fast
+
+lint: setup-dev ## Format, lint and types, without a test
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
-	@$(MAKE) --no-print-directory -j2 types test-fast
-
-types: setup-dev ## Check the types
 	@$(BIN)/basedpyright
 
 slow: setup-dev ## Run only the long tests
