@@ -158,13 +158,17 @@ def test_a_completion_that_is_not_learned_from_has_no_advantage(load_tiny, tmp_p
 def test_a_run_ends_early_when_its_watcher_says_so(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     seen = []
+    numbers = itertools.count()
+
+    def ever_higher(prompt, completion, example):
+        return float(next(numbers))
 
     def on_step(report):
         seen.append(report.step)
         return Progress.STOP if report.step == 1 else Progress.MORE
 
     options = {"groups_per_step": 2, "group_size": 2, "on_step": on_step}
-    train_rl(tasks=tasks(), reward=digits, policy=policy, trainer=trainer, steps=9, **options)
+    train_rl(tasks=tasks(), reward=ever_higher, policy=policy, trainer=trainer, steps=9, **options)
     assert seen == [0, 1] and policy.version == trainer.version == 2
 
 

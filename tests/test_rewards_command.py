@@ -52,7 +52,7 @@ def test_a_reward_that_hangs_is_told_before_a_model_is_loaded(train, tmp_path):
 @pytest.mark.slow
 def test_samples_that_a_reward_hangs_on_are_skipped_and_shown(train, tmp_path):
     source = SOURCE.replace("completion[-1:]", "completion[-2:-1]")
-    (tmp_path / "mine.py").write_text(source.replace('"02468"', '"0"'))
+    (tmp_path / "mine.py").write_text(source.replace('"02468"', '"01"'))
     code, (metrics, _), stderr = train(
         *("--reward", f"{tmp_path}/mine.py:fussy"),
         *("--reward-timeout", "0.2", "--on-reward-error", "skip", "--seed", "3"),

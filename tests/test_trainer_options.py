@@ -295,7 +295,7 @@ def test_a_rejected_batch_is_kept_and_ten_in_a_row_end_the_run(load_tiny, tmp_pa
 
 
 def test_a_sampler_that_only_says_it_follows_is_found_out(load_tiny):
-    _, trainer, groups = setup(load_tiny, optimizer=optim.SGD(learning_rate=0.3))
+    _, trainer, groups = setup(load_tiny, optimizer=optim.SGD(learning_rate=0.1))
     trainer.train(groups)
     assert trainer.version == 1
     stale = [replace(g, rollouts=[replace(r, version=1) for r in g.rollouts]) for g in groups]
@@ -304,7 +304,7 @@ def test_a_sampler_that_only_says_it_follows_is_found_out(load_tiny):
 
 
 def test_a_sampler_that_follows_is_not(load_tiny):
-    model, trainer, groups = setup(load_tiny, optimizer=optim.SGD(learning_rate=0.3))
+    model, trainer, groups = setup(load_tiny, optimizer=optim.SGD(learning_rate=0.1))
     trainer.train(groups)
     _, tokenizer = load_tiny()
     policy = create_policy(model, tokenizer, {"max_tokens": 10})

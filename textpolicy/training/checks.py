@@ -60,7 +60,8 @@ class SamplerCheck:
 
     @staticmethod
     def _compare(mismatch: float, move: float, noise: float) -> None:
-        if move > 20 * noise and mismatch > move / 2:
+        # The move is that of rows that taught; all others, which count here too, moved less.
+        if move > 20 * noise and mismatch > move / 5:
             raise TrainingError(
                 f"the first update moved log-probabilities by {move:.2g} nats a token, and new "
                 f"rollouts are off by {mismatch:.2g}: the policy reports the new version but still "
