@@ -13,7 +13,6 @@ from textpolicy.config.settings import Limit, Option, Setting, above, at_least
 DEFAULTS = TrainConfig()
 _SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
 _TASK = tuple(key for key in _SETTINGS if key.startswith("task."))
-_MODEL = tuple(key for key in _SETTINGS if key.startswith("model."))
 _PLAIN_MODEL = ("model.name", "model.threads")
 
 
@@ -108,9 +107,11 @@ def _evaluate(parser: ArgumentParser) -> None:
 
 
 def _plan(parser: ArgumentParser) -> None:
-    keys = [key for key in _SETTINGS if key.startswith("adapter.") and key != "adapter.start"]
+    keys = [key for key in _SETTINGS if key.startswith(("model.", "adapter."))]
+    # What does not change the plan.
+    idle = {"model.threads", "adapter.start", "adapter.dropout"}
     add_config_file(parser, DEFAULTS)
-    add_settings(parser, DEFAULTS, (*_MODEL, *keys))
+    add_settings(parser, DEFAULTS, [key for key in keys if key not in idle])
 
 
 def _generate(parser: ArgumentParser) -> None:
