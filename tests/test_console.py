@@ -172,14 +172,15 @@ def test_a_line_says_step_reward_length_speed_where_time_goes_and_what_is_left(c
     stream = io.StringIO()
     console = Console(stream, 4, clock=clock)
     clock.advance(500)  # loading the model is no part of any step
-    console.show(0, METRICS | {"time/step": 30.0, "time/generate": 12.0, "time/train": 17.0})
+    times = {"time/generate": 12.0, "time/train": 17.0, "time/checkpoint": 0.9}
+    console.show(0, METRICS | {"time/step": 30.0} | times)
     assert stream.getvalue().split("  ") == [
         "step 1/4",
         "reward 0.500",
         "length 4.2",
         "1,234 tokens/s",
         "30.00 s/step",
-        "generate 40%, train 57%",
+        "generate 40%, train 57%, checkpoint 3%",
         "1:30 left\n",
     ]
 

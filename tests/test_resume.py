@@ -45,7 +45,7 @@ class Run:
             seed=5,
             **options,
         )
-        self.rows = {}
+        self.rows, self.times = {}, {}
 
     def go(self, *, until=STEPS, tasks=None, resume=None):
         environment = load("add")
@@ -54,6 +54,9 @@ class Run:
             timed = ("time/", "memory/", "tokens_per_second")
             row = {n: v for n, v in report.metrics.items() if not n.startswith(timed)}
             self.rows[report.step] = row
+            self.times[report.step] = {
+                n: v for n, v in report.metrics.items() if n.startswith("time/")
+            }
             return Progress.STOP if report.step + 1 == until else Progress.MORE
 
         train_rl(
@@ -104,6 +107,21 @@ def test_rollouts_of_several_steps_are_sampled_at_once_and_trained_on_in_turn(lo
     moved = [row["sampling/sampling_logp_difference/mean"] for row in run.rows.values()]
     assert max(moved[0], moved[3]) < 1e-4
     assert min(moved[1], moved[2], moved[4], moved[5]) > 1e-3
+
+
+def test_the_time_of_a_checkpoint_is_part_of_the_step_that_follows_it(load_tiny, tmp_path):
+    run = Run(load_tiny, tmp_path)
+    run.checkpoints.every = 2
+    run.go()
+    saved = [step for step, times in run.times.items() if "time/checkpoint" in times]
+    assert saved == [2, 4]
+    for times in run.times.values():
+        laps = ("checkpoint", "generate", "reward", "train", "reload")
+        parts = [times.get(f"time/{name}", 0) for name in laps]
+        assert all(seconds >= 0 for seconds in parts)
+        assert sum(parts) == pytest.approx(times["time/step"])
+    resumed = Run(load_tiny, tmp_path).go(resume=run.checkpoints.newest())
+    assert not resumed.times
 
 
 def test_what_was_published_after_the_checkpoint_is_taken_back(load_tiny, tmp_path):

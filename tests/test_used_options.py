@@ -7,6 +7,7 @@ a flag of the option are within its reach. Options of a run may be settings of i
 
 import argparse
 import ast
+import itertools
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -56,7 +57,7 @@ def words_of(node: ast.AST) -> Iterator[str]:
 def places_of(node: ast.AST) -> Iterator[str]:
     """Names of commands that something follows which is no flag."""
     row = node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
-    for first, second in zip(row, row[1:], strict=False):
+    for first, second in itertools.pairwise(row):
         said = second.value if isinstance(second, ast.Constant) else ""
         if isinstance(first, ast.Constant) and not str(said).startswith("-"):
             yield f"{first.value} ..."

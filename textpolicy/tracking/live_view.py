@@ -17,7 +17,7 @@ from textpolicy.types import Metrics
 _SPARK_WIDTH = 24
 _BAR_WIDTH = 40
 _SECONDS_BETWEEN_FRAMES = 0.2
-_COLOURS = ("cyan", "yellow", "magenta", "green")
+_COLOURS = ("cyan", "yellow", "magenta", "green", "blue")
 
 
 class LiveView:
