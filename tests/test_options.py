@@ -28,6 +28,7 @@ from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.models import tiny_model
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
+from textpolicy.tracking.jsonl import read_rows
 from textpolicy.tracking.open import Services
 
 DEFAULTS = changed(TrainConfig(), {"task.env": "add"})
@@ -373,6 +374,20 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
     with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 3)) as console:
         run_experiment(changed(DEFAULTS, values), RunDirectory(tmp_path), console)
     assert peek_version(RunDirectory(tmp_path).best) == 1
+
+
+def test_of_each_step_a_run_keeps_so_many_groups_of_samples(tmp_path):
+    values = {
+        "rollout.group_size": 2,
+        "rollout.groups_per_step": 3,
+        "evaluation.count": 2,
+        "run.steps": 1,
+        "run.sample_groups": 2,
+    }
+    directory = RunDirectory(tmp_path)
+    with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 1)) as console:
+        run_experiment(changed(DEFAULTS, values), directory, console)
+    assert [row["group"] for row in read_rows(directory.samples)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("config", [DEFAULTS, SFTConfig()], ids=["train", "sft"])

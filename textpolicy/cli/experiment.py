@@ -73,7 +73,13 @@ def run_experiment(
         if resume:
             _put_back(experiment, resume)
         scorer = open_scorer(opened, experiment.reward, console)
-        tracker = tracker_of(config, directory, console, resume_step=resume.step if resume else 0)
+        tracker = tracker_of(
+            config,
+            directory,
+            console,
+            resume_step=resume.step if resume else 0,
+            sample_groups=config.run.sample_groups,
+        )
         best = BestAdapter(experiment.adapters, directory.best)
         observer = Observer(
             directory,

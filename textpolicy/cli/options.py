@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textpolicy.cli.flags import add_config_file, add_resume, add_setting, add_settings
+from textpolicy.cli.flags import Parser, add_config_file, add_resume, add_setting, add_settings
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import Limit, Option, Setting, above, at_least
 
@@ -35,7 +35,9 @@ def build_parser(only: str | None = None) -> ArgumentParser:
         description="Reinforcement-learning post-training of language models with LoRA, on MLX.",
         epilog="start with:  textpolicy demo",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
     for name, command in COMMANDS.items():
         lines = "\n".join(f"  {example}" for example in command.examples)
         sub = commands.add_parser(

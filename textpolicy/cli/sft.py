@@ -113,7 +113,7 @@ def _train(config: SFTConfig, source: str, directory: RunDirectory, console: Con
     directory.config.write_text(to_toml(config), "utf-8")
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
-    tracking = tracker_of(config, directory, console, resume_step=resume_step, samples=False)
+    tracking = tracker_of(config, directory, console, resume_step=resume_step, sample_groups=0)
     with tracking as tracker, stopping(console.note) as request:
 
         def on_progress(event: Event) -> Progress:
