@@ -38,8 +38,11 @@ ELSEWHERE = {
 class Parser(ArgumentParser):
     """Answers a flag that does not exist with the nearest that does, before anything else."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        given = list(args or ())
+    # The stub has overloads that no single signature is compatible with.
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        given: list[str] = list(args or ())
         end = given.index("--") if "--" in given else len(given)
         for flag in map(_flag_in, given[:end]):
             if flag and not self._knows(flag):
