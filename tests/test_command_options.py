@@ -183,6 +183,16 @@ def test_eval_draws_its_samples_at_the_temperature_asked_for(evaluated):
     assert cold["avg@2"] == cold["reward"] != hot["avg@2"]
 
 
+def test_eval_scores_other_environments_each_by_its_own_reward(answer, files):
+    rows = ["--data", str(files / "rows.jsonl"), "--prompt", "{question}", "--count", "4"]
+    reward = ["--reward", f"{files / 'rewards.py'}:length"]
+    found = answer("eval", *rows, *reward, "--eval-envs", "sort,reverse")
+    assert [other["env"] for other in found["others"]] == ["sort", "reverse"]
+    for other in found["others"]:
+        alone = answer("eval", "--env", other["env"], "--count", "4")
+        assert other["metrics"] == alone["metrics"] and alone["others"] == []
+
+
 def test_eval_counts_as_right_what_earns_enough(evaluated):
     asked = ["--env", "add", "--eval-samples", "2"]
     assert evaluated("length", *asked, "--eval-good", "0")["pass@1"] == 1

@@ -5,14 +5,14 @@ different configs; what it is made of is in `assembly`.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm, sampling_of
 from textpolicy.cli.observer import Observer
 from textpolicy.cli.recording import tracker_of
 from textpolicy.cli.signals import StopRequest, stopping
-from textpolicy.cli.tasks import find_task
+from textpolicy.cli.tasks import elsewhere, find_task
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.evaluation import Evaluator, HeldOut, Score
 from textpolicy.loop import train_rl
@@ -206,7 +206,7 @@ def open_scorer(opened: ExitStack, rewards: Rewards, console: Console) -> Scorer
 
 def held_out(opened: ExitStack, name: str, config: TrainConfig, console: Console) -> HeldOut:
     """The held-out tasks of another environment, with the reward of its own."""
-    environment, rewards = find_task(replace(config.task, env=name, data=None, reward=None))
+    environment, rewards = find_task(elsewhere(config.task, name))
     return HeldOut(
         name=environment.name,
         tasks=environment.heldout(config.evaluation.count),

@@ -103,7 +103,7 @@ def _evaluate(parser: ArgumentParser) -> None:
     add_config_file(parser, DEFAULTS)
     text = "tasks to show on which base and adapters earn most differently"
     _own(parser, "show", int, 5, text, limit=at_least(0))
-    asked = ("count", "samples", "temperature", "good")
+    asked = ("count", "samples", "temperature", "good", "envs")
     keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
     add_settings(parser, DEFAULTS, (*_TASK, *_PLAIN_MODEL, "model.dtype", *keys))
 
@@ -247,6 +247,7 @@ COMMANDS = {
         examples=(
             "textpolicy eval --env add --adapter runs/add/adapters/latest.safetensors",
             "textpolicy eval --config runs/add/config.toml --eval-samples 8",
+            "textpolicy eval --env add --eval-envs sort,reverse --model Qwen/Qwen3-0.6B",
         ),
         add_options=_evaluate,
     ),
