@@ -15,11 +15,18 @@ from tests.wandb_server import records
 from textpolicy import fast_cpu
 from textpolicy.adapters.files import peek_version
 from textpolicy.algorithms import dapo, get
-from textpolicy.cli.assembly import Experiment, adapter_config, assemble, dtype_of, find_algorithm
+from textpolicy.cli.assembly import (
+    Experiment,
+    adapter_config,
+    assemble,
+    dtype_of,
+    find_algorithm,
+    optimizer_of,
+)
 from textpolicy.cli.assembly import adapt as adapt_model
 from textpolicy.cli.experiment import checkpoints_of, run_experiment
 from textpolicy.cli.recording import plain
-from textpolicy.cli.sft import data_of, optimizer_of, parameters_of
+from textpolicy.cli.sft import data_of, parameters_of
 from textpolicy.cli.tasks import find_task
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import SFTConfig, TrainConfig, changed

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Any
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm, sampling_of
@@ -92,7 +93,15 @@ def run_experiment(
         )
         started = time.perf_counter()
         before = _begin(observer, directory, resume)
-        request = _train(experiment, scorer, config, observer, checkpoints, resume, console)
+        with stopping(console.note) as request:
+            train_rl(
+                **_circle(experiment, config),
+                reward=scorer,
+                on_step=request.heeded(observer.see),
+                checkpoints=checkpoints,
+                resume=resume,
+            )
+        console.close()
         updates = experiment.trainer.version - first
         if observer.stopped:
             _bring_back(best, experiment)
@@ -143,33 +152,19 @@ def _begin(observer: Observer, directory: RunDirectory, resume: Checkpoint | Non
     return observer.score_in(rows[0])
 
 
-def _train(
-    experiment: Experiment,
-    scorer: Scorer,
-    config: TrainConfig,
-    observer: Observer,
-    checkpoints: Checkpoints,
-    resume: Checkpoint | None,
-    console: Console,
-) -> StopRequest:
-    with stopping(console.note) as request:
-        train_rl(
-            tasks=experiment.environment.stream(config.run.seed),
-            reward=scorer,
-            policy=experiment.policy,
-            trainer=experiment.trainer,
-            steps=config.run.steps,
-            groups_per_step=config.rollout.groups_per_step,
-            group_size=config.rollout.group_size,
-            steps_per_generation=config.rollout.steps_per_generation,
-            refill_rounds=experiment.refill_rounds,
-            seed=config.run.seed,
-            on_step=request.heeded(observer.see),
-            checkpoints=checkpoints,
-            resume=resume,
-        )
-    console.close()
-    return request
+def _circle(experiment: Experiment, config: TrainConfig) -> dict[str, Any]:
+    """What goes round, and how often: these arguments of `train_rl`."""
+    return {
+        "tasks": experiment.environment.stream(config.run.seed),
+        "policy": experiment.policy,
+        "trainer": experiment.trainer,
+        "steps": config.run.steps,
+        "groups_per_step": config.rollout.groups_per_step,
+        "group_size": config.rollout.group_size,
+        "steps_per_generation": config.rollout.steps_per_generation,
+        "refill_rounds": experiment.refill_rounds,
+        "seed": config.run.seed,
+    }
 
 
 def _evaluator(
