@@ -6,10 +6,12 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from textpolicy.cli import main
+from textpolicy.cli.flags import ELSEWHERE
 from textpolicy.cli.options import build_parser
 from textpolicy.config import TrainConfig, read_toml
 
@@ -131,6 +133,56 @@ def test_misuse_exits_with_2_and_the_usage(argv, capsys):
         main(argv)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("usage: textpolicy")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistyped_flag_is_answered_with_the_nearest_in_every_command(command, capsys):
+    for action in subcommands()[command]._actions:
+        for flag in (flag for flag in action.option_strings if len(flag) > 5):
+            mistyped = f"{flag[:3]}{flag[4:]}"
+            with pytest.raises(SystemExit) as stopped:
+                main([command, f"{mistyped}=1"])
+            assert stopped.value.code == 2
+            shown = capsys.readouterr().err
+            assert shown.startswith(f"usage: textpolicy {command}")
+            assert f"unknown flag {mistyped}; did you mean --" in shown
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--lerning-rate", "; did you mean --lr?"),
+        ("-lr", "; did you mean --lr?"),
+        ("--num_generations", "; did you mean --group-size?"),
+        ("--groupsize", "; did you mean --group-size?"),
+        ("--xyzzy", "; --help lists them"),
+    ],
+)
+def test_names_from_elsewhere_and_other_spellings_are_known_by(flag, meant, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--env", "add", flag, "1"])
+    assert stopped.value.code == 2
+    assert f"unknown flag {flag}{meant}" in capsys.readouterr().err
+
+
+def test_names_from_elsewhere_are_no_flags_of_ours_and_mean_one():
+    ours = subcommands()["train"]._option_string_actions
+    assert not ELSEWHERE.keys() & ours.keys()
+    assert set(ELSEWHERE.values()) <= ours.keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["generate", "--prompt", "--is this a flag?"], "prompt", "--is this a flag?"),
+        (["generate", "--prompt=--odd"], "prompt", "--odd"),
+        (["generate", "--prompt", "x", "-n3"], "n", 3),
+        (["train", "--on-reward-error", "-1"], "task.on_reward_error", -1),
+        (["runs", "--", "--odd"], "paths", [Path("--odd")]),
+    ],
+)
+def test_values_that_look_like_flags_are_values(argv, name, value):
+    assert vars(build_parser(argv[0]).parse_args(argv))[name] == value
 
 
 @pytest.mark.parametrize("option", ["--lr", "--temperature"])

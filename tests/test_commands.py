@@ -130,6 +130,12 @@ def trained(tmp_path_factory):
     return save
 
 
+def test_chat_says_what_the_adapters_say(talk, trained):
+    (base,), _ = talk("12+30=")
+    (adapted,), _ = talk("12+30=", options=("--adapter", trained(None, 0.2)))
+    assert adapted != base
+
+
 def said_by(model, tokenizer) -> list[str]:
     policy = create_policy(model, tokenizer, GREEDY)
     return [policy(prompt).text for prompt in ("12+30=", "sort: 3 1 2", "reverse: abc")]

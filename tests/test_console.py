@@ -37,6 +37,8 @@ for step in range(4):
     metrics |= {"entropy": 0.5, "frac_mixed": 0.75, "frac_all_good": 0.25, "frac_all_bad": 0.0}
     metrics |= {"tokens_per_second": 1234.0, "time/step": 1.0, "time/generate": 0.4}
     metrics |= {"time/train": 0.5}
+    if step % 2 == 0:
+        metrics |= {"eval/reward": 0.25 + step / 8, "eval/standard_error": 0.03}
     text = "5\x1b[2J\x1b]0;taken\x07[/foo]\u202e\n9"
     console.show(step, metrics, [{"prompt": "2+3=", "completion": text, "reward": 1.0}])
     if step == 1:
@@ -118,15 +120,17 @@ def test_a_terminal_gets_a_panel_that_is_redrawn_in_place_and_notes_above_it():
     lines = [line.rstrip() for line in screen.lines]
     assert lines[:2] == ["before [/bold] 0.5", "a note"]
     assert lines[2].startswith("╭─ step 4/8 ─")
-    assert [line.strip("│ ").split()[0] for line in lines[4:11]] == [
-        *("reward", "length", "entropy", "groups", "speed", "time", "sample")
+    assert [line.strip("│ ").split()[0] for line in lines[4:12]] == [
+        *("reward", "eval", "length", "entropy", "groups", "speed", "time", "sample")
     ]
     assert re.search(r"▁\S+█ +0\.300 +± 0\.25", lines[4])
-    assert "75% mixed   25% all good   0% all bad" in lines[7]
-    assert re.search(r"1,234 +tokens/s +1\.00 s a step", lines[8])
-    assert re.search("█+ +generate 40% +train 50%", lines[9])
-    assert re.search(r"─ 0:0\d left ─", lines[11])
-    assert lines[12:14] == ["after", ""]
+    # Measured at every other step: the last one known stays.
+    assert re.search(r"▁█ +0\.500 +± 0\.03", lines[5])
+    assert "75% mixed   25% all good   0% all bad" in lines[8]
+    assert re.search(r"1,234 +tokens/s +1\.00 s a step", lines[9])
+    assert re.search("█+ +generate 40% +train 50%", lines[10])
+    assert re.search(r"─ 0:0\d left ─", lines[12])
+    assert lines[13:15] == ["after", ""]
 
 
 def test_what_a_model_says_cannot_move_the_cursor_or_become_markup():
@@ -139,7 +143,7 @@ def test_what_a_model_says_cannot_move_the_cursor_or_become_markup():
 def test_a_panel_never_wraps_and_the_cursor_comes_back():
     sent = on_terminal(width=48)
     lines = [line for line in Screen(sent).lines if line.startswith(("│", "╭", "╰"))]
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert {len(line) for line in lines} == {48}
     assert sent.rfind("\x1b[?25h") > sent.rfind("\x1b[?25l") > -1
 
@@ -172,14 +176,15 @@ def test_a_line_says_step_reward_length_speed_where_time_goes_and_what_is_left(c
     stream = io.StringIO()
     console = Console(stream, 4, clock=clock)
     clock.advance(500)  # loading the model is no part of any step
-    console.show(0, METRICS | {"time/step": 30.0, "time/generate": 12.0, "time/train": 17.0})
+    times = {"time/generate": 12.0, "time/train": 17.0, "time/checkpoint": 0.9}
+    console.show(0, METRICS | {"time/step": 30.0} | times)
     assert stream.getvalue().split("  ") == [
         "step 1/4",
         "reward 0.500",
         "length 4.2",
         "1,234 tokens/s",
         "30.00 s/step",
-        "generate 40%, train 57%",
+        "generate 40%, train 57%, checkpoint 3%",
         "1:30 left\n",
     ]
 

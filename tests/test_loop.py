@@ -1,8 +1,6 @@
 """The circle: versions advance, the sampler follows, and what is reported is documented."""
 
 import itertools
-import re
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -14,7 +12,6 @@ from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, TaskError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
-from textpolicy.rewards import Score, reward
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
@@ -194,23 +191,6 @@ def test_the_same_seed_gives_the_same_run(load_tiny, tmp_path):
             }
         )
     assert runs[0] == runs[1]
-
-
-def test_every_metric_is_documented_and_every_documented_one_reported(load_tiny, tmp_path):
-    policy, trainer = circle(load_tiny, tmp_path, reference="base")
-
-    @reward(name="NAME")
-    def scored(completion):
-        return Score(len(completion) % 3, {"METRIC": 1.0})
-
-    metrics = train_rl(
-        tasks=tasks(), reward=scored, policy=policy, trainer=trainer, steps=1, groups_per_step=2
-    )
-    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
-    of_every_run, _ = page.split("Some algorithms add their own")
-    first_columns = re.findall(r"^\|([^|]+)\|", of_every_run, flags=re.MULTILINE)
-    documented = {name for column in first_columns for name in re.findall(r"`([^`]+)`", column)}
-    assert documented == metrics.keys()
 
 
 def test_a_policy_that_does_not_follow_stops_the_run(load_tiny, tmp_path):

@@ -5,7 +5,6 @@ import math
 import sys
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,19 +15,27 @@ from tests.wandb_server import records
 from textpolicy import fast_cpu
 from textpolicy.adapters.files import peek_version
 from textpolicy.algorithms import dapo, get
-from textpolicy.cli.assembly import Experiment, adapter_config, assemble, dtype_of, find_algorithm
+from textpolicy.cli.assembly import (
+    Experiment,
+    adapter_config,
+    assemble,
+    dtype_of,
+    find_algorithm,
+    optimizer_of,
+)
 from textpolicy.cli.assembly import adapt as adapt_model
 from textpolicy.cli.experiment import checkpoints_of, run_experiment
 from textpolicy.cli.recording import plain
-from textpolicy.cli.sft import data_of, optimizer_of, parameters_of
+from textpolicy.cli.sft import data_of, parameters_of
 from textpolicy.cli.tasks import find_task
 from textpolicy.cli.threads import use_threads
-from textpolicy.config import SFTConfig, TrainConfig, changed, settings_of
+from textpolicy.config import SFTConfig, TrainConfig, changed
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.models import tiny_model
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
+from textpolicy.tracking.jsonl import read_rows
 from textpolicy.tracking.open import Services
 
 DEFAULTS = changed(TrainConfig(), {"task.env": "add"})
@@ -55,30 +62,30 @@ def task(tmp_path):
     (tmp_path / "mine.py").write_text("def score(completion): return len(completion) / 100")
 
     def find(**changes: Any) -> Any:
-        values = {f"task.{name}": value for name, value in changes.items()}
+        values = {key.replace("__", "."): value for key, value in changes.items()}
         return find_task(changed(TrainConfig(), values).task)
 
     return find
 
 
 def test_env_names_the_environment(task):
-    assert task(env="sort")[0].name == "sort"
+    assert task(task__env="sort")[0].name == "sort"
 
 
 def test_data_prompt_and_reward_make_an_environment_of_rows(task, tmp_path):
     environment, rewards = task(
-        data=str(tmp_path / "rows.jsonl"),
-        prompt="What is {question}",
-        reward=f"{tmp_path / 'mine.py'}:score",
+        task__data=str(tmp_path / "rows.jsonl"),
+        task__prompt="What is {question}",
+        task__reward=f"{tmp_path / 'mine.py'}:score",
     )
     assert next(environment.stream(0)).prompt.startswith("What is ")
     assert [member.name for member in rewards.members] == ["score"]
 
 
 def test_reward_timeout_and_on_reward_error_go_to_the_rewards(task):
-    _, rewards = task(env="add", reward_timeout=3.5, on_reward_error="skip")
+    _, rewards = task(task__env="add", task__reward_timeout=3.5, task__on_reward_error="skip")
     assert (rewards.timeout, rewards.on_error) == (3.5, "skip")
-    assert task(env="add", on_reward_error=-1.0)[1].on_error == -1.0
+    assert task(task__env="add", task__on_reward_error=-1.0)[1].on_error == -1.0
 
 
 def test_name_is_the_model_that_is_loaded(assembled, tmp_path):
@@ -376,17 +383,32 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
     assert peek_version(RunDirectory(tmp_path).best) == 1
 
 
-def test_services_are_those_of_the_options():
+def test_of_each_step_a_run_keeps_so_many_groups_of_samples(tmp_path):
+    values = {
+        "rollout.group_size": 2,
+        "rollout.groups_per_step": 3,
+        "evaluation.count": 2,
+        "run.steps": 1,
+        "run.sample_groups": 2,
+    }
+    directory = RunDirectory(tmp_path)
+    with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 1)) as console:
+        run_experiment(changed(DEFAULTS, values), directory, console)
+    assert [row["group"] for row in read_rows(directory.samples)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("config", [DEFAULTS, SFTConfig()], ids=["train", "sft"])
+def test_services_are_those_of_the_options(config):
     options = {
         "tracking.wandb": "p",
         "tracking.wandb_artifacts": True,
         "tracking.tensorboard": True,
         "tracking.trackio": "q",
     }
-    asked = changed(DEFAULTS, options).tracking
+    asked = changed(config, options).tracking
     services = {"wandb": "p", "wandb_artifacts": True, "tensorboard": True, "trackio": "q"}
     assert Services(**asdict(asked)) == Services(**services)
-    assert Services(**asdict(DEFAULTS.tracking)) == Services()
+    assert Services(**asdict(config.tracking)) == Services()
 
 
 def test_checkpoints_are_made_and_kept_as_the_options_say(tmp_path):
@@ -394,28 +416,6 @@ def test_checkpoints_are_made_and_kept_as_the_options_say(tmp_path):
     checkpoints = checkpoints_of(RunDirectory(tmp_path), config)
     assert checkpoints.keep == 5
     assert [checkpoints.due(step) for step in range(1, 7)] == [False, False, True] * 2
-
-
-# Options whose effect is shown by tests of their own, beside those above.
-SHOWN_ELSEWHERE = {
-    "run.stop_on_collapse": "test_alarms.py",
-    "run.checkpoint_every": "test_resume_command.py",
-    "run.keep_checkpoints": "test_resume_command.py",
-}
-
-
-def test_every_option_of_a_run_is_used_by_a_test_of_its_effect():
-    here = Path(__file__).read_text()
-    for setting in settings_of(DEFAULTS):
-        section, name = setting.key.split(".")
-        # The fixture `task` takes the names of its section alone.
-        alone = (f" {name}=", f"({name}=") if section == "task" else ()
-        forms = (f"{section}__{name}=", f'"{setting.key}"', *alone)
-        if setting.key in SHOWN_ELSEWHERE:
-            page = (Path(__file__).parent / SHOWN_ELSEWHERE[setting.key]).read_text()
-            assert setting.flag in page
-        else:
-            assert any(form in here for form in forms), setting.key
 
 
 @pytest.fixture
@@ -460,15 +460,17 @@ def test_learn_system_and_validation_share_decide_what_is_learned(load_tiny, sft
     _, tokenizer = load_tiny()
 
     def read(**options: Any) -> Any:
-        values = {f"data.{name}": value for name, value in options.items()}
+        values = {key.replace("__", "."): value for key, value in options.items()}
         return data_of(changed(SFTConfig(), values), sft_data, tokenizer)
 
     usual = read()
-    everything, spoken = read(learn="everything"), read(system="Add.")
+    everything, spoken = read(data__learn="everything"), read(data__system="Add.")
     assert sum(everything.train[0].mask) > sum(usual.train[0].mask)
     assert len(spoken.train[0].tokens) > len(usual.train[0].tokens)
-    assert len(read(validation_share=0.5).valid) == 20 and not read(validation_share=0.0).valid
-    assert len(read(learn="everything", max_length=4).train[0].tokens) == 4
+    assert len(read(data__validation_share=0.5).valid) == 20
+    assert not read(data__validation_share=0.0).valid
+    short = read(data__learn="everything", data__max_length=4)
+    assert len(short.train[0].tokens) == 4
 
 
 def test_the_optimizer_of_a_supervised_run_is_what_its_options_say():

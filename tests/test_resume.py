@@ -10,9 +10,10 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
 from textpolicy.algorithms import grpo
 from textpolicy.environments import load
 from textpolicy.environments.curriculum import MixedAgain
-from textpolicy.errors import TrainingError
+from textpolicy.errors import RewardError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
+from textpolicy.rewards import Rewards
 from textpolicy.training.checkpoint import Checkpoints
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
@@ -45,20 +46,23 @@ class Run:
             seed=5,
             **options,
         )
-        self.rows = {}
+        self.rows, self.times = {}, {}
 
-    def go(self, *, until=STEPS, tasks=None, resume=None):
+    def go(self, *, until=STEPS, tasks=None, resume=None, reward=None):
         environment = load("add")
 
         def see(report):
             timed = ("time/", "memory/", "tokens_per_second")
             row = {n: v for n, v in report.metrics.items() if not n.startswith(timed)}
             self.rows[report.step] = row
+            self.times[report.step] = {
+                n: v for n, v in report.metrics.items() if n.startswith("time/")
+            }
             return Progress.STOP if report.step + 1 == until else Progress.MORE
 
         train_rl(
             tasks=tasks or environment.stream(0),
-            reward=environment.reward,
+            reward=reward or environment.reward,
             policy=self.policy,
             trainer=self.trainer,
             steps=STEPS,
@@ -104,6 +108,42 @@ def test_rollouts_of_several_steps_are_sampled_at_once_and_trained_on_in_turn(lo
     moved = [row["sampling/sampling_logp_difference/mean"] for row in run.rows.values()]
     assert max(moved[0], moved[3]) < 1e-4
     assert min(moved[1], moved[2], moved[4], moved[5]) > 1e-3
+
+
+def test_failures_of_the_reward_before_a_checkpoint_count_after_it(load_tiny, tmp_path):
+    calls = count()
+
+    def fails_at_times(completion):
+        if next(calls) % 16 < 3:
+            raise ValueError("again")
+        return len(completion) / 4
+
+    # Three of the sixteen samples of a step fail: twelve after four steps, more than a tenth of the
+    # window that is looked at.
+    rewards = Rewards(fails_at_times, on_error="skip", max_error_rate=0.1)
+    with pytest.raises(RewardError, match="11 of the last"):
+        Run(load_tiny, tmp_path / "straight").go(reward=rewards)
+    calls = count()
+    Run(load_tiny, tmp_path / "stopped").go(reward=rewards, until=2)
+    resumed = Run(load_tiny, tmp_path / "stopped")
+    with pytest.raises(RewardError, match="11 of the last"):
+        resumed.go(reward=rewards, resume=resumed.checkpoints.newest())
+    assert max(resumed.rows) == 2
+
+
+def test_the_time_of_a_checkpoint_is_part_of_the_step_that_follows_it(load_tiny, tmp_path):
+    run = Run(load_tiny, tmp_path)
+    run.checkpoints.every = 2
+    run.go()
+    saved = [step for step, times in run.times.items() if "time/checkpoint" in times]
+    assert saved == [2, 4]
+    for times in run.times.values():
+        laps = ("checkpoint", "generate", "reward", "train", "reload")
+        parts = [times.get(f"time/{name}", 0) for name in laps]
+        assert all(seconds >= 0 for seconds in parts)
+        assert sum(parts) == pytest.approx(times["time/step"])
+    resumed = Run(load_tiny, tmp_path).go(resume=run.checkpoints.newest())
+    assert not resumed.times
 
 
 def test_what_was_published_after_the_checkpoint_is_taken_back(load_tiny, tmp_path):

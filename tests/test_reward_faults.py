@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from random import Random
 
 import pytest
 
@@ -384,6 +385,85 @@ def test_a_child_ends_by_itself_soon_after_its_deadline_when_its_parent_is_gone(
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(pid)
+
+
+ENDLESS = """
+import os, subprocess, sys, time
+def score(completion):
+    return 1.0
+def waits(completion):
+    time.sleep(60)
+def starts(completion):
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
+if os.getsid(0) == os.getpid() and {slow_import}:
+    time.sleep(60)
+"""
+
+
+def _started_with(mark: str) -> set[int]:
+    """Processes that have this word in their environment."""
+    shown = subprocess.run(["ps", "eww", "-Ao", "pid=,stat=,command="], capture_output=True)
+    lines = [line.split(maxsplit=2) for line in shown.stdout.decode(errors="replace").splitlines()]
+    return {int(pid) for pid, state, rest in lines if mark in rest and state[0] != "Z"}
+
+
+def _outlives(mark: str, seconds: float) -> set[int]:
+    """Those of them that are still there some time later."""
+    deadline = time.monotonic() + seconds
+    while (left := _started_with(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["score", "waits", "starts", "imports"])
+def test_nothing_of_a_reward_outlives_a_killed_run_whatever_it_was_doing(tmp_path, what):
+    (tmp_path / "endless.py").write_text(ENDLESS.format(slow_import=what == "imports"))
+    name = "score" if what == "imports" else what
+    program = (
+        "from textpolicy.rewards import *\n"
+        f"rewards = Rewards(load_reward('endless.py:{name}'), timeout=50, workers=2)\n"
+        "while True: Scorer(rewards).score([sample_of('p', 'x', {}) for _ in range(4)])\n"
+    )
+    mark = f"RUN_TO_BE_KILLED={tmp_path}"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"RUN_TO_BE_KILLED": str(tmp_path)},
+    )
+    # The run, two children, and what these may have started.
+    wanted = 5 if what == "starts" else 3
+    deadline = time.monotonic() + 30
+    while len(_started_with(mark)) < wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert len(_started_with(mark)) >= min(wanted, 3)
+    parent.kill()
+    parent.wait()
+    assert not _outlives(mark, 5)
+
+
+@pytest.mark.slow
+def test_nothing_outlives_a_training_run_that_is_killed_at_any_moment(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS.format(slow_import=False))
+    command = [sys.executable, "-c", "from textpolicy.cli import main; raise SystemExit(main())"]
+    command += ["train", "--env", "add", "--reward", "endless.py:score", "--reward-timeout", "20"]
+    command += ["--count", "4", "--groups-per-step", "2", "--group-size", "2", "--output"]
+    mark = f"RUN_TO_BE_KILLED={tmp_path}"
+    random = Random(0)
+    for number in range(4):
+        run = subprocess.Popen(
+            [*command, f"run-{number}"],
+            cwd=tmp_path,
+            env=os.environ | {"RUN_TO_BE_KILLED": str(tmp_path)},
+            stderr=subprocess.DEVNULL,
+        )
+        # Before the first child, while children load, and in the middle of steps.
+        time.sleep(random.uniform(1, 6))
+        assert run.poll() is None
+        run.kill()
+        run.wait()
+        assert not _outlives(mark, 5)
 
 
 def _alive(pid: int) -> bool:

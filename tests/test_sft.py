@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the loss by hand, no padding learned, packing and accumulation exact."""
 
 import time
+from contextlib import nullcontext
 from itertools import chain, islice
 from random import Random
 
@@ -16,6 +17,7 @@ from tests.tiny import qwen3_model
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.training.checkpoint import random_state
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft import (
     Demonstration,
@@ -369,6 +371,42 @@ def test_recomputed_dropout_leaves_out_what_the_forward_pass_left_out():
 
     slope = (at(0.01)[0] - at(-0.01)[0]) / 0.02
     assert float((at(0)[1] * way).sum()) == pytest.approx(slope, rel=0.02)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_draws_what_is_drawn_without_it_and_no_more(dropout, compiled):
+    model = qwen3_model()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=2, dropout=dropout))
+    container.swap({name: array + 0.05 for name, array in container.parameters().items()})
+    tokens = mx.array([[5, 17, 3, 44, 60, 2]])
+    model.train()
+
+    def gradients(again):
+        def step(tokens):
+            with recomputing(model) if again else nullcontext():
+                value_and_grad = nn.value_and_grad(model, lambda: mx.square(model(tokens)).mean())
+                return value_and_grad()
+
+        state = [model.state, mx.random.state]
+        run = mx.compile(step, inputs=state, outputs=state) if compiled else step
+        mx.random.seed(3)
+        values = []
+        for _ in range(2):
+            value, gradient = run(tokens)
+            values.append((value, dict(tree_flatten(gradient))))
+            mx.eval(value, gradient, mx.random.state)
+        return values, random_state()
+
+    (plain, plain_state), (again, again_state) = gradients(False), gradients(True)
+    mx.random.seed(3)
+    assert again_state == plain_state
+    assert (plain_state == random_state()) is (dropout == 0)
+    for (value, gradient), (other, others) in zip(plain, again, strict=True):
+        assert mx.allclose(value, other, rtol=1e-6)
+        for name, array in gradient.items():
+            assert mx.allclose(array, others[name], rtol=1e-4, atol=1e-7), name
+    assert bool(plain[0][0] != plain[1][0]) is (dropout > 0)
 
 
 def test_only_trainable_weights_move_and_the_mode_is_restored(load_tiny):

@@ -242,6 +242,35 @@ def test_a_hanging_service_neither_slows_the_run_nor_its_end():
     let_go.set()
 
 
+def test_of_each_step_so_many_groups_of_samples_are_kept_and_none_needs_no_file(tmp_path):
+    samples = [{"step": 0, "group": g, "member": m} for g in range(3) for m in range(2)]
+    for groups, kept in ((None, samples), (2, samples[:4]), (0, [])):
+        directory = RunDirectory(tmp_path / str(groups))
+        with open_tracker(
+            directory, Services(), {}, notice=pytest.fail, sample_groups=groups
+        ) as tracker:
+            tracker.write_samples(0, samples)
+        assert list(read_rows(directory.samples)) == kept
+        assert directory.samples.exists() == bool(kept)
+
+
+def test_a_run_that_goes_on_without_samples_drops_those_of_the_steps_it_makes_again(tmp_path):
+    directory = RunDirectory(tmp_path)
+    rows = [{"step": step, "group": 0, "member": 0} for step in range(3)]
+    for groups, resume_step in ((None, 0), (0, 2)):
+        with open_tracker(
+            directory,
+            Services(),
+            {},
+            notice=pytest.fail,
+            resume_step=resume_step,
+            sample_groups=groups,
+        ) as tracker:
+            for row in rows[resume_step:]:
+                tracker.write_samples(row["step"], [row])
+    assert list(read_rows(directory.samples)) == rows[:2]
+
+
 def test_services_get_few_samples_and_the_files_all():
     file, service = Recorder(), Recorder()
     services = [Service("service", lambda say: service)]

@@ -67,11 +67,11 @@ def train_rl(
     to the same numbers, given the arguments of before and tasks that begin anew.
     """
     source, buffer = Cursor(tasks), Buffer(max_staleness=steps_per_generation - 1)
-    first = restore(resume, trainer, policy, source, buffer) if resume else 0
     metrics: Metrics = {}
     with scorer_of(reward) as scorer, wired_memory():
+        first = restore(resume, trainer, policy, source, buffer, scorer) if resume else 0
+        laps = _Laps(scorer)
         for step in range(first, steps):
-            laps = _Laps(scorer)
             sampled: Refilled | None = None
             if not buffer:
                 sampled = collect_with_signal(
@@ -107,8 +107,11 @@ def train_rl(
                 advantages=trainer.advantages,
             )
             stop = on_step is not None and on_step(report) is Progress.STOP
+            # The row of this step is written, as the checkpoint has it: saving counts to the next.
+            laps = _Laps(scorer)
             if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):
-                checkpoints.save(snapshot(step + 1, trainer, source, buffer))
+                checkpoints.save(snapshot(step + 1, trainer, source, buffer, scorer))
+                laps.mark("checkpoint")
             if stop:
                 break
     return metrics

@@ -3,26 +3,35 @@
 from typing import Any
 
 from textpolicy.buffer import Buffer
+from textpolicy.rewards import Scorer
 from textpolicy.rollout.cursor import Cursor
 from textpolicy.training.checkpoint import Checkpoint, random_state, restore_random_state
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Policy
 
 
-def snapshot(step: int, trainer: Trainer, tasks: Cursor, buffer: Buffer) -> Checkpoint:
+def snapshot(
+    step: int, trainer: Trainer, tasks: Cursor, buffer: Buffer, scorer: Scorer
+) -> Checkpoint:
     """All that the steps to come depend on, after `step` steps."""
     arrays, facts = trainer.state()
     parts: dict[str, Any] = {
         "trainer": facts,
         "tasks": tasks.state(),
         "buffer": buffer.state(),
+        "scorer": scorer.state(),
         "random": random_state(),
     }
     return Checkpoint(step=step, arrays=arrays, facts=parts)
 
 
 def restore(
-    checkpoint: Checkpoint, trainer: Trainer, policy: Policy, tasks: Cursor, buffer: Buffer
+    checkpoint: Checkpoint,
+    trainer: Trainer,
+    policy: Policy,
+    tasks: Cursor,
+    buffer: Buffer,
+    scorer: Scorer,
 ) -> int:
     """Put every part back; returns the number of steps that lie behind."""
     parts = checkpoint.facts
@@ -31,5 +40,6 @@ def restore(
         policy.reload(trainer.published)
     tasks.restore(parts["tasks"])
     buffer.restore(parts["buffer"])
+    scorer.restore(parts["scorer"])
     restore_random_state(parts["random"])
     return checkpoint.step

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 
 from textpolicy import algorithms
 from textpolicy.adapters.config import AdapterConfig
@@ -20,7 +21,14 @@ from textpolicy.adapters.twin import twin
 from textpolicy.algorithms import Algorithm
 from textpolicy.algorithms.overlong import with_penalty
 from textpolicy.config import DYNAMIC_ROUNDS, TrainConfig
-from textpolicy.config.sections import WORDS, AdapterOptions, AlgorithmOptions, ModelOptions
+from textpolicy.config.sections import (
+    WORDS,
+    AdapterOptions,
+    AlgorithmOptions,
+    ModelOptions,
+    TrainerOptions,
+)
+from textpolicy.config.sft import SFTTrainerOptions
 from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError
 from textpolicy.generation.mlx_generation import load_model
@@ -180,20 +188,25 @@ def build_trainer(
         model,
         _advantages(config.algorithm, algorithm, max_tokens),
         algorithm.policy_loss,
-        build_optimizer(
-            options.lr,
-            schedule=options.schedule,
-            warmup=options.warmup,
-            updates=updates,
-            final_rate=options.final_lr,
-            weight_decay=options.weight_decay,
-        ),
+        optimizer_of(options, updates),
         max_grad_norm=options.max_grad_norm,
         micro_batch_size=options.micro_batch_size,
         checkpoint_gradients=options.checkpoint_gradients,
         rejected=rejected,
         seed=config.run.seed,
         **chosen,
+    )
+
+
+def optimizer_of(options: TrainerOptions | SFTTrainerOptions, updates: int) -> optim.Optimizer:
+    """Adam on the schedule of the options, over so many updates."""
+    return build_optimizer(
+        options.lr,
+        schedule=options.schedule,
+        warmup=options.warmup,
+        updates=updates,
+        final_rate=options.final_lr,
+        weight_decay=options.weight_decay,
     )
 
 

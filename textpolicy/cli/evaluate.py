@@ -2,13 +2,14 @@
 
 from argparse import Namespace
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.cli.assembly import dtype_of, sampling_of
 from textpolicy.cli.flags import configured
 from textpolicy.cli.report import Report, table
-from textpolicy.cli.tasks import find_task
+from textpolicy.cli.tasks import elsewhere, find_task
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
@@ -25,38 +26,43 @@ _WIDTH = 200
 def run(options: Namespace) -> Report:
     config = configured(TrainConfig(), options)
     use_threads(config.model)
-    environment, rewards = find_task(config.task)
-    heldout, evaluations = _evaluate(config, environment, rewards)
-    data = {"env": environment.name} | {
-        name: asdict(evaluation.score) for name, evaluation in evaluations.items()
-    }
-    data["metrics"] = {name: one.metrics("") for name, one in evaluations.items()}
-    lines = [
-        f"{config.model.name} on {len(heldout.tasks)} held-out tasks of {environment.name}",
-        *_scores(evaluations),
+    others = [elsewhere(config.task, name) for name in config.evaluation.envs or ()]
+    tasks = [find_task(task) for task in (config.task, *others)]
+    start, dtype = config.adapter.start, dtype_of(config.model)
+    model, tokenizer = load_model(config.model.name, start, dtype=dtype)
+    found = [
+        _evaluate(config, ModelPolicy(model, tokenizer, sampling_of(config, task[0])), *task)
+        for task in tasks
     ]
-    if "adapter" in evaluations:
-        comparison = compare(heldout.tasks, evaluations["base"], evaluations["adapter"])
-        data["comparison"] = asdict(comparison)
-        lines += _compared(comparison, options.show)
-    return Report(data=data, text="\n".join(lines))
+    own, *rest = map(_data, found)
+    lines = [line for one in found for line in _lines(one, config.model.name, options.show)]
+    return Report(data=own | {"others": rest}, text="\n".join(lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The base model's answers to the same tasks, and with adapters theirs."""
+
+    heldout: HeldOut
+    evaluations: dict[str, Evaluation]
+
+    @property
+    def comparison(self) -> Comparison | None:
+        if "adapter" not in self.evaluations:
+            return None
+        return compare(self.heldout.tasks, self.evaluations["base"], self.evaluations["adapter"])
 
 
 def _evaluate(
-    config: TrainConfig, environment: Environment, rewards: Rewards
-) -> tuple[HeldOut, dict[str, Evaluation]]:
-    """The base model's answers, and with adapters theirs, to the same tasks."""
-    sampling, asked = sampling_of(config, environment), config.evaluation
-    dtype = dtype_of(config.model)
-    model, tokenizer = load_model(config.model.name, config.adapter.start, dtype=dtype)
-    policy = ModelPolicy(model, tokenizer, sampling)
-    adapters = AdapterContainer.of(model)
+    config: TrainConfig, policy: ModelPolicy, environment: Environment, rewards: Rewards
+) -> _Found:
+    asked, adapters = config.evaluation, AdapterContainer.of(policy.model)
     with scorer_of(rewards) as scorer:
         heldout = HeldOut(
             name=environment.name,
             tasks=environment.heldout(asked.count),
             scorer=scorer,
-            max_tokens=sampling.max_tokens,
+            max_tokens=policy.sampling.max_tokens,
         )
 
         def answered() -> Evaluation:
@@ -72,7 +78,24 @@ def _evaluate(
             evaluations = {"base": answered()}
         if adapters:
             evaluations["adapter"] = answered()
-    return heldout, evaluations
+    return _Found(heldout=heldout, evaluations=evaluations)
+
+
+def _data(found: _Found) -> dict[str, Any]:
+    evaluations, comparison = found.evaluations, found.comparison
+    scores = {name: asdict(evaluation.score) for name, evaluation in evaluations.items()}
+    metrics = {name: evaluation.metrics("") for name, evaluation in evaluations.items()}
+    data = {"env": found.heldout.name, **scores, "metrics": metrics}
+    return data | ({"comparison": asdict(comparison)} if comparison else {})
+
+
+def _lines(found: _Found, model: str, show: int) -> list[str]:
+    heldout, comparison = found.heldout, found.comparison
+    return [
+        f"{model} on {len(heldout.tasks)} held-out tasks of {heldout.name}",
+        *_scores(found.evaluations),
+        *(_compared(comparison, show) if comparison else []),
+    ]
 
 
 def _scores(evaluations: dict[str, Evaluation]) -> list[str]:

@@ -5,14 +5,15 @@ different configs; what it is made of is in `assembly`.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm, sampling_of
 from textpolicy.cli.observer import Observer
 from textpolicy.cli.recording import tracker_of
 from textpolicy.cli.signals import StopRequest, stopping
-from textpolicy.cli.tasks import find_task
+from textpolicy.cli.tasks import elsewhere, find_task
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.evaluation import Evaluator, HeldOut, Score
 from textpolicy.loop import train_rl
@@ -73,7 +74,13 @@ def run_experiment(
         if resume:
             _put_back(experiment, resume)
         scorer = open_scorer(opened, experiment.reward, console)
-        tracker = tracker_of(config, directory, console, resume_step=resume.step if resume else 0)
+        tracker = tracker_of(
+            config,
+            directory,
+            console,
+            resume_step=resume.step if resume else 0,
+            sample_groups=config.run.sample_groups,
+        )
         best = BestAdapter(experiment.adapters, directory.best)
         observer = Observer(
             directory,
@@ -86,7 +93,15 @@ def run_experiment(
         )
         started = time.perf_counter()
         before = _begin(observer, directory, resume)
-        request = _train(experiment, scorer, config, observer, checkpoints, resume, console)
+        with stopping(console.note) as request:
+            train_rl(
+                **_circle(experiment, config),
+                reward=scorer,
+                on_step=request.heeded(observer.see),
+                checkpoints=checkpoints,
+                resume=resume,
+            )
+        console.close()
         updates = experiment.trainer.version - first
         if observer.stopped:
             _bring_back(best, experiment)
@@ -137,33 +152,19 @@ def _begin(observer: Observer, directory: RunDirectory, resume: Checkpoint | Non
     return observer.score_in(rows[0])
 
 
-def _train(
-    experiment: Experiment,
-    scorer: Scorer,
-    config: TrainConfig,
-    observer: Observer,
-    checkpoints: Checkpoints,
-    resume: Checkpoint | None,
-    console: Console,
-) -> StopRequest:
-    with stopping(console.note) as request:
-        train_rl(
-            tasks=experiment.environment.stream(config.run.seed),
-            reward=scorer,
-            policy=experiment.policy,
-            trainer=experiment.trainer,
-            steps=config.run.steps,
-            groups_per_step=config.rollout.groups_per_step,
-            group_size=config.rollout.group_size,
-            steps_per_generation=config.rollout.steps_per_generation,
-            refill_rounds=experiment.refill_rounds,
-            seed=config.run.seed,
-            on_step=request.heeded(observer.see),
-            checkpoints=checkpoints,
-            resume=resume,
-        )
-    console.close()
-    return request
+def _circle(experiment: Experiment, config: TrainConfig) -> dict[str, Any]:
+    """What goes round, and how often: these arguments of `train_rl`."""
+    return {
+        "tasks": experiment.environment.stream(config.run.seed),
+        "policy": experiment.policy,
+        "trainer": experiment.trainer,
+        "steps": config.run.steps,
+        "groups_per_step": config.rollout.groups_per_step,
+        "group_size": config.rollout.group_size,
+        "steps_per_generation": config.rollout.steps_per_generation,
+        "refill_rounds": experiment.refill_rounds,
+        "seed": config.run.seed,
+    }
 
 
 def _evaluator(
@@ -200,7 +201,7 @@ def open_scorer(opened: ExitStack, rewards: Rewards, console: Console) -> Scorer
 
 def held_out(opened: ExitStack, name: str, config: TrainConfig, console: Console) -> HeldOut:
     """The held-out tasks of another environment, with the reward of its own."""
-    environment, rewards = find_task(replace(config.task, env=name, data=None, reward=None))
+    environment, rewards = find_task(elsewhere(config.task, name))
     return HeldOut(
         name=environment.name,
         tasks=environment.heldout(config.evaluation.count),

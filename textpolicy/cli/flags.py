@@ -1,5 +1,6 @@
 """Settings as flags of a command, and the flags that were given as a config again."""
 
+import re
 from argparse import (
     SUPPRESS,
     Action,
@@ -10,6 +11,7 @@ from argparse import (
     Namespace,
 )
 from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,51 @@ from textpolicy.config.toml import nearest, read_toml
 from textpolicy.errors import ConfigError
 
 C = TypeVar("C")
+# What a person may know an option by from elsewhere.
+ELSEWHERE = {
+    "--learning-rate": "--lr",
+    "--num-generations": "--group-size",
+    "--num-iterations": "--epochs",
+    "--per-device-train-batch-size": "--micro-batch-size",
+    "--gradient-checkpointing": "--checkpoint-gradients",
+    "--max-completion-length": "--max-tokens",
+    "--max-new-tokens": "--max-tokens",
+    "--lora-rank": "--rank",
+    "--lora-alpha": "--alpha",
+    "--report-to": "--wandb",
+}
+
+
+class Parser(ArgumentParser):
+    """Answers a flag that does not exist with the nearest that does, before anything else."""
+
+    # The stub has overloads that no single signature is compatible with.
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        given: list[str] = list(args or ())
+        end = given.index("--") if "--" in given else len(given)
+        for flag in map(_flag_in, given[:end]):
+            if flag and not self._knows(flag):
+                self.error(f"unknown flag {flag}{self._meant(flag)}")
+        return super().parse_known_args(args, namespace)
+
+    def _knows(self, flag: str) -> bool:
+        # A short flag may be followed by its value at once.
+        return any(form in self._option_string_actions for form in (flag, flag[:2]))
+
+    def _meant(self, flag: str) -> str:
+        flags = {known: known for known in self._option_string_actions}
+        known = {name: mine for name, mine in ELSEWHERE.items() if mine in flags} | flags
+        near = get_close_matches(flag, known, n=1)
+        return f"; did you mean {known[near[0]]}?" if near else "; --help lists them"
+
+
+def _flag_in(text: str) -> str | None:
+    """The flag that argparse would see: negative numbers and texts with spaces are values."""
+    if not text.startswith("-") or " " in text or re.fullmatch(r"-|-\d+|-\d*\.\d+", text):
+        return None
+    return text.partition("=")[0]
 
 
 def add_settings(parser: ArgumentParser, config: Any, only: Collection[str] = ()) -> None:

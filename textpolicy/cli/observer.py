@@ -79,8 +79,9 @@ class Observer:
         self.alarms += new
         samples = sample_rows(report.step, report.trained, report.advantages)
         self._tracker.write_samples(report.step, samples)
+        metrics = report.metrics | self._evaluated
         self._write(report.step, report.metrics | self._watch.metrics())
-        self._console.show(report.step, report.metrics, samples)
+        self._console.show(report.step, metrics, samples)
         for alarm in new:
             self._console.note(str(alarm))
         if not self._every:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textpolicy.cli.flags import add_config_file, add_resume, add_setting, add_settings
+from textpolicy.cli.flags import Parser, add_config_file, add_resume, add_setting, add_settings
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import Limit, Option, Setting, above, at_least
 
 DEFAULTS = TrainConfig()
 _SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
 _TASK = tuple(key for key in _SETTINGS if key.startswith("task."))
-_MODEL = tuple(key for key in _SETTINGS if key.startswith("model."))
 _PLAIN_MODEL = ("model.name", "model.threads")
 
 
@@ -36,7 +35,9 @@ def build_parser(only: str | None = None) -> ArgumentParser:
         description="Reinforcement-learning post-training of language models with LoRA, on MLX.",
         epilog="start with:  textpolicy demo",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
     for name, command in COMMANDS.items():
         lines = "\n".join(f"  {example}" for example in command.examples)
         sub = commands.add_parser(
@@ -102,15 +103,17 @@ def _evaluate(parser: ArgumentParser) -> None:
     add_config_file(parser, DEFAULTS)
     text = "tasks to show on which base and adapters earn most differently"
     _own(parser, "show", int, 5, text, limit=at_least(0))
-    asked = ("count", "samples", "temperature", "good")
+    asked = ("count", "samples", "temperature", "good", "envs")
     keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
     add_settings(parser, DEFAULTS, (*_TASK, *_PLAIN_MODEL, "model.dtype", *keys))
 
 
 def _plan(parser: ArgumentParser) -> None:
-    keys = [key for key in _SETTINGS if key.startswith("adapter.") and key != "adapter.start"]
+    keys = [key for key in _SETTINGS if key.startswith(("model.", "adapter."))]
+    # What does not change the plan.
+    idle = {"model.threads", "adapter.start", "adapter.dropout"}
     add_config_file(parser, DEFAULTS)
-    add_settings(parser, DEFAULTS, (*_MODEL, *keys))
+    add_settings(parser, DEFAULTS, [key for key in keys if key not in idle])
 
 
 def _generate(parser: ArgumentParser) -> None:
@@ -244,6 +247,7 @@ COMMANDS = {
         examples=(
             "textpolicy eval --env add --adapter runs/add/adapters/latest.safetensors",
             "textpolicy eval --config runs/add/config.toml --eval-samples 8",
+            "textpolicy eval --env add --eval-envs sort,reverse --model Qwen/Qwen3-0.6B",
         ),
         add_options=_evaluate,
     ),

@@ -17,7 +17,7 @@ def tracker_of(
     console: Console,
     *,
     resume_step: int = 0,
-    samples: bool = True,
+    sample_groups: int | None = None,
 ) -> Tracker:
     """The tracker of a run, which goes on from `resume_step`."""
     return open_tracker(
@@ -26,7 +26,7 @@ def tracker_of(
         plain(config),
         notice=lambda text: console.note(visible(text)),
         resume_step=resume_step,
-        samples=samples,
+        sample_groups=sample_groups,
     )
 
 

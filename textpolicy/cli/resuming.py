@@ -13,7 +13,7 @@ from textpolicy.runs import RunDirectory
 
 C = TypeVar("C")
 # Where a run is kept and how it is watched changes none of its numbers.
-WATCHING = frozenset({"run.output", "tracking"})
+WATCHING = frozenset({"run.output", "run.sample_groups", "tracking"})
 
 
 def taken_up(

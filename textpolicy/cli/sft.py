@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.cli.assembly import adapt, dtype_of
+from textpolicy.cli.assembly import adapt, dtype_of, optimizer_of
 from textpolicy.cli.flags import configured
 from textpolicy.cli.recording import plain, tracker_of
 from textpolicy.cli.report import Report
@@ -20,14 +19,12 @@ from textpolicy.cli.resuming import WATCHING, taken_up, to_go_on
 from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.cli.threads import use_threads
 from textpolicy.config import SFTConfig, to_toml
-from textpolicy.config.sft import SFTTrainerOptions
 from textpolicy.errors import ConfigError
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import RunDirectory, claim, new_directory
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.tracking.report import write_report
-from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
     Encoding,
     Event,
@@ -113,7 +110,7 @@ def _train(config: SFTConfig, source: str, directory: RunDirectory, console: Con
     directory.config.write_text(to_toml(config), "utf-8")
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
-    tracking = tracker_of(config, directory, console, resume_step=resume_step, samples=False)
+    tracking = tracker_of(config, directory, console, resume_step=resume_step, sample_groups=0)
     with tracking as tracker, stopping(console.note) as request:
 
         def on_progress(event: Event) -> Progress:
@@ -141,18 +138,6 @@ def _train(config: SFTConfig, source: str, directory: RunDirectory, console: Con
         data=data,
         parameters=parameters,
         request=request,
-    )
-
-
-def optimizer_of(options: SFTTrainerOptions, updates: int) -> optim.Optimizer:
-    """Adam on the schedule of the options, over so many updates."""
-    return build_optimizer(
-        options.lr,
-        schedule=options.schedule,
-        warmup=options.warmup,
-        updates=updates,
-        final_rate=options.final_lr,
-        weight_decay=options.weight_decay,
     )
 
 

@@ -29,6 +29,11 @@ def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
     return environment, rewards
 
 
+def elsewhere(options: TaskOptions, env: str) -> TaskOptions:
+    """The same for another environment, with the tasks and the reward of its own."""
+    return replace(options, env=env, data=None, prompt=None, reward=None)
+
+
 def _try(rewards: Rewards, environment: Environment) -> None:
     """Score one answer now: what cannot score is found out before a model loads."""
     (task,) = environment.heldout(1)

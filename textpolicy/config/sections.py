@@ -410,6 +410,12 @@ class RunOptions:
     seed: int = option(0, "makes the run repeatable")
     checkpoint_every: int = option(1, "steps from one checkpoint to the next", limit=at_least(1))
     keep_checkpoints: int = option(2, "checkpoints that are kept", limit=at_least(1))
+    sample_groups: int | None = option(
+        None,
+        "groups of each step whose completions are kept in samples.jsonl; 0 is none",
+        unset="all",
+        limit=at_least(0),
+    )
     stop_on_collapse: bool = option(
         False, "end the run at the first alarm, and keep the best adapter"
     )

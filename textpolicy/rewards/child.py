@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -22,6 +23,8 @@ from textpolicy.rewards.contract import Reward, Sample
 from textpolicy.rewards.faults import user_code
 from textpolicy.rewards.load import MAIN, run_file
 
+STARTUP_SECONDS = 60.0
+"""How long a child may take to import the file of its rewards."""
 GRACE = 1.0
 """Seconds after its deadline that a child ends by itself, should its parent be gone."""
 
@@ -36,10 +39,14 @@ class Call:
     seconds: float
 
 
-def main(descriptor: int) -> None:
-    """Serve the parent on this socket until it closes it."""
+def main(descriptor: int, lifeline: int) -> None:
+    """Serve the parent on this socket until it closes it, or ends, which ends the lifeline."""
     # Programs that the user's code starts should neither hold the socket nor do without mlx.
     os.set_inheritable(descriptor, False)
+    os.set_inheritable(lifeline, False)
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    # A thread cannot help where C code holds the interpreter; an alarm can.
+    _set_alarm(STARTUP_SECONDS + GRACE)
     os.environ.pop("TEXTPOLICY_WITHOUT_MLX", None)
     _limit(resource.RLIMIT_CORE, 0)
     faulthandler.enable()
@@ -50,11 +57,18 @@ def main(descriptor: int) -> None:
         _send(connection, failed=str(error))
         return
     _send(connection, ready=True)
+    _set_alarm(0)
     try:
         while True:
             _serve(connection, callees)
     except EOFError:
         return
+
+
+def _end_with_parent(lifeline: int) -> None:
+    """Wait for the parent's end, then kill this process and whatever it has started."""
+    os.read(lifeline, 1)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def _receive_rewards(connection: Connection) -> list[Reward]:

@@ -34,13 +34,11 @@ from textpolicy.rewards.call import (
     fail_together,
     too_late,
 )
-from textpolicy.rewards.child import Call
+from textpolicy.rewards.child import STARTUP_SECONDS, Call
 from textpolicy.rewards.contract import Reward, Sample
 from textpolicy.rewards.faults import user_code
 from textpolicy.rewards.load import MAIN, PREFIX
 
-STARTUP_SECONDS = 60.0
-"""How long a child may take to import the file of its rewards."""
 _SLACK = 0.2
 """What a call of many awaited samples may take beyond them, before it counts as stuck."""
 _ANSWER_BYTES = 1 << 20
@@ -63,11 +61,13 @@ class Child:
 
     def __init__(self, rewards: Sequence[Reward], memory: int | None = None) -> None:
         ours, theirs = socket.socketpair()
+        # Nothing is ever written to it: it ends when this process does, however that comes about.
+        lifeline, held = os.pipe()
         self.output, output = os.pipe()
         os.set_blocking(self.output, False)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _program(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-c", _program(theirs.fileno(), lifeline)],
+            pass_fds=[theirs.fileno(), lifeline],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -76,8 +76,10 @@ class Child:
         )
         theirs.close()
         os.close(output)
+        os.close(lifeline)
         self.connection = Connection(ours.detach())
-        self._end = weakref.finalize(self, _end, self.process, self.connection, self.output)
+        ends = [self.output, held]
+        self._end = weakref.finalize(self, _end, self.process, self.connection, ends)
         self.prints = True
         self.ready = False
         self.work: Work | None = None
@@ -269,10 +271,10 @@ def _startup_failed(words: str, rewards: Sequence[Reward]) -> str:
     return f"the process of {names} was not ready when it {words}"
 
 
-def _program(descriptor: int) -> str:
+def _program(descriptor: int, lifeline: int) -> str:
     return (
         f"import sys; sys.path[:] = {sys.path!r}\n"
-        f"from textpolicy.rewards.child import main; main({descriptor})"
+        f"from textpolicy.rewards.child import main; main({descriptor}, {lifeline})"
     )
 
 
@@ -310,9 +312,12 @@ def _send(connection: Connection, what: str, content: object) -> None:
         connection.send_bytes(data)
 
 
-def _end(process: subprocess.Popen[bytes], connection: Connection, output: int) -> None:
+def _end(
+    process: subprocess.Popen[bytes], connection: Connection, descriptors: Sequence[int]
+) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     connection.close()
-    os.close(output)
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -112,6 +112,14 @@ class Scorer:
         self._on_incident = on_incident
         self._failed: deque[bool] = deque(maxlen=WINDOW)
 
+    def state(self) -> list[bool]:
+        """Which of the last calls failed: what the error rate to come depends on."""
+        return list(self._failed)
+
+    def restore(self, state: Sequence[bool]) -> None:
+        """Go on from what `state()` returned."""
+        self._failed = deque(state, maxlen=WINDOW)
+
     def close(self) -> None:
         """End the processes that were started."""
         self._runner.close()

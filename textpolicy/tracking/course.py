@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from textpolicy.types import Metrics
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-_TIMES = ("generate", "reward", "train", "reload")
+_TIMES = ("generate", "reward", "train", "reload", "checkpoint")
 
 
 class Course:

@@ -17,7 +17,7 @@ from textpolicy.types import Metrics
 _SPARK_WIDTH = 24
 _BAR_WIDTH = 40
 _SECONDS_BETWEEN_FRAMES = 0.2
-_COLOURS = ("cyan", "yellow", "magenta", "green")
+_COLOURS = ("cyan", "yellow", "magenta", "green", "blue")
 
 
 class LiveView:
@@ -63,6 +63,9 @@ def panel(course: Course, sample: str | None) -> RenderableType:
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(no_wrap=True, overflow="ellipsis")
     rows.add_row("reward", _spark(course, "reward", f"± {metrics.get('reward_std', 0):.2f}"))
+    if course.values("eval/reward"):
+        error = course.last("eval/standard_error")
+        rows.add_row("eval", _spark(course, "eval/reward", f"± {error:.2f}"))
     cut = f"{metrics.get('completions/clipped_ratio', 0):.0%} cut off"
     rows.add_row("length", _spark(course, "completions/mean_length", cut))
     rows.add_row("entropy", _spark(course, "entropy", ""))

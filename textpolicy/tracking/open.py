@@ -42,23 +42,28 @@ def open_tracker(
     *,
     notice: Callable[[str], None],
     resume_step: int = 0,
-    samples: bool = True,
+    sample_groups: int | None = None,
     patience: float = PATIENCE,
 ) -> Tracker:
     """Begin to record, or go on: rows of `resume_step` and later steps are written anew.
 
-    `notice` gets a line for people when a sink has something to say. The run waits for no service
-    but at its end, and then for `patience` seconds; one whose package is missing is an error.
+    Of each step's samples the first `sample_groups` groups are kept, all unless said otherwise; 0
+    leaves the file out. `notice` gets a line for people when a sink has something to say.
+    The run waits for no service but at its end, and then for `patience` seconds; one whose package
+    is missing is an error.
     """
     _check_installed(services)
-    kept = directory.samples if samples else None
-    files = RunFiles(directory.metrics, kept, resume_step=resume_step)
+    # What is there from before loses its rows of later steps even if none are added.
+    wanted = sample_groups != 0 or directory.samples.exists()
+    samples = directory.samples if wanted else None
+    files = RunFiles(directory.metrics, samples, resume_step=resume_step)
     makers = _makers(directory, services, config, resume_step, patience)
     return Tracker(
         [files],
         [Service(name, make) for name, make in makers.items()],
         notice=notice,
         patience=patience,
+        sample_groups=sample_groups,
     )
 
 

@@ -19,7 +19,8 @@ class Tracker:
 
     A sink that fails is switched off, named once to `notice`, and counted in the metric
     `sink_errors`, which every row has. A service that does not finish holds up the end of the
-    process by `patience` seconds at most. Services get the samples of every `samples_every`-th
+    process by `patience` seconds at most. Of the samples of a step only the first `sample_groups`
+    groups are written, if that is given. Services get the samples of every `samples_every`-th
     step, at most `samples_rows` of them.
     """
 
@@ -32,6 +33,7 @@ class Tracker:
         patience: float = PATIENCE,
         samples_every: int = 10,
         samples_rows: int = 64,
+        sample_groups: int | None = None,
     ) -> None:
         self._files = list(files)
         self._services = list(services)
@@ -39,6 +41,7 @@ class Tracker:
         self._patience = patience
         self._samples_every = samples_every
         self._samples_rows = samples_rows
+        self._sample_groups = sample_groups
         self._left_out: set[str] = set()
         self.errors = 0
         """Sinks that were switched off, and names that had no number."""
@@ -64,6 +67,8 @@ class Tracker:
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Write the samples of `step`, before its metrics."""
+        if (most := self._sample_groups) is not None:
+            samples = [sample for sample in samples if sample["group"] < most]
         self._to_files(lambda sink: sink.write_samples(step, samples))
         if step % self._samples_every == 0:
             few = whole_groups(samples, self._samples_rows)

@@ -38,13 +38,13 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
         # the function merely sees: weights, array masks and cached keys are handed through.
         def run(weights: Any, x: mx.array, mask: Any, state: Any) -> tuple[mx.array, Any]:
             self.update(weights)
-            with _drawing_from(key):
+            with draws:
                 if cache is None:
                     return kind.__call__(self, x, mask), None
                 cache.state = state
                 return kind.__call__(self, x, mask, cache), cache.state
 
-        key = _next_key()
+        draws = _SameDraws()
         weights = self.trainable_parameters()
         state = None if cache is None else cache.state
         y, state = mx.checkpoint(run)(weights, x, mask, state)
@@ -56,24 +56,25 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Recomputed{kind.__name__}", (kind,), {"__call__": __call__})
 
 
-def _next_key() -> mx.array:
-    """A key of the global random state, which moves on."""
-    now = _random_state()
-    following, key = mx.random.split(now)
-    now[:] = following
-    return key
+class _SameDraws:
+    """Random numbers of what is computed twice: the first time they are drawn as ever, so that the
+    global state moves by what was drawn; again, they are the same, and it stays where it is.
+    """
 
+    def __init__(self) -> None:
+        self._first = mx.array(_random_state())
+        self._after: mx.array | None = None
+        self._again = False
 
-@contextmanager
-def _drawing_from(key: mx.array) -> Generator[None, None, None]:
-    """Inside, random numbers begin at this key: dropout is the same when it is computed again."""
-    now = _random_state()
-    before = mx.array(now)
-    now[:] = key
-    try:
-        yield
-    finally:
-        now[:] = before
+    def __enter__(self) -> None:
+        if self._again:
+            self._after = mx.array(_random_state())
+            _random_state()[:] = self._first
+
+    def __exit__(self, *error: object) -> None:
+        if self._after is not None:
+            _random_state()[:] = self._after
+        self._again = True
 
 
 def _random_state() -> mx.array:
