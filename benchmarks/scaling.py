@@ -5,10 +5,11 @@
 The model is the Qwen3 of random weights of grpo_step.py with LoRA; nothing ends early. One size is
 changed at a time, the others stay as they are, and every size takes its turn in every round. The
 exponent is the slope of a least-squares line through the logarithms of size and median: 0 is flat,
-1 is in proportion.
+1 is in proportion. Memory has another one between the two largest sizes: an update has as many rows
+in memory at once as have about a thousand tokens, and only then stops to grow.
 
-Attention reads every earlier token for every token, so its share alone grows with the square of a
-length. It is told from the rest by a fit of time = a n + b n^2 to the same medians: "attention" is
+Attention reads every earlier token for every token, so its share alone grows with the square of the
+completion. It is told from the rest by a fit of time = a n + b n^2 to the same medians: "attention" is
 b n^2 over the fitted time at the longest, and the exponent "without" it is that of the medians less
 b n^2. Memory is the peak of mlx, less the weights.
 """
@@ -53,13 +54,12 @@ AXES: dict[str, Sequence[int]] = {
     "completion": (32, 64, 128, 256),
     "prompt": (32, 64, 128, 256, 512),
     "group_size": (4, 8, 16, 32),
-    "groups": (4, 8, 16),
+    "groups": (1, 2, 4, 8),
     "rank": (2, 8, 32),
     "width": (128, 256, 512),
 }
 # As a policy has it: memory of generation grows up to so many rows.
 MAX_ROWS = 256
-LENGTHS = ("completion", "prompt")
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,9 @@ def _summary(axis: str, found: dict[int, list[Measure]]) -> dict[str, Any]:
         "megabytes": [round(value, 1) for value in megabytes],
         "time_exponent": round(exponent(sizes, seconds), 2),
         "memory_exponent": round(exponent(sizes, megabytes), 2),
+        "memory_exponent_at_the_end": round(exponent(sizes[-2:], megabytes[-2:]), 2),
     }
-    return summary | (apart(sizes, seconds) if axis in LENGTHS else {})
+    return summary | (apart(sizes, seconds) if axis == "completion" else {})
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -197,7 +198,8 @@ def line(axis: str, phase: str, found: dict[str, Any]) -> str:
     if "attention" in found:
         text += f" (^{found['time_exponent_without']:.2f} without attention's "
         text += f"{found['attention']:.0%})"
-    text += f"  memory ^{found['memory_exponent']:.2f}  "
+    text += f"  memory ^{found['memory_exponent']:.2f}"
+    text += f" (at the end ^{found['memory_exponent_at_the_end']:.2f})  "
     rows = zip(found["sizes"], found["seconds"], found["megabytes"], strict=True)
     return text + ", ".join(f"{n}: {s:.2f} s {m:.0f} MB" for n, s, m in rows)
 
