@@ -9,9 +9,9 @@ exponent is the slope of a least-squares line through the logarithms of size and
 in memory at once as have about a thousand tokens, and only then stops to grow.
 
 Attention reads every earlier token for every token, so its share alone grows with the square of the
-completion. It is told from the rest by a fit of time = a n + b n^2 to the same medians: "attention" is
-b n^2 over the fitted time at the longest, and the exponent "without" it is that of the medians less
-b n^2. Memory is the peak of mlx, less the weights.
+completion. It is told from the rest by a fit of time = a n + b n^2 to the same medians: "attention"
+is b n^2 over the median at the longest, and the exponent "without" it is that of the medians less
+b n^2. Memory is the peak of mlx, less what was there before.
 """
 
 import argparse
