@@ -63,7 +63,7 @@ def benched(capsys):
 
 
 def test_it_takes_real_steps_and_accounts_for_all_of_their_time(benched):
-    data, told = benched()
+    data, told = benched(seconds=5)
     assert data["steps"] >= 2 and data["warmed_up"] and "warm-up" in told
     assert sum(data["shares"].values()) == pytest.approx(1, abs=0.01)
     assert min(data["shares"][name] for name in ("generation", "update")) > 0.05
