@@ -270,7 +270,7 @@ def test_no_two_options_share_a_flag(command):
     assert len(set(flags)) == len(flags)
 
 
-@pytest.mark.parametrize("command", ["demo", "eval", "plan", "generate", "check"])
+@pytest.mark.parametrize("command", ["demo", "eval", "plan", "generate", "check", "bench"])
 def test_other_commands_say_of_a_shared_option_what_train_says(command):
     shared = flags_of(command).keys() & SETTINGS.keys()
     assert shared

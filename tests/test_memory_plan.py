@@ -385,6 +385,25 @@ def test_more_groups_take_no_more_memory():
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
 
 
+def test_with_checkpoints_more_blocks_take_hardly_more_memory():
+    # A block's input is kept, and nothing else of it until its turn comes in the backward pass.
+    def peak(blocks, *, checkpoint):
+        model, before = prepared(blocks, SHAPE, {}, None)
+        loss, adam = grpo.policy_loss, optim.Adam(learning_rate=1e-4)
+        trainer = Trainer(
+            model, grpo.compute_advantages, loss, adam, checkpoint_gradients=checkpoint
+        )
+        rollouts = rollout_groups(1, 4, 16, 128)
+        trainer.train(rollouts)
+        return peak_of(partial(trainer.train, rollouts), before) - standing(model)
+
+    def standing(model):
+        return sum(array.nbytes for array in arrays(model).values())
+
+    kept = peak(8, checkpoint=False) - peak(2, checkpoint=False)
+    assert peak(8, checkpoint=True) - peak(2, checkpoint=True) < 0.2 * kept
+
+
 def test_a_run_leaves_the_wired_limit_as_it_was():
     before = mx.set_wired_limit(0)
     mx.set_wired_limit(before)

@@ -41,7 +41,7 @@ def show_plan(config: TrainConfig) -> Report:
         **lengths,
     }
     try:
-        planned = _memory(config, lengths)
+        planned = memory_of(config, **lengths)
     except ModelError as error:
         # There are models that run and whose memory nobody has learned to foretell.
         rows.append(("memory", f"not known: {error}"))
@@ -64,7 +64,8 @@ def architecture_of(options: ModelOptions) -> dict[str, Any]:
     return architecture | {"quantization": form | {"mode": mode}}
 
 
-def _memory(config: TrainConfig, lengths: dict[str, int]) -> MemoryPlan:
+def memory_of(config: TrainConfig, *, prompt_tokens: int, completion_tokens: int) -> MemoryPlan:
+    """What a step of the run would take; `ModelError` for models whose memory is not known."""
     rollout, trainer = config.rollout, config.trainer
     return plan_memory(
         architecture_of(config.model),
@@ -74,7 +75,8 @@ def _memory(config: TrainConfig, lengths: dict[str, int]) -> MemoryPlan:
         micro_batch_size=trainer.micro_batch_size,
         checkpoint_gradients=trainer.checkpoint_gradients,
         dtype=dtype_of(config.model),
-        **lengths,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
     )
 
 

@@ -14,6 +14,12 @@ DEFAULTS = TrainConfig()
 _SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
 _TASK = tuple(key for key in _SETTINGS if key.startswith("task."))
 _PLAIN_MODEL = ("model.name", "model.threads")
+_UNTIMED = (
+    *("evaluation", "tracking", "run"),
+    *(f"trainer.{name}" for name in ("lr", "schedule", "warmup", "final_lr", "weight_decay")),
+    *("trainer.max_grad_norm", "rollout.steps_per_generation", "rollout.refill_rounds"),
+)
+"""Sections and settings that do not change how long a step takes, or that `bench` does without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +197,15 @@ def _report(parser: ArgumentParser) -> None:
     _own(parser, "output", Path | None, None, text, unset=unset, metavar="FILE")
 
 
+def _bench(parser: ArgumentParser) -> None:
+    text = "seconds that it may take once the model is loaded; a step that is begun is finished"
+    _own(parser, "seconds", float, 60.0, text, limit=above(0))
+    add_config_file(parser, DEFAULTS)
+    sections = {setting.key: setting.section for setting in _SETTINGS.values()}
+    timed = [key for key, of in sections.items() if key not in _UNTIMED and of not in _UNTIMED]
+    add_settings(parser, DEFAULTS, timed)
+
+
 def _doctor(parser: ArgumentParser) -> None:
     """It has no options."""
 
@@ -288,6 +303,16 @@ COMMANDS = {
         summary="list the ready environments, or check and show one",
         examples=("textpolicy envs calculator",),
         add_options=_envs,
+    ),
+    "bench": Command(
+        module="bench",
+        summary="take training steps for a minute: where their time goes, and what to change",
+        examples=(
+            "textpolicy bench",
+            "textpolicy bench --model Qwen/Qwen3-0.6B --env gsm8k --quantize 4",
+            "textpolicy bench --config run.toml --seconds 120",
+        ),
+        add_options=_bench,
     ),
     "doctor": Command(
         module="doctor",

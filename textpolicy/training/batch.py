@@ -126,7 +126,7 @@ def _packed(groups: Sequence[list[Row]]) -> list[list[Row]]:
     for group in groups:
         for piece in _pieces(group):
             together = [*parts[-1], *piece] if parts else []
-            if parts and _padded_tokens(together) <= MICRO_BATCH_TOKENS:
+            if parts and padded_tokens(together) <= MICRO_BATCH_TOKENS:
                 parts[-1] = together
             else:
                 parts.append(piece)
@@ -147,7 +147,8 @@ def _cut(rows: list[Row], size: int) -> list[list[Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _padded_tokens(rows: Sequence[Row]) -> int:
+def padded_tokens(rows: Sequence[Row]) -> int:
+    """The places that these rows take in memory together, each prompt once."""
     prompts = len({row.group for row in rows})
     return len(rows) * _completion(rows) + prompts * _prompt(rows)
 

@@ -1,0 +1,179 @@
+"""Completions of thousands of tokens: how speed and memory change along them.
+
+    python benchmarks/long.py --tokens 4096 16384 --json --output benchmarks/results/long.json
+
+A narrow Qwen3 of random weights and four blocks, and one group of two completions after a prompt of
+64 tokens. Reported for each length are tokens generated a second in each quarter of it; seconds and
+the peak of mlx above the weights for one update, with and without gradient checkpointing, one
+completion in memory at a time; how large the largest difference between the two moved adapters is;
+and from one length to the next the exponent of each: 1 is in proportion, 2 is attention's.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from learning import setting
+from mlx_lm.models import qwen3
+from scaling import measured, tokens_of
+
+from textpolicy import fast_cpu
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.algorithms import grpo
+from textpolicy.generation.engine import decode
+from textpolicy.training.optimizer import build_optimizer
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
+
+PROMPT, GROUP, QUARTERS, WARM_UP = 64, 2, 4, 32
+SIZES: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "intermediate_size": 192,
+    "vocab_size": 2048,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 65536,
+}
+
+
+def adapted_model() -> nn.Module:
+    """Random weights, the same at every call, and fresh adapters."""
+    mx.random.seed(0)
+    model = qwen3.Model(qwen3.ModelArgs(**SIZES))
+    AdapterContainer.from_model(model, AdapterConfig(rank=8, scale=2.0), seed=0)
+    mx.eval(model.parameters())
+    return model
+
+
+def generation(tokens: int) -> dict[str, Any]:
+    """Tokens a second of both rows together, by quarters of the length, and the peak."""
+    model, marks = adapted_model(), [0.0] * tokens
+
+    def watch(drawn: list[int]) -> StopReason | None:
+        marks[len(drawn) - 1] = time.perf_counter()
+        return None
+
+    def generate() -> None:
+        decode(
+            model,
+            [tokens_of(PROMPT, 0)],
+            n=GROUP,
+            sampling=Sampling(max_tokens=tokens),
+            stop=watch,
+            seed=0,
+            max_rows=GROUP,
+        )
+
+    found = measured(generate)
+    ends = [number * (tokens - 1) // QUARTERS for number in range(QUARTERS + 1)]
+    speeds = [GROUP * (b - a) / (marks[b] - marks[a]) for a, b in pairwise(ends)]
+    return {
+        "seconds": round(found.seconds, 2),
+        "megabytes": round(found.megabytes, 1),
+        "tokens_per_second_by_quarter": [round(speed) for speed in speeds],
+    }
+
+
+def update(tokens: int, *, checkpoint: bool) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """One update after a short one to warm up, and the adapters that it comes to."""
+    model = adapted_model()
+    trainer = Trainer(
+        model,
+        grpo.compute_advantages,
+        grpo.policy_loss,
+        build_optimizer(1e-4),
+        micro_batch_size=1,
+        checkpoint_gradients=checkpoint,
+    )
+    trainer.train([group_of(WARM_UP)])
+    group = group_of(tokens)
+    found = measured(lambda: trainer.train([group]))
+    assert trainer.adapters
+    record = {"seconds": round(found.seconds, 2), "megabytes": round(found.megabytes, 1)}
+    return record, trainer.adapters.parameters()
+
+
+def group_of(tokens: int) -> RolloutGroup:
+    """Two completions of random tokens, one of them rewarded."""
+    prompt = tokens_of(PROMPT, 0)
+
+    def rollout(member: int) -> Rollout:
+        return Rollout(
+            tokens=prompt + tokens_of(tokens, 1 + member),
+            mask=[False] * PROMPT + [True] * tokens,
+            logprobs=[0.0] * PROMPT + [-7.6] * tokens,
+            completion="",
+            reward=float(member),
+            stop_reason=StopReason.LENGTH,
+            sampling=Sampling(max_tokens=tokens),
+            version=NOT_SAMPLED,
+        )
+
+    members = [rollout(member) for member in range(GROUP)]
+    return RolloutGroup(task=Task(id="long", prompt=""), rollouts=members)
+
+
+def measure(tokens: int) -> dict[str, Any]:
+    """Everything at one length."""
+    record: dict[str, Any] = {"tokens": tokens, "generation": generation(tokens)}
+    record["update"], plain = update(tokens, checkpoint=False)
+    record["update_with_checkpointing"], lean = update(tokens, checkpoint=True)
+    differences = [mx.abs(plain[name] - lean[name]).max().item() for name in plain]
+    record["largest_difference"] = max(differences)
+    print(f"{tokens} tokens are measured", file=sys.stderr, flush=True)
+    return record
+
+
+def exponents(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How each measure grows from one length to the next."""
+    phases = ("generation", "update", "update_with_checkpointing")
+    return [
+        {"from": a["tokens"], "to": b["tokens"]}
+        | {
+            f"{phase}_{unit}": round(
+                math.log(b[phase][unit] / a[phase][unit]) / math.log(b["tokens"] / a["tokens"]), 2
+            )
+            for phase in phases
+            for unit in ("seconds", "megabytes")
+        }
+        for a, b in pairwise(records)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    text = "lengths (default: 1024 4096); 16384 takes minutes and some 14 GB"
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help=text)
+    parser.add_argument("--threads", type=int, default=1, help="of the BLAS (default: 1)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    options = parser.parse_args()
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(options.threads)
+    records = [measure(tokens) for tokens in sorted(options.tokens)]
+    asked = {"threads": options.threads, "prompt": PROMPT, "group_size": GROUP, "sizes": SIZES}
+    record = {"setting": setting() | asked, "lengths": records, "exponents": exponents(records)}
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    lines = "\n".join(map(str, [*records, *record["exponents"]]))
+    print(json.dumps(record, indent=1) if options.json else lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""`textpolicy bench`: its numbers are those of real steps, and its advice follows from them."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from textpolicy.cli import main
+from textpolicy.cli.advice import Measured, advice_of, shown
+from textpolicy.cli.bench import by_turns, with_signal
+from textpolicy.rewards import Rewards, sample_of, scorer_of
+
+SMALL = ("bench", "--groups-per-step", "2", "--group-size", "4")
+STEP = {
+    "time/generate": 0.5,
+    "time/reward": 0.01,
+    "time/score": 0.01,
+    "time/update": 0.4,
+    "time/publish": 0.01,
+    "time/reload": 0.01,
+    "time/step": 1.0,
+    "memory/peak_gb": 0.05,
+    "num_tokens": 640.0,
+    "completions/mean_length": 5.0,
+    "completions/max_length": 6.0,
+    "completions/clipped_ratio": 0.0,
+    "padding": 0.1,
+}
+UNREMARKABLE = Measured(
+    model="tiny",
+    task="add",
+    device="cpu",
+    groups=16,
+    group_size=8,
+    max_tokens=6,
+    steps=20,
+    warmed_up=True,
+    metrics=STEP,
+    prompt_tokens=16,
+    completion_tokens=6,
+    planned_bytes=50_000_000,
+    scores_reference=False,
+    scores_afresh=False,
+    isolated=False,
+    threads={2: 1.0, 1: 0.99},
+    widths={64: 900.0, 128: 1280.0, 256: 1290.0},
+    products={"float32": 1.0, "bfloat16": 3.0},
+    blas={"mlx": 60.0},
+)
+
+
+@pytest.fixture
+def benched(capsys):
+    """A function from options to the answer of a short bench, and what was told meanwhile."""
+
+    def run(*argv: str, seconds: float = 1.0) -> tuple[dict, str]:
+        assert main([*SMALL, "--seconds", str(seconds), *argv, "--json"]) == 0
+        stdout, stderr = capsys.readouterr()
+        return json.loads(stdout.splitlines()[-1]), stderr
+
+    return run
+
+
+def test_it_takes_real_steps_and_accounts_for_all_of_their_time(benched):
+    data, told = benched(seconds=5)
+    assert data["steps"] >= 2 and data["warmed_up"] and "warm-up" in told
+    assert sum(data["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert min(data["shares"][name] for name in ("generation", "update")) > 0.05
+    assert 0 < data["prompt_tokens"] < 30 and 0 < data["completion_tokens"] <= data["max_tokens"]
+    assert 0 < data["metrics"]["memory/peak_gb"] < 1 and data["planned_bytes"] > 2**20
+    assert data["products"]["float32"] > 0
+
+
+def test_what_is_asked_for_is_what_runs(benched):
+    plain, _ = benched()
+    asked, _ = benched("--beta", "0.1", "--max-tokens", "2", "--env", "sort", "--dtype", "bfloat16")
+    assert asked["task"] == "sort" and asked["scores_reference"]
+    assert asked["metrics"]["completions/max_length"] == asked["completion_tokens"] == 2
+    assert asked["shares"]["scores"] > 2 * plain["shares"]["scores"]
+    assert next(iter(asked["products"])) == "bfloat16"
+    assert any("the reference takes" in text for text in asked["advice"])
+    assert any("cut off at 2 tokens" in text for text in asked["advice"])
+
+
+def test_a_slow_reward_is_called_and_is_found_out(benched, tmp_path):
+    reward = tmp_path / "slow.py"
+    reward.write_text("import time\ndef slow(completion):\n    time.sleep(0.02)\n    return 1.0\n")
+    data, _ = benched("--reward", str(reward))
+    assert data["metrics"]["time/reward"] > 8 * 0.02
+    (text,) = [text for text in data["advice"] if text.startswith("rewards take")]
+    assert "--reward-timeout" in text
+
+
+def test_a_step_that_takes_all_the_time_is_the_measurement(benched):
+    started = time.perf_counter()
+    data, _ = benched(seconds=0.001)
+    assert (data["steps"], data["warmed_up"], data["widths"]) == (1, False, {})
+    assert time.perf_counter() - started < 10
+
+
+def test_people_read_a_table_and_advice(capsys):
+    assert main([*SMALL, "--seconds", "0.001"]) == 0
+    text = capsys.readouterr().out
+    for words in ("a step", "generation", "peak memory", "planned", "what to change\n- "):
+        assert words in text
+
+
+def test_every_group_has_signal_and_the_own_rewards_are_called():
+    called: list[str] = []
+
+    def constant(completion: str) -> float:
+        called.append(completion)
+        return 1.0
+
+    samples = [sample_of("p", str(number), {}) for number in range(4)]
+    with scorer_of(with_signal(Rewards([constant], weights=[3.0]))) as scorer:
+        verdicts = scorer.score(samples)
+    assert [verdict.value for verdict in verdicts] == [0.0, 1.0, 0.0, 1.0]
+    assert called == ["0", "1", "2", "3"]
+    assert by_turns(["a", "b", "c"]) == [0.0, 1.0, 0.0]
+
+
+def test_without_a_number_out_of_the_ordinary_there_is_no_advice():
+    assert advice_of(UNREMARKABLE) == []
+    assert "- nothing that was measured" in shown(UNREMARKABLE, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"blas": {"mlx": 5.0, "numpy": 150.0}}, ["scipy-openblas32", "5 GFLOP/s", "150"]),
+        ({"threads": {2: 1.0, 1: 0.5}}, ["--threads 1", "0.500 s", "1.000 s with 2"]),
+        ({"widths": {128: 1000.0, 256: 1500.0}}, ["1,500", "1,000", "--groups-per-step 32"]),
+        ({"products": {"4-bit nf4": 3.0, "float32": 1.0}}, ["--dtype float32 and no --quantize"]),
+        ({"metrics": STEP | {"time/reward": 0.3}}, ["rewards take 30%", "--reward-timeout"]),
+        (
+            {"metrics": STEP | {"time/reward": 0.3}, "isolated": True},
+            ["rewards take 30%", "workers="],
+        ),
+        (
+            {"metrics": STEP | {"time/score": 0.2}, "scores_reference": True},
+            ["the reference takes 20%", "--beta"],
+        ),
+        (
+            {"metrics": STEP | {"time/score": 0.2}, "scores_afresh": True},
+            ["--old-logprobs fresh takes 20%"],
+        ),
+        (
+            {"metrics": STEP | {"completions/clipped_ratio": 0.5}},
+            ["50% of completions are cut off at 6 tokens"],
+        ),
+    ],
+)
+def test_an_advice_quotes_the_number_that_it_rests_on(changes, words):
+    (text,) = advice_of(replace(UNREMARKABLE, **changes))
+    assert all(word in text for word in words)
+
+
+def test_other_number_formats_are_not_advised_while_the_blas_is_slow():
+    slow = replace(
+        UNREMARKABLE,
+        blas={"mlx": 5.0, "numpy": 150.0},
+        products={"float32": 2.0, "bfloat16": 1.0},
+    )
+    (text,) = advice_of(slow)
+    assert "scipy-openblas32" in text
