@@ -6,9 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.cli import main
 from textpolicy.cli.advice import Measured, advice_of, shown
 from textpolicy.cli.bench import by_turns, with_signal
+from textpolicy.cli.flags import configured
+from textpolicy.cli.options import build_parser
+from textpolicy.config import TrainConfig
 from textpolicy.rewards import Rewards, sample_of, scorer_of
 
 SMALL = ("bench", "--groups-per-step", "2", "--group-size", "4")
@@ -165,3 +169,61 @@ def test_other_number_formats_are_not_advised_while_the_blas_is_slow():
     )
     (text,) = advice_of(slow)
     assert "scipy-openblas32" in text
+
+
+FLAGS = {
+    "an adapter of its own shape": [
+        *("--model", "tiny", "--threads", "1", "--kind", "dora", "--rank", "4", "--scale", "2"),
+        *("--target-modules", "q_proj,v_proj", "--dropout", "0"),
+        *("--temperature", "0.7", "--micro-batch-size", "2", "--checkpoint-gradients"),
+    ],
+    "another algorithm on a packed base": [
+        *("--quantize", "4", "--quantize-mode", "affine", "--quantize-group", "32"),
+        *("--alpha", "8", "--keys", "mlp.up_proj", "--num-layers", "1", "--algorithm", "dapo"),
+        *("--algorithm-options", "{clip_high = 0.3}", "--truncated", "mask"),
+        *("--overlong-cache", "2", "--mini-batches", "2", "--epochs", "2"),
+    ],
+    "references and old scores": [
+        *("--reference", "base", "--reward-kl", "0.1", "--old-logprobs", "fresh"),
+        *("--set", "rollout.group_size=2", "--on-reward-error", "skip"),
+    ],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_flags_mean_what_they_mean_to_train(flags):
+    def config(command: str):
+        return configured(TrainConfig(), build_parser(command).parse_args([command, *flags]))
+
+    assert config("bench") == config("train") != TrainConfig()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_what_train_can_do_can_be_timed(flags, benched):
+    data, _ = benched(*flags, seconds=0.001)
+    assert data["steps"] == 1 and sum(data["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert data["scores_reference"] is ("--reference" in flags)
+    assert data["scores_afresh"] is ("--old-logprobs" in flags)
+    assert ("4-bit affine" in data["products"]) is ("--quantize" in flags)
+
+
+def test_a_run_that_was_written_down_is_timed_with_tasks_and_adapters_of_its_own(
+    benched, load_tiny, tmp_path
+):
+    model, _ = load_tiny()
+    adapters = AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    adapters.save(tmp_path / "start.safetensors")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
+    (tmp_path / "mine.py").write_text("def mine(completion):\n    return 1.0\n")
+    (tmp_path / "run.toml").write_text("[sampling]\nmax_tokens = 3\n")
+    asked = ["--config", f"{tmp_path}/run.toml", "--adapter", f"{tmp_path}/start.safetensors"]
+    asked += ["--reward", f"{tmp_path}/mine.py"]
+    data, _ = benched(*asked, "--data", f"{tmp_path}/rows.jsonl", seconds=0.001)
+    assert data["max_tokens"] == 3 and data["task"].startswith("rows")
+    wrapped = ["--data", f"{tmp_path}/rows.jsonl", "--prompt", "Add: {prompt}"]
+    longer, _ = benched(*asked, *wrapped, seconds=0.001)
+    assert longer["prompt_tokens"] > data["prompt_tokens"]
+    (tmp_path / "adapter.json").write_text('{"target_modules": ["q_proj"], "r": 8}')
+    data, _ = benched("--adapter-config", f"{tmp_path}/adapter.json", seconds=0.001)
+    assert data["steps"] == 1
