@@ -55,7 +55,7 @@ AXES: dict[str, Sequence[int]] = {
     "completion": (64, 128, 256, 512),
     "prompt": (32, 64, 128, 256, 512),
     "group_size": (4, 8, 16, 32),
-    "groups": (1, 2, 4, 8),
+    "groups": (8, 16, 32, 64),
     "rank": (2, 8, 32),
     "width": (128, 256, 512),
 }

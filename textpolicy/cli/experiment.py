@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm, sampling_of
@@ -16,13 +15,14 @@ from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.cli.tasks import elsewhere, find_task
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.evaluation import Evaluator, HeldOut, Score
-from textpolicy.loop import train_rl
+from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import Incident, Rewards, Scorer
 from textpolicy.runs import RunDirectory, claim
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.console import Console, visible
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
+from textpolicy.types import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +94,10 @@ def run_experiment(
         started = time.perf_counter()
         before = _begin(observer, directory, resume)
         with stopping(console.note) as request:
-            train_rl(
-                **_circle(experiment, config),
-                reward=scorer,
+            _train(
+                experiment,
+                config,
+                scorer=scorer,
                 on_step=request.heeded(observer.see),
                 checkpoints=checkpoints,
                 resume=resume,
@@ -152,19 +153,30 @@ def _begin(observer: Observer, directory: RunDirectory, resume: Checkpoint | Non
     return observer.score_in(rows[0])
 
 
-def _circle(experiment: Experiment, config: TrainConfig) -> dict[str, Any]:
-    """What goes round, and how often: these arguments of `train_rl`."""
-    return {
-        "tasks": experiment.environment.stream(config.run.seed),
-        "policy": experiment.policy,
-        "trainer": experiment.trainer,
-        "steps": config.run.steps,
-        "groups_per_step": config.rollout.groups_per_step,
-        "group_size": config.rollout.group_size,
-        "steps_per_generation": config.rollout.steps_per_generation,
-        "refill_rounds": experiment.refill_rounds,
-        "seed": config.run.seed,
-    }
+def _train(
+    experiment: Experiment,
+    config: TrainConfig,
+    *,
+    scorer: Scorer,
+    on_step: Callable[[StepReport], Progress | None],
+    checkpoints: Checkpoints,
+    resume: Checkpoint | None,
+) -> None:
+    train_rl(
+        tasks=experiment.environment.stream(config.run.seed),
+        reward=scorer,
+        policy=experiment.policy,
+        trainer=experiment.trainer,
+        steps=config.run.steps,
+        groups_per_step=config.rollout.groups_per_step,
+        group_size=config.rollout.group_size,
+        steps_per_generation=config.rollout.steps_per_generation,
+        refill_rounds=experiment.refill_rounds,
+        seed=config.run.seed,
+        on_step=on_step,
+        checkpoints=checkpoints,
+        resume=resume,
+    )
 
 
 def _evaluator(
