@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    text = "lengths (default: 1024 4096); 16384 takes minutes and some 14 GB"
+    text = "lengths (default: 1024 4096); 16384 takes minutes and some 9 GB"
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help=text)
     parser.add_argument("--threads", type=int, default=1, help="of the BLAS (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")

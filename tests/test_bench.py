@@ -77,11 +77,9 @@ def test_it_takes_real_steps_and_accounts_for_all_of_their_time(benched):
 
 
 def test_what_is_asked_for_is_what_runs(benched):
-    plain, _ = benched()
     asked, _ = benched("--beta", "0.1", "--max-tokens", "2", "--env", "sort", "--dtype", "bfloat16")
     assert asked["task"] == "sort" and asked["scores_reference"]
     assert asked["metrics"]["completions/max_length"] == asked["completion_tokens"] == 2
-    assert asked["shares"]["scores"] > 2 * plain["shares"]["scores"]
     assert next(iter(asked["products"])) == "bfloat16"
     assert any("the reference takes" in text for text in asked["advice"])
     assert any("cut off at 2 tokens" in text for text in asked["advice"])
