@@ -90,7 +90,7 @@ class Scorer:
     """Scores samples until it is closed, in `seconds` altogether.
 
     `on_incident` is told of failing and of slow samples, at most one of each for each function
-    and call of `score`.
+    from one `prepare` to the next.
     """
 
     def __init__(
@@ -111,6 +111,13 @@ class Scorer:
         )
         self._on_incident = on_incident
         self._failed: deque[bool] = deque(maxlen=WINDOW)
+        self._told: set[tuple[int, bool]] = set()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether samples can be scored while others are written: elsewhere, and each by itself."""
+        alone = not any(reward.batched for reward in self.rewards.members)
+        return alone and self.rewards.timeout is not None
 
     def state(self) -> list[bool]:
         """Which of the last calls failed: what the error rate to come depends on."""
@@ -133,13 +140,19 @@ class Scorer:
             for callee in self._callees:
                 check_columns(callee.reward, callee.signature, sorted(columns))
         self._runner.start(len(rows))
+        self._told.clear()
 
     def score(self, samples: Sequence[Sample]) -> list[Verdict]:
         """One verdict for each sample, in order."""
         started = time.perf_counter()
         self.prepare([sample.example for sample in samples])
-        outcomes_F = [self._outcomes(index, samples) for index in range(len(self._callees))]
+        verdicts = self.judge(samples)
         self.seconds += time.perf_counter() - started
+        return verdicts
+
+    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """`score` for some of the samples that were prepared for, without counting its seconds."""
+        outcomes_F = [self._outcomes(index, samples) for index in range(len(self._callees))]
         return [self._verdict(outcomes) for outcomes in zip(*outcomes_F, strict=True)]
 
     def _outcomes(self, index: int, samples: Sequence[Sample]) -> list[Outcome]:
@@ -178,6 +191,10 @@ class Scorer:
         slow = [pair for pair in pairs if not pair[0].fault and pair[0].seconds > self.rewards.slow]
         slow.sort(key=lambda pair: -pair[0].seconds)
         for outcome, sample in [*failed[:1], *slow[:1]]:
+            kind = (index, outcome.fault is None)
+            if kind in self._told:
+                continue
+            self._told.add(kind)
             more = len(failed if outcome.fault else slow) - 1
             self._on_incident(
                 Incident(

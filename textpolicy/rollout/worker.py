@@ -1,12 +1,14 @@
 """Tasks to rollout groups: sample, score, keep exactly what was sampled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from textpolicy.environments.single_turn import prompt_text
 from textpolicy.errors import ConfigError
-from textpolicy.rewards import Sample, Scoring, Verdict, conversation, scorer_of
+from textpolicy.rewards import Sample, Scorer, Scoring, Verdict, conversation, scorer_of
+from textpolicy.rewards.early import EarlyScores
 from textpolicy.rollout.episode import Episode
 from textpolicy.types import (
     Completion,
@@ -34,17 +36,21 @@ def collect(
 ) -> list[RolloutGroup]:
     """`group_size` scored rollouts for each task, in the tasks' order; repeatable by `seed`.
 
-    Tasks without an environment are answered once, all in one wide batch. No episode takes more
+    Tasks without an environment are answered once, all in one wide batch; where rewards run in
+    processes of their own, an answer is scored while others are written. No episode takes more
     than `max_turns`, whatever its environment says.
     """
     with scorer_of(reward) as scorer:
         scorer.prepare([task.example for task in tasks])
         answered = [t for t, task in enumerate(tasks) if task.env is None]
         played = [t for t, task in enumerate(tasks) if task.env is not None]
-        said = _answer(tasks, answered, policy, group_size, seed)
-        said |= _play(tasks, played, policy, group_size, seed, max_turns)
-        everything = [(tasks[t], one) for t in range(len(tasks)) for one in said[t]]
-        verdicts = iter(scorer.score([_sample(task, one) for task, one in everything]))
+        if not played and scorer.overlaps and isinstance(policy, ConversingPolicy):
+            said, verdicts = _answer_and_score(tasks, policy, scorer, group_size, seed)
+        else:
+            said = _answer(tasks, answered, policy, group_size, seed)
+            said |= _play(tasks, played, policy, group_size, seed, max_turns)
+            everything = [(tasks[t], one) for t in range(len(tasks)) for one in said[t]]
+            verdicts = iter(scorer.score([_sample(task, one) for task, one in everything]))
     return [
         RolloutGroup(task=task, rollouts=[_rollout(one, next(verdicts)) for one in said[t]])
         for t, task in enumerate(tasks)
@@ -74,6 +80,21 @@ def _answer(
         return {}
     groups = policy.generate([tasks[t].prompt for t in chosen], n=group_size, seed=seed)
     return {t: [_Said([one]) for one in group] for t, group in zip(chosen, groups, strict=True)}
+
+
+def _answer_and_score(
+    tasks: Sequence[Task], policy: ConversingPolicy, scorer: Scorer, group_size: int, seed: int
+) -> tuple[dict[int, list[_Said]], Iterator[Verdict]]:
+    """The verdicts come in the order of tasks and their rows."""
+    with closing(EarlyScores[tuple[int, int]](scorer)) as early:
+
+        def score(t: int, member: int, said: Completion) -> None:
+            early.add((t, member), _sample(tasks[t], _Said([said])))
+
+        groups = policy.converse([task.prompt for task in tasks], score, n=group_size, seed=seed)
+        found = early.verdicts()
+    said = {t: [_Said(turns) for turns in group] for t, group in enumerate(groups)}
+    return said, (found[key] for key in sorted(found))
 
 
 def _play(
