@@ -117,6 +117,25 @@ def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(name, batc
         assert mx.abs(recomputed - mx.array(row.logprobs)).mean().item() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama", "llama with a window", "gemma3_text"])
+def test_long_prompts_are_read_in_pieces(name):
+    """Of 600 prompts three positions go at once: a longest of 2 x 3 + 1 would leave one alone."""
+    model = build(name)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8]] + [[9, 10, 11]] * 599
+    rows = decode(
+        model,
+        prompts,
+        n=1,
+        sampling=Sampling(max_tokens=1),
+        stop=lambda tokens: None,
+        seed=0,
+        max_rows=600,
+    )
+    for (row,) in (rows[0], rows[-1]):
+        logp, _ = token_logps(model, mx.array([row.context + row.tokens]), mx.ones(1))
+        assert abs(logp[0, -1].item() - row.logprobs[0]) < 1e-4
+
+
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
 def test_scores_of_a_ragged_batch_are_those_of_single_rows(name, batches, shares):
     model = build(name)

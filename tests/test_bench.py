@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,21 @@ import pytest
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.cli import main
 from textpolicy.cli.advice import Measured, advice_of, shown
-from textpolicy.cli.bench import by_turns, with_signal
+from textpolicy.cli.bench import SignalScorer
 from textpolicy.cli.flags import configured
 from textpolicy.cli.options import build_parser
+from textpolicy.cli.timed_steps import TimedSteps
 from textpolicy.config import TrainConfig
-from textpolicy.rewards import Rewards, sample_of, scorer_of
+from textpolicy.loop import StepReport
+from textpolicy.rewards import Rewards, load_reward, sample_of
+from textpolicy.types import (
+    Progress,
+    Rollout,
+    RolloutGroup,
+    Sampling,
+    StopReason,
+    Task,
+)
 
 SMALL = ("bench", "--groups-per-step", "2", "--group-size", "4")
 STEP = {
@@ -90,6 +101,8 @@ def test_a_slow_reward_is_called_and_is_found_out(benched, tmp_path):
     reward.write_text("import time\ndef slow(completion):\n    time.sleep(0.02)\n    return 1.0\n")
     data, _ = benched("--reward", str(reward))
     assert data["metrics"]["time/reward"] > 8 * 0.02
+    elsewhere, _ = benched("--reward", str(reward), "--reward-timeout", "20", seconds=0.001)
+    assert elsewhere["isolated"] and elsewhere["metrics"]["time/reward"] > 0
     (text,) = [text for text in data["advice"] if text.startswith("rewards take")]
     assert "--reward-timeout" in text
 
@@ -108,19 +121,48 @@ def test_people_read_a_table_and_advice(capsys):
         assert words in text
 
 
-def test_every_group_has_signal_and_the_own_rewards_are_called():
-    called: list[str] = []
-
-    def constant(completion: str) -> float:
-        called.append(completion)
-        return 1.0
-
-    samples = [sample_of("p", str(number), {}) for number in range(4)]
-    with scorer_of(with_signal(Rewards([constant], weights=[3.0]))) as scorer:
+@pytest.mark.parametrize("options", [{}, {"timeout": 20.0}], ids=["here", "elsewhere"])
+def test_every_group_has_signal_and_the_own_rewards_are_called(tmp_path, options):
+    (tmp_path / "mine.py").write_text(
+        "def constant(completion, example):\n"
+        "    with open(example['file'], 'a') as file:\n"
+        "        file.write(completion)\n"
+        "    return 3.0\n"
+    )
+    example = {"file": str(tmp_path / "called")}
+    samples = [replace(sample_of("p", str(n), example), id=task) for task in "ab" for n in range(3)]
+    constant = load_reward(f"{tmp_path}/mine.py:constant")
+    with closing(SignalScorer(Rewards(constant, **options))) as scorer:
         verdicts = scorer.score(samples)
-    assert [verdict.value for verdict in verdicts] == [0.0, 1.0, 0.0, 1.0]
-    assert called == ["0", "1", "2", "3"]
-    assert by_turns(["a", "b", "c"]) == [0.0, 1.0, 0.0]
+        # As in a run, such rewards may be called while completions are written.
+        assert scorer.overlaps is bool(options)
+    assert [verdict.value for verdict in verdicts] == [0, 1, 0, 0, 1, 0]
+    assert all(verdict.parts == {"constant": 3.0} for verdict in verdicts)
+    assert sorted((tmp_path / "called").read_text()) == sorted("012012")
+
+
+def test_no_other_numbers_of_threads_are_tried_where_the_first_step_takes_all_the_time():
+    steps = TimedSteps(0.5, [2, 1, 16], note=lambda text: None)
+    metrics = {"time/step": 60.0, "memory/peak_gb": 1.0}
+    report = StepReport(
+        step=0, steps=9, metrics=metrics, groups=(), trained=trained(), advantages=[]
+    )
+    assert steps.see(report) is Progress.STOP
+    assert steps.count == 1 and not steps.warmed_up and not steps.seconds_by_threads
+
+
+def trained() -> list[RolloutGroup]:
+    rollout = Rollout(
+        tokens=[1, 2],
+        mask=[False, True],
+        logprobs=[0.0, -1.0],
+        completion="x",
+        reward=1.0,
+        stop_reason=StopReason.LENGTH,
+        sampling=Sampling(),
+        version=0,
+    )
+    return [RolloutGroup(task=Task(id="a", prompt="p"), rollouts=[rollout])]
 
 
 def test_without_a_number_out_of_the_ordinary_there_is_no_advice():

@@ -30,7 +30,13 @@ def together(completions):
     return [0.0 for _ in completions]
 
 def failing(completion):
+    if completion == "ready?":
+        return 1.0
     raise ValueError("no such answer")
+
+def second(completion):
+    time.sleep(1)
+    return 1.0
 """
 
 
@@ -78,7 +84,7 @@ def test_scores_begin_before_everything_is_written_and_are_those_of_afterwards(
 
 def test_only_what_was_waited_for_counts_as_seconds_of_rewards(found):
     sample = sample_of("p", "c", {})
-    with closing(Scorer(Rewards(found("sleepy"), timeout=20.0))) as scorer:
+    with closing(Scorer(Rewards(found("sleepy"), timeout=20.0, workers=1))) as scorer:
         scorer.prepare([sample.example])
         with closing(EarlyScores[int](scorer)) as early:
             early.add(0, sample)
@@ -92,11 +98,39 @@ def test_only_what_was_waited_for_counts_as_seconds_of_rewards(found):
 
 def test_a_failure_ends_the_writing_too(load_tiny, found, tmp_path):
     policy = policy_of(load_tiny)
-    with (
-        closing(Scorer(Rewards(found("failing"), timeout=20.0))) as scorer,
-        pytest.raises(RewardError, match="no such answer"),
-    ):
-        collect(tasks_of(tmp_path), policy, scorer, group_size=4, seed=3)
+    with closing(Scorer(Rewards(found("failing"), timeout=20.0, workers=1))) as scorer:
+        scorer.score([sample_of("p", "ready?", {})])
+        with pytest.raises(RewardError, match="no such answer"):
+            collect(tasks_of(tmp_path), policy, scorer, group_size=4, seed=3)
+    assert policy.ended == 0
+
+
+def test_what_is_broken_off_leaves_no_scoring_behind(found):
+    with closing(Scorer(Rewards(found("second"), timeout=20.0, workers=1))) as scorer:
+        scorer.score([sample_of("p", "c", {})])
+        scorer.prepare([{}])
+        early = EarlyScores[int](scorer)
+        for number in range(20):
+            early.add(number, sample_of("p", str(number), {}))
+        started = time.perf_counter()
+        early.close()
+        assert time.perf_counter() - started < 2
+        # And the next step begins anew.
+        assert [verdict.value for verdict in scorer.score([sample_of("p", "c", {})])] == [1.0]
+
+
+def test_no_process_is_idle_for_a_first_sample_that_came_alone(found):
+    with closing(Scorer(Rewards(found("second"), timeout=20.0, workers=4))) as scorer:
+        scorer.score([sample_of("p", "c", {}) for _ in range(4)])
+        scorer.prepare([{}])
+        with closing(EarlyScores[int](scorer)) as early:
+            started = time.perf_counter()
+            for number in range(4):
+                early.add(number, sample_of("p", str(number), {}))
+                time.sleep(0.05)
+            assert len(early.verdicts()) == 4
+            # One after the other they would take four seconds, and in two waves two.
+            assert time.perf_counter() - started < 1.9
 
 
 def test_an_incident_is_told_once_however_many_calls_a_step_takes(found):
@@ -108,7 +142,10 @@ def test_an_incident_is_told_once_however_many_calls_a_step_takes(found):
             scorer.prepare([sample.example for sample in samples])
             for sample in samples:
                 scorer.judge([sample])
+            assert len(told) == step - 1
+            scorer.tell_incidents()
             assert len(told) == step
+    assert told[0].more == 2 and "completion '0'" in told[0].fault
 
 
 def test_rewards_of_a_whole_batch_wait_for_all_of_it(found):

@@ -259,7 +259,8 @@ class ConversingPolicy(Policy, Protocol):
         seed: int | None = None,
     ) -> list[list[list[Completion]]]:
         """The turns of `n` rows for each prompt. A turn's `prompt_tokens` begin with all tokens of
-        the turn before, read and drawn: nothing is tokenized again.
+        the turn before, read and drawn: nothing is tokenized again. `respond` is asked once after
+        each answer, as soon as it is written, and after the last of a row too.
         """
         ...
 

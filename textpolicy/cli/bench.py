@@ -1,7 +1,7 @@
 """`textpolicy bench`: training steps on the model at hand, timed, and advice out of the times.
 
-The steps are those of `train`, with two differences: every group has something to learn, because
-a reward of 0 and 1 by turns goes before the user's own, which is called and timed all the same; and
+The steps are those of `train`, with two differences: every group has something to learn, because 0
+and 1 by turns stand in for what the user's reward says, which is called and timed all the same; and
 the learning rate is next to nothing, so that the model answers the last step as it did the first.
 """
 
@@ -9,11 +9,14 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import mlx.core as mx
 
@@ -31,8 +34,7 @@ from textpolicy.cli.timed_steps import TimedSteps
 from textpolicy.config import TrainConfig, changed
 from textpolicy.errors import ModelError
 from textpolicy.loop import train_rl
-from textpolicy.rewards import Rewards, reward
-from textpolicy.rewards.scorer import Scorer
+from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
 
@@ -68,9 +70,9 @@ def measure(
     """Everything that advice is made of."""
     algorithm = find_algorithm(config.algorithm)
     environment, rewards = find_task(config.task)
-    experiment = assemble(config, environment, with_signal(rewards), algorithm, directory)
+    experiment = assemble(config, environment, rewards, algorithm, directory)
     with ExitStack() as opened:
-        scorer = open_scorer(opened, experiment.reward, console)
+        scorer = open_scorer(opened, experiment.reward, console, kind=SignalScorer)
         started = time.perf_counter()
         steps = TimedSteps(
             _FOR_STEPS * seconds,
@@ -106,17 +108,16 @@ def measure(
     )
 
 
-@reward(batched=True)
-def by_turns(completions: Sequence[str]) -> list[float]:
-    """0 and 1, so that no group is without signal."""
-    return [float(number % 2) for number in range(len(completions))]
+class SignalScorer(Scorer):
+    """Calls the rewards, and then gives the samples of each task 0 and 1 by turns."""
 
+    def __init__(self, rewards: Rewards, **options: Any) -> None:
+        super().__init__(rewards, **options)
+        self._turns: defaultdict[str, cycle[float]] = defaultdict(lambda: cycle((0.0, 1.0)))
 
-def with_signal(rewards: Rewards) -> Rewards:
-    """The same functions, called as before, and one more whose opinion alone counts."""
-    members = rewards.members
-    weights = [0.0] * len(members) + [1.0]
-    return replace(rewards, functions=[*members, by_turns], weights=weights)
+    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
+        verdicts = zip(super().judge(samples), samples, strict=True)
+        return [replace(verdict, value=next(self._turns[one.id])) for verdict, one in verdicts]
 
 
 def thread_counts() -> list[int]:

@@ -202,13 +202,15 @@ def _evaluator(
     )
 
 
-def open_scorer(opened: ExitStack, rewards: Rewards, console: Console) -> Scorer:
+def open_scorer(
+    opened: ExitStack, rewards: Rewards, console: Console, *, kind: type[Scorer] = Scorer
+) -> Scorer:
     """A scorer whose incidents are told on the console, closed with `opened`."""
 
     def on_incident(incident: Incident) -> None:
         console.note(visible(str(incident)))
 
-    return opened.enter_context(closing(Scorer(rewards, on_incident=on_incident)))
+    return opened.enter_context(closing(kind(rewards, on_incident=on_incident)))
 
 
 def held_out(opened: ExitStack, name: str, config: TrainConfig, console: Console) -> HeldOut:

@@ -69,18 +69,19 @@ def product_speeds(model: nn.Module, rows: int) -> dict[str, float]:
     blocks = cast(list[nn.Module], cast(Any, model).layers)
     matrices = [m for _, m in blocks[-1].named_modules() if "weight" in m and m["weight"].ndim == 2]
     largest = max(matrices, key=lambda module: np.prod(weight_shape(module)))
-    norm = next(m["weight"] for _, m in blocks[-1].named_modules() if _is_norm(m))
+    norms = [m["weight"].dtype for _, m in blocks[-1].named_modules() if _is_norm(m)]
+    dtype = norms[0] if norms else mx.float32
     outputs, inputs = weight_shape(largest)
     form = format_of(largest)
-    now = f"{form.bits}-bit {form.mode}" if form else _name_of(norm.dtype)
+    now = f"{form.bits}-bit {form.mode}" if form else _name_of(dtype)
     ways: dict[str, Callable[[], mx.array]] = {
-        now: _product(largest, mx.random.normal((rows, inputs)).astype(norm.dtype))
+        now: _product(largest, mx.random.normal((rows, inputs)).astype(dtype))
     }
-    for name, dtype in _FLOATS.items():
+    for name, other in _FLOATS.items():
         if name != now:
             layer = nn.Linear(inputs, outputs, bias=False)
-            layer.set_dtype(dtype)
-            ways[name] = _product(layer, mx.random.normal((rows, inputs)).astype(dtype))
+            layer.set_dtype(other)
+            ways[name] = _product(layer, mx.random.normal((rows, inputs)).astype(other))
     turns = [{name: _milliseconds(way) for name, way in ways.items()} for _ in range(_REPEATS)]
     return {name: min(turn[name] for turn in turns) for name in ways}
 

@@ -72,10 +72,10 @@ class TimedSteps:
         """Keep a step and choose the next one's threads."""
         left = self._seconds - (time.perf_counter() - self._started)
         seconds = report.metrics["time/step"]
+        if report.step == 0 and left < _FEW * len(self._kept) * seconds:
+            self._kept = {self._now: []}
         if report.step == 0 and left > seconds:
             self.warmed_up = True
-            if left < _FEW * len(self._kept) * seconds:
-                self._kept = {self._now: []}
         else:
             self._kept[self._now].append(_timed(report) | self._padding(report.trained))
             self._see_lengths(report.trained)

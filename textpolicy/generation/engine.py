@@ -21,7 +21,7 @@ from textpolicy.generation.rows_cache import RowsCache
 from textpolicy.generation.sampling import draw, penalise_repetition, row_keys
 from textpolicy.types import Sampling
 
-# Prompt positions that go through the model at once, of all rows together.
+# Positions that are read at once, of all rows together.
 PREFILL_TOKENS = 2048
 _NEXT_KEY = np.array([0, 1], dtype=np.uint32)
 
@@ -92,28 +92,30 @@ def listen(active: Active, ended: Sequence[int], respond: Respond) -> Active | N
 def read(model: nn.Module, heard: Active) -> Active:
     """Run what each row's cache has not read, all but the last token."""
     numbers = list(range(len(heard.rows)))
+    unread = [row.context[row.read : -1] for row in heard.rows]
+    size = _chunk(unread)
     if all(isinstance(layer, BatchKVCache) for layer in heard.cache):
-        batch = PromptProcessingBatch(model, numbers, [])
+        batch = PromptProcessingBatch(model, numbers, [], prefill_step_size=size)
         batch.prompt_cache = heard.cache
     else:
         # A window that has gone round is put in order by taking its rows apart and together.
         caches = [[layer.extract(number) for layer in heard.cache] for number in numbers]
-        batch = PromptProcessingBatch(model, numbers, caches)
-    batch.prompt([row.context[row.read : -1] for row in heard.rows])
+        batch = PromptProcessingBatch(model, numbers, caches, prefill_step_size=size)
+    batch.prompt(unread)
     last = mx.array([row.context[-1] for row in heard.rows])
     return Active(heard.rows, batch.prompt_cache, last, heard.keys)
 
 
 def prefill(model: nn.Module, groups: list[list[Row]], seed: int, *, room: int) -> Active:
     """Run each group's prompt once, all but its last token, and fan the caches out to the rows."""
-    prompts = [group[0].context for group in groups]
+    prompts = [group[0].context[:-1] for group in groups]
     batch = PromptProcessingBatch(
         model,
         list(range(len(groups))),
         [make_prompt_cache(model) for _ in groups],
-        prefill_step_size=max(1, PREFILL_TOKENS // len(groups)),
+        prefill_step_size=_chunk(prompts),
     )
-    batch.prompt([prompt[:-1] for prompt in prompts])
+    batch.prompt(prompts)
     rows = [row for group in groups for row in group]
     owner = mx.array([g for g, group in enumerate(groups) for _ in group])
     return Active(
@@ -124,6 +126,16 @@ def prefill(model: nn.Module, groups: list[list[Row]], seed: int, *, room: int) 
         last=mx.array([row.context[-1] for row in rows]),
         keys=row_keys(seed, [(row.prompt, row.member) for row in rows]),
     )
+
+
+def _chunk(texts: Sequence[Sequence[int]]) -> int:
+    """How many positions of each text to read at once."""
+    longest = max(map(len, texts))
+    size = max(2, PREFILL_TOKENS // len(texts))
+    # Of rows of unequal length, a windowed cache takes a single position for one that was drawn.
+    while longest > size and longest % size == 1:
+        size += 1
+    return size
 
 
 def _fan_out(layer: Any, owner: mx.array, room: int) -> Any:

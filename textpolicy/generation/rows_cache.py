@@ -33,6 +33,16 @@ class RowsCache(BatchKVCache):
         rows.state = mx.pad(keys, unused), mx.pad(values, unused), *rest
         return rows
 
+    @property
+    def state(self) -> Any:
+        """Keys, values, offsets, padding, and how many positions are in use."""
+        return self.keys, self.values, self.offset, self.left_padding, self._idx
+
+    @state.setter
+    def state(self, v: Any) -> None:
+        self.keys, self.values, self.offset, self.left_padding, self._idx = v
+        self._padded = None
+
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:
         """None for one position of each row that may look at every key."""
         if N == 1 and kwargs.get("window_size") is None and not self._is_padded():

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -41,6 +42,8 @@ from textpolicy.rewards.load import MAIN, PREFIX
 
 _SLACK = 0.2
 """What a call of many awaited samples may take beyond them, before it counts as stuck."""
+_GLANCE = 0.1
+"""Seconds after which a wait looks whether it was interrupted."""
 _ANSWER_BYTES = 1 << 20
 _OUTPUT_BYTES = 4096
 _LAST_LINES, _LINE_WIDTH = 12, 200
@@ -142,6 +145,7 @@ class Children:
         timeout: float,
         workers: int,
         memory: int | None = None,
+        interrupted: threading.Event | None = None,
     ) -> None:
         # multiprocessing gives the main script both names; in a child they differ while it runs.
         if sys.modules.get(MAIN) is not sys.modules["__main__"]:
@@ -157,6 +161,7 @@ class Children:
         self._timeout = timeout
         self._workers = workers
         self._memory = memory
+        self._interrupted = interrupted or threading.Event()
         self._children: list[Child] = []
 
     def start(self, count: int) -> None:
@@ -171,6 +176,8 @@ class Children:
         self.start(len(waiting))
         try:
             while waiting or any(child.work for child in self._children):
+                if self._interrupted.is_set():
+                    raise RewardError("the scoring of a step was interrupted")
                 for child in self._children:
                     if waiting and child.ready and not child.work:
                         child.begin(waiting.popleft(), self._timeout)
@@ -203,7 +210,7 @@ class Children:
         ends = [child.connection for child in self._children]
         wait(
             [*ends, *(child.output for child in self._children if child.prints)],
-            timeout=max(0.0, until),
+            timeout=min(max(0.0, until), _GLANCE),
         )
         for child in list(self._children):
             try:

@@ -12,7 +12,7 @@ Key = TypeVar("Key")
 
 
 class EarlyScores(Generic[Key]):
-    """Scores samples from when they are added, in a thread that takes all there are at a time.
+    """Scores samples from when enough were added to keep the scorer's processes busy.
 
     For a scorer that `overlaps` and was prepared. What is waited for at the end is what counts as
     its `seconds`.
@@ -26,22 +26,27 @@ class EarlyScores(Generic[Key]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
 
     def add(self, key: Key, sample: Sample) -> None:
-        """Score this as soon as there is time. Raises what an earlier one ended the run with."""
+        """Score this with others. Raises what an earlier one ended the run with."""
         while self._calls and self._calls[0].done():
             self._calls.popleft().result()
         self._waiting.append((key, sample))
-        self._calls.append(self._thread.submit(self._score_waiting))
+        if len(self._waiting) >= self._scorer.width:
+            self._calls.append(self._thread.submit(self._score_waiting))
 
     def verdicts(self) -> dict[Key, Verdict]:
         """All of them, once the last is there."""
         started = time.perf_counter()
+        self._calls.append(self._thread.submit(self._score_waiting))
         while self._calls:
             self._calls.popleft().result()
+        self._scorer.tell_incidents()
         self._scorer.seconds += time.perf_counter() - started
         return self._verdicts
 
     def close(self) -> None:
-        """Begin nothing more, and wait for the calls that are out."""
+        """Begin nothing more, and break off what is not finished."""
+        if self._calls:
+            self._scorer.interrupt()
         self._thread.shutdown(cancel_futures=True)
 
     def _score_waiting(self) -> None:

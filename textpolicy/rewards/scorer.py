@@ -1,5 +1,6 @@
 """Rewards at work: samples in, one verdict for each out."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from textpolicy.errors import RewardError
-from textpolicy.rewards.call import Callee, Emit, Outcome, describe
+from textpolicy.rewards.call import CONCURRENCY, Callee, Emit, Outcome, describe
 from textpolicy.rewards.children import Children
 from textpolicy.rewards.composition import Rewards, as_rewards
 from textpolicy.rewards.contract import Sample, sample_of
@@ -35,7 +36,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Incident:
-    """The first sample of a call of `score` that a function failed on, or the slowest.
+    """The first sample of a step that a function failed on, or the slowest.
 
     `fault` says how it failed, and is None for one that was slow; `more` counts the others.
     """
@@ -90,7 +91,7 @@ class Scorer:
     """Scores samples until it is closed, in `seconds` altogether.
 
     `on_incident` is told of failing and of slow samples, at most one of each for each function
-    from one `prepare` to the next.
+    and step.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Scorer:
         self.rewards = rewards
         self.seconds = 0.0
         self._callees = [Callee(reward) for reward in rewards.members]
+        self._interrupted = threading.Event()
         self._runner: Runner = (
             InProcess(self._callees)
             if rewards.timeout is None
@@ -107,17 +109,24 @@ class Scorer:
                 timeout=rewards.timeout,
                 workers=rewards.workers,
                 memory=None if rewards.memory_gb is None else int(rewards.memory_gb * 1e9),
+                interrupted=self._interrupted,
             )
         )
         self._on_incident = on_incident
         self._failed: deque[bool] = deque(maxlen=WINDOW)
-        self._told: set[tuple[int, bool]] = set()
+        self._incidents: dict[tuple[int, bool], Incident] = {}
 
     @property
     def overlaps(self) -> bool:
         """Whether samples can be scored while others are written: elsewhere, and each by itself."""
         alone = not any(reward.batched for reward in self.rewards.members)
         return alone and self.rewards.timeout is not None
+
+    @property
+    def width(self) -> int:
+        """How many samples keep all of its processes busy."""
+        waits = any(callee.is_async for callee in self._callees)
+        return self.rewards.workers * (CONCURRENCY if waits else 1)
 
     def state(self) -> list[bool]:
         """Which of the last calls failed: what the error rate to come depends on."""
@@ -139,21 +148,36 @@ class Scorer:
         for columns in dict.fromkeys(frozenset(row) for row in rows):
             for callee in self._callees:
                 check_columns(callee.reward, callee.signature, sorted(columns))
+        self._interrupted.clear()
+        self._incidents.clear()
         self._runner.start(len(rows))
-        self._told.clear()
 
     def score(self, samples: Sequence[Sample]) -> list[Verdict]:
         """One verdict for each sample, in order."""
         started = time.perf_counter()
         self.prepare([sample.example for sample in samples])
         verdicts = self.judge(samples)
+        self.tell_incidents()
         self.seconds += time.perf_counter() - started
         return verdicts
 
     def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """`score` for some of the samples that were prepared for, without counting its seconds."""
+        """`score` for some of the samples that were prepared for: neither are its seconds counted,
+        nor is anybody told of incidents yet.
+        """
         outcomes_F = [self._outcomes(index, samples) for index in range(len(self._callees))]
         return [self._verdict(outcomes) for outcomes in zip(*outcomes_F, strict=True)]
+
+    def tell_incidents(self) -> None:
+        """Tell of those since `prepare`: of each function's first failure and slowest call."""
+        for key in sorted(self._incidents):
+            if self._on_incident:
+                self._on_incident(self._incidents[key])
+        self._incidents.clear()
+
+    def interrupt(self) -> None:
+        """From another thread: let `judge` end with an error, and kill what it waits for."""
+        self._interrupted.set()
 
     def _outcomes(self, index: int, samples: Sequence[Sample]) -> list[Outcome]:
         """One function's outcomes; a failure ends this early where the run is not to go on."""
@@ -165,7 +189,7 @@ class Scorer:
 
         self._runner.run(index, samples, emit)
         ordered = [outcomes[position] for position in range(len(samples))]
-        self._report(index, samples, ordered)
+        self._note_incidents(index, samples, ordered)
         return ordered
 
     def _admit(self, outcome: Outcome) -> None:
@@ -182,28 +206,25 @@ class Scorer:
                 f"{outcome.fault}"
             )
 
-    def _report(self, index: int, samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> None:
-        if self._on_incident is None:
-            return
+    def _note_incidents(
+        self, index: int, samples: Sequence[Sample], outcomes: Sequence[Outcome]
+    ) -> None:
         name = self._callees[index].reward.name
-        pairs = list(zip(outcomes, samples, strict=True))
-        failed = [pair for pair in pairs if pair[0].fault]
-        slow = [pair for pair in pairs if not pair[0].fault and pair[0].seconds > self.rewards.slow]
-        slow.sort(key=lambda pair: -pair[0].seconds)
-        for outcome, sample in [*failed[:1], *slow[:1]]:
-            kind = (index, outcome.fault is None)
-            if kind in self._told:
+        for outcome, sample in zip(outcomes, samples, strict=True):
+            if outcome.fault is None and outcome.seconds <= self.rewards.slow:
                 continue
-            self._told.add(kind)
-            more = len(failed if outcome.fault else slow) - 1
-            self._on_incident(
-                Incident(
-                    reward=name,
-                    sample=describe(sample),
-                    seconds=outcome.seconds,
-                    fault=outcome.fault,
-                    more=more,
-                )
+            key = (index, outcome.fault is None)
+            before = self._incidents.get(key)
+            # The first failure stays, and the slowest call.
+            if before and (outcome.fault or before.seconds >= outcome.seconds):
+                self._incidents[key] = replace(before, more=before.more + 1)
+                continue
+            self._incidents[key] = Incident(
+                reward=name,
+                sample=describe(sample),
+                seconds=outcome.seconds,
+                fault=outcome.fault,
+                more=before.more + 1 if before else 0,
             )
 
     def _verdict(self, outcomes: Sequence[Outcome]) -> Verdict:

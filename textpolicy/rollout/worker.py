@@ -94,7 +94,7 @@ def _answer_and_score(
         groups = policy.converse([task.prompt for task in tasks], score, n=group_size, seed=seed)
         found = early.verdicts()
     said = {t: [_Said(turns) for turns in group] for t, group in enumerate(groups)}
-    return said, (found[key] for key in sorted(found))
+    return said, (found[t, member] for t, group in said.items() for member in range(len(group)))
 
 
 def _play(
