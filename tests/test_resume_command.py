@@ -19,7 +19,14 @@ RUN = [
     *("train", "--env", "add", "--steps", "12", "--count", "16", "--groups-per-step", "4"),
     *("--group-size", "4", "--eval-every", "5", "--lr", "0.002", "--schedule", "cosine"),
 ]
-COMMAND = [sys.executable, "-c", "from textpolicy.cli import main; raise SystemExit(main())"]
+# Whoever runs the tests in the background starts them to ignore Ctrl-C.
+MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from textpolicy.cli import main
+raise SystemExit(main())
+"""
+COMMAND = [sys.executable, "-c", MAIN]
 
 
 def rows(directory):
