@@ -12,7 +12,7 @@ import pytest
 
 from textpolicy.cli import main
 from textpolicy.cli.flags import ELSEWHERE
-from textpolicy.cli.options import build_parser
+from textpolicy.cli.options import build_parser, commands_of
 from textpolicy.config import TrainConfig, read_toml
 
 SMALL_RUN = ["--env", "add", "--group-size", "4", "--groups-per-step", "2", "--count", "4"]
@@ -81,9 +81,7 @@ def failure(capsys):
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    actions = build_parser()._actions
-    (commands,) = (a for a in actions if isinstance(a, argparse._SubParsersAction))
-    return dict(commands.choices)
+    return commands_of(build_parser())
 
 
 COMMANDS = [*subcommands()]

@@ -17,7 +17,7 @@ import pytest
 
 from textpolicy.adapters.rules import LoRARule
 from textpolicy.cli.flags import add_config_file, add_settings, configured
-from textpolicy.cli.options import build_parser
+from textpolicy.cli.options import build_parser, commands_of
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, changed, read_toml, settings_of, to_toml
 from textpolicy.config.kinds import Table, alternatives
 from textpolicy.config.settings import above, check, option
@@ -233,12 +233,7 @@ def test_sections_of_any_config_are_checked_with_all_their_mistakes():
 @cache
 def flags_of(command: str) -> dict[str, argparse.Action]:
     """The actions of a command by what they set."""
-    (subparsers,) = (
-        action
-        for action in build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    return {action.dest: action for action in subparsers.choices[command]._actions}
+    return {action.dest: action for action in commands_of(build_parser())[command]._actions}
 
 
 SWITCHES = {"help", "json", "config", "set", "dry_run", "resume", "force"}

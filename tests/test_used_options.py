@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from textpolicy.cli.options import COMMANDS, build_parser
+from textpolicy.cli.options import COMMANDS, build_parser, commands_of
 from textpolicy.config import SFTConfig, TrainConfig
 
 TESTS = Path(__file__).parent
@@ -91,12 +91,8 @@ def uses(command: str, option: argparse.Action) -> Iterator[set[str]]:
 
 
 def options_of(command: str) -> list[argparse.Action]:
-    (commands,) = (
-        action
-        for action in build_parser(command)._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    return [option for option in commands.choices[command]._actions if option.dest != "help"]
+    parser = commands_of(build_parser(command))[command]
+    return [option for option in parser._actions if option.dest != "help"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,10 +1,10 @@
 """What can be asked of the command. Imports nothing heavy, so that `--help` answers at once."""
 
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from textpolicy.cli.flags import Parser, add_config_file, add_resume, add_setting, add_settings
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
@@ -61,6 +61,12 @@ def build_parser(only: str | None = None) -> ArgumentParser:
             "--json", action="store_true", help="answer with one JSON object, the last line"
         )
     return parser
+
+
+def commands_of(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    """The parser of each command."""
+    (commands,) = (action.choices for action in parser._actions if action.dest == "command")
+    return dict(cast(Mapping[str, ArgumentParser], commands))
 
 
 def _own(

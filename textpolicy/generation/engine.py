@@ -59,10 +59,7 @@ def decode(
         if not (admitted or active or heard):
             admitted = [waiting.popleft()]
         if admitted:
-            fresh = prefill(model, admitted, seed, room=sampling.max_tokens)
-            if active and active.drawn:
-                fresh.drawn = _draw(model, fresh, sampling)
-            active = join(active, fresh)
+            active = _admit(model, active, admitted, sampling, seed)
         # Reading what was heard is one ragged pass, so it waits until enough rows share it.
         if heard and listening >= decoding:
             active, heard = join(active, read(model, heard)), None
@@ -76,6 +73,22 @@ def decode(
         if 2 * active.going <= len(active.rows):
             active = active.without_finished()
     return groups
+
+
+def _admit(
+    model: nn.Module,
+    active: Active | None,
+    groups: list[list[Row]],
+    sampling: Sampling,
+    seed: int,
+) -> Active:
+    """What is being decoded and these groups. No name outlives it that would keep old caches."""
+    fresh = prefill(model, groups, seed, room=sampling.max_tokens)
+    if active is None:
+        return fresh
+    if active.drawn:
+        fresh.drawn = _draw(model, fresh, sampling)
+    return active.join(fresh)
 
 
 def listen(active: Active, ended: Sequence[int], respond: Respond) -> Active | None:
