@@ -97,13 +97,16 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.parametrize("prompts", [[[1, 2, 3, 4, 5, 6, 7], [9], [10, 11, 12]], [[1, 2], [9]]])
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
-def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(name, batches, shares):
+def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(
+    name, batches, shares, prompts
+):
     model = build(name)
     assert can_batch(model) is batches
     rows = decode(
         model,
-        [[1, 2, 3, 4, 5, 6, 7], [9], [10, 11, 12]],
+        prompts,
         n=2,
         sampling=Sampling(max_tokens=9),
         stop=lambda tokens: None,

@@ -122,6 +122,11 @@ def read(model: nn.Module, heard: Active) -> Active:
 def prefill(model: nn.Module, groups: list[list[Row]], seed: int, *, room: int) -> Active:
     """Run each group's prompt once, all but its last token, and fan the caches out to the rows."""
     prompts = [group[0].context[:-1] for group in groups]
+    if {*map(len, prompts)} == {0, 1}:
+        # A windowed cache takes a single position for one that was drawn, of all rows or none.
+        parts = ([g for g in groups if len(g[0].context) == length] for length in (1, 2))
+        alone, read = (prefill(model, part, seed, room=room) for part in parts)
+        return alone.join(read)
     batch = PromptProcessingBatch(
         model,
         list(range(len(groups))),
