@@ -76,6 +76,8 @@ def test_scores_begin_before_everything_is_written_and_are_those_of_afterwards(
     after = collect(tasks, policy, noted, group_size=4, seed=3)
     (tmp_path / "calls").unlink()
     with closing(Scorer(Rewards(noted, timeout=20.0, workers=2))) as scorer:
+        # Starting its processes takes longer than all of the writing.
+        scorer.score([sample_of("p", "ready?", {"file": str(tmp_path / "others")})] * 2)
         meanwhile = collect(tasks, policy, scorer, group_size=4, seed=3)
     assert meanwhile == after
     calls = [float(line) for line in (tmp_path / "calls").read_text().splitlines()]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.memory import peak_of
 from tests.test_logprobs import RAGGED, batch_for, groups_of
 from tests.tiny import qwen3_model
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -116,10 +117,7 @@ def test_a_chunk_of_logits_is_all_that_is_alive():
             return (logp + entropy).sum()
 
         mx.eval(model.parameters(), hidden)
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(mx.grad(total)(hidden))
-        return mx.get_peak_memory() - before
+        return peak_of(lambda: mx.eval(mx.grad(total)(hidden)))
 
     whole, chunked = peak(2**40), peak(logits_bytes // 32)
     assert whole > 4 * logits_bytes
@@ -160,10 +158,7 @@ def test_a_frozen_head_keeps_no_logits_for_the_backward_pass():
         logp, gradient = mx.value_and_grad(
             lambda hidden: head.score(hidden, tokens, mx.ones(384), chunk_bytes=2**20)[0].sum()
         )(hidden)
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(logp, gradient)
-        return mx.get_peak_memory() - before
+        return peak_of(lambda: mx.eval(logp, gradient))
 
     mx.eval(model.parameters(), hidden)
     assert after_forward(False) < after_forward(True)
@@ -202,14 +197,10 @@ def test_recomputing_takes_less_memory():
     AdapterContainer.from_model(model, AdapterConfig(rank=2))
     (batch,) = batch_for(groups_of((4, [120] * 16)), size=16)
     read = Reader(model, find_head(model), share_prompts=True)
-    peaks = []
-    for again in (False, True):
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        if again:
-            with recomputing(model):
-                gradient_of(model, read, batch)
-        else:
-            gradient_of(model, read, batch)
-        peaks.append(mx.get_peak_memory() - before)
-    assert peaks[1] < peaks[0] / 2
+
+    def peak():
+        return peak_of(lambda: gradient_of(model, read, batch))
+
+    kept = peak()
+    with recomputing(model):
+        assert peak() < kept / 2

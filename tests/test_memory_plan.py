@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.bases import BASES, arrays, in_bfloat16, packed
+from tests.memory import peak_of
 from tests.tiny import SIZES, TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy import algorithms
 from textpolicy.adapters import (
@@ -315,14 +316,6 @@ def prepared(blocks, shape, config, mode):
         quantize(model, mode=mode)
     AdapterContainer.from_model(model, adapter_config(config))
     return model, before
-
-
-def peak_of(compute, before):
-    gc.collect()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    compute()
-    return mx.get_peak_memory() - before
 
 
 def planned_for(step):

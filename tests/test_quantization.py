@@ -7,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.bases import arrays, packed, trained
+from tests.memory import peak_of
 from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.adapters import (
     AdapterConfig,
@@ -251,11 +252,7 @@ def test_float_weights_do_not_wait_for_the_backward_pass(mode):
                 x = mx.tanh(multiply(layer, x))
             return x.sum()
 
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(mx.value_and_grad(loss)(x))
-        return mx.get_peak_memory() - before
+        return peak_of(lambda: mx.eval(mx.value_and_grad(loss)(x)))
 
     mx.eval(model.parameters(), x)
     floats = 100 * 512 * 512 * 4

@@ -11,6 +11,7 @@ import mlx.optimizers as optim
 import pytest
 
 import textpolicy as tp
+from tests.memory import peak_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.errors import DataError
 from textpolicy.training.optimizer import build_optimizer
@@ -222,12 +223,8 @@ def test_memory_is_saved_by_smaller_batches_and_by_gradient_checkpointing(prepar
     long = [" ".join(TRAIN[n : n + 20]) for n in range(8)]
 
     def peak(**options):
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        parameters = small(iterations=2, **options)
-        train_sft(model, long, [], optim.Adam(1e-3), tokenizer=tokenizer, parameters=parameters)
-        return mx.get_peak_memory() - before
+        told = {"tokenizer": tokenizer, "parameters": small(iterations=2, **options)}
+        return peak_of(lambda: train_sft(model, long, [], optim.Adam(1e-3), **told))
 
     whole = peak(batch_size=8)
     assert peak(batch_size=1, accumulation=8) < 0.5 * whole

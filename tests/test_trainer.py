@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.memory import peak_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, TrainingError
@@ -76,10 +77,7 @@ def test_micro_batches_bound_memory(load_tiny):
     for size in (None, 1):
         _, trainer, groups = setup(load_tiny, micro_batch_size=size)
         trainer.train(groups)
-        mx.reset_peak_memory()
-        start = mx.get_active_memory()
-        trainer.train(groups)
-        peaks[size] = mx.get_peak_memory() - start
+        peaks[size] = peak_of(partial(trainer.train, groups))
     assert peaks[1] < peaks[None] / 2
 
 
