@@ -33,8 +33,8 @@ setup-dev: $(STAMP_DEV) ## The same with the tools for tests and checks
 demo: setup ## Train the embedded model on addition and show the accuracy rise
 	@$(BIN)/textpolicy demo
 
-test: setup-dev ## Run the whole test suite
-	@$(BIN)/python -m pytest
+test: setup-dev ## Run the whole test suite, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup-dev ## Run the quick tests: about two minutes on two cores
 	@$(BIN)/python -m pytest -m "not slow and not learning and not download"

@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from tests.timing import least_seconds
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rewards import Rewards, Scorer, load_reward, sample_of
 
@@ -126,17 +127,14 @@ def samples(*completions):
 
 
 def timed(scorer, *completions):
-    """The verdicts, and the seconds that they took: the least of three tries, if it takes more.
+    """The verdicts, and the seconds that they took."""
+    verdicts = []
 
-    A machine with more to do than cores stops us for longer than all that is measured here.
-    """
-    times = []
-    while True:
-        started = time.perf_counter()
-        verdicts = scorer.score(samples(*completions))
-        times.append(time.perf_counter() - started)
-        if min(times) < ALLOWED or len(times) == 3:
-            return verdicts, min(times)
+    def score():
+        verdicts[:] = scorer.score(samples(*completions))
+
+    seconds = least_seconds(score, below=ALLOWED)
+    return verdicts, seconds
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -158,13 +156,11 @@ def test_a_fault_costs_its_sample_and_no_more_than_the_timeout(scorers, fault, p
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_ends_the_run_in_time_where_it_is_to_fail(scorers, fault):
-    times = []
-    while not times or (min(times) >= ALLOWED and len(times) < 3):
-        started = time.perf_counter()
+    def score():
         with pytest.raises(RewardError, match=FAULTS[fault]):
             scorers["fail"].score(samples("before", fault, "after"))
-        times.append(time.perf_counter() - started)
-    assert min(times) < ALLOWED
+
+    assert least_seconds(score, below=ALLOWED) < ALLOWED
 
 
 @pytest.mark.parametrize("what", HARMLESS)
