@@ -159,6 +159,24 @@ def test_a_checkpoint_that_is_damaged_is_passed_over(tmp_path, whole, capsys):
     same_end(directory, whole)
 
 
+def test_lost_numbers_are_told_and_a_run_whose_beginning_is_lost_is_refused(tmp_path, capsys):
+    small = ["--steps", "3", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
+    directory = RunDirectory(tmp_path / "run")
+    assert main(["train", "--env", "add", *small, "--output", str(directory.path)]) == 0
+    lines = directory.metrics.read_text().splitlines(keepends=True)
+    resume = ["train", "--resume", str(directory.path)]
+
+    directory.metrics.write_text(lines[0])
+    assert main(resume) == 0
+    assert "has no rows of 2 steps, from 1 on" in capsys.readouterr().err
+
+    for content in ("", lines[1]):
+        directory.metrics.write_text(content)
+        assert main(resume) == 1
+        message = capsys.readouterr().err
+        assert "no row of the first step" in message and str(directory.latest) in message
+
+
 FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
