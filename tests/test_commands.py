@@ -17,6 +17,7 @@ from textpolicy.config.sft import SFTConfig
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.runs import RunDirectory
 
+COMMAND = [sys.executable, "-c", "from textpolicy.cli import main; raise SystemExit(main())"]
 GREEDY = {"max_tokens": 6, "temperature": 0}
 
 
@@ -245,6 +246,38 @@ def test_runs_are_listed_with_how_far_they_came(runs, answer, capsys):
     assert (found["stopped"]["algorithm"], found["taught"]["algorithm"]) == ("dapo", "sft")
     assert main(["runs", str(runs)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_a_run_that_cannot_be_read_hides_no_other_and_is_told_of_when_named(runs, answer, failure):
+    (runs / "stopped" / "config.toml").write_text("[run\n")
+    states = {one["name"]: one["state"] for one in answer("runs", str(runs))["runs"]}
+    assert states == {"finished": "finished", "stopped": "unreadable", "taught": "finished"}
+    assert "is not TOML" in failure("runs", str(runs / "stopped"), code=1)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(runs):
+    command = [*COMMAND, "runs", str(runs)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
+def test_a_run_goes_on_when_the_reader_of_its_progress_is_gone(tmp_path):
+    small = ["--steps", "3", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
+    argv = ["train", "--env", "add", *small, "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [*COMMAND, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert RunDirectory(tmp_path / "run").report.is_file()
 
 
 def test_a_run_whose_lock_is_held_is_running(runs, answer):

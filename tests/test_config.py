@@ -119,6 +119,8 @@ def test_a_wrong_assignment_is_refused_with_what_would_do(argument, words):
         ("[trainer]\nlr = nan", ["trainer.lr is nan"]),
         ("[trainer]\nlr = true", ["trainer.lr is True"]),
         ("[run]\nsteps = 2.5", ["run.steps is 2.5; expected a whole number, at least 1"]),
+        ("[run]\nseed = -1", ["run.seed is -1; expected a whole number from 0 to 2^64 - 1"]),
+        ("[run]\nseed = 18446744073709551616", ["run.seed is 18446744073709551616"]),
         ("[run]\nsteps = true", ["run.steps is True"]),
         ("[trainer]\nschedule = 'steep'", ["one of constant, linear, cosine"]),
         ("[adapter]\nkeys = 'q_proj'", ["expected a list of texts"]),

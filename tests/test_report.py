@@ -106,6 +106,29 @@ def test_curves_have_every_step_of_the_metrics_file_and_what_is_not_finite_is_le
     assert "loss" not in facts
 
 
+@pytest.mark.parametrize("steps", [20, 500])
+def test_what_a_step_did_not_do_took_no_time_so_that_parts_lie_on_top_of_each_other(
+    tmp_path, steps
+):
+    files = RunFiles(tmp_path / "metrics.jsonl")
+    for step in range(steps):
+        row = {"reward": 1.0, "time/step": 3.0, "time/generate": 2.0}
+        row |= {"time/checkpoint": 1.0} if step else {"time/evaluate": 8.0}
+        files.write(step, row)
+    # The last evaluation is of no step.
+    files.write(steps, {"version": 1.0, "time/evaluate": 8.0})
+    files.close()
+    (run,) = data_in(write_report([tmp_path]))["runs"]
+    parts = [
+        dict(run["metrics"][f"time/{name}"]) for name in ("generate", "checkpoint", "evaluate")
+    ]
+    assert parts[0].keys() == parts[1].keys() == parts[2].keys()
+    first, *_, last = parts[0]
+    stretch = 1 if steps == 20 else 2
+    assert [part[last] for part in parts] == [2, 1, 0]
+    assert [part[first] for part in parts] == [2, 1 - 1 / stretch, 8 / stretch]
+
+
 def test_a_long_run_is_drawn_by_means_and_its_samples_are_spread_over_it(tmp_path):
     folder = make_run(tmp_path / "run", steps=500)
     (run,) = data_in(write_report([folder]))["runs"]

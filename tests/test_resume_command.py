@@ -125,6 +125,19 @@ def test_another_config_is_refused_with_the_differences_unless_forced(whole, tmp
     assert main(["train", "--resume", str(whole.path), "--tensorboard"]) == 0
 
 
+def test_a_run_goes_on_where_it_lies_and_is_not_taken_elsewhere(tmp_path, capsys):
+    small = ["--steps", "2", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
+    begun, moved, elsewhere = (tmp_path / name for name in ("begun", "moved", "elsewhere"))
+    assert main(["train", "--env", "add", *small, "--output", str(begun)]) == 0
+    begun.rename(moved)
+    resume = ["train", "--resume", str(moved)]
+    assert main([*resume, "--output", str(elsewhere)]) == 2
+    assert "goes on in that folder" in capsys.readouterr().err
+    assert main([*resume, "--output", str(moved)]) == 0
+    assert main(resume) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
 def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "holds no run to go on with" in capsys.readouterr().err
@@ -157,6 +170,24 @@ def test_a_checkpoint_that_is_damaged_is_passed_over(tmp_path, whole, capsys):
     assert main(["train", "--resume", str(directory.path)]) == 0
     assert "passed over" in capsys.readouterr().err
     same_end(directory, whole)
+
+
+def test_lost_numbers_are_told_and_a_run_whose_beginning_is_lost_is_refused(tmp_path, capsys):
+    small = ["--steps", "3", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
+    directory = RunDirectory(tmp_path / "run")
+    assert main(["train", "--env", "add", *small, "--output", str(directory.path)]) == 0
+    lines = directory.metrics.read_text().splitlines(keepends=True)
+    resume = ["train", "--resume", str(directory.path)]
+
+    directory.metrics.write_text(lines[0])
+    assert main(resume) == 0
+    assert "has no rows of 2 steps, from 1 on" in capsys.readouterr().err
+
+    for content in ("", lines[1]):
+        directory.metrics.write_text(content)
+        assert main(resume) == 1
+        message = capsys.readouterr().err
+        assert "no row of the first step" in message and str(directory.latest) in message
 
 
 FULL_DISK = """

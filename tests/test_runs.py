@@ -92,6 +92,18 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     assert left == [".latest.json"] * 3 + [".lock"]
 
 
+def test_a_config_is_replaced_whole_or_not_at_all(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.write_config("steps = 4\n")
+    # A text that no file can hold, found only when it is written.
+    with pytest.raises(UnicodeEncodeError):
+        directory.write_config("steps = '\udc80'\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+    assert directory.config.read_text() == "steps = 4\n"
+    directory.write_config("steps = 5\n")
+    assert directory.config.read_text() == "steps = 5\n"
+
+
 def test_a_new_run_takes_no_directory_that_is_there(tmp_path):
     first = new_directory("hf:open/gsm8k", tmp_path)
     assert first.path.name == "hf-open-gsm8k"

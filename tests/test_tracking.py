@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import RunFiles, read_metrics, read_rows
 from textpolicy.tracking.open import Services, open_tracker, run_id_of
@@ -150,6 +150,19 @@ def test_going_on_from_a_step_drops_its_rows_and_an_unfinished_line(tmp_path, st
     old = [s for s in (0, 1, 1, 2, 3) if s < step]
     assert [row["step"] for row in read_rows(metrics)] == [*old, step]
     assert [row["step"] for row in read_rows(samples)] == [*old, step]
+
+
+@pytest.mark.parametrize("line", ["{garbage\n", '{"loss": 1}\n', '{"step": "1"}\n', "\x00\n"])
+def test_going_on_loses_no_rows_that_stand_behind_a_damaged_line(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n' + line + '{"step": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"metrics\.jsonl is damaged: its line 2"):
+        RunFiles(path, resume_step=3)
+    assert path.read_bytes() == before
+    # Rows that are made again anyway may be anything.
+    RunFiles(path, resume_step=0).close()
+    assert path.read_bytes() == b""
 
 
 def test_a_sample_is_all_that_is_known_of_a_completion_and_its_text_is_exact(tmp_path):
@@ -331,3 +344,8 @@ def test_a_run_keeps_the_id_that_services_know_it_by(tmp_path):
     assert run_id_of(tmp_path) == run_id_of(tmp_path)
     (tmp_path / "other").mkdir()
     assert run_id_of(tmp_path / "other") != run_id_of(tmp_path)
+
+
+def test_a_process_killed_before_it_wrote_the_id_leaves_none_that_is_empty(tmp_path):
+    (tmp_path / ".tracking-id").touch()
+    assert run_id_of(tmp_path) == run_id_of(tmp_path) != ""

@@ -190,6 +190,7 @@ def test_an_address_where_nobody_answers_makes_an_offline_run(train, plain, monk
     directory, said = train("dead", Services(wandb="project"))
     assert len(said) == 1
     assert said[0].startswith("W&B: no server answered, so the run is kept offline (")
+    assert said[0].endswith("/wandb/offline-run-*")
     assert timeless(read_metrics(directory.metrics)) == plain
 
 

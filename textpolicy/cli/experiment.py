@@ -14,6 +14,7 @@ from textpolicy.cli.recording import tracker_of
 from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.cli.tasks import elsewhere, find_task
 from textpolicy.config import TrainConfig, to_toml
+from textpolicy.errors import DataError
 from textpolicy.evaluation import Evaluator, HeldOut, Score
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import Incident, Rewards, Scorer
@@ -68,7 +69,7 @@ def run_experiment(
         experiment = assemble(config, environment, reward, algorithm, directory)
         first = experiment.trainer.version
         prepare(experiment)
-        directory.config.write_text(to_toml(config), "utf-8")
+        directory.write_config(to_toml(config))
         checkpoints = checkpoints_of(directory, config)
         resume = _newest(checkpoints, console)
         if resume:
@@ -92,7 +93,7 @@ def run_experiment(
             stop_on_alarm=config.run.stop_on_collapse,
         )
         started = time.perf_counter()
-        before = _begin(observer, directory, resume)
+        before = _begin(observer, directory, resume, console)
         with stopping(console.note) as request:
             _train(
                 experiment,
@@ -144,11 +145,21 @@ def _put_back(experiment: Experiment, checkpoint: Checkpoint) -> None:
     experiment.policy.reload(experiment.trainer.published)
 
 
-def _begin(observer: Observer, directory: RunDirectory, resume: Checkpoint | None) -> Score:
+def _begin(
+    observer: Observer, directory: RunDirectory, resume: Checkpoint | None, console: Console
+) -> Score:
     """The score before the first step: measured, or as the run's first row has it."""
     if resume is None:
         return observer.evaluate("before")
     rows = read_metrics(directory.metrics)
+    if not rows or "eval/reward" not in rows[0]:
+        raise DataError(
+            f"{directory.metrics} has no row of the first step, with what the run began at. Put "
+            f"the file back as it was, or begin a new run from the adapters: {directory.latest}"
+        )
+    if lost := set(range(resume.step)) - {int(row["step"]) for row in rows}:
+        # A full disk, or a machine that lost power.
+        console.note(f"{directory.metrics} has no rows of {len(lost)} steps, from {min(lost)} on")
     observer.go_on(rows, resume.step)
     return observer.score_in(rows[0])
 

@@ -31,8 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{failed}{error}", file=sys.stderr)
         return _exit_code(error)
     if text := json.dumps(report.data) if options.json else report.text:
-        print(text)
+        _answer(text)
     return report.exit_code
+
+
+def _answer(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # A reader such as `head` has seen enough; Python would try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_code(error: Exception) -> int:

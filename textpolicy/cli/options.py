@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from textpolicy.cli.flags import Parser, add_config_file, add_resume, add_setting, add_settings
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
-from textpolicy.config.settings import Limit, Option, Setting, above, at_least
+from textpolicy.config.settings import SEED, Limit, Option, Setting, above, at_least
 
 DEFAULTS = TrainConfig()
 _SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
@@ -152,7 +152,15 @@ def _drawing(parser: ArgumentParser) -> None:
     _own(parser, "top_k", int, 0, text, limit=at_least(0))
     text = "draw from tokens at least this probable, relative to the likeliest"
     _own(parser, "min_p", float, 0.0, text, limit=at_least(0))
-    _own(parser, "seed", int | None, None, "makes what is sampled repeatable", unset="random")
+    _own(
+        parser,
+        "seed",
+        int | None,
+        None,
+        "makes what is sampled repeatable",
+        unset="random",
+        limit=SEED,
+    )
 
 
 def _fuse(parser: ArgumentParser) -> None:

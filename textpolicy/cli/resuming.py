@@ -4,6 +4,7 @@ import shlex
 from argparse import Namespace
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from textpolicy.cli.flags import configured
@@ -31,10 +32,18 @@ def taken_up(
         )
     begun = read_toml(directory.config, defaults)
     config = configured(begun, options)
+    changes = [
+        (then, now)
+        for then, now in zip(settings_of(begun), settings_of(config), strict=True)
+        if then.default != now.default
+    ]
+    for _, now in changes:
+        if now.key == "run.output":
+            _check_place(directory, now.default)
     differing = [
         f"{then.key}: {then.default!r} there, {now.default!r} now"
-        for then, now in zip(settings_of(begun), settings_of(config), strict=True)
-        if then.default != now.default and not {then.key, then.section} & set(free)
+        for then, now in changes
+        if not {then.key, then.section} & set(free)
     ]
     if differing and not options.force:
         raise ConfigError(
@@ -43,6 +52,15 @@ def taken_up(
             + "\nLeave these out, or go on with them all the same by --force"
         )
     return config, directory
+
+
+def _check_place(directory: RunDirectory, output: Path | None) -> None:
+    """A run goes on where it lies, also if it was moved there."""
+    if output and output.resolve() != directory.path.resolve():
+        raise ConfigError(
+            f"the run in {directory.path} goes on in that folder, and --output is {output}: leave "
+            "--output out, or move the folder and name its new place by --resume"
+        )
 
 
 @contextmanager

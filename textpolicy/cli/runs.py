@@ -27,7 +27,7 @@ class RunSummary:
     steps: int
     planned: int
     best: float | None
-    state: Literal["running", "finished", "stopped"]
+    state: Literal["running", "finished", "stopped", "unreadable"]
 
 
 def run(options: Namespace) -> Report:
@@ -35,7 +35,10 @@ def run(options: Namespace) -> Report:
     found = [directory for path in paths for directory in _runs_in(path)]
     if len(paths) > 1 and all(RunDirectory(path).begun for path in paths):
         return _compare(found)
-    summaries = [_summary(directory) for directory in found]
+    summaries = [
+        _summary(directory) if directory.path in paths else _among_others(directory)
+        for directory in found
+    ]
     if not summaries:
         return Report(data={"runs": []}, text=f"no runs in {', '.join(map(str, paths))}")
     return Report(data={"runs": [asdict(one) for one in summaries]}, text=_listed(summaries))
@@ -67,6 +70,22 @@ def _config(directory: RunDirectory) -> dict[str, Any]:
 
 def _rows(directory: RunDirectory) -> list[dict[str, Any]]:
     return read_metrics(directory.metrics) if directory.metrics.is_file() else []
+
+
+def _among_others(directory: RunDirectory) -> RunSummary:
+    """One that cannot be read hides no other; named by itself it is told why."""
+    try:
+        return _summary(directory)
+    except DataError:
+        return RunSummary(
+            name=directory.path.name,
+            task="-",
+            algorithm="-",
+            steps=0,
+            planned=0,
+            best=None,
+            state="unreadable",
+        )
 
 
 def _summary(directory: RunDirectory) -> RunSummary:

@@ -107,7 +107,7 @@ def _train(config: SFTConfig, source: str, directory: RunDirectory, console: Con
     checkpoint = parameters.checkpoint_file
     resume = checkpoint if checkpoint and checkpoint.exists() else None
     resume_step = checkpoint_iteration(resume) + 1 if resume else 0
-    directory.config.write_text(to_toml(config), "utf-8")
+    directory.write_config(to_toml(config))
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
     tracking = tracker_of(config, directory, console, resume_step=resume_step, sample_groups=0)
@@ -205,7 +205,9 @@ def _facts(outcome: Outcome, directory: RunDirectory) -> dict[str, object]:
         "iterations": f"{result.iteration}{how} in {outcome.seconds:.0f} s",
     }
     if result.validation_loss is not None:
-        facts["validation loss"] = f"{losses[0]:.4f} before, {result.validation_loss:.4f} after"
+        # A file that could not be written to has none.
+        before = f"{losses[0]:.4f} before, " if losses else ""
+        facts["validation loss"] = f"{before}{result.validation_loss:.4f} after"
     if outcome.test_loss is not None:
         facts["test loss"] = f"{outcome.test_loss:.4f}"
     facts["adapters"] = directory.latest

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from textpolicy.config.kinds import Table
-from textpolicy.config.settings import FINITE, above, at_least, check, option
+from textpolicy.config.settings import FINITE, SEED, above, at_least, check, option
 from textpolicy.errors import ConfigError
 
 ALGORITHMS = (
@@ -407,7 +407,7 @@ class RunOptions:
         metavar="DIR",
     )
     steps: int = option(200, "rounds of sampling and training", limit=at_least(1))
-    seed: int = option(0, "makes the run repeatable")
+    seed: int = option(0, "makes the run repeatable", limit=SEED)
     checkpoint_every: int = option(1, "steps from one checkpoint to the next", limit=at_least(1))
     keep_checkpoints: int = option(2, "checkpoints that are kept", limit=at_least(1))
     sample_groups: int | None = option(

@@ -37,6 +37,10 @@ def above(low: float, *, infinite: bool = False) -> Limit:
     return Limit(holds=lambda x: x > low and (infinite or x < math.inf), words=f" above {low}")
 
 
+# What a random key of mlx is made from.
+SEED = Limit(holds=lambda x: 0 <= x < 2**64, words=" from 0 to 2^64 - 1")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
     """What a field says of itself beside its name, type and default.

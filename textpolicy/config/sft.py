@@ -16,7 +16,7 @@ from textpolicy.config.sections import (
     Schedule,
     TrackingOptions,
 )
-from textpolicy.config.settings import above, at_least, check, option
+from textpolicy.config.settings import SEED, above, at_least, check, option
 from textpolicy.errors import ConfigError
 
 
@@ -93,7 +93,7 @@ class SFTRunOptions:
         unset="a new one in runs",
         metavar="DIR",
     )
-    seed: int = option(0, "makes the run repeatable")
+    seed: int = option(0, "makes the run repeatable", limit=SEED)
     steps_per_report: int = option(10, "updates in a report", limit=at_least(1))
     steps_per_eval: int = option(100, "updates from one validation to the next", limit=at_least(1))
     validation_batches: int = option(10, "batches to validate on; 0 is all", limit=at_least(0))

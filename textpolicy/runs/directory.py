@@ -111,6 +111,12 @@ class RunDirectory:
     def _lock(self) -> Path:
         return self.path / ".lock"
 
+    def write_config(self, text: str) -> None:
+        """Keep the config; a kill leaves the one of before or this one, never half of one, which
+        would be taken for a config with other options."""
+        with replacing(self.config) as temporary:
+            temporary.write_text(text, "utf-8")
+
     def keep(self, adapter: Path, name: str | None = None) -> Path:
         """Keep an adapter file under its version, or a name such as "best"; returns the new path.
 

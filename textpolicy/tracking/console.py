@@ -4,6 +4,7 @@ import os
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
 from textpolicy.tracking.course import Course, clock_face, time_shares
@@ -89,8 +90,10 @@ class Lines:
 
     def note(self, text: str) -> None:
         """Write a line."""
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        # A reader that is gone, as `head` is after its lines, ends no run that goes on overnight.
+        with suppress(BrokenPipeError):
+            self._stream.write(text + "\n")
+            self._stream.flush()
 
     def close(self) -> None:
         """Every line has ended."""

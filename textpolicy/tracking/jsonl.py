@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from textpolicy.errors import DataError
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import json_number
 from textpolicy.types import Metrics
@@ -59,11 +60,21 @@ class _LineFile:
 def cut_back(path: Path, step: int) -> None:
     """Drop the rows of `step` and later, and a line that a killed run left unfinished.
 
-    One truncation: a reader, or another kill, finds the old file or the new one.
+    One truncation: a reader, or another kill, finds the old file or the new one. A damaged line
+    that others follow is no kill's, and an error: what follows is not to be lost.
     """
-    if path.exists():
-        earlier = takewhile(lambda line: line[1]["step"] < step, _lines(path))
-        os.truncate(path, sum(length for length, _ in earlier))
+    if not path.exists():
+        return
+    earlier = [n for n, _ in takewhile(lambda line: line[1]["step"] < step, _lines(path))]
+    with path.open("rb") as file:
+        file.seek(sum(earlier))
+        line = file.readline()
+        if _row(line) is None and file.read(1):
+            raise DataError(
+                f"{path} is damaged: its line {len(earlier) + 1} is no row with a step, and others "
+                "follow. Put the file back as it was, or take that line out"
+            )
+    os.truncate(path, sum(earlier))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -84,13 +95,18 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Length in bytes and content of each line, up to one that is not whole."""
     with path.open("rb") as file:
         for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                return
-            if not (line.endswith(b"\n") and isinstance(row, dict) and "step" in row):
+            if (row := _row(line)) is None:
                 return
             yield len(line), row
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if whole else None
 
 
 def _is_number(value: object) -> bool:

@@ -104,7 +104,8 @@ def _makers(
 def run_id_of(folder: Path) -> str:
     """What services know the run in this folder by: made once, and kept there."""
     file = folder / _ID
-    if not file.is_file():
+    # A process that was killed before it had written leaves an empty one.
+    if not (file.is_file() and file.stat().st_size):
         file.write_text(secrets.token_hex(4), encoding="utf-8")
     return file.read_text(encoding="utf-8")
 

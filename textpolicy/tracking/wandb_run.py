@@ -61,13 +61,14 @@ class WandbRun:
             ),
         }
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        sync = f"to upload it: wandb sync {self._folder}/offline-run-*"
         if mode == "offline":
-            notice(f"kept offline; to upload it: wandb sync {self._folder}/offline-run-*")
+            notice(f"kept offline; {sync}")
         wandb.setup(options["settings"])
         try:
             self._run = wandb.init(mode=cast(Any, mode), **options)
         except wandb.errors.CommError as error:
-            notice(f"no server answered, so the run is kept offline ({_first_line(error)})")
+            notice(f"no server answered, so the run is kept offline ({_first_line(error)}); {sync}")
             # The service holds the id of a run that failed to begin.
             wandb.teardown()
             wandb.setup(options["settings"])

@@ -10,6 +10,7 @@ from typing import Any
 from textpolicy.errors import DataError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.tracking.report.charts import STACKED
 from textpolicy.tracking.report.samples import choose_samples
 
 # A chart is some hundreds of pixels wide.
@@ -36,10 +37,17 @@ def read_run(path: Path, *, sample_bytes: int) -> dict[str, Any]:
         "name": path.resolve().name,
         "config": config,
         "facts": [*_settings(config), *_facts(rows)],
-        "metrics": {name: _thinned(_points(rows, name)) for name in names},
+        "metrics": {name: _thinned(_drawn(rows, name)) for name in names},
         "samples": samples,
         "samples_total": total,
     }
+
+
+def _drawn(rows: Rows, name: str) -> Points:
+    if name not in STACKED:
+        return _points(rows, name)
+    # What a step did not do took no time in it.
+    return [(row["step"], row.get(name, 0.0)) for row in rows if "time/step" in row]
 
 
 def _points(rows: Rows, name: str) -> Points:
