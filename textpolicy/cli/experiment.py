@@ -68,11 +68,12 @@ def run_experiment(
         experiment = assemble(config, environment, reward, algorithm, directory)
         first = experiment.trainer.version
         prepare(experiment)
-        directory.config.write_text(to_toml(config), "utf-8")
         checkpoints = checkpoints_of(directory, config)
         resume = _newest(checkpoints, console)
         if resume:
             _put_back(experiment, resume)
+        # Not before: options that the checkpoint does not take must not stay behind.
+        directory.config.write_text(to_toml(config), "utf-8")
         scorer = open_scorer(opened, experiment.reward, console)
         tracker = tracker_of(
             config,
