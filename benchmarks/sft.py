@@ -52,9 +52,11 @@ from textpolicy.training.sft import (
     TrainReport,
     train_sft,
 )
+from textpolicy.training.sft.batches import Epochs
 from textpolicy.types import Progress
 
 RANK, SCALE, LEARNING_RATE, BATCH = 8, 20.0, 1e-4, 4
+REPORT = 10
 # Relative difference of the loss of any one update. float32 sums in another order, and what the
 # optimizer makes of it over the run.
 TOLERANCE = 1e-3
@@ -185,6 +187,7 @@ def ours(
     steps: int,
     every: int,
 ) -> Outcome:
+    """A run on the batches given, or on those that this library draws of the demonstrations."""
     model = prepared(name)
     adapted(model)
     clock = Clock()
@@ -202,14 +205,15 @@ def ours(
             model, source, [], optim.Adam(LEARNING_RATE), parameters=settings, on_progress=note
         )
 
-    return measured(run, clock, steps, every, demonstrations, batches)
+    drawn = Epochs(demonstrations, BATCH, settings.seed).epoch(0)
+    return measured(run, clock, every, batches or [[one for (one,) in rows] for rows in drawn])
 
 
 def theirs(
     name: str,
     start: dict[str, mx.array],
     demonstrations: list[Demonstration],
-    batches: list[list[Demonstration]] | None,
+    batches: list[list[Demonstration]],
     steps: int,
     every: int,
     loss: Callable[..., Any] = peer.default_loss,
@@ -240,16 +244,11 @@ def theirs(
                 training_callback=clock,
             )
 
-    return measured(run, clock, steps, every, demonstrations, batches)
+    return measured(run, clock, every, batches)
 
 
 def measured(
-    run: Callable[[], None],
-    clock: Clock,
-    steps: int,
-    every: int,
-    demonstrations: list[Demonstration],
-    batches: list[list[Demonstration]] | None,
+    run: Callable[[], None], clock: Clock, every: int, batches: list[list[Demonstration]]
 ) -> Outcome:
     """The rate between the first report and the last, since compiling and the like come before."""
     gc.collect()
@@ -257,13 +256,9 @@ def measured(
     mx.reset_peak_memory()
     run()
     peak = mx.get_peak_memory() / 1e6
-    if batches is None:
-        share = BATCH * (steps - every) / len(demonstrations)
-        tokens = share * sum(len(one.tokens) - 1 for one in demonstrations)
-    else:
-        tokens = sum(len(one.tokens) - 1 for batch in batches[every:steps] for one in batch)
+    tokens = sum(len(one.tokens) - 1 for batch in batches[every:] for one in batch)
     seconds = clock.times[-1] - clock.times[0]
-    rate = tokens / seconds if seconds else 0.0
+    rate = tokens / seconds
     return Outcome(losses=clock.losses, tokens_per_second=rate, peak_mb=peak)
 
 
@@ -286,8 +281,8 @@ def compare(name: str, steps: int, repeats: int) -> dict[str, Any]:
     for kind, given in (("same_batches", batches), ("own_batches", None)):
         pairs = [
             (
-                ours(name, demonstrations, given, steps, 10),
-                theirs(name, start, demonstrations, given, steps, 10),
+                ours(name, demonstrations, given, steps, REPORT),
+                theirs(name, start, demonstrations, batches, steps, REPORT),
             )
             for _ in range(repeats)
         ]
@@ -309,6 +304,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="answer with one JSON object")
     parser.add_argument("--output", type=Path, help="write that object to this file too")
     options = parser.parse_args()
+    if options.steps <= REPORT:
+        parser.error(f"--steps is {options.steps}; expected more than {REPORT}: rates begin there")
     if fast_cpu.status().threads:
         fast_cpu.use_threads(1)
     record = {

@@ -811,6 +811,28 @@ def test_a_scale_that_was_set_is_the_scale_that_is_written(tmp_path):
     assert mx.array_equal(model(TOKENS), other(TOKENS))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdapterConfig(rank=2, dropout=0.5),
+        AdapterConfig(rules=[LoRARule(module_path=".*q_proj", rank=2, dropout=0.5)]),
+        AdapterConfig.from_dict({"target_modules": ["q_proj"], "r": 2, "lora_dropout": 0.5}),
+    ],
+    ids=["words", "rules", "peft"],
+)
+def test_adapters_are_loaded_with_another_dropout_than_they_were_trained_with(tmp_path, config):
+    path = tmp_path / "a.safetensors"
+    trained, model, tokens = qwen3_model(), qwen3_model(), mx.array([[5, 17, 3]])
+    first = AdapterContainer.from_model(trained, config)
+    first.swap({name: array + 0.1 for name, array in first.parameters().items()})
+    first.publish(path)
+    container = AdapterContainer.from_directory(path).load(model, dropout=0)
+    assert container.config == config.with_dropout(0) != config
+    assert container.config.dropout == 0
+    model.train()
+    assert mx.array_equal(model(tokens), trained.eval()(tokens))
+
+
 def test_a_swap_takes_the_dropout_of_the_file_and_does_not_turn_it_on(tmp_path):
     _model, path = other_rank(tmp_path, 4, dropout=0.5)
     model, container = adapt()

@@ -306,3 +306,26 @@ def test_sft_adapts_the_model_as_asked_and_goes_on_from_such_adapters(answer, fi
     told = ["--adapter-config", str(files / "rules.json"), "--output", str(files / "three")]
     answer("sft", *small, *told)
     assert {name.split(".")[-2] for name in learned(files / "three").arrays} == {"up_proj"}
+
+
+def test_reinforcement_learning_goes_on_from_adapters_trained_with_dropout(answer, files):
+    shown = ["--data", str(files / "shown.jsonl"), "--iterations", "1", "--validation-share", "0"]
+    answer("sft", *shown, "--dropout", "0.2", "--output", str(files / "warm"))
+    assert learned(files / "warm").config.dropout == 0.2
+    warm = str(files / "warm" / "adapters" / "latest.safetensors")
+    small = ["--env", "add", "--steps", "1", "--count", "4", "--groups-per-step", "2"]
+    task = [*small, "--reward", f"{files / 'rewards.py'}:checksum"]
+    answer("train", *task, "--adapter", warm, "--output", str(files / "rl"))
+    assert learned(files / "rl").config.dropout == 0.0
+    assert learned(files / "rl").version > learned(files / "warm").version
+
+
+def test_a_refused_resume_leaves_the_options_of_the_run(files, capsys):
+    small = ["--env", "add", "--steps", "1", "--count", "4", "--groups-per-step", "2"]
+    task = [*small, "--reward", f"{files / 'rewards.py'}:checksum", "--rank", "2"]
+    assert main(["train", *task, "--output", str(files / "run")]) == 0
+    config = (files / "run" / "config.toml").read_text()
+    resume = ["train", "--resume", str(files / "run"), "--steps", "2"]
+    assert main([*resume, "--rank", "3", "--force"]) == 1
+    assert (files / "run" / "config.toml").read_text() == config
+    assert main([*resume, "--force"]) == 0

@@ -204,7 +204,8 @@ def some_config(random: Random) -> TrainConfig:
         value = some_value(SETTINGS[key].annotation, random)
         with suppress(ConfigError):
             values[key] = SETTINGS[key].accept(value)
-    return changed(DEFAULTS, values | {"model.quantize": 4})
+    needed = {"model.quantize": 4, "tracking.wandb": "a project"}
+    return changed(DEFAULTS, values | needed)
 
 
 def test_whatever_the_values_are_they_are_written_and_read_back(read):
@@ -308,3 +309,8 @@ def test_the_page_of_options_says_what_the_configs_say():
     command = [sys.executable, str(ROOT / "tools" / "configuration_page.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_artifacts_need_a_project_to_go_to():
+    with pytest.raises(ConfigError, match="nothing is logged there; name a project, wandb"):
+        changed(SFTConfig(), {"tracking.wandb_artifacts": True})

@@ -60,3 +60,15 @@ def test_weight_decay_does_not_go_through_the_gradient():
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer(**({"learning_rate": 1.0} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"final_rate": 0.1}, "a constant one ends where it begins"),
+        ({"final_rate": -0.1, "schedule": "linear", "updates": 3}, "final_rate is -0.1"),
+    ],
+)
+def test_a_final_rate_that_cannot_be_reached_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(1.0, **options)

@@ -556,6 +556,46 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         )
 
 
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_no_update_is_made_of_a_loss_or_gradient_that_is_not_finite(place):
+    def loss(model, inputs, targets, lengths, *, mask):
+        value, tokens = sft_loss(model, inputs, targets, lengths, mask=mask)
+        # The gradient of a root at 0 is infinite.
+        bad = mx.array(float("nan")) if place == "loss" else mx.sqrt(model.table[0, 0] * 0)
+        return value + bad, tokens
+
+    model = Bigram()
+    before = mx.array(model.table)
+    with pytest.raises(TrainingError, match=f"the {place} is (nan|inf) after 0 iterations"):
+        train_sft(model, RAGGED, [], optim.SGD(learning_rate=0.1), loss=loss)
+    assert mx.array_equal(model.table, before)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run():
+    model = Bigram()
+    model.table[0] = float("nan")
+    bad = [demonstration([0], [3])]
+    with pytest.raises(TrainingError, match="the validation loss is nan after 0 iterations"):
+        train_sft(model, RAGGED[:2], bad, optim.SGD(learning_rate=0.1))
+
+
+def test_patience_without_validation_is_refused():
+    with pytest.raises(ConfigError, match="patience is 3, and there is nothing to validate on"):
+        train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), parameters=SFTParameters(patience=3))
+
+
+def test_paths_may_be_strings(tmp_path):
+    model = qwen3_model()
+    AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    names = {name: str(tmp_path / f"{name}.safetensors") for name in ("adapter", "best")}
+    paths = {f"{name}_path": path for name, path in names.items()}
+    paths["checkpoint_path"] = str(tmp_path / "further" / "c.safetensors")
+    parameters = SFTParameters(iterations=1, **paths)
+    train_sft(model, texts(4), texts(2), optim.SGD(0.1), parameters=parameters)
+    found = {str(path) for path in tmp_path.rglob("*.safetensors")}
+    assert found == set(paths.values())
+
+
 def test_a_loss_that_teaches_nothing_is_refused():
     def loss(model, inputs, targets, lengths, *, mask):
         return mx.array(1.0), mask.sum()
@@ -576,6 +616,7 @@ def test_a_demonstration_must_have_something_to_learn(mask):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"validation_batches": -1}, "validation_batches is -1"),
         ({"patience": 0}, "patience is 0"),
+        ({"checkpoint_path": "c.safetensors"}, "checkpoint_path is .*; give adapter_path too"),
         ({"completed_iterations": 7, "iterations": 5}, "completed_iterations is 7 of 5"),
     ],
 )

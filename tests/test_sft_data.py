@@ -28,12 +28,21 @@ ENDLESS = """\
 {%- for message in messages %}{{- message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{- 'assistant: ' }}{% endif %}
 """
+THOUGHTLESS = """\
+{%- for message in messages %}
+{{- message['role'] + ': ' + message['content'].split('</think>')[-1] + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant: ' }}{% endif %}
+"""
 CHAT = [
     {"role": "user", "content": "sort 31"},
     {"role": "assistant", "content": "13"},
     {"role": "user", "content": "sort 42"},
     {"role": "assistant", "content": "24"},
 ]
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +155,17 @@ def test_a_template_that_takes_earlier_answers_back_is_refused_for_several(token
     assert parts(tokenizer, one)[1] == "13<|im_end|>"
 
 
+def test_a_template_that_takes_thoughts_out_of_the_last_answer_is_refused(tokenizer):
+    tokenizer.chat_template = THOUGHTLESS
+    thinking = {"prompt": "1+1=", "completion": "<think>easy</think>2"}
+    with pytest.raises(DataError, match=r"row 1: .* leaves out a part of message 2"):
+        encode(tokenizer, thinking)
+    one = encode(tokenizer, {"prompt": "1+1=", "completion": "2"})
+    assert parts(tokenizer, one)[1] == "2<|im_end|>"
+    tokenizer.chat_template = THOUGHTLESS.replace(".split('</think>')[-1]", ".replace('>', '>\n')")
+    assert "<think>\neasy</think>\n2" in parts(tokenizer, encode(tokenizer, thinking))[1]
+
+
 def test_a_template_that_rewrites_what_was_read_is_refused(tokenizer):
     tokenizer.chat_template = COUNTING
     with pytest.raises(DataError, match=r"row 1: .* before message 2 otherwise"):
@@ -170,6 +190,8 @@ def test_a_template_without_stop_tokens_ends_the_last_answer_only(tokenizer):
         ({"messages": [{"role": "user"}]}, "a role and a content"),
         ({"messages": CHAT[:1]}, r"roles are \['user'\]; expected an assistant's answer"),
         ({"messages": CHAT[1:]}, "expected an assistant's answer to something"),
+        ({"messages": [*CHAT, CALL]}, "message 5 has 'tool_calls' beside its content"),
+        ({"messages": CHAT, "tools": [{"name": "add"}]}, "it has tools, which are not shown"),
         ({"prompt": "a<|im_end|>", "completion": "b"}, "spells '<|im_end|>'"),
     ],
 )
@@ -218,6 +240,17 @@ def test_a_validation_part_is_made_where_none_is_whatever_the_order(tmp_path, to
     assert not load_data(tmp_path / "a.jsonl", encoding, validation_share=0).valid
     with pytest.raises(DataError, match="validation_share is 1"):
         load_data(tmp_path / "a.jsonl", encoding, validation_share=1)
+
+
+@pytest.mark.parametrize("name", ["validation.jsonl", "val.txt"])
+def test_a_validation_part_of_another_name_is_not_passed_over(tmp_path, tokenizer, name):
+    encoding = Encoding(tokenizer=tokenizer)
+    for part in ("train.jsonl", name):
+        write(tmp_path / part, {"text": f"{part} 1"}, {"text": f"{part} 2"})
+    with pytest.raises(DataError, match=rf"{name} would not be read; call it valid\."):
+        load_data(tmp_path, encoding)
+    write(tmp_path / "valid.jsonl", {"text": "sort 3"})
+    assert len(load_data(tmp_path, encoding).valid) == 1
 
 
 def test_one_row_cannot_be_split(tokenizer):

@@ -17,6 +17,8 @@ from tests.tiny import qwen3_model
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files import read_file, write_tensors
+from textpolicy.cli import main
+from textpolicy.config import SFTConfig, read_toml
 from textpolicy.errors import AdapterError, ConfigError, TrainingError
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
@@ -197,6 +199,33 @@ def test_a_path_that_cannot_hold_adapters_is_refused_before_training(tmp_path):
     parameters = replace(PARAMETERS, adapter_path=tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match="the model has no adapters to save"):
         train_sft(plain, texts(4), [], optim.SGD(0.1), parameters=parameters)
+
+
+def test_options_that_the_checkpoint_does_not_take_leave_the_run_as_it_was(tmp_path, capsys):
+    data, folder = tmp_path / "train.jsonl", tmp_path / "run"
+    pairs = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(8)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    assert main(["sft", "--data", str(data), "--iterations", "2", "--output", str(folder)]) == 0
+    config, resume = (folder / "config.toml").read_text(), ["sft", "--resume", str(folder)]
+    assert main([*resume, "--batch-size", "2", "--force"]) == 1
+    assert "batch_size: 4 there, 2 now" in capsys.readouterr().err
+    assert (folder / "config.toml").read_text() == config
+    assert main([*resume, "--iterations", "3", "--lr", "1e-3", "--force"]) == 0
+    went_on = read_toml(folder / "config.toml", SFTConfig())
+    assert (went_on.trainer.iterations, went_on.trainer.lr) == (3, 1e-3)
+
+
+def test_a_run_that_diverges_leaves_what_was_saved_before(tmp_path):
+    trial = Trial(tmp_path / "a.safetensors", rate=1e-2)
+    trial.run(iterations=2)
+    file, checkpoint = trial.parameters.adapter_file, trial.parameters.checkpoint_file
+    saved = file.read_bytes(), checkpoint.read_bytes()
+    again = Trial(tmp_path / "a.safetensors", rate=1e30, warmup=0)
+    with pytest.raises(TrainingError, match=r"is (nan|inf) after \d iterations: lower the"):
+        again.run(resume=True, save_every=100, steps_per_report=100, steps_per_eval=100)
+    assert (file.read_bytes(), checkpoint.read_bytes()) == saved
+    arrays = read_file(file).arrays.values()
+    assert all(mx.isfinite(array).all() for array in arrays)
 
 
 # A real process, killed

@@ -80,3 +80,7 @@ class AdapterConfig:
     def dropout(self) -> float:
         """The largest dropout of any rule."""
         return max(rule.dropout for rule in self.rules)
+
+    def with_dropout(self, dropout: float) -> "AdapterConfig":
+        """The same config but for the dropout, which is then that of every rule."""
+        return AdapterConfig.of(self.selection.with_dropout(dropout))

@@ -271,13 +271,17 @@ class AdapterContainer:
 
     # The model
 
-    def load(self, model: nn.Module) -> "AdapterContainer":
+    def load(self, model: nn.Module, *, dropout: float | None = None) -> "AdapterContainer":
         """Put the adapters on an unadapted model, all or none of them, and freeze the rest.
 
-        A float base is quantized first where the adapters were made over a quantized one.
+        A float base is quantized first where the adapters were made over a quantized one. A
+        `dropout` takes the place of the one that the adapters have been trained with.
         """
         if self._current is not None:
             raise AdapterError("these adapters are on a model already: unload() them first")
+        if dropout is not None:
+            own = self._apart[self.name]
+            self._apart[self.name] = replace(own, config=own.config.with_dropout(dropout))
         _prepare_base(model, self._apart[self.name])
         original = Original.of(model)
         for adapter in self._apart.values():

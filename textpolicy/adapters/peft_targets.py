@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from textpolicy.adapters.rules import LoRARule
@@ -74,6 +74,9 @@ class PeftTargets:
             _first_match(self.rank_pattern, path, self.r),
             _first_match(self.alpha_pattern, path, self.lora_alpha),
         )
+
+    def with_dropout(self, dropout: float) -> "PeftTargets":
+        return replace(self, lora_dropout=dropout)
 
     def _rule(self, rank: int, alpha: float) -> LoRARule:
         return LoRARule(

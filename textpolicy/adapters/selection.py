@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal, Protocol, runtime_checkable
 
@@ -84,6 +84,10 @@ class Selection(Protocol):
         """The rule of a module that is known to have been chosen."""
         ...
 
+    def with_dropout(self, dropout: float) -> "Selection":
+        """The same choice, its rules with another dropout."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LastBlocks:
@@ -124,6 +128,9 @@ class LastBlocks:
 
     def rule_for(self, path: str) -> LoRARule:
         return self.rule
+
+    def with_dropout(self, dropout: float) -> "LastBlocks":
+        return replace(self, rule=replace(self.rule, dropout=dropout))
 
     def _first_block(self, layout: Layout) -> int:
         depth = layout.depth()
@@ -180,6 +187,9 @@ class RuleList:
 
     def rule_for(self, path: str) -> LoRARule:
         return next(rule for rule in self.rules if rule.matches(path))
+
+    def with_dropout(self, dropout: float) -> "RuleList":
+        return replace(self, rules=[replace(rule, dropout=dropout) for rule in self.rules])
 
     def _why_unused(self, index: int, before: int | None, layout: Layout) -> str:
         rule = self.rules[index]

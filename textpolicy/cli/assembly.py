@@ -76,7 +76,8 @@ def assemble(
     """
     sampling = sampling_of(config, environment)
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
-    adapters = adapt(model, config.adapter, config.model, config.run.seed)
+    # What a warm start left out of its inputs, the sampler does not: policy gradients have none.
+    adapters = adapt(model, config.adapter, config.model, config.run.seed, dropout_of_start=0.0)
     adapters.publish_path = directory.latest
     dynamic = DYNAMIC_ROUNDS if algorithm.dynamic_sampling else 1
     return Experiment(
@@ -114,9 +115,17 @@ def quantization_of(options: ModelOptions) -> dict[str, Any] | None:
 
 
 def adapt(
-    model: nn.Module, options: AdapterOptions, base: ModelOptions, seed: int
+    model: nn.Module,
+    options: AdapterOptions,
+    base: ModelOptions,
+    seed: int,
+    *,
+    dropout_of_start: float | None = None,
 ) -> AdapterContainer:
-    """Fresh adapters on the model, quantized first if that is asked for, or those of a file."""
+    """Fresh adapters on the model, quantized first if that is asked for, or those of a file.
+
+    `dropout_of_start` is that of a file's adapters from now on; None leaves them their own.
+    """
     quantization = quantization_of(base)
     if start := options.start:
         if quantization:
@@ -124,7 +133,7 @@ def adapt(
                 f"the model is to be quantized, and the adapters of {start} bring the base that "
                 "they were made over; leave out --quantize"
             )
-        return AdapterContainer.from_directory(start).load(model)
+        return AdapterContainer.from_directory(start).load(model, dropout=dropout_of_start)
     if quantization:
         quantize(model, **quantization)
     return AdapterContainer.from_model(model, adapter_config(options), seed=seed)

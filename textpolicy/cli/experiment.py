@@ -69,11 +69,12 @@ def run_experiment(
         experiment = assemble(config, environment, reward, algorithm, directory)
         first = experiment.trainer.version
         prepare(experiment)
-        directory.write_config(to_toml(config))
         checkpoints = checkpoints_of(directory, config)
         resume = _newest(checkpoints, console)
         if resume:
             _put_back(experiment, resume)
+        # Not before: options that the checkpoint does not take must not stay behind.
+        directory.write_config(to_toml(config))
         scorer = open_scorer(opened, experiment.reward, console)
         tracker = tracker_of(
             config,

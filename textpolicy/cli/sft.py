@@ -107,13 +107,21 @@ def _train(config: SFTConfig, source: str, directory: RunDirectory, console: Con
     checkpoint = parameters.checkpoint_file
     resume = checkpoint if checkpoint and checkpoint.exists() else None
     resume_step = checkpoint_iteration(resume) + 1 if resume else 0
-    directory.write_config(to_toml(config))
+    optimizer = optimizer_of(config.trainer, parameters.iterations)
+    noted = resume is None
+    if noted:
+        directory.write_config(to_toml(config))
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
     tracking = tracker_of(config, directory, console, resume_step=resume_step, sample_groups=0)
     with tracking as tracker, stopping(console.note) as request:
 
         def on_progress(event: Event) -> Progress:
+            nonlocal noted
+            if not noted:
+                # Of a run that is gone on with: only now is it known to take these options.
+                directory.write_config(to_toml(config))
+                noted = True
             console.note(str(event))
             if metrics := _metrics(event):
                 tracker.write(event.iteration, metrics)
@@ -123,7 +131,7 @@ def _train(config: SFTConfig, source: str, directory: RunDirectory, console: Con
             model,
             data.train,
             data.valid,
-            optimizer_of(config.trainer, parameters.iterations),
+            optimizer,
             parameters=parameters,
             resume=resume,
             on_progress=on_progress,

@@ -394,6 +394,11 @@ class TrackingOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.wandb_artifacts and self.wandb is None:
+            raise ConfigError(
+                "wandb_artifacts uploads adapters to Weights & Biases, and nothing is logged "
+                "there; name a project, wandb"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ def build_optimizer(
     rate. `updates` is the length of the whole run, needed where the rate decays.
     """
     _check(learning_rate, schedule, warmup, updates, weight_decay)
+    _check_final(final_rate, schedule)
     rate = _decay(learning_rate, schedule, (updates or 0) - warmup, final_rate)
     if warmup:
         # From the first step above 0: a first update that moves nothing cannot be told from a bug.
@@ -66,3 +67,13 @@ def _check(
         )
     if not weight_decay >= 0:
         raise ConfigError(f"weight_decay is {weight_decay}; expected 0 or more")
+
+
+def _check_final(rate: float, schedule: Schedule) -> None:
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ConfigError(f"final_rate is {rate}; expected a number, 0 or more")
+    if rate and schedule == "constant":
+        raise ConfigError(
+            f"the learning rate is to end at {rate}, and a constant one ends where it begins; "
+            "choose the schedule 'linear' or 'cosine', or leave the final rate out"
+        )

@@ -94,7 +94,8 @@ class Trainer:
         if self.adapters and self.adapters.config.dropout > 0:
             raise ConfigError(
                 f"adapter dropout is {self.adapters.config.dropout}; expected 0 for policy "
-                "gradients: the trainer must score with the very network that sampled"
+                "gradients: the trainer must score with the very network that sampled. Adapters "
+                "that were trained with it are loaded without: load(model, dropout=0)"
             )
         if self.reference == "base" and self.adapters is None:
             raise ConfigError(

@@ -15,6 +15,7 @@ from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 
 PlacedRows = list[tuple[str, Row]]
+_OTHER_NAMES = ("validation", "val", "dev")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,8 @@ def split(
     if len(different) < 2:
         raise DataError(
             f"the data has {len(different)} different row: at least 2 are needed to take one for "
-            "validation. Add rows, or do without validation: validation_share 0"
+            "validation. Add rows, give a validation part, or do without: validation_share 0, "
+            "--validation-share 0"
         )
     chosen = set(different[: min(ceil(share * len(different)), len(different) - 1)])
     pairs = list(zip(demonstrations, digests, strict=True))
@@ -110,7 +112,20 @@ def _read_splits(source: str | Path) -> dict[str, PlacedRows]:
         return {"train": load_placed_rows(source)}
     others = {name: _part(folder, name) for name in ("valid", "test")}
     present = {name: rows for name, rows in others.items() if rows is not None}
+    if "valid" not in present:
+        _check_names(folder)
     return {"train": _needed_part(folder, "train"), **present}
+
+
+def _check_names(folder: Path) -> None:
+    """Refuse a validation part under another name, which would be passed over."""
+    names = [f"{name}{suffix}" for name in _OTHER_NAMES for suffix in (".jsonl", ".txt")]
+    if found := [name for name in names if (folder / name).is_file()]:
+        ours = f"valid{Path(found[0]).suffix}"
+        raise DataError(
+            f"{folder / found[0]} would not be read; call it {ours} if it is what to validate on, "
+            "or put it elsewhere"
+        )
 
 
 def _saved_splits(folder: Path) -> dict[str, PlacedRows]:

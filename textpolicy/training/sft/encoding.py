@@ -22,6 +22,10 @@ FORMS = (
 )
 
 
+# Where other libraries keep a part of what a message says.
+_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """Demonstrations, and what became of rows that are longer than was allowed."""
@@ -103,6 +107,11 @@ class Encoding:
         return self._pair({"prompt": request, "completion": _string(row, "output")})
 
     def _messages(self, row: Row) -> tuple[list[int], list[bool]]:
+        if row.get("tools"):
+            raise DataError(
+                "it has tools, which are not shown to the model; write them into a system message "
+                "as the chat template would"
+            )
         return self._conversation(_messages(row["messages"]))
 
     def _conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -113,7 +122,7 @@ class Encoding:
         whole = _render(self.tokenizer, messages, opened=False)
         answers = _answers(messages)
         starts = [_opening(self.tokenizer, messages, n, whole) for n in answers]
-        for n, start, end in zip(answers, starts, starts[1:], strict=False):
+        for n, start, end in zip(answers, starts, [*starts[1:], None], strict=True):
             _check_kept(messages[n], n, whole[start:end])
         tokens = self._literal(whole[: starts[0]])
         mask = [False] * len(tokens)
@@ -181,6 +190,12 @@ def _messages(value: Any) -> list[Message]:
             'text, such as [{"role": "user", "content": "2+2="}, '
             '{"role": "assistant", "content": "4"}]'
         )
+    for number, message in enumerate(value, start=1):
+        if lost := [key for key in _BESIDE_CONTENT if message.get(key)]:
+            raise DataError(
+                f"message {number} has {lost[0]!r} beside its content, which would not be learned; "
+                "write it into the content, as the model is to say it"
+            )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -219,10 +234,11 @@ def _opening(tokenizer: TokenizerWrapper, messages: Sequence[Message], n: int, w
 
 def _check_kept(message: Message, n: int, written: str) -> None:
     """Templates take thoughts, or whole answers, out of all turns but the last."""
-    if message["content"].strip() not in written:
+    # What it adds and takes of white space, around thoughts for one, is its own.
+    if "".join(message["content"].split()) not in "".join(written.split()):
         raise DataError(
-            f"the chat template leaves out a part of message {n + 1}, {message['content']!r:.60}, "
-            "once the conversation goes on; make a row of each answer"
+            f"the chat template leaves out a part of message {n + 1}, {message['content']!r:.60}; "
+            "if that is because the conversation goes on, make a row of each answer"
         )
 
 

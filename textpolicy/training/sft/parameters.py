@@ -19,11 +19,11 @@ class SFTParameters:
     validation_batches: int = 10
     """How many batches of the validation data to look at; 0 is all of it."""
     save_every: int = 100
-    adapter_path: Path | None = None
+    adapter_path: Path | str | None = None
     """A .safetensors file for the adapters. The best ones and the state to go on from are kept
     beside it, or where the next two say."""
-    best_path: Path | None = None
-    checkpoint_path: Path | None = None
+    best_path: Path | str | None = None
+    checkpoint_path: Path | str | None = None
     completed_iterations: int = 0
     """Data begins after these, as if they had been trained on. With a checkpoint it is known."""
     accumulation: int = 1
@@ -41,6 +41,7 @@ class SFTParameters:
     def __post_init__(self) -> None:
         count = (int, lambda x: x >= 1, "a whole number, at least 1")
         natural = (int, lambda x: x >= 0, "a whole number, 0 or more")
+        path = (Path | str | None, lambda _: True, "a path, or None")
         check_fields(
             self,
             batch_size=count,
@@ -49,7 +50,9 @@ class SFTParameters:
             steps_per_eval=count,
             validation_batches=natural,
             save_every=count,
-            adapter_path=(Path | str | None, lambda _: True, "a path, or None"),
+            adapter_path=path,
+            best_path=path,
+            checkpoint_path=path,
             completed_iterations=natural,
             accumulation=count,
             max_length=(int, lambda x: x >= 2, "a whole number, at least 2"),
@@ -60,21 +63,30 @@ class SFTParameters:
                 f"completed_iterations is {self.completed_iterations} of {self.iterations} "
                 "iterations in all; expected no more than those"
             )
+        if self.checkpoint_path is not None and self.adapter_path is None:
+            raise ConfigError(
+                f"checkpoint_path is {self.checkpoint_path}, and checkpoints are written when "
+                "adapters are saved; give adapter_path too"
+            )
 
     @property
     def adapter_file(self) -> Path | None:
         """Where adapters go."""
-        return None if self.adapter_path is None else Path(self.adapter_path).expanduser()
+        return _path(self.adapter_path)
 
     @property
     def best_file(self) -> Path | None:
         """Where the adapters with the lowest validation loss go."""
-        return self.best_path or _beside(self.adapter_file, "best")
+        return _path(self.best_path) or _beside(self.adapter_file, "best")
 
     @property
     def checkpoint_file(self) -> Path | None:
         """Where the state to go on from goes."""
-        return self.checkpoint_path or _beside(self.adapter_file, "checkpoint")
+        return _path(self.checkpoint_path) or _beside(self.adapter_file, "checkpoint")
+
+
+def _path(given: Path | str | None) -> Path | None:
+    return None if given is None else Path(given).expanduser()
 
 
 def _beside(path: Path | None, what: str) -> Path | None:

@@ -92,11 +92,17 @@ def train_sft(
     if parameters.packing:
         with _in_mode(model, training=False):
             check_packing(model)
+    validation = _encoded(validate, parameters, tokenizer)
+    if parameters.patience and not validation:
+        raise ConfigError(
+            f"patience is {parameters.patience}, and there is nothing to validate on: give "
+            "validation data, or leave patience out"
+        )
     run = _Run(
         model=model,
         optimizer=optimizer,
         parameters=parameters,
-        validation=_encoded(validate, parameters, tokenizer),
+        validation=validation,
         loss=loss_of(model, loss),
         course=_course(source, parameters),
     )
@@ -157,14 +163,9 @@ class _Window:
         self.seconds += seconds
 
     def report(self, iteration: int, learning_rate: float) -> TrainReport:
-        loss = self.loss / self.tokens
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} after {iteration} iterations: lower the learning rate"
-            )
         return TrainReport(
             iteration=iteration,
-            loss=loss,
+            loss=self.loss / self.tokens,
             iterations_per_second=self.timed_updates / self.seconds,
             tokens_per_second=self.timed_tokens / self.seconds,
             learning_rate=learning_rate,
@@ -286,9 +287,15 @@ class _Run:
     def _update(self, rows: Sequence[Row]) -> None:
         started = time.perf_counter()
         loss, tokens, gradient = self._gradient(rows)
-        if not self._checked:
-            _check_gradient(gradient)
-            self._checked = True
+        size = _largest(gradient)
+        _check_finite(self.iteration, "loss", loss)
+        _check_finite(self.iteration, "gradient", size)
+        if size == 0 and not self._checked:
+            raise TrainingError(
+                "the gradient of the first update is exactly zero: the loss does not depend on the "
+                "trainable weights. Is it computed from what the model returns?"
+            )
+        self._checked = True
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         if self.adapters:
@@ -331,6 +338,7 @@ class _Run:
     def _validate(self) -> ValidationReport:
         started = time.perf_counter()
         loss = _evaluate(self.model, self.validation, self.loss, self.parameters)
+        _check_finite(self.iteration, "validation loss", loss)
         best = self.validated.add(loss, self.iteration)
         if best and self.adapters and self.parameters.best_file:
             self.adapters.publish(self.parameters.best_file)
@@ -383,12 +391,18 @@ def _in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
         model.train(before)
 
 
-def _check_gradient(gradient: Any) -> None:
+def _largest(gradient: Any) -> float:
+    """The largest number in it, without sign; not finite where any number is not."""
     arrays = cast(list[tuple[str, mx.array]], tree_flatten(gradient))
-    if not any(bool(mx.any(array != 0)) for _, array in arrays):
+    return float(mx.stack([mx.abs(array).max().astype(mx.float32) for _, array in arrays]).max())
+
+
+def _check_finite(iteration: int, what: str, value: float) -> None:
+    # Before anything is updated or saved: what was saved is still good to go on from.
+    if not math.isfinite(value):
         raise TrainingError(
-            "the gradient of the first update is exactly zero: the loss does not depend on the "
-            "trainable weights. Is it computed from what the model returns?"
+            f"the {what} is {value} after {iteration} iterations: lower the learning rate, or "
+            "compute in float32. What was saved before is as it was"
         )
 
 
