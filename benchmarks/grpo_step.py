@@ -12,7 +12,7 @@ Peers live in environments of their own, where this script looks for them:
     python -m venv build/peers/mlx-lm-lora
     build/peers/mlx-lm-lora/bin/pip install mlx-lm-lora==5.10.2 'mlx[cpu]' scipy-openblas32
     python -m venv build/peers/trl
-    build/peers/trl/bin/pip install trl==1.16.* torch peft
+    build/peers/trl/bin/pip install 'trl==1.16.*' torch peft
 
 A peer that is not there is left out, and the record says so. mlx multiplies with OpenBLAS on both
 mlx sides, and every side has the same number of threads.
@@ -39,7 +39,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-PEERS = ("mlx-lm-lora", "trl")
+PEERS = {
+    "mlx-lm-lora": "mlx-lm-lora==5.10.2 'mlx[cpu]' scipy-openblas32",
+    "trl": "'trl==1.16.*' torch peft",
+}
 VOCABULARY = 2048
 SIZES: dict[str, Any] = {
     "model_type": "qwen3",
@@ -140,13 +143,20 @@ def pythons(peers: Sequence[str]) -> dict[str, Path]:
         if python.exists():
             found[peer] = python
         else:
-            print(f"{peer} is not installed: see --help. Left out.", file=sys.stderr)
+            print(f"{peer} is left out: it is not installed. To do so:", file=sys.stderr)
+            folder = python.parent.parent
+            print(f"  python -m venv {folder}", file=sys.stderr)
+            print(f"  {folder}/bin/pip install {PEERS[peer]}", file=sys.stderr)
     return found
+
+
+def wanted(peer: str | None) -> list[str]:
+    """The names behind `--peer`."""
+    return [*PEERS] if peer == "both" else [peer] if peer else []
 
 
 def measure(options: argparse.Namespace) -> list[Side]:
     """All sides, a step of each in turn; the first ones are warm-up and are not kept."""
-    peers = PEERS if options.peer == "both" else [options.peer] if options.peer else []
     with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
         folder = Path(name)
         write_model(folder)
@@ -164,7 +174,7 @@ def measure(options: argparse.Namespace) -> list[Side]:
         (folder / "task.json").write_text(json.dumps(task))
         sides = [
             opened.enter_context(running(name, python, folder / "task.json"))
-            for name, python in pythons(peers).items()
+            for name, python in pythons(wanted(options.peer)).items()
         ]
         for number in range(options.warm_up + options.runs):
             for side in sides:
@@ -228,7 +238,13 @@ def main() -> None:
     tokens = options.prompts * options.group_size * options.completion_tokens
     records = {side.name: summary(side, tokens) for side in sides}
     asked = {name: value for name, value in vars(options).items() if name not in ("json", "output")}
-    record = {"setting": setting() | asked, "sides": records, "ours_over": ratios(records)}
+    left_out = [peer for peer in wanted(options.peer) if peer not in records]
+    record = {
+        "setting": setting() | asked,
+        "sides": records,
+        "ours_over": ratios(records),
+        "left_out": left_out,
+    }
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")
     if options.json:

@@ -141,6 +141,12 @@ def test_every_group_has_signal_and_the_own_rewards_are_called(tmp_path, options
     assert sorted((tmp_path / "called").read_text()) == sorted("012012")
 
 
+def test_a_reference_that_an_algorithm_needs_is_no_option(benched):
+    needed, _ = benched("--algorithm", "dpo", "--group-size", "2", seconds=0.001)
+    assert not needed["scores_reference"]
+    assert not any("reference" in text for text in needed["advice"])
+
+
 def test_no_other_numbers_of_threads_are_tried_where_the_first_step_takes_all_the_time():
     steps = TimedSteps(0.5, [2, 1, 16], note=lambda text: None)
     metrics = {"time/step": 60.0, "memory/peak_gb": 1.0}

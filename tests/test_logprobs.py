@@ -150,6 +150,13 @@ def test_a_group_with_more_tokens_is_cut_and_a_pair_is_not():
     assert lengths(micro_batches(rows_of([long_prompt]), None)) == [[64] * 16]
 
 
+def test_prompts_that_are_not_shared_count_for_every_row():
+    rows = rows_of(groups_of((200, [56] * 8), (200, [20] * 2)))
+    assert lengths(micro_batches(rows, None)) == [[20] * 2 + [56] * 8]
+    alone = micro_batches(rows, None, share_prompts=False)
+    assert lengths(alone) == [[20] * 2, [56] * 4, [56] * 4]
+
+
 def test_groups_without_an_advantage_are_apart():
     rows = rows_of(groups_of((5, [3, 3]), (5, [2, 2]), (5, [4, 4])))
     rows = [replace(row, advantage=float(row.group == 2 and row.member)) for row in rows]

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import gemma2, llama
 
 from tests.bases import BASES, arrays, in_bfloat16, packed
 from tests.memory import peak_of
@@ -259,6 +260,8 @@ STEPS = {
     "like the embedded model": ((4, 2, 8, 16, 64), TINY, {}),
     "deeper": ((8, 1, 4, 64, 96), SHAPE, {}),
     "long prompts": ((4, 1, 4, 200, 64), SHAPE, {}),
+    "prompts in two pieces": ((3, 6, 4, 500, 16), SHAPE, {}),
+    "hardly anything but a prompt": ((3, 1, 4, 900, 32), SHAPE, {}),
     "large vocabulary": ((4, 1, 4, 32, 96), SHAPE | {"vocab_size": 16384}, {}),
     "the last blocks": ((8, 1, 4, 64, 96), SHAPE, {"config": {"num_layers": 2}}),
     "two projections": (
@@ -363,6 +366,30 @@ def test_a_training_step_peaks_where_the_plan_says(step):
     assert planned.estimated_training_bytes == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.slow
+def test_a_model_with_a_window_has_no_more_tokens_in_memory_than_others():
+    gc.collect()
+    before = mx.get_active_memory()
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64}
+    sizes = SIZES | SHAPE | layers | {"model_type": "llama", "num_hidden_layers": 4}
+    model = llama.Model(llama.ModelArgs(**sizes))
+    step = {"batch": 16, "group_size": 8, "prompt_tokens": 200, "completion_tokens": 32}
+    planned = plan_memory(model, AdapterConfig(rank=8), **step)
+    AdapterContainer.from_model(model, AdapterConfig(rank=8))
+    adam = optim.Adam(learning_rate=1e-4)
+    trainer = Trainer(model, grpo.compute_advantages, grpo.policy_loss, adam)
+    rollouts = rollout_groups(2, 8, 200, 32)
+    trainer.train(rollouts)
+    peak = peak_of(partial(trainer.train, rollouts), before)
+    assert planned.estimated_training_bytes == pytest.approx(peak, rel=0.15)
+
+
+def test_rows_that_wait_are_not_in_the_plan():
+    step = {"group_size": 8, "prompt_tokens": 64, "completion_tokens": 64}
+    few, many = (plan_memory(qwen3_model(), batch=batch, **step) for batch in (256, 2048))
+    assert few == many
+
+
 def test_more_groups_take_no_more_memory():
     peaks = []
     for groups in (2, 6):
@@ -415,7 +442,16 @@ def test_inside_a_run_the_device_keeps_what_it_recommends():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step", ["like the embedded model", "deeper", "long prompts", "large vocabulary", "quantized"]
+    "step",
+    [
+        "like the embedded model",
+        "deeper",
+        "long prompts",
+        "prompts in two pieces",
+        "hardly anything but a prompt",
+        "large vocabulary",
+        "quantized",
+    ],
 )
 def test_sampling_peaks_where_the_plan_says(step):
     (blocks, groups, size, prompt, completion), shape, _ = STEPS[step]
@@ -472,3 +508,7 @@ def test_a_step_that_is_no_step_and_a_model_that_is_not_known_are_refused():
         plan_memory(qwen3_model(), batch=6, group_size=4, prompt_tokens=8, completion_tokens=8)
     with pytest.raises(ModelError, match=r"knows dense blocks.*get_peak_memory"):
         plan_memory(expert_model(), batch=4, prompt_tokens=8, completion_tokens=8)
+    sizes = SIZES | {"model_type": "gemma2", "head_dim": 32, "num_hidden_layers": 1}
+    more_norms = gemma2.Model(gemma2.ModelArgs.from_dict(sizes))
+    with pytest.raises(ModelError, match="also post_feedforward_layernorm, pre_feedforward"):
+        plan_memory(more_norms, batch=4, prompt_tokens=8, completion_tokens=8)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.batches import batch_of
 from tests.memory import peak_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
@@ -18,6 +19,7 @@ from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rollout.worker import collect
 from textpolicy.training.batch import rows_of
+from textpolicy.training.metrics import policy_metrics
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Task
 
@@ -245,3 +247,11 @@ def test_a_policy_learns_a_one_token_bandit(load_tiny):
         trainer.train(groups)
     assert rates[0] < 0.5
     assert np.mean(rates[-5:]) > 0.9
+
+
+def test_extremes_of_ratios_are_those_of_tokens_that_count():
+    batch = batch_of([[1, 1, 0], [1, 0, 0]], [[-1.0, -1.0, 0.0], [-1.0, 0.0, 0.0]], [1.0, -1.0])
+    logp = mx.log(mx.array([[0.2, 0.1, 1.0], [0.3, 1.0, 1.0]]))
+    metrics = policy_metrics(logp, mx.zeros(logp.shape), batch)
+    ratios = [metrics[f"sampling/importance_sampling_ratio/{end}"].item() for end in ("min", "max")]
+    assert ratios == pytest.approx([0.1 * np.e, 0.3 * np.e])

@@ -31,8 +31,12 @@ _TRAINED_CHUNK_ARRAYS = 16
 # A group's prompt and so many tokens of its completions keep a device busy; more at once only takes
 # more memory.
 MICRO_BATCH_TOKENS = 1024
+# Rows that decode together, and positions of all their prompts that are read at once.
+DECODED_ROWS = 256
+PREFILL_TOKENS = 2048
 # mlx-lm's caches grow by so many positions; rows begin with room for their completions, or as much.
 _CACHE_STEP = 256
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _PROJECTIONS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -160,46 +164,72 @@ def plan_memory(
     planned = plan(network, config or AdapterConfig())
     block, packed = _widths(network, planned), _unpacked(planned)
     beside = _beside(planned, block)
-    rows = min(micro_batch_size or _rows(group_size, prompt_tokens, completion_tokens), batch)
-    prompts, read = ceil(rows / group_size), prompt_tokens - 1
-    tokens = rows * completion_tokens + prompts * read
-    scores = rows * completion_tokens * (completion_tokens + read) + prompts * read**2
+    # A prompt that is not shared is read by every row of its group.
+    sharing = group_size if _shares_prompts(network) else 1
+    usual = _rows(group_size, sharing, prompt_tokens, completion_tokens)
+    rows = min(micro_batch_size or usual, batch)
+    prompts, read = ceil(rows / sharing), prompt_tokens - 1
+    own = rows * completion_tokens
+    own_scores = own * (completion_tokens + read)
+    tokens, scores = own + prompts * read, own_scores + prompts * read**2
     joined = rows * (read + completion_tokens)
     whole = block.activations(tokens, scores, joined, beside)
+    last, gradients = whole, block.gradients(tokens, scores)
+    if sharing > 1 and beside.blocks > 1:
+        # What the last block says of a shared prompt's tokens, nobody reads: it is not computed.
+        last = block.activations(own, own_scores, joined, beside)
+        gradients = max(block.gradients(own, own_scores), gradients - last)
+    learned = (beside.blocks - 1) * whole + last
     # A checkpointed block keeps its input and its prompts' keys and values; mlx computes the one
     # before again beside the one that is gone through backwards.
     kept = tokens * block.hidden + 2 * (rows + prompts) * read * block.keys
     logits = rows * completion_tokens * block.vocabulary * _FLOAT
-    sampled = batch // group_size
-    growing = completion_tokens > _CACHE_STEP
+    sampled = min(batch // group_size, max(1, DECODED_ROWS // group_size))
+    at_once = min(max(read, 1), max(2, PREFILL_TOKENS // sampled))
+    whole_pieces = read - read % at_once
+    prefilled = sampled * max(at_once * whole_pieces, (read % at_once) * read)
+    # Caches of prompts without a token to read begin empty, and grow like those of long rows.
+    growing = completion_tokens > _CACHE_STEP or not read
     room = _CACHE_STEP * ceil(completion_tokens / _CACHE_STEP) if growing else completion_tokens
     first = _CACHE_STEP * ceil(read / _CACHE_STEP)
-    layer = 2 * batch * (read + room) * block.keys * block.itemsize
+    layer = 2 * sampled * group_size * (read + room) * block.keys * block.itemsize
+    prompt_layer = 2 * sampled * first * block.keys * block.itemsize
+    prompt_block = block.activations(sampled * at_once, prefilled, 0, beside)
     accumulated = 2 if rows < batch else 1
     return MemoryPlan(
         weights=planned.base_bytes,
         adapters=planned.adapter_bytes,
         optimizer=2 * planned.adapter_bytes,
         gradients=accumulated * planned.adapter_bytes,
-        activations=beside.blocks * (kept * block.itemsize if checkpoint_gradients else whole),
-        block=2 * whole if checkpoint_gradients else block.gradients(tokens, scores),
+        activations=beside.blocks * kept * block.itemsize if checkpoint_gradients else learned,
+        block=2 * whole if checkpoint_gradients else gradients,
         head=_head(logits, planned),
         unpacked=max(packed.values(), default=0),
         cache=block.blocks * layer,
         cache_copy=layer if growing else 0,
         decode_unpacked=_ahead(planned, packed, block),
-        decode_head=_HEAD_ARRAYS * batch * block.vocabulary * _FLOAT,
-        prompt_cache=block.blocks * 2 * sampled * first * block.keys * block.itemsize,
-        prompt_block=block.activations(sampled * read, sampled * read**2, 0, beside),
+        decode_head=_HEAD_ARRAYS * sampled * group_size * block.vocabulary * _FLOAT,
+        prompt_cache=block.blocks * prompt_layer,
+        # The last block gives its keys and values, and is not computed beyond them.
+        prompt_block=max(0, prompt_block - prompt_layer),
     )
 
 
-def _rows(group_size: int, prompt_tokens: int, completion_tokens: int) -> int:
+def _rows(group_size: int, sharing: int, prompt_tokens: int, completion_tokens: int) -> int:
     """How many rows a trainer has in memory at once unless it is told."""
-    completions = group_size * completion_tokens
-    if completions > MICRO_BATCH_TOKENS:
-        return min(group_size, max(2, MICRO_BATCH_TOKENS // completion_tokens))
-    return group_size * max(1, MICRO_BATCH_TOKENS // (completions + prompt_tokens))
+    row = completion_tokens if sharing > 1 else completion_tokens + prompt_tokens
+    if group_size * row > MICRO_BATCH_TOKENS:
+        return min(group_size, max(2, MICRO_BATCH_TOKENS // row))
+    group = group_size * completion_tokens + group_size // sharing * prompt_tokens
+    return group_size * max(1, MICRO_BATCH_TOKENS // group)
+
+
+def _shares_prompts(model: nn.Module) -> bool:
+    """Whether the model keeps nothing but keys and values, of all positions."""
+    # mlx-lm takes seconds to import, and who only adapts a model has no use for this.
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    return all(type(layer) is KVCache for layer in make_prompt_cache(model))
 
 
 def _widths(model: nn.Module, planned: AdapterPlan) -> _Block:
@@ -213,11 +243,9 @@ def _widths(model: nn.Module, planned: AdapterPlan) -> _Block:
         heads: int = args.num_attention_heads
         norm: mx.array = modules[f"{first}.input_layernorm"]["weight"]
     except (AttributeError, KeyError) as error:
-        raise ModelError(
-            f"plan_memory knows dense blocks with {', '.join(_PROJECTIONS)}; "
-            f"{type(model).__module__} has others (no {error}). Measure a small batch with "
-            "mx.get_peak_memory instead"
-        ) from error
+        raise _unknown(model, f"no {error}") from error
+    if more := blocks[0].children().keys() - _PARTS:
+        raise _unknown(model, f"also {', '.join(sorted(more))}")
     (queries, hidden), (keys, _), _, _, (inner, _), _, _ = shapes
     return _Block(
         hidden=hidden,
@@ -228,6 +256,14 @@ def _widths(model: nn.Module, planned: AdapterPlan) -> _Block:
         vocabulary=args.vocab_size,
         blocks=len(blocks),
         itemsize=norm.dtype.size,
+    )
+
+
+def _unknown(model: nn.Module, difference: str) -> ModelError:
+    return ModelError(
+        f"plan_memory knows dense blocks of {', '.join(sorted(_PARTS))} with "
+        f"{', '.join(_PROJECTIONS)}; {type(model).__module__} has others ({difference}). "
+        "Measure a small batch with mx.get_peak_memory instead"
     )
 
 

@@ -24,7 +24,8 @@ def compute_advantages(rewards: Rewards) -> Rewards:
     """+1 for the better of each pair and -1 for the other; 0 for equals, or without a reward."""
     if rewards.shape[-1] != 2:
         raise ConfigError(
-            f"groups have {rewards.shape[-1]} members; expected pairs, one chosen and one rejected"
+            f"groups have {rewards.shape[-1]} members; expected pairs, "
+            "one chosen and one rejected: set group_size to 2"
         )
     difference = rewards - rewards[..., ::-1]
     return mx.where(mx.isnan(difference), 0, mx.sign(difference))

@@ -20,6 +20,7 @@ class Measured:
     """What a bench found out, nothing of it computed from anything but measurements, except for
     `planned_bytes`. `metrics` are means over the steps.
 
+    scores_reference: whether options ask for scores of a reference, and the algorithm does not
     threads: median seconds of a step by the number of threads, that of the run first
     widths: tokens generated a second by the rows that are sampled together
     products: milliseconds of a matrix product by number format, that of the model first

@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from textpolicy import fast_cpu
+from textpolicy.algorithms import Algorithm
 from textpolicy.cli.advice import Measured, advice_of, shown
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm
 from textpolicy.cli.experiment import open_scorer
@@ -37,6 +38,7 @@ from textpolicy.loop import train_rl
 from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
+from textpolicy.training.logprobs import can_share_prompts
 
 # The rest of the time goes to other widths of generation.
 _FOR_STEPS = 0.7
@@ -79,6 +81,7 @@ def measure(
             thread_counts(),
             console.note,
             config.trainer.micro_batch_size,
+            share_prompts=can_share_prompts(experiment.trainer.model),
         )
         _train(experiment, scorer, config, steps)
         left = seconds - (time.perf_counter() - started)
@@ -98,7 +101,7 @@ def measure(
         prompt_tokens=prompt,
         completion_tokens=completion,
         planned_bytes=planned_bytes(config, prompt, completion),
-        scores_reference=trainer.reference is not None,
+        scores_reference=trainer.reference is not None and not _has_reference(algorithm),
         scores_afresh=trainer.old_logprobs == "fresh",
         isolated=rewards.timeout is not None,
         threads=steps.seconds_by_threads,
@@ -135,6 +138,11 @@ def planned_bytes(config: TrainConfig, prompt: int, completion: int) -> int | No
     except ModelError:
         return None
     return max(planned.estimated_training_bytes, planned.estimated_generation_bytes)
+
+
+def _has_reference(algorithm: Algorithm) -> bool:
+    """Whether the algorithm has one of itself, whatever the options are."""
+    return algorithm.name == "distillation" or "reference" in algorithm.trainer
 
 
 def _train(experiment: Experiment, scorer: Scorer, config: TrainConfig, steps: TimedSteps) -> None:

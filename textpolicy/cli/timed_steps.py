@@ -30,9 +30,11 @@ class TimedSteps:
         threads: Sequence[int],
         note: Callable[[str], None],
         micro_batch_size: int | None = None,
+        *,
+        share_prompts: bool = True,
     ) -> None:
         self._seconds, self._threads, self._note = seconds, list(threads), note
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._share_prompts = micro_batch_size, share_prompts
         # A number of threads that cannot be set is one to compare with nothing.
         self._kept: dict[int, list[Metrics]] = {count: [] for count in [*threads] or [0]}
         self._now = next(iter(self._kept))
@@ -101,9 +103,11 @@ class TimedSteps:
 
     def _padding(self, groups: Sequence[RolloutGroup]) -> Metrics:
         rows = rows_of(groups)
-        prompts = {row.group: row.start for row in rows}
+        share = self._share_prompts
+        prompts = {row.group if share else (row.group, row.member): row.start for row in rows}
         tokens = sum(len(row.mask) for row in rows) + sum(prompts.values())
-        places = sum(map(padded_tokens, micro_batches(rows, self._micro_batch_size)))
+        parts = micro_batches(rows, self._micro_batch_size, share_prompts=share)
+        places = sum(padded_tokens(part, share_prompts=share) for part in parts)
         return {"padding": 1 - tokens / places}
 
     def _tell(self, step: int, seconds: float, left: float) -> None:

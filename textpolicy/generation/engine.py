@@ -16,13 +16,12 @@ import numpy as np
 from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
+from textpolicy.adapters.memory_plan import PREFILL_TOKENS
 from textpolicy.generation.rows import Active, Drawn, Respond, Row, StopRule, join
 from textpolicy.generation.rows_cache import RowsCache
 from textpolicy.generation.sampling import draw, penalise_repetition, row_keys
 from textpolicy.types import Sampling
 
-# Positions that are read at once, of all rows together.
-PREFILL_TOKENS = 2048
 _NEXT_KEY = np.array([0, 1], dtype=np.uint32)
 
 

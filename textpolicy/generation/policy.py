@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.memory_plan import DECODED_ROWS
 from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
 from textpolicy.generation.batching import can_batch
@@ -40,7 +41,7 @@ class ModelPolicy:
         *,
         follow: Path | None = None,
         seed: int | None = None,
-        max_rows: int = 256,
+        max_rows: int = DECODED_ROWS,
     ) -> None:
         # Dropout in a sampling pass would draw from another policy than the one being trained.
         model.eval()

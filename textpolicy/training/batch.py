@@ -99,18 +99,24 @@ def mini_batches(rows: Sequence[Row], count: int, shuffle: Random) -> list[list[
     return [[row for row in rows if row.group in part] for part in dealt if part]
 
 
-def micro_batches(rows: Sequence[Row], size: int | None) -> list[list[Row]]:
+def micro_batches(
+    rows: Sequence[Row], size: int | None, *, share_prompts: bool = True
+) -> list[list[Row]]:
     """An optimizer batch in parts that are in memory one at a time, groups of like length together.
 
     Parts have at most `size` rows. Without a size they are whole groups, as many as have
-    MICRO_BATCH_TOKENS with their padding; a group whose completions alone have more is cut.
+    MICRO_BATCH_TOKENS with their padding; a group whose completions alone have more is cut, and
+    without `share_prompts` one whose whole rows do.
     Groups in which no row has an advantage are in parts of their own, the last ones.
     """
     teaching = {row.group for row in rows if row.teaches}
     parts: list[list[Row]] = []
     for kind in (True, False):
         groups = _by_length([row for row in rows if (row.group in teaching) is kind])
-        parts += _packed(groups) if size is None else _cut([*chain.from_iterable(groups)], size)
+        if size is None:
+            parts += _packed(groups, share_prompts)
+        else:
+            parts += _cut([*chain.from_iterable(groups)], size)
     return parts
 
 
@@ -121,21 +127,22 @@ def _by_length(rows: Sequence[Row]) -> list[list[Row]]:
     return sorted(groups.values(), key=lambda group: (_completion(group), _prompt(group)))
 
 
-def _packed(groups: Sequence[list[Row]]) -> list[list[Row]]:
+def _packed(groups: Sequence[list[Row]], share_prompts: bool) -> list[list[Row]]:
     parts: list[list[Row]] = []
     for group in groups:
-        for piece in _pieces(group):
-            together = [*parts[-1], *piece] if parts else []
-            if parts and padded_tokens(together) <= MICRO_BATCH_TOKENS:
+        for piece in _pieces(group, share_prompts):
+            together = [*parts[-1], *piece] if parts else piece
+            tokens = padded_tokens(together, share_prompts=share_prompts)
+            if parts and tokens <= MICRO_BATCH_TOKENS:
                 parts[-1] = together
             else:
                 parts.append(piece)
     return parts
 
 
-def _pieces(group: list[Row]) -> list[list[Row]]:
+def _pieces(group: list[Row], share_prompts: bool) -> list[list[Row]]:
     """A group whose completions are too many at once, like lengths together."""
-    longest = _completion(group)
+    longest = _completion(group) + (0 if share_prompts else _prompt(group))
     if len(group) * longest <= MICRO_BATCH_TOKENS:
         return [group]
     # Never one row alone: losses that compare two find both.
@@ -147,9 +154,9 @@ def _cut(rows: list[Row], size: int) -> list[list[Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def padded_tokens(rows: Sequence[Row]) -> int:
-    """The places that these rows take in memory together, each prompt once."""
-    prompts = len({row.group for row in rows})
+def padded_tokens(rows: Sequence[Row], *, share_prompts: bool = True) -> int:
+    """The places that these rows take in memory together, each prompt once if it is shared."""
+    prompts = len({row.group for row in rows} if share_prompts else rows)
     return len(rows) * _completion(rows) + prompts * _prompt(rows)
 
 

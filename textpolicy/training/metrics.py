@@ -20,13 +20,15 @@ def policy_metrics(
 
     off = mx.where(batch.mask, logp - batch.logp_sampled, 0)
     ratio = mx.exp(off)
+    # Of a batch without a token that counts, all ratios are 1.
+    counted = batch.mask | ~batch.mask.any()
     metrics = {
         "entropy": mean(entropy),
         "sampling/sampling_logp_difference/mean": mean(mx.abs(off)),
         "sampling/sampling_logp_difference/max": mx.abs(off).max(),
         "sampling/importance_sampling_ratio/mean": mean(ratio),
-        "sampling/importance_sampling_ratio/min": ratio.min(),
-        "sampling/importance_sampling_ratio/max": ratio.max(),
+        "sampling/importance_sampling_ratio/min": mx.where(counted, ratio, mx.inf).min(),
+        "sampling/importance_sampling_ratio/max": mx.where(counted, ratio, 0).max(),
         "sampling/mismatch_kl": mean(ratio - off - 1),
     }
     if batch.logp_ref is not None:

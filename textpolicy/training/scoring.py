@@ -15,7 +15,8 @@ def scored(
 ) -> list[Row]:
     """The rows with what the policy and the reference, where given, say of their tokens."""
     done: list[Row] = []
-    for part in micro_batches(rows, size):
+    share = all(reader.share_prompts for reader in (policy, reference) if reader)
+    for part in micro_batches(rows, size, share_prompts=share):
         # Silent rows give no gradient, but their divergence from the reference counts.
         batch = pad([replace(row, silent=False) for row in part], Whole.of(part))
         known: dict[str, np.ndarray] = {}

@@ -270,7 +270,8 @@ class Trainer:
         gradient = tree_map(mx.zeros_like, self.model.trainable_parameters())
         reports: list[dict[str, mx.array]] = []
         whole = Whole.of(rows)
-        for part in micro_batches(rows, self.micro_batch_size):
+        share = self._read.share_prompts
+        for part in micro_batches(rows, self.micro_batch_size, share_prompts=share):
             advantages = any(row.teaches for row in part)
             with recomputing(self.model) if self.checkpoint_gradients else nullcontext():
                 (_, (pull, report)), grads = self._value_and_grad(pad(part, whole), advantages)
