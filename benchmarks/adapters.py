@@ -12,7 +12,6 @@ it is rounded to.
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import qwen3
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer, FuseReport, LoRARule, twin
@@ -61,12 +61,11 @@ def main() -> None:
     options.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options.add_argument("--output", type=Path, help="a file for the JSON object")
     arguments = options.parse_args()
-    fast_cpu.use_threads(1)
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(1)
     mx.random.seed(0)
-    record = {
-        "machine": platform.machine(),
-        "mlx": mx.__version__,
-        "threads": 1,
+    record: dict[str, Any] = {
+        "setting": setting(),
         "times": times(),
         "memory": memory(),
         "quantization_error": quantization_errors(),

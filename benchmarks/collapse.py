@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from learning import setting, shuffled
+from learning import shuffled
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.config import AdapterConfig

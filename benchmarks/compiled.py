@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from learning import setting
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.config import AdapterConfig
@@ -119,7 +119,7 @@ def main() -> int:
             records.append(record | medians | {"compiled_first_call": new_shape})
             print(records[-1], file=sys.stderr)
     if options.json:
-        print(json.dumps({"setting": setting(), "seconds": records}))
+        print(json.dumps({"setting": setting() | {"runs": options.runs}, "seconds": records}))
     return 0
 
 

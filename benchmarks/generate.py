@@ -24,11 +24,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from grpo_step import VOCABULARY, prompts, write_model
-from learning import setting
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -136,7 +136,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         found = [compare(folder, int(rows), options.runs) for rows in options.rows.split(",")]
-    record = {"setting": setting() | {"vocabulary": VOCABULARY}, "results": found}
+    asked = {"runs": options.runs, "vocabulary": VOCABULARY}
+    record = {"setting": setting() | asked, "results": found}
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1) if options.json else "\n".join(map(str, found)))

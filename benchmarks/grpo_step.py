@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from learning import setting
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
+from setting import setting
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

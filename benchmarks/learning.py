@@ -17,15 +17,12 @@ episodes.
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial, wraps
-from importlib.metadata import version
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.algorithms import Algorithm
@@ -190,18 +188,6 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[TrainConfig, bool]]:
             yield run, False
             if options.control:
                 yield run, True
-
-
-def setting() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    packages = ("textpolicy", "mlx", "mlx-lm")
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "device": mx.default_device().type.name,
-        "blas": fast_cpu.status().name,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
 
 
 def main() -> int:

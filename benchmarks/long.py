@@ -21,9 +21,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from learning import setting
 from mlx_lm.models import qwen3
 from scaling import measured, tokens_of
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -167,7 +167,7 @@ def main() -> None:
     if fast_cpu.status().threads:
         fast_cpu.use_threads(options.threads)
     records = [measure(tokens) for tokens in sorted(options.tokens)]
-    asked = {"threads": options.threads, "prompt": PROMPT, "group_size": GROUP, "sizes": SIZES}
+    asked = {"prompt": PROMPT, "group_size": GROUP, "sizes": SIZES}
     record = {"setting": setting() | asked, "lengths": records, "exponents": exponents(records)}
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")

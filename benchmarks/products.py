@@ -8,12 +8,12 @@ made float for it. `textpolicy.adapters.cpu_products` takes the second from some
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.nf4 import NF4Linear
@@ -28,11 +28,12 @@ def main() -> None:
     options.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer")
     options.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = options.parse_args()
-    fast_cpu.use_threads(1)
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(1)
     results = [row for rows in ROWS for row in measure(arguments.size, rows)]
     if arguments.json:
-        machine = {"machine": platform.machine(), "mlx": mx.__version__, "threads": 1}
-        print(json.dumps(machine | {"size": arguments.size, "milliseconds": results}, indent=1))
+        asked = {"size": arguments.size}
+        print(json.dumps({"setting": setting() | asked, "milliseconds": results}, indent=1))
         return
     for row in results:
         print("  ".join(f"{name} {value}" for name, value in row.items()))

@@ -21,9 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from compiled import batch_of
 from grpo_step import SIZES
-from learning import setting
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -108,7 +108,7 @@ def main() -> None:
     model = adapted_model()
     records = [measure(model, int(text), options) for text in options.prompt_tokens.split(",")]
     asked = {"group_size": options.group_size, "completion_tokens": options.completion_tokens}
-    asked |= {"threads": options.threads, "runs": options.runs}
+    asked |= {"runs": options.runs}
     record = {"setting": setting() | asked, "groups": records}
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")

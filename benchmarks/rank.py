@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from learning import setting
 from mlx.utils import tree_flatten
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.config import AdapterConfig

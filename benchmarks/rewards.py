@@ -9,13 +9,14 @@ in a process of its own, beyond the call itself.
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from statistics import median
+
+from setting import setting
 
 from textpolicy.rewards import Rewards, Scorer, load_reward, sample_of
 from textpolicy.rewards.verifiers import json_match, math_equal, pattern_match, run_code
@@ -45,6 +46,7 @@ def measure() -> dict[str, float]:
         file = Path(folder) / "empty.py"
         file.write_text("def empty(completion):\n    return 1.0\n")
         reward = load_reward(str(file))
+        assert not isinstance(reward, Rewards)
         here, there = Rewards(reward), Rewards(reward, timeout=60, workers=1)
         with closing(Scorer(here)) as near, closing(Scorer(there)) as far:
             call = seconds(lambda: near.score(SAMPLES)) / len(SAMPLES)
@@ -70,11 +72,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the record there too")
     options = parser.parse_args()
-    record = measure() | {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-    }
+    results = measure()
+    record = {"setting": setting() | {"load": round(os.getloadavg()[0], 1)}, **results}
     print(json.dumps(record))
     if options.output:
         options.output.write_text(json.dumps(record, indent=2) + "\n")

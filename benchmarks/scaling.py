@@ -26,8 +26,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from grpo_step import SIZES
-from learning import setting
 from mlx_lm.models import qwen3
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -223,7 +223,7 @@ def main() -> None:
         if not options.json:
             for phase, summary in found[axis].items():
                 print(line(axis, phase, summary), flush=True)
-    asked = {"threads": options.threads, "runs": options.runs, "otherwise": asdict(Size())}
+    asked = {"runs": options.runs, "otherwise": asdict(Size())}
     record = {"setting": setting() | asked, "axes": found}
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")

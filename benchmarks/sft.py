@@ -15,7 +15,6 @@ import contextlib
 import gc
 import io
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,11 +36,12 @@ from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.environments import load
+from textpolicy.environments import gold_answers, load
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.models import tiny_model
 from textpolicy.training.sft import (
@@ -127,7 +127,8 @@ def texts(count: int) -> list[Demonstration]:
     def problem() -> str:
         name = rng.choice(names)
         task = next(streams[name])
-        return f"{task.prompt} {environments[name].gold(task.example)}\n"
+        (answer,) = gold_answers(environments[name], task)
+        return f"{task.prompt} {answer}\n"
 
     found: list[Demonstration] = []
     for _ in range(count):
@@ -171,8 +172,8 @@ def peer_batches(demonstrations: list[Demonstration]) -> Iterator[list[Demonstra
     np.random.seed(0)
     drawn = peer.iterate_batches(CacheDataset(Rows(demonstrations)), BATCH, 2048, loop=True)
     for batch, lengths in drawn:
-        rows = zip(batch.tolist(), lengths.tolist(), strict=True)
-        yield [by_tokens[tuple(row[:length])] for row, (_, length) in rows]
+        rows = zip(np.array(batch), np.array(lengths), strict=True)
+        yield [by_tokens[tuple(row[:length].tolist())] for row, (_, length) in rows]
 
 
 def own_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
@@ -297,7 +298,9 @@ def compare(name: str, steps: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", choices=["mlx-lm"], default="mlx-lm", help="compare with")
     parser.add_argument("--steps", type=int, default=60, help="updates in a run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each library")
@@ -308,13 +311,9 @@ def main() -> None:
         parser.error(f"--steps is {options.steps}; expected more than {REPORT}: rates begin there")
     if fast_cpu.status().threads:
         fast_cpu.use_threads(1)
+    asked = {"batch_size": BATCH, "rank": RANK, "repeats": options.repeats}
     record = {
-        "machine": f"{platform.system()} {platform.machine()}",
-        "mlx": mx.__version__,
-        "mlx-lm": mlx_lm.__version__,
-        "threads": 1,
-        "batch_size": BATCH,
-        "rank": RANK,
+        "setting": setting() | asked,
         "tolerance_of_loss": TOLERANCE,
         "results": [compare(name, options.steps, options.repeats) for name in ("tiny", "qwen3")],
     }
