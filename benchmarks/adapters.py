@@ -58,28 +58,30 @@ MERGES: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
+    measures: dict[str, Callable[[], Any]] = {
+        "times": times,
+        "memory": memory,
+        "quantization_error": quantization_errors,
+        "merge_survival": merge_survivals,
+    }
+    text = "default: every measurement"
+    options.add_argument("--only", choices=measures, action="append", help=text)
     options.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options.add_argument("--output", type=Path, help="a file for the JSON object")
     arguments = options.parse_args()
     if fast_cpu.status().threads:
         fast_cpu.use_threads(1)
     mx.random.seed(0)
-    record: dict[str, Any] = {
-        "setting": setting(),
-        "times": times(),
-        "memory": memory(),
-        "quantization_error": quantization_errors(),
-        "merge_survival": merge_survivals(),
-    }
+    found = {name: measures[name]() for name in arguments.only or measures}
+    record = {"setting": setting(), **found}
     if arguments.output:
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(record, indent=1))
         return
-    for name in ("times", "memory"):
-        print(name, *(f"  {key}: {value}" for key, value in record[name].items()), sep="\n")
-    for name in ("quantization_error", "merge_survival"):
-        print(name, *(f"  {row}" for row in record[name]), sep="\n")
+    for name, result in found.items():
+        rows = result if isinstance(result, list) else [f"{k}: {v}" for k, v in result.items()]
+        print(name, *(f"  {row}" for row in rows), sep="\n")
 
 
 # Time and memory

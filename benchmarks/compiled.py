@@ -95,6 +95,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=9, help="default: 9")
+    lengths = ["18+6", "64+64"]
+    text = "tokens of prompts and completions (default: 18+6 64+64)"
+    parser.add_argument("--lengths", nargs="+", metavar="P+C", default=lengths, help=text)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     if fast_cpu.status().threads:
@@ -103,7 +106,8 @@ def main() -> int:
     AdapterContainer.from_model(model, AdapterConfig(rank=16))
     records: list[dict[str, Any]] = []
     for share in (True, False):
-        for prompt, completion in ((18, 6), (64, 64)):
+        for text in options.lengths:
+            prompt, completion = map(int, text.split("+"))
             batch = batch_of(prompt, completion)
             ways = {name: way(model, batch, share=share) for name, way in WAYS.items()}
             times: dict[str, list[float]] = {name: [] for name in ways}

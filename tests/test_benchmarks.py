@@ -1,0 +1,51 @@
+"""The scripts in benchmarks/, run as a user runs them, each in its smallest setting."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+MACHINE = {"machine", "processor", "device", "blas", "threads"}
+VERSIONS = {"python", "textpolicy", "mlx", "mlx-lm"}
+STEP = "--prompts 1 --group-size 2 --prompt-tokens 8 --completion-tokens 8 --warm-up 0"
+SMALLEST = {
+    "adapters.py": "--only times --json",
+    "compiled.py": "--lengths 2+2 --runs 1 --json",
+    "generate.py": "--rows 1 --runs 1 --threads 1 --json",
+    "grpo_step.py": f"{STEP} --runs 1 --threads 1 --json",
+    "long.py": "--tokens 32 --json",
+    "products.py": "--size 64 --json",
+    "prompt_sharing.py": "--prompt-tokens 8 --completion-tokens 8 --group-size 2 --runs 1 --json",
+    "rewards.py": "",
+    "scaling.py": "--only rank --runs 1 --json",
+}
+LONGER = ("collapse.py", "learning.py", "rank.py", "sft.py")
+
+pytestmark = pytest.mark.slow
+
+
+def printed(script: str, options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *options.split()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("script", SMALLEST)
+def test_a_record_says_what_it_was_measured_on(script):
+    options = SMALLEST[script]
+    record = json.loads(printed(script, options))
+    setting = record.pop("setting")
+    assert setting.keys() >= MACHINE | VERSIONS
+    assert all(setting[name] for name in ("machine", "processor", "device", *VERSIONS))
+    assert setting["threads"] in (1, None) or script == "rewards.py"
+    assert setting.get("runs") == (1 if "--runs" in options else None)
+    assert any(record.values())
+
+
+@pytest.mark.parametrize("script", LONGER)
+def test_a_script_that_takes_minutes_tells_its_options(script):
+    assert printed(script, "--help").startswith(f"usage: {script}")
