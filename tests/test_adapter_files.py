@@ -774,3 +774,15 @@ def test_the_command_shows_an_adapter_and_fails_if_its_numbers_are_none(path, ca
     assert shown["not_finite"] == ["model.layers.0.mlp.up_proj.lora_b"]
     assert main(["inspect", str(path.parent / "none")]) == 1
     assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", [".", "adapters"])
+def test_the_folder_of_a_run_is_answered_with_the_files_of_its_adapters(tmp_path, inside):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    for name in ("best", "latest"):
+        (folder / f"{name}.safetensors").touch()
+    with pytest.raises(AdapterError) as caught:
+        AdapterContainer.from_directory(tmp_path / inside)
+    files = f"{folder / 'best.safetensors'} or {folder / 'latest.safetensors'}"
+    assert str(caught.value).endswith(f"For the adapters of a run name their file: {files}")

@@ -130,7 +130,8 @@ def test_misuse_exits_with_2_and_the_usage(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("usage: textpolicy")
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: textpolicy") and "error: " in error
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -111,6 +111,8 @@ def test_a_wrong_assignment_is_refused_with_what_would_do(argument, words):
         ("[trainer]\nlrr = 1", ["trainer.lrr is no setting", "did you mean trainer.lr?"]),
         ("[trainer]\ngroup_size = 4", ["did you mean rollout.group_size?"]),
         ("[optimizer]\nlr = 1e-3", ["optimizer.lr", "did you mean trainer.lr?"]),
+        ("[trainer]\nlearning_rate = 1", ["did you mean trainer.lr?"]),
+        ("num_generations = 4", ["did you mean rollout.group_size?"]),
         ("[trainr]", ["trainr is no setting"]),
         ("lr = 1e-3", ["lr is no setting", "did you mean trainer.lr?"]),
         ("trainer = 5", ["trainer is no setting"]),

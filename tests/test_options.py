@@ -453,7 +453,11 @@ def test_each_number_of_a_supervised_run_is_what_its_option_says(load_tiny, sft_
     # A tenth of the 40 rows is kept to validate on.
     assert parameters_of(epochs, RunDirectory(tmp_path), data).iterations == 2 * 36 // 4
     with pytest.raises(ConfigError, match="expected one of them"):
-        changed(epochs, {"trainer.iterations": 5})
+        changed(epochs, {"trainer.iterations": 5, "trainer.epochs": 2})
+    # What is given takes the place of what was given before.
+    again = changed(epochs, {"trainer.iterations": 5}).trainer
+    assert (again.iterations, again.epochs) == (5, None)
+    assert changed(SFTConfig(trainer=again), {"trainer.epochs": 3}).trainer.iterations is None
 
 
 def test_learn_system_and_validation_share_decide_what_is_learned(load_tiny, sft_data):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,40 @@ def test_a_run_that_a_signal_ends_goes_on_to_the_same_directory(tmp_path, whole,
     assert len(rows(directory)) < len(rows(whole))
     assert main(["train", "--resume", str(directory.path)]) == 0
     same_end(directory, whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc for handlers")
+def test_a_signal_in_the_first_evaluation_leaves_a_run_to_go_on_with(tmp_path):
+    process = begun(tmp_path / "run", 0, "--count", "512")
+    while not heeds(process.pid, signal.SIGTERM):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "go on with: textpolicy train --resume" in out
+    assert [row["step"] for row in rows(RunDirectory(tmp_path / "run"))] == [0]
+
+
+def heeds(pid, number):
+    """Whether the process has a handler for that signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return int(caught.split()[1], 16) >> (number - 1) & 1
+
+
+def test_other_tasks_are_refused_unless_forced(tmp_path, capsys):
+    data, run = tmp_path / "rows.jsonl", str(tmp_path / "run")
+    rows_of_tasks = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(12)]
+    data.write_text("\n".join(map(json.dumps, rows_of_tasks)))
+    (tmp_path / "mine.py").write_text("def reward(completion): return float(len(completion) % 3)")
+    asked = ["train", "--data", str(data), "--reward", str(tmp_path / "mine.py"), "--count", "4"]
+    assert main([*asked, "--steps", "1", "--groups-per-step", "4", "--output", run]) == 0
+    others = [row | {"answer": "0"} for row in rows_of_tasks]
+    data.write_text("\n".join(map(json.dumps, others)))
+    assert main(["train", "--resume", run]) == 1
+    message = capsys.readouterr().err
+    assert "the first 4 tasks are others than the run was trained on" in message
+    assert main(["train", "--resume", run, "--force"]) == 0
 
 
 def test_a_finished_run_is_measured_again_and_nothing_else(whole, capsys):

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: the loss by hand, no padding learned, packing and accumulation exact."""
 
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from itertools import chain, islice
@@ -16,7 +18,7 @@ from mlx_lm.models import gpt2, mamba
 from tests.tiny import qwen3_model
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.errors import ConfigError, DataError, TrainingError
 from textpolicy.training.checkpoint import random_state
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft import (
@@ -623,3 +625,95 @@ def test_a_demonstration_must_have_something_to_learn(mask):
 def test_parameters_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         SFTParameters(**options)
+
+
+# The suite checks types of arguments before the code that is called; a user's process does not.
+NO_ROWS = """
+import mlx.nn as nn, mlx.optimizers as optim
+from textpolicy.errors import DataError
+from textpolicy.training.sft import Stream, evaluate_sft, train_sft
+
+model, optimizer = nn.Linear(2, 2), optim.SGD(0.1)
+for data in ("a text", (text for text in ["a"]), None, {"text": "a"}):
+    for call in (
+        lambda: train_sft(model, data, [], optimizer),
+        lambda: train_sft(model, [], data, optimizer),
+        lambda: evaluate_sft(model, data),
+    ):
+        try:
+            call()
+        except DataError as error:
+            print(error)
+for data in (Stream(["a text"]), Stream([["a text"]]), Stream([5]), ["a", 5]):
+    try:
+        train_sft(model, data, [], optimizer)
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_data_that_is_no_list_of_rows_is_refused():
+    argv = [sys.executable, "-c", NO_ROWS]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    told = [line.partition("; expected a ")[0] for line in ended.stdout.splitlines()]
+    wrong = ["'a text'", "<generator", "None", "{'text': 'a'}"]
+    begun = [f"{name} is {what}" for what in wrong for name in ("train", "validate", "data")]
+    begun += [f"a batch of the stream is {what}" for what in ("'a text'", "['a text']", "5")]
+    begun += ["row 2 is 5"]
+    assert all(line.startswith(start) for line, start in zip(told, begun, strict=True)), told
+
+
+def test_demonstrations_among_texts_are_refused(load_tiny):
+    data, optimizer = [*RAGGED, "a"], optim.SGD(learning_rate=0.1)
+    with pytest.raises(DataError, match="3 of 4 rows are demonstrations"):
+        train_sft(Bigram(), data, [], optimizer, tokenizer=load_tiny()[1])
+
+
+def test_a_stream_whose_batch_is_empty_is_refused():
+    with pytest.raises(DataError, match=r"a batch of the stream is \[\]; expected a list of"):
+        train_sft(Bigram(), Stream([[]]), [], optim.SGD(learning_rate=0.1))
+
+
+@pytest.mark.parametrize("validate", [[], RAGGED])
+def test_a_loss_that_counts_no_tokens_is_refused(validate):
+    def loss(model, inputs, targets, lengths, *, mask):
+        return sft_loss(model, inputs, targets, lengths, mask=mask)[0], mx.array(0)
+
+    with pytest.raises(TrainingError, match="the loss is the mean of 0 tokens; expected at least"):
+        train_sft(Bigram(), RAGGED, validate, optim.SGD(learning_rate=0.1), loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (lambda loss, tokens: loss, r"an array of the shape \(\)"),
+        (lambda loss, tokens: None, "None"),
+        (lambda loss, tokens: (loss, tokens, tokens), r"\(an array .*, an array .*, an array .*\)"),
+        (lambda loss, tokens: (mx.zeros(3) + loss, tokens), r"\(an array of the shape \(3,\), .*"),
+        (lambda loss, tokens: (loss, "many"), r"\(an array of the shape \(\), 'many'\)"),
+    ],
+)
+def test_a_loss_that_returns_no_mean_and_count_is_refused(answer, got):
+    def loss(model, inputs, targets, lengths, *, mask):
+        return answer(*sft_loss(model, inputs, targets, lengths, mask=mask))
+
+    with pytest.raises(TrainingError, match=f"^the loss returned {got}; expected a pair"):
+        train_sft(Bigram(), RAGGED, [], optim.SGD(learning_rate=0.1), loss=loss)
+
+
+def test_a_loss_may_count_with_a_number_of_python():
+    def loss(model, inputs, targets, lengths, *, mask):
+        return sft_loss(model, inputs, targets, lengths, mask=mask)[0], 2 * len(inputs)
+
+    parameters = SFTParameters(iterations=1)
+    train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), loss=loss, parameters=parameters)
+
+
+def test_a_callback_that_answers_nothing_goes_on_and_one_that_answers_otherwise_is_refused():
+    parameters, seen = SFTParameters(iterations=3, steps_per_report=1), []
+    arguments = {"parameters": parameters, "on_progress": seen.append}
+    assert train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), **arguments).iteration == len(seen) == 3
+    arguments["on_progress"] = lambda event: False
+    with pytest.raises(ConfigError, match=r"the callback answered False; expected Progress\.STOP"):
+        train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), **arguments)

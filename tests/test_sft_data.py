@@ -317,3 +317,18 @@ def test_hugging_face_data_sets_are_read_from_local_files(tmp_path, tokenizer):
     bad.save_to_disk(tmp_path / "bad")
     with pytest.raises(DataError, match="bad, row 6: its completion is None"):
         load_data(tmp_path / "bad", encoding)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ((), "but nothing; expected"),
+        (("rows.csv", "a.json"), "but a.json, rows.csv; expected"),
+        ("abcdefg", "but a, b, c, d, e and 2 more; expected"),
+    ],
+)
+def test_a_folder_without_training_data_is_told_what_it_holds(tmp_path, tokenizer, names, told):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"neither train.jsonl nor train.txt, {told}"):
+        load_data(tmp_path, Encoding(tokenizer=tokenizer))

@@ -18,7 +18,7 @@ from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files import read_file, write_tensors
 from textpolicy.cli import main
-from textpolicy.config import SFTConfig, read_toml
+from textpolicy.config import SFTConfig, TrainConfig, read_toml, to_toml
 from textpolicy.errors import AdapterError, ConfigError, TrainingError
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
@@ -161,7 +161,10 @@ def test_a_stream_goes_on_where_it_was(tmp_path):
         ({"accumulation": 1}, "accumulation: 2 there, 1 now"),
         ({"seed": 3}, "seed: 0 there, 3 now"),
         ({"max_length": 30}, "row: 24 there, 30 now"),
-        ({"train": texts(20, seed=4)}, "data: '.*' there, '.*' now"),
+        (
+            {"train": texts(20, seed=4)},
+            "data: the demonstrations are others than those there, or in another order",
+        ),
         ({"completed_iterations": 3}, "completed_iterations is 3, and .* was written after 0"),
     ],
 )
@@ -201,18 +204,74 @@ def test_a_path_that_cannot_hold_adapters_is_refused_before_training(tmp_path):
         train_sft(plain, texts(4), [], optim.SGD(0.1), parameters=parameters)
 
 
-def test_options_that_the_checkpoint_does_not_take_leave_the_run_as_it_was(tmp_path, capsys):
-    data, folder = tmp_path / "train.jsonl", tmp_path / "run"
+def begin(folder, *options):
+    """A run of the command on a file of sums, and the arguments that go on with it."""
+    data = folder / "train.jsonl"
     pairs = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(8)]
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    assert main(["sft", "--data", str(data), "--iterations", "2", "--output", str(folder)]) == 0
-    config, resume = (folder / "config.toml").read_text(), ["sft", "--resume", str(folder)]
+    run = folder / "run"
+    assert main(["sft", "--data", str(data), *options, "--output", str(run)]) == 0
+    return run, ["sft", "--resume", str(run)]
+
+
+def test_options_that_the_checkpoint_does_not_take_leave_the_run_as_it_was(tmp_path, capsys):
+    folder, resume = begin(tmp_path, "--iterations", "2")
+    config = (folder / "config.toml").read_text()
     assert main([*resume, "--batch-size", "2", "--force"]) == 1
     assert "batch_size: 4 there, 2 now" in capsys.readouterr().err
     assert (folder / "config.toml").read_text() == config
     assert main([*resume, "--iterations", "3", "--lr", "1e-3", "--force"]) == 0
     went_on = read_toml(folder / "config.toml", SFTConfig())
     assert (went_on.trainer.iterations, went_on.trainer.lr) == (3, 1e-3)
+
+
+def test_iterations_take_the_place_of_epochs_when_a_run_is_forced_to_go_on(tmp_path, capsys):
+    folder, resume = begin(tmp_path, "--epochs", "1")
+    assert main([*resume, "--iterations", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "trainer.iterations: not given there, 3 now" in told
+    assert "trainer.epochs: 1 there, not given now" in told
+    assert "\nLeave out trainer.iterations, or go on with that all the same by --force" in told
+    assert main([*resume, "--iterations", "3", "--force"]) == 0
+    trainer = read_toml(folder / "config.toml", SFTConfig()).trainer
+    assert (trainer.iterations, trainer.epochs) == (3, None)
+    assert checkpoint_iteration(folder / "checkpoints" / "latest.safetensors") == 3
+    # As long as it is told in the same words, a run may be made longer.
+    assert main([*resume, "--iterations", "4"]) == 0
+
+
+def test_force_is_advised_only_where_it_helps(tmp_path, capsys):
+    folder, resume = begin(tmp_path, "--iterations", "2")
+
+    def told(*options):
+        assert main([*resume, *options]) == 2
+        return capsys.readouterr().err
+
+    bound = told("--batch-size", "2", "--seed", "1")
+    assert "is bound to trainer.batch_size and run.seed, and --force changes nothing" in bound
+    assert "by --force" not in bound
+    assert "With other data.source, --force goes on only if the rows come out the same" in told(
+        "--data", str(tmp_path / "other.jsonl")
+    )
+    both = told("--lr", "0.1", "--batch-size", "2")
+    assert "is bound to trainer.batch_size, and" in both
+    assert "Leave out trainer.lr, or go on with that all the same by --force" in both
+    for checkpoint in (folder / "checkpoints").iterdir():
+        checkpoint.unlink()
+    assert "Leave out trainer.batch_size, or go on with" in told("--batch-size", "2")
+
+
+def test_a_run_of_another_command_is_gone_on_with_by_that_command(tmp_path, capsys):
+    folder, _ = begin(tmp_path, "--iterations", "1")
+    assert main(["train", "--resume", str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert f"go on with it by textpolicy sft --resume {folder}" in told
+    assert "is no setting" not in told
+    (folder / "config.toml").write_text(to_toml(TrainConfig()))
+    assert main(["sft", "--resume", str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert f"go on with it by textpolicy train --resume {folder}" in told
+    assert "is no setting" not in told
 
 
 def test_a_run_that_diverges_leaves_what_was_saved_before(tmp_path):

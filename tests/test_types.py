@@ -1,7 +1,15 @@
 import pytest
 
 from textpolicy.errors import ConfigError
-from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task
+from textpolicy.types import (
+    Progress,
+    Rollout,
+    RolloutGroup,
+    Sampling,
+    StopReason,
+    Task,
+    asks_to_stop,
+)
 
 
 def rollout(**changes) -> Rollout:
@@ -53,3 +61,10 @@ def test_a_group_is_as_old_as_its_oldest_member():
         task=Task(id="t", prompt="p"), rollouts=[rollout(version=4), rollout(version=2)]
     )
     assert group.version == 2
+
+
+def test_a_callback_ends_a_run_by_stop_goes_on_by_more_or_nothing_and_says_nothing_else():
+    answers = (Progress.STOP, Progress.MORE, None)
+    assert [asks_to_stop(answer) for answer in answers] == [True, False, False]
+    with pytest.raises(ConfigError, match="the callback answered True; expected"):
+        asks_to_stop(True)

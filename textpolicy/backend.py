@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 # What runs without mlx: enough for `textpolicy --help`, and for the command to say what is missing.
@@ -22,6 +23,18 @@ def missing_backend() -> str:
     except ImportError as error:
         return f"mlx has no backend here ({error}); {_install()}"
     return ""
+
+
+def versions() -> dict[str, str | None]:
+    """What computes here, and its version; None is what runs from its sources or is missing."""
+    return {package: _installed(package) for package in ("textpolicy", "mlx", "mlx-lm")}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 class Refusal(MetaPathFinder):

@@ -19,7 +19,7 @@ from textpolicy.tracking.rollout_metrics import rollout_metrics, staleness_metri
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
 from textpolicy.training.wired import wired_memory
-from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task
+from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task, asks_to_stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def train_rl(
                 trained=trained,
                 advantages=trainer.advantages,
             )
-            stop = on_step is not None and on_step(report) is Progress.STOP
+            stop = on_step is not None and asks_to_stop(on_step(report))
             # The row of this step is written, as the checkpoint has it: saving counts to the next.
             laps = _Laps(scorer)
             if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from textpolicy.backend import versions
 from textpolicy.buffer import Buffer
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.cursor import Cursor
@@ -21,6 +22,7 @@ def snapshot(
         "buffer": buffer.state(),
         "scorer": scorer.state(),
         "random": random_state(),
+        "versions": versions(),
     }
     return Checkpoint(step=step, arrays=arrays, facts=parts)
 

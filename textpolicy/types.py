@@ -27,6 +27,16 @@ class Progress(Enum):
     STOP = auto()
 
 
+def asks_to_stop(answer: object) -> bool:
+    """Whether a callback's answer ends the run. None is MORE; what is no `Progress` is an error."""
+    if answer is not None and not isinstance(answer, Progress):
+        raise ConfigError(
+            f"the callback answered {answer!r:.60}; expected Progress.STOP to end the run, or "
+            "Progress.MORE or None to go on"
+        )
+    return answer is Progress.STOP
+
+
 class StopReason(StrEnum):
     """Why a completion ended."""
 

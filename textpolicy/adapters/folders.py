@@ -10,6 +10,8 @@ from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.files import make_folder, read_file
 from textpolicy.errors import AdapterError, ConfigError
 
+# Names of adapters that a run keeps.
+_RUN = ("best", "latest")
 _WRITERS = {"mlx": mlx_layout.write_mlx, "peft": peft_layout.write_peft}
 
 
@@ -62,6 +64,10 @@ def _advice(path: Path) -> str:
             ". adapter_model.bin can run code when it is opened, and is not read: load it in PEFT "
             "and save it with safe_serialization=True"
         )
+    # A run, or its folder of adapters.
+    places = [place / f"{name}.safetensors" for place in (path / "adapters", path) for name in _RUN]
+    if found := [str(place) for place in places if place.is_file()]:
+        return f". For the adapters of a run name their file: {' or '.join(found)}"
     return ""
 
 

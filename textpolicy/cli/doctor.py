@@ -5,13 +5,12 @@ import platform
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from textpolicy import fast_cpu
+from textpolicy import backend, fast_cpu
 from textpolicy.cli.report import Report, table
 
 _TINY = Path(fast_cpu.__file__).parent / "tiny" / "model.safetensors"
@@ -22,7 +21,7 @@ def run(options: Namespace) -> Report:
     data = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        **{package: _installed(package) for package in ("textpolicy", "mlx", "mlx-lm")},
+        **backend.versions(),
         "device": mx.default_device().type.name,
         "device_name": str(mx.device_info().get("device_name", "unknown")),
         "blas": asdict(blas) | {"gflops": round(fast_cpu.measure_gflops(), 1)},
@@ -31,13 +30,6 @@ def run(options: Namespace) -> Report:
     }
     data["usable"] = bool(data["mlx-lm"]) and data["tiny_model"]
     return Report(data=data, text=_for_people(data), exit_code=0 if data["usable"] else 1)
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _for_people(data: Mapping[str, Any]) -> str:

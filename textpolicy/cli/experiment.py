@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from textpolicy.algorithms import Algorithm
+from textpolicy.backend import versions
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm, sampling_of
 from textpolicy.cli.observer import Observer
 from textpolicy.cli.recording import tracker_of
@@ -54,10 +55,12 @@ def run_experiment(
     prepare: Callable[[Experiment], None] = lambda experiment: None,
     *,
     begun: bool = False,
+    forced: bool = False,
 ) -> Outcome:
     """Prepare, measure, train, measure again; what it comes to stays in `directory`.
 
-    A run that was `begun` there before goes on from its last checkpoint, if it has one.
+    A run that was `begun` there before goes on from its last checkpoint, if it has one; where that
+    is `forced`, with tasks that may be others.
     """
     algorithm = algorithm or find_algorithm(config.algorithm)
     environment, reward = find_task(config.task)
@@ -71,6 +74,8 @@ def run_experiment(
         prepare(experiment)
         checkpoints = checkpoints_of(directory, config)
         resume = _newest(checkpoints, console)
+        if resume and forced:
+            resume.facts["tasks"].pop("seen", None)
         if resume:
             _put_back(experiment, resume)
         # Not before: options that the checkpoint does not take must not stay behind.
@@ -94,8 +99,8 @@ def run_experiment(
             stop_on_alarm=config.run.stop_on_collapse,
         )
         started = time.perf_counter()
-        before = _begin(observer, directory, resume, console)
         with stopping(console.note) as request:
+            before = _begin(observer, directory, resume, console)
             _train(
                 experiment,
                 config,
@@ -104,17 +109,18 @@ def run_experiment(
                 checkpoints=checkpoints,
                 resume=resume,
             )
-        console.close()
-        updates = experiment.trainer.version - first
-        if observer.stopped:
-            _bring_back(best, experiment)
-        elif updates == 0:
-            # Each update publishes; without any, the file still has to be there for `eval`.
-            experiment.adapters.publish()
-        ended = observer.stopped or observer.steps >= config.run.steps
+            console.close()
+            updates = experiment.trainer.version - first
+            if observer.stopped:
+                _bring_back(best, experiment)
+            elif updates == 0:
+                # Each update publishes; without any, the file still has to be there for `eval`.
+                experiment.adapters.publish()
+            ended = observer.stopped or observer.steps >= config.run.steps
+            after = observer.finish(experiment.policy.version) if ended else None
         return Outcome(
             before=before,
-            after=observer.finish(experiment.policy.version) if ended else None,
+            after=after,
             steps=observer.steps,
             updates=updates,
             seconds=time.perf_counter() - started,
@@ -137,6 +143,11 @@ def _newest(checkpoints: Checkpoints, console: Console) -> Checkpoint | None:
         console.note(visible(f"passed over: {damage}"))
     if found:
         console.note(f"going on after step {found.step}")
+        for package, now in versions().items():
+            if (then := found.facts["versions"][package]) != now:
+                console.note(
+                    f"{package} was {then} and is {now}: numbers may differ in their last digits"
+                )
     return found
 
 

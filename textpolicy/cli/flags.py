@@ -16,23 +16,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
-from textpolicy.config.toml import nearest, read_toml
+from textpolicy.config.toml import NAMES_ELSEWHERE, nearest, read_toml
 from textpolicy.errors import ConfigError
 
 C = TypeVar("C")
-# What a person may know an option by from elsewhere.
-ELSEWHERE = {
-    "--learning-rate": "--lr",
-    "--num-generations": "--group-size",
-    "--num-iterations": "--epochs",
-    "--per-device-train-batch-size": "--micro-batch-size",
-    "--gradient-checkpointing": "--checkpoint-gradients",
-    "--max-completion-length": "--max-tokens",
-    "--max-new-tokens": "--max-tokens",
-    "--lora-rank": "--rank",
-    "--lora-alpha": "--alpha",
-    "--report-to": "--wandb",
-}
+
+
+def _flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+ELSEWHERE = {_flag_of(name): _flag_of(ours) for name, ours in NAMES_ELSEWHERE.items()}
 
 
 class Parser(ArgumentParser):

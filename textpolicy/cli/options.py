@@ -57,10 +57,24 @@ def build_parser(only: str | None = None) -> ArgumentParser:
         sub.set_defaults(module=command.module)
         if only in (None, name):
             command.add_options(sub)
+        sub.usage = _usage(sub)
         sub.add_argument(
             "--json", action="store_true", help="answer with one JSON object, the last line"
         )
     return parser
+
+
+def _usage(parser: ArgumentParser) -> str:
+    """One line: there may be a hundred options, which the help explains."""
+    forms = {"None": "{0}", "?": "[{0}]", "*": "[{0} ...]", "+": "{0} [{0} ...]"}
+    needed = [
+        f"{action.option_strings[0]} {action.metavar}"
+        if action.option_strings
+        else forms[str(action.nargs)].format(action.metavar)
+        for action in parser._actions
+        if action.required or not action.option_strings
+    ]
+    return " ".join([parser.prog, *needed, "[OPTIONS]"])
 
 
 def commands_of(parser: ArgumentParser) -> dict[str, ArgumentParser]:

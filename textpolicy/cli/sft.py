@@ -52,6 +52,10 @@ FREE = WATCHING | {
     "trainer.epochs",
     "trainer.patience",
 }
+# What decides which rows an update has: a checkpoint is gone on with where all of it is the same.
+FIXED = frozenset(
+    {"trainer.batch_size", "trainer.accumulation", "data.packing", "run.seed", "data"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class Outcome:
 def run(options: Namespace) -> Report:
     directory = None
     if options.resume:
-        config, directory = taken_up(SFTConfig(), options, FREE)
+        config, directory = taken_up(SFTConfig(), options, FREE, FIXED)
     else:
         config = configured(SFTConfig(), options)
     use_threads(config.model)

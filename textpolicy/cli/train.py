@@ -33,7 +33,7 @@ def run(options: Namespace) -> Report:
         closing(Console(sys.stderr, config.run.steps)) as console,
         to_go_on(directory, "train"),
     ):
-        outcome = run_experiment(config, directory, console, begun=begun)
+        outcome = run_experiment(config, directory, console, begun=begun, forced=options.force)
     write_report([directory.path])
     code = 0 if outcome.after else outcome.request.exit_code
     return Report(data=_data(outcome), text=_text(outcome), exit_code=code)

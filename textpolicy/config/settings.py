@@ -46,7 +46,8 @@ class Option:
     """What a field says of itself beside its name, type and default.
 
     `unset` tells what happens where the default is None. `flag` is the field's name unless said
-    otherwise; a `positional` one has none.
+    otherwise; a `positional` one has none. An option that is given takes the place of `instead_of`,
+    another of its section, where that was given before.
     """
 
     help: str
@@ -55,6 +56,7 @@ class Option:
     metavar: str | None = None
     limit: Limit | None = None
     positional: bool = False
+    instead_of: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,10 +132,17 @@ def option(
     metavar: str | None = None,
     limit: Limit | None = None,
     positional: bool = False,
+    instead_of: str | None = None,
 ) -> Any:
     """A field with its default and all that is known of it."""
     known = Option(
-        help=help, unset=unset, flag=flag, metavar=metavar, limit=limit, positional=positional
+        help=help,
+        unset=unset,
+        flag=flag,
+        metavar=metavar,
+        limit=limit,
+        positional=positional,
+        instead_of=instead_of,
     )
     return field(default=default, metadata={"option": known})
 
@@ -190,11 +199,18 @@ def changed(config: C, values: Mapping[str, Any]) -> C:
             for key, value in values.items()
             if key.startswith(f"{section}.")
         }
+        before = getattr(config, section)
         try:
-            whole[section] = replace(getattr(config, section), **own)
+            whole[section] = replace(before, **(_replaced(before, own) | own))
         except ConfigError as error:
             raise ConfigError(f"[{section}] {error}") from error
     return replace(config, **whole)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _replaced(section: Any, own: Mapping[str, Any]) -> dict[str, None]:
+    """What of a section gives way to its other values."""
+    given = [one for one in settings_of(section) if own.get(one.name) is not None]
+    return {one.option.instead_of: None for one in given if one.option.instead_of}
 
 
 def shown(value: Any) -> str:

@@ -55,12 +55,19 @@ class DataOptions:
 class SFTTrainerOptions:
     """How the weights move."""
 
-    iterations: int | None = option(None, "updates to take in all", unset="1000", limit=at_least(1))
+    iterations: int | None = option(
+        None,
+        "updates to take in all",
+        unset="1000",
+        limit=at_least(1),
+        instead_of="epochs",
+    )
     epochs: int | None = option(
         None,
         "times to go through the data; not beside iterations",
         unset="as --iterations has it",
         limit=at_least(1),
+        instead_of="iterations",
     )
     batch_size: int = option(4, "rows in memory at once", limit=at_least(1))
     accumulation: int = option(1, "batches whose gradients make one update", limit=at_least(1))

@@ -47,12 +47,28 @@ def read_toml(path: Path, defaults: C) -> C:
         raise ConfigError(f"{path} cannot be used: {error}") from error
 
 
+# What a person may know a setting by from elsewhere.
+NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "num_generations": "group_size",
+    "num_iterations": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_checkpointing": "checkpoint_gradients",
+    "max_completion_length": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "report_to": "wandb",
+}
+
+
 def nearest(key: str, known: list[str]) -> str:
     """A question that ends a message about an unknown key, or nothing if none is like it.
 
     The same word in another section comes before words that are spelled alike.
     """
     word = key.rpartition(".")[2]
+    word = NAMES_ELSEWHERE.get(word, word)
     alike = [other for other in known if other.rpartition(".")[2] == word]
     if not alike:
         words = {other.rpartition(".")[2]: other for other in reversed(known)}

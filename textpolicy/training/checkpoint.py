@@ -20,7 +20,7 @@ from textpolicy.adapters.files import read_tensors, remove_partial, write_tensor
 from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, TrainingError
 
 FORMAT = "textpolicy.checkpoint"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 SUFFIX = ".safetensors"
 # A tensor, since mlx reads no file whose header is over 100 MB, and rollouts can be more than that.
 _CONTENT = "content.json"

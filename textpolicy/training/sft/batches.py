@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from random import Random
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool, Int
 
-from textpolicy.errors import TrainingError
+from textpolicy.errors import DataError, TrainingError
 from textpolicy.training.sft.demonstrations import Demonstration
 
 Row = Sequence[Demonstration]
@@ -69,7 +70,7 @@ class Stream:
 
     def updates(self, done: int) -> Iterator[Sequence[Row]]:
         """The rows of each update after the first `done`."""
-        return ([[one] for one in batch] for batch in islice(self.batches, done, None))
+        return (_drawn(batch) for batch in islice(self.batches, done, None))
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,18 @@ class Epochs:
     @property
     def _count(self) -> int:
         return len(self.demonstrations)
+
+
+def _drawn(batch: object) -> list[Row]:
+    """The batch as rows, if it is one."""
+    given = cast(Sequence[object], batch) if isinstance(batch, Sequence) else ()
+    rows: list[Row] = [[one] for one in given if isinstance(one, Demonstration)]
+    if not rows or len(rows) < len(given):
+        raise DataError(
+            f"a batch of the stream is {batch!r:.60}; expected a list of at least one "
+            "Demonstration, which Encoding makes of texts and rows"
+        )
+    return rows
 
 
 def pack(demonstrations: Sequence[Demonstration], length: int, rng: Random) -> list[Row]:

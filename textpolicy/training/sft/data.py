@@ -15,6 +15,7 @@ from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 
 PlacedRows = list[tuple[str, Row]]
+_SHOWN = 5
 _OTHER_NAMES = ("validation", "val", "dev")
 
 
@@ -142,10 +143,17 @@ def _saved_splits(folder: Path) -> dict[str, PlacedRows]:
 def _needed_part(folder: Path, name: str) -> PlacedRows:
     if (found := _part(folder, name)) is None:
         raise DataError(
-            f"{folder} holds neither {name}.jsonl nor {name}.txt; expected one of them, a row or a "
-            "text a line"
+            f"{folder} holds neither {name}.jsonl nor {name}.txt, but {_content(folder)}; expected "
+            "one of them, a row or a text a line. A single file is read by its own name"
         )
     return found
+
+
+def _content(folder: Path) -> str:
+    """The first names in a folder, in words."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more if names else "nothing"
 
 
 def _part(folder: Path, name: str) -> PlacedRows | None:

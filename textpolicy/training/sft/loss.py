@@ -8,13 +8,13 @@ The mean is over all learned tokens of a batch, however they lie in its rows. Pa
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Bool, Float, Int
 
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.training.head import Head, find_head
 from textpolicy.training.scores import score_logits
 from textpolicy.training.sft.batches import SFTBatch
@@ -93,4 +93,31 @@ class _Custom:
                 "or let the loss take the keyword `mask`"
             )
         network = reading(self.model, self.model, batch.segments)
-        return self.loss(network, batch.inputs, batch.targets, batch.lengths, **asked)
+        return _pair(self.loss(network, batch.inputs, batch.targets, batch.lengths, **asked))
+
+
+def _pair(answer: object) -> tuple[mx.array, mx.array]:
+    """What a user's loss returned, if it is a mean and the tokens it is the mean of."""
+    parts = cast(tuple[object, ...], answer) if isinstance(answer, tuple) else ()
+    loss, tokens = parts if len(parts) == 2 else (None, None)
+    tokens = mx.array(tokens) if isinstance(tokens, int) else tokens
+    if (
+        isinstance(loss, mx.array)
+        and isinstance(tokens, mx.array)
+        and loss.ndim == tokens.ndim == 0
+    ):
+        return loss, tokens
+    raise TrainingError(
+        f"the loss returned {_form(answer)}; expected a pair of scalars, the mean loss of the "
+        "batch and how many tokens it is the mean of: "
+        "`return (each * mask).sum() / mask.sum(), mask.sum()`"
+    )
+
+
+def _form(value: object) -> str:
+    """What it is, in words that need no value: that of an array is not known yet."""
+    if isinstance(value, mx.array):
+        return f"an array of the shape {value.shape}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_form, cast(tuple[object, ...], value)))})"
+    return repr(value)[:60]

@@ -7,7 +7,7 @@ the model leaves trainable is trained: adapters, or every weight.
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -24,7 +24,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files import destination
-from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.errors import ConfigError, DataError, TrainingError
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft.batches import (
     Epochs,
@@ -46,7 +46,7 @@ from textpolicy.training.sft.events import (
 from textpolicy.training.sft.loss import BatchLoss, SFTLoss, loss_of
 from textpolicy.training.sft.packing import check_packing
 from textpolicy.training.sft.parameters import SFTParameters
-from textpolicy.types import Progress
+from textpolicy.types import Progress, asks_to_stop
 
 Example = Demonstration | str | Mapping[str, Any]
 """Tokens, a text, or a row in one of the forms that `Encoding` knows."""
@@ -77,9 +77,11 @@ def train_sft(
     tokenizer: TokenizerWrapper | None = None,
     loss: SFTLoss | None = None,
     resume: str | Path | None = None,
-    on_progress: Callable[[Event], Progress] = lambda event: Progress.MORE,
+    on_progress: Callable[[Event], Progress | None] | None = None,
 ) -> SFTResult:
     """Update the trainable weights until all iterations are done, or a callback's STOP.
+
+    Data are a list, or anything else of a known length that can be read again and again.
 
     Validation comes before the first update, every so often, and after the last. However training
     ends, the adapters and a checkpoint to go on from are saved if there is a path for them.
@@ -88,6 +90,9 @@ def train_sft(
     parameters = parameters or SFTParameters()
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("the model has no trainable weights: attach adapters or unfreeze it")
+    if not isinstance(train, Stream):
+        _check_data("train", train)
+    _check_data("validate", validate)
     source = train if isinstance(train, Stream) else _epochs(train, parameters, tokenizer)
     if parameters.packing:
         with _in_mode(model, training=False):
@@ -110,7 +115,7 @@ def train_sft(
         run.restore(Path(resume))
     with _in_mode(model, training=True):
         for event in run.events(source.updates(run.iteration)):
-            if on_progress(event) is Progress.STOP:
+            if on_progress is not None and asks_to_stop(on_progress(event)):
                 run.ended = "stopped"
                 break
     run.finish()
@@ -131,6 +136,7 @@ def evaluate_sft(
     parameters = SFTParameters(
         batch_size=batch_size, validation_batches=batches, max_length=max_length
     )
+    _check_data("data", data)
     demonstrations = _encoded(data, parameters, tokenizer)
     if not demonstrations:
         raise TrainingError("there are no demonstrations to evaluate on")
@@ -319,6 +325,7 @@ class _Run:
             total = gradient
             sums.append((loss * tokens, tokens))
         tokens = sum(count for _, count in sums)
+        _check_counted(tokens)
         if len(parts) > 1:
             total = tree_map(lambda g: g / tokens, total)
         return sum(value for value, _ in sums) / tokens, tokens, total
@@ -378,7 +385,16 @@ def _evaluate(
             mean, counted = loss(arrange(rows))
             total += float(mean) * int(counted)
             tokens += int(counted)
+    _check_counted(tokens)
     return total / tokens
+
+
+def _check_counted(tokens: int) -> None:
+    if tokens < 1:
+        raise TrainingError(
+            f"the loss is the mean of {tokens} tokens; expected at least 1. Let it return how many "
+            "targets it takes the mean of, such as mask.sum()"
+        )
 
 
 @contextmanager
@@ -417,16 +433,31 @@ def _epochs(
     )
 
 
+def _check_data(name: str, data: object) -> None:
+    """Refuse what would be read as something else than rows, or could be read only once."""
+    # Not only sequences: data sets of other libraries have a length and are read by number.
+    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Sized):
+        raise DataError(
+            f"{name} is {data!r:.60}; expected a list of demonstrations, texts or rows. Put a "
+            "single one into a list, make a list of what a generator gives, and leave a list "
+            "empty for no data. What a file has is read by load_data"
+        )
+
+
 def _encoded(
     data: Sequence[Example], parameters: SFTParameters, tokenizer: TokenizerWrapper | None
 ) -> list[Demonstration]:
     ready = [one for one in data if isinstance(one, Demonstration)]
     if len(ready) == len(data):
         return ready
+    if ready:
+        raise DataError(
+            f"{len(ready)} of {len(data)} rows are demonstrations, and the others texts or rows; "
+            "expected one kind: encode the others with Encoding"
+        )
+    placed = [(f"row {n}", _row(n, one)) for n, one in enumerate(data, start=1)]
     if tokenizer is None:
         raise ConfigError("the data has texts or rows; pass the tokenizer that they are read with")
-    rows = [({"text": one} if isinstance(one, str) else one) for one in data]
-    placed = [(f"row {n}", cast(Mapping[str, Any], row)) for n, row in enumerate(rows, start=1)]
     encoding = Encoding(tokenizer=tokenizer, max_length=parameters.max_length)
     found = encoding.encode(placed)
     if found.truncated or found.dropped:
@@ -437,6 +468,17 @@ def _encoded(
             stacklevel=3,
         )
     return found.demonstrations
+
+
+def _row(number: int, one: object) -> Mapping[str, Any]:
+    if isinstance(one, str):
+        return {"text": one}
+    if not isinstance(one, Mapping):
+        raise DataError(
+            f"row {number} is {one!r:.60}; expected a Demonstration, a text, or a mapping with its "
+            "columns"
+        )
+    return cast(Mapping[str, Any], one)
 
 
 def _course(source: Epochs | Stream, parameters: SFTParameters) -> dict[str, Any]:
