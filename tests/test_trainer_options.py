@@ -31,6 +31,7 @@ from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rollout.worker import collect
 from textpolicy.training.batch import Whole, micro_batches, mini_batches, pad, rows_of
 from textpolicy.training.logprobs import Reader
+from textpolicy.training.metrics import added_up
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.scoring import scored
 from textpolicy.training.trainer import Trainer
@@ -273,6 +274,15 @@ def test_a_batch_that_was_cut_off_altogether_changes_nothing_and_says_so(load_ti
     metrics = trainer.train(cut_off(groups, {0, 1, 2}))
     assert metrics["update_skipped/no_signal"] == 1
     assert moves(model, before) == 0
+    assert {metrics["clip_ratio/low_min"], metrics["clip_ratio/high_max"]} == {0}
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_what_was_cut_off_is_no_extreme_of_the_others():
+    of_nothing = {"share": 0.0, "share_min": 0.0, "ratio_max": 1.0}
+    counted = {"share": 0.25, "share_min": 0.5, "ratio_max": 0.9}
+    assert added_up([(of_nothing, False), (counted, True)]) == counted
+    assert added_up([(of_nothing, False), (of_nothing, False)]) == of_nothing
 
 
 def test_checkpointed_gradients_make_the_same_update(load_tiny):

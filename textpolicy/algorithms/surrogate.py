@@ -87,4 +87,6 @@ def share(flags: Flags, batch: Batch, *, by_sequence: bool) -> Float[mx.array, "
 
 def _rows(flags: Flags, batch: Batch, if_empty: float) -> Float[mx.array, " batch"]:
     shares = row_means(flags.astype(mx.float32), batch.mask)
-    return mx.where(batch.mask.any(axis=1), shares, if_empty)
+    counted = batch.mask.any(axis=1)
+    # Of a batch without a token that counts, all shares are 0.
+    return mx.where(counted | ~counted.any(), shares, if_empty)
