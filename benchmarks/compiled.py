@@ -97,6 +97,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=9, help="default: 9")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
+    if options.runs < 1:
+        parser.error(f"--runs is {options.runs}; expected at least 1")
     if fast_cpu.status().threads:
         fast_cpu.use_threads(1)
     model, _ = load_model("tiny")
