@@ -100,6 +100,8 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", metavar="P+C", default=lengths, help=text)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
+    if options.runs < 1:
+        parser.error(f"--runs is {options.runs}; expected at least 1")
     if fast_cpu.status().threads:
         fast_cpu.use_threads(1)
     model, _ = load_model("tiny")

@@ -234,6 +234,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
     options = parser.parse_args()
+    if options.runs < 1:
+        parser.error(f"--runs is {options.runs}; expected at least 1")
     sides = measure(options)
     tokens = options.prompts * options.group_size * options.completion_tokens
     records = {side.name: summary(side, tokens) for side in sides}

@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
     options = parser.parse_args()
+    if options.runs < 1:
+        parser.error(f"--runs is {options.runs}; expected at least 1")
     if fast_cpu.status().threads:
         fast_cpu.use_threads(options.threads)
     model = adapted_model()

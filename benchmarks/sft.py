@@ -307,6 +307,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="answer with one JSON object")
     parser.add_argument("--output", type=Path, help="write that object to this file too")
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; expected at least 1")
     if options.steps <= REPORT:
         parser.error(f"--steps is {options.steps}; expected more than {REPORT}: rates begin there")
     if fast_cpu.status().threads:

@@ -1,6 +1,7 @@
 """The scripts in benchmarks/, run as a user runs them, each in its smallest setting."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,7 @@ SMALLEST = {
     "scaling.py": "--only rank --runs 1 --json",
 }
 LONGER = ("collapse.py", "learning.py", "rank.py", "sft.py")
-
-pytestmark = pytest.mark.slow
+COUNTS = dict.fromkeys(["compiled", "generate", "grpo_step", "prompt_sharing", "scaling"], "--runs")
 
 
 def printed(script: str, options: str) -> str:
@@ -34,6 +34,7 @@ def printed(script: str, options: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SMALLEST)
 def test_a_record_says_what_it_was_measured_on(script):
     options = SMALLEST[script]
@@ -46,6 +47,18 @@ def test_a_record_says_what_it_was_measured_on(script):
     assert any(record.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", LONGER)
 def test_a_script_that_takes_minutes_tells_its_options(script):
     assert printed(script, "--help").startswith(f"usage: {script}")
+
+
+@pytest.mark.parametrize(("script", "flag"), [*COUNTS.items(), ("sft", "--repeats")])
+def test_a_median_of_no_runs_is_not_asked_for(script, flag, monkeypatch, capsys):
+    path = str(BENCHMARKS / f"{script}.py")
+    monkeypatch.setattr(sys, "argv", [path, flag, "0"])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(path, run_name="__main__")
+    assert stopped.value.code == 2
+    assert f"{flag} is 0; expected at least 1" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """Weights for what a sampler got wrong, and for tokens that matter: by hand."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
-from tests.batches import batch_of
+from tests.batches import batch_of, part_of
 from textpolicy.algorithms import correction
 from textpolicy.algorithms.entropy import quantile, top_entropy_tokens
 from textpolicy.algorithms.overlong import overlong_penalty, with_penalty
@@ -32,6 +34,18 @@ def test_ratios_of_old_to_sampled_are_truncated_or_masked(weight, expected, metr
     values, metrics = weight(OLD, batch())
     assert mx.allclose(values, mx.array(expected), atol=1e-6)
     assert metrics[metric].item() == pytest.approx(share)
+
+
+@pytest.mark.parametrize("correct", [correction.truncate_tokens, correction.truncate_sequences])
+def test_an_answer_of_one_token_counts_the_same_in_a_micro_batch_of_its_own(correct):
+    whole = batch()
+    first, second = part_of(whole, slice(0, 1)), part_of(whole, slice(1, 2))
+    names = ("tokens", "mask", "logp_sampled", "logp_old", "advantages")
+    second = replace(second, **{name: getattr(second, name)[:, :1] for name in names})
+    # Under a cap of 0.1 every ratio is truncated.
+    (_, all_of_it), *parts = (correct(0.1)(one.logp_old, one) for one in (whole, first, second))
+    added = sum(metrics["sampling/truncated"].item() for _, metrics in parts)
+    assert added == pytest.approx(all_of_it["sampling/truncated"].item()) == pytest.approx(1.0)
 
 
 def test_only_bad_answers_that_the_policy_has_left_are_dropped():

@@ -208,6 +208,13 @@ def test_what_the_algorithm_asks_of_the_trainer_holds_until_it_is_said_otherwise
     assert assembled(algorithm__name="gspo", trainer__mini_batches=2).trainer.mini_batches == 2
 
 
+def test_without_a_divergence_in_the_reward_rloo_scores_no_reference(assembled):
+    words = {"algorithm__name": "rloo", "algorithm__reward_kl": 0.0}
+    assert assembled(**words).trainer.reference is None
+    assert assembled(**words, algorithm__beta=0.1).trainer.reference == "base"
+    assert assembled(**words, algorithm__reference="base").trainer.reference == "base"
+
+
 def test_reward_kl_old_logprobs_and_truncated_are_the_trainers(assembled):
     trainer = assembled(
         algorithm__reward_kl=0.1,

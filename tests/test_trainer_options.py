@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from random import Random
 
@@ -11,15 +12,26 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from tests.test_trainer import TASKS, length_reward, setup, weights
+from tests.test_trainer import TASKS, TIMES, length_reward, setup, weights
 from textpolicy import algorithms
 from textpolicy.adapters import AdapterContainer
-from textpolicy.algorithms import distillation, dpo, entropy, gdpo, grpo, reinforce, rloo
+from textpolicy.algorithms import (
+    cispo,
+    distillation,
+    dpo,
+    entropy,
+    gdpo,
+    grpo,
+    gspo,
+    reinforce,
+    rloo,
+)
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rollout.worker import collect
 from textpolicy.training.batch import Whole, micro_batches, mini_batches, pad, rows_of
 from textpolicy.training.logprobs import Reader
+from textpolicy.training.metrics import added_up
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.scoring import scored
 from textpolicy.training.trainer import Trainer
@@ -61,6 +73,27 @@ def test_mini_batches_share_out_whole_groups_and_each_is_an_update(load_tiny):
     assert trainer.version == 1
     assert metrics["entropy"] != trainer.train(groups)["entropy"]
     assert metrics["sampling/sampling_logp_difference/mean"] < 1e-4, "that of the first update"
+
+
+@pytest.mark.parametrize(
+    ("loss", "share"),
+    [
+        (partial(grpo.policy_loss, clip_low=1e-3, clip_high=1e-3), "clip_ratio/region_mean"),
+        (partial(gspo.policy_loss, clip_low=1e-3, clip_high=1e-3), "clip_ratio/region_mean"),
+        (partial(cispo.policy_loss, cap=1.001), "cispo_clip_ratio"),
+    ],
+)
+def test_micro_batches_of_one_token_change_no_share(load_tiny, loss, share):
+    results = []
+    for size in (None, 1):
+        model, trainer, groups = setup(load_tiny, micro_batch_size=size, loss_fn=loss, epochs=2)
+        short = create_policy(model, load_tiny()[1], {"max_tokens": 1})
+        groups[:2] = collect(TASKS[:2], short, ever_higher(), group_size=3, seed=0)
+        results.append(trainer.train(groups))
+    whole, one_by_one = results
+    assert whole[share] > 0
+    for name in whole.keys() - TIMES:
+        assert one_by_one[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-5), name
 
 
 def test_mini_batches_are_dealt_by_the_seed(load_tiny):
@@ -241,6 +274,15 @@ def test_a_batch_that_was_cut_off_altogether_changes_nothing_and_says_so(load_ti
     metrics = trainer.train(cut_off(groups, {0, 1, 2}))
     assert metrics["update_skipped/no_signal"] == 1
     assert moves(model, before) == 0
+    assert {metrics["clip_ratio/low_min"], metrics["clip_ratio/high_max"]} == {0}
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_what_was_cut_off_is_no_extreme_of_the_others():
+    of_nothing = {"share": 0.0, "share_min": 0.0, "ratio_max": 1.0}
+    counted = {"share": 0.25, "share_min": 0.5, "ratio_max": 0.9}
+    assert added_up([(of_nothing, False), (counted, True)]) == counted
+    assert added_up([(of_nothing, False), (of_nothing, False)]) == of_nothing
 
 
 def test_checkpointed_gradients_make_the_same_update(load_tiny):

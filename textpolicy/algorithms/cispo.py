@@ -33,9 +33,9 @@ def policy_loss(
     **terms: Unpack[Terms],
 ) -> Loss:
     """Log-probabilities weighed by advantage and capped ratio, negated: the mean over tokens."""
-    log_ratio = ratio(logp, batch)
+    log_ratio, by_sequence = ratio(logp, batch)
     now = mx.stop_gradient(mx.exp(log_ratio))
     loss = -mx.minimum(now, cap) * batch.advantages * mx.where(batch.mask, logp, 0)
     capped = (now > cap) & (batch.advantages > 0)
-    metrics = {"cispo_clip_ratio": share(capped, batch, by_sequence=now.shape[1] == 1)}
+    metrics = {"cispo_clip_ratio": share(capped, batch, by_sequence=by_sequence)}
     return objective(loss, metrics, logp, batch, log_ratio=log_ratio, average=average, **terms)

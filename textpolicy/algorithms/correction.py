@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from textpolicy.algorithms.objective import TokenWeight
 from textpolicy.algorithms.ops import PerToken, row_means
+from textpolicy.algorithms.ratios import Ratio
 from textpolicy.algorithms.surrogate import share
 from textpolicy.types import Batch
 
@@ -57,22 +58,26 @@ def off_policy_mask(threshold: float = 0.5) -> TokenWeight:
     return weight
 
 
-def _token_log_rho(batch: Batch) -> Float[mx.array, "batch time"]:
+def _token_log_rho(batch: Batch) -> Ratio:
+    return Ratio(_log_rhos(batch), by_sequence=False)
+
+
+def _sequence_log_rho(batch: Batch) -> Ratio:
+    return Ratio(_log_rhos(batch).sum(axis=1, keepdims=True), by_sequence=True)
+
+
+def _log_rhos(batch: Batch) -> Float[mx.array, "batch time"]:
     return mx.where(batch.mask, batch.logp_old - batch.logp_sampled, 0)
 
 
-def _sequence_log_rho(batch: Batch) -> Float[mx.array, "batch 1"]:
-    return _token_log_rho(batch).sum(axis=1, keepdims=True)
-
-
-def _truncated(log_rho: PerToken, cap: float, batch: Batch) -> Weighted:
-    rho = mx.exp(log_rho)
-    changed = share(rho > cap, batch, by_sequence=rho.shape[1] == 1)
+def _truncated(log_rho: Ratio, cap: float, batch: Batch) -> Weighted:
+    rho = mx.exp(log_rho.logs)
+    changed = share(rho > cap, batch, by_sequence=log_rho.by_sequence)
     return mx.minimum(rho, cap), {"sampling/truncated": changed}
 
 
-def _masked(log_rho: PerToken, low: float, high: float, batch: Batch) -> Weighted:
-    rho = mx.exp(log_rho)
+def _masked(log_rho: Ratio, low: float, high: float, batch: Batch) -> Weighted:
+    rho = mx.exp(log_rho.logs)
     outside = (rho < low) | (rho > high)
-    changed = share(outside, batch, by_sequence=rho.shape[1] == 1)
+    changed = share(outside, batch, by_sequence=log_rho.by_sequence)
     return mx.where(outside, 0, rho), {"sampling/masked": changed}

@@ -30,6 +30,6 @@ def policy_loss(
     **terms: Unpack[Terms],
 ) -> Loss:
     """Ratio times advantage, negated: the mean over all tokens of the whole batch."""
-    log_ratio = ratio(logp, batch)
+    log_ratio = ratio(logp, batch).logs
     loss = -mx.exp(log_ratio) * batch.advantages
     return objective(loss, {}, logp, batch, log_ratio=log_ratio, average=average, **terms)

@@ -32,7 +32,7 @@ def policy_loss(
     **terms: Unpack[Terms],
 ) -> Loss:
     """The gated surrogate, negated: each sequence's token mean, averaged over sequences."""
-    log_ratio = ratio(logp, batch)
+    log_ratio = ratio(logp, batch).logs
     tau = mx.where(batch.advantages > 0, tau_positive, tau_negative)
     gate = mx.sigmoid(tau * (mx.exp(log_ratio) - 1)) * 4 / tau
     loss = -gate * batch.advantages

@@ -15,13 +15,15 @@ Algorithms differ in where A comes from, in what the ratio is, and in how tokens
 from typing import Unpack
 
 import mlx.core as mx
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from textpolicy.algorithms.averages import Average
 from textpolicy.algorithms.objective import Loss, Terms, objective
-from textpolicy.algorithms.ops import PerToken, masked_sum, row_means
+from textpolicy.algorithms.ops import masked_sum, row_means
 from textpolicy.algorithms.ratios import LogRatio
 from textpolicy.types import Batch
+
+Flags = Bool[mx.array, "batch _"]
 
 
 class Clipping(Terms, total=False):
@@ -46,7 +48,7 @@ def clipped_loss(
     **terms: Unpack[Terms],
 ) -> Loss:
     """The clipped surrogate, negated, averaged and composed as `terms` say."""
-    log_ratio = ratio(logp, batch)
+    log_ratio, by_sequence = ratio(logp, batch)
     now = mx.exp(log_ratio)
     free = now if delta is None else mx.minimum(now, delta)
     clipped = mx.clip(now, 1 - clip_low, 1 + clip_high)
@@ -54,19 +56,18 @@ def clipped_loss(
     if dual_clip is not None:
         floor = mx.where(batch.advantages < 0, dual_clip * batch.advantages, -mx.inf)
         surrogate = mx.maximum(surrogate, floor)
-    metrics = _clip_shares(now, batch, clip_low, clip_high)
+    low = (now < 1 - clip_low) & (batch.advantages < 0)
+    high = (now > 1 + clip_high) & (batch.advantages > 0)
+    metrics = _clip_shares(low, high, batch, by_sequence=by_sequence)
     return objective(
         -surrogate, metrics, logp, batch, log_ratio=log_ratio, average=average, **terms
     )
 
 
 def _clip_shares(
-    ratio: PerToken, batch: Batch, clip_low: float, clip_high: float
+    low: Flags, high: Flags, batch: Batch, *, by_sequence: bool
 ) -> dict[str, mx.array]:
     """The shares of tokens, or of sequences, at which a clip stops the gradient."""
-    low = (ratio < 1 - clip_low) & (batch.advantages < 0)
-    high = (ratio > 1 + clip_high) & (batch.advantages > 0)
-    by_sequence = ratio.shape[1] == 1
     return {
         "clip_ratio/low_mean": share(low, batch, by_sequence=by_sequence),
         "clip_ratio/low_min": _rows(low, batch, mx.inf).min(),
@@ -76,7 +77,7 @@ def _clip_shares(
     }
 
 
-def share(flags: mx.array, batch: Batch, *, by_sequence: bool) -> Float[mx.array, ""]:
+def share(flags: Flags, batch: Batch, *, by_sequence: bool) -> Float[mx.array, ""]:
     """The share of tokens that are flagged; or of sequences, each counted once."""
     flagged = flags.astype(mx.float32)
     if by_sequence:
@@ -84,6 +85,8 @@ def share(flags: mx.array, batch: Batch, *, by_sequence: bool) -> Float[mx.array
     return masked_sum(flagged, batch.mask) / batch.token_count
 
 
-def _rows(flags: mx.array, batch: Batch, if_empty: float) -> Float[mx.array, " batch"]:
+def _rows(flags: Flags, batch: Batch, if_empty: float) -> Float[mx.array, " batch"]:
     shares = row_means(flags.astype(mx.float32), batch.mask)
-    return mx.where(batch.mask.any(axis=1), shares, if_empty)
+    counted = batch.mask.any(axis=1)
+    # Of a batch without a token that counts, all shares are 0.
+    return mx.where(counted | ~counted.any(), shares, if_empty)

@@ -43,7 +43,7 @@ def policy_loss(
 
     `positive` and `negative` are (k, lambda) for advantages of that sign.
     """
-    log_ratio = ratio(logp, batch)
+    log_ratio = ratio(logp, batch).logs
     none = mx.ones((logp.shape[0], 1))
     weight, metrics = correction(logp, batch) if correction else (none, {})
     k, rate = (
@@ -60,7 +60,7 @@ def _log_product(
     logp: Float[mx.array, "batch time"], batch: Batch, weight: PerToken
 ) -> Float[mx.array, "batch 1"]:
     """log w: over the sequence, of the ratios and of the sampler's correction."""
-    ratios = mx.clip(token_log_ratio(logp, batch), -20, 20).sum(axis=1, keepdims=True)
+    ratios = mx.clip(token_log_ratio(logp, batch).logs, -20, 20).sum(axis=1, keepdims=True)
     logs = mx.clip(mx.log(weight), LOWEST, HIGHEST)
     if logs.shape[1] > 1:
         logs = mx.where(batch.mask, logs, 0)

@@ -187,6 +187,9 @@ def build_trainer(
         "reference": _reference(config.algorithm),
     }
     chosen = dict(algorithm.trainer) | {n: value for n, value in known.items() if value is not None}
+    if chosen.get("reward_kl") == 0 and "reward_kl" in algorithm.trainer:
+        # The algorithm's own reference is there for the divergence alone.
+        chosen["reference"] = known["reference"]
     if algorithm.name == "distillation" and "reference" not in chosen:
         raise ConfigError(
             "distillation learns from a teacher: name a model of the same vocabulary, "

@@ -47,10 +47,20 @@ def advantage_metrics(rows: Sequence[Row]) -> Metrics:
     }
 
 
-def add_up(total: Metrics, part: Mapping[str, float]) -> None:
-    """Add a micro-batch to its update: sums, or extremes where the name says so."""
-    for name, value in part.items():
-        total[name] = _combine(name, sum)((total[name], value)) if name in total else value
+def added_up(parts: Iterable[tuple[Mapping[str, float], bool]]) -> Metrics:
+    """An update's metrics, of its micro-batches': sums, or extremes where the name says so.
+
+    With each goes whether a token of it counts; without one, its extremes are those of nothing.
+    """
+    total: Metrics = {}
+    for part, counts in sorted(parts, key=lambda pair: not pair[1]):
+        for name, value in part.items():
+            combine = _combine(name, sum)
+            if name not in total:
+                total[name] = value
+            elif counts or combine is sum:
+                total[name] = combine((total[name], value))
+    return total
 
 
 def over_updates(updates: Sequence[Metrics], *, with_sampler: bool) -> Metrics:

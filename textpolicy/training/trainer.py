@@ -33,7 +33,7 @@ from textpolicy.training.batch import (
 from textpolicy.training.checkpoint import check_fits, flat, tree
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.logprobs import Reader
-from textpolicy.training.metrics import add_up, advantage_metrics, over_updates, policy_metrics
+from textpolicy.training.metrics import added_up, advantage_metrics, over_updates, policy_metrics
 from textpolicy.training.rejected import save_rejected
 from textpolicy.training.scoring import scored
 from textpolicy.types import (
@@ -271,7 +271,8 @@ class Trainer:
         reports: list[dict[str, mx.array]] = []
         whole = Whole.of(rows)
         share = self._read.share_prompts
-        for part in micro_batches(rows, self.micro_batch_size, share_prompts=share):
+        parts = micro_batches(rows, self.micro_batch_size, share_prompts=share)
+        for part in parts:
             advantages = any(row.teaches for row in part)
             with recomputing(self.model) if self.checkpoint_gradients else nullcontext():
                 (_, (pull, report)), grads = self._value_and_grad(pad(part, whole), advantages)
@@ -285,10 +286,9 @@ class Trainer:
                     continue
             gradient = tree_map(mx.add, gradient, grads)
             mx.async_eval(gradient, report)
-        metrics: Metrics = {}
-        for report in reports:
-            add_up(metrics, {name: float(value) for name, value in report.items()})
-        return gradient, metrics
+        values = [{name: float(value) for name, value in report.items()} for report in reports]
+        counts = [any(any(row.mask) for row in part) for part in parts]
+        return gradient, added_up(zip(values, counts, strict=True))
 
     def _update(self, gradient: Any, has_signal: bool, groups: Sequence[RolloutGroup]) -> Metrics:
         norm = global_norm(gradient)
