@@ -278,6 +278,8 @@ STEPS = {
         SHAPE | {"vocab_size": 8192},
         {"config": {"rules": [LoRARule(rank=8, module_path="(.*_proj|lm_head)")]}},
     ),
+    "two blocks": ((2, 16, 8, 18, 6), TINY, {}),
+    "two blocks with checkpoints": ((2, 16, 8, 18, 6), TINY, {"checkpoint_gradients": True}),
     "checkpoints": ((6, 1, 4, 64, 96), SHAPE, {"checkpoint_gradients": True}),
     "quantized": ((4, 1, 8, 32, 32), WIDE, {"mode": "affine"}),
     "nf4": ((4, 1, 8, 32, 32), WIDE, {"mode": "nf4"}),

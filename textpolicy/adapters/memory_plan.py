@@ -180,8 +180,12 @@ def plan_memory(
         last = block.activations(own, own_scores, joined, beside)
         gradients = max(block.gradients(own, own_scores), gradients - last)
     learned = (beside.blocks - 1) * whole + last
+    # The last block is gone through first, when its output, the norm of that, and the gradient are
+    # still there.
+    ends = 3 * own * block.hidden * block.itemsize
     # A checkpointed block keeps its input and its prompts' keys and values; mlx computes the one
     # before again beside the one that is gone through backwards.
+    pair = whole + (whole if beside.blocks > 2 else last)
     kept = tokens * block.hidden + 2 * (rows + prompts) * read * block.keys
     logits = rows * completion_tokens * block.vocabulary * _FLOAT
     sampled = min(batch // group_size, max(1, DECODED_ROWS // group_size))
@@ -202,7 +206,7 @@ def plan_memory(
         optimizer=2 * planned.adapter_bytes,
         gradients=accumulated * planned.adapter_bytes,
         activations=beside.blocks * kept * block.itemsize if checkpoint_gradients else learned,
-        block=2 * whole if checkpoint_gradients else gradients,
+        block=pair if checkpoint_gradients else gradients + ends,
         head=_head(logits, planned),
         unpacked=max(packed.values(), default=0),
         cache=block.blocks * layer,
