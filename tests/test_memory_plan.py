@@ -404,7 +404,7 @@ def test_more_groups_take_no_more_memory():
         trainer.train(rollouts)
         peaks.append(peak_of(partial(trainer.train, rollouts), before))
         del model, trainer
-    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+    assert peaks[1] < 1.05 * peaks[0]
 
 
 def test_with_checkpoints_more_blocks_take_hardly_more_memory():
