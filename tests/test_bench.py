@@ -55,6 +55,7 @@ UNREMARKABLE = Measured(
     prompt_tokens=16,
     completion_tokens=6,
     planned_bytes=50_000_000,
+    played=False,
     scores_reference=False,
     scores_afresh=False,
     isolated=False,

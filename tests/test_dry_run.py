@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import mlx.core as mx
 import pytest
 
 from textpolicy.cli import main
@@ -54,6 +55,22 @@ def test_the_memory_grows_with_what_makes_it_grow(capsys):
         "--micro-batch-size", "128"
     )
     assert training("--quantize", "4") < usual < training("--max-tokens", "200")
+
+
+def test_a_teacher_s_weights_are_in_the_plan(planned, tiny):
+    _, alone = planned(*ARGV)
+    text, taught = planned(*ARGV, "--algorithm", "distillation", "--reference", "tiny")
+    stored = mx.load(str(tiny / "model.safetensors")).values()
+    weights = sum(array.size * mx.float32.size for array in stored)
+    for peak in ("estimated_training_bytes", "estimated_generation_bytes"):
+        assert taught[peak] - alone[peak] == weights
+    assert "reference" in text.partition("\nprompt  ")[2]
+
+
+def test_of_several_turns_it_says_that_they_are_not_planned(planned):
+    words = "several are not planned"
+    assert words in planned("train", "--env", "hilo")[0]
+    assert words not in planned(*ARGV)[0]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.plan import AdapterPlan, PlannedModule, plan
@@ -50,8 +51,9 @@ _PROJECTIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Estimated bytes. The first four are there all the time, the others at their peak.
+    """Estimated bytes. The first five are there all the time, the others at their peak.
 
+    reference: weights of another model, such as a teacher
     activations: what blocks keep for the backward pass
     block: of one block on all tokens at once, gone through backwards or prefilled
     head: logits, and what scores them
@@ -64,6 +66,7 @@ class MemoryPlan:
     """
 
     weights: int
+    reference: int
     adapters: int
     optimizer: int
     gradients: int
@@ -81,7 +84,8 @@ class MemoryPlan:
     @property
     def estimated_training_bytes(self) -> int:
         """The peak of a training step."""
-        standing = self.weights + self.adapters + self.optimizer + self.gradients
+        models = self.weights + self.reference
+        standing = models + self.adapters + self.optimizer + self.gradients
         backward = self.activations + max(self.block, self.head) + self.unpacked
         # New weights, and the clipped gradient.
         update = self.adapters + self.gradients
@@ -93,7 +97,8 @@ class MemoryPlan:
         prefill = self.prompt_cache + self.prompt_block
         fan_out = self.prompt_cache + self.cache
         decode = self.cache + max(self.cache_copy, self.decode_head) + self.decode_unpacked
-        return self.weights + self.adapters + max(prefill, fan_out, decode)
+        models = self.weights + self.reference
+        return models + self.adapters + max(prefill, fan_out, decode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +155,13 @@ def plan_memory(
     micro_batch_size: int | None = None,
     checkpoint_gradients: bool = False,
     dtype: mx.Dtype | None = None,
+    reference: Mapping[str, Any] | None = None,
 ) -> MemoryPlan:
     """The memory to sample `batch` completions and to train on them with Adam.
 
     `model` is an unadapted model or the content of its config.json, of which nothing is loaded;
-    groups of `group_size` rows share a prompt. Known are dense models whose blocks are built like
+    groups of `group_size` rows share a prompt. `reference` is the config.json of another model,
+    such as a teacher, whose weights are counted. Known are dense models whose blocks are built like
     Llama's: Llama, Mistral, Qwen2, Qwen3 and their kin.
     """
     if batch < 1 or group_size < 1 or batch % group_size:
@@ -202,6 +209,7 @@ def plan_memory(
     accumulated = 2 if rows < batch else 1
     return MemoryPlan(
         weights=planned.base_bytes,
+        reference=_bytes(skeleton(reference)) if reference else 0,
         adapters=planned.adapter_bytes,
         optimizer=2 * planned.adapter_bytes,
         gradients=accumulated * planned.adapter_bytes,
@@ -217,6 +225,11 @@ def plan_memory(
         # The last block gives its keys and values, and is not computed beyond them.
         prompt_block=max(0, prompt_block - prompt_layer),
     )
+
+
+def _bytes(model: nn.Module) -> int:
+    arrays = dict(tree_flatten(model.parameters())).values()
+    return sum(array.nbytes for array in arrays)
 
 
 def _rows(group_size: int, sharing: int, prompt_tokens: int, completion_tokens: int) -> int:

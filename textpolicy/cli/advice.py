@@ -20,6 +20,7 @@ class Measured:
     """What a bench found out, nothing of it computed from anything but measurements, except for
     `planned_bytes`. `metrics` are means over the steps.
 
+    played: whether the task is an environment, whose several turns are not planned
     scores_reference: whether options ask for scores of a reference, and the algorithm does not
     threads: median seconds of a step by the number of threads, that of the run first
     widths: tokens generated a second by the rows that are sampled together
@@ -39,6 +40,7 @@ class Measured:
     prompt_tokens: int
     completion_tokens: int
     planned_bytes: int | None
+    played: bool
     scores_reference: bool
     scores_afresh: bool
     isolated: bool
@@ -119,7 +121,8 @@ def _time_rows(measured: Measured) -> list[tuple[str, str]]:
 
 def _other_rows(measured: Measured) -> list[tuple[str, str]]:
     metrics, planned = measured.metrics, measured.planned_bytes
-    plan = "no plan for this model" if planned is None else f"planned {planned / 1e6:,.1f} MB"
+    unknown = "several turns are not planned" if measured.played else "no plan for this model"
+    plan = unknown if planned is None else f"planned {planned / 1e6:,.1f} MB"
     rows = [
         ("peak memory", f"{metrics['memory/peak_gb'] * 1e3:,.1f} MB, {plan}"),
         ("prompt", f"up to {measured.prompt_tokens} tokens"),

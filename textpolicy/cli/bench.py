@@ -26,7 +26,7 @@ from textpolicy.cli.advice import Measured, advice_of, shown
 from textpolicy.cli.assembly import Experiment, assemble, find_algorithm
 from textpolicy.cli.experiment import open_scorer
 from textpolicy.cli.flags import configured
-from textpolicy.cli.memory import memory_of
+from textpolicy.cli.memory import memory_of, plays
 from textpolicy.cli.probes import blas_speeds, product_speeds, width_speeds
 from textpolicy.cli.report import Report
 from textpolicy.cli.tasks import find_task
@@ -100,7 +100,8 @@ def measure(
         metrics=steps.metrics,
         prompt_tokens=prompt,
         completion_tokens=completion,
-        planned_bytes=planned_bytes(config, prompt, completion),
+        planned_bytes=(None if plays(environment) else planned_bytes(config, prompt, completion)),
+        played=plays(environment),
         scores_reference=trainer.reference is not None and not _has_reference(algorithm),
         scores_afresh=trainer.old_logprobs == "fresh",
         isolated=rewards.timeout is not None,

@@ -47,6 +47,8 @@ def show_plan(config: TrainConfig) -> Report:
         rows.append(("memory", f"not known: {error}"))
     else:
         rows += _rows(planned)
+        if plays(environment):
+            rows.append(("turns", "memory is that of one turn; several are not planned"))
         data["estimated_training_bytes"] = planned.estimated_training_bytes
         data["estimated_generation_bytes"] = planned.estimated_generation_bytes
     return Report(data=data, text=f"{to_toml(config)}\n{table(rows)}\nnothing was started")
@@ -66,7 +68,8 @@ def architecture_of(options: ModelOptions) -> dict[str, Any]:
 
 def memory_of(config: TrainConfig, *, prompt_tokens: int, completion_tokens: int) -> MemoryPlan:
     """What a step of the run would take; `ModelError` for models whose memory is not known."""
-    rollout, trainer = config.rollout, config.trainer
+    rollout, trainer, reference = config.rollout, config.trainer, config.algorithm.reference
+    other = None if reference in (None, "base") else ModelOptions(name=reference)
     return plan_memory(
         architecture_of(config.model),
         adapter_config(config.adapter),
@@ -75,9 +78,15 @@ def memory_of(config: TrainConfig, *, prompt_tokens: int, completion_tokens: int
         micro_batch_size=trainer.micro_batch_size,
         checkpoint_gradients=trainer.checkpoint_gradients,
         dtype=dtype_of(config.model),
+        reference=architecture_of(other) if other else None,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
     )
+
+
+def plays(environment: Environment) -> bool:
+    """Whether answers are replied to: an episode may then have several turns."""
+    return any(task.env is not None for task in environment.heldout(1))
 
 
 def _prompt_tokens(config: TrainConfig, environment: Environment) -> int:
@@ -90,6 +99,7 @@ def _prompt_tokens(config: TrainConfig, environment: Environment) -> int:
 def _rows(planned: MemoryPlan) -> list[tuple[str, str]]:
     parts = {
         "weights": planned.weights,
+        "reference": planned.reference,
         "adapters": planned.adapters,
         "optimizer": planned.optimizer,
         "sampling": planned.estimated_generation_bytes,
@@ -99,4 +109,5 @@ def _rows(planned: MemoryPlan) -> list[tuple[str, str]]:
     return [
         (name, f"{size / 1e6:,.1f} MB{' at its peak (estimated)' if name in peaks else ''}")
         for name, size in parts.items()
+        if size or name != "reference"
     ]
