@@ -64,6 +64,14 @@ def test_tokens_are_chosen_by_the_whole_batch_s_entropies():
     assert metrics["entropy_threshold/max"].item() == 0.5
 
 
+def test_of_equal_entropies_no_rounding_chooses():
+    entropies = mx.array([0.2, 0.5, 0.5 + 1e-6, 0.5 - 1e-6, 0.9, 1.1])
+    known = batch(entropy=mx.array([[0.5 - 1e-6, 0.5], [0.5 + 1e-6, 0.2]]), entropies=entropies)
+    for fraction in (0.5, 0.6, 0.7):
+        weight, _ = top_entropy_tokens(fraction)(OLD, known)
+        assert weight.tolist() == [[1, 1], [1, 0]]
+
+
 def test_choosing_tokens_needs_entropies_from_before_the_update():
     with pytest.raises(ConfigError, match="old_logprobs='fresh'"):
         top_entropy_tokens(0.5)(OLD, batch())

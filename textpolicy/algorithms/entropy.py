@@ -13,6 +13,10 @@ from textpolicy.algorithms.objective import TokenWeight
 from textpolicy.errors import ConfigError
 from textpolicy.types import Batch
 
+# Tokens after the same text have the same entropy, up to how it was rounded among other rows. All
+# of them are chosen, or none.
+_ROUNDING = 1e-4
+
 
 def top_entropy_tokens(fraction: float = 0.2) -> TokenWeight:
     """1 for the batch's most uncertain tokens, 0 for the rest; for the `weights` of a policy loss.
@@ -31,7 +35,8 @@ def top_entropy_tokens(fraction: float = 0.2) -> TokenWeight:
                 "computed: use Trainer(..., old_logprobs='fresh')"
             )
         threshold = quantile(batch.entropies, 1 - fraction)
-        return (batch.entropy >= threshold).astype(mx.float32), {"entropy_threshold/max": threshold}
+        chosen = batch.entropy >= threshold - _ROUNDING
+        return chosen.astype(mx.float32), {"entropy_threshold/max": threshold}
 
     return weight
 
