@@ -28,6 +28,7 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
+from textpolicy.fast_cpu.functions import use_fast_functions
 from textpolicy.generation.engine import decode
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
@@ -54,6 +55,7 @@ def adapted_model() -> nn.Module:
     """Random weights, the same at every call, and fresh adapters."""
     mx.random.seed(0)
     model = qwen3.Model(qwen3.ModelArgs(**SIZES))
+    use_fast_functions(model)
     AdapterContainer.from_model(model, AdapterConfig(rank=8, scale=2.0), seed=0)
     mx.eval(model.parameters())
     return model

@@ -28,6 +28,7 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
+from textpolicy.fast_cpu.functions import use_fast_functions
 from textpolicy.training.head import find_head
 from textpolicy.training.logprobs import Reader
 from textpolicy.types import Batch
@@ -37,6 +38,7 @@ def adapted_model() -> nn.Module:
     """Random weights, and adapters that are not zero, so that every gradient flows."""
     mx.random.seed(0)
     model = qwen3.Model(qwen3.ModelArgs(**SIZES))
+    use_fast_functions(model)
     mx.eval(model.parameters())
     container = AdapterContainer.from_model(model, AdapterConfig(rank=8, scale=2.0))
     moved = {n: 0.02 * mx.random.normal(v.shape) for n, v in container.parameters().items()}

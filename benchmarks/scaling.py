@@ -32,6 +32,7 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
+from textpolicy.fast_cpu.functions import use_fast_functions
 from textpolicy.generation.engine import decode
 from textpolicy.generation.rows import Row
 from textpolicy.training.optimizer import build_optimizer
@@ -82,6 +83,7 @@ class Step:
         changed |= {"num_attention_heads": max(2, int(scale * SIZES["num_attention_heads"]))}
         mx.random.seed(0)
         self._model = qwen3.Model(qwen3.ModelArgs(**(SIZES | changed)))
+        use_fast_functions(self._model)
         AdapterContainer.from_model(self._model, AdapterConfig(rank=size.rank, scale=2.0))
         mx.eval(self._model.parameters())
         self._prompts = [tokens_of(size.prompt, number) for number in range(size.groups)]

@@ -42,6 +42,7 @@ from textpolicy import fast_cpu
 from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.environments import gold_answers, load
+from textpolicy.fast_cpu.functions import use_fast_functions
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.models import tiny_model
 from textpolicy.training.sft import (
@@ -190,6 +191,8 @@ def ours(
 ) -> Outcome:
     """A run on the batches given, or on those that this library draws of the demonstrations."""
     model = prepared(name)
+    # As load_model does.
+    use_fast_functions(model)
     adapted(model)
     clock = Clock()
 

@@ -37,7 +37,6 @@ LAYERS = (
     ("textpolicy.algorithms",),
     ("textpolicy.backend",),
     ("textpolicy.fast_cpu",),
-    ("textpolicy.exponential",),
     ("textpolicy.types",),
     ("textpolicy.config",),
     ("textpolicy.errors",),

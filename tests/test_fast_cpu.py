@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from textpolicy import fast_cpu
+from textpolicy.fast_cpu import blas, imports
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="mlx brings a fast BLAS elsewhere")
 
@@ -21,6 +22,8 @@ DTYPES = {np.float32: mx.float32, np.float64: mx.float64, np.complex64: mx.compl
 IN_A_FRESH_PROCESS = """
 import dataclasses, json, sys
 import mlx.core as mx
+import os
+environment = dict(os.environ)
 before = mx.random.state[0].tolist(), str(mx.default_device()), str(mx.default_stream(mx.cpu))
 from textpolicy import fast_cpu
 blas = fast_cpu.enable()
@@ -29,6 +32,7 @@ product = mx.matmul(mx.arange(64).reshape(8, 8) * 1.0, mx.eye(8), stream=mx.cpu)
 record = dataclasses.asdict(blas) | {
     "undisturbed": before == after,
     "idempotent": fast_cpu.enable() is blas and fast_cpu.status() == blas,
+    "environment_kept": dict(os.environ) == environment,
     "right": product.tolist() == mx.arange(64.0).reshape(8, 8).tolist(),
 }
 print(json.dumps(record))
@@ -46,6 +50,7 @@ def blas_with(setting: str) -> dict:
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(done.stdout)  # fails if anything else was printed
     assert record["undisturbed"] and record["idempotent"] and record["right"]
+    assert record["environment_kept"]
     return record
 
 
@@ -94,13 +99,13 @@ def test_a_library_without_the_products_is_declined_with_its_name_and_a_way_out(
     record = blas_with("libm.so.6")
     assert not record["fast"]
     assert record["reason"] == "libm.so.6 has no cblas_sgemm"
-    assert record["hint"] == fast_cpu._hint_for(mx.default_device())
+    assert record["hint"] == blas._hint_for(mx.default_device())
 
 
 def test_a_gpu_needs_no_other_blas_and_a_cpu_gets_the_library_alone():
-    assert fast_cpu._hint_for(mx.Device(mx.gpu)) == ""
-    assert "pip install scipy-openblas32" in fast_cpu._hint_for(mx.Device(mx.cpu))
-    assert "textpolicy[" not in fast_cpu._hint_for(mx.Device(mx.cpu))
+    assert blas._hint_for(mx.Device(mx.gpu)) == ""
+    assert "pip install scipy-openblas32" in blas._hint_for(mx.Device(mx.cpu))
+    assert "textpolicy[" not in blas._hint_for(mx.Device(mx.cpu))
 
 
 @linux
@@ -114,8 +119,8 @@ def test_a_library_that_cannot_be_opened_is_declined_with_its_path():
 def test_functions_that_do_not_multiply_are_noticed_and_taken_back():
     before = fast_cpu.enable()
     harmless = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
-    with pytest.raises(fast_cpu._Declined, match="undone: it gave a wrong float32 product"):
-        fast_cpu._use(dict.fromkeys(fast_cpu._PRODUCTS, harmless))
+    with pytest.raises(imports.Declined, match="undone: it gave a wrong float32 product"):
+        blas._use(dict.fromkeys(blas._PRODUCTS, harmless))
     assert fast_cpu.status() == before
     assert all(multiplies_right(dtype, (64, 64, 64)) for dtype in DTYPES)
 
@@ -125,16 +130,16 @@ def test_functions_that_do_not_multiply_are_noticed_and_taken_back():
 def test_a_torn_library_file_is_declined(size, tmp_path):
     torn = tmp_path / "libmlx.so"
     torn.write_bytes((Path(mx.__file__).parent / "lib" / "libmlx.so").read_bytes()[:size])
-    with pytest.raises(fast_cpu._Declined, match="not an ELF library of a known shape"):
-        fast_cpu._imported(torn)
+    with pytest.raises(imports.Declined, match="not an ELF library of a known shape"):
+        imports._imported(torn)
 
 
 @linux
 def test_a_file_of_another_kind_is_declined(tmp_path):
     text = tmp_path / "libmlx.so"
     text.write_text("no library" * 100)
-    with pytest.raises(fast_cpu._Declined, match="not a little-endian 64-bit ELF file"):
-        fast_cpu._imported(text)
+    with pytest.raises(imports.Declined, match="not a little-endian 64-bit ELF file"):
+        imports._imported(text)
 
 
 @linux

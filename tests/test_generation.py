@@ -12,7 +12,6 @@ from jaxtyping import TypeCheckError
 
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
-from textpolicy.exponential import exp
 from textpolicy.generation.engine import decode, prefill
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prompts import check_prompt, encode_prompt
@@ -206,14 +205,6 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
     shares = np.bincount(drawn // 100, minlength=10) / 20_000
     chances = expected.reshape(10, 100).sum(axis=1)
     assert (np.abs(shares - chances) < 4 * np.sqrt(chances / 20_000)).all()
-
-
-def test_the_exponential_is_exact_to_its_last_digits():
-    x = np.linspace(-80, 3, 10_001, dtype=np.float32)
-    exact = np.exp(x.astype(np.float64))
-    assert np.abs(np.array(exp(mx.array(x))) / exact - 1).max() < 1e-5
-    assert np.abs(np.array(exp(mx.array(x[-400:]))) / exact[-400:] - 1).max() < 5e-7
-    assert exp(mx.array([-math.inf])).item() == 0
 
 
 @pytest.mark.parametrize("max_rows", [4, 64])

@@ -18,17 +18,23 @@ from textpolicy.adapters.config import AdapterConfig
 from textpolicy.adapters.plan import AdapterPlan, PlannedModule, plan
 from textpolicy.adapters.skeleton import skeleton
 from textpolicy.errors import ConfigError, ModelError
+from textpolicy.fast_cpu.pieces import PIECE
 
 _FLOAT = mx.float32.size
-# Logits, the same over the temperature, log-probabilities, and probabilities.
-_HEAD_ARRAYS = 4
+# Logits, the same over the temperature, below their largest, and their exponentials.
+_HEAD_ARRAYS = 4.5
 # The trainer scores positions in chunks of at most so many bytes of logits. Measured is what a
 # chunk comes to with what mlx allocates ahead for the next.
 _CHUNK_BYTES = 16 * 2**20
-_CHUNK_ARRAYS = 12
+_CHUNK_ARRAYS = 8.5
 # The same two where the head itself is trained, and computed a second time.
 _TRAINED_HEAD_ARRAYS = 7
-_TRAINED_CHUNK_ARRAYS = 16
+_TRAINED_CHUNK_ARRAYS = 11.5
+# Of the pieces in which gates and attention scores are computed, with those that mlx allocates
+# ahead: going backwards through a block, and forwards.
+_GATE_PIECES = 7
+_SCORE_PIECES = 8
+_FORWARD_PIECES = 5.5
 # A group's prompt and so many tokens of its completions keep a device busy; more at once only takes
 # more memory.
 MICRO_BATCH_TOKENS = 1024
@@ -114,22 +120,28 @@ class _Block:
     blocks: int
     itemsize: int
 
-    def activations(self, tokens: int, scores: int, joined: int, beside: "_Beside") -> int:
+    def activations(self, tokens: int, joined: int, beside: "_Beside") -> int:
         """What the backward pass needs of one block.
 
-        Of each token: the residual before each half; queries before and after their norm, and
-        scaled; keys before their norm; the gate, its sigmoid, their product, and the other half.
-        Then the attention probabilities, and the keys and values that completions attend to.
+        Of each token: the residual before each half; queries before and after their norm, scaled,
+        and what they attended to; keys before their norm; the gate and the other half. Then the
+        keys and values that completions attend to.
         """
-        width = 2 * self.hidden + 3 * self.queries + self.keys + 4 * self.inner + beside.inputs
-        attention = scores * self.heads + 2 * joined * self.keys
-        return (tokens * width + attention) * self.itemsize + tokens * beside.width * _FLOAT
+        width = 2 * self.hidden + 4 * self.queries + self.keys + 2 * self.inner + beside.inputs
+        kept = tokens * width + 2 * joined * self.keys
+        return kept * self.itemsize + tokens * beside.width * _FLOAT
 
     def gradients(self, tokens: int, scores: int) -> int:
         """Of the larger half of one block, while what it computed is still there."""
-        inner = tokens * (5 * self.inner + 2 * self.hidden)
-        attention = 2 * scores * self.heads + tokens * 4 * self.queries
-        return max(inner, attention) * self.itemsize
+        inner = 4.5 * tokens * self.inner + 2 * tokens * self.hidden
+        inner += _GATE_PIECES * min(tokens * self.inner, PIECE)
+        attention = 4 * tokens * self.queries + _SCORE_PIECES * min(scores * self.heads, PIECE)
+        return round(max(inner, attention)) * self.itemsize
+
+    def prefill(self, tokens: int, scores: int, beside: "_Beside") -> int:
+        """Of one block that reads prompts, adapters included."""
+        pieces = round(_FORWARD_PIECES * min(scores * self.heads, PIECE))
+        return self.activations(tokens, 0, beside) + pieces * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +192,11 @@ def plan_memory(
     own_scores = own * (completion_tokens + read)
     tokens, scores = own + prompts * read, own_scores + prompts * read**2
     joined = rows * (read + completion_tokens)
-    whole = block.activations(tokens, scores, joined, beside)
+    whole = block.activations(tokens, joined, beside)
     last, gradients = whole, block.gradients(tokens, scores)
     if sharing > 1 and beside.blocks > 1:
         # What the last block says of a shared prompt's tokens, nobody reads: it is not computed.
-        last = block.activations(own, own_scores, joined, beside)
+        last = block.activations(own, joined, beside)
         gradients = max(block.gradients(own, own_scores), gradients - last)
     learned = (beside.blocks - 1) * whole + last
     # The last block is gone through first, when its output, the norm of that, and the gradient are
@@ -192,7 +204,7 @@ def plan_memory(
     ends = 3 * own * block.hidden * block.itemsize
     # A checkpointed block keeps its input and its prompts' keys and values; mlx computes the one
     # before again beside the one that is gone through backwards.
-    pair = whole + (whole if beside.blocks > 2 else last)
+    pair = whole + max(whole if beside.blocks > 2 else last, gradients)
     kept = tokens * block.hidden + 2 * (rows + prompts) * read * block.keys
     logits = rows * completion_tokens * block.vocabulary * _FLOAT
     sampled = min(batch // group_size, max(1, DECODED_ROWS // group_size))
@@ -205,7 +217,7 @@ def plan_memory(
     first = _CACHE_STEP * ceil(read / _CACHE_STEP)
     layer = 2 * sampled * group_size * (read + room) * block.keys * block.itemsize
     prompt_layer = 2 * sampled * first * block.keys * block.itemsize
-    prompt_block = block.activations(sampled * at_once, prefilled, 0, beside)
+    prompt_block = block.prefill(sampled * at_once, prefilled, beside)
     accumulated = 2 if rows < batch else 1
     return MemoryPlan(
         weights=planned.base_bytes,
@@ -220,7 +232,7 @@ def plan_memory(
         cache=block.blocks * layer,
         cache_copy=layer if growing else 0,
         decode_unpacked=_ahead(planned, packed, block),
-        decode_head=_HEAD_ARRAYS * sampled * group_size * block.vocabulary * _FLOAT,
+        decode_head=round(_HEAD_ARRAYS * sampled * group_size * block.vocabulary * _FLOAT),
         prompt_cache=block.blocks * prompt_layer,
         # The last block gives its keys and values, and is not computed beyond them.
         prompt_block=max(0, prompt_block - prompt_layer),
@@ -324,8 +336,8 @@ def _head(logits: int, planned: AdapterPlan) -> int:
     names = {row.path.rpartition(".")[2]: row.kind for row in planned.modules}
     kind = names["lm_head" if "lm_head" in names else "embed_tokens"]
     if kind == "none":
-        return min(_HEAD_ARRAYS * logits, _CHUNK_ARRAYS * _CHUNK_BYTES)
-    return min(_TRAINED_HEAD_ARRAYS * logits, _TRAINED_CHUNK_ARRAYS * _CHUNK_BYTES)
+        return round(min(_HEAD_ARRAYS * logits, _CHUNK_ARRAYS * _CHUNK_BYTES))
+    return round(min(_TRAINED_HEAD_ARRAYS * logits, _TRAINED_CHUNK_ARRAYS * _CHUNK_BYTES))
 
 
 def _unpacked(planned: AdapterPlan) -> dict[str, int]:
@@ -345,8 +357,8 @@ def _ahead(planned: AdapterPlan, packed: Mapping[str, int], block: _Block) -> in
     """While tokens are decoded, little else is alive, and mlx makes weights float ahead of time.
 
     NF4 takes several operations, so mlx gets no further than a block; its own formats take one,
-    and about half of a model is float at once.
+    and about a quarter of a model is float at once.
     """
     several = {row.path for row in planned.modules if (row.quantization or "").startswith("nf4")}
     one = sum(size for path, size in packed.items() if path not in several)
-    return one // 2 + sum(packed[path] for path in several) // block.blocks
+    return one // 4 + sum(packed[path] for path in several) // block.blocks

@@ -13,7 +13,7 @@ import mlx.core as mx
 from textpolicy import backend, fast_cpu
 from textpolicy.cli.report import Report, table
 
-_TINY = Path(fast_cpu.__file__).parent / "tiny" / "model.safetensors"
+_TINY = Path(backend.__file__).parent / "tiny" / "model.safetensors"
 
 
 def run(options: Namespace) -> Report:

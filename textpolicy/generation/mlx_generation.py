@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.cpu_products import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
+from textpolicy.fast_cpu.functions import use_fast_functions
 from textpolicy.generation.models import find_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.types import Sampling
@@ -43,6 +44,7 @@ def load_model(
         model.set_dtype(dtype)
         mx.eval(model.parameters())
     use_fast_products(model)
+    use_fast_functions(model)
     if adapter_path is not None:
         AdapterContainer.from_directory(adapter_path).load(model)
     return model, tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt32
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
 
-from textpolicy.exponential import exp
+from textpolicy.fast_cpu.exponential import exp
 from textpolicy.types import Sampling
 
 _BLOCK = 128

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from textpolicy.fast_cpu.pieces import after
 from textpolicy.training.scores import PositionScores
 
 Chunk = Callable[[slice, mx.array, Any], PositionScores]
@@ -48,8 +49,3 @@ def one_after_another(
     run: Any = mx.custom_function(forward)
     run.vjp(backward)
     return run
-
-
-def after(x: mx.array, others: Sequence[mx.array]) -> mx.array:
-    """x, once the others are computed."""
-    return mx.depends([x], others)[0] if others else x

@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 from jaxtyping import Float, Int
 
-from textpolicy.training.chunks import after, one_after_another
+from textpolicy.fast_cpu.pieces import after
+from textpolicy.training.chunks import one_after_another
 from textpolicy.training.scores import PositionScores, Softmax, score_logits
 
 Hidden = Float[mx.array, "positions width"]

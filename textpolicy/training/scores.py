@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from jaxtyping import Float, Int
 
-from textpolicy.exponential import exp
+from textpolicy.fast_cpu.exponential import exp
 
 PositionScores = tuple[Float[mx.array, " positions"], Float[mx.array, " positions"]]
 """Each position's log-probability of its token, and the entropy of its distribution."""

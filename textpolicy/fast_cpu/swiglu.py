@@ -1,0 +1,44 @@
+"""The gate of most language models' feed-forward layers, with its gradient in closed form."""
+
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float
+from mlx_lm.models import activations
+
+from textpolicy.fast_cpu.exponential import exp
+from textpolicy.fast_cpu.pieces import in_pieces
+
+Features = Float[mx.array, "*batch features"]
+
+
+def swiglu(gate: Features, x: Features) -> Features:
+    """mlx-lm's `swiglu`, silu(gate) x.
+
+    With s = sigmoid(gate):
+
+        d / dgate = x s (1 + gate (1 - s))        d / dx = gate s
+    """
+    if gate.dtype != mx.float32 or x.dtype != mx.float32:
+        return activations.swiglu(gate, x)
+    return _swiglu(gate, x)
+
+
+def _forward(gate: mx.array, x: mx.array) -> mx.array:
+    return in_pieces(lambda gate, x: [gate * x / (1 + exp(-gate))], gate, x)[0]
+
+
+def _backward(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> list[mx.array]:
+    return in_pieces(_slopes, *primals, cotangent)
+
+
+def _slopes(gate: mx.array, x: mx.array, cotangent: mx.array) -> list[mx.array]:
+    sigmoid = 1 / (1 + exp(-gate))
+    of_product = cotangent * sigmoid
+    return [of_product * x * (1 + gate * (1 - sigmoid)), of_product * gate]
+
+
+_swiglu: Any = mx.custom_function(_forward)
+_swiglu.vjp(_backward)
