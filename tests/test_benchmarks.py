@@ -15,6 +15,7 @@ STEP = "--prompts 1 --group-size 2 --prompt-tokens 8 --completion-tokens 8 --war
 SMALLEST = {
     "adapters.py": "--only times --json",
     "compiled.py": "--lengths 2+2 --runs 1 --json",
+    "functions.py": "--tokens 96 --runs 1 --json",
     "generate.py": "--rows 1 --runs 1 --threads 1 --json",
     "grpo_step.py": f"{STEP} --runs 1 --threads 1 --json",
     "long.py": "--tokens 32 --json",
@@ -24,7 +25,9 @@ SMALLEST = {
     "scaling.py": "--only rank --runs 1 --json",
 }
 LONGER = ("collapse.py", "learning.py", "rank.py", "sft.py")
-COUNTS = dict.fromkeys(["compiled", "generate", "grpo_step", "prompt_sharing", "scaling"], "--runs")
+COUNTS = dict.fromkeys(
+    ["compiled", "functions", "generate", "grpo_step", "prompt_sharing", "scaling"], "--runs"
+)
 
 
 def printed(script: str, options: str) -> str:

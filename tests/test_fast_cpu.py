@@ -158,3 +158,37 @@ def test_the_number_of_threads_can_be_chosen_and_is_reported():
 
 def test_speed_is_a_measured_number():
     assert fast_cpu.measure_gflops(n=64) > 0
+
+
+AFTER_A_PRODUCT = """
+import time
+import mlx.core as mx
+from textpolicy import fast_cpu
+x = mx.ones((512, 512))
+spent = []
+for _ in range(5):
+    mx.eval(x @ x)
+    before = time.process_time()
+    time.sleep(0.1)
+    spent.append(time.process_time() - before)
+print(fast_cpu.status().threads, min(spent))
+"""
+
+
+@linux
+def test_threads_of_the_blas_sleep_between_products_unless_they_are_told_otherwise():
+    pytest.importorskip("scipy_openblas32")
+
+    def spent(**settings: str) -> tuple[int, float]:
+        command = [sys.executable, "-c", AFTER_A_PRODUCT]
+        done = subprocess.run(
+            command, env=os.environ | settings, capture_output=True, text=True, check=True
+        )
+        threads, seconds = done.stdout.split()
+        return int(threads), float(seconds)
+
+    threads, seconds = spent()
+    if threads < 2:
+        pytest.skip("one thread looks out for nothing")
+    assert seconds < 0.005
+    assert spent(OPENBLAS_THREAD_TIMEOUT="28")[1] > 0.01

@@ -1,9 +1,10 @@
 """mlx-lm-lora's side: its `train_grpo`, unchanged, fed one batch for every step that is asked for.
 
-mlx multiplies with the same BLAS as on TextPolicy's side: `textpolicy/fast_cpu.py` is a file of its
-own, imported from this repository.
+mlx multiplies with the same OpenBLAS as on TextPolicy's side, which `textpolicy.fast_cpu` of this
+repository puts there, and its threads wait for work as they do where nobody says otherwise.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from mlx_lm_lora.trainer.grpo_trainer import GRPOTrainingArgs, train_grpo
 from protocol import Steps, read_task, reward_of
 
 sys.path.append(str(Path(__file__).parents[2]))
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "26")
 from textpolicy import fast_cpu
 
 MANY = 1_000_000

@@ -1,0 +1,129 @@
+"""What models call on a CPU beside matrix products: mlx's functions and ours, in turns.
+
+For each function and shape, forwards and with its gradient: milliseconds (medians) and the peak of
+memory above the inputs.
+
+    python benchmarks/functions.py --json --output benchmarks/results/functions.json
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.models import activations, base
+from setting import setting
+
+from textpolicy import fast_cpu
+from textpolicy.fast_cpu.attention import scaled_dot_product_attention
+from textpolicy.fast_cpu.exponential import exp
+from textpolicy.fast_cpu.swiglu import swiglu
+
+WIDTH = 64
+# Rows, query heads, key heads, positions, and positions that they look at.
+ATTENTION = {
+    "decoding 32 rows": (32, 4, 2, 1, 96),
+    "8 completions": (8, 4, 2, 64, 127),
+    "1,024 tokens": (1, 4, 2, 1024, 1024),
+    "4,096 tokens": (1, 4, 2, 4096, 4096),
+}
+TOKENS = {"decoding 32 rows": 32, "8 completions": 575, "1,024 tokens": 1024}
+
+
+class Pair(NamedTuple):
+    """The same function twice, and what it is called with."""
+
+    function: str
+    shape: str
+    mlx: Callable[..., mx.array]
+    ours: Callable[..., mx.array]
+    inputs: list[mx.array]
+
+
+def pairs(longest: int) -> Iterator[Pair]:
+    """Every function at every shape of at most so many tokens."""
+    for shape, (rows, heads, key_heads, queries, keys) in ATTENTION.items():
+        if keys > longest:
+            continue
+        sizes = ((heads, queries), (key_heads, keys), (key_heads, keys))
+        inputs = [mx.random.normal((rows, *size, WIDTH)) for size in sizes]
+        mask = "causal" if queries > 1 else None
+        mlx, ours = (
+            partial(function, cache=None, scale=WIDTH**-0.5, mask=mask)
+            for function in (base.scaled_dot_product_attention, scaled_dot_product_attention)
+        )
+        yield Pair("attention", shape, mlx, ours, inputs)
+    for shape, tokens in TOKENS.items():
+        if tokens <= longest:
+            inputs = [mx.random.normal((tokens, 768)) for _ in range(2)]
+            yield Pair("swiglu", shape, activations.swiglu, swiglu, inputs)
+    yield Pair("exp", "a million numbers", mx.exp, exp, [mx.random.normal((2**20,))])
+
+
+def measured(pair: Pair, runs: int) -> dict[str, Any]:
+    """Both, a run of each in turn."""
+    found: dict[str, Any] = {"function": pair.function, "shape": pair.shape}
+    weights = mx.random.normal(pair.mlx(*pair.inputs).shape)
+    mx.eval(pair.inputs, weights)
+    ways = {"forwards": lambda function: function(*pair.inputs)}
+    if pair.function != "exp":
+        numbers = list(range(len(pair.inputs)))
+
+        def gradient(function: Callable[..., mx.array]) -> Any:
+            def total(*inputs: mx.array) -> mx.array:
+                return (function(*inputs) * weights).sum()
+
+            return mx.grad(total, argnums=numbers)(*pair.inputs)
+
+        ways["gradient"] = gradient
+    for way, compute in ways.items():
+        seconds: dict[str, list[float]] = {"mlx": [], "ours": []}
+        peaks: dict[str, float] = {}
+        for number in range(runs + 1):
+            for name, function in (("mlx", pair.mlx), ("ours", pair.ours)):
+                before = mx.get_active_memory()
+                mx.reset_peak_memory()
+                started = time.perf_counter()
+                mx.eval(compute(function))
+                if number:
+                    seconds[name].append(time.perf_counter() - started)
+                peaks[name] = (mx.get_peak_memory() - before) / 1e6
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        found[way] = {
+            "milliseconds": {name: round(1000 * median, 2) for name, median in medians.items()},
+            "megabytes": {name: round(peak, 1) for name, peak in peaks.items()},
+            "times_as_fast": round(medians["mlx"] / medians["ours"], 2),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4096, help="the longest shape")
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    options = parser.parse_args()
+    if options.runs < 1:
+        parser.error(f"--runs is {options.runs}; expected at least 1")
+    if fast_cpu.status().threads:
+        fast_cpu.use_threads(options.threads)
+    results = [measured(pair, options.runs) for pair in pairs(options.tokens)]
+    record = {"setting": setting() | {"runs": options.runs}, "results": results}
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    if options.json:
+        print(json.dumps(record, indent=1))
+        return
+    for row in results:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
