@@ -27,7 +27,9 @@ def read_after_prompts(network: Callable[..., mx.array], model: nn.Module, batch
     if batch.prompts.shape[1] > 1:
         recorded = [_PromptKeys() for _ in make_prompt_cache(model)]
         network(batch.prompts[:, :-1], cache=recorded)
-        cache = [_AfterPrompt(layer, batch.owner, length) for layer in recorded]
+        width = batch.prompts.shape[1] - 1
+        padded = bool((length < width).any())
+        cache = [_AfterPrompt(layer, batch.owner, length, padded) for layer in recorded]
     last = batch.prompts[batch.owner, length]
     inputs = mx.concatenate([last[:, None], batch.tokens[:, :-1]], axis=1)
     return network(inputs, cache=cache)
@@ -65,11 +67,16 @@ class _AfterPrompt:
     """Stands where a layer's cache would, and puts each row's prompt before its own tokens."""
 
     def __init__(
-        self, prompts: _PromptKeys, owner: Int[mx.array, " batch"], length: Int[mx.array, " batch"]
+        self,
+        prompts: _PromptKeys,
+        owner: Int[mx.array, " batch"],
+        length: Int[mx.array, " batch"],
+        padded: bool,
     ) -> None:
         assert prompts.state is not None
         keys, values = prompts.state
         self.offset = length
+        self._padded = padded
         self.state = keys[owner], values[owner]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -77,7 +84,12 @@ class _AfterPrompt:
         joined = mx.concatenate([prompt_keys, keys], axis=2)
         return joined, mx.concatenate([prompt_values, values], axis=2)
 
-    def make_mask(self, time: int, **_: Any) -> Bool[mx.array, "batch 1 time all"]:
+    def make_mask(
+        self, time: int, *, return_array: bool = False, **_: Any
+    ) -> Bool[mx.array, "batch 1 time all"] | str:
+        """By name where it needs no array, which grows with the square of the length."""
+        if not (self._padded or return_array):
+            return "causal"
         width = self.state[0].shape[2]
         in_prompt = mx.arange(width)[None, :] < self.offset[:, None]
         shape = (len(self.offset), time)
