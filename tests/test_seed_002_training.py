@@ -228,8 +228,8 @@ def test_memory_is_saved_by_smaller_batches_and_by_gradient_checkpointing(prepar
 
     whole = peak(batch_size=8)
     assert peak(batch_size=1, accumulation=8) < 0.5 * whole
-    # Two blocks have few activations to spare.
-    assert peak(batch_size=8, checkpoint_gradients=True) < 0.9 * whole
+    # Two blocks have few activations to spare, and attention keeps none of its scores anyway.
+    assert peak(batch_size=8, checkpoint_gradients=True) < 0.95 * whole
 
 
 def test_the_complete_example(tmp_path: Path):
