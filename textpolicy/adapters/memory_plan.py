@@ -21,7 +21,7 @@ from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.pieces import PIECE
 
 _FLOAT = mx.float32.size
-# Logits, the same over the temperature, below their largest, and their exponentials.
+# Logits, the same over the temperature, below their largest, and their exponentials; then pieces.
 _HEAD_ARRAYS = 4.5
 # The trainer scores positions in chunks of at most so many bytes of logits. Measured is what a
 # chunk comes to with what mlx allocates ahead for the next.
@@ -132,7 +132,10 @@ class _Block:
         return kept * self.itemsize + tokens * beside.width * _FLOAT
 
     def gradients(self, tokens: int, scores: int) -> int:
-        """Of the larger half of one block, while what it computed is still there."""
+        """Of the larger half of one block, while what it computed is still there.
+
+        How many arrays of each width there are at once is measured.
+        """
         inner = 4.5 * tokens * self.inner + 2 * tokens * self.hidden
         inner += _GATE_PIECES * min(tokens * self.inner, PIECE)
         attention = 4 * tokens * self.queries + _SCORE_PIECES * min(scores * self.heads, PIECE)

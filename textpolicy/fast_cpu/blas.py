@@ -28,8 +28,8 @@ _HINT = "pip install scipy-openblas32 brings an OpenBLAS some 30 times faster"
 _PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _SHAPES = ((64, 64, 64), (33, 130, 17))
 # How long OpenBLAS' threads look out for the next product before they sleep, in powers of two of
-# the processor's ticks. They do it in the way of mlx's and Python's threads, and as it comes, 26,
-# is longer than any work between two products.
+# the processor's ticks. They do it in the way of mlx's and Python's threads, for tens of
+# milliseconds as it comes (26).
 _WAIT = ("OPENBLAS_THREAD_TIMEOUT", "16")
 
 

@@ -1,6 +1,6 @@
 """mlx-lm's models with faster functions of the same values, on a CPU.
 
-Two functions that mlx-lm's models call spend nearly all their time in mlx's exponential for CPUs.
+Two functions that mlx-lm's models call spend much of their time in mlx's exponential for CPUs.
 A layer that calls one of them becomes of a class with the same code, in whose eyes the name stands
 for ours. Other models, and mlx-lm itself, stay as they are.
 """
