@@ -26,8 +26,8 @@ from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer, FuseReport, LoRARule, twin
-from textpolicy.adapters.number_formats import QTYPES, named_format
-from textpolicy.adapters.quantization import float_weight, pack_module
+from textpolicy.adapters.config.number_formats import QTYPES, named_format
+from textpolicy.adapters.quantization.quantize import float_weight, pack_module
 from textpolicy.generation.mlx_generation import load_model
 
 SIZES = {

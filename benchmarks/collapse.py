@@ -20,7 +20,7 @@ from learning import shuffled
 from setting import setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.config import TrainConfig

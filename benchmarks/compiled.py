@@ -22,14 +22,14 @@ import mlx.nn as nn
 from setting import setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.training.head import find_head
 from textpolicy.training.logprobs import Reader
-from textpolicy.training.scores import score_logits
+from textpolicy.training.output_head import find_head
 from textpolicy.training.shared_prompts import read_after_prompts, read_whole_rows
+from textpolicy.training.softmax_logprobs import score_logits
 from textpolicy.types import Batch
 
 PROMPTS, GROUP = 16, 8

@@ -35,10 +35,10 @@ from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.algorithms import Algorithm
-from textpolicy.cli.assembly import Experiment, find_algorithm
-from textpolicy.cli.experiment import run_experiment
 from textpolicy.config import ALGORITHMS, DEMO, TrainConfig, changed
 from textpolicy.environments import gold_answers
+from textpolicy.experiment.assembly import Experiment, find_algorithm
+from textpolicy.experiment.rl_run import run_experiment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect

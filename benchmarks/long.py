@@ -28,7 +28,7 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
-from textpolicy.fast_cpu.functions import use_fast_functions
+from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.engine import decode
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer

@@ -1,7 +1,8 @@
 """How long packed weights take to multiply on this machine, in both exact ways.
 
 For each format and number of rows: mlx's kernel for packed weights, and the product with weights
-made float for it. `textpolicy.adapters.cpu_products` takes the second from some number of rows on.
+made float for it. From some number of rows on,
+`textpolicy.adapters.quantization.cpu_layers` takes the second.
 
     python benchmarks/products.py --json > benchmarks/results/products.json
 """
@@ -16,8 +17,8 @@ import mlx.nn as nn
 from setting import setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.nf4 import NF4Linear
-from textpolicy.adapters.quantization import float_weight
+from textpolicy.adapters.quantization.nf4 import NF4Linear
+from textpolicy.adapters.quantization.quantize import float_weight
 
 FORMATS = [(4, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")]
 ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 128)

@@ -28,9 +28,9 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
-from textpolicy.fast_cpu.functions import use_fast_functions
-from textpolicy.training.head import find_head
+from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.training.logprobs import Reader
+from textpolicy.training.output_head import find_head
 from textpolicy.types import Batch
 
 

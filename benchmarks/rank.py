@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from setting import setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.environments import load

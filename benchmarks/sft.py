@@ -39,10 +39,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from setting import setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.environments import gold_answers, load
-from textpolicy.fast_cpu.functions import use_fast_functions
+from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.models import tiny_model
 from textpolicy.training.sft import (

@@ -171,7 +171,7 @@ def train_stoppably(folder: Path, options: Mapping[str, Any], hold: bool, said: 
 
     The first reward of the third step waits for a word; with `hold` it then takes minutes in C.
     """
-    from textpolicy.cli.signals import stopping
+    from textpolicy.experiment.signals import stopping
 
     rewards = count()
 
@@ -193,7 +193,7 @@ def train_stoppably(folder: Path, options: Mapping[str, Any], hold: bool, said: 
 
 def wait_without_a_terminal(said: Connection) -> None:
     """Waits for signals; what they would say cannot be said."""
-    from textpolicy.cli.signals import stopping
+    from textpolicy.experiment.signals import stopping
 
     def announce(line: str) -> None:
         said.send(line)

@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from textpolicy.adapters.config import AdapterConfig
+    from textpolicy.adapters.config.adapter_config import AdapterConfig
+    from textpolicy.adapters.config.rules import LoRARule
     from textpolicy.adapters.container import AdapterContainer
-    from textpolicy.adapters.memory_plan import plan_memory
-    from textpolicy.adapters.rules import LoRARule
     from textpolicy.buffer import Buffer
     from textpolicy.generation.mlx_generation import create_policy, load_model
     from textpolicy.generation.models import tiny_model
     from textpolicy.loop import StepReport, train_rl
+    from textpolicy.planning.memory_plan import plan_memory
     from textpolicy.rewards import Rewards, Sample, Score, reward, verifiers
     from textpolicy.rewards.check import check_reward
     from textpolicy.rollout.worker import collect
@@ -71,10 +71,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdapterConfig": "textpolicy.adapters.config",
+    "AdapterConfig": "textpolicy.adapters.config.adapter_config",
     "AdapterContainer": "textpolicy.adapters.container",
-    "LoRARule": "textpolicy.adapters.rules",
-    "plan_memory": "textpolicy.adapters.memory_plan",
+    "LoRARule": "textpolicy.adapters.config.rules",
+    "plan_memory": "textpolicy.planning.memory_plan",
     "Buffer": "textpolicy.buffer",
     "Rewards": "textpolicy.rewards",
     "SFTParameters": "textpolicy.training.sft",

@@ -18,7 +18,7 @@ from textpolicy.rollout.refill import Refilled, collect_with_signal
 from textpolicy.tracking.rollout_metrics import rollout_metrics, staleness_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
-from textpolicy.training.wired import wired_memory
+from textpolicy.training.wired_memory import wired_memory
 from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task, asks_to_stop
 
 

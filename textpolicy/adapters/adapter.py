@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.errors import AdapterError
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from textpolicy.adapters.active_adapter import explicit_config, quantizing
 from textpolicy.adapters.adapter import Adapter, by_module, joined, rank_of
-from textpolicy.adapters.fit import explicit_config, quantizing
-from textpolicy.adapters.rules import LoRARule
-from textpolicy.adapters.uniform import rules_by_path
+from textpolicy.adapters.config.rules import LoRARule
+from textpolicy.adapters.files.single_rank import rules_by_path
 from textpolicy.errors import AdapterError, ConfigError
 
 METHODS = ("linear", "cat", "svd")

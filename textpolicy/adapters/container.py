@@ -9,13 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.adapter import Adapter, check_float32
-from textpolicy.adapters.combine import combine
-from textpolicy.adapters.config import AdapterConfig
-from textpolicy.adapters.cpu_products import use_fast_products
-from textpolicy.adapters.files import write_file
-from textpolicy.adapters.fingerprint import Original
-from textpolicy.adapters.fit import (
+from textpolicy.adapters.active_adapter import (
     Fitted,
     assign,
     check_fit,
@@ -30,12 +24,18 @@ from textpolicy.adapters.fit import (
     targets_of,
     with_ranks_of,
 )
-from textpolicy.adapters.folders import read_adapter, write_folder
+from textpolicy.adapters.adapter import Adapter, check_float32
+from textpolicy.adapters.base_model import Original
+from textpolicy.adapters.combine import combine
+from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.config.rules import LoRARule
+from textpolicy.adapters.files.adapter_file import write_file
+from textpolicy.adapters.files.folders import read_adapter, write_folder
 from textpolicy.adapters.fuse import FuseReport, fuse_layer
-from textpolicy.adapters.layers import AdapterLayer, adapter_layers
-from textpolicy.adapters.quantization import quantization_of, quantize, quantize_by_rules
-from textpolicy.adapters.rules import LoRARule
-from textpolicy.adapters.tree import freeze_names, replace_modules
+from textpolicy.adapters.layers.adapter_layer import AdapterLayer, adapter_layers
+from textpolicy.adapters.module_tree import freeze_names, replace_modules
+from textpolicy.adapters.quantization.cpu_layers import use_fast_products
+from textpolicy.adapters.quantization.quantize import quantization_of, quantize, quantize_by_rules
 from textpolicy.errors import AdapterError
 
 DEFAULT = "default"

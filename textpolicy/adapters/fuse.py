@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.layers import AdapterLayer
-from textpolicy.adapters.number_formats import NumberFormat, named_format
-from textpolicy.adapters.quantization import (
+from textpolicy.adapters.config.number_formats import NumberFormat, named_format
+from textpolicy.adapters.layers.adapter_layer import AdapterLayer
+from textpolicy.adapters.quantization.quantize import (
     float_dtype,
     float_module,
     float_weight,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from textpolicy.cli.report import table
+from textpolicy.cli.answer import table
 from textpolicy.types import Metrics
 
 # What others share a machine with varies by less than this.

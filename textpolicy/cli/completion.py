@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 from shtab import DIRECTORY, FILE
 
-from textpolicy.cli.options import build_parser, commands_of
+from textpolicy.cli.parser import build_parser, commands_of
 
 _COMPLETED = {"FILE": FILE, "PATH": FILE, "DIR": DIRECTORY, "RUN": DIRECTORY}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from textpolicy import backend
-from textpolicy.cli.options import build_parser
+from textpolicy.cli.parser import build_parser
 from textpolicy.errors import ConfigError, RunInterruptedError, TextPolicyError
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{failed}{missing}", file=sys.stderr)
         return 1
     try:
-        report = import_module(f"textpolicy.cli.{options.module}").run(options)
+        report = import_module(f"textpolicy.cli.commands.{options.module}").run(options)
     except KeyboardInterrupt:
         print(f"{failed}interrupted", file=sys.stderr)
         return 130

@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.quantization import format_of, weight_shape
-from textpolicy.cli.assembly import Experiment
+from textpolicy.adapters.quantization.quantize import format_of, weight_shape
 from textpolicy.config.sections import RolloutOptions
+from textpolicy.experiment.assembly import Experiment
 from textpolicy.rewards.scorer import Scorer
 from textpolicy.rollout.worker import collect
 from textpolicy.types import Metrics, Task

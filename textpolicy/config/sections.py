@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from textpolicy.config.kinds import Table
+from textpolicy.config.option_types import Table
 from textpolicy.config.settings import FINITE, SEED, above, at_least, check, option
 from textpolicy.errors import ConfigError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import NoneType
 from typing import Any, TypeVar
 
-from textpolicy.config.kinds import alternatives, from_text, from_toml, metavar_of, words_of
+from textpolicy.config.option_types import alternatives, from_text, from_toml, metavar_of, words_of
 from textpolicy.errors import ConfigError
 
 C = TypeVar("C")

@@ -2,6 +2,7 @@
 
 from textpolicy.environments.chat import ChatEnv
 from textpolicy.environments.check_env import check_env
+from textpolicy.environments.data_files import columns_of, load_rows
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
     Environment,
@@ -12,7 +13,6 @@ from textpolicy.environments.environment import (
 )
 from textpolicy.environments.gold import gold_answers
 from textpolicy.environments.load import load, ready_names
-from textpolicy.environments.rows import columns_of, load_rows
 from textpolicy.environments.single_turn import SingleTurnEnv
 from textpolicy.environments.space import AnyText
 from textpolicy.environments.tools import ToolEnv, tool_prompt

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from textpolicy.environments.rows import Row, check_column, load_rows, rows_of
+from textpolicy.environments.data_files import Row, check_column, load_rows, rows_of
 from textpolicy.environments.template import Template, check_template, fill
 from textpolicy.errors import DataError
 from textpolicy.types import Prompt, Task

@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium as gym
 
 from textpolicy.environments.chat import ChatEnv
+from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
     Build,
@@ -26,7 +27,6 @@ from textpolicy.environments.environment import (
     prompt_of,
     question_and_answer,
 )
-from textpolicy.environments.rows import load_rows
 from textpolicy.environments.single_turn import Draw
 from textpolicy.environments.tool_calls import tagged_calls, written_calls
 from textpolicy.environments.tools import ToolEnv

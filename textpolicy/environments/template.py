@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
-from textpolicy.environments.rows import Row
+from textpolicy.environments.data_files import Row
 from textpolicy.errors import DataError
 from textpolicy.types import Message, Prompt
 

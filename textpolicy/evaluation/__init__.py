@@ -2,7 +2,7 @@
 
 from textpolicy.evaluation.compare import Comparison, Difference, compare
 from textpolicy.evaluation.evaluate import Evaluation, Evaluator, HeldOut, evaluate, measure
-from textpolicy.evaluation.scores import Score, pass_at_k
+from textpolicy.evaluation.statistics import Score, pass_at_k
 
 __all__ = [
     "Comparison",

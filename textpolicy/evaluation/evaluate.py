@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from textpolicy.errors import RewardError
-from textpolicy.evaluation.scores import Score, pass_at_k
+from textpolicy.evaluation.statistics import Score, pass_at_k
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.worker import collect

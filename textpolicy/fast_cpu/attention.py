@@ -17,8 +17,8 @@ import mlx.core as mx
 from jaxtyping import Float
 from mlx_lm.models import base
 
+from textpolicy.fast_cpu.array_pieces import PIECE, after
 from textpolicy.fast_cpu.exponential import LOG2_E, exp2
-from textpolicy.fast_cpu.pieces import PIECE, after
 
 # Named in shapes: `together` query heads share each of the key heads.
 Folded = Float[mx.array, "batch key_heads together time width"]

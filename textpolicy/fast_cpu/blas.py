@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from textpolicy.errors import ConfigError
-from textpolicy.fast_cpu.imports import Declined, point
+from textpolicy.fast_cpu.symbol_table import Declined, point
 
 _STOCK = "mlx's own (netlib reference)"
 _HINT = "pip install scipy-openblas32 brings an OpenBLAS some 30 times faster"

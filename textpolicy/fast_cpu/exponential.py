@@ -10,7 +10,7 @@ import math
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.fast_cpu.pieces import in_pieces
+from textpolicy.fast_cpu.array_pieces import in_pieces
 
 LOG2_E = math.log2(math.e)
 # 2^f as 1 + f (c1 + f (c2 + ...)) for -1/2 <= f <= 1/2, from c5 down to 1: of all polynomials of

@@ -6,8 +6,8 @@ import mlx.core as mx
 from jaxtyping import Float
 from mlx_lm.models import activations
 
+from textpolicy.fast_cpu.array_pieces import in_pieces
 from textpolicy.fast_cpu.exponential import exp
-from textpolicy.fast_cpu.pieces import in_pieces
 
 Features = Float[mx.array, "*batch features"]
 

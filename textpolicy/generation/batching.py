@@ -4,8 +4,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float
 
+from textpolicy.generation.decoding_rows import Row
 from textpolicy.generation.engine import listen, prefill, read
-from textpolicy.generation.rows import Row
 
 
 def can_batch(model: nn.Module) -> bool:

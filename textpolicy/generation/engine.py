@@ -16,12 +16,15 @@ import numpy as np
 from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
-from textpolicy.adapters.memory_plan import PREFILL_TOKENS
-from textpolicy.generation.rows import Active, Drawn, Respond, Row, StopRule, join
-from textpolicy.generation.rows_cache import RowsCache
+from textpolicy.generation.decoding_cache import RowsCache
+from textpolicy.generation.decoding_rows import Active, Drawn, Respond, Row, StopRule, join
 from textpolicy.generation.sampling import draw, penalise_repetition, row_keys
 from textpolicy.types import Sampling
 
+DECODED_ROWS = 256
+"""Rows that decode together, unless a policy is told otherwise."""
+PREFILL_TOKENS = 2048
+"""Prompt positions of all rows that are read in one forward pass."""
 _NEXT_KEY = np.array([0, 1], dtype=np.uint32)
 
 

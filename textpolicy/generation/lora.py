@@ -11,14 +11,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.config import AdapterConfig
+from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.config.json_forms import LORA_OPTIONS, check_options
 from textpolicy.adapters.container import AdapterContainer, freeze_base
-from textpolicy.adapters.files import destination
-from textpolicy.adapters.forms import LORA_OPTIONS, check_options
-from textpolicy.adapters.memory import memory_stats
-from textpolicy.adapters.quantization import quantize
-from textpolicy.adapters.targets import block_count, select_targets
-from textpolicy.adapters.twin import twin
+from textpolicy.adapters.files.adapter_file import destination
+from textpolicy.adapters.memory_stats import memory_stats
+from textpolicy.adapters.module_sites import block_count, select_targets
+from textpolicy.adapters.quantization.quantize import quantize
+from textpolicy.adapters.shared_copy import twin
 from textpolicy.errors import AdapterError
 
 __all__ = [

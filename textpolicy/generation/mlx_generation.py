@@ -12,9 +12,9 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.cpu_products import use_fast_products
+from textpolicy.adapters.quantization.cpu_layers import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
-from textpolicy.fast_cpu.functions import use_fast_functions
+from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.models import find_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.types import Sampling

@@ -9,11 +9,12 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.memory_plan import DECODED_ROWS
-from textpolicy.adapters.publishing import AdapterWatcher
+from textpolicy.adapters.files.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
 from textpolicy.generation.batching import can_batch
-from textpolicy.generation.engine import decode
+from textpolicy.generation.decoding_rows import Respond as RespondToRow
+from textpolicy.generation.decoding_rows import Row
+from textpolicy.generation.engine import DECODED_ROWS, decode
 from textpolicy.generation.prompts import (
     check_prompt,
     decode_text,
@@ -21,8 +22,6 @@ from textpolicy.generation.prompts import (
     encode_reply,
     has_room,
 )
-from textpolicy.generation.rows import Respond as RespondToRow
-from textpolicy.generation.rows import Row
 from textpolicy.types import Completion, Prompt, Respond, Sampling, StopReason
 
 

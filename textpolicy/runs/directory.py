@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from textpolicy.adapters.files import peek_version, remove_partial, replacing
+from textpolicy.adapters.files.adapter_file import peek_version, remove_partial, replacing
 from textpolicy.errors import ConfigError
 
 SUFFIX = ".safetensors"

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files import write_file
+from textpolicy.adapters.files.adapter_file import write_file
 from textpolicy.tracking.alarms import REWARD
 from textpolicy.types import Metrics
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
-from textpolicy.tracking.course import Course, clock_face, time_shares
+from textpolicy.tracking.run_history import Course, clock_face, time_shares
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
 

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from textpolicy.tracking.course import BLOCKS, Course, clock_face, spark_line, time_shares
+from textpolicy.tracking.run_history import BLOCKS, Course, clock_face, spark_line, time_shares
 from textpolicy.types import Metrics
 
 _SPARK_WIDTH = 24

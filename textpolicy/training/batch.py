@@ -8,9 +8,11 @@ from random import Random
 import mlx.core as mx
 import numpy as np
 
-from textpolicy.adapters.memory_plan import MICRO_BATCH_TOKENS
 from textpolicy.errors import TrainingError
 from textpolicy.types import Batch, Rollout, RolloutGroup
+
+MICRO_BATCH_TOKENS = 1024
+"""Tokens of a micro-batch, unless its rows are given: more at once only takes more memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

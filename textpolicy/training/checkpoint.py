@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from textpolicy.adapters.files import read_tensors, remove_partial, write_tensors
+from textpolicy.adapters.files.adapter_file import read_tensors, remove_partial, write_tensors
 from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, TrainingError
 
 FORMAT = "textpolicy.checkpoint"

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from textpolicy.training.head import Head, find_head
-from textpolicy.training.scores import score_logits
+from textpolicy.training.output_head import Head, find_head
 from textpolicy.training.shared_prompts import read_after_prompts, read_whole_rows
+from textpolicy.training.softmax_logprobs import score_logits
 from textpolicy.types import Batch
 
 Scores = tuple[Float[mx.array, "batch time"], Float[mx.array, "batch time"]]

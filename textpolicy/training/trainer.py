@@ -34,8 +34,8 @@ from textpolicy.training.checkpoint import check_fits, flat, tree
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.logprobs import Reader
 from textpolicy.training.metrics import added_up, advantage_metrics, over_updates, policy_metrics
-from textpolicy.training.rejected import save_rejected
-from textpolicy.training.scoring import scored
+from textpolicy.training.recorded_logprobs import scored
+from textpolicy.training.rejected_batches import save_rejected
 from textpolicy.types import (
     NOT_SAMPLED,
     AdvantageFn,

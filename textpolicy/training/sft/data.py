@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from textpolicy.environments.rows import Row, load_placed_rows, read_text
+from textpolicy.environments.data_files import Row, load_placed_rows, read_text
 from textpolicy.errors import DataError
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding

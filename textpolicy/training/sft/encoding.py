@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.environments.rows import Row
+from textpolicy.environments.data_files import Row
 from textpolicy.errors import ConfigError, DataError, PromptError
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.types import Message

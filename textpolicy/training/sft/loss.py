@@ -15,10 +15,10 @@ import mlx.nn as nn
 from jaxtyping import Bool, Float, Int
 
 from textpolicy.errors import ConfigError, TrainingError
-from textpolicy.training.head import Head, find_head
-from textpolicy.training.scores import score_logits
+from textpolicy.training.output_head import Head, find_head
 from textpolicy.training.sft.batches import SFTBatch
 from textpolicy.training.sft.packing import reading
+from textpolicy.training.softmax_logprobs import score_logits
 
 LossAndTokens = tuple[Float[mx.array, ""], Int[mx.array, ""]]
 

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files import destination
+from textpolicy.adapters.files.adapter_file import destination
 from textpolicy.errors import ConfigError, DataError, TrainingError
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft.batches import (

@@ -1,0 +1,304 @@
+"""Commands around a run: talking with a model, fusing adapters, listing and comparing runs."""
+
+import io
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.adapters.quantization.quantize import quantize
+from textpolicy.cli import main
+from textpolicy.config import TrainConfig, changed, to_toml
+from textpolicy.config.sft import SFTConfig
+from textpolicy.generation.mlx_generation import create_policy, load_model
+from textpolicy.runs import RunDirectory
+
+COMMAND = [sys.executable, "-c", "from textpolicy.cli import main; raise SystemExit(main())"]
+GREEDY = {"max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture
+def answer(capsys):
+    """Runs a command with --json; returns its answer, having checked that it succeeded."""
+
+    def run(*argv: str) -> dict:
+        capsys.readouterr()
+        code = main([*argv, "--json"])
+        stdout, stderr = capsys.readouterr()
+        assert code == 0, stderr
+        return json.loads(stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def failure(capsys):
+    """Runs a command that cannot be carried out; returns its one message."""
+
+    def run(*argv: str, code: int) -> str:
+        capsys.readouterr()
+        assert main(argv) == code
+        stdout, stderr = capsys.readouterr()
+        assert stdout == "" and "Traceback" not in stderr
+        return stderr
+
+    return run
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """Pipes lines to `textpolicy chat`; returns what it said and the conversation that stands."""
+
+    def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[list[str], list[dict]]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        capsys.readouterr()
+        argv = ["chat", "--temperature", "0", "--max-tokens", "6", *options, "--json"]
+        assert main(argv) == 0
+        *said, data = capsys.readouterr().out.splitlines()
+        return said, json.loads(data)["messages"]
+
+    return run
+
+
+def test_chat_says_what_the_model_says_to_the_whole_conversation(talk, load_tiny):
+    said, messages = talk("12+30=", "", "sort: 3 1 2")
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    policy = create_policy(*load_tiny(), GREEDY)
+    assert policy(messages[:1]).text == messages[1]["content"] == said[0]
+    assert policy(messages[:3]).text == messages[3]["content"] == said[1]
+
+
+def test_reset_forgets_and_quit_ends_and_a_system_message_stays(talk):
+    said, messages = talk(
+        "1+1=", "/reset", "2+2=", "/quit", "3+3=", options=("--system", "Be brief.")
+    )
+    assert len(said) == 2
+    assert [message["content"] for message in messages[:2]] == ["Be brief.", "2+2="]
+    assert len(messages) == 3
+
+
+def test_a_line_that_does_not_fit_into_the_context_leaves_the_conversation_as_it_was(talk, capsys):
+    said, messages = talk("1+1=", "9" * 2000, "2+2=")
+    assert len(said) == 2 and len(messages) == 4
+    assert all(len(message["content"]) < 100 for message in messages)
+
+
+def test_a_seed_makes_a_conversation_repeatable(talk):
+    def once(seed: str) -> list[str]:
+        return talk("1+1=", "2+2=", options=("--temperature", "2", "--seed", seed))[0]
+
+    assert once("1") == once("1") != once("2")
+
+
+@pytest.mark.slow
+def test_chat_works_in_a_pipe_and_answers_line_by_line():
+    program = "from textpolicy.cli import main; raise SystemExit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "chat", "--temperature", "0", "--max-tokens", "6"],
+        input="12+30=\n/quit\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 1 and "> " not in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Adapters of the embedded model that change what it says, in a file."""
+
+    def save(bits: int | None, size: float) -> str:
+        model, _ = load_model("tiny")
+        if bits:
+            quantize(model, bits=bits)
+        container = AdapterContainer.from_model(model, AdapterConfig(rank=4), seed=3)
+        keys = iter(mx.random.split(mx.random.key(0), 100))
+        container.swap(
+            {
+                name: value + size * mx.random.normal(value.shape, key=next(keys))
+                for name, value in container.parameters().items()
+            }
+        )
+        path = tmp_path_factory.mktemp("trained") / "adapters.safetensors"
+        container.publish(path)
+        return str(path)
+
+    return save
+
+
+def test_chat_says_what_the_adapters_say(talk, trained):
+    (base,), _ = talk("12+30=")
+    (adapted,), _ = talk("12+30=", options=("--adapter", trained(None, 0.2)))
+    assert adapted != base
+
+
+def said_by(model, tokenizer) -> list[str]:
+    policy = create_policy(model, tokenizer, GREEDY)
+    return [policy(prompt).text for prompt in ("12+30=", "sort: 3 1 2", "reverse: abc")]
+
+
+def test_a_fused_model_is_loaded_by_mlx_lm_and_says_what_the_adapters_said(
+    trained, answer, tmp_path
+):
+    adapter = trained(None, 0.2)
+    report = answer(
+        "fuse", "--adapter", adapter, "--output", str(tmp_path / "f"), "--dtype", "float32"
+    )
+    assert report["survival"] == pytest.approx(1) and report["quantization"] is None
+    adapted, base = said_by(*load_model("tiny", adapter)), said_by(*load_model("tiny"))
+    model, tokenizer = mlx_lm.load(str(tmp_path / "f"))
+    assert said_by(model, tokenizer) == adapted != base
+    assert not [name for name, _ in model.named_modules() if "lora" in name.lower()]
+
+
+def test_fusing_keeps_the_number_format_of_the_checkpoint(trained, answer, tmp_path):
+    report = answer("fuse", "--adapter", trained(None, 0.2), "--output", str(tmp_path / "f"))
+    assert {module["dtype"] for module in report["modules"]} == {"bfloat16"}
+    weights = mx.load(str(tmp_path / "f" / "model.safetensors"))
+    assert {weight.dtype for weight in weights.values()} == {mx.bfloat16}
+
+
+def test_a_quantized_base_stays_quantized_where_enough_survives(trained, answer, tmp_path):
+    adapter = trained(8, 0.1)
+    report = answer("fuse", "--adapter", adapter, "--output", str(tmp_path / "f"))
+    assert report["quantization"] == {"bits": 8, "group_size": 64, "mode": "affine"}
+    assert 0.9 < report["survival"] < 1.1
+    tokens = mx.array([[5, 17, 3, 44, 60, 2]])
+    model, _ = mlx_lm.load(str(tmp_path / "f"))
+    adapted, _ = load_model("tiny", adapter)
+    base, _ = load_model("tiny")
+    expected, moved = adapted(tokens), adapted(tokens) - base(tokens)
+    # Rounding the sum to 8 bits costs a small part of what the adapters do.
+    assert mx.linalg.norm((model(tokens) - expected).flatten()) < 0.2 * mx.linalg.norm(
+        moved.flatten()
+    )
+
+
+def test_dequantized_a_quantized_base_is_all_float(trained, answer, tmp_path):
+    adapter = trained(4, 0.3)
+    argv = ["fuse", "--adapter", adapter, "--output", str(tmp_path / "f"), "--dequantize"]
+    assert answer(*argv, "--dtype", "float32")["survival"] == pytest.approx(1)
+    weights = mx.load(str(tmp_path / "f" / "model.safetensors"))
+    assert not [name for name in weights if name.endswith("scales")]
+    model, tokenizer = mlx_lm.load(str(tmp_path / "f"))
+    assert said_by(model, tokenizer) == said_by(*load_model("tiny", adapter))
+
+
+def test_an_update_that_rounding_would_erase_is_not_fused_unless_that_is_accepted(
+    trained, failure, answer, tmp_path
+):
+    adapter, output = trained(4, 1e-3), str(tmp_path / "f")
+    message = failure("fuse", "--adapter", adapter, "--output", output, code=1)
+    assert "of the update" in message and "--dequantize" in message
+    assert not (tmp_path / "f").exists()
+    assert answer("fuse", "--adapter", adapter, "--output", output, "--min-survival", "0")
+
+
+def test_a_folder_that_holds_something_is_not_written_over(trained, failure, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    argv = ["fuse", "--adapter", trained(None, 0.1), "--output", str(tmp_path)]
+    assert "not empty" in failure(*argv, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_fusing_nothing_is_refused(failure, tmp_path):
+    assert "--adapter PATH" in failure("fuse", "--output", str(tmp_path / "f"), code=2)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder with three runs: finished, stopped, supervised."""
+
+    def make(name, config, rows):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text(to_toml(config))
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return RunDirectory(folder)
+
+    base = changed(TrainConfig(), {"task.env": "add", "run.steps": 2})
+    steps = [
+        {"step": 0, "reward": 0.1, "eval/reward": 0.2},
+        {"step": 1, "reward": 0.3},
+        {"step": 2, "eval/reward": 0.6},
+    ]
+    make("finished", base, steps)
+    make("stopped", changed(base, {"trainer.lr": 1e-5, "algorithm.name": "dapo"}), steps[:1])
+    sft = changed(SFTConfig(), {"data.source": "rows", "trainer.iterations": 10})
+    make("taught", sft, [{"step": 10, "loss": 1.0, "validation/loss": 0.5}])
+    return tmp_path / "runs"
+
+
+def test_runs_are_listed_with_how_far_they_came(runs, answer, capsys):
+    found = {one["name"]: one for one in answer("runs", str(runs))["runs"]}
+    assert {name: one["state"] for name, one in found.items()} == {
+        "finished": "finished",
+        "stopped": "stopped",
+        "taught": "finished",
+    }
+    assert (found["finished"]["best"], found["taught"]["best"]) == (0.6, 0.5)
+    assert (found["stopped"]["steps"], found["stopped"]["planned"]) == (1, 2)
+    assert (found["stopped"]["algorithm"], found["taught"]["algorithm"]) == ("dapo", "sft")
+    assert main(["runs", str(runs)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_a_run_that_cannot_be_read_hides_no_other_and_is_told_of_when_named(runs, answer, failure):
+    (runs / "stopped" / "config.toml").write_text("[run\n")
+    states = {one["name"]: one["state"] for one in answer("runs", str(runs))["runs"]}
+    assert states == {"finished": "finished", "stopped": "unreadable", "taught": "finished"}
+    assert "is not TOML" in failure("runs", str(runs / "stopped"), code=1)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(runs):
+    command = [*COMMAND, "runs", str(runs)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
+def test_a_run_goes_on_when_the_reader_of_its_progress_is_gone(tmp_path):
+    small = ["--steps", "3", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
+    argv = ["train", "--env", "add", *small, "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [*COMMAND, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert RunDirectory(tmp_path / "run").report.is_file()
+
+
+def test_a_run_whose_lock_is_held_is_running(runs, answer):
+    with RunDirectory(runs / "stopped").lock():
+        (one,) = answer("runs", str(runs / "stopped"))["runs"]
+    assert one["state"] == "running"
+
+
+def test_two_runs_are_compared_by_what_differs_and_nothing_else(runs, answer, capsys):
+    paths = [str(runs / "finished"), str(runs / "stopped")]
+    report = answer("runs", *paths)
+    assert report["config"] == {"algorithm.name": ["grpo", "dapo"], "trainer.lr": [5e-4, 1e-5]}
+    assert report["metrics"]["eval/reward"] == [0.6, 0.2]
+    assert report["metrics"]["best eval/reward"] == [0.6, 0.2]
+    assert main(["runs", *paths]) == 0
+    shown = capsys.readouterr().out
+    assert "trainer.lr" in shown and "group_size" not in shown
+    assert main(["runs", paths[0], paths[0]]) == 0
+    assert "do not differ" in capsys.readouterr().out
+
+
+def test_a_folder_without_runs_says_so_and_none_at_all_is_refused(answer, failure, tmp_path):
+    assert answer("runs", str(tmp_path)) == {"runs": []}
+    assert "/no/such" in failure("runs", "/no/such", code=2)

@@ -1,0 +1,119 @@
+"""Every option of every command is used by a test: no option is only promised.
+
+Tests are read, not run. A test's own reach is what it says, and what the fixtures, functions and
+constants of its file say that it names. It uses an option of a command when the command's name and
+a flag of the option are within its reach. Options of a run may be settings of its config instead.
+"""
+
+import argparse
+import ast
+import itertools
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from textpolicy.cli.parser import COMMANDS, build_parser, commands_of
+from textpolicy.config import SFTConfig, TrainConfig
+
+TESTS = Path(__file__).parents[1]
+CONFIGS = {"train": TrainConfig, "sft": SFTConfig}
+
+
+def definitions(page: ast.Module) -> dict[str, ast.stmt]:
+    """What a file says at its top level, by name."""
+    named: dict[str, ast.stmt] = {}
+    for statement in page.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            named[statement.name] = statement
+        if isinstance(statement, ast.Assign):
+            named |= {t.id: statement for t in statement.targets if isinstance(t, ast.Name)}
+    return named
+
+
+def reach(test: str, named: dict[str, ast.stmt]) -> Iterator[ast.AST]:
+    """Everything that the test is made of."""
+    seen, following = {test}, [test]
+    while following:
+        for node in ast.walk(named[following.pop()]):
+            yield node
+            name = node.id if isinstance(node, ast.Name) else getattr(node, "arg", None)
+            if name in named and name not in seen:
+                seen.add(name)
+                following.append(name)
+
+
+def words_of(node: ast.AST) -> Iterator[str]:
+    """Texts, and names of classes and keywords; `trainer__lr` is the setting `trainer.lr`."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value.partition("=")[0] if node.value.startswith("--") else node.value
+    elif isinstance(node, ast.Name):
+        yield node.id
+    elif isinstance(node, ast.keyword) and node.arg:
+        yield node.arg.replace("__", ".")
+
+
+def places_of(node: ast.AST) -> Iterator[str]:
+    """Names of commands that something follows which is no flag."""
+    row = node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
+    for first, second in itertools.pairwise(row):
+        said = second.value if isinstance(second, ast.Constant) else ""
+        if isinstance(first, ast.Constant) and not str(said).startswith("-"):
+            yield f"{first.value} ..."
+
+
+def words_of_tests(page: ast.Module) -> Iterator[frozenset[str]]:
+    named = definitions(page)
+    for test in named:
+        if test.startswith("test_"):
+            nodes = list(reach(test, named))
+            yield frozenset(word for node in nodes for word in (*words_of(node), *places_of(node)))
+
+
+@cache
+def words_within_reach() -> list[frozenset[str]]:
+    """What each test says."""
+    return [
+        words
+        for path in sorted(TESTS.rglob("test_*.py"))
+        if path != Path(__file__)
+        for words in words_of_tests(ast.parse(path.read_text()))
+    ]
+
+
+def uses(command: str, option: argparse.Action) -> Iterator[set[str]]:
+    """Each is a set of words that a test which uses the option has within its reach."""
+    for flag in option.option_strings or ["..."]:
+        yield {command, flag} if option.option_strings else {f"{command} {flag}"}
+    if command in CONFIGS:
+        yield {CONFIGS[command].__name__, option.dest}
+
+
+def options_of(command: str) -> list[argparse.Action]:
+    parser = commands_of(build_parser(command))[command]
+    return [option for option in parser._actions if option.dest != "help"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_used_by_a_test(command):
+    unused = [
+        option.option_strings or option.dest
+        for option in options_of(command)
+        if not any(use <= said for use in uses(command, option) for said in words_within_reach())
+    ]
+    assert not unused
+
+
+def test_what_a_test_does_not_reach_is_not_used_by_it():
+    page = """
+SMALL = ["train", "--env", "add"]
+def test_one(): main([*SMALL, "--lr=1"])
+def test_other(): assembled(trainer__lr=TrainConfig)
+def test_third(): main("runs", folder)
+def test_fourth(): main("runs", "--json")
+"""
+    one, other, third, fourth = words_of_tests(ast.parse(page))
+    assert {"train", "--env", "--lr"} <= one and "trainer.lr" not in one
+    assert {"TrainConfig", "trainer.lr"} <= other and "--lr" not in other
+    assert "runs ..." in third and "runs ..." not in fourth

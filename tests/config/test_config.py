@@ -1,0 +1,318 @@
+"""Configs: one declaration of every option, read from files and flags, written and read back."""
+
+import argparse
+import inspect
+import string
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from textpolicy.adapters.config.rules import LoRARule
+from textpolicy.cli.flags import add_config_file, add_settings, configured
+from textpolicy.cli.parser import build_parser, commands_of
+from textpolicy.config import DEMO, SFTConfig, TrainConfig, changed, read_toml, settings_of, to_toml
+from textpolicy.config.option_types import Table, alternatives
+from textpolicy.config.settings import above, check, option
+from textpolicy.errors import ConfigError
+from textpolicy.training.optimizer import build_optimizer
+from textpolicy.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS = TrainConfig()
+SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A function from the text of a TOML file to the config that it makes of the defaults."""
+
+    def run(text: str, defaults: Any = DEFAULTS) -> Any:
+        path = tmp_path / "run.toml"
+        path.write_text(text, "utf-8")
+        return read_toml(path, defaults)
+
+    return run
+
+
+@pytest.fixture
+def refusal(read):
+    """A function from the text of a TOML file to what is said against it."""
+
+    def run(text: str) -> str:
+        with pytest.raises(ConfigError) as raised:
+            read(text)
+        assert "run.toml" in str(raised.value)
+        return str(raised.value)
+
+    return run
+
+
+def given(*argv: str, defaults: TrainConfig = DEFAULTS) -> TrainConfig:
+    """The config of a command line."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_config_file(parser, defaults)
+    add_settings(parser, defaults)
+    return configured(defaults, parser.parse_args(argv))
+
+
+def test_files_go_before_defaults_and_flags_before_files(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[trainer]\nlr = 1e-4\nwarmup = 3\n[run]\nsteps = 7\n")
+    config = given("--config", str(path), "--lr", "2e-4", "--set", "run.seed=5")
+    assert config.trainer.lr == 2e-4 and config.trainer.warmup == 3
+    assert config.run.steps == 7 and config.run.seed == 5
+    assert config.rollout == DEFAULTS.rollout
+
+
+def test_of_a_flag_and_a_set_of_one_setting_the_last_one_counts():
+    assert given("--lr", "1e-4", "--set", "trainer.lr=2e-4").trainer.lr == 2e-4
+    assert given("--set", "trainer.lr=2e-4", "--lr", "1e-4").trainer.lr == 1e-4
+
+
+def test_none_on_the_command_line_takes_back_what_a_file_says(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[sampling]\nmax_tokens = 5\n[run]\nstop_on_collapse = true\n")
+    config = given("--config", str(path), "--max-tokens", "none", "--no-stop-on-collapse")
+    assert config.sampling.max_tokens is None and config.run.stop_on_collapse is False
+
+
+def test_set_reaches_inside_a_table():
+    argv = ["--set", "algorithm.options.clip_high=0.28", "--set", "algorithm.options.how='x'"]
+    assert given(*argv).algorithm.options == {"clip_high": 0.28, "how": "x"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("trainer.lr", ["KEY=VALUE"]),
+        ("trainer.lrr=1", ["trainer.lrr", "did you mean trainer.lr?"]),
+        ("trainer.rank=8", ["trainer.rank", "did you mean adapter.rank?"]),
+        ("trainer.lr=fast", ["trainer.lr is 'fast'", "a number above 0"]),
+        ("trainer.schedule=steep", ["'steep'", "one of constant, linear, cosine"]),
+    ],
+)
+def test_a_wrong_assignment_is_refused_with_what_would_do(argument, words):
+    with pytest.raises(argparse.ArgumentError) as raised:
+        given("--set", argument)
+    assert all(word in str(raised.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[trainer]\nlrr = 1", ["trainer.lrr is no setting", "did you mean trainer.lr?"]),
+        ("[trainer]\ngroup_size = 4", ["did you mean rollout.group_size?"]),
+        ("[optimizer]\nlr = 1e-3", ["optimizer.lr", "did you mean trainer.lr?"]),
+        ("[trainer]\nlearning_rate = 1", ["did you mean trainer.lr?"]),
+        ("num_generations = 4", ["did you mean rollout.group_size?"]),
+        ("[trainr]", ["trainr is no setting"]),
+        ("lr = 1e-3", ["lr is no setting", "did you mean trainer.lr?"]),
+        ("trainer = 5", ["trainer is no setting"]),
+        ("[trainer]\nlr = 'fast'", ["trainer.lr is 'fast'; expected a number above 0"]),
+        ("[trainer]\nlr = 0", ["trainer.lr is 0; expected a number above 0"]),
+        ("[trainer]\nlr = nan", ["trainer.lr is nan"]),
+        ("[trainer]\nlr = true", ["trainer.lr is True"]),
+        ("[run]\nsteps = 2.5", ["run.steps is 2.5; expected a whole number, at least 1"]),
+        ("[run]\nseed = -1", ["run.seed is -1; expected a whole number from 0 to 2^64 - 1"]),
+        ("[run]\nseed = 18446744073709551616", ["run.seed is 18446744073709551616"]),
+        ("[run]\nsteps = true", ["run.steps is True"]),
+        ("[trainer]\nschedule = 'steep'", ["one of constant, linear, cosine"]),
+        ("[adapter]\nkeys = 'q_proj'", ["expected a list of texts"]),
+        ("[adapter]\nkeys = [1]", ["expected a list of texts"]),
+        ("[task]\nenv = 5", ["expected text"]),
+        ("[task]\non_reward_error = 'explode'", ["one of fail, skip or a number"]),
+        ("[task]\non_reward_error = inf", ["on_reward_error is inf"]),
+        ("[algorithm]\noptions = 5", ["expected a table"]),
+        ("[trainer", ["not TOML"]),
+        ("[model]\nquantize_mode = 'mxfp4'", ["nothing is quantized"]),
+        ("[adapter]\nconfig = 'a.json'\nrank = 3", ["beside ['rank']"]),
+        ("[adapter]\nstart = 'a'\nrank = 3", ["bring their own config"]),
+    ],
+)
+def test_a_file_with_a_mistake_is_named_with_what_was_got_and_what_is_expected(
+    text, words, refusal
+):
+    message = refusal(text)
+    assert all(word in message for word in words), message
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(refusal):
+    message = refusal("[trainer]\nlr = 'fast'\nlrr = 1\n[run]\nsteps = 0\n")
+    assert len(message.splitlines()) == 4
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"cannot read the config /no/run\.toml"):
+        read_toml(Path("/no/run.toml"), DEFAULTS)
+
+
+def test_a_config_made_in_a_program_is_checked_too():
+    with pytest.raises(ConfigError, match=r"\[trainer\] lr is -1.0; expected a number above 0"):
+        changed(DEFAULTS, {"trainer.lr": -1.0})
+    with pytest.raises(ConfigError, match=r"\[run\] steps is 0; expected a whole number"):
+        changed(DEFAULTS, {"run.steps": 0})
+
+
+@pytest.mark.parametrize("config", [DEFAULTS, DEMO, SFTConfig()], ids=["train", "demo", "sft"])
+def test_the_config_that_a_run_keeps_reads_back_as_it_was(config, read):
+    assert read(to_toml(config), type(config)()) == config
+
+
+def test_what_is_written_names_every_setting_and_says_what_unset_means():
+    text = to_toml(DEFAULTS)
+    for setting in SETTINGS.values():
+        value = f"{setting.name} = " if setting.default is not None else f"# {setting.name}: "
+        assert text.count(f"\n{value}") >= 1
+
+
+CHARACTERS = string.printable + "äß漢🙂\x00\x1b\x7f\x85\u2028\ue000\"\\'#[]{}=\r\n"
+
+
+def some_text(random: Random) -> str:
+    return "".join(random.choices(CHARACTERS, k=random.randrange(12)))
+
+
+def some_value(annotation: Any, random: Random) -> Any:
+    """A value of the type, of any that it may have."""
+    kind = random.choice(alternatives(annotation))
+    if get_origin(kind) is Literal:
+        return random.choice(get_args(kind))
+    makers = {
+        NoneType: lambda: None,
+        bool: lambda: random.random() < 0.5,
+        int: lambda: random.randrange(-(2**62), 2**62),
+        float: lambda: random.choice([random.lognormvariate(0, 30), 1e300, 5e-324, 0.1, 3.0]),
+        str: lambda: some_text(random),
+        Path: lambda: Path(some_text(random)),
+        tuple[str, ...]: lambda: tuple(some_text(random) for _ in range(random.randrange(4))),
+        Table: lambda: {some_text(random): random.choice([1, 0.5, True, "x", [1, 2]])},
+    }
+    return makers[kind]()
+
+
+def some_config(random: Random) -> TrainConfig:
+    """A config of which every setting may have any value that it allows."""
+    values: dict[str, Any] = {}
+    ways_to_adapt = {"adapter.config", "adapter.start", "adapter.target_modules"}
+    for key in sorted(SETTINGS.keys() - ways_to_adapt - {"model.quantize"}):
+        value = some_value(SETTINGS[key].annotation, random)
+        with suppress(ConfigError):
+            values[key] = SETTINGS[key].accept(value)
+    needed = {"model.quantize": 4, "tracking.wandb": "a project"}
+    return changed(DEFAULTS, values | needed)
+
+
+def test_whatever_the_values_are_they_are_written_and_read_back(read):
+    random = Random(0)
+    for _ in range(20):
+        config = some_config(random)
+        assert read(to_toml(config)) == config
+
+
+def test_text_that_no_file_can_hold_is_refused():
+    with pytest.raises(ConfigError, match="task"):
+        changed(DEFAULTS, {"task.env": "\udcff"})
+
+
+def test_sections_of_any_config_are_checked_with_all_their_mistakes():
+    @dataclass(frozen=True)
+    class Two:
+        a: float = option(1.0, "a", limit=above(0))
+        b: Literal["x", "y"] = option("x", "b")
+
+        def __post_init__(self) -> None:
+            check(self)
+
+    with pytest.raises(ConfigError, match=r"a is 0; .*\nb is 'z'; expected one of x, y"):
+        Two(a=0, b="z")
+
+
+@cache
+def flags_of(command: str) -> dict[str, argparse.Action]:
+    """The actions of a command by what they set."""
+    return {action.dest: action for action in commands_of(build_parser())[command]._actions}
+
+
+SWITCHES = {"help", "json", "config", "set", "dry_run", "resume", "force"}
+CONFIGS = {"train": DEFAULTS, "sft": SFTConfig()}
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_the_help_and_the_config_name_the_same_options(command):
+    settings = {setting.key: setting for setting in settings_of(CONFIGS[command])}
+    actions = flags_of(command)
+    assert actions.keys() - SWITCHES == settings.keys()
+    for key, setting in settings.items():
+        assert setting.flag in actions[key].option_strings
+        assert actions[key].help == f"{setting.option.help} (default: {setting.shown_default})"
+
+
+def test_an_option_that_two_commands_share_is_said_once():
+    train, sft = flags_of("train"), flags_of("sft")
+    shared = train.keys() & sft.keys() - SWITCHES - {"run.output"}
+    assert len(shared) > 20
+    for key in shared:
+        same = key in ("trainer.lr", "trainer.epochs") or train[key].help == sft[key].help
+        assert same and train[key].option_strings == sft[key].option_strings
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_no_two_options_share_a_flag(command):
+    flags = [setting.flag for setting in settings_of(CONFIGS[command])]
+    assert len(set(flags)) == len(flags)
+
+
+@pytest.mark.parametrize("command", ["demo", "eval", "plan", "generate", "check", "bench"])
+def test_other_commands_say_of_a_shared_option_what_train_says(command):
+    shared = flags_of(command).keys() & SETTINGS.keys()
+    assert shared
+    for key in shared - {"run.steps", "task.reward"}:
+        assert flags_of(command)[key].help == flags_of("train")[key].help
+
+
+def test_what_may_be_unset_is_unset_by_default():
+    # A file has no word for "unset": leaving the line out must mean it.
+    for setting in SETTINGS.values():
+        assert (setting.default is None) == setting.optional
+
+
+def test_words_for_defaults_of_the_library_are_its_defaults():
+    rule = LoRARule()
+    unset = {name: SETTINGS[f"adapter.{name}"].option.unset for name in ("kind", "rank", "scale")}
+    assert unset == {"kind": rule.kind, "rank": str(rule.rank), "scale": f"{rule.scale:g}"}
+    defaults = {known.name: known.default for known in fields(Trainer)}
+    trainer, algorithm = DEFAULTS.trainer, SETTINGS
+    assert trainer.max_grad_norm == defaults["max_grad_norm"]
+    assert trainer.checkpoint_gradients == defaults["checkpoint_gradients"]
+    assert algorithm["algorithm.old_logprobs"].option.unset == defaults["old_logprobs"]
+    assert algorithm["algorithm.truncated"].option.unset == defaults["truncated"]
+    keywords = inspect.signature(build_optimizer).parameters
+    names = {"schedule": "schedule", "warmup": "warmup", "final_lr": "final_rate"}
+    for name, keyword in (names | {"weight_decay": "weight_decay"}).items():
+        assert getattr(trainer, name) == keywords[keyword].default
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_section_checks_itself(config):
+    for known in fields(config):
+        section = getattr(config, known.name)
+        assert is_dataclass(section) and "__post_init__" in type(section).__dict__
+
+
+def test_the_page_of_options_says_what_the_configs_say():
+    command = [sys.executable, str(ROOT / "tools" / "configuration_page.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_artifacts_need_a_project_to_go_to():
+    with pytest.raises(ConfigError, match="nothing is logged there; name a project, wandb"):
+        changed(SFTConfig(), {"tracking.wandb_artifacts": True})

@@ -1,0 +1,207 @@
+"""Alarms go off where runs collapse and nowhere else; what was best is kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.adapters.files.adapter_file import read_file
+from textpolicy.cli import main
+from textpolicy.cli.commands.train import describe
+from textpolicy.evaluation import Score
+from textpolicy.experiment.rl_run import Outcome
+from textpolicy.experiment.signals import StopRequest
+from textpolicy.runs import RunDirectory
+from textpolicy.tracking.alarms import COLUMNS, Watch
+from textpolicy.tracking.best import BestAdapter
+
+RECORDED = Path(__file__).parents[1] / "golden" / "collapse"
+# Steps by which a run that goes wrong has to be noticed: the hot ones die at once, rewards dealt
+# to the wrong rollouts lead a policy astray slowly.
+NOTICED = {
+    "hot_full_add": 20,
+    "hot_full_countdown": 20,
+    "hot_lora_add": 20,
+    "hot_lora_sort": 20,
+    "long_add": 60,
+    "shuffled_reverse": 60,
+}
+HEALTHY = ["healthy_add", "healthy_add_1", "healthy_countdown", "healthy_reverse", "healthy_sort"]
+STEADY = {
+    "reward": 0.5,
+    "reward_std": 0.4,
+    "entropy": 0.4,
+    "frac_reward_zero_std": 0.2,
+    "completions/mean_length": 5.0,
+    "completions/clipped_ratio": 0.0,
+}
+
+
+def alarms(steps):
+    watch = Watch()
+    return [alarm for step, metrics in enumerate(steps) for alarm in watch.see(step, metrics)]
+
+
+def recorded(name):
+    columns = json.loads((RECORDED / f"{name}.json").read_text())["columns"]
+    assert tuple(columns) == COLUMNS
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def turning(steady=10, **changes):
+    """A steady run, and then 20 steps with these changes; `/` is written as `__`."""
+    changed = {name.replace("__", "/"): value for name, value in changes.items()}
+    return [STEADY] * steady + [STEADY | changed] * 20
+
+
+def names(steps):
+    return {alarm.name for alarm in alarms(steps)}
+
+
+def test_every_recorded_run_is_tested():
+    assert {path.stem for path in RECORDED.glob("*.json")} == {*NOTICED, *HEALTHY}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_no_alarm_goes_off_in_a_healthy_run(name):
+    steps = recorded(name)
+    assert len(steps) >= 100
+    assert alarms(steps) == []
+
+
+@pytest.mark.parametrize(("name", "latest"), NOTICED.items())
+def test_a_collapse_sets_off_an_alarm_in_time(name, latest):
+    first = alarms(recorded(name))[0]
+    assert first.step <= latest
+
+
+def test_each_alarm_goes_off_in_some_recorded_collapse():
+    found = {alarm.name for name in NOTICED for alarm in alarms(recorded(name))}
+    assert found == {"entropy", "length", "zero_std", "reward"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"entropy": 1.0}, {"entropy"}),
+        ({"entropy": 0.01, "reward": 0.45}, {"entropy"}),
+        ({"completions__clipped_ratio": 0.9}, {"length"}),
+        ({"completions__mean_length": 12.0, "reward": 0.45}, {"length"}),
+        ({"completions__mean_length": 2.0, "reward": 0.45}, {"length"}),
+        ({"frac_reward_zero_std": 1.0, "reward": 0.45}, {"zero_std"}),
+        ({"reward": 0.2}, {"reward"}),
+    ],
+)
+def test_each_sign_sets_off_its_own_alarm(changes, expected):
+    assert names(turning(**changes)) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, "entropy": 0.001},
+        {"reward": 0.6, "completions__mean_length": 20.0},
+        {"reward": 0.45},
+    ],
+    ids=["a solved task", "longer and better", "a little less"],
+)
+def test_progress_and_small_losses_are_no_collapse(changes):
+    assert names(turning(**changes)) == set()
+
+
+def test_a_reward_that_varies_with_the_tasks_has_not_fallen():
+    def steps(*rewards):
+        return [STEADY | {"reward_std": 0.001, "reward": reward} for reward in rewards]
+
+    assert names(steps(*[0.5, 0.6] * 40)) == set()
+    assert names(steps(*[0.6] * 20, *[0.5] * 20)) == {"reward"}
+
+
+def test_an_alarm_is_told_once_and_its_metric_stays_while_the_sign_does():
+    watch, told, metric = Watch(), [], []
+    for step, metrics in enumerate([*turning(entropy=1.0), *[STEADY] * 10, *turning(entropy=1.0)]):
+        told += [alarm.step for alarm in watch.see(step, metrics)]
+        metric.append(watch.metrics()["alarm/entropy"])
+    assert told == [metric.index(1.0)]
+    assert metric[29] == 1 and metric[39] == 0 and metric[-1] == 1
+
+
+def test_steps_without_rewards_are_passed_over():
+    assert alarms([{"entropy": 9.0}, *turning(), {"entropy": 9.0}]) == []
+
+
+def test_an_alarm_says_what_was_seen_what_was_expected_and_what_to_do():
+    (alarm,) = alarms(turning(reward=0.1))
+    assert alarm.name == "reward"
+    assert str(alarm) == (
+        f"alarm at step {alarm.step + 1}: reward: {alarm.got}; expected {alarm.expected}. "
+        f"{alarm.advice}"
+    )
+    assert "from 0.500 at its best" in alarm.got and "learning rate" in alarm.advice
+
+
+def test_the_best_adapter_is_the_one_that_sampled_the_best_steps(load_tiny, tmp_path):
+    model, _ = load_tiny()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    best = BestAdapter(container, tmp_path / "best.safetensors", window=2)
+    sampled = {}
+    for reward in (0.4, 0.5, 0.7, 0.1, 0.0):
+        sampled[container.version] = container.parameters()
+        container.swap({name: value + 1 for name, value in container.parameters().items()})
+        best.see({"reward": reward})
+    # The rolling means are .4, .45, .6, .4 and .05; version 2 sampled what was rewarded with .7.
+    kept = read_file(best.path)
+    assert (best.version, best.reward, kept.version) == (2, pytest.approx(0.6), 2)
+    for name, value in sampled[2].items():
+        assert mx.array_equal(kept.arrays[name], value).item()
+
+
+def test_the_summary_says_which_adapters_a_stopped_run_ends_with():
+    score = Score(reward=0.5, standard_error=0.1, count=9)
+    outcome = Outcome(
+        before=score,
+        after=score,
+        steps=17,
+        updates=17,
+        seconds=1.0,
+        directory=RunDirectory(Path("run")),
+        alarms=("alarm at step 17",),
+        kept=3,
+        request=StopRequest(),
+    )
+    assert "stopped by an alarm; the adapters are again those of version 3" in describe(outcome)
+    assert "stopped" not in describe(replace(outcome, kept=None))
+
+
+def collapsing(output, *options):
+    settings = "--env add --lr 0.01 --steps 30 --count 64 --groups-per-step 8"
+    return ["train", *settings.split(), "--output", str(output), "--json", *options]
+
+
+@pytest.mark.slow
+def test_a_run_that_collapses_is_stopped_and_ends_with_its_best_adapter(tmp_path, capsys):
+    assert main(collapsing(tmp_path / "run", "--stop-on-collapse")) == 0
+    stdout, stderr = capsys.readouterr()
+    stopped = json.loads(stdout)
+    assert stopped["steps"] < 30 and "alarm at step" in stopped["alarms"][0]
+    assert stopped["alarms"][0] in stderr
+    final = read_file(tmp_path / "run" / "adapters" / "latest.safetensors")
+    best = read_file(tmp_path / "run" / "adapters" / "best.safetensors")
+    assert final.version == best.version == stopped["kept"] < stopped["updates"]
+    assert all(mx.array_equal(final.arrays[name], best.arrays[name]).item() for name in best.arrays)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    *steps, evaluation = map(json.loads, lines)
+    assert [metrics["step"] for metrics in steps] == list(range(stopped["steps"]))
+    assert sum(value for name, value in steps[-1].items() if "alarm/" in name) >= 1
+    assert evaluation["step"] == stopped["steps"] and "eval/reward" in evaluation
+    # Whatever the adapter that was kept, it is not the ruin that the run had come to.
+    assert stopped["after"]["reward"] > 0.3
+
+    assert main(collapsing(tmp_path / "on")) == 0
+    went_on = json.loads(capsys.readouterr().out)
+    assert went_on["steps"] == 30 and went_on["kept"] is None
+    assert went_on["alarms"][0] == stopped["alarms"][0]
+    assert went_on["after"]["reward"] < 0.1

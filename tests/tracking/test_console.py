@@ -1,0 +1,241 @@
+"""What a person sees while a run goes on: on a real terminal, and where it is written to a file."""
+
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from fcntl import ioctl
+from functools import cache
+
+import pytest
+
+from textpolicy.tracking.console import Console, sample_line, visible
+from textpolicy.tracking.run_history import Course, clock_face, spark_line, time_shares
+
+METRICS = {
+    "reward": 0.5,
+    "completions/mean_length": 4.25,
+    "tokens_per_second": 1234.0,
+    "time/step": 0.3,
+    "time/generate": 0.12,
+    "time/train": 0.17,
+    "time/reload": 0.001,
+}
+SAMPLE = {"prompt": "2+3=", "completion": "5", "reward": 1.0}
+# Runs on a terminal: what a model says there is as hostile as it can be.
+PROGRAM = r"""
+import sys, time
+from textpolicy.tracking.console import Console
+console = Console(sys.stderr, 8)
+console.note("before [/bold] 0.5")
+for step in range(4):
+    metrics = {"reward": step / 10, "reward_std": 0.25, "completions/mean_length": 4.25}
+    metrics |= {"entropy": 0.5, "frac_mixed": 0.75, "frac_all_good": 0.25, "frac_all_bad": 0.0}
+    metrics |= {"tokens_per_second": 1234.0, "time/step": 1.0, "time/generate": 0.4}
+    metrics |= {"time/train": 0.5}
+    if step % 2 == 0:
+        metrics |= {"eval/reward": 0.25 + step / 8, "eval/standard_error": 0.03}
+    text = "5\x1b[2J\x1b]0;taken\x07[/foo]\u202e\n9"
+    console.show(step, metrics, [{"prompt": "2+3=", "completion": text, "reward": 1.0}])
+    if step == 1:
+        console.note("a note")
+    time.sleep(0.21)
+console.close()
+print("after", file=sys.stderr)
+"""
+
+
+class Screen:
+    """As much of a terminal as rich uses: cursor up, erase line, carriage returns, colours."""
+
+    def __init__(self, text):
+        self.lines, self.row, self.column = [""], 0, 0
+        self.unknown = []
+        for control, char in re.findall(r"(\x1b\[[?0-9;]*[A-Za-z]|\x1b.)|(.)", text, re.DOTALL):
+            self._control(control) if control else self._write(char)
+
+    def _control(self, control):
+        if control == "\x1b[1A":
+            self.row -= 1
+        elif control == "\x1b[2K":
+            self.lines[self.row] = ""
+        elif not re.fullmatch(r"\x1b\[([0-9;]*m|\?25[hl])", control):
+            self.unknown.append(control)
+
+    def _write(self, char):
+        if char == "\n":
+            self.row += 1
+            self.lines += [""] * (self.row + 1 - len(self.lines))
+        elif char == "\r":
+            self.column = 0
+        else:
+            line = self.lines[self.row].ljust(self.column)
+            self.lines[self.row] = line[: self.column] + char + line[self.column + 1 :]
+            self.column += 1
+
+
+@cache
+def on_terminal(*, width=100, **environment):
+    """What a terminal of this width was sent by the program."""
+    ours, its = pty.openpty()
+    ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    inherited = {n: v for n, v in os.environ.items() if n not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        env=inherited | {"TERM": "xterm-256color"} | environment,
+    )
+    os.close(its)
+    sent = b""
+    # Reading from a terminal that no process holds open any more is an error on Linux.
+    try:
+        while part := os.read(ours, 65536):
+            sent += part
+    except OSError:
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    return sent.decode()
+
+
+@pytest.fixture
+def clock():
+    seconds = [0.0]
+
+    def read() -> float:
+        return seconds[0]
+
+    read.advance = lambda by: seconds.__setitem__(0, seconds[0] + by)
+    return read
+
+
+def test_a_terminal_gets_a_panel_that_is_redrawn_in_place_and_notes_above_it():
+    screen = Screen(on_terminal())
+    lines = [line.rstrip() for line in screen.lines]
+    assert lines[:2] == ["before [/bold] 0.5", "a note"]
+    assert lines[2].startswith("╭─ step 4/8 ─")
+    assert [line.strip("│ ").split()[0] for line in lines[4:12]] == [
+        *("reward", "eval", "length", "entropy", "groups", "speed", "time", "sample")
+    ]
+    assert re.search(r"▁\S+█ +0\.300 +± 0\.25", lines[4])
+    # Measured at every other step: the last one known stays.
+    assert re.search(r"▁█ +0\.500 +± 0\.03", lines[5])
+    assert "75% mixed   25% all good   0% all bad" in lines[8]
+    assert re.search(r"1,234 +tokens/s +1\.00 s a step", lines[9])
+    assert re.search("█+ +generate 40% +train 50%", lines[10])
+    assert re.search(r"─ 0:0\d left ─", lines[12])
+    assert lines[13:15] == ["after", ""]
+
+
+def test_what_a_model_says_cannot_move_the_cursor_or_become_markup():
+    sent = on_terminal()
+    assert Screen(sent).unknown == []
+    assert r"2+3= → 5\x1b[2J\x1b]0;taken\x07[/foo]\u202e⏎9  (reward 1)" in sent
+    assert "\x07" not in sent and "\u202e" not in sent
+
+
+def test_a_panel_never_wraps_and_the_cursor_comes_back():
+    sent = on_terminal(width=48)
+    lines = [line for line in Screen(sent).lines if line.startswith(("│", "╭", "╰"))]
+    assert len(lines) == 11
+    assert {len(line) for line in lines} == {48}
+    assert sent.rfind("\x1b[?25h") > sent.rfind("\x1b[?25l") > -1
+
+
+def test_no_color_is_honoured():
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal())
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal(NO_COLOR="1"))
+
+
+def test_a_dumb_terminal_gets_plain_lines():
+    sent = on_terminal(TERM="dumb")
+    assert "\x1b" not in sent
+    assert len(re.findall(r"^step \d/8", sent, re.MULTILINE)) == 4
+
+
+def test_a_pipe_gets_a_line_a_step_and_a_sample_every_ten_seconds(clock):
+    stream = io.StringIO()
+    console = Console(stream, 10, clock=clock)
+    for step in range(10):
+        clock.advance(3)
+        console.show(step, METRICS, [SAMPLE])
+    lines = stream.getvalue().splitlines()
+    steps = [line.split("/")[0] for line in lines if line.startswith("step")]
+    assert steps == [f"step {step:>2}" for step in range(1, 11)]
+    assert [at for at, line in enumerate(lines) if line.startswith("sample")] == [1, 6, 11]
+    assert lines[1] == "sample  2+3= → 5  (reward 1)"
+
+
+def test_a_line_says_step_reward_length_speed_where_time_goes_and_what_is_left(clock):
+    stream = io.StringIO()
+    console = Console(stream, 4, clock=clock)
+    clock.advance(500)  # loading the model is no part of any step
+    times = {"time/generate": 12.0, "time/train": 17.0, "time/checkpoint": 0.9}
+    console.show(0, METRICS | {"time/step": 30.0} | times)
+    assert stream.getvalue().split("  ") == [
+        "step 1/4",
+        "reward 0.500",
+        "length 4.2",
+        "1,234 tokens/s",
+        "30.00 s/step",
+        "generate 40%, train 57%, checkpoint 3%",
+        "1:30 left\n",
+    ]
+
+
+def test_a_step_without_any_score_shows_no_reward_and_does_not_stop_the_run(clock):
+    stream = io.StringIO()
+    Console(stream, 1, clock=clock).show(0, {"reward/unscored": 1.0})
+    assert "reward nan" in stream.getvalue()
+
+
+def test_the_time_left_of_a_run_that_was_gone_on_with_is_reckoned_from_its_own_steps():
+    course = Course(100)
+    for step, now in ((90, 10.0), (91, 12.0)):
+        course.see(step, {"time/step": 2.0}, now)
+    assert course.remaining == 16
+    assert [clock_face(seconds) for seconds in (16, 61, 3661)] == ["0:16", "1:01", "1:01:01"]
+
+
+def test_shares_of_time_leave_out_what_is_less_than_a_hundredth():
+    assert time_shares(METRICS) == {"generate": 0.12 / 0.3, "train": 0.17 / 0.3}
+    assert time_shares({}) == {}
+
+
+def test_a_sample_is_one_short_line():
+    chat = [{"role": "system", "content": "no"}, {"role": "user", "content": "2+3="}]
+    assert sample_line(SAMPLE | {"prompt": chat, "reward": None}) == "2+3= → 5  (no reward)"
+    line = sample_line(SAMPLE | {"completion": "a\nb\tc" + "x" * 500})
+    assert line.startswith("2+3= → a⏎b cxxx")
+    assert line.endswith("x…  (reward 1)")
+    assert len(line) == len("2+3= → ") + 60 + len("  (reward 1)")
+
+
+def test_a_spark_line_rises_with_its_values_and_keeps_to_its_width():
+    assert spark_line([], 8) == ""
+    assert spark_line([0.3, 0.3], 8) == "▁▁"
+    assert spark_line([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"
+    assert spark_line([0, 0, 2, 2, 7, 7], 3) == "▁▃█"
+    assert len(spark_line(list(range(1000)), 16)) == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("5+5=10", "5+5=10"),
+        ("é 漢 🙂\n\tnext", "é 漢 🙂\n\tnext"),
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("right\rleft\b", "right\\rleft\\x08"),
+        ("\x9b31m", "\\x9b31m"),
+        ("\u202eabc", "\\u202eabc"),
+    ],
+)
+def test_model_text_cannot_move_the_cursor_or_hide(text, shown):
+    assert visible(text) == shown

@@ -1,0 +1,1 @@
+"""Adapter files: one file of this library, folders of mlx-lm and PEFT, and published versions."""

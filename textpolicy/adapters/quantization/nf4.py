@@ -1,0 +1,121 @@
+"""NF4 of QLoRA (https://arxiv.org/abs/2305.14314): 4 bits a weight, at a normal's quantiles.
+
+Each weight is the nearest of 16 levels times the largest magnitude of its group; two weights share
+a byte, the first in its upper half, as in bitsandbytes. mlx has no such mode, so a product with
+these weights is a look-up and a plain product. The stored weights are frozen: gradients pass
+through to the inputs, and the float weights are made again for that instead of being kept.
+"""
+
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float, Integer, UInt8, UInt64
+
+from textpolicy.adapters.config.number_formats import CHANNEL
+from textpolicy.adapters.quantization.packed_product import frozen_product
+
+# The QLoRA paper's appendix E.
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+_BOUNDARIES = [(low + high) / 2 for low, high in pairwise(LEVELS)]
+
+
+def pack(
+    weight: Float[mx.array, "*rows in"], group_size: int = 64
+) -> tuple[UInt8[mx.array, "*rows half"], Float[mx.array, "*rows groups"]]:
+    """Codes, two in a byte, and the largest magnitude of each group in the weight's dtype."""
+    size = weight.shape[-1] if group_size == CHANNEL else group_size
+    groups = mx.unflatten(weight, -1, (-1, size))
+    scales = mx.abs(groups).max(axis=-1)
+    divisor = mx.where(scales == 0, 1, scales).astype(mx.float32)
+    relative = groups.astype(mx.float32) / divisor[..., None]
+    codes = mx.zeros(groups.shape, mx.uint8)
+    for boundary in _BOUNDARIES:
+        codes = codes + (relative > boundary)
+    codes = codes.flatten(-2)
+    return (codes[..., 0::2] << 4) | codes[..., 1::2], scales
+
+
+def unpack(
+    weight: UInt8[mx.array, "*rows half"], scales: Float[mx.array, "*rows groups"]
+) -> Float[mx.array, "*rows in"]:
+    """The float32 weights that the codes stand for."""
+    values = _pairs()[weight].view(mx.float32)
+    groups = mx.unflatten(values, -1, (scales.shape[-1], -1))
+    return (groups * scales.astype(mx.float32)[..., None]).flatten(-2)
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in 4 bits. Made by `from_linear`."""
+
+    bits = 4
+    mode = "nf4"
+    bias: mx.array
+
+    def __init__(self, weight: Float[mx.array, "out in"], group_size: int = 64) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.weight, self.scales = pack(weight, group_size)
+        self.freeze()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group_size: int = 64) -> "NF4Linear":
+        """The nearest NF4 layer; its bias stays as it is."""
+        made = cls(linear.weight, group_size)
+        if "bias" in linear:
+            made.bias = linear.bias
+            made.freeze()
+        return made
+
+    def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
+        y = product(x, self.weight, self.scales)
+        return y + self.bias if "bias" in self else y
+
+
+class NF4Embedding(nn.Module):
+    """A frozen embedding table in 4 bits, which can be an output head too (`as_linear`)."""
+
+    bits = 4
+    mode = "nf4"
+
+    def __init__(self, weight: Float[mx.array, "vocabulary features"], group_size: int = 64):
+        super().__init__()
+        self.group_size = group_size
+        self.weight, self.scales = pack(weight, group_size)
+        self.freeze()
+
+    def __call__(self, ids: Integer[mx.array, "*batch"]) -> Float[mx.array, "*batch features"]:
+        return unpack(self.weight[ids], self.scales[ids]).astype(self.scales.dtype)
+
+    def as_linear(
+        self, x: Float[mx.array, "*batch features"]
+    ) -> Float[mx.array, "*batch vocabulary"]:
+        """The table as an output head."""
+        return product(x, self.weight, self.scales)
+
+
+def _pairs() -> UInt64[mx.array, "bytes"]:
+    """The two levels that a byte stands for, side by side: one look-up finds both."""
+    levels = mx.array(LEVELS)
+    pairs = mx.stack([mx.repeat(levels, 16), mx.tile(levels, 16)], axis=-1)
+    return pairs.view(mx.uint64).flatten()
+
+
+product = frozen_product(unpack)

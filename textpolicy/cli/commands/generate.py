@@ -1,0 +1,37 @@
+"""`textpolicy generate`: completions of one prompt."""
+
+from argparse import Namespace
+from dataclasses import asdict
+
+from textpolicy.cli.answer import Report
+from textpolicy.cli.flags import configured
+from textpolicy.config import TrainConfig
+from textpolicy.experiment.assembly import dtype_of
+from textpolicy.experiment.threads import use_threads
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.generation.policy import ModelPolicy
+from textpolicy.tracking.console import visible
+from textpolicy.types import Sampling
+
+
+def run(options: Namespace) -> Report:
+    config = configured(TrainConfig(), options)
+    use_threads(config.model)
+    sampling = Sampling(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        stop=tuple(options.stop or ()),
+    )
+    model, tokenizer = load_model(
+        config.model.name, config.adapter.start, dtype=dtype_of(config.model)
+    )
+    policy = ModelPolicy(model, tokenizer, sampling)
+    (completions,) = policy.generate([options.prompt], n=options.n, seed=options.seed)
+    texts = [visible(completion.text) for completion in completions]
+    if len(texts) > 1:
+        texts = [f"[{number}] {text}" for number, text in enumerate(texts, start=1)]
+    data = {"prompt": options.prompt, "completions": [asdict(c) for c in completions]}
+    return Report(data=data, text="\n".join(texts))

@@ -1,0 +1,13 @@
+"""`textpolicy inspect`: what an adapter on disk is, told without its model."""
+
+from argparse import Namespace
+from dataclasses import asdict
+
+from textpolicy.adapters.files.inspection import inspect_adapter
+from textpolicy.cli.answer import Report
+
+
+def run(options: Namespace) -> Report:
+    summary = inspect_adapter(options.path)
+    data = asdict(summary) | {"parameters": summary.parameters}
+    return Report(data=data, text=str(summary), exit_code=int(bool(summary.not_finite)))

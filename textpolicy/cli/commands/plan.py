@@ -1,0 +1,25 @@
+"""`textpolicy plan`: what an adapter config would do to a model. No weight is read."""
+
+from argparse import Namespace
+from dataclasses import asdict
+
+from textpolicy.cli.answer import Report
+from textpolicy.cli.dry_run import architecture_of
+from textpolicy.cli.flags import configured
+from textpolicy.config import TrainConfig
+from textpolicy.experiment.assembly import adapter_config, dtype_of
+from textpolicy.planning.adapter_plan import plan_adapters
+from textpolicy.planning.unloaded_model import skeleton
+
+
+def run(options: Namespace) -> Report:
+    config = configured(TrainConfig(), options)
+    model = skeleton(architecture_of(config.model), dtype_of(config.model))
+    planned = plan_adapters(model, adapter_config(config.adapter))
+    data = {
+        "modules": [asdict(row) for row in planned.modules],
+        "base_bytes": planned.base_bytes,
+        "adapter_bytes": planned.adapter_bytes,
+        "trainable_parameters": planned.trainable_parameters,
+    }
+    return Report(data=data, text=str(planned))

@@ -1,0 +1,1 @@
+"""A run from its config: directory, evaluation, tracking, checkpoints, best adapter, report."""
