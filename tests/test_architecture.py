@@ -40,6 +40,7 @@ LAYERS = (
     ("textpolicy.fast_cpu",),
     ("textpolicy.types",),
     ("textpolicy.config",),
+    ("textpolicy.user_code",),
     ("textpolicy.errors",),
 )
 LEVEL = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}
@@ -258,7 +259,10 @@ SOUND = [
     ("textpolicy/training/trainer.py", "from textpolicy.training.batch import make_batch"),
     ("textpolicy/training/trainer.py", "from textpolicy import types"),
     ("textpolicy/rollout/faults.py", "try: f()\nexcept Exception as error: g(error)"),
-    ("textpolicy/rewards/faults.py", "try: f()\nexcept Exception as e: raise RewardError() from e"),
+    (
+        "textpolicy/user_code/faults.py",
+        "try: f()\nexcept Exception as e: raise RewardError() from e",
+    ),
     ("textpolicy/environments/load.py", "import textpolicy_envs"),
     ("textpolicy/cli/show.py", "print('done')"),
     ("textpolicy/__init__.py", "from textpolicy.loop import train_rl"),

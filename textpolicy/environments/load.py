@@ -31,8 +31,8 @@ from textpolicy.environments.single_turn import Draw
 from textpolicy.environments.tool_calls import tagged_calls, written_calls
 from textpolicy.environments.tools import ToolEnv
 from textpolicy.errors import TaskError
-from textpolicy.rewards.load import run_file
 from textpolicy.types import RewardFn, Task
+from textpolicy.user_code import load_python_file, split_file_and_name
 
 _DEFAULT_TOKENS = 256
 _DEFAULT_TURNS = 8
@@ -47,9 +47,9 @@ def load(spec: str, data: str | Path | None = None) -> Environment:
     it, "reasoning_gym:TASK" and "textarena:GAME" are of these libraries, "gymnasium:ID" is what
     `gymnasium.make` knows. Environments that are made from rows take theirs from `data`.
     """
+    if (file_and_name := split_file_and_name(spec)) is not None:
+        return _from_file(*file_and_name, data)
     scheme, _, rest = spec.partition(":")
-    if scheme.endswith(".py"):
-        return _from_file(Path(scheme), rest, data)
     if rest and scheme in _BRIDGES:
         _refuse_data(spec, data)
         return _BRIDGES[scheme](rest)
@@ -166,7 +166,7 @@ class _Problem:
 
 
 def _from_file(path: Path, name: str, data: str | Path | None) -> Environment:
-    module = run_file(path, what="environment")
+    module = load_python_file(path, what="environment", error=TaskError)
     if not name:
         return from_module(module, path.stem, data)
     _refuse_data(f"{path}:{name}", data)

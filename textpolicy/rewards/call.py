@@ -11,8 +11,8 @@ from typing import Any
 
 from textpolicy.errors import RewardError
 from textpolicy.rewards.contract import Reward, Sample, Score
-from textpolicy.rewards.faults import user_code
 from textpolicy.rewards.signature import Signature, read_signature
+from textpolicy.user_code import raise_user_errors_as
 
 CONCURRENCY = 16
 """How many calls of an `async def` reward are in flight together."""
@@ -161,7 +161,9 @@ class Callee:
         )
 
     def _user_code(self, sample: str) -> Any:
-        return user_code(f"reward {self.reward.name}", file=self.reward.file, sample=sample)
+        return raise_user_errors_as(
+            RewardError, f"reward {self.reward.name}", file=self.reward.file, sample=sample
+        )
 
 
 def fail_together(positions: Sequence[int], fault: str, seconds: float, emit: Emit) -> None:

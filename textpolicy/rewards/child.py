@@ -17,11 +17,11 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from textpolicy.errors import TextPolicyError
+from textpolicy.errors import RewardError, TextPolicyError
 from textpolicy.rewards.call import Callee, Outcome
 from textpolicy.rewards.contract import Reward, Sample
-from textpolicy.rewards.faults import user_code
-from textpolicy.rewards.load import MAIN, run_file
+from textpolicy.rewards.load import MAIN
+from textpolicy.user_code import load_python_file, raise_user_errors_as
 
 STARTUP_SECONDS = 60.0
 """How long a child may take to import the file of its rewards."""
@@ -77,11 +77,11 @@ def _receive_rewards(connection: Connection) -> list[Reward]:
     if memory is not None:
         _limit(resource.RLIMIT_AS, memory)
     for name, file in files.items():
-        module = run_file(Path(file), what="reward", name=name)
+        module = load_python_file(Path(file), what="reward", error=RewardError, module_name=name)
         if name == MAIN:
             # What a script defines is known as part of __main__, wherever it is looked up.
             sys.modules["__main__"] = module
-    with user_code("finding the reward functions in a new process", file=""):
+    with raise_user_errors_as(RewardError, "finding the reward functions in a new process"):
         return connection.recv()
 
 
@@ -97,7 +97,7 @@ def _serve(connection: Connection, callees: list[Callee]) -> None:
         _send(connection, position=position, outcome=asdict(outcome))
 
     try:
-        with user_code("reading the rows in the reward's process", file=""):
+        with raise_user_errors_as(RewardError, "reading the rows in the reward's process"):
             # The stub takes this function for a method.
             call: Call = ForkingPickler.loads(data)  # pyright: ignore[reportAttributeAccessIssue]
         _set_alarm(call.seconds + GRACE)

@@ -37,8 +37,8 @@ from textpolicy.rewards.call import (
 )
 from textpolicy.rewards.child import STARTUP_SECONDS, Call
 from textpolicy.rewards.contract import Reward, Sample
-from textpolicy.rewards.faults import user_code
-from textpolicy.rewards.load import MAIN, PREFIX
+from textpolicy.rewards.load import MAIN
+from textpolicy.user_code import has_file_module_name, raise_user_errors_as
 
 _SLACK = 0.2
 """What a call of many awaited samples may take beyond them, before it counts as stuck."""
@@ -288,7 +288,9 @@ def _program(descriptor: int, lifeline: int) -> str:
 def _send_rewards(connection: Connection, rewards: Sequence[Reward], memory: int | None) -> None:
     """The files that a new process has to run under their present names, then the functions."""
     modules = {_module_of(reward) for reward in rewards}
-    files = {name: str(sys.modules[name].__file__) for name in modules if name.startswith(PREFIX)}
+    files = {
+        name: str(sys.modules[name].__file__) for name in modules if has_file_module_name(name)
+    }
     if "__main__" in modules:
         files[MAIN] = str(sys.modules["__main__"].__file__)
     _send(connection, "the names of files", (files, memory))
@@ -312,7 +314,7 @@ def _check_portable(reward: Reward) -> None:
 
 
 def _send(connection: Connection, what: str, content: object) -> None:
-    with user_code(f"handing {what} to another process", file=""):
+    with raise_user_errors_as(RewardError, f"handing {what} to another process"):
         data = ForkingPickler.dumps(content)
     # A child that is dead already is found out when its answers are read.
     with suppress(BrokenPipeError):

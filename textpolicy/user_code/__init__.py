@@ -1,0 +1,15 @@
+"""The user's Python files: loading them, and errors that say where their code failed."""
+
+from textpolicy.user_code.faults import raise_user_errors_as
+from textpolicy.user_code.load_file import (
+    has_file_module_name,
+    load_python_file,
+    split_file_and_name,
+)
+
+__all__ = [
+    "has_file_module_name",
+    "load_python_file",
+    "raise_user_errors_as",
+    "split_file_and_name",
+]
