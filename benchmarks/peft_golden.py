@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from textpolicy.adapters import AdapterContainer
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.models import tiny_model
+from textpolicy.generation.model_files import tiny_model
 
 TOLERANCE = 1e-5
 BASE = "textpolicy/tiny"

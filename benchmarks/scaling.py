@@ -33,7 +33,7 @@ from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.fast_cpu.model_functions import use_fast_functions
-from textpolicy.generation.decoding_rows import Row
+from textpolicy.generation.decoding_rows import DecodingRow
 from textpolicy.generation.engine import decode
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
@@ -92,7 +92,7 @@ class Step:
         )
         self._groups = [self._group(prompt, number) for number, prompt in enumerate(self._prompts)]
 
-    def generate(self) -> list[list[Row]]:
+    def generate(self) -> list[list[DecodingRow]]:
         """Every group's completions, all rows together."""
         size = self._size
         return decode(

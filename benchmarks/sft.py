@@ -44,7 +44,7 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.environments import gold_answers, load
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.models import tiny_model
+from textpolicy.generation.model_files import tiny_model
 from textpolicy.training.sft import (
     Demonstration,
     Event,

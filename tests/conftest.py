@@ -23,7 +23,7 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The folder of the embedded model."""
-    from textpolicy.generation.models import tiny_model
+    from textpolicy.generation.model_files import tiny_model
 
     return tiny_model()
 

@@ -45,10 +45,10 @@ def test_sampling_names_the_option_it_refuses(option, value):
 
 
 def test_only_the_whole_distribution_at_a_positive_temperature_is_scorable():
-    assert Sampling(temperature=0.7).scorable
+    assert Sampling(temperature=0.7).usable_for_training
     for off_policy in ({"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
-        assert not Sampling(**off_policy).scorable
-    assert not Sampling(repetition_penalty=1.1).scorable
+        assert not Sampling(**off_policy).usable_for_training
+    assert not Sampling(repetition_penalty=1.1).usable_for_training
 
 
 def test_a_rollout_refuses_lists_of_unequal_length():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from textpolicy.adapters.container import AdapterContainer
     from textpolicy.buffer import Buffer
     from textpolicy.generation.mlx_generation import create_policy, load_model
-    from textpolicy.generation.models import tiny_model
+    from textpolicy.generation.model_files import tiny_model
     from textpolicy.loop import StepReport, train_rl
     from textpolicy.planning.memory_plan import plan_memory
     from textpolicy.rewards import Rewards, Sample, Score, reward, verifiers
@@ -88,7 +88,7 @@ _HOME = {
     "evaluate_sft": "textpolicy.training.sft",
     "load_model": "textpolicy.generation.mlx_generation",
     "reward": "textpolicy.rewards",
-    "tiny_model": "textpolicy.generation.models",
+    "tiny_model": "textpolicy.generation.model_files",
     "train_rl": "textpolicy.loop",
     "train_sft": "textpolicy.training.sft",
 }

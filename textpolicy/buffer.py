@@ -36,7 +36,10 @@ class Buffer:
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, in values that JSON can hold."""
-        return {"dropped": self.dropped, "groups": [group_facts(group) for group in self._groups]}
+        return {
+            "dropped": self.dropped,
+            "groups": [_group_to_json(group) for group in self._groups],
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Hold what was held when `state` was taken, and nothing else."""
@@ -44,7 +47,7 @@ class Buffer:
         self._groups = [_group(facts) for facts in state["groups"]]
 
 
-def group_facts(group: RolloutGroup) -> dict[str, Any]:
+def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
     """All of a group that training needs, in values that JSON can hold.
 
     Of the task that is its id and prompt: it has been scored, with columns that may be anything.

@@ -11,10 +11,10 @@ import mlx.core as mx
 
 from textpolicy.buffer import Buffer
 from textpolicy.errors import TrainingError
-from textpolicy.resume import restore, snapshot
+from textpolicy.resume import make_checkpoint, restore_checkpoint
 from textpolicy.rewards import Scorer, Scoring, scorer_of
-from textpolicy.rollout.cursor import Cursor
-from textpolicy.rollout.refill import Refilled, collect_with_signal
+from textpolicy.rollout.dynamic_sampling import SampledGroups, collect_with_dynamic_sampling
+from textpolicy.rollout.task_source import TaskSource
 from textpolicy.tracking.rollout_metrics import rollout_metrics, staleness_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
@@ -66,15 +66,15 @@ def train_rl(
     `checkpoints` are saved after `on_step`, and at the end of the run. `resume` goes on from one
     to the same numbers, given the arguments of before and tasks that begin anew.
     """
-    source, buffer = Cursor(tasks), Buffer(max_staleness=steps_per_generation - 1)
+    source, buffer = TaskSource(tasks), Buffer(max_staleness=steps_per_generation - 1)
     metrics: Metrics = {}
     with scorer_of(reward) as scorer, wired_memory():
-        first = restore(resume, trainer, policy, source, buffer, scorer) if resume else 0
-        laps = _Laps(scorer)
+        first = restore_checkpoint(resume, trainer, policy, source, buffer, scorer) if resume else 0
+        timer = _StepTimer(scorer)
         for step in range(first, steps):
-            sampled: Refilled | None = None
+            sampled: SampledGroups | None = None
             if not buffer:
-                sampled = collect_with_signal(
+                sampled = collect_with_dynamic_sampling(
                     source.take,
                     policy,
                     scorer,
@@ -85,18 +85,18 @@ def train_rl(
                 )
                 buffer.extend(sampled.kept)
                 source.observe(sampled.sampled)
-            laps.mark("generate")
+            timer.mark("generate")
 
             trained = buffer.take(trainer.version, groups_per_step)
             staleness = staleness_metrics(trained, trainer.version)
             metrics = trainer.train(trained) | staleness
-            laps.mark("train")
+            timer.mark("train")
 
             if policy.version != trainer.version:
                 _reload(policy, trainer)
-            laps.mark("reload")
+            timer.mark("reload")
 
-            metrics |= laps.metrics() | {"version": float(trainer.version)}
+            metrics |= timer.metrics() | {"version": float(trainer.version)}
             metrics |= _sampling_metrics(sampled, metrics["time/generate"])
             report = StepReport(
                 step=step,
@@ -108,16 +108,16 @@ def train_rl(
             )
             stop = on_step is not None and asks_to_stop(on_step(report))
             # The row of this step is written, as the checkpoint has it: saving counts to the next.
-            laps = _Laps(scorer)
+            timer = _StepTimer(scorer)
             if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):
-                checkpoints.save(snapshot(step + 1, trainer, source, buffer, scorer))
-                laps.mark("checkpoint")
+                checkpoints.save(make_checkpoint(step + 1, trainer, source, buffer, scorer))
+                timer.mark("checkpoint")
             if stop:
                 break
     return metrics
 
 
-def _sampling_metrics(sampled: Refilled | None, seconds: float) -> Metrics:
+def _sampling_metrics(sampled: SampledGroups | None, seconds: float) -> Metrics:
     """What was sampled in a step; nothing, where it trained on what was sampled before."""
     if sampled is None:
         return {}
@@ -125,7 +125,7 @@ def _sampling_metrics(sampled: Refilled | None, seconds: float) -> Metrics:
     return metrics | {"tokens_per_second": metrics["num_tokens"] / seconds}
 
 
-class _Laps:
+class _StepTimer:
     """Where a step's time goes, rewards apart from generation, and the most memory it takes."""
 
     def __init__(self, scorer: Scorer) -> None:

@@ -5,14 +5,14 @@ from typing import Any
 from textpolicy.backend import versions
 from textpolicy.buffer import Buffer
 from textpolicy.rewards import Scorer
-from textpolicy.rollout.cursor import Cursor
+from textpolicy.rollout.task_source import TaskSource
 from textpolicy.training.checkpoint import Checkpoint, random_state, restore_random_state
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Policy
 
 
-def snapshot(
-    step: int, trainer: Trainer, tasks: Cursor, buffer: Buffer, scorer: Scorer
+def make_checkpoint(
+    step: int, trainer: Trainer, tasks: TaskSource, buffer: Buffer, scorer: Scorer
 ) -> Checkpoint:
     """All that the steps to come depend on, after `step` steps."""
     arrays, facts = trainer.state()
@@ -27,11 +27,11 @@ def snapshot(
     return Checkpoint(step=step, arrays=arrays, facts=parts)
 
 
-def restore(
+def restore_checkpoint(
     checkpoint: Checkpoint,
     trainer: Trainer,
     policy: Policy,
-    tasks: Cursor,
+    tasks: TaskSource,
     buffer: Buffer,
     scorer: Scorer,
 ) -> int:

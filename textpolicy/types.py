@@ -86,7 +86,7 @@ class Sampling:
         )
 
     @property
-    def scorable(self) -> bool:
+    def usable_for_training(self) -> bool:
         """Whether a forward pass gives the probabilities that the tokens were drawn with.
 
         Truncation and penalties change the distribution in ways that the trainer does not repeat,
@@ -252,7 +252,7 @@ class Policy(Protocol):
         ...
 
 
-Respond = Callable[[int, int, Completion], Sequence[Message] | None]
+RespondFn = Callable[[int, int, Completion], Sequence[Message] | None]
 """Given the numbers of a prompt and a member, and what that row said: what it hears, or None."""
 
 
@@ -263,7 +263,7 @@ class ConversingPolicy(Policy, Protocol):
     def converse(
         self,
         prompts: Sequence[Prompt],
-        respond: Respond,
+        respond: RespondFn,
         *,
         n: int = 1,
         seed: int | None = None,

@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from textpolicy import fast_cpu
 from textpolicy.environments import Environment, load
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.models import tiny_model
+from textpolicy.generation.model_files import tiny_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import score

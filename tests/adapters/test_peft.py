@@ -29,7 +29,7 @@ from textpolicy.adapters import (
 )
 from textpolicy.errors import AdapterError
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.models import tiny_model
+from textpolicy.generation.model_files import tiny_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
 RECORD = json.loads((GOLDEN / "record.json").read_text())

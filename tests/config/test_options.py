@@ -32,7 +32,7 @@ from textpolicy.experiment.rl_run import checkpoints_of, run_experiment
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.models import tiny_model
+from textpolicy.generation.model_files import tiny_model
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.jsonl import read_rows

@@ -12,11 +12,11 @@ from jaxtyping import TypeCheckError
 
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
-from textpolicy.generation.decoding_rows import Row
+from textpolicy.generation.decoding_rows import DecodingRow
 from textpolicy.generation.engine import decode, prefill
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prompts import check_prompt, encode_prompt
-from textpolicy.generation.sampling import draw, row_keys
+from textpolicy.generation.sampling import draw, random_keys
 from textpolicy.training.logprobs import token_logps
 from textpolicy.types import Sampling, StopReason
 
@@ -182,7 +182,7 @@ def test_a_seed_repeats_the_sequence_of_generations(loaded):
 
 def test_draws_follow_the_distribution_they_report():
     logits = mx.log(mx.array([0.5, 0.3, 0.15, 0.05]))
-    keys = mx.array(row_keys(3, [(0, member) for member in range(4000)]))
+    keys = mx.array(random_keys(3, [(0, member) for member in range(4000)]))
     tokens, logprobs = draw(mx.broadcast_to(logits, (4000, 4)), keys, Sampling())
     share = Counter(tokens.tolist())
     # Four standard errors of a share of one half over 4000 draws are 0.032.
@@ -196,7 +196,7 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
     weights = np.arange(1, 1001, dtype=np.float64) ** 3 * (np.arange(1000) % 3 > 0)
     expected = weights / weights.sum()
     logits = mx.broadcast_to(mx.log(mx.array(weights.astype(np.float32))), (20_000, 1000))
-    keys = mx.array(row_keys(0, [(0, member) for member in range(20_000)]))
+    keys = mx.array(random_keys(0, [(0, member) for member in range(20_000)]))
     tokens, logprobs = draw(logits, keys, Sampling())
     drawn = np.array(tokens)
     assert not (drawn % 3 == 0).any()
@@ -236,7 +236,7 @@ def test_a_mask_is_laid_only_where_a_row_is_padded(loaded):
     model, _ = loaded
 
     def mask_after(*prompts: list[int]):
-        rows = [[Row(p, 0, prompt)] for p, prompt in enumerate(prompts)]
+        rows = [[DecodingRow(p, 0, prompt)] for p, prompt in enumerate(prompts)]
         return prefill(model, rows, seed=0, room=8).cache[0]
 
     assert mask_after([1, 2, 3], [4, 5, 6]).make_mask(1) is None
@@ -259,7 +259,7 @@ def test_a_mask_is_laid_only_where_a_row_is_padded(loaded):
 )
 def test_a_changed_distribution_is_the_one_recorded(options, recorded):
     logits = mx.broadcast_to(mx.log(mx.array([0.5, 0.3, 0.15, 0.05])), (400, 4))
-    keys = mx.array(row_keys(0, [(0, member) for member in range(400)]))
+    keys = mx.array(random_keys(0, [(0, member) for member in range(400)]))
     tokens, logprobs = draw(logits, keys, Sampling(**options))
     assert set(tokens.tolist()) >= {0, 1}
     if "temperature" not in options:

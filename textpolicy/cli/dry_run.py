@@ -20,7 +20,7 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.recording import plain
 from textpolicy.experiment.tasks import find_task
-from textpolicy.generation.models import find_model
+from textpolicy.generation.model_files import find_model
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
 

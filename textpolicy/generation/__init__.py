@@ -10,7 +10,7 @@ from textpolicy.generation.lora import (
     merge_weights,
 )
 from textpolicy.generation.mlx_generation import create_policy, load_model
-from textpolicy.generation.models import find_model, tiny_model
+from textpolicy.generation.model_files import find_model, tiny_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.reload import (
     create_auto_reload_setup,

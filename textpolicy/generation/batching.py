@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float
 
-from textpolicy.generation.decoding_rows import Row
+from textpolicy.generation.decoding_rows import DecodingRow
 from textpolicy.generation.engine import listen, prefill, read
 
 
@@ -29,7 +29,7 @@ def _probe(
     model: nn.Module, prompts: list[list[int]], replies: list[list[int]]
 ) -> Float[mx.array, "turns rows vocab"]:
     """The logits after each prompt, and after a reply to the token 0 drawn then."""
-    rows = [Row(p, 0, prompt, tokens=[0]) for p, prompt in enumerate(prompts)]
+    rows = [DecodingRow(p, 0, prompt, tokens=[0]) for p, prompt in enumerate(prompts)]
     active = prefill(model, [[row] for row in rows], seed=0, room=1)
     first = model(active.last[:, None], cache=active.cache)[:, -1, :]
     heard = listen(active, range(len(rows)), lambda row: replies[row.prompt])

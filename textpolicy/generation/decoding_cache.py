@@ -11,15 +11,15 @@ from jaxtyping import Int
 from mlx_lm.models.cache import BatchKVCache
 
 
-class RowsCache(BatchKVCache):
+class DecodingCache(BatchKVCache):
     """Of rows that decode together, with a mask only where one of them is padded."""
 
     _padded: bool | None = None
 
     @classmethod
-    def fanned_out(
+    def repeat_prompts(
         cls, prompts: BatchKVCache, owner: Int[mx.array, " rows"], room: int
-    ) -> "RowsCache":
+    ) -> "DecodingCache":
         """A row for each owner among the prompts, and room for so many more positions of each."""
         keys: Any
         values: Any

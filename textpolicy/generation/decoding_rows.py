@@ -14,12 +14,12 @@ from textpolicy.types import StopReason
 StopRule = Callable[[list[int]], StopReason | None]
 """Given a row's drawn tokens: why it ends here, or None to go on."""
 
-Drawn = tuple[UInt32[mx.array, " rows"], Float[mx.array, " rows"]]
+DrawnTokens = tuple[UInt32[mx.array, " rows"], Float[mx.array, " rows"]]
 """A token of each row, and its log-probability."""
 
 
 @dataclass(slots=True)
-class Row:
+class DecodingRow:
     """One completion in the making. Its cache holds the first `read` tokens of its context."""
 
     prompt: int
@@ -30,11 +30,11 @@ class Row:
     stop_reason: StopReason | None = None
     read: int = 0
 
-    def after(self, heard: list[int]) -> "Row":
+    def after(self, heard: list[int]) -> "DecodingRow":
         """The next turn of this row: all it has read and said, and what it heard since."""
         said = self.context + self.tokens
         # The last token drawn has not been through the model.
-        return Row(self.prompt, self.member, said + heard, read=len(said) - 1)
+        return DecodingRow(self.prompt, self.member, said + heard, read=len(said) - 1)
 
     def take(self, token: int, logprob: float, stop: StopRule, max_tokens: int) -> bool:
         """Add a token; returns whether the row ends with it."""
@@ -45,35 +45,35 @@ class Row:
         return self.stop_reason is not None
 
 
-Respond = Callable[[Row], list[int] | None]
+RespondToRow = Callable[[DecodingRow], list[int] | None]
 """Given a row that ended: the tokens that it hears before its next turn, or None if it is over."""
 
 
 @dataclass(slots=True)
-class Active:
+class DecodingBatch:
     """The rows being decoded, and their device state in the same order.
 
     `keys` are those of the next draw. `drawn` is what the device may still be computing and no row
     has taken yet; `last` are then these tokens.
     """
 
-    rows: list[Row]
+    rows: list[DecodingRow]
     cache: list[Any]
     last: mx.array
     keys: UInt32[np.ndarray, "rows 2"]
-    drawn: Drawn | None = None
+    drawn: DrawnTokens | None = None
 
     @property
     def going(self) -> int:
         """How many rows have not ended."""
         return sum(row.stop_reason is None for row in self.rows)
 
-    def join(self, other: "Active") -> "Active":
+    def join(self, other: "DecodingBatch") -> "DecodingBatch":
         """Both; neither is to be used afterwards. Tokens are pending in both or in none."""
         for mine, theirs in zip(self.cache, other.cache, strict=True):
             mine.extend(theirs)
         pending = zip(self.drawn or (), other.drawn or (), strict=True)
-        return Active(
+        return DecodingBatch(
             rows=self.rows + other.rows,
             cache=self.cache,
             last=mx.concatenate([self.last, other.last]),
@@ -81,20 +81,20 @@ class Active:
             drawn=_pair([mx.concatenate([*both]) for both in pending]),
         )
 
-    def pick(self, indices: list[int]) -> "Active":
+    def pick(self, indices: list[int]) -> "DecodingBatch":
         """A copy of these rows; this stays as it is."""
         return self._filtered(deepcopy(self.cache), indices)
 
-    def without_finished(self) -> "Active | None":
+    def without_finished(self) -> "DecodingBatch | None":
         """What goes on, if anything does; this is not to be used afterwards."""
         keep = [i for i, row in enumerate(self.rows) if row.stop_reason is None]
         return self._filtered(self.cache, keep) if keep else None
 
-    def _filtered(self, cache: list[Any], indices: list[int]) -> "Active":
+    def _filtered(self, cache: list[Any], indices: list[int]) -> "DecodingBatch":
         index = mx.array(indices)
         for layer in cache:
             layer.filter(index)
-        return Active(
+        return DecodingBatch(
             rows=[self.rows[i] for i in indices],
             cache=cache,
             last=self.last[index],
@@ -103,10 +103,10 @@ class Active:
         )
 
 
-def join(active: Active | None, fresh: Active | None) -> Active | None:
+def join(active: DecodingBatch | None, fresh: DecodingBatch | None) -> DecodingBatch | None:
     """The rows of both, if there are any."""
     return active.join(fresh) if active and fresh else active or fresh
 
 
-def _pair(arrays: Sequence[mx.array]) -> Drawn | None:
+def _pair(arrays: Sequence[mx.array]) -> DrawnTokens | None:
     return (arrays[0], arrays[1]) if arrays else None

@@ -16,14 +16,21 @@ import numpy as np
 from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
-from textpolicy.generation.decoding_cache import RowsCache
-from textpolicy.generation.decoding_rows import Active, Drawn, Respond, Row, StopRule, join
-from textpolicy.generation.sampling import draw, penalise_repetition, row_keys
+from textpolicy.generation.decoding_cache import DecodingCache
+from textpolicy.generation.decoding_rows import (
+    DecodingBatch,
+    DecodingRow,
+    DrawnTokens,
+    RespondToRow,
+    StopRule,
+    join,
+)
+from textpolicy.generation.sampling import draw, penalise_repetition, random_keys
 from textpolicy.types import Sampling
 
-DECODED_ROWS = 256
+MAX_DECODING_ROWS = 256
 """Rows that decode together, unless a policy is told otherwise."""
-PREFILL_TOKENS = 2048
+PREFILL_CHUNK_TOKENS = 2048
 """Prompt positions of all rows that are read in one forward pass."""
 _NEXT_KEY = np.array([0, 1], dtype=np.uint32)
 
@@ -39,8 +46,8 @@ def decode(
     max_rows: int,
     together: bool = True,
     ahead: bool = False,
-    respond: Respond | None = None,
-) -> list[list[Row]]:
+    respond: RespondToRow | None = None,
+) -> list[list[DecodingRow]]:
     """`n` finished rows for each prompt. Groups are admitted while `max_rows` allow it, and alone
     if they are larger; freed slots refill. Without `together`, each row is decoded by itself.
 
@@ -49,11 +56,11 @@ def decode(
     the tokens of this one are looked at, where neither a next turn nor a penalty waits for them.
     """
     ahead = ahead and respond is None and sampling.repetition_penalty == 1.0
-    groups = [[Row(p, m, prompt) for m in range(n)] for p, prompt in enumerate(prompts)]
+    groups = [[DecodingRow(p, m, prompt) for m in range(n)] for p, prompt in enumerate(prompts)]
     waiting = deque(groups if together else [[row] for group in groups for row in group])
     size, limit = (n, max_rows) if together else (1, 1)
-    active: Active | None = None
-    heard: Active | None = None
+    active: DecodingBatch | None = None
+    heard: DecodingBatch | None = None
     while waiting or heard or active:
         decoding, listening = (rows.going if rows else 0 for rows in (active, heard))
         room = limit - (len(active.rows) if active else 0) - listening
@@ -79,11 +86,11 @@ def decode(
 
 def _admit(
     model: nn.Module,
-    active: Active | None,
-    groups: list[list[Row]],
+    active: DecodingBatch | None,
+    groups: list[list[DecodingRow]],
     sampling: Sampling,
     seed: int,
-) -> Active:
+) -> DecodingBatch:
     """What is being decoded and these groups. No name outlives it that would keep old caches."""
     fresh = prefill(model, groups, seed, room=sampling.max_tokens)
     if active is None:
@@ -93,7 +100,9 @@ def _admit(
     return active.join(fresh)
 
 
-def listen(active: Active, ended: Sequence[int], respond: Respond) -> Active | None:
+def listen(
+    active: DecodingBatch, ended: Sequence[int], respond: RespondToRow
+) -> DecodingBatch | None:
     """The rows among those that ended which have a next turn, with what they hear unread."""
     heard = {index: respond(active.rows[index]) for index in ended}
     replies = {index: tokens for index, tokens in heard.items() if tokens is not None}
@@ -104,7 +113,7 @@ def listen(active: Active, ended: Sequence[int], respond: Respond) -> Active | N
     return picked
 
 
-def read(model: nn.Module, heard: Active) -> Active:
+def read(model: nn.Module, heard: DecodingBatch) -> DecodingBatch:
     """Run what each row's cache has not read, all but the last token."""
     numbers = list(range(len(heard.rows)))
     unread = [row.context[row.read : -1] for row in heard.rows]
@@ -118,10 +127,12 @@ def read(model: nn.Module, heard: Active) -> Active:
         batch = PromptProcessingBatch(model, numbers, caches, prefill_step_size=size)
     batch.prompt(unread)
     last = mx.array([row.context[-1] for row in heard.rows])
-    return Active(heard.rows, batch.prompt_cache, last, heard.keys)
+    return DecodingBatch(heard.rows, batch.prompt_cache, last, heard.keys)
 
 
-def prefill(model: nn.Module, groups: list[list[Row]], seed: int, *, room: int) -> Active:
+def prefill(
+    model: nn.Module, groups: list[list[DecodingRow]], seed: int, *, room: int
+) -> DecodingBatch:
     """Run each group's prompt once, all but its last token, and fan the caches out to the rows."""
     prompts = [group[0].context[:-1] for group in groups]
     if {*map(len, prompts)} == {0, 1}:
@@ -138,20 +149,20 @@ def prefill(model: nn.Module, groups: list[list[Row]], seed: int, *, room: int) 
     batch.prompt(prompts)
     rows = [row for group in groups for row in group]
     owner = mx.array([g for g, group in enumerate(groups) for _ in group])
-    return Active(
+    return DecodingBatch(
         rows=rows,
         cache=[
             _fan_out(layer, owner, min(room, BatchKVCache.step)) for layer in batch.prompt_cache
         ],
         last=mx.array([row.context[-1] for row in rows]),
-        keys=row_keys(seed, [(row.prompt, row.member) for row in rows]),
+        keys=random_keys(seed, [(row.prompt, row.member) for row in rows]),
     )
 
 
 def _chunk(texts: Sequence[Sequence[int]]) -> int:
     """How many positions of each text to read at once."""
     longest = max(map(len, texts))
-    size = max(2, PREFILL_TOKENS // len(texts))
+    size = max(2, PREFILL_CHUNK_TOKENS // len(texts))
     # Of rows of unequal length, a windowed cache takes a single position for one that was drawn.
     while longest > size and longest % size == 1:
         size += 1
@@ -160,13 +171,13 @@ def _chunk(texts: Sequence[Sequence[int]]) -> int:
 
 def _fan_out(layer: Any, owner: mx.array, room: int) -> Any:
     if type(layer) is BatchKVCache and not layer.empty():
-        return RowsCache.fanned_out(layer, owner, room)
+        return DecodingCache.repeat_prompts(layer, owner, room)
     layer.filter(owner)
     return layer
 
 
 def _advance(
-    model: nn.Module, active: Active, sampling: Sampling, stop: StopRule, *, ahead: bool
+    model: nn.Module, active: DecodingBatch, sampling: Sampling, stop: StopRule, *, ahead: bool
 ) -> list[int]:
     """Give every row that goes on one more token; returns the indices of those that now end."""
     tokens, logprobs = active.drawn or _draw(model, active, sampling)
@@ -183,7 +194,7 @@ def _advance(
     ]
 
 
-def _draw(model: nn.Module, active: Active, sampling: Sampling) -> Drawn:
+def _draw(model: nn.Module, active: DecodingBatch, sampling: Sampling) -> DrawnTokens:
     """Set the device to one more step of every row."""
     logits = model(active.last[:, None], cache=active.cache)[:, -1, :].astype(mx.float32)
     if sampling.repetition_penalty != 1.0:

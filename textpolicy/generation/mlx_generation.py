@@ -15,7 +15,7 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization.cpu_layers import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.model_functions import use_fast_functions
-from textpolicy.generation.models import find_model
+from textpolicy.generation.model_files import find_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.types import Sampling
 

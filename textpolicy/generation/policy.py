@@ -12,9 +12,8 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
 from textpolicy.generation.batching import can_batch
-from textpolicy.generation.decoding_rows import Respond as RespondToRow
-from textpolicy.generation.decoding_rows import Row
-from textpolicy.generation.engine import DECODED_ROWS, decode
+from textpolicy.generation.decoding_rows import DecodingRow, RespondToRow
+from textpolicy.generation.engine import MAX_DECODING_ROWS, decode
 from textpolicy.generation.prompts import (
     check_prompt,
     decode_text,
@@ -22,7 +21,7 @@ from textpolicy.generation.prompts import (
     encode_reply,
     has_room,
 )
-from textpolicy.types import Completion, Prompt, Respond, Sampling, StopReason
+from textpolicy.types import Completion, Prompt, RespondFn, Sampling, StopReason
 
 
 class ModelPolicy:
@@ -40,7 +39,7 @@ class ModelPolicy:
         *,
         follow: Path | None = None,
         seed: int | None = None,
-        max_rows: int = DECODED_ROWS,
+        max_rows: int = MAX_DECODING_ROWS,
     ) -> None:
         # Dropout in a sampling pass would draw from another policy than the one being trained.
         model.eval()
@@ -77,7 +76,7 @@ class ModelPolicy:
     def converse(
         self,
         prompts: Sequence[Prompt],
-        respond: Respond,
+        respond: RespondFn,
         *,
         n: int = 1,
         seed: int | None = None,
@@ -85,7 +84,7 @@ class ModelPolicy:
         """Also over, whatever `respond` says: a row with no room for another answer."""
         turns_P_N: list[list[list[Completion]]] = [[[] for _ in range(n)] for _ in prompts]
 
-        def go_on(row: Row) -> list[int] | None:
+        def go_on(row: DecodingRow) -> list[int] | None:
             said = self._completion(row, self.version)
             turns_P_N[row.prompt][row.member].append(said)
             replies = respond(row.prompt, row.member, said)
@@ -104,7 +103,7 @@ class ModelPolicy:
         n: int,
         seed: int | None,
         respond: RespondToRow | None,
-    ) -> list[list[Row]]:
+    ) -> list[list[DecodingRow]]:
         if n < 1:
             raise ConfigError(f"n is {n}; expected at least 1 completion of each prompt")
         if self._watcher and (changed := self._watcher.poll()):
@@ -140,7 +139,7 @@ class ModelPolicy:
                 return StopReason.STOP_STRING
         return None
 
-    def _completion(self, row: Row, version: int) -> Completion:
+    def _completion(self, row: DecodingRow, version: int) -> Completion:
         assert row.stop_reason is not None
         return Completion(
             prompt_tokens=row.context,

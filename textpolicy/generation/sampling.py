@@ -14,7 +14,7 @@ from textpolicy.types import Sampling
 _BLOCK = 128
 
 
-def row_keys(seed: int, rows: Sequence[tuple[int, int]]) -> UInt32[np.ndarray, "rows 2"]:
+def random_keys(seed: int, rows: Sequence[tuple[int, int]]) -> UInt32[np.ndarray, "rows 2"]:
     """One random key for each (prompt, member), the same whatever else is in the batch."""
     digests = [hashlib.blake2b(f"{seed}/{p}/{m}".encode(), digest_size=8) for p, m in rows]
     return np.frombuffer(b"".join(d.digest() for d in digests), np.uint32).reshape(-1, 2)

@@ -7,7 +7,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.errors import ConfigError
 from textpolicy.generation.prompts import encode_prompt, encode_reply
-from textpolicy.types import Completion, Prompt, Respond, Sampling, StopReason
+from textpolicy.types import Completion, Prompt, RespondFn, Sampling, StopReason
 
 
 class ScriptedPolicy:
@@ -35,7 +35,7 @@ class ScriptedPolicy:
     def converse(
         self,
         prompts: Sequence[Prompt],
-        respond: Respond,
+        respond: RespondFn,
         *,
         n: int = 1,
         seed: int | None = None,
@@ -45,7 +45,7 @@ class ScriptedPolicy:
             for p, prompt in enumerate(prompts)
         ]
 
-    def _talk(self, p: int, member: int, prompt: Prompt, respond: Respond) -> list[Completion]:
+    def _talk(self, p: int, member: int, prompt: Prompt, respond: RespondFn) -> list[Completion]:
         context = encode_prompt(self.tokenizer, prompt)
         turns: list[Completion] = []
         while True:

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_pieces import PIECE
-from textpolicy.generation.engine import DECODED_ROWS, PREFILL_TOKENS
+from textpolicy.generation.engine import MAX_DECODING_ROWS, PREFILL_CHUNK_TOKENS
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.unloaded_model import skeleton
 from textpolicy.training.batch import MICRO_BATCH_TOKENS
@@ -206,8 +206,8 @@ def plan_memory(
     pair = whole + max(whole if beside.blocks > 2 else last, gradients)
     kept = tokens * block.hidden + 2 * (rows + prompts) * read * block.keys
     logits = rows * completion_tokens * block.vocabulary * _FLOAT
-    sampled = min(batch // group_size, max(1, DECODED_ROWS // group_size))
-    at_once = min(max(read, 1), max(2, PREFILL_TOKENS // sampled))
+    sampled = min(batch // group_size, max(1, MAX_DECODING_ROWS // group_size))
+    at_once = min(max(read, 1), max(2, PREFILL_CHUNK_TOKENS // sampled))
     whole_pieces = read - read % at_once
     prefilled = sampled * max(at_once * whole_pieces, (read % at_once) * read)
     # Caches of prompts without a token to read begin empty, and grow like those of long rows.

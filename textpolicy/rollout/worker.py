@@ -22,7 +22,7 @@ from textpolicy.types import (
     Turn,
 )
 
-MAX_TURNS = 64
+_MAX_EPISODE_TURNS = 64
 
 
 def collect(
@@ -32,7 +32,7 @@ def collect(
     *,
     group_size: int,
     seed: int,
-    max_turns: int = MAX_TURNS,
+    max_turns: int = _MAX_EPISODE_TURNS,
 ) -> list[RolloutGroup]:
     """`group_size` scored rollouts for each task, in the tasks' order; repeatable by `seed`.
 

@@ -205,7 +205,7 @@ def check_scorable(groups: Sequence[RolloutGroup]) -> None:
     """Refuse rollouts whose distribution the trainer cannot repeat."""
     for group in groups:
         for rollout in group.rollouts:
-            if not rollout.sampling.scorable:
+            if not rollout.sampling.usable_for_training:
                 raise TrainingError(
                     f"a rollout of task {group.task.id!r} was sampled with {rollout.sampling}, a "
                     "distribution that the trainer does not score (greedy, truncated or penalised)."

@@ -25,7 +25,7 @@ from textpolicy.experiment.assembly import DTYPES, dtype_of
 from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.lora import adapters_of
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.models import find_model
+from textpolicy.generation.model_files import find_model
 
 _COPIED = ("generation_config.json",)
 

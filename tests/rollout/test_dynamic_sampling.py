@@ -8,7 +8,7 @@ import pytest
 from tests.test_loop import Scripted
 from tests.test_types import rollout
 from textpolicy.environments.curriculum import MixedAgain
-from textpolicy.rollout.refill import collect_with_signal, has_signal
+from textpolicy.rollout.dynamic_sampling import collect_with_dynamic_sampling, has_signal
 from textpolicy.types import Curriculum, RolloutGroup, Task
 
 
@@ -34,7 +34,7 @@ def refill(mixed: set[int], *, groups: int = 2, rounds: int = 4):
         return done
 
     policy = Scripted(["a", "b"] * 20, version=0)
-    result = collect_with_signal(
+    result = collect_with_dynamic_sampling(
         next_tasks, policy, reward, groups=groups, group_size=2, seeds=seed_of, rounds=rounds
     )
     return result, asked, seeds

@@ -9,7 +9,7 @@ from textpolicy.types import Metrics, Policy, RolloutGroup, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refilled:
+class SampledGroups:
     """What was sampled, and the part of it that has something to teach."""
 
     sampled: Sequence[RolloutGroup]
@@ -23,7 +23,7 @@ class Refilled:
         return {"refill/rounds": float(self.rounds), "refill/dropped": float(dropped)}
 
 
-def collect_with_signal(
+def collect_with_dynamic_sampling(
     next_tasks: Callable[[int], Sequence[Task]],
     policy: Policy,
     reward: Scoring,
@@ -32,7 +32,7 @@ def collect_with_signal(
     group_size: int,
     seeds: Callable[[int], int],
     rounds: int,
-) -> Refilled:
+) -> SampledGroups:
     """Sample until `groups` groups have rewards that differ, in at most `rounds` rounds.
 
     Every round samples as many groups as are missing. After the last there may be fewer; if none
@@ -48,7 +48,7 @@ def collect_with_signal(
         sampled += fresh
         kept += [group for group in fresh if rounds == 1 or has_signal(group)]
         done += 1
-    return Refilled(sampled=sampled, kept=kept or sampled, rounds=done)
+    return SampledGroups(sampled=sampled, kept=kept or sampled, rounds=done)
 
 
 def has_signal(group: RolloutGroup) -> bool:

@@ -11,7 +11,7 @@ from textpolicy.types import Curriculum, RolloutGroup, Task
 
 
 @runtime_checkable
-class Resumable(Protocol):
+class ResumableCurriculum(Protocol):
     """A curriculum whose place can be kept: `state` is anything that JSON can hold."""
 
     def state(self) -> Mapping[str, Any]: ...
@@ -19,11 +19,11 @@ class Resumable(Protocol):
     def restore(self, state: Mapping[str, Any], /) -> None: ...
 
 
-class Cursor:
+class TaskSource:
     """Gives out tasks and counts them. Going on means drawing as many again from a fresh source,
     which have to be the same.
 
-    A `Curriculum` chooses by what it has seen, so it has to be `Resumable` itself.
+    A `Curriculum` chooses by what it has seen, so it has to be `ResumableCurriculum` itself.
     """
 
     def __init__(self, tasks: Iterable[Task]) -> None:
@@ -78,11 +78,12 @@ def _content(task: Task) -> bytes:
     return json.dumps(said, default=lambda value: type(value).__name__).encode()
 
 
-def _resumable(source: object) -> Resumable:
-    if not isinstance(source, Resumable):
+def _resumable(source: object) -> ResumableCurriculum:
+    if not isinstance(source, ResumableCurriculum):
         raise TrainingError(
             f"the curriculum {type(source).__name__} cannot be kept in a checkpoint: give it the "
-            "methods state() and restore(state), see textpolicy.rollout.cursor.Resumable, or train "
-            "without checkpoints"
+            "methods state() and restore(state), as "
+            "textpolicy.rollout.task_source.ResumableCurriculum has them, or train without "
+            "checkpoints"
         )
     return source
