@@ -97,6 +97,7 @@ def record(run: Setting, show: Callable[[StepReport], None]) -> list[Mapping[str
             shuffled(advantages, run.seed) if run.shuffled else advantages,
             grpo.policy_loss,
             build_optimizer(run.lr),
+            skip_without_advantages=True,
             seed=run.seed,
         ),
         steps=run.steps,

@@ -70,7 +70,12 @@ def measure_run(env: str, variant: Variant, steps: int, seed: int) -> dict[str, 
     variant.prepare(model, seed)
     policy = ModelPolicy(model, tokenizer, Sampling(max_tokens=environment.max_tokens), seed=seed)
     trainer = Trainer(
-        model, grpo.compute_advantages, grpo.policy_loss, build_optimizer(variant.lr), seed=seed
+        model,
+        grpo.compute_advantages,
+        grpo.policy_loss,
+        build_optimizer(variant.lr),
+        skip_without_advantages=True,
+        seed=seed,
     )
     rewards: list[float] = []
 

@@ -85,7 +85,11 @@ def defaults(algorithm: Algorithm) -> Iterator[str]:
     if rows:
         yield "## Defaults"
         yield "\n".join(["| option | default | of |", "|---|---|---|", *rows])
-    trainer = [f"`{name}={value!r}`" for name, value in algorithm.trainer.items()]
+    trainer = [
+        f"`{name}={value!r}`"
+        for name, value in algorithm.trainer.items()
+        if name != "skip_without_advantages"
+    ]
     if algorithm.dynamic_sampling:
         trainer.append("dynamic sampling (`refill_rounds` above 1)")
     if trainer:

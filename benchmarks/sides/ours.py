@@ -39,6 +39,7 @@ def main() -> None:
             lambda logp, batch: grpo.policy_loss(logp, batch, beta=task["beta"]),
             build_optimizer(task["learning_rate"]),
             reference="base" if task["beta"] else None,
+            skip_without_advantages=not task["beta"],
         )
 
         def on_step(report: StepReport) -> Progress:

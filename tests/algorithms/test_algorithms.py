@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -110,6 +111,30 @@ def test_without_advantages_there_is_no_policy_gradient(name):
     logp, batch = random_case()
     idle = batch_of(batch.mask.tolist(), batch.logp_old.tolist(), [0.0] * 4)
     assert not gradient_of(algorithms.get(name).policy_loss, logp, idle).any()
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_a_loss_without_a_gradient_where_advantages_are_zero_lets_the_trainer_skip_it(name):
+    logp, batch = random_case()
+    ones = [mx.zeros_like(logp) - 1, batch.logp_old]
+    for options in ({}, {"beta": 0.1}, {"entropy_bonus": 0.1}):
+        if not set(options) <= set(algorithms.registry._keywords(algorithms.get(name).policy_loss)):
+            continue
+        algorithm = algorithms.get(name, **options)
+        idle = batch_of(
+            batch.mask.tolist(),
+            batch.logp_old.tolist(),
+            [0.0] * 4,
+            logp_ref=ones[0],
+            group=mx.array([0, 0, 1, 1]),
+        )
+
+        def loss(logp, entropy, batch=idle, algorithm=algorithm):
+            return algorithm.policy_loss(logp, replace(batch, entropy=entropy))[0]
+
+        slopes = mx.grad(loss, argnums=(0, 1))(logp, mx.ones_like(logp))
+        has_gradient = any(slope.any().item() for slope in slopes)
+        assert algorithm.trainer.get("skip_without_advantages", False) is not has_gradient, options
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "cispo", "sapo", "reinforce"])

@@ -202,6 +202,7 @@ def test_what_the_algorithm_asks_of_the_trainer_holds_until_it_is_said_otherwise
     assert dict(get("rloo").trainer) == {
         "reference": trainer.reference,
         "reward_kl": trainer.reward_kl,
+        "skip_without_advantages": trainer.skip_without_advantages,
     }
     assert assembled(algorithm__name="rloo", algorithm__reward_kl=0.2).trainer.reward_kl == 0.2
     assert assembled(algorithm__name="gspo").trainer.mini_batches == 4

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from tests.batches import batch_of
 from tests.memory import peak_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
-from textpolicy.algorithms import grpo
+from textpolicy.algorithms import get, grpo
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rollout.worker import collect
@@ -133,19 +133,24 @@ class Poisoned(nn.Module):
 
 def test_where_nothing_is_learned_nothing_is_computed_backwards(load_tiny):
     for reward, name in ((constant_reward, "no_signal"), (length_reward, "not_finite")):
-        model, trainer, groups = setup(load_tiny, reward=reward)
+        model, trainer, groups = setup(load_tiny, reward=reward, skip_without_advantages=True)
         model.model.norm = Poisoned(model.model.norm)
         metrics = trainer.train(groups)
         assert metrics[f"update_skipped/{name}"] == 1
         assert metrics["entropy"] > 0
 
 
+def test_a_loss_that_declares_nothing_is_computed_backwards_everywhere(load_tiny):
+    model, trainer, groups = setup(load_tiny, reward=constant_reward)
+    model.model.norm = Poisoned(model.model.norm)
+    assert trainer.train(groups)["update_skipped/not_finite"] == 1
+
+
 @pytest.mark.parametrize("terms", [{"beta": 0.5}, {"entropy_bonus": 0.1}])
 def test_what_a_loss_has_beside_advantages_is_learned_from_every_group(load_tiny, terms):
-    loss = partial(grpo.policy_loss, **terms)
-    model, trainer, groups = setup(
-        load_tiny, reward=constant_reward, loss_fn=loss, reference="base"
-    )
+    algorithm = get("grpo", **terms)
+    options = dict(algorithm.trainer) | {"reference": "base", "loss_fn": algorithm.policy_loss}
+    model, trainer, groups = setup(load_tiny, reward=constant_reward, **options)
     before = weights(model)
     assert trainer.train(groups)["update_skipped/no_signal"] == 0
     assert any(not np.array_equal(value, before[name]) for name, value in weights(model).items())

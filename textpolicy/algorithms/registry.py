@@ -34,8 +34,10 @@ from textpolicy.types import AdvantageFn, LossFn
 class Algorithm:
     """What a trainer needs of an algorithm.
 
-    `trainer` are the keywords of `Trainer` by which the paper departs from one update on freshly
-    sampled rollouts; `dynamic_sampling` is whether it replaces groups that give no signal.
+    `trainer` holds the keywords of `Trainer` for this algorithm: those by which its paper departs
+    from one update on freshly sampled rollouts, and `skip_without_advantages` if the loss has no
+    gradient where all advantages are 0. `dynamic_sampling` tells whether groups without signal
+    are replaced.
     """
 
     name: str
@@ -57,6 +59,7 @@ def register(
     paper: str = "",
     trainer: Mapping[str, Any] | None = None,
     dynamic_sampling: bool = False,
+    skip_without_advantages: bool = False,
 ) -> Algorithm:
     """Make an algorithm known by a name of its own, in this process."""
     if name in _KNOWN:
@@ -66,7 +69,10 @@ def register(
         paper=paper,
         compute_advantages=compute_advantages,
         policy_loss=policy_loss,
-        trainer=MappingProxyType(dict(trainer or {})),
+        trainer=MappingProxyType(
+            dict(trainer or {})
+            | ({"skip_without_advantages": True} if skip_without_advantages else {})
+        ),
         dynamic_sampling=dynamic_sampling,
     )
     return _KNOWN[name]
@@ -93,8 +99,13 @@ def get(name: str, **options: Any) -> Algorithm:
             f"{name} has no option {unknown[0]!r}; it has: "
             f"{', '.join(sorted(of_advantages | of_loss))}{hint}"
         )
+    trainer = dict(algorithm.trainer)
+    if name != "dpo" and (options.get("beta") or options.get("entropy_bonus")):
+        # A KL term and an entropy bonus have a gradient without advantages. DPO's beta is no KL.
+        trainer.pop("skip_without_advantages", None)
     return replace(
         algorithm,
+        trainer=MappingProxyType(trainer),
         compute_advantages=_bound(algorithm.compute_advantages, options, of_advantages),
         policy_loss=_bound(algorithm.policy_loss, options, of_loss),
     )
@@ -120,45 +131,129 @@ def _keywords(function: Callable[..., Any]) -> set[str]:
     return found - {"lengths", "parts"}
 
 
-register("grpo", grpo.compute_advantages, grpo.policy_loss, paper="2402.03300")
-register("dr_grpo", dr_grpo.compute_advantages, dr_grpo.policy_loss, paper="2503.20783")
 register(
-    "dapo", dapo.compute_advantages, dapo.policy_loss, paper="2503.14476", dynamic_sampling=True
+    "grpo",
+    grpo.compute_advantages,
+    grpo.policy_loss,
+    paper="2402.03300",
+    skip_without_advantages=True,
 )
+
+register(
+    "dr_grpo",
+    dr_grpo.compute_advantages,
+    dr_grpo.policy_loss,
+    paper="2503.20783",
+    skip_without_advantages=True,
+)
+
+register(
+    "dapo",
+    dapo.compute_advantages,
+    dapo.policy_loss,
+    paper="2503.14476",
+    dynamic_sampling=True,
+    skip_without_advantages=True,
+)
+
 register(
     "gspo",
     gspo.compute_advantages,
     gspo.policy_loss,
     paper="2507.18071",
     trainer={"mini_batches": 4},
+    skip_without_advantages=True,
 )
-register("luspo", luspo.compute_advantages, luspo.policy_loss, paper="2602.05261")
-register("cispo", cispo.compute_advantages, cispo.policy_loss, paper="2506.13585")
-register("sapo", sapo.compute_advantages, sapo.policy_loss, paper="2511.20347")
-register("vespo", vespo.compute_advantages, vespo.policy_loss, paper="2602.10693")
-register("lite_ppo", lite_ppo.compute_advantages, lite_ppo.policy_loss, paper="2508.08221")
-register("reinforce", reinforce.compute_advantages, reinforce.policy_loss, paper="Williams 1992")
+
+register(
+    "luspo",
+    luspo.compute_advantages,
+    luspo.policy_loss,
+    paper="2602.05261",
+    skip_without_advantages=True,
+)
+
+register(
+    "cispo",
+    cispo.compute_advantages,
+    cispo.policy_loss,
+    paper="2506.13585",
+    skip_without_advantages=True,
+)
+
+register(
+    "sapo",
+    sapo.compute_advantages,
+    sapo.policy_loss,
+    paper="2511.20347",
+    skip_without_advantages=True,
+)
+
+register(
+    "vespo",
+    vespo.compute_advantages,
+    vespo.policy_loss,
+    paper="2602.10693",
+    skip_without_advantages=True,
+)
+
+register(
+    "lite_ppo",
+    lite_ppo.compute_advantages,
+    lite_ppo.policy_loss,
+    paper="2508.08221",
+    skip_without_advantages=True,
+)
+
+register(
+    "reinforce",
+    reinforce.compute_advantages,
+    reinforce.policy_loss,
+    paper="Williams 1992",
+    skip_without_advantages=True,
+)
+
 register(
     "reinforce_pp",
     reinforce_pp.compute_advantages,
     reinforce_pp.policy_loss,
     paper="2501.03262",
+    skip_without_advantages=True,
 )
+
 register(
     "reinforce_pp_baseline",
     reinforce_pp.compute_baseline_advantages,
     reinforce_pp.policy_loss,
     paper="2501.03262",
+    skip_without_advantages=True,
 )
+
 register(
     "rloo",
     rloo.compute_advantages,
     rloo.policy_loss,
     paper="2402.14740",
     trainer={"reference": "base", "reward_kl": 0.05},
+    skip_without_advantages=True,
 )
-register("maxrl", maxrl.compute_advantages, maxrl.policy_loss, paper="2602.02710")
-register("gdpo", gdpo.compute_advantages, gdpo.policy_loss, paper="2601.05242")
+
+register(
+    "maxrl",
+    maxrl.compute_advantages,
+    maxrl.policy_loss,
+    paper="2602.02710",
+    skip_without_advantages=True,
+)
+
+register(
+    "gdpo",
+    gdpo.compute_advantages,
+    gdpo.policy_loss,
+    paper="2601.05242",
+    skip_without_advantages=True,
+)
+
 register(
     "distillation",
     distillation.compute_advantages,
@@ -171,4 +266,5 @@ register(
     dpo.policy_loss,
     paper="2305.18290",
     trainer={"reference": "base"},
+    skip_without_advantages=True,
 )

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from jaxtyping import Float
 from mlx.utils import tree_flatten, tree_map
 
 from textpolicy.adapters.container import AdapterContainer
@@ -71,6 +70,9 @@ class Trainer:
     thousand tokens."""
     checkpoint_gradients: bool = False
     """Compute activations again in the backward pass: less memory, more time, the same update."""
+    skip_without_advantages: bool = False
+    """Skip the backward pass of each micro-batch whose advantages are all 0. Set this to True only
+    if the gradient of the loss is 0 there: a KL term or an entropy bonus has a gradient."""
     max_grad_norm: float = 1.0
     mini_batches: int = 1
     epochs: int = 1
@@ -257,13 +259,10 @@ class Trainer:
         metrics = over_updates(updates, with_sampler=known)
         return metrics | self._movement() | advantage_metrics(rows) | published
 
-    def _objective(
-        self, batch: Batch, advantages: bool
-    ) -> tuple[mx.array, tuple[mx.array, dict[str, mx.array]]]:
+    def _objective(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         logp, entropy = self._read(batch)
         loss, metrics = self.loss_fn(logp, replace(batch, entropy=entropy))
-        pull = mx.array(1.0) if advantages else largest_slope(self.loss_fn, logp, entropy, batch)
-        return loss, (pull, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics)
+        return loss, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics
 
     def _gradient(self, rows: Sequence[Row]) -> tuple[Any, Metrics]:
         """The gradient and metrics of an optimizer batch, one micro-batch in memory at a time."""
@@ -273,17 +272,15 @@ class Trainer:
         share = self._read.share_prompts
         parts = micro_batches(rows, self.micro_batch_size, share_prompts=share)
         for part in parts:
-            advantages = any(row.teaches for row in part)
             with recomputing(self.model) if self.checkpoint_gradients else nullcontext():
-                (_, (pull, report)), grads = self._value_and_grad(pad(part, whole), advantages)
+                (_, report), grads = self._value_and_grad(pad(part, whole))
             # The part before makes room first. Until here the device was busy with it.
             mx.eval(gradient, reports)
             reports.append(report)
-            if not advantages:
-                mx.eval(pull, report)
-                if pull.item() == 0:
-                    # Nothing has been computed backwards, and nothing will be.
-                    continue
+            if self.skip_without_advantages and not any(row.teaches for row in part):
+                # mlx computes only what is evaluated: `grads` is dropped without a backward pass.
+                mx.eval(report)
+                continue
             gradient = tree_map(mx.add, gradient, grads)
             mx.async_eval(gradient, report)
         values = [{name: float(value) for name, value in report.items()} for report in reports]
@@ -334,21 +331,6 @@ class Trainer:
             "update_skipped/not_finite": float(not math.isfinite(norm)),
             "update_skipped/no_signal": float(norm == 0),
         }
-
-
-def largest_slope(
-    loss_fn: LossFn,
-    logp: Float[mx.array, "batch time"],
-    entropy: Float[mx.array, "batch time"],
-    batch: Batch,
-) -> Float[mx.array, ""]:
-    """How much the loss of a batch changes with its scores; 0 if it does not care for them."""
-
-    def loss(logp: mx.array, entropy: mx.array) -> mx.array:
-        return loss_fn(logp, replace(batch, entropy=entropy))[0]
-
-    slopes = mx.grad(loss, argnums=(0, 1))(mx.stop_gradient(logp), mx.stop_gradient(entropy))
-    return mx.maximum(*(mx.abs(slope).max() for slope in slopes))
 
 
 def global_norm(gradient: Any) -> float:
