@@ -1,8 +1,9 @@
-"""Every snippet of the README and the docs runs, so that they cannot describe what is not there.
+"""Every snippet of the README and the docs runs, and every path that the guides name exists.
 
-The python blocks of a page run in order in one program, as a reader would paste them. Lines of
-bash blocks that start with `textpolicy` run as commands, in one folder a page. A fence with a name
-after its language is a file of that folder. What cannot run here is fenced as text.
+The python blocks of a page run in order as one program, as a reader would paste them. Lines of
+bash blocks that start with `textpolicy` run as commands; all commands of a page run in one folder.
+A fence with a name after its language becomes a file in that folder. Snippets that cannot run here
+are fenced as text.
 """
 
 import re
@@ -20,22 +21,25 @@ LANGUAGES = {"python", "bash", "text"}
 COMMAND = Path(sys.executable).with_name("textpolicy")
 # A page trains for a few steps at most.
 SECONDS = 300
+# Pages that say where things are, and the folders that a path on such a page may start from.
+GUIDES = ["AGENTS.md", "CONTRIBUTING.md", "docs/architecture.md"]
+STARTS = [ROOT, ROOT / "textpolicy", ROOT / "docs"]
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The contents of the page's fences of this language that are not files."""
+    """Return the texts of the page's fences in this language, without the fences that are files."""
     return [text for kind, name, text in BLOCK.findall(page) if kind == language and not name]
 
 
 def write_files(page: str, folder: Path) -> None:
-    """The page's fences that have a name, as files."""
+    """Write every fence of the page that has a name as a file of this name."""
     for _, name, text in BLOCK.findall(page):
         if name:
             (folder / name).write_text(text, encoding="utf-8")
 
 
 def program(page: str) -> str:
-    """The page's python blocks as one program, on the lines where the page has them."""
+    """Return the page's python blocks as one program, on the same lines as in the page."""
     lines = [""] * len(page.splitlines())
     for match in BLOCK.finditer(page):
         if match[1] == "python" and not match[2]:
@@ -46,14 +50,14 @@ def program(page: str) -> str:
 
 
 def commands(page: str) -> list[list[str]]:
-    """The arguments of every `textpolicy` command of the page, in order."""
+    """Return the arguments of every `textpolicy` command of the page, in order."""
     text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     lines = (shlex.split(line, comments=True) for line in text.splitlines())
     return [words[1:] for words in lines if words[:1] == ["textpolicy"]]
 
 
 def run(arguments: list[str | Path], folder: Path) -> None:
-    """Run to the end in this folder; a failure or a warning of Python's fails the test."""
+    """Run a command in this folder, and fail the test if the command fails."""
     done = subprocess.run(
         arguments,
         cwd=folder,
@@ -74,7 +78,7 @@ def run_program(page: str, folder: Path) -> None:
 
 
 def having(*languages: str) -> list[object]:
-    """The pages that hold a snippet of one of these languages, as parameters of a test."""
+    """Return the pages that have a snippet in one of these languages, as parameters of a test."""
     return [
         pytest.param(path.read_text("utf-8"), id=path.name)
         for path in PAGES
@@ -100,7 +104,7 @@ def test_the_commands_of_the_page_run(page: str, tmp_path: Path) -> None:
 def test_every_block_is_python_bash_or_text(path: Path) -> None:
     page = path.read_text("utf-8")
     assert {kind for kind, _, _ in BLOCK.findall(page)} <= LANGUAGES
-    # A fence that is indented, or made of tildes, would not be seen and not be run.
+    # The tests do not see fences that are indented or made of tildes, so a page may have none.
     assert 2 * len(BLOCK.findall(page)) == len(re.findall(r"```|~~~", page))
 
 
@@ -133,3 +137,39 @@ def test_text_blocks_are_left_alone(tmp_path: Path) -> None:
     page = "```text\ntextpolicy conjure\n```\n"
     assert not commands(page)
     run_program(page, tmp_path)
+
+
+def missing_paths(page: str) -> list[str]:
+    """Return the paths between backticks and in links of a page that do not exist.
+
+    A bare file name may be anywhere in the package, and for a path with NAME its folder must exist.
+    """
+    words = re.findall(r"`([\w.*/-]+)`", page) + re.findall(r"\]\(([\w./-]+)", page)
+    paths = [
+        word for word in words if word.endswith("/") or re.search(r"\w\.(py|md|toml|txt)$", word)
+    ]
+    return [path for path in paths if not exists(path)]
+
+
+def exists(path: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    if "NAME" in name:
+        return bool(folder) and exists(f"{folder}/")
+    anywhere = (ROOT / "textpolicy").rglob(name) if name and not folder else []
+    return any((start / path).exists() for start in STARTS) or any(anywhere)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_path_that_the_guide_names_exists(guide: str) -> None:
+    assert missing_paths((ROOT / guide).read_text("utf-8")) == []
+
+
+def test_a_guide_that_names_a_missing_path_fails() -> None:
+    page = """
+    `textpolicy/loop.py`, `loop.py`, `faults.py`, `config/sections.py`, `envs/`, `envs/NAME.py`,
+    `tests/algorithms/test_NAME.py`, [page](metrics.md), `mx.load`, `rewards`, `--env FILE.py`,
+    `textpolicy/lop.py`, `attic.py`, `loops/`, `loops/NAME.py`, [page](attic.md)
+    """
+    assert missing_paths(page) == [
+        *("textpolicy/lop.py", "attic.py", "loops/", "loops/NAME.py", "attic.md")
+    ]
