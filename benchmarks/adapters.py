@@ -69,8 +69,8 @@ def main() -> None:
     options.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options.add_argument("--output", type=Path, help="a file for the JSON object")
     arguments = options.parse_args()
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)
     mx.random.seed(0)
     found = {name: measures[name]() for name in arguments.only or measures}
     record = {"setting": setting(), **found}

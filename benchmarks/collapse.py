@@ -125,8 +125,8 @@ def main() -> int:
     parser.add_argument("--run", choices=SETTINGS, help="only this one (default: all)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write the columns there")
     options = parser.parse_args()
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)
     wrong = 0
     for name in [options.run] if options.run else SETTINGS:
         run = SETTINGS[name]

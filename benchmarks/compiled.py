@@ -102,8 +102,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)
     model, _ = load_model("tiny")
     AdapterContainer.from_model(model, AdapterConfig(rank=16))
     records: list[dict[str, Any]] = []

@@ -133,8 +133,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(options.threads)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         found = [compare(folder, int(rows), options.runs) for rows in options.rows.split(",")]

@@ -211,8 +211,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a run, and a last one")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there too")
     options = parser.parse_args()
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)
     records = []
     for config, control in runs(options):
         record = measure_run(config, control=control)

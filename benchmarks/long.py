@@ -166,8 +166,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
     options = parser.parse_args()
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(options.threads)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(options.threads)
     records = [measure(tokens) for tokens in sorted(options.tokens)]
     asked = {"prompt": PROMPT, "group_size": GROUP, "sizes": SIZES}
     record = {"setting": setting() | asked, "lengths": records, "exponents": exponents(records)}

@@ -29,8 +29,8 @@ def main() -> None:
     options.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer")
     options.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = options.parse_args()
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)
     results = [row for rows in ROWS for row in measure(arguments.size, rows)]
     if arguments.json:
         asked = {"size": arguments.size}

@@ -107,8 +107,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(options.threads)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(options.threads)
     model = adapted_model()
     records = [measure(model, int(text), options) for text in options.prompt_tokens.split(",")]
     asked = {"group_size": options.group_size, "completion_tokens": options.completion_tokens}

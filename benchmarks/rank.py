@@ -184,8 +184,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves there")
     options = parser.parse_args()
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)
     records = []
     for env in ENVS if options.env == "all" else (options.env,):
         for variant in VARIANTS:

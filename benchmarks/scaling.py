@@ -219,8 +219,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(options.threads)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(options.threads)
     found: dict[str, Any] = {}
     for axis in options.only or AXES:
         found[axis] = measure_axis(axis, options.runs)

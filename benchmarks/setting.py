@@ -15,7 +15,7 @@ from textpolicy import fast_cpu
 
 def setting() -> dict[str, Any]:
     """Machine and versions; the threads are those that products take now, None if mlx decides."""
-    blas = fast_cpu.status()
+    blas = fast_cpu.enable()
     packages = ("textpolicy", "mlx", "mlx-lm")
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

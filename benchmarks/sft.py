@@ -314,8 +314,8 @@ def main() -> None:
         parser.error(f"--repeats is {options.repeats}; expected at least 1")
     if options.steps <= REPORT:
         parser.error(f"--steps is {options.steps}; expected more than {REPORT}: rates begin there")
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)
     asked = {"batch_size": BATCH, "rank": RANK, "repeats": options.repeats}
     record = {
         "setting": setting() | asked,

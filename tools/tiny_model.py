@@ -318,8 +318,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3000, help="at most")
     options = parser.parse_args()
     # On matrices this small a second thread costs more than it brings.
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)
     make(options.output, seed=options.seed, iterations=options.iterations)
     write_card(options.output, seed=options.seed)
 

@@ -23,8 +23,8 @@ MANY = 1_000_000
 
 def main() -> None:
     steps, task = Steps(), read_task()
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(task["threads"])
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(task["threads"])
     model, tokenizer = load_model(task["model"])
     config = AdapterConfig(rank=task["rank"], scale=task["scale"])
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def main() -> None:
             steps.done(**measured, mlx_peak=mx.get_peak_memory())
             return Progress.MORE if steps.wait() else Progress.STOP
 
-        steps.ready(mlx=mx.__version__, blas=fast_cpu.status().name)
+        steps.ready(mlx=mx.__version__, blas=fast_cpu.enable().name)
         if steps.wait():
             train_rl(
                 tasks=cycle(tasks_of(task)),

@@ -29,8 +29,8 @@ MANY = 1_000_000
 def main() -> None:
     steps, task = Steps(), read_task()
     fast_cpu.enable()
-    if fast_cpu.status().threads:
-        fast_cpu.use_threads(task["threads"])
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(task["threads"])
     model, tokenizer = load(task["model"])
     # Its command loads the reference as a second model, whatever beta is.
     reference = load(task["model"])[0] if task["beta"] else None
@@ -60,7 +60,7 @@ def main() -> None:
         steps.lap("reward")
         return rewards
 
-    steps.ready(mlx_lm_lora=__version__, mlx=mx.__version__, blas=fast_cpu.status().name)
+    steps.ready(mlx_lm_lora=__version__, mlx=mx.__version__, blas=fast_cpu.enable().name)
     with tempfile.TemporaryDirectory() as folder:
         train_grpo(
             model,

@@ -64,11 +64,11 @@ def answer(capsys):
 @pytest.fixture
 def threads():
     """A function that tells how many threads matrix products have; afterwards it is as before."""
-    before = fast_cpu.status().threads
+    before = fast_cpu.enable().threads
     if before is None:
         pytest.skip("the threads of this BLAS cannot be set")
-    yield lambda: fast_cpu.status().threads
-    fast_cpu.use_threads(before)
+    yield lambda: fast_cpu.enable().threads
+    fast_cpu.set_threads(before)
 
 
 LOADING = {

@@ -114,15 +114,15 @@ def test_quantize_packs_the_base_as_mode_and_group_say(assembled):
 
 
 def test_threads_are_those_of_the_matrix_products():
-    before = fast_cpu.status().threads
+    before = fast_cpu.enable().threads
     if before is None:
         pytest.skip("the threads of this BLAS cannot be set")
     options = changed(DEFAULTS, {"model.threads": 2}).model
     use_threads(options)
-    assert fast_cpu.status().threads == 2
+    assert fast_cpu.enable().threads == 2
     use_threads(DEFAULTS.model)
-    assert fast_cpu.status().threads == 1
-    fast_cpu.use_threads(before)
+    assert fast_cpu.enable().threads == 1
+    fast_cpu.set_threads(before)
 
 
 def test_fresh_adapters_are_what_the_words_say(assembled):

@@ -242,7 +242,7 @@ def test_the_memory_of_an_adapter_is_two_small_matrices_a_layer(model):
 
 
 def test_rank_8_on_7_billion_parameters_takes_as_much_as_the_page_says():
-    from textpolicy.planning.unloaded_model import skeleton
+    from textpolicy.planning.unloaded_model import build_unloaded_model
 
     llama = {
         "model_type": "llama",
@@ -255,7 +255,7 @@ def test_rank_8_on_7_billion_parameters_takes_as_much_as_the_page_says():
         "vocab_size": 32000,
     }
     keys = ["self_attn.q_proj", "self_attn.v_proj"]
-    planned = plan_adapters(skeleton(llama), AdapterConfig(rank=8, keys=keys))
+    planned = plan_adapters(build_unloaded_model(llama), AdapterConfig(rank=8, keys=keys))
     # "~10-20MB", of queries and values.
     assert 10e6 < planned.adapter_bytes < 20e6
 

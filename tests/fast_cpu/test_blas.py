@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from textpolicy import fast_cpu
-from textpolicy.fast_cpu import blas, symbol_table
+from textpolicy.fast_cpu import blas, function_table
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="mlx brings a fast BLAS elsewhere")
 
@@ -31,7 +31,7 @@ after = mx.random.state[0].tolist(), str(mx.default_device()), str(mx.default_st
 product = mx.matmul(mx.arange(64).reshape(8, 8) * 1.0, mx.eye(8), stream=mx.cpu)
 record = dataclasses.asdict(blas) | {
     "undisturbed": before == after,
-    "idempotent": fast_cpu.enable() is blas and fast_cpu.status() == blas,
+    "idempotent": fast_cpu.enable() == blas,
     "environment_kept": dict(os.environ) == environment,
     "right": product.tolist() == mx.arange(64.0).reshape(8, 8).tolist(),
 }
@@ -119,9 +119,11 @@ def test_a_library_that_cannot_be_opened_is_declined_with_its_path():
 def test_functions_that_do_not_multiply_are_noticed_and_taken_back():
     before = fast_cpu.enable()
     harmless = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
-    with pytest.raises(symbol_table.Declined, match="undone: it gave a wrong float32 product"):
+    with pytest.raises(
+        function_table.BlasNotReplaced, match="undone: it gave a wrong float32 product"
+    ):
         blas._use(dict.fromkeys(blas._PRODUCTS, harmless))
-    assert fast_cpu.status() == before
+    assert fast_cpu.enable() == before
     assert all(multiplies_right(dtype, (64, 64, 64)) for dtype in DTYPES)
 
 
@@ -130,30 +132,30 @@ def test_functions_that_do_not_multiply_are_noticed_and_taken_back():
 def test_a_torn_library_file_is_declined(size, tmp_path):
     torn = tmp_path / "libmlx.so"
     torn.write_bytes((Path(mx.__file__).parent / "lib" / "libmlx.so").read_bytes()[:size])
-    with pytest.raises(symbol_table.Declined, match="not an ELF library of a known shape"):
-        symbol_table._imported(torn)
+    with pytest.raises(function_table.BlasNotReplaced, match="not an ELF library of a known shape"):
+        function_table._imported(torn)
 
 
 @linux
 def test_a_file_of_another_kind_is_declined(tmp_path):
     text = tmp_path / "libmlx.so"
     text.write_text("no library" * 100)
-    with pytest.raises(symbol_table.Declined, match="not a little-endian 64-bit ELF file"):
-        symbol_table._imported(text)
+    with pytest.raises(function_table.BlasNotReplaced, match="not a little-endian 64-bit ELF file"):
+        function_table._imported(text)
 
 
 @linux
 def test_the_number_of_threads_can_be_chosen_and_is_reported():
-    before = fast_cpu.status().threads
+    before = fast_cpu.enable().threads
     if before is None:
         pytest.skip("no OpenBLAS here")
     try:
-        fast_cpu.use_threads(1)
-        assert fast_cpu.status().threads == 1
+        fast_cpu.set_threads(1)
+        assert fast_cpu.enable().threads == 1
         assert multiplies_right(np.float32, (200, 300, 200))
     finally:
-        fast_cpu.use_threads(before)
-    assert fast_cpu.status().threads == before
+        fast_cpu.set_threads(before)
+    assert fast_cpu.enable().threads == before
 
 
 def test_speed_is_a_measured_number():
@@ -171,7 +173,7 @@ for _ in range(5):
     before = time.process_time()
     time.sleep(0.1)
     spent.append(time.process_time() - before)
-print(fast_cpu.status().threads, min(spent))
+print(fast_cpu.enable().threads, min(spent))
 """
 
 

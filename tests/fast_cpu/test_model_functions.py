@@ -10,7 +10,7 @@ from mlx_lm.models import activations, base, qwen3
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
 from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
-from textpolicy.fast_cpu import array_pieces, attention
+from textpolicy.fast_cpu import array_slices, attention
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import exp, exp2
 from textpolicy.fast_cpu.model_functions import use_fast_functions
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("size")
 cpu = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU keeps mlx's functions")
 
 
-@pytest.fixture(params=[array_pieces.PIECE, 16, 1], ids="pieces of {}".format)
+@pytest.fixture(params=[array_slices.SLICE_SIZE, 16, 1], ids="pieces of {}".format)
 def size(request, monkeypatch):
     """Everything gives the same whether arrays are taken whole, in parts, or in the smallest."""
-    for module in (array_pieces, attention):
-        monkeypatch.setattr(module, "PIECE", request.param)
+    for module in (array_slices, attention):
+        monkeypatch.setattr(module, "SLICE_SIZE", request.param)
     return request.param
 
 

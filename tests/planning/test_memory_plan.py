@@ -31,7 +31,7 @@ from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.engine import decode
 from textpolicy.planning.adapter_plan import plan_adapters
 from textpolicy.planning.memory_plan import plan_memory
-from textpolicy.planning.unloaded_model import skeleton
+from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.training.trainer import Trainer
 from textpolicy.training.wired_memory import wired_memory
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
@@ -190,7 +190,7 @@ def test_a_skeleton_plans_like_the_model_and_takes_no_memory(tiny, load_tiny):
     config = json.loads((tiny / "config.json").read_text())
     state = [array.tolist() for array in mx.random.state]
     before = mx.get_active_memory()
-    bare = skeleton(config)
+    bare = build_unloaded_model(config)
     planned = plan_adapters(bare, CONFIG)
     assert mx.get_active_memory() - before < 2**16
     assert [array.tolist() for array in mx.random.state] == state
@@ -201,16 +201,19 @@ def test_a_skeleton_is_quantized_as_its_config_says(tiny):
     config = json.loads((tiny / "config.json").read_text())
     config["quantization"] = {"group_size": 64, "bits": 4, "lm_head": False}
     config["quantization"]["model.layers.0.mlp.up_proj"] = {"group_size": 32, "bits": 8}
-    kept = {row.path: row.quantization for row in plan_adapters(skeleton(config), CONFIG).modules}
+    kept = {
+        row.path: row.quantization
+        for row in plan_adapters(build_unloaded_model(config), CONFIG).modules
+    }
     assert kept.pop("model.layers.0.mlp.up_proj") == "int8 / 32"
     assert set(kept.values()) == {"int4 / 64"}
 
 
 def test_a_skeleton_of_an_unknown_architecture_is_refused():
     with pytest.raises(ModelError, match="mlx-lm cannot make a 'nonesuch'"):
-        skeleton({"model_type": "nonesuch"})
+        build_unloaded_model({"model_type": "nonesuch"})
     with pytest.raises(ModelError, match="no model_type"):
-        skeleton({"hidden_size": 3})
+        build_unloaded_model({"hidden_size": 3})
 
 
 # The command
@@ -357,7 +360,7 @@ def planned_for(step):
 
 
 def packed_model(architecture, mode):
-    model = skeleton(architecture)
+    model = build_unloaded_model(architecture)
     quantize(model, mode=mode)
     return model
 

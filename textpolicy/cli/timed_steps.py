@@ -46,7 +46,7 @@ class TimedSteps:
     def put_threads_back(self) -> None:
         """As many as the run has."""
         if self._threads:
-            fast_cpu.use_threads(self._threads[0])
+            fast_cpu.set_threads(self._threads[0])
 
     @property
     def count(self) -> int:
@@ -91,7 +91,7 @@ class TimedSteps:
     def _take_turns(self) -> None:
         self._now = min(self._kept, key=lambda count: len(self._kept[count]))
         if self._threads:
-            fast_cpu.use_threads(self._now)
+            fast_cpu.set_threads(self._now)
 
     def _see_lengths(self, groups: Sequence[RolloutGroup]) -> None:
         rows = rows_of(groups)

@@ -7,6 +7,6 @@ from textpolicy.config.sections import ModelOptions
 def use_threads(options: ModelOptions) -> None:
     """As many as asked for; one for the embedded model, whose products are too small to share."""
     if options.threads:
-        fast_cpu.use_threads(options.threads)
-    elif options.name == "tiny" and fast_cpu.status().threads:
-        fast_cpu.use_threads(1)
+        fast_cpu.set_threads(options.threads)
+    elif options.name == "tiny" and fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)

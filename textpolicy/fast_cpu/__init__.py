@@ -1,5 +1,9 @@
-"""What makes mlx fast on Linux CPUs: another matrix product, and functions that models call."""
+"""What makes mlx fast on Linux CPUs: a faster BLAS, and faster functions for models to call.
 
-from textpolicy.fast_cpu.blas import Blas, enable, measure_gflops, status, use_threads
+Importing this room changes nothing. `enable` switches the BLAS of the process; `load_model` calls
+`enable`, and who builds a model without `load_model` calls `enable` by hand.
+"""
 
-__all__ = ["Blas", "enable", "measure_gflops", "status", "use_threads"]
+from textpolicy.fast_cpu.blas import BlasStatus, enable, measure_gflops, set_threads
+
+__all__ = ["BlasStatus", "enable", "measure_gflops", "set_threads"]

@@ -17,12 +17,12 @@ import mlx.core as mx
 from jaxtyping import Float
 from mlx_lm.models import base
 
-from textpolicy.fast_cpu.array_pieces import PIECE, after
+from textpolicy.fast_cpu.array_slices import SLICE_SIZE, compute_after
 from textpolicy.fast_cpu.exponential import LOG2_E, exp2
 
 # Named in shapes: `together` query heads share each of the key heads.
 Folded = Float[mx.array, "batch key_heads together time width"]
-Scores = Float[mx.array, "batch key_heads together time all"]
+AttentionScores = Float[mx.array, "batch key_heads together time all"]
 Output = Float[mx.array, "batch key_heads together time value_width"]
 Keys = Float[mx.array, "batch key_heads all width"]
 Values = Float[mx.array, "batch key_heads all value_width"]
@@ -70,7 +70,7 @@ def _attention(mask: Any) -> Any:
         for places in _pieces(queries, keys):
             times: list[mx.array] = []
             for place in places:
-                query = after(place.of(queries), done)
+                query = compute_after(place.of(queries), done)
                 weight = _weights(query, keys[place.rows], place.unseen(mask))
                 total = weight.sum(axis=-1, keepdims=True)
                 done = [_product(weight, values[place.rows]) / total]
@@ -87,7 +87,7 @@ def _attention(mask: Any) -> Any:
         for places in _pieces(queries, keys):
             of_queries: list[mx.array] = []
             for place in places:
-                query, slope = after(place.of(queries), done), place.of(cotangent)
+                query, slope = compute_after(place.of(queries), done), place.of(cotangent)
                 mine = keys[place.rows], values[place.rows]
                 slopes = _slopes(query, *mine, place.unseen(mask), slope, place.of(output))
                 of_query, *of_mine = slopes
@@ -120,7 +120,7 @@ def _slopes(
     ]
 
 
-def _weights(query: Folded, key: Keys, unseen: mx.array | None) -> Scores:
+def _weights(query: Folded, key: Keys, unseen: mx.array | None) -> AttentionScores:
     """2 to the power of every score, below the largest of its row."""
     scores = _product(query, key.swapaxes(-1, -2))
     if unseen is not None:
@@ -173,8 +173,8 @@ def _pieces(queries: Folded, keys: Keys) -> list[list[_Place]]:
     batch, key_heads, together, time, _ = queries.shape
     width = keys.shape[2]
     heads = key_heads * together
-    rows = max(1, PIECE // (heads * time * width))
-    times = time if rows > 1 else max(1, PIECE // (heads * width))
+    rows = max(1, SLICE_SIZE // (heads * time * width))
+    times = time if rows > 1 else max(1, SLICE_SIZE // (heads * width))
 
     def place(row: int, at: int) -> _Place:
         until = min(at + times, time)

@@ -1,10 +1,10 @@
 """A fast matrix product on Linux CPUs: OpenBLAS in place of the BLAS inside mlx's wheel.
 
-The Linux wheel of mlx carries netlib's reference BLAS, some 30 times slower than OpenBLAS.
-`libmlx.so` reaches it through three pointers in its table of imported functions. `enable` points
-them at OpenBLAS, compares products with numpy's, and puts the pointers back if one differs.
-Nothing outside this process changes. `TEXTPOLICY_BLAS=off` keeps mlx's own;
-`TEXTPOLICY_BLAS=/path/lib.so` names another library, one whose integers have 32 bits.
+The Linux wheel of mlx carries netlib's reference BLAS, which is some 30 times slower than OpenBLAS.
+`libmlx.so` calls it through three pointers in its table of imported functions. `enable` lets these
+pointers point to OpenBLAS, compares products with numpy's, and restores the pointers if a product
+differs. Nothing outside this process changes. The environment variable `TEXTPOLICY_BLAS=off` keeps
+mlx's BLAS; `TEXTPOLICY_BLAS=/path/lib.so` names another library, one with 32-bit integers.
 """
 
 import ctypes
@@ -21,21 +21,23 @@ from typing import Any
 import numpy as np
 
 from textpolicy.errors import ConfigError
-from textpolicy.fast_cpu.symbol_table import Declined, point
+from textpolicy.fast_cpu.function_table import BlasNotReplaced, replace_functions
 
 _STOCK = "mlx's own (netlib reference)"
 _HINT = "pip install scipy-openblas32 brings an OpenBLAS some 30 times faster"
 _PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _SHAPES = ((64, 64, 64), (33, 130, 17))
-# How long OpenBLAS' threads look out for the next product before they sleep, in powers of two of
-# the processor's ticks. They do it in the way of mlx's and Python's threads, for tens of
-# milliseconds as it comes (26).
-_WAIT = ("OPENBLAS_THREAD_TIMEOUT", "16")
+# How long idle OpenBLAS threads poll for the next product before they sleep, as a power of two of
+# processor ticks. OpenBLAS' own value of 26 takes tens of milliseconds from mlx's threads.
+_TIMEOUT = ("OPENBLAS_THREAD_TIMEOUT", "16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blas:
-    """What multiplies matrices on the CPU, why this one, and how to get a faster one."""
+class BlasStatus:
+    """Which library multiplies matrices on the CPU, why, and how to get a faster one.
+
+    `threads` is None where the number of threads cannot be set.
+    """
 
     name: str
     fast: bool
@@ -44,50 +46,35 @@ class Blas:
     hint: str = ""
 
 
-@cache
-def enable() -> Blas:
-    """Multiply with the fastest BLAS at hand from now on. Never raises: the record says why not.
+def enable() -> BlasStatus:
+    """Switch to the fastest BLAS that is installed; return the BLAS in use and its thread count.
 
-    The choice is made once a process, before or after `mlx.core` is imported.
+    The first call in a process decides, before or after `mlx.core` is imported. `enable` raises no
+    error: the status says why mlx's BLAS stays.
     """
-    if sys.platform != "linux":
-        return Blas(name="the platform's own", fast=True, reason="only mlx on Linux needs another")
-    if _setting() == "off":
-        return Blas(name=_STOCK, fast=False, reason="TEXTPOLICY_BLAS=off")
-    try:
-        import mlx.core as mx  # loads libmlx.so
-    except ImportError as error:
-        return Blas(name="none", fast=False, reason=f"mlx cannot be imported: {error}")
-    try:
-        library = _load(_setting())
-        _use({name: _address(library, name) for name in _PRODUCTS})
-    except (Declined, OSError) as declined:
-        hint = _hint_for(mx.default_device())
-        return Blas(name=_STOCK, fast=False, reason=str(declined), hint=hint)
-    return _describe(library)
+    status, library = _choose_once()
+    if status.threads is None or library is None:
+        return status
+    return replace(status, threads=_function(library, "openblas_get_num_threads")())
 
 
-def status() -> Blas:
-    """The BLAS that this process uses, and its threads as they are now."""
-    blas = enable()
-    if blas.threads is None:
-        return blas
-    return replace(blas, threads=_function(_load(_setting()), "openblas_get_num_threads")())
+def set_threads(count: int) -> None:
+    """Multiply with `count` threads from now on; raise ConfigError where the BLAS has no setting.
 
-
-def use_threads(count: int) -> None:
-    """Multiply with `count` threads from now on.
-
-    One is best for small models and on a busy machine: OpenBLAS waits for the slowest of its
-    threads, and a product that is done in microseconds gains nothing by being handed out.
+    One thread is best for small models and on a busy machine: OpenBLAS waits for the slowest of its
+    threads, and a product of a few microseconds gains nothing from a second thread.
     """
-    if status().threads is None:
-        raise ConfigError(f"the threads of {status().name} cannot be set; expected an OpenBLAS")
-    _function(_load(_setting()), "openblas_set_num_threads")(count)
+    status, library = _choose_once()
+    if status.threads is None or library is None:
+        raise ConfigError(
+            f"the number of threads of {status.name} cannot be set; only OpenBLAS has such a "
+            "setting. Leave out --threads"
+        )
+    _function(library, "openblas_set_num_threads")(count)
 
 
 def measure_gflops(n: int = 1024) -> float:
-    """Billions of float32 operations a second in an n x n product on the CPU, best of a few."""
+    """Return the billions of float32 operations a second of an n x n product on the CPU."""
     import mlx.core as mx
 
     matrix = mx.random.normal((n, n), key=mx.random.key(0), stream=mx.cpu)
@@ -100,28 +87,46 @@ def measure_gflops(n: int = 1024) -> float:
     return 2 * n**3 / min(seconds) / 1e9
 
 
+@cache
+def _choose_once() -> tuple[BlasStatus, ctypes.CDLL | None]:
+    """Return the BLAS that this process uses from now on, and its library if it is not mlx's."""
+    if sys.platform != "linux":
+        reason = "only mlx on Linux needs another BLAS"
+        return BlasStatus(name="the platform's own", fast=True, reason=reason), None
+    setting = os.environ.get("TEXTPOLICY_BLAS", "")
+    if setting == "off":
+        return BlasStatus(name=_STOCK, fast=False, reason="TEXTPOLICY_BLAS=off"), None
+    try:
+        import mlx.core as mx  # loads libmlx.so
+    except ImportError as error:
+        reason = f"mlx cannot be imported: {error}"
+        return BlasStatus(name="none", fast=False, reason=reason), None
+    try:
+        library = _load(setting)
+        _use({name: _address(library, name) for name in _PRODUCTS})
+    except (BlasNotReplaced, OSError) as error:
+        hint = _hint_for(mx.default_device())
+        return BlasStatus(name=_STOCK, fast=False, reason=str(error), hint=hint), None
+    return _describe(library), library
+
+
 def _hint_for(device: Any) -> str:
     # The library alone: textpolicy[cpu] would install mlx's CPU backend over that of CUDA.
     return "" if device.type.name == "gpu" else _HINT
 
 
-def _setting() -> str:
-    return os.environ.get("TEXTPOLICY_BLAS", "")
-
-
-@cache
 def _load(setting: str) -> ctypes.CDLL:
-    name, value = _WAIT
-    own = name not in os.environ
+    name, value = _TIMEOUT
+    unset = name not in os.environ
     os.environ.setdefault(name, value)
     try:
         library = ctypes.CDLL(setting) if setting else _load_openblas()
     finally:
-        if own:
-            # Read once, when the library starts; processes started from here choose for themselves.
+        if unset:
+            # OpenBLAS reads the variable once, when it starts. Child processes do not inherit it.
             del os.environ[name]
     if "USE64BITINT" in _config(library):
-        raise Declined(f"{library._name} takes 64-bit integers; mlx passes 32-bit ones")
+        raise BlasNotReplaced(f"{library._name} takes 64-bit integers; mlx passes 32-bit ones")
     return library
 
 
@@ -135,7 +140,8 @@ def _load_openblas() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libopenblas.so.0")
     except OSError:
-        raise Declined("neither scipy-openblas32 nor a system OpenBLAS is installed") from None
+        reason = "neither scipy-openblas32 nor a system OpenBLAS is installed"
+        raise BlasNotReplaced(reason) from None
 
 
 def _function(library: ctypes.CDLL, name: str) -> Any:
@@ -144,7 +150,7 @@ def _function(library: ctypes.CDLL, name: str) -> Any:
             return library[prefix + name]
         except AttributeError:
             continue
-    raise Declined(f"{library._name} has no {name}")
+    raise BlasNotReplaced(f"{library._name} has no {name}")
 
 
 def _address(library: ctypes.CDLL, name: str) -> int:
@@ -152,18 +158,18 @@ def _address(library: ctypes.CDLL, name: str) -> int:
 
 
 def _config(library: ctypes.CDLL) -> str:
-    """OpenBLAS' own description of itself; empty for any other library."""
+    """Return OpenBLAS' description of itself, or an empty text for any other library."""
     try:
         config = _function(library, "openblas_get_config")
-    except Declined:
+    except BlasNotReplaced:
         return ""
     config.restype = ctypes.c_char_p
     return config().decode()
 
 
-def _describe(library: ctypes.CDLL) -> Blas:
+def _describe(library: ctypes.CDLL) -> BlasStatus:
     config = _config(library)
-    return Blas(
+    return BlasStatus(
         name=" ".join(config.split()[:2]) or Path(library._name).name,
         fast=True,
         threads=_function(library, "openblas_get_num_threads")() if config else None,
@@ -172,15 +178,15 @@ def _describe(library: ctypes.CDLL) -> Blas:
 
 
 def _use(functions: Mapping[str, int]) -> None:
-    """Point mlx at these functions, or leave it as it was and say which product was wrong."""
-    before = point(functions)
+    """Let mlx call these functions; restore the old ones and raise if a product is wrong."""
+    before = replace_functions(functions)
     if wrong := _wrong_product():
-        point(before)
-        raise Declined(f"undone: it gave a wrong {wrong}")
+        replace_functions(before)
+        raise BlasNotReplaced(f"undone: it gave a wrong {wrong}")
 
 
 def _wrong_product() -> str:
-    """The first product that mlx gets wrong on the CPU; empty if none."""
+    """Return the first product that mlx computes wrongly on the CPU, or an empty text."""
     import mlx.core as mx
 
     # Fresh numbers each time: memory that a product left unwritten could hold an older, right one.

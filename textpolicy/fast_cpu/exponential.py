@@ -10,7 +10,7 @@ import math
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.fast_cpu.array_pieces import in_pieces
+from textpolicy.fast_cpu.array_slices import apply_in_slices
 
 LOG2_E = math.log2(math.e)
 # 2^f as 1 + f (c1 + f (c2 + ...)) for -1/2 <= f <= 1/2, from c5 down to 1: of all polynomials of
@@ -37,7 +37,7 @@ def exp(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
 
 def exp2(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
     """2^x of float32 up to 128; 0 where a float32 has not all its digits any more."""
-    return in_pieces(lambda x: [_exp2(x)], x)[0]
+    return apply_in_slices(lambda x: [_exp2(x)], x)[0]
 
 
 def _exp2(x: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ import mlx.core as mx
 from jaxtyping import Float
 from mlx_lm.models import activations
 
-from textpolicy.fast_cpu.array_pieces import in_pieces
+from textpolicy.fast_cpu.array_slices import apply_in_slices
 from textpolicy.fast_cpu.exponential import exp
 
 Features = Float[mx.array, "*batch features"]
@@ -25,13 +25,13 @@ def swiglu(gate: Features, x: Features) -> Features:
 
 
 def _forward(gate: mx.array, x: mx.array) -> mx.array:
-    return in_pieces(lambda gate, x: [gate * x / (1 + exp(-gate))], gate, x)[0]
+    return apply_in_slices(lambda gate, x: [gate * x / (1 + exp(-gate))], gate, x)[0]
 
 
 def _backward(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> list[mx.array]:
-    return in_pieces(_slopes, *primals, cotangent)
+    return apply_in_slices(_slopes, *primals, cotangent)
 
 
 def _slopes(gate: mx.array, x: mx.array, cotangent: mx.array) -> list[mx.array]:

@@ -16,10 +16,10 @@ from mlx.utils import tree_flatten
 
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.errors import ConfigError, ModelError
-from textpolicy.fast_cpu.array_pieces import PIECE
+from textpolicy.fast_cpu.array_slices import SLICE_SIZE
 from textpolicy.generation.engine import MAX_DECODING_ROWS, PREFILL_CHUNK_TOKENS
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
-from textpolicy.planning.unloaded_model import skeleton
+from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.training.batch import MICRO_BATCH_TOKENS
 
 _FLOAT = mx.float32.size
@@ -133,13 +133,13 @@ class _Block:
         How many arrays of each width there are at once is measured.
         """
         inner = 4.5 * tokens * self.inner + 2 * tokens * self.hidden
-        inner += _GATE_PIECES * min(tokens * self.inner, PIECE)
-        attention = 4 * tokens * self.queries + _SCORE_PIECES * min(scores * self.heads, PIECE)
+        inner += _GATE_PIECES * min(tokens * self.inner, SLICE_SIZE)
+        attention = 4 * tokens * self.queries + _SCORE_PIECES * min(scores * self.heads, SLICE_SIZE)
         return round(max(inner, attention)) * self.itemsize
 
     def prefill(self, tokens: int, scores: int, beside: "_Beside") -> int:
         """Of one block that reads prompts, adapters included."""
-        pieces = round(_FORWARD_PIECES * min(scores * self.heads, PIECE))
+        pieces = round(_FORWARD_PIECES * min(scores * self.heads, SLICE_SIZE))
         return self.activations(tokens, 0, beside) + pieces * self.itemsize
 
 
@@ -178,7 +178,7 @@ def plan_memory(
     if batch < 1 or group_size < 1 or batch % group_size:
         raise ConfigError(f"batch is {batch}; expected a multiple of group_size, {group_size}")
     # A module is a mapping too.
-    network = model if isinstance(model, nn.Module) else skeleton(model, dtype)
+    network = model if isinstance(model, nn.Module) else build_unloaded_model(model, dtype)
     planned = plan_adapters(network, config or AdapterConfig())
     block, packed = _widths(network, planned), _unpacked(planned)
     beside = _beside(planned, block)
@@ -220,7 +220,7 @@ def plan_memory(
     accumulated = 2 if rows < batch else 1
     return MemoryPlan(
         weights=planned.base_bytes,
-        reference=_bytes(skeleton(reference)) if reference else 0,
+        reference=_bytes(build_unloaded_model(reference)) if reference else 0,
         adapters=planned.adapter_bytes,
         optimizer=2 * planned.adapter_bytes,
         gradients=accumulated * planned.adapter_bytes,

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from textpolicy.errors import ModelError
 
 
-def skeleton(config: Mapping[str, Any], dtype: mx.Dtype | None = None) -> nn.Module:
+def build_unloaded_model(config: Mapping[str, Any], dtype: mx.Dtype | None = None) -> nn.Module:
     """The model of a config.json, quantized as it says; its arrays stay lazy and take no memory.
 
     `dtype` is that of the unquantized weights, by default float32 on a CPU and the checkpoint's

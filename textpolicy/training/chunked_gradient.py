@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from textpolicy.fast_cpu.array_pieces import after
+from textpolicy.fast_cpu.array_slices import compute_after
 from textpolicy.training.softmax_logprobs import PositionScores
 
 Chunk = Callable[[slice, mx.array, Any], PositionScores]
@@ -25,7 +25,7 @@ def one_after_another(
         parts: list[PositionScores] = []
         for place in places:
             before = [*parts[-1]] if parts else []
-            parts.append(function(place, after(rows[place], before), weights))
+            parts.append(function(place, compute_after(rows[place], before), weights))
         return mx.concatenate([p for p, _ in parts]), mx.concatenate([e for _, e in parts])
 
     def backward(primals: Any, cotangents: PositionScores, _: PositionScores) -> Any:
@@ -39,7 +39,7 @@ def one_after_another(
             def again(rows: mx.array, *arrays: mx.array, place: slice = place) -> Any:
                 return function(place, rows, tree_unflatten([*zip(names, arrays, strict=True)]))
 
-            inputs = [after(rows[place], [*parts[-1:], *sums]), *arrays]
+            inputs = [compute_after(rows[place], [*parts[-1:], *sums]), *arrays]
             slopes: Any = mx.vjp(again, inputs, [c[place] for c in cotangents])[1]
             part, *more = slopes
             parts.append(part)

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 from jaxtyping import Float, Int
 
-from textpolicy.fast_cpu.array_pieces import after
+from textpolicy.fast_cpu.array_slices import compute_after
 from textpolicy.training.chunked_gradient import one_after_another
 from textpolicy.training.softmax_logprobs import PositionScores, Softmax, score_logits
 
@@ -30,7 +30,7 @@ def score_frozen(
     still = mx.stop_gradient(hidden)
     parts: list[tuple[mx.array, mx.array, mx.array]] = []
     for place in places:
-        rows = after(still[place], parts[-1] if parts else ())
+        rows = compute_after(still[place], parts[-1] if parts else ())
         parts.append(_with_slope(project, rows, tokens[place], temperature[place]))
     logp, entropy, slope = (mx.concatenate([part[i] for part in parts]) for i in range(3))
 
@@ -58,7 +58,7 @@ def score_only(
     """The same scores without a gradient."""
     parts: list[PositionScores] = []
     for place in places:
-        logits = project(after(hidden[place], parts[-1] if parts else ()))
+        logits = project(compute_after(hidden[place], parts[-1] if parts else ()))
         parts.append(Softmax.of(logits, temperature[place]).scores(tokens[place]))
     return mx.concatenate([p for p, _ in parts]), mx.concatenate([e for _, e in parts])
 

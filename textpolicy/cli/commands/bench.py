@@ -126,7 +126,7 @@ class SignalScorer(Scorer):
 
 def thread_counts() -> list[int]:
     """Those of the matrix products now, and others worth trying; none where they cannot be set."""
-    now = fast_cpu.status().threads
+    now = fast_cpu.enable().threads
     if now is None or mx.default_device().type != mx.cpu:
         return []
     return list(dict.fromkeys([now, 1, os.cpu_count() or 1]))

@@ -17,7 +17,7 @@ _TINY = Path(backend.__file__).parent / "tiny" / "model.safetensors"
 
 
 def run(options: Namespace) -> Report:
-    blas = fast_cpu.status()
+    blas = fast_cpu.enable()
     data = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

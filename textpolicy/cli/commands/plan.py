@@ -9,12 +9,12 @@ from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.experiment.assembly import adapter_config, dtype_of
 from textpolicy.planning.adapter_plan import plan_adapters
-from textpolicy.planning.unloaded_model import skeleton
+from textpolicy.planning.unloaded_model import build_unloaded_model
 
 
 def run(options: Namespace) -> Report:
     config = configured(TrainConfig(), options)
-    model = skeleton(architecture_of(config.model), dtype_of(config.model))
+    model = build_unloaded_model(architecture_of(config.model), dtype_of(config.model))
     planned = plan_adapters(model, adapter_config(config.adapter))
     data = {
         "modules": [asdict(row) for row in planned.modules],

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Declined(Exception):
+class BlasNotReplaced(Exception):
     """This process keeps the BLAS it has; the message says why."""
 
 
-def point(functions: Mapping[str, int]) -> dict[str, int]:
+def replace_functions(functions: Mapping[str, int]) -> dict[str, int]:
     """Write these addresses into libmlx.so's table; returns those that were there."""
     mappings = _mappings()
     image = next((m for m in mappings if m.path.name == "libmlx.so" and m.offset == 0), None)
     if image is None:
-        raise Declined("this mlx has no libmlx.so")
+        raise BlasNotReplaced("this mlx has no libmlx.so")
     imported = _imported(image.path)
     if missing := sorted(functions.keys() - imported.keys()):
-        raise Declined(f"{image.path} does not import {', '.join(missing)}")
+        raise BlasNotReplaced(f"{image.path} does not import {', '.join(missing)}")
     slots = {name: image.start + imported[name] for name in functions}
     place = _mapping_of(slots.values(), [m for m in mappings if m.path == image.path])
     pointers = {name: ctypes.c_uint64.from_address(slot) for name, slot in slots.items()}
@@ -63,7 +63,7 @@ def _mapping_of(addresses: Collection[int], mappings: Iterable[_Mapping]) -> _Ma
     for mapping in mappings:
         if mapping.start <= min(addresses) and max(addresses) < mapping.end:
             return mapping
-    raise Declined("the function table of libmlx.so is not where its relocations say")
+    raise BlasNotReplaced("the function table of libmlx.so is not where its relocations say")
 
 
 def _protect(mapping: _Mapping, protection: int) -> None:
@@ -96,12 +96,12 @@ class _Section(NamedTuple):
 def _imported(path: Path) -> dict[str, int]:
     """Where a shared library keeps the address of each function it imports, from its start."""
     if platform.machine() not in _FUNCTION_TYPES:
-        raise Declined(f"{platform.machine()} processors are not known here")
+        raise BlasNotReplaced(f"{platform.machine()} processors are not known here")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as image:
             return dict(_relocations(image, _FUNCTION_TYPES[platform.machine()]))
     except (ValueError, IndexError, struct.error) as error:
-        raise Declined(f"{path} is not an ELF library of a known shape: {error}") from None
+        raise BlasNotReplaced(f"{path} is not an ELF library of a known shape: {error}") from None
 
 
 def _relocations(image: mmap.mmap, types: tuple[int, int]) -> Iterator[tuple[str, int]]:
