@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from textpolicy.loop import StepReport, train_rl
     from textpolicy.planning.memory_plan import plan_memory
     from textpolicy.rewards import Rewards, Sample, Score, reward, verifiers
-    from textpolicy.rewards.check import check_reward
+    from textpolicy.rewards.reward_check import check_reward
     from textpolicy.rollout.worker import collect
     from textpolicy.training.sft import SFTParameters, evaluate_sft, train_sft
     from textpolicy.training.trainer import Trainer
@@ -82,7 +82,7 @@ _HOME = {
     "Score": "textpolicy.rewards",
     "StepReport": "textpolicy.loop",
     "Trainer": "textpolicy.training.trainer",
-    "check_reward": "textpolicy.rewards.check",
+    "check_reward": "textpolicy.rewards.reward_check",
     "collect": "textpolicy.rollout.worker",
     "create_policy": "textpolicy.generation.mlx_generation",
     "evaluate_sft": "textpolicy.training.sft",

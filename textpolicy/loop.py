@@ -12,7 +12,7 @@ import mlx.core as mx
 from textpolicy.buffer import Buffer
 from textpolicy.errors import TrainingError
 from textpolicy.resume import make_checkpoint, restore_checkpoint
-from textpolicy.rewards import Scorer, Scoring, scorer_of
+from textpolicy.rewards import RewardLike, Scorer, scorer_of
 from textpolicy.rollout.dynamic_sampling import SampledGroups, collect_with_dynamic_sampling
 from textpolicy.rollout.task_source import TaskSource
 from textpolicy.tracking.rollout_metrics import rollout_metrics, staleness_metrics
@@ -41,7 +41,7 @@ class StepReport:
 def train_rl(
     *,
     tasks: Iterable[Task],
-    reward: Scoring,
+    reward: RewardLike,
     policy: Policy,
     trainer: Trainer,
     steps: int,

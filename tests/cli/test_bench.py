@@ -136,7 +136,7 @@ def test_every_group_has_signal_and_the_own_rewards_are_called(tmp_path, options
     with closing(SignalScorer(Rewards(constant, **options))) as scorer:
         verdicts = scorer.score(samples)
         # As in a run, such rewards may be called while completions are written.
-        assert scorer.overlaps is bool(options)
+        assert scorer.can_overlap_decoding is bool(options)
     assert [verdict.value for verdict in verdicts] == [0, 1, 0, 0, 1, 0]
     assert all(verdict.parts == {"constant": 3.0} for verdict in verdicts)
     assert sorted((tmp_path / "called").read_text()) == sorted("012012")

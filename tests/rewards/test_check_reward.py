@@ -10,7 +10,7 @@ import pytest
 import textpolicy as tp
 from textpolicy.cli import main
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.check import check_reward
+from textpolicy.rewards.reward_check import check_reward
 
 ROWS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 9)]
 

@@ -11,7 +11,7 @@ import pytest
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, Scorer, sample_of
-from textpolicy.rewards.endpoint import Endpoint, Reply
+from textpolicy.rewards.endpoint import Endpoint, JudgeReply
 from textpolicy.rewards.judge import LocalJudge, judge, read_grade
 from textpolicy.types import Sampling
 
@@ -308,6 +308,6 @@ def test_whatever_answers_questions_can_judge():
         name = "echo"
 
         def __call__(self, questions):
-            return [Reply("SCORE: 5") for _ in questions]
+            return [JudgeReply("SCORE: 5") for _ in questions]
 
     assert verdicts(judge(Echo(), "any"), "x")[0].value == 0.5

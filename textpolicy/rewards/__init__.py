@@ -1,22 +1,31 @@
 """Rewards: the user's functions, found, called and held to their word."""
 
-from textpolicy.rewards.composition import OnError, Rewards, as_rewards
-from textpolicy.rewards.contract import Reward, Sample, Score, conversation, reward, sample_of
-from textpolicy.rewards.load import load_reward
-from textpolicy.rewards.scorer import Incident, Scorer, Scoring, Verdict, score, scorer_of
+from textpolicy.rewards.reward_file import load_reward
+from textpolicy.rewards.reward_function import (
+    CONTEXT_FIELDS,
+    Reward,
+    Sample,
+    Score,
+    append_completion,
+    reward,
+    sample_of,
+)
+from textpolicy.rewards.scorer import Incident, RewardLike, Scorer, Verdict, score, scorer_of
+from textpolicy.rewards.weighted_rewards import OnError, Rewards, as_rewards
 
 __all__ = [
+    "CONTEXT_FIELDS",
     "Incident",
     "OnError",
     "Reward",
+    "RewardLike",
     "Rewards",
     "Sample",
     "Score",
     "Scorer",
-    "Scoring",
     "Verdict",
+    "append_completion",
     "as_rewards",
-    "conversation",
     "load_reward",
     "reward",
     "sample_of",

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.errors import RewardError, TextPolicyError
-from textpolicy.rewards.call import Callee, Outcome
-from textpolicy.rewards.contract import Reward, Sample
-from textpolicy.rewards.load import MAIN
+from textpolicy.rewards.call_reward import Callee, RewardResult
+from textpolicy.rewards.reward_file import MAIN
+from textpolicy.rewards.reward_function import Reward, Sample
 from textpolicy.user_code import load_python_file, raise_user_errors_as
 
 STARTUP_SECONDS = 60.0
@@ -39,7 +39,7 @@ class Call:
     seconds: float
 
 
-def main(descriptor: int, lifeline: int) -> None:
+def serve_rewards(descriptor: int, lifeline: int) -> None:
     """Serve the parent on this socket until it closes it, or ends, which ends the lifeline."""
     # Programs that the user's code starts should neither hold the socket nor do without mlx.
     os.set_inheritable(descriptor, False)
@@ -93,7 +93,7 @@ def _limit(what: int, most: int) -> None:
 def _serve(connection: Connection, callees: list[Callee]) -> None:
     data = connection.recv_bytes()
 
-    def emit(position: int, outcome: Outcome) -> None:
+    def emit(position: int, outcome: RewardResult) -> None:
         _send(connection, position=position, outcome=asdict(outcome))
 
     try:

@@ -25,19 +25,19 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from textpolicy.errors import ConfigError, RewardError
-from textpolicy.rewards.call import (
+from textpolicy.rewards.call_reward import (
     CONCURRENCY,
     Callee,
     Emit,
-    Outcome,
-    describe,
+    RewardResult,
     describe_batch,
+    describe_sample,
     fail_together,
     too_late,
 )
 from textpolicy.rewards.child import STARTUP_SECONDS, Call
-from textpolicy.rewards.contract import Reward, Sample
-from textpolicy.rewards.load import MAIN
+from textpolicy.rewards.reward_file import MAIN
+from textpolicy.rewards.reward_function import Reward, Sample
 from textpolicy.user_code import has_file_module_name, raise_user_errors_as
 
 _SLACK = 0.2
@@ -241,8 +241,8 @@ class Children:
             fail_together([work.positions[place] for place in places], fault, seconds, emit)
             return
         for place in places:
-            fault = _fault(reward, describe(work.samples[place]), words, self._timeout)
-            emit(work.positions[place], Outcome(fault=fault, seconds=seconds))
+            fault = _fault(reward, describe_sample(work.samples[place]), words, self._timeout)
+            emit(work.positions[place], RewardResult(fault=fault, seconds=seconds))
 
     def _replace(self, child: Child) -> None:
         child.kill()
@@ -257,7 +257,7 @@ def _deal_with(child: Child, message: Mapping[str, Any], emit: Emit) -> None:
     if "outcome" in message and child.work:
         place: int = message["position"]
         child.unanswered.discard(place)
-        emit(child.work.positions[place], Outcome(**message["outcome"]))
+        emit(child.work.positions[place], RewardResult(**message["outcome"]))
     else:
         child.finish()
 
@@ -281,7 +281,8 @@ def _startup_failed(words: str, rewards: Sequence[Reward]) -> str:
 def _program(descriptor: int, lifeline: int) -> str:
     return (
         f"import sys; sys.path[:] = {sys.path!r}\n"
-        f"from textpolicy.rewards.child import main; main({descriptor}, {lifeline})"
+        "from textpolicy.rewards.child import serve_rewards\n"
+        f"serve_rewards({descriptor}, {lifeline})"
     )
 
 

@@ -27,7 +27,7 @@ _LONGEST_WAIT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class JudgeReply:
     """What a judge said to one question and what that took; `error` instead if it said nothing."""
 
     text: str = ""
@@ -67,24 +67,24 @@ class Endpoint:
     def name(self) -> str:
         return f"{self.url} {self.model} {self.temperature} {self.max_tokens}"
 
-    def __call__(self, questions: Sequence[str]) -> list[Reply]:
+    def __call__(self, questions: Sequence[str]) -> list[JudgeReply]:
         with ThreadPoolExecutor(self.concurrency) as threads:
             return list(threads.map(self._ask, questions))
 
-    def _ask(self, question: str) -> Reply:
+    def _ask(self, question: str) -> JudgeReply:
         for attempt in range(self.retries + 1):
             try:
                 return self._ask_once(question, attempt)
             except _Passing as error:
                 if attempt == self.retries:
                     tried = f"{attempt + 1} times" if attempt else "once"
-                    return Reply(retries=attempt, error=f"{error} (tried {tried})")
+                    return JudgeReply(retries=attempt, error=f"{error} (tried {tried})")
                 # Uneven, so that questions that failed together do not come back together.
                 pause = self.wait * 2**attempt * (0.5 + secrets.randbelow(1000) / 1000)
                 time.sleep(min(_LONGEST_WAIT, max(pause, error.wait)))
         raise AssertionError("the last attempt returns")
 
-    def _ask_once(self, question: str, attempt: int) -> Reply:
+    def _ask_once(self, question: str, attempt: int) -> JudgeReply:
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/chat/completions",
             data=json.dumps(self._body(question)).encode(),
@@ -152,14 +152,14 @@ def _read_until(response: Any, deadline: float) -> bytes:
     return body
 
 
-def _read_reply(body: bytes, attempt: int) -> Reply:
+def _read_reply(body: bytes, attempt: int) -> JudgeReply:
     try:
         answer: Any = json.loads(body)
         text: Any = answer["choices"][0]["message"]["content"]
         usage: Any = answer.get("usage") or {}
         if not isinstance(text, str):
             raise TypeError(f"content is {text!r}")
-        return Reply(
+        return JudgeReply(
             text,
             int(usage.get("prompt_tokens", 0)),
             int(usage.get("completion_tokens", 0)),

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from textpolicy.errors import ConfigError, RewardError
-from textpolicy.rewards.contract import Reward, Score
-from textpolicy.rewards.endpoint import Reply
+from textpolicy.rewards.endpoint import JudgeReply
+from textpolicy.rewards.reward_function import Reward, Score
 
 _GRADE = re.compile(
     r"(?:score|grade|rating)[^\w-]{0,10}(-?[0-9]{1,6}(?:\.[0-9]{1,6})?)", re.IGNORECASE
@@ -39,7 +39,7 @@ class Asks(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, questions: Sequence[str], /) -> Sequence[Reply]: ...
+    def __call__(self, questions: Sequence[str], /) -> Sequence[JudgeReply]: ...
 
 
 @runtime_checkable
@@ -70,9 +70,11 @@ class LocalJudge:
     policy: Generates
     name: str = "local"
 
-    def __call__(self, questions: Sequence[str]) -> list[Reply]:
+    def __call__(self, questions: Sequence[str]) -> list[JudgeReply]:
         groups = self.policy.generate(list(questions), n=1, seed=0)
-        return [Reply(said.text, len(said.prompt_tokens), len(said.tokens)) for (said,) in groups]
+        return [
+            JudgeReply(said.text, len(said.prompt_tokens), len(said.tokens)) for (said,) in groups
+        ]
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Judge:
             high=self.high,
         )
 
-    def _score(self, reply: Reply | None, *, fresh: bool) -> Score:
+    def _score(self, reply: JudgeReply | None, *, fresh: bool) -> Score:
         """0 to 1, or None where the judge gave no number; tokens only of what was asked now."""
         assert reply is not None
         grade = None if reply.error else read_grade(reply.text, self.low, self.high)
@@ -144,17 +146,17 @@ class Judge:
         key = hashlib.sha256(f"{self.ask.name}\0{question}".encode()).hexdigest()
         return self.cache / key[:2] / f"{key}.json"
 
-    def _recall(self, question: str) -> Reply | None:
+    def _recall(self, question: str) -> JudgeReply | None:
         path = self._path(question)
         if path is None or not path.is_file():
             return None
         try:
-            return Reply(**json.loads(path.read_text("utf-8")))
+            return JudgeReply(**json.loads(path.read_text("utf-8")))
         except (ValueError, TypeError):
             # Not a whole answer: it is asked for again, and written over.
             return None
 
-    def _keep(self, question: str, reply: Reply) -> None:
+    def _keep(self, question: str, reply: JudgeReply) -> None:
         path = self._path(question)
         if path is None:
             return
@@ -209,7 +211,7 @@ def read_grade(text: str, low: float, high: float) -> float | None:
     return grade if low <= grade <= high else None
 
 
-def _raise_if_lost(replies: Mapping[str, Reply], asked: int) -> None:
+def _raise_if_lost(replies: Mapping[str, JudgeReply], asked: int) -> None:
     lost = [reply.error for reply in replies.values() if reply.error]
     if asked and len(lost) == asked:
         raise RewardError(f"the judge answered none of {asked} questions; the last: {lost[-1]}")

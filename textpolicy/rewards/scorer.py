@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from textpolicy.errors import RewardError
-from textpolicy.rewards.call import CONCURRENCY, Callee, Emit, Outcome, describe
+from textpolicy.rewards.call_reward import CONCURRENCY, Callee, Emit, RewardResult, describe_sample
 from textpolicy.rewards.children import Children
-from textpolicy.rewards.composition import Rewards, as_rewards
-from textpolicy.rewards.contract import Sample, sample_of
+from textpolicy.rewards.reward_function import Sample, sample_of
 from textpolicy.rewards.signature import check_columns
+from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
 
 WINDOW = 100
 """The number of last calls that the error rate is taken over."""
@@ -117,7 +117,7 @@ class Scorer:
         self._incidents: dict[tuple[int, bool], Incident] = {}
 
     @property
-    def overlaps(self) -> bool:
+    def can_overlap_decoding(self) -> bool:
         """Whether samples can be scored while others are written: elsewhere, and each by itself."""
         alone = not any(reward.batched for reward in self.rewards.members)
         return alone and self.rewards.timeout is not None
@@ -156,19 +156,19 @@ class Scorer:
         """One verdict for each sample, in order."""
         started = time.perf_counter()
         self.prepare([sample.example for sample in samples])
-        verdicts = self.judge(samples)
-        self.tell_incidents()
+        verdicts = self.score_prepared(samples)
+        self.report_incidents()
         self.seconds += time.perf_counter() - started
         return verdicts
 
-    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
+    def score_prepared(self, samples: Sequence[Sample]) -> list[Verdict]:
         """`score` for some of the samples that were prepared for: neither are its seconds counted,
         nor is anybody told of incidents yet.
         """
         outcomes_F = [self._outcomes(index, samples) for index in range(len(self._callees))]
         return [self._verdict(outcomes) for outcomes in zip(*outcomes_F, strict=True)]
 
-    def tell_incidents(self) -> None:
+    def report_incidents(self) -> None:
         """Tell of those since `prepare`: of each function's first failure and slowest call."""
         for key in sorted(self._incidents):
             if self._on_incident:
@@ -179,11 +179,11 @@ class Scorer:
         """From another thread: let `judge` end with an error, and kill what it waits for."""
         self._interrupted.set()
 
-    def _outcomes(self, index: int, samples: Sequence[Sample]) -> list[Outcome]:
+    def _outcomes(self, index: int, samples: Sequence[Sample]) -> list[RewardResult]:
         """One function's outcomes; a failure ends this early where the run is not to go on."""
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, RewardResult] = {}
 
-        def emit(position: int, outcome: Outcome) -> None:
+        def emit(position: int, outcome: RewardResult) -> None:
             self._admit(outcome)
             outcomes[position] = outcome
 
@@ -192,7 +192,7 @@ class Scorer:
         self._note_incidents(index, samples, ordered)
         return ordered
 
-    def _admit(self, outcome: Outcome) -> None:
+    def _admit(self, outcome: RewardResult) -> None:
         if outcome.counts:
             self._failed.append(outcome.fault is not None)
         if outcome.fault is None:
@@ -207,7 +207,7 @@ class Scorer:
             )
 
     def _note_incidents(
-        self, index: int, samples: Sequence[Sample], outcomes: Sequence[Outcome]
+        self, index: int, samples: Sequence[Sample], outcomes: Sequence[RewardResult]
     ) -> None:
         name = self._callees[index].reward.name
         for outcome, sample in zip(outcomes, samples, strict=True):
@@ -221,13 +221,13 @@ class Scorer:
                 continue
             self._incidents[key] = Incident(
                 reward=name,
-                sample=describe(sample),
+                sample=describe_sample(sample),
                 seconds=outcome.seconds,
                 fault=outcome.fault,
                 more=before.more + 1 if before else 0,
             )
 
-    def _verdict(self, outcomes: Sequence[Outcome]) -> Verdict:
+    def _verdict(self, outcomes: Sequence[RewardResult]) -> Verdict:
         policy = self.rewards.on_error
         faults = [outcome.fault for outcome in outcomes if outcome.fault]
         if not isinstance(policy, str):
@@ -245,12 +245,12 @@ class Scorer:
         )
 
 
-Scoring = Callable[..., Any] | Rewards | Scorer
+RewardLike = Callable[..., Any] | Rewards | Scorer
 """What can score: a function, several with their options, or a scorer that is open already."""
 
 
 @contextmanager
-def scorer_of(reward: Scoring) -> Generator[Scorer, None, None]:
+def scorer_of(reward: RewardLike) -> Generator[Scorer, None, None]:
     """A scorer for the block: the one given, left open, or one of these functions, then closed."""
     if isinstance(reward, Scorer):
         yield reward

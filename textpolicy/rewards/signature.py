@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.contract import CONTEXT, Reward, Sample
+from textpolicy.rewards.reward_function import CONTEXT_FIELDS, Reward, Sample
 
 PLAIN = ("prompt", "completion", "example")
 BATCHED = ("prompts", "completions", "examples")
@@ -26,7 +26,7 @@ class Signature:
 
     def missing(self, columns: Collection[str]) -> list[str]:
         """The names without a default that neither the row nor the context has."""
-        known = {*self.fixed, *CONTEXT, *columns}
+        known = {*self.fixed, *CONTEXT_FIELDS, *columns}
         return [name for name in self.required if name not in known]
 
     def arguments(self, sample: Sample) -> Arguments:
@@ -63,7 +63,7 @@ def read_signature(reward: Reward) -> Signature:
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in PLAIN]
     fixed = BATCHED if reward.batched else PLAIN
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    sees_completion = bool({fixed[1], *CONTEXT} & set(names))
+    sees_completion = bool({fixed[1], *CONTEXT_FIELDS} & set(names))
     by_position = not sees_completion and _takes_three(parameters)
     if not (sees_completion or by_position):
         raise ConfigError(
@@ -85,7 +85,7 @@ def check_columns(reward: Reward, signature: Signature, columns: Collection[str]
     missing = signature.missing(columns)
     if not missing:
         return
-    unused = {*columns, *signature.fixed, *CONTEXT} - {*signature.required}
+    unused = {*columns, *signature.fixed, *CONTEXT_FIELDS} - {*signature.required}
     near = get_close_matches(missing[0], sorted(unused), n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     raise ConfigError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from textpolicy.rewards import Scoring
+from textpolicy.rewards import RewardLike
 from textpolicy.rollout.worker import collect
 from textpolicy.types import Metrics, Policy, RolloutGroup, Task
 
@@ -26,7 +26,7 @@ class SampledGroups:
 def collect_with_dynamic_sampling(
     next_tasks: Callable[[int], Sequence[Task]],
     policy: Policy,
-    reward: Scoring,
+    reward: RewardLike,
     *,
     groups: int,
     group_size: int,

@@ -7,8 +7,8 @@ from typing import Any
 
 from textpolicy.environments.single_turn import prompt_text
 from textpolicy.errors import ConfigError
-from textpolicy.rewards import Sample, Scorer, Scoring, Verdict, conversation, scorer_of
-from textpolicy.rewards.early import EarlyScores
+from textpolicy.rewards import RewardLike, Sample, Scorer, Verdict, append_completion, scorer_of
+from textpolicy.rewards.background_scorer import BackgroundScorer
 from textpolicy.rollout.episode import Episode
 from textpolicy.types import (
     Completion,
@@ -28,7 +28,7 @@ _MAX_EPISODE_TURNS = 64
 def collect(
     tasks: Sequence[Task],
     policy: Policy,
-    reward: Scoring,
+    reward: RewardLike,
     *,
     group_size: int,
     seed: int,
@@ -44,7 +44,7 @@ def collect(
         scorer.prepare([task.example for task in tasks])
         answered = [t for t, task in enumerate(tasks) if task.env is None]
         played = [t for t, task in enumerate(tasks) if task.env is not None]
-        if not played and scorer.overlaps and isinstance(policy, ConversingPolicy):
+        if not played and scorer.can_overlap_decoding and isinstance(policy, ConversingPolicy):
             said, verdicts = _answer_and_score(tasks, policy, scorer, group_size, seed)
         else:
             said = _answer(tasks, answered, policy, group_size, seed)
@@ -86,7 +86,7 @@ def _answer_and_score(
     tasks: Sequence[Task], policy: ConversingPolicy, scorer: Scorer, group_size: int, seed: int
 ) -> tuple[dict[int, list[_Said]], Iterator[Verdict]]:
     """The verdicts come in the order of tasks and their rows."""
-    with closing(EarlyScores[tuple[int, int]](scorer)) as early:
+    with closing(BackgroundScorer[tuple[int, int]](scorer)) as early:
 
         def score(t: int, member: int, said: Completion) -> None:
             early.add((t, member), _sample(tasks[t], _Said([said])))
@@ -139,14 +139,14 @@ def _sample(task: Task, said: _Said) -> Sample:
 
 
 def _context(prompt: Prompt, said: _Said) -> Mapping[str, Any]:
-    """The fields of `textpolicy.rewards.contract.CONTEXT`, in types that need no mlx to unpack."""
+    """The fields of `textpolicy.rewards.CONTEXT_FIELDS`, in types that need no mlx to unpack."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
     for turn in said.turns[:-1]:
-        messages = [*conversation(messages, turn.completion), *turn.replies]
+        messages = [*append_completion(messages, turn.completion), *turn.replies]
     return {
         "tokens": [token for turn in said.completions for token in turn.tokens],
         "stop_reason": _stop_reason(said).value,
-        "messages": conversation(messages, said.last.text),
+        "messages": append_completion(messages, said.last.text),
         "turns": [turn.text for turn in said.completions],
         "turn_rewards": [turn.reward for turn in said.turns] or [0.0],
     }

@@ -119,8 +119,8 @@ class SignalScorer(Scorer):
         super().__init__(rewards, **options)
         self._turns: defaultdict[str, cycle[float]] = defaultdict(lambda: cycle((0.0, 1.0)))
 
-    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
-        verdicts = zip(super().judge(samples), samples, strict=True)
+    def score_prepared(self, samples: Sequence[Sample]) -> list[Verdict]:
+        verdicts = zip(super().score_prepared(samples), samples, strict=True)
         return [replace(verdict, value=next(self._turns[one.id])) for verdict, one in verdicts]
 
 

@@ -17,7 +17,7 @@ from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import as_rewards, load_reward
-from textpolicy.rewards.check import Case, RewardCheck, check_cases, check_reward
+from textpolicy.rewards.reward_check import Case, RewardCheck, check_cases, check_reward
 from textpolicy.types import Sampling
 
 

@@ -6,13 +6,18 @@ def reward(completion, answer):
     return float(math_equal(completion, answer))
 """
 
-from textpolicy.rewards.verifiers.code import CodeRun, code_share, python_in, run_code
-from textpolicy.rewards.verifiers.extract import final_answer, last_boxed, last_number, tagged
-from textpolicy.rewards.verifiers.layout import has_layout, tag_share
-from textpolicy.rewards.verifiers.maths import math_equal, number_equal, number_in
-from textpolicy.rewards.verifiers.patterns import pattern_match
-from textpolicy.rewards.verifiers.structured import json_match, json_problems, read_json
-from textpolicy.rewards.verifiers.text import (
+from textpolicy.rewards.verifiers.answer_in_text import (
+    final_answer,
+    last_boxed,
+    last_number,
+    tagged,
+)
+from textpolicy.rewards.verifiers.code_tests import CodeRun, code_share, python_in, run_code
+from textpolicy.rewards.verifiers.json_schema import json_match, json_problems, read_json
+from textpolicy.rewards.verifiers.math_answers import math_equal, number_equal, number_in
+from textpolicy.rewards.verifiers.regular_expressions import pattern_match
+from textpolicy.rewards.verifiers.tags import has_layout, tag_share
+from textpolicy.rewards.verifiers.text_answers import (
     choice_in,
     choice_match,
     exact_match,

@@ -9,8 +9,8 @@
 
 Numbers may have thousands separators (1,234) and exponents (1e-3). The LaTeX that answers are
 written in is read: \\frac, \\sqrt, \\cdot, \\pi, \\pm, \\text and so on. All is bounded
-before it is computed: LENGTH characters, DEPTH levels of brackets, HEIGHT operations on top of each
-other, ITEMS items in a list, EXPONENT_DIGITS digits after the e.
+before it is computed: _MAX_LENGTH characters, _MAX_DEPTH levels of brackets, _MAX_HEIGHT operations
+on top of each other, _MAX_ITEMS items in a list, _MAX_EXPONENT_DIGITS digits after the e.
 """
 
 import re
@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-LENGTH = 256
-DEPTH = 24
-HEIGHT = 64
-ITEMS = 24
-EXPONENT_DIGITS = 3
-FUNCTIONS = ("sqrt", "root", "frac", "ln", "log", "exp", "abs")
+_MAX_LENGTH = 256
+_MAX_DEPTH = 24
+_MAX_HEIGHT = 64
+_MAX_ITEMS = 24
+_MAX_EXPONENT_DIGITS = 3
+_FUNCTIONS = ("sqrt", "root", "frac", "ln", "log", "exp", "abs")
 
 _SPELLINGS = [
     (re.compile(pattern), replacement)
@@ -58,75 +58,77 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 _CLOSING = {"(": ")]", "[": ")]", "{": "}"}
 
 
-class Unreadable(ValueError):
+class UnreadableAnswerError(ValueError):
     """Text that is no answer in this grammar, or one beyond its bounds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Number:
+class NumberNode:
     value: Fraction
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
+class NameNode:
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Apply:
+class OperationNode:
     """An operator or function and what it is applied to."""
 
     operator: str
-    operands: "tuple[Number | Name | Apply | Several, ...]"
+    operands: "tuple[NumberNode | NameNode | OperationNode | ListNode, ...]"
     height: int
 
 
 @dataclass(frozen=True, slots=True)
-class Several:
+class ListNode:
     """Items between brackets: "()", "[)" and so on in order, "{}" (or no brackets) a set."""
 
     brackets: str
-    items: "tuple[Number | Name | Apply | Several, ...]"
+    items: "tuple[NumberNode | NameNode | OperationNode | ListNode, ...]"
     height: int
 
 
-Tree = Number | Name | Apply | Several
+AnswerTree = NumberNode | NameNode | OperationNode | ListNode
 
 
-def read(text: str) -> Tree:
-    """The tree of an answer; raises `Unreadable`."""
-    if len(text) > LENGTH:
-        raise Unreadable(f"longer than {LENGTH} characters")
+def parse_answer(text: str) -> AnswerTree:
+    """The tree of an answer; raises `UnreadableAnswerError`."""
+    if len(text) > _MAX_LENGTH:
+        raise UnreadableAnswerError(f"longer than {_MAX_LENGTH} characters")
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     if text.count("\\pm") + text.count("±") == 1:
         text = ",".join(re.sub(r"\\pm|±", sign, text) for sign in "+-")
     if not re.search(r"[0-9]|[^a-zA-Z\s]", text) and len(text.strip()) > 1 and "pi" not in text:
-        raise Unreadable("words")
+        raise UnreadableAnswerError("words")
     if not re.search(r"[(\[{]", text):
         text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     return _Parser(_tokens(text)).answer()
 
 
-def _apply(operator: str, *operands: Tree) -> Apply:
-    return Apply(operator, operands, _height_over(operands))
+def _apply(operator: str, *operands: AnswerTree) -> OperationNode:
+    return OperationNode(operator, operands, _height_over(operands))
 
 
-def _height_over(trees: Sequence[Tree]) -> int:
+def _height_over(trees: Sequence[AnswerTree]) -> int:
     """One more than the highest: what walks a tree by recursion needs it bounded."""
-    height = 1 + max(0 if isinstance(tree, Number | Name) else tree.height for tree in trees)
-    if height > HEIGHT:
-        raise Unreadable(f"more than {HEIGHT} operations on top of each other")
+    height = 1 + max(
+        0 if isinstance(tree, NumberNode | NameNode) else tree.height for tree in trees
+    )
+    if height > _MAX_HEIGHT:
+        raise UnreadableAnswerError(f"more than {_MAX_HEIGHT} operations on top of each other")
     return height
 
 
-def _tokens(text: str) -> list[str | Number]:
-    tokens: list[str | Number] = []
+def _tokens(text: str) -> list[str | NumberNode]:
+    tokens: list[str | NumberNode] = []
     place, end = 0, len(text.rstrip())
     while place < end:
         match = _TOKEN.match(text, place)
         if match is None:
-            raise Unreadable(f"cannot read {text[place : place + 10]!r}")
+            raise UnreadableAnswerError(f"cannot read {text[place : place + 10]!r}")
         place = match.end()
         if match["number"]:
             tokens.append(_number(match["number"], match["exponent"] or ""))
@@ -135,51 +137,51 @@ def _tokens(text: str) -> list[str | Number]:
     return tokens
 
 
-def _number(digits: str, exponent: str) -> Number:
-    if len(exponent.lstrip("eE+-")) > EXPONENT_DIGITS:
-        raise Unreadable("exponent too large")
-    return Number(Fraction(digits) * Fraction(10) ** int(exponent[1:] or "0"))
+def _number(digits: str, exponent: str) -> NumberNode:
+    if len(exponent.lstrip("eE+-")) > _MAX_EXPONENT_DIGITS:
+        raise UnreadableAnswerError("exponent too large")
+    return NumberNode(Fraction(digits) * Fraction(10) ** int(exponent[1:] or "0"))
 
 
 def _names(word: str) -> list[str]:
     """`2ab` is a product of letters; a longer run of them is a word."""
-    if word in (*FUNCTIONS, "pi") or word.startswith("\\"):
+    if word in (*_FUNCTIONS, "pi") or word.startswith("\\"):
         return [word]
     if len(word) > 3:
-        raise Unreadable(f"{word!r} is a word")
+        raise UnreadableAnswerError(f"{word!r} is a word")
     return list(word)
 
 
 class _Parser:
     """Reads tokens from left to right, one ahead."""
 
-    def __init__(self, tokens: Sequence[str | Number]) -> None:
+    def __init__(self, tokens: Sequence[str | NumberNode]) -> None:
         self._tokens = tokens
         self._place = 0
         self._depth = 0
 
-    def answer(self) -> Tree:
+    def answer(self) -> AnswerTree:
         tree = self._items("", "")
         if self._next is not None:
-            raise Unreadable(f"{self._next!r} is left over")
+            raise UnreadableAnswerError(f"{self._next!r} is left over")
         return tree
 
     @property
-    def _next(self) -> str | Number | None:
+    def _next(self) -> str | NumberNode | None:
         return self._tokens[self._place] if self._place < len(self._tokens) else None
 
-    def _take(self, expected: str = "") -> str | Number:
+    def _take(self, expected: str = "") -> str | NumberNode:
         token = self._next
         if token is None or (expected and token not in list(expected)):
-            raise Unreadable(f"expected {expected or 'more'}, got {token!r}")
+            raise UnreadableAnswerError(f"expected {expected or 'more'}, got {token!r}")
         self._place += 1
         return token
 
-    def _items(self, opening: str, closings: str) -> Tree:
+    def _items(self, opening: str, closings: str) -> AnswerTree:
         """Comma-separated items up to a closing bracket, which is taken, or to the end."""
         self._depth += 1
-        if self._depth > DEPTH:
-            raise Unreadable(f"nested more than {DEPTH} deep")
+        if self._depth > _MAX_DEPTH:
+            raise UnreadableAnswerError(f"nested more than {_MAX_DEPTH} deep")
         items = [self._item()]
         while self._next == ",":
             self._take()
@@ -188,41 +190,41 @@ class _Parser:
         self._depth -= 1
         if len(items) == 1:
             return items[0]
-        inner = [item for item in items if isinstance(item, Several)]
-        nested = any(isinstance(below, Several) for item in inner for below in item.items)
-        if nested or len(items) > ITEMS:
-            raise Unreadable(f"more than {ITEMS} items, or lists of lists of lists")
+        inner = [item for item in items if isinstance(item, ListNode)]
+        nested = any(isinstance(below, ListNode) for item in inner for below in item.items)
+        if nested or len(items) > _MAX_ITEMS:
+            raise UnreadableAnswerError(f"more than {_MAX_ITEMS} items, or lists of lists of lists")
         brackets = "{}" if opening in ("", "{") else opening + closing
-        return Several(brackets, tuple(items), _height_over(items))
+        return ListNode(brackets, tuple(items), _height_over(items))
 
-    def _item(self) -> Tree:
+    def _item(self) -> AnswerTree:
         tree = self._sum()
-        if self._next == "=" and isinstance(tree, Name):
+        if self._next == "=" and isinstance(tree, NameNode):
             self._take()
             tree = self._sum()
         return tree
 
-    def _sum(self) -> Tree:
+    def _sum(self) -> AnswerTree:
         tree = self._signed(self._product)
         while self._next in ("+", "-"):
             operator = str(self._take())
             tree = _apply(operator, tree, self._product())
         return tree
 
-    def _signed(self, rest: Callable[[], Tree]) -> Tree:
+    def _signed(self, rest: Callable[[], AnswerTree]) -> AnswerTree:
         negative = False
         while self._next in ("+", "-"):
             negative ^= self._take() == "-"
         tree = rest()
-        return _apply("-", Number(Fraction(0)), tree) if negative else tree
+        return _apply("-", NumberNode(Fraction(0)), tree) if negative else tree
 
-    def _product(self) -> Tree:
+    def _product(self) -> AnswerTree:
         tree = self._power()
         while (token := self._next) is not None:
             if token in ("*", "/"):
                 operator = str(self._take())
                 tree = _apply(operator, tree, self._signed(self._power))
-            elif isinstance(token, Number) or token == "frac":
+            elif isinstance(token, NumberNode) or token == "frac":
                 tree = self._mixed(tree)
             elif token in ("(", "[", "{") or str(token)[0].isalpha() or str(token)[0] == "\\":
                 tree = _apply("*", tree, self._power())
@@ -230,21 +232,21 @@ class _Parser:
                 break
         return tree
 
-    def _mixed(self, whole: Tree) -> Tree:
+    def _mixed(self, whole: AnswerTree) -> AnswerTree:
         """`3 1/2` and `3\\frac{1}{2}` are three and a half; `x \\frac{1}{2}` is a product."""
-        simple = isinstance(whole, Number) and whole.value.denominator == 1
+        simple = isinstance(whole, NumberNode) and whole.value.denominator == 1
         if self._next == "frac":
             return _apply("+" if simple else "*", whole, self._power())
         top = self._take()
         if not simple or self._next != "/":
-            raise Unreadable("two numbers side by side")
+            raise UnreadableAnswerError("two numbers side by side")
         self._take("/")
         bottom = self._take()
-        if not isinstance(top, Number) or not isinstance(bottom, Number):
-            raise Unreadable("half a fraction")
+        if not isinstance(top, NumberNode) or not isinstance(bottom, NumberNode):
+            raise UnreadableAnswerError("half a fraction")
         return _apply("+", whole, _apply("/", top, bottom))
 
-    def _power(self) -> Tree:
+    def _power(self) -> AnswerTree:
         tree = self._atom()
         if self._next == "^":
             self._take()
@@ -254,23 +256,23 @@ class _Parser:
             self._depth -= 1
         while self._next == "%":
             self._take()
-            tree = _apply("/", tree, Number(Fraction(100)))
+            tree = _apply("/", tree, NumberNode(Fraction(100)))
         return tree
 
-    def _atom(self) -> Tree:
-        if self._depth > DEPTH:
-            raise Unreadable(f"nested more than {DEPTH} deep")
+    def _atom(self) -> AnswerTree:
+        if self._depth > _MAX_DEPTH:
+            raise UnreadableAnswerError(f"nested more than {_MAX_DEPTH} deep")
         token = self._take()
-        if isinstance(token, Number):
+        if isinstance(token, NumberNode):
             return token
         if token in _CLOSING:
             return self._items(token, _CLOSING[token])
-        if token in FUNCTIONS:
+        if token in _FUNCTIONS:
             arity = 2 if token in ("frac", "root") else 1
             self._depth += 1
             operands = tuple(self._atom() for _ in range(arity))
             self._depth -= 1
             return _apply("/" if token == "frac" else token, *operands)
         if token[0].isalpha() or token[0] == "\\":
-            return Name(token)
-        raise Unreadable(f"{token!r} where a value should be")
+            return NameNode(token)
+        raise UnreadableAnswerError(f"{token!r} where a value should be")

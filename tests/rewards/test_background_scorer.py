@@ -9,7 +9,7 @@ from tests.timing import least_seconds
 from textpolicy.errors import RewardError
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, Scorer, load_reward, sample_of
-from textpolicy.rewards.early import EarlyScores
+from textpolicy.rewards.background_scorer import BackgroundScorer
 from textpolicy.rollout.worker import collect
 from textpolicy.types import Sampling, Task
 
@@ -89,7 +89,7 @@ def test_only_what_was_waited_for_counts_as_seconds_of_rewards(found):
     sample = sample_of("p", "c", {})
     with closing(Scorer(Rewards(found("sleepy"), timeout=20.0, workers=1))) as scorer:
         scorer.prepare([sample.example])
-        with closing(EarlyScores[int](scorer)) as early:
+        with closing(BackgroundScorer[int](scorer)) as early:
             early.add(0, sample)
             time.sleep(3)
             assert early.verdicts()[0].value == 1.0
@@ -112,7 +112,7 @@ def test_what_is_broken_off_leaves_no_scoring_behind(found):
     with closing(Scorer(Rewards(found("second"), timeout=20.0, workers=1))) as scorer:
         scorer.score([sample_of("p", "c", {})])
         scorer.prepare([{}])
-        early = EarlyScores[int](scorer)
+        early = BackgroundScorer[int](scorer)
         for number in range(20):
             early.add(number, sample_of("p", str(number), {}))
         started = time.perf_counter()
@@ -128,7 +128,7 @@ def test_no_process_is_idle_for_a_first_sample_that_came_alone(found):
         scorer.prepare([{}])
 
         def score():
-            with closing(EarlyScores[int](scorer)) as early:
+            with closing(BackgroundScorer[int](scorer)) as early:
                 for number in range(4):
                     early.add(number, sample_of("p", str(number), {}))
                     time.sleep(0.05)
@@ -146,9 +146,9 @@ def test_an_incident_is_told_once_however_many_calls_a_step_takes(found):
         for step in (1, 2):
             scorer.prepare([sample.example for sample in samples])
             for sample in samples:
-                scorer.judge([sample])
+                scorer.score_prepared([sample])
             assert len(told) == step - 1
-            scorer.tell_incidents()
+            scorer.report_incidents()
             assert len(told) == step
     assert told[0].more == 2 and "completion '0'" in told[0].fault
 
@@ -156,7 +156,7 @@ def test_an_incident_is_told_once_however_many_calls_a_step_takes(found):
 def test_rewards_of_a_whole_batch_wait_for_all_of_it(found):
     def overlaps(*functions, **options) -> bool:
         with closing(Scorer(Rewards([*functions], **options))) as scorer:
-            return scorer.overlaps
+            return scorer.can_overlap_decoding
 
     assert overlaps(found("sleepy"), timeout=1.0)
     assert not overlaps(found("sleepy"))

@@ -9,9 +9,9 @@ import re
 from functools import cache
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.call import Callee, Outcome
+from textpolicy.rewards.call_reward import Callee, RewardResult
 from textpolicy.rewards.children import Children
-from textpolicy.rewards.contract import Reward, Sample
+from textpolicy.rewards.reward_function import Reward, Sample
 
 
 def pattern_match(text: str, pattern: str, *, whole: bool = False, seconds: float = 0.5) -> bool:
@@ -23,13 +23,13 @@ def pattern_match(text: str, pattern: str, *, whole: bool = False, seconds: floa
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"{pattern!r} is no regular expression: {error}") from error
-    outcomes: list[Outcome] = []
+    outcomes: list[RewardResult] = []
     sample = Sample(prompt="", completion=text, example={"pattern": pattern, "whole": whole})
     _engine(seconds).run(0, [sample], lambda _, outcome: outcomes.append(outcome))
     return outcomes[0].value == 1.0
 
 
-def found(completion: str, pattern: str, whole: bool) -> bool:
+def _matches(completion: str, pattern: str, whole: bool) -> bool:
     """What runs in the other process."""
     search = re.fullmatch if whole else re.search
     return search(pattern, completion, re.DOTALL) is not None
@@ -38,6 +38,6 @@ def found(completion: str, pattern: str, whole: bool) -> bool:
 @cache
 def _engine(seconds: float) -> Children:
     # Two, so that one is ready while the other is replaced.
-    engine = Children([Callee(Reward(found, "pattern_match"))], timeout=seconds, workers=2)
+    engine = Children([Callee(Reward(_matches, "pattern_match"))], timeout=seconds, workers=2)
     engine.start(2)
     return engine

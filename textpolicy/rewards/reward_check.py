@@ -8,13 +8,13 @@ from statistics import median
 from typing import Any, Literal
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.composition import Rewards, as_rewards
-from textpolicy.rewards.contract import Sample, sample_of
+from textpolicy.rewards.reward_function import Sample, sample_of
 from textpolicy.rewards.scorer import Scorer, Verdict
+from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "input")
 GOLD_COLUMNS = ("gold", "answer", "solution", "target", "completion", "output")
-ROWS = 64
+DEFAULT_ROWS = 64
 """How many rows are tried unless asked for more."""
 _SLOW_SECONDS = 0.1
 _NOISE = "I am not sure, but it could be 3, or (B), or perhaps something else entirely."
@@ -66,7 +66,7 @@ def check_reward(
     prompt: Column = None,
     gold: Column = None,
     sample: Sampler | None = None,
-    limit: int = ROWS,
+    limit: int = DEFAULT_ROWS,
 ) -> RewardCheck:
     """Try a reward on up to `limit` rows: `print(check_reward(close, rows))`.
 

@@ -17,19 +17,19 @@ from decimal import (
 from fractions import Fraction
 from math import isqrt
 
-from textpolicy.rewards.verifiers.extract import final_answer, last_number
-from textpolicy.rewards.verifiers.grammar import (
-    Apply,
-    Name,
-    Number,
-    Several,
-    Tree,
-    Unreadable,
-    read,
+from textpolicy.rewards.verifiers.answer_in_text import final_answer, last_number
+from textpolicy.rewards.verifiers.math_grammar import (
+    AnswerTree,
+    ListNode,
+    NameNode,
+    NumberNode,
+    OperationNode,
+    UnreadableAnswerError,
+    parse_answer,
 )
-from textpolicy.rewards.verifiers.text import normalised
+from textpolicy.rewards.verifiers.text_answers import normalised
 
-BITS = 2048
+_MAX_BITS = 2048
 """The largest numerator or denominator that is computed."""
 _AGREE = Decimal("1e-40")
 _CONTEXT = Context(
@@ -67,12 +67,12 @@ def math_equal(completion: str, answer: object) -> bool:
     if len(wanted) > 1 and (boxed := final_answer(wanted, tags=(), number=False)):
         wanted = boxed
     try:
-        right = read(wanted)
-    except Unreadable:
+        right = parse_answer(wanted)
+    except UnreadableAnswerError:
         return bool(wanted.strip()) and normalised(given) == normalised(wanted)
     try:
-        return same_value(read(given), right)
-    except Unreadable:
+        return same_value(parse_answer(given), right)
+    except UnreadableAnswerError:
         return False
 
 
@@ -80,8 +80,8 @@ def number_equal(completion: str, answer: float | str, *, tolerance: float = 0.0
     """Whether the last number of `completion` is within `tolerance` (relative) of `answer`."""
     try:
         given = number_in(completion)
-        wanted = exact(read(str(answer)))
-    except Unreadable:
+        wanted = exact(parse_answer(str(answer)))
+    except UnreadableAnswerError:
         return False
     if given is None or wanted is None:
         return False
@@ -92,32 +92,34 @@ def number_in(text: str) -> Fraction | None:
     """The exact value of the final answer or last number of a text; None where there is none."""
     for found in (final_answer(text), last_number(text)):
         try:
-            value = exact(read(found)) if found is not None else None
-        except Unreadable:
+            value = exact(parse_answer(found)) if found is not None else None
+        except UnreadableAnswerError:
             continue
         if value is not None:
             return value
     return None
 
 
-def same_value(left: Tree, right: Tree) -> bool:
-    """Whether two trees stand for the same value; raises `Unreadable` if one is out of bounds."""
-    if isinstance(left, Several) or isinstance(right, Several):
-        return isinstance(left, Several) and isinstance(right, Several) and _same_items(left, right)
+def same_value(left: AnswerTree, right: AnswerTree) -> bool:
+    """Whether two trees stand for the same value; raises `UnreadableAnswerError` if not."""
+    if isinstance(left, ListNode) or isinstance(right, ListNode):
+        return (
+            isinstance(left, ListNode) and isinstance(right, ListNode) and _same_items(left, right)
+        )
     values = exact(left), exact(right)
     if values[0] is not None and values[1] is not None:
         return values[0] == values[1]
     return _agree(left, right)
 
 
-def exact(tree: Tree) -> Fraction | None:
+def exact(tree: AnswerTree) -> Fraction | None:
     """The value as a fraction; None where it is none, as for roots of 2 and for variables."""
-    if isinstance(tree, Number):
+    if isinstance(tree, NumberNode):
         return _bounded(tree.value)
-    if isinstance(tree, Name):
+    if isinstance(tree, NameNode):
         return None
-    if isinstance(tree, Several):
-        raise Unreadable("a list where a number should be")
+    if isinstance(tree, ListNode):
+        raise UnreadableAnswerError("a list where a number should be")
     operands = [exact(operand) for operand in tree.operands]
     known = [operand for operand in operands if operand is not None]
     if len(known) < len(operands):
@@ -135,7 +137,7 @@ def _exact_apply(operator: str, left: Fraction, right: Fraction = Fraction(0)) -
             return _bounded(left * right)
         case "/":
             if right == 0:
-                raise Unreadable("division by zero")
+                raise UnreadableAnswerError("division by zero")
             return _bounded(left / right)
         case "^":
             return _exact_power(left, right)
@@ -151,28 +153,28 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
     if exponent.denominator != 1:
         return _exact_root(base) if exponent == Fraction(1, 2) else None
     size = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if abs(exponent) * size > BITS:
-        raise Unreadable("a power too large")
+    if abs(exponent) * size > _MAX_BITS:
+        raise UnreadableAnswerError("a power too large")
     if base == 0 and exponent < 0:
-        raise Unreadable("division by zero")
+        raise UnreadableAnswerError("division by zero")
     return base**exponent.numerator
 
 
 def _exact_root(value: Fraction) -> Fraction | None:
     if value < 0:
-        raise Unreadable("a root of a negative number")
+        raise UnreadableAnswerError("a root of a negative number")
     top, bottom = isqrt(value.numerator), isqrt(value.denominator)
     is_square = (top * top, bottom * bottom) == (value.numerator, value.denominator)
     return Fraction(top, bottom) if is_square else None
 
 
 def _bounded(value: Fraction) -> Fraction:
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > BITS:
-        raise Unreadable("a number too large")
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
+        raise UnreadableAnswerError("a number too large")
     return value
 
 
-def _same_items(left: Several, right: Several) -> bool:
+def _same_items(left: ListNode, right: ListNode) -> bool:
     if left.brackets != right.brackets or len(left.items) != len(right.items):
         return False
     if left.brackets != "{}":
@@ -186,7 +188,7 @@ def _same_items(left: Several, right: Several) -> bool:
     return True
 
 
-def _agree(left: Tree, right: Tree) -> bool:
+def _agree(left: AnswerTree, right: AnswerTree) -> bool:
     names = sorted(_names(left) | _names(right))
     compared = 0
     with localcontext(_CONTEXT):
@@ -201,18 +203,18 @@ def _agree(left: Tree, right: Tree) -> bool:
                 return False
             compared += 1
     if not compared:
-        raise Unreadable("no value anywhere")
+        raise UnreadableAnswerError("no value anywhere")
     return True
 
 
-def _names(tree: Tree) -> set[str]:
-    if isinstance(tree, Name):
+def _names(tree: AnswerTree) -> set[str]:
+    if isinstance(tree, NameNode):
         return {tree.name} - set(_CONSTANTS)
-    operands = tree.operands if isinstance(tree, Apply) else ()
+    operands = tree.operands if isinstance(tree, OperationNode) else ()
     return {name for operand in operands for name in _names(operand)}
 
 
-def _defined(tree: Tree, values: Mapping[str, Decimal]) -> Decimal | None:
+def _defined(tree: AnswerTree, values: Mapping[str, Decimal]) -> Decimal | None:
     try:
         value = _numeric(tree, values)
         return value if value.is_finite() else None
@@ -220,15 +222,15 @@ def _defined(tree: Tree, values: Mapping[str, Decimal]) -> Decimal | None:
         return None
 
 
-def _numeric(tree: Tree, values: Mapping[str, Decimal]) -> Decimal:
+def _numeric(tree: AnswerTree, values: Mapping[str, Decimal]) -> Decimal:
     """In the current decimal context, whose precision and exponents bound every operation."""
-    if isinstance(tree, Number):
+    if isinstance(tree, NumberNode):
         return Decimal(tree.value.numerator) / Decimal(tree.value.denominator)
-    if isinstance(tree, Name):
+    if isinstance(tree, NameNode):
         return _CONSTANTS.get(tree.name) or values[tree.name]
-    if isinstance(tree, Several):
-        raise Unreadable("a list where a number should be")
+    if isinstance(tree, ListNode):
+        raise UnreadableAnswerError("a list where a number should be")
     operands = [_numeric(operand, values) for operand in tree.operands]
     if tree.operator not in _OPERATORS:
-        raise Unreadable(f"no operator {tree.operator!r}")
+        raise UnreadableAnswerError(f"no operator {tree.operator!r}")
     return _OPERATORS[tree.operator](*operands)

@@ -14,7 +14,7 @@ from typing import Any, overload
 
 from textpolicy.errors import ConfigError
 
-CONTEXT = ("tokens", "stop_reason", "messages", "turns", "turn_rewards")
+CONTEXT_FIELDS = ("tokens", "stop_reason", "messages", "turns", "turn_rewards")
 """What a reward may ask for besides the row: sampled token ids; why sampling stopped ("stop_token",
 "stop_string" or "length"); the conversation with the completion; the model's turns as texts, and
 what the environment gave for each of them."""
@@ -22,7 +22,7 @@ what the environment gave for each of them."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One completion to score. `id` is the task's, for messages; `context` holds CONTEXT fields."""
+    """One completion to score. `id` is the task's, for messages; `context` holds CONTEXT_FIELDS."""
 
     prompt: str
     completion: str
@@ -39,14 +39,16 @@ def sample_of(prompt: str, completion: str, example: Mapping[str, Any], **contex
     written = {
         "tokens": list(completion.encode()),
         "stop_reason": "stop_token",
-        "messages": conversation([{"role": "user", "content": prompt}], completion),
+        "messages": append_completion([{"role": "user", "content": prompt}], completion),
         "turns": [completion],
         "turn_rewards": [0.0],
     }
     return Sample(prompt=prompt, completion=completion, example=example, context=written | context)
 
 
-def conversation(messages: Sequence[Mapping[str, Any]], completion: str) -> list[dict[str, Any]]:
+def append_completion(
+    messages: Sequence[Mapping[str, Any]], completion: str
+) -> list[dict[str, Any]]:
     """The messages with the model's answer at the end."""
     return [*map(dict, messages), {"role": "assistant", "content": completion}]
 
@@ -82,7 +84,7 @@ class Reward:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # The decorated name in the module is this record, so pickle cannot find the function by it.
         if isinstance(self.function, FunctionType):
-            return found, (self.function.__module__, self.function.__qualname__)
+            return _find_reward, (self.function.__module__, self.function.__qualname__)
         return Reward, (self.function, self.name, self.batched)
 
 
@@ -126,6 +128,6 @@ def name_of(function: Callable[..., Any]) -> str:
     return function.__name__ if isinstance(function, FunctionType) else type(function).__name__
 
 
-def found(module: str, qualname: str) -> Reward:
+def _find_reward(module: str, qualname: str) -> Reward:
     """The reward that a module holds under this name, in whichever process asks."""
     return as_reward(vars(import_module(module))[qualname])

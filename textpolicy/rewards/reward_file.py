@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any
 
 from textpolicy.errors import ConfigError, RewardError
-from textpolicy.rewards.composition import Rewards
-from textpolicy.rewards.contract import Reward, as_reward
+from textpolicy.rewards.reward_function import Reward, as_reward
 from textpolicy.rewards.signature import read_signature
+from textpolicy.rewards.weighted_rewards import Rewards
 from textpolicy.user_code import load_python_file, split_file_and_name
 
 MAIN = "__mp_main__"

@@ -5,13 +5,13 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from textpolicy.rewards.contract import Sample
+from textpolicy.rewards.reward_function import Sample
 from textpolicy.rewards.scorer import Scorer, Verdict
 
 Key = TypeVar("Key")
 
 
-class EarlyScores(Generic[Key]):
+class BackgroundScorer(Generic[Key]):
     """Scores samples from when enough were added to keep the scorer's processes busy.
 
     For a scorer that `overlaps` and was prepared. What is waited for at the end is what counts as
@@ -39,7 +39,7 @@ class EarlyScores(Generic[Key]):
         self._calls.append(self._thread.submit(self._score_waiting))
         while self._calls:
             self._calls.popleft().result()
-        self._scorer.tell_incidents()
+        self._scorer.report_incidents()
         self._scorer.seconds += time.perf_counter() - started
         return self._verdicts
 
@@ -57,4 +57,4 @@ class EarlyScores(Generic[Key]):
             keys.append(key)
             samples.append(sample)
         if samples:
-            self._verdicts |= zip(keys, self._scorer.judge(samples), strict=True)
+            self._verdicts |= zip(keys, self._scorer.score_prepared(samples), strict=True)

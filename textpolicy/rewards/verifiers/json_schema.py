@@ -13,10 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.verifiers.patterns import pattern_match
+from textpolicy.rewards.verifiers.regular_expressions import pattern_match
 
-LENGTH = 200_000
-DEPTH = 64
+_MAX_LENGTH = 200_000
+_MAX_DEPTH = 64
 
 Schema = Mapping[str, Any] | bool
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -34,13 +34,13 @@ _ANNOTATIONS = {"$schema", "$id", "$comment", "title", "description", "default",
 def read_json(text: str) -> Any:
     """The value of a JSON text, a fence of ``` around it aside; raises ValueError.
 
-    Stricter than the standard library: no NaN or infinity, no key twice, at most DEPTH levels.
+    Stricter than the standard library: no NaN or infinity, no key twice, at most _MAX_DEPTH levels.
     """
     text = _unfenced(text.strip())
-    if len(text) > LENGTH:
-        raise ValueError(f"longer than {LENGTH} characters")
-    if _depth(text) > DEPTH:
-        raise ValueError(f"nested more than {DEPTH} deep")
+    if len(text) > _MAX_LENGTH:
+        raise ValueError(f"longer than {_MAX_LENGTH} characters")
+    if _depth(text) > _MAX_DEPTH:
+        raise ValueError(f"nested more than {_MAX_DEPTH} deep")
     return json.loads(
         text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_without_twins
     )
@@ -72,9 +72,9 @@ def check_schema(schema: Schema, depth: int = 0) -> None:
     if isinstance(schema, bool):
         return
     unknown = sorted(set(schema) - set(_KEYWORDS) - _ANNOTATIONS - {"additionalProperties"})
-    if unknown or depth > DEPTH:
+    if unknown or depth > _MAX_DEPTH:
         raise ConfigError(
-            f"the schema uses {', '.join(unknown) or f'more than {DEPTH} levels'}; "
+            f"the schema uses {', '.join(unknown) or f'more than {_MAX_DEPTH} levels'}; "
             f"known keywords are {', '.join(sorted(_KEYWORDS))}, additionalProperties"
         )
     for keyword, inner in schema.items():
@@ -235,7 +235,7 @@ def _depth(text: str) -> int:
         elif char in "[{":
             depth += 1
             deepest = max(deepest, depth)
-            if deepest > DEPTH:
+            if deepest > _MAX_DEPTH:
                 break
         elif char in "]}":
             depth -= 1

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from textpolicy.errors import RewardError
-from textpolicy.rewards.contract import Reward, Sample, Score
+from textpolicy.rewards.reward_function import Reward, Sample, Score
 from textpolicy.rewards.signature import Signature, read_signature
 from textpolicy.user_code import raise_user_errors_as
 
@@ -20,7 +20,7 @@ _EXCERPT = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class RewardResult:
     """One function's answer on one sample. `fault` says what went wrong; then `value` is None.
 
     `counts` is False on all but the first sample of a batched call that failed as a whole: one
@@ -34,7 +34,7 @@ class Outcome:
     counts: bool = True
 
 
-Emit = Callable[[int, Outcome], None]
+Emit = Callable[[int, RewardResult], None]
 """Takes the outcome of the sample at a position, as soon as it is known."""
 
 
@@ -65,18 +65,18 @@ class Callee:
             for position, sample in enumerate(samples):
                 emit(position, self._run_one(sample))
 
-    def _run_one(self, sample: Sample) -> Outcome:
+    def _run_one(self, sample: Sample) -> RewardResult:
         started = time.perf_counter()
         try:
             args, kwargs = self.signature.arguments(sample)
-            with self._user_code(describe(sample)):
+            with self._user_code(describe_sample(sample)):
                 answer = self.reward(*args, **kwargs)
                 if inspect.iscoroutine(answer):
                     # A partial of an async function does not look like one.
                     answer = _await(answer)
             outcome = self._outcome(answer, sample)
         except RewardError as error:
-            outcome = Outcome(fault=str(error))
+            outcome = RewardResult(fault=str(error))
         return replace(outcome, seconds=time.perf_counter() - started)
 
     def _run_batch(self, samples: Sequence[Sample], emit: Emit) -> None:
@@ -91,7 +91,7 @@ class Callee:
             try:
                 outcome = self._outcome(answer, sample)
             except RewardError as error:
-                outcome = Outcome(fault=str(error))
+                outcome = RewardResult(fault=str(error))
             emit(position, replace(outcome, seconds=seconds / len(samples)))
 
     def _batch_answers(self, samples: Sequence[Sample]) -> list[Any]:
@@ -125,26 +125,26 @@ class Callee:
 
         await asyncio.gather(*(one(position, sample) for position, sample in enumerate(samples)))
 
-    async def _await_one(self, sample: Sample, limit: float | None) -> Outcome:
+    async def _await_one(self, sample: Sample, limit: float | None) -> RewardResult:
         import asyncio
 
         args, kwargs = self.signature.arguments(sample)
         clock = asyncio.timeout(limit)
         try:
-            with self._user_code(describe(sample)):
+            with self._user_code(describe_sample(sample)):
                 async with clock:
                     answer = await self.reward(*args, **kwargs)
             return self._outcome(answer, sample)
         except RewardError as error:
             if limit is None or not clock.expired():
-                return Outcome(fault=str(error))
-            return Outcome(fault=too_late(self.reward, limit, describe(sample)))
+                return RewardResult(fault=str(error))
+            return RewardResult(fault=too_late(self.reward, limit, describe_sample(sample)))
 
-    def _outcome(self, answer: Any, sample: Sample) -> Outcome:
+    def _outcome(self, answer: Any, sample: Sample) -> RewardResult:
         scored = isinstance(answer, Score)
         value = answer.value if scored else answer
         numbers = dict(answer.metrics) if scored else {}
-        return Outcome(
+        return RewardResult(
             value=None if value is None else self._number(value, sample),
             metrics={name: self._number(number, sample) for name, number in numbers.items()},
         )
@@ -157,7 +157,7 @@ class Callee:
         shown = f"{number}" if isinstance(value, int) else excerpt(value)
         raise RewardError(
             f"reward {self.reward.name} returned {shown} ({type(value).__name__}); expected a "
-            f"finite number, or None to leave the sample out\n  {describe(sample)}"
+            f"finite number, or None to leave the sample out\n  {describe_sample(sample)}"
         )
 
     def _user_code(self, sample: str) -> Any:
@@ -170,7 +170,7 @@ def fail_together(positions: Sequence[int], fault: str, seconds: float, emit: Em
     """The same fault for each sample of one failed call."""
     for position in positions:
         first = position == positions[0]
-        emit(position, Outcome(fault=fault, seconds=seconds, counts=first))
+        emit(position, RewardResult(fault=fault, seconds=seconds, counts=first))
 
 
 def too_late(reward: Reward, limit: float, sample: str) -> str:
@@ -178,7 +178,7 @@ def too_late(reward: Reward, limit: float, sample: str) -> str:
     return f"reward {reward.name} took longer than {limit} s and was stopped\n  {sample}"
 
 
-def describe(sample: Sample) -> str:
+def describe_sample(sample: Sample) -> str:
     """Which sample, for a message."""
     task = f"on task {sample.id}, " if sample.id else "on "
     return f"{task}prompt {excerpt(sample.prompt)}, completion {excerpt(sample.completion)}"
@@ -186,7 +186,7 @@ def describe(sample: Sample) -> str:
 
 def describe_batch(samples: Sequence[Sample]) -> str:
     """Which batch, for a message."""
-    return f"in a batch of {len(samples)}, the first {describe(samples[0])}"
+    return f"in a batch of {len(samples)}, the first {describe_sample(samples[0])}"
 
 
 def excerpt(value: Any) -> str:

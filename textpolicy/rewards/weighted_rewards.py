@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.contract import Reward, as_reward
+from textpolicy.rewards.reward_function import Reward, as_reward
 from textpolicy.rewards.signature import read_signature
 
 OnError = str | float
