@@ -29,7 +29,7 @@ from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import as_rewards
-from textpolicy.tracking.alarms import COLUMNS, Alarm, Watch
+from textpolicy.tracking.alarms import ALARM_METRICS, Alarm, AlarmMonitor
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Sampling
@@ -109,12 +109,12 @@ def record(run: Setting, show: Callable[[StepReport], None]) -> list[Mapping[str
 
 def alarms_of(columns: Mapping[str, list[float]]) -> list[Alarm]:
     """The alarms that go off when these columns are seen step by step."""
-    watch = Watch()
+    monitor = AlarmMonitor()
     rows = zip(*columns.values(), strict=True)
     return [
         alarm
         for step, row in enumerate(rows)
-        for alarm in watch.see(step, dict(zip(columns, row, strict=True)))
+        for alarm in monitor.check(step, dict(zip(columns, row, strict=True)))
     ]
 
 
@@ -135,7 +135,7 @@ def main() -> int:
             print(f"\r{name} {report.step + 1}/{report.steps}", end="", file=sys.stderr, flush=True)
 
         steps = record(run, show)
-        columns = {column: [round(step[column], 4) for step in steps] for column in COLUMNS}
+        columns = {column: [round(step[column], 4) for step in steps] for column in ALARM_METRICS}
         alarms = alarms_of(columns)
         wrong += run.healthy == bool(alarms)
         print(f"\r{name}: {', '.join(f'{a.name} at {a.step}' for a in alarms) or 'no alarm'}")

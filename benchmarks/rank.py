@@ -25,7 +25,7 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.environments import load
-from textpolicy.evaluation import measure
+from textpolicy.evaluation import evaluate_greedy
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.loop import StepReport, train_rl
@@ -85,7 +85,7 @@ def measure_run(env: str, variant: Variant, steps: int, seed: int) -> dict[str, 
 
     with scorer_of(as_rewards(environment.reward)) as scorer:
         heldout = environment.heldout(512)
-        before = measure(policy, heldout, scorer)
+        before = evaluate_greedy(policy, heldout, scorer)
         train_rl(
             tasks=environment.stream(seed),
             reward=scorer,
@@ -95,7 +95,7 @@ def measure_run(env: str, variant: Variant, steps: int, seed: int) -> dict[str, 
             seed=seed,
             on_step=on_step,
         )
-        after = measure(policy, heldout, scorer)
+        after = evaluate_greedy(policy, heldout, scorer)
     print(file=sys.stderr)
     moved: Any = tree_flatten(model.trainable_parameters())
     return {

@@ -9,7 +9,7 @@ import pytest
 from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
 from textpolicy.algorithms import grpo
 from textpolicy.environments import load
-from textpolicy.environments.curriculum import MixedAgain
+from textpolicy.environments.curriculum import MixedTaskCurriculum
 from textpolicy.errors import RewardError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
@@ -158,7 +158,7 @@ def test_what_was_published_after_the_checkpoint_is_taken_back(load_tiny, tmp_pa
 
 def test_a_curriculum_goes_on_too(load_tiny, tmp_path):
     def tasks():
-        return MixedAgain(load("add").stream(0), share=0.5, seed=2)
+        return MixedTaskCurriculum(load("add").stream(0), share=0.5, seed=2)
 
     straight = Run(load_tiny, tmp_path / "straight").go(tasks=tasks())
     Run(load_tiny, tmp_path / "stopped").go(tasks=tasks(), until=3)

@@ -75,7 +75,7 @@ def train(
     loaded()
     folder.mkdir(exist_ok=True)
     with run.lock():
-        run.remove_partial()
+        run.remove_partial_files()
         checkpoints = Checkpoints(run.checkpoints)
         resume = checkpoints.newest()
         resume_step = resume.step if resume else 0

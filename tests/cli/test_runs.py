@@ -29,19 +29,19 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     assert holder.stdout
     with holder, holder.stdout:
         assert holder.stdout.readline() == "held\n"
-        assert directory.running
+        assert directory.is_running
         refused = pytest.raises(ConfigError, match=f"written by process {holder.pid}")
         with refused, directory.lock():
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    assert not directory.running
+    assert not directory.is_running
     with directory.lock():
         pass
 
 
 def test_asking_whether_a_run_is_running_leaves_no_trace(tmp_path):
-    assert not RunDirectory(tmp_path).running
+    assert not RunDirectory(tmp_path).is_running
     assert not list(tmp_path.iterdir())
 
 
@@ -52,8 +52,8 @@ def test_kept_adapters_stay_what_they_were_when_the_latest_is_replaced(load_tiny
     for _ in range(2):
         adapters.advance()
         adapters.publish(directory.latest)
-        directory.keep(directory.latest)
-        directory.keep(directory.latest, "best")
+        directory.keep_adapter(directory.latest)
+        directory.keep_adapter(directory.latest, "best")
     names = sorted(path.name for path in directory.adapters.iterdir())
     assert names == [
         "00000001.safetensors",
@@ -72,7 +72,7 @@ def test_keeping_one_version_twice_leaves_no_other_name_behind(load_tiny, tmp_pa
     model, _ = load_tiny()
     AdapterContainer.from_model(model, AdapterConfig(rank=2)).publish(directory.latest)
     for _ in range(2):
-        directory.keep(directory.latest, "best")
+        directory.keep_adapter(directory.latest, "best")
     assert sorted(p.name for p in directory.adapters.iterdir()) == [
         "best.safetensors",
         "latest.safetensors",
@@ -87,7 +87,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
         (place / ".latest.0123456789ab.safetensors").write_text("")
         (place / ".latest.json").write_text("of somebody else")
     with directory.lock():
-        directory.remove_partial()
+        directory.remove_partial_files()
     left = sorted(path.name for path in tmp_path.rglob(".*"))
     assert left == [".latest.json"] * 3 + [".lock"]
 

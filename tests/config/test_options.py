@@ -36,7 +36,7 @@ from textpolicy.generation.model_files import tiny_model
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.jsonl import read_rows
-from textpolicy.tracking.open import Services
+from textpolicy.tracking.open import ServiceOptions
 
 DEFAULTS = changed(TrainConfig(), {"task.env": "add"})
 ROWS = [{"question": f"{n}+1=", "right": str(n + 1)} for n in range(40)]
@@ -415,8 +415,8 @@ def test_services_are_those_of_the_options(config):
     }
     asked = changed(config, options).tracking
     services = {"wandb": "p", "wandb_artifacts": True, "tensorboard": True, "trackio": "q"}
-    assert Services(**asdict(asked)) == Services(**services)
-    assert Services(**asdict(config.tracking)) == Services()
+    assert ServiceOptions(**asdict(asked)) == ServiceOptions(**services)
+    assert ServiceOptions(**asdict(config.tracking)) == ServiceOptions()
 
 
 def test_checkpoints_are_made_and_kept_as_the_options_say(tmp_path):

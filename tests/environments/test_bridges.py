@@ -12,7 +12,7 @@ import pytest
 
 from textpolicy.environments import check_env, gold_answers, load
 from textpolicy.environments.bridges import reasoning_gym as bridge
-from textpolicy.environments.faults import score_or_zero
+from textpolicy.environments.faults import verify_or_zero
 from textpolicy.errors import TaskError
 
 needs_reasoning_gym = pytest.mark.skipif(
@@ -73,12 +73,12 @@ def test_every_verifier_that_evaluates_text_is_guarded():
         for path in root.rglob("*.py")
         if evaluates.search(path.read_text("utf-8").replace('entry["answer"]', ""))
     }
-    assert found == bridge.LITERALS | bridge.EXPRESSIONS
+    assert found == bridge.LITERAL_TASKS | bridge.EXPRESSION_TASKS
 
 
 @pytest.mark.slow
 @needs_reasoning_gym
-@pytest.mark.parametrize("name", sorted(bridge.LITERALS | bridge.EXPRESSIONS))
+@pytest.mark.parametrize("name", sorted(bridge.LITERAL_TASKS | bridge.EXPRESSION_TASKS))
 def test_an_answer_that_is_code_scores_nothing_and_does_not_run(name, tmp_path):
     environment = load(f"reasoning_gym:{name}")
     (task,) = islice(environment.stream(0), 1)
@@ -115,12 +115,12 @@ def test_an_answer_that_is_code_scores_nothing_and_does_not_run(name, tmp_path):
     ],
 )
 def test_what_reaches_a_verifier_is_checked_by_what_it_does(answer, name, harmless):
-    assert bridge.is_harmless(answer, name) is harmless
+    assert bridge.is_safe_to_verify(answer, name) is harmless
 
 
 def test_an_answer_that_a_verifier_cannot_read_scores_nothing():
-    assert score_or_zero(lambda answer, example: int(answer), "x", {}) == 0.0
-    assert score_or_zero(lambda answer, example: int(answer) / 2, "1", {}) == 0.5
+    assert verify_or_zero(lambda answer, example: int(answer), "x", {}) == 0.0
+    assert verify_or_zero(lambda answer, example: int(answer) / 2, "1", {}) == 0.5
 
 
 @needs_reasoning_gym

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 
 from textpolicy.environments import Dataset, columns_of, load_rows
-from textpolicy.environments.template import columns_in, fill
+from textpolicy.environments.template import fill_template, template_columns
 from textpolicy.errors import DataError
 
 ROWS = [{"question": f"{n}+{n}=", "answer": 2 * n} for n in range(100)]
@@ -89,21 +89,21 @@ def test_columns_are_those_that_every_row_has():
 
 
 def test_templates_take_columns_and_double_braces():
-    assert fill("{{{question}}} = {answer}?", {"question": "x", "answer": 3}) == "{x} = 3?"
+    assert fill_template("{{{question}}} = {answer}?", {"question": "x", "answer": 3}) == "{x} = 3?"
     system = [
         {"role": "system", "content": "Answer in {language}."},
         {"role": "user", "content": "{question}"},
     ]
     row = {"language": "French", "question": "Why?"}
-    assert [m["content"] for m in fill(system, row)] == ["Answer in French.", "Why?"]
-    assert columns_in(system) == ["language", "question"]
+    assert [m["content"] for m in fill_template(system, row)] == ["Answer in French.", "Why?"]
+    assert template_columns(system) == ["language", "question"]
 
 
 @pytest.mark.parametrize(
     "value", ["{0.__class__}", "{{cycler.__init__}}", "{question}", "%s", "${HOME}", "{"]
 )
 def test_values_of_rows_stay_literal(value):
-    assert fill("{question}!", {"question": value}) == f"{value}!"
+    assert fill_template("{question}!", {"question": value}) == f"{value}!"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_values_of_rows_stay_literal(value):
 )
 def test_a_template_holds_names_and_no_code(template):
     with pytest.raises(DataError, match=r"expected \{column\} alone"):
-        fill(template, {"row": "x", "": "y", "0.x": "z"})
+        fill_template(template, {"row": "x", "": "y", "0.x": "z"})
 
 
 def test_a_column_that_is_missing_is_named_with_those_there_are():

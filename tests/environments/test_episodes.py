@@ -10,8 +10,8 @@ from tests.generation.test_generation import Counting
 from tests.training.test_logprobs import batch_for
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
-from textpolicy.environments import ChatEnv, ToolEnv, earned
-from textpolicy.environments.tool_calls import written_calls
+from textpolicy.environments import ChatEnv, ToolEnv, sum_turn_rewards
+from textpolicy.environments.tool_calls import parse_python_calls
 from textpolicy.errors import ConfigError, PromptError, TaskError
 from textpolicy.generation.engine import decode
 from textpolicy.generation.mlx_generation import create_policy
@@ -33,7 +33,7 @@ def calculator(script=None):
         lambda rng: ("6*7*2=", {"answer": "84"}),
         [mul],
         lambda prompt, completion, example: float(completion == example["answer"]),
-        parse=written_calls,
+        parse=parse_python_calls,
         max_turns=8,
     )
 
@@ -92,7 +92,7 @@ def test_a_two_turn_tool_episode_is_trained_on_as_it_was_sampled(load_tiny):
     """What is in brackets was sampled and counts; the rest was read, the tool's answer included."""
     _, tokenizer = load_tiny()
     policy = ScriptedPolicy(tokenizer, [["mul(6,14)", "84"]])
-    (group,) = collect([task_of(calculator)], policy, earned, group_size=1, seed=0)
+    (group,) = collect([task_of(calculator)], policy, sum_turn_rewards, group_size=1, seed=0)
     (rollout,) = group.rollouts
     assert drawn(tokenizer, rollout) == [
         "<|im_start|>user/6*7*2=<|im_end|>/<|im_start|>assistant/"
@@ -108,7 +108,7 @@ def test_a_five_turn_tool_episode_is_trained_on_as_it_was_sampled(load_tiny):
     _, tokenizer = load_tiny()
     script = ["mul(6,7)", "mul(42,'2')", "mul(42,2)", "mul(42,2)\nmul(1)", "84"]
     policy = ScriptedPolicy(tokenizer, [script])
-    (group,) = collect([task_of(calculator)], policy, earned, group_size=1, seed=0)
+    (group,) = collect([task_of(calculator)], policy, sum_turn_rewards, group_size=1, seed=0)
     (rollout,) = group.rollouts
     after = "<|im_end|>/<|im_start|>assistant/"
     assert drawn(tokenizer, rollout) == [
@@ -132,7 +132,7 @@ def test_what_a_model_saw_is_what_it_is_trained_on(load_tiny, turns):
         task_of(lambda n=n: guessing(turns, prompt="x" * n, reply="r" * (5 - n)), f"t{n}")
         for n in (1, 4)
     ]
-    groups = collect(tasks, policy, earned, group_size=4, seed=3)
+    groups = collect(tasks, policy, sum_turn_rewards, group_size=4, seed=3)
     for p, group in enumerate(groups):
         for m, rollout in enumerate(group.rollouts):
             counted = [False] * len(rollout.tokens)
@@ -282,7 +282,9 @@ def test_a_template_that_leaves_out_a_role_says_so(load_tiny):
 def test_an_answer_that_is_cut_off_ends_the_episode(load_tiny):
     model, tokenizer = load_tiny()
     policy = create_policy(model, tokenizer, {"max_tokens": 1})
-    (group,) = collect([task_of(lambda: guessing(4))], policy, earned, group_size=2, seed=0)
+    (group,) = collect(
+        [task_of(lambda: guessing(4))], policy, sum_turn_rewards, group_size=2, seed=0
+    )
     for rollout in group.rollouts:
         assert len(rollout.turns) == 1
         assert rollout.stop_reason is StopReason.LENGTH
@@ -293,7 +295,7 @@ def test_an_episode_without_room_for_another_answer_ends_as_cut_off(load_tiny):
     model, tokenizer = load_tiny()
     policy = create_policy(model, tokenizer, {"max_tokens": 8, "temperature": 0})
     make = lambda: guessing(50, prompt="347+185=", reply="9" * 300)  # noqa: E731
-    (group,) = collect([task_of(make)], policy, earned, group_size=1, seed=0)
+    (group,) = collect([task_of(make)], policy, sum_turn_rewards, group_size=1, seed=0)
     (rollout,) = group.rollouts
     assert rollout.stop_reason is StopReason.LENGTH
     assert 1 < len(rollout.turns) < 5
@@ -304,7 +306,12 @@ def test_turns_are_limited_whatever_the_environment_says(load_tiny):
     _, tokenizer = load_tiny()
     policy = ScriptedPolicy(tokenizer, [["x"]])
     (group,) = collect(
-        [task_of(lambda: guessing(1000))], policy, earned, group_size=1, seed=0, max_turns=7
+        [task_of(lambda: guessing(1000))],
+        policy,
+        sum_turn_rewards,
+        group_size=1,
+        seed=0,
+        max_turns=7,
     )
     (rollout,) = group.rollouts
     assert len(rollout.turns) == 7
@@ -346,7 +353,7 @@ def test_a_policy_of_single_answers_is_refused_for_episodes():
             return 0
 
     with pytest.raises(ConfigError, match="Single has no method converse"):
-        collect([task_of(lambda: guessing(1))], Single(), earned, group_size=1, seed=0)
+        collect([task_of(lambda: guessing(1))], Single(), sum_turn_rewards, group_size=1, seed=0)
 
 
 class Faulty(ChatEnv):
@@ -381,7 +388,7 @@ def test_an_environment_that_fails_is_named_with_task_and_turn(load_tiny, fault,
         collect(
             [Task(id="game/7", prompt="x", env=lambda: Faulty(fault))],
             policy,
-            earned,
+            sum_turn_rewards,
             group_size=1,
             seed=0,
         )
@@ -392,7 +399,13 @@ def test_an_environment_that_opens_differently_for_the_same_seed_is_refused(load
     numbers = iter(range(9))
     make = lambda: ChatEnv(lambda rng: (f"{next(numbers)}", {}), lambda a, e: None)  # noqa: E731
     with pytest.raises(TaskError, match=r"opens with '1' for seed 0, and did so with '0'"):
-        collect([task_of(make)], ScriptedPolicy(tokenizer, [["x"]]), earned, group_size=1, seed=0)
+        collect(
+            [task_of(make)],
+            ScriptedPolicy(tokenizer, [["x"]]),
+            sum_turn_rewards,
+            group_size=1,
+            seed=0,
+        )
 
 
 def test_rewards_are_given_by_turn_and_at_the_end():

@@ -8,8 +8,8 @@ import pytest
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.environments import load
 from textpolicy.errors import ConfigError, RewardError
-from textpolicy.evaluation import HeldOut, Score, compare, evaluate, measure, pass_at_k
-from textpolicy.evaluation.compare import interval
+from textpolicy.evaluation import HeldOut, MeanReward, compare, evaluate, evaluate_greedy, pass_at_k
+from textpolicy.evaluation.compare import bootstrap_interval
 from textpolicy.evaluation.evaluate import Evaluation
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import as_rewards, scorer_of
@@ -109,9 +109,9 @@ def test_samples_differ_and_at_almost_no_temperature_they_are_the_greedy_answer(
 
 
 def test_the_greedy_score_is_the_same_with_and_without_samples(policy, heldout):
-    with_samples = evaluate(policy, heldout, samples=2).score
-    assert with_samples == measure(policy, heldout.tasks, heldout.scorer)
-    assert isinstance(with_samples, Score) and with_samples.count == 16
+    with_samples = evaluate(policy, heldout, samples=2).greedy_reward
+    assert with_samples == evaluate_greedy(policy, heldout.tasks, heldout.scorer)
+    assert isinstance(with_samples, MeanReward) and with_samples.count == 16
 
 
 def test_a_comparison_names_the_tasks_that_differ_largest_gain_first():
@@ -144,14 +144,14 @@ def test_the_interval_holds_the_true_gain_in_about_95_of_100_experiments():
     for _ in range(40):
         # Mean 0.1: of ten tasks, two are gained and one is lost.
         gains = random.choice([1, -1, 0], p=[0.2, 0.1, 0.7], size=200)
-        low, high = interval(gains.tolist())
+        low, high = bootstrap_interval(gains.tolist())
         held += low <= 0.1 <= high
     assert 35 <= held <= 40
 
 
 def test_the_interval_is_that_of_the_normal_approximation_where_tasks_are_many():
     gains = np.random.default_rng(2).normal(0.2, 1, size=400)
-    low, high = interval(gains.tolist())
+    low, high = bootstrap_interval(gains.tolist())
     error = 1.96 * gains.std() / len(gains) ** 0.5
     assert low == pytest.approx(gains.mean() - error, abs=0.01)
     assert high == pytest.approx(gains.mean() + error, abs=0.01)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_loop import Scripted
 from tests.test_types import rollout
-from textpolicy.environments.curriculum import MixedAgain
+from textpolicy.environments.curriculum import MixedTaskCurriculum
 from textpolicy.rollout.dynamic_sampling import collect_with_dynamic_sampling, has_signal
 from textpolicy.types import Curriculum, RolloutGroup, Task
 
@@ -93,7 +93,7 @@ def went(curriculum, tasks, *rewards):
 
 
 def test_tasks_that_were_solved_sometimes_come_again():
-    curriculum = MixedAgain(numbered(), share=1.0)
+    curriculum = MixedTaskCurriculum(numbered(), share=1.0)
     assert isinstance(curriculum, Curriculum)
     mixed, solved = islice(curriculum, 2)
     went(curriculum, [mixed], 1.0, 0.0)
@@ -102,7 +102,7 @@ def test_tasks_that_were_solved_sometimes_come_again():
 
 
 def after_five_mixed(seed):
-    curriculum = MixedAgain(numbered(), share=0.5, capacity=3, seed=seed)
+    curriculum = MixedTaskCurriculum(numbered(), share=0.5, capacity=3, seed=seed)
     went(curriculum, list(islice(curriculum, 5)), 1.0, 0.0)
     return curriculum
 
@@ -122,13 +122,13 @@ def test_a_curriculum_goes_on_where_it_was():
     curriculum = after_five_mixed(0)
     went(curriculum, list(islice(curriculum, 3)), 0.0, 1.0)
     state = json.loads(json.dumps(curriculum.state()))
-    resumed = MixedAgain(numbered(), share=0.5, capacity=3, seed=7)
+    resumed = MixedTaskCurriculum(numbered(), share=0.5, capacity=3, seed=7)
     resumed.restore(state)
     assert ids(resumed) == ids(curriculum)
 
 
 def test_a_share_of_nothing_gives_only_new_tasks():
-    curriculum = MixedAgain(islice(numbered(), 3), share=0.0)
+    curriculum = MixedTaskCurriculum(islice(numbered(), 3), share=0.0)
     went(curriculum, [first := next(curriculum)], 1.0, 0.0)
     assert [first.id, *(task.id for task in curriculum)] == ["0", "1", "2"]
     with pytest.raises(StopIteration):

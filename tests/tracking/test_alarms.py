@@ -11,11 +11,11 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.adapters.files.adapter_file import read_file
 from textpolicy.cli import main
 from textpolicy.cli.commands.train import describe
-from textpolicy.evaluation import Score
+from textpolicy.evaluation import MeanReward
 from textpolicy.experiment.rl_run import Outcome
 from textpolicy.experiment.signals import StopRequest
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.alarms import COLUMNS, Watch
+from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor
 from textpolicy.tracking.best import BestAdapter
 
 RECORDED = Path(__file__).parents[1] / "golden" / "collapse"
@@ -41,13 +41,13 @@ STEADY = {
 
 
 def alarms(steps):
-    watch = Watch()
-    return [alarm for step, metrics in enumerate(steps) for alarm in watch.see(step, metrics)]
+    monitor = AlarmMonitor()
+    return [alarm for step, metrics in enumerate(steps) for alarm in monitor.check(step, metrics)]
 
 
 def recorded(name):
     columns = json.loads((RECORDED / f"{name}.json").read_text())["columns"]
-    assert tuple(columns) == COLUMNS
+    assert tuple(columns) == ALARM_METRICS
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -121,10 +121,10 @@ def test_a_reward_that_varies_with_the_tasks_has_not_fallen():
 
 
 def test_an_alarm_is_told_once_and_its_metric_stays_while_the_sign_does():
-    watch, told, metric = Watch(), [], []
+    monitor, told, metric = AlarmMonitor(), [], []
     for step, metrics in enumerate([*turning(entropy=1.0), *[STEADY] * 10, *turning(entropy=1.0)]):
-        told += [alarm.step for alarm in watch.see(step, metrics)]
-        metric.append(watch.metrics()["alarm/entropy"])
+        told += [alarm.step for alarm in monitor.check(step, metrics)]
+        metric.append(monitor.metrics()["alarm/entropy"])
     assert told == [metric.index(1.0)]
     assert metric[29] == 1 and metric[39] == 0 and metric[-1] == 1
 
@@ -160,7 +160,7 @@ def test_the_best_adapter_is_the_one_that_sampled_the_best_steps(load_tiny, tmp_
 
 
 def test_the_summary_says_which_adapters_a_stopped_run_ends_with():
-    score = Score(reward=0.5, standard_error=0.1, count=9)
+    score = MeanReward(reward=0.5, standard_error=0.1, count=9)
     outcome = Outcome(
         before=score,
         after=score,

@@ -13,8 +13,8 @@ from functools import cache
 
 import pytest
 
-from textpolicy.tracking.console import Console, sample_line, visible
-from textpolicy.tracking.run_history import Course, clock_face, spark_line, time_shares
+from textpolicy.tracking.console import Console, sample_line, terminal_safe
+from textpolicy.tracking.run_history import RunHistory, format_duration, spark_line, time_shares
 
 METRICS = {
     "reward": 0.5,
@@ -196,11 +196,11 @@ def test_a_step_without_any_score_shows_no_reward_and_does_not_stop_the_run(cloc
 
 
 def test_the_time_left_of_a_run_that_was_gone_on_with_is_reckoned_from_its_own_steps():
-    course = Course(100)
+    history = RunHistory(100)
     for step, now in ((90, 10.0), (91, 12.0)):
-        course.see(step, {"time/step": 2.0}, now)
-    assert course.remaining == 16
-    assert [clock_face(seconds) for seconds in (16, 61, 3661)] == ["0:16", "1:01", "1:01:01"]
+        history.add(step, {"time/step": 2.0}, now)
+    assert history.remaining == 16
+    assert [format_duration(seconds) for seconds in (16, 61, 3661)] == ["0:16", "1:01", "1:01:01"]
 
 
 def test_shares_of_time_leave_out_what_is_less_than_a_hundredth():
@@ -238,4 +238,4 @@ def test_a_spark_line_rises_with_its_values_and_keeps_to_its_width():
     ],
 )
 def test_model_text_cannot_move_the_cursor_or_hide(text, shown):
-    assert visible(text) == shown
+    assert terminal_safe(text) == shown

@@ -14,7 +14,7 @@ from textpolicy.tracking.jsonl import RunFiles, read_rows
 from textpolicy.tracking.report import write_report
 from textpolicy.tracking.report.charts import charts_for
 from textpolicy.tracking.report.page import SAMPLE_BYTES
-from textpolicy.tracking.report.samples import LONGEST, choose_samples
+from textpolicy.tracking.report.samples import MAX_TEXT_CHARACTERS, choose_samples
 
 NASTY = (
     "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -142,7 +142,7 @@ def test_a_long_run_is_drawn_by_means_and_its_samples_are_spread_over_it(tmp_pat
 
 
 def test_samples_come_in_whole_groups_and_no_more_bytes_than_asked(tmp_path):
-    folder = make_run(tmp_path / "run", text="x" * (LONGEST + 5))
+    folder = make_run(tmp_path / "run", text="x" * (MAX_TEXT_CHARACTERS + 5))
     rows, total = choose_samples(folder / "samples.jsonl", 400_000)
     assert total == 320
     assert 300_000 < len(json.dumps(rows)) <= 400_000

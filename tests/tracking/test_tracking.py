@@ -11,14 +11,14 @@ import pytest
 
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
+from textpolicy.tracking.background_sink import BackgroundSink
 from textpolicy.tracking.jsonl import RunFiles, read_metrics, read_rows
-from textpolicy.tracking.open import Services, open_tracker, run_id_of
-from textpolicy.tracking.samples import sample_rows, whole_groups
-from textpolicy.tracking.service import Service
+from textpolicy.tracking.open import ServiceOptions, open_tracker, tracking_id
+from textpolicy.tracking.samples import first_whole_groups, sample_rows
 from textpolicy.tracking.sink import Sink
 from textpolicy.tracking.tensorboard import TensorBoardRun
 from textpolicy.tracking.tracker import Tracker
-from textpolicy.tracking.values import numbers
+from textpolicy.tracking.values import to_floats
 from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task, Turn
 
 ROWS = [{"reward": 0.25, "completions/mean_length": 4.5}, {"reward": 0.5, "time/step": 0.125}]
@@ -70,7 +70,7 @@ def failing(*arguments):
 
 
 def test_every_kind_of_number_becomes_a_float_and_the_rest_is_named():
-    metrics, left_out = numbers(
+    metrics, left_out = to_floats(
         {
             "int": 3,
             "bool": True,
@@ -199,9 +199,9 @@ def test_a_sample_of_an_episode_has_its_turns_and_a_chat_its_messages():
 
 def test_services_get_whole_groups_of_samples():
     samples = [{"group": g, "member": m} for g in range(3) for m in range(4)]
-    assert whole_groups(samples, 9) == samples[:8]
-    assert whole_groups(samples, 12) == samples
-    assert whole_groups(samples, 3) == []
+    assert first_whole_groups(samples, 9) == samples[:8]
+    assert first_whole_groups(samples, 12) == samples
+    assert first_whole_groups(samples, 3) == []
 
 
 def test_a_sink_that_fails_is_named_once_counted_and_left_alone_while_the_others_go_on():
@@ -219,7 +219,7 @@ def test_a_sink_that_fails_is_named_once_counted_and_left_alone_while_the_others
 
 def test_a_service_that_fails_is_named_once_and_closed():
     said, good, bad = [], Recorder(), Recorder(write=failing)
-    services = [Service("bad", lambda say: bad), Service("good", lambda say: good)]
+    services = [BackgroundSink("bad", lambda say: bad), BackgroundSink("good", lambda say: good)]
     with Tracker([], services, notice=said.append) as tracker:
         for step in range(20):
             tracker.write(step, {"reward": step})
@@ -235,14 +235,16 @@ def test_a_service_that_cannot_open_is_switched_off_and_what_one_says_is_passed_
         say("kept offline")
         raise ConnectionError("no route")
 
-    Tracker([], [Service("W&B", open_sink)], notice=said.append).close()
+    Tracker([], [BackgroundSink("W&B", open_sink)], notice=said.append).close()
     assert said == ["W&B: kept offline", "W&B is switched off: ConnectionError: no route"]
 
 
 def test_a_hanging_service_neither_slows_the_run_nor_its_end():
     said, let_go = [], Event()
-    hanging = Service("slow", lambda say: Recorder(write=lambda step: let_go.wait(30)), capacity=5)
-    patient = Service("stuck", lambda say: Recorder(close=lambda: let_go.wait(30)))
+    hanging = BackgroundSink(
+        "slow", lambda say: Recorder(write=lambda step: let_go.wait(30)), capacity=5
+    )
+    patient = BackgroundSink("stuck", lambda say: Recorder(close=lambda: let_go.wait(30)))
     started = time.monotonic()
     with Tracker([], [hanging, patient], notice=said.append, patience=1) as tracker:
         for step in range(10):
@@ -260,7 +262,7 @@ def test_of_each_step_so_many_groups_of_samples_are_kept_and_none_needs_no_file(
     for groups, kept in ((None, samples), (2, samples[:4]), (0, [])):
         directory = RunDirectory(tmp_path / str(groups))
         with open_tracker(
-            directory, Services(), {}, notice=pytest.fail, sample_groups=groups
+            directory, ServiceOptions(), {}, notice=pytest.fail, sample_groups=groups
         ) as tracker:
             tracker.write_samples(0, samples)
         assert list(read_rows(directory.samples)) == kept
@@ -273,7 +275,7 @@ def test_a_run_that_goes_on_without_samples_drops_those_of_the_steps_it_makes_ag
     for groups, resume_step in ((None, 0), (0, 2)):
         with open_tracker(
             directory,
-            Services(),
+            ServiceOptions(),
             {},
             notice=pytest.fail,
             resume_step=resume_step,
@@ -286,7 +288,7 @@ def test_a_run_that_goes_on_without_samples_drops_those_of_the_steps_it_makes_ag
 
 def test_services_get_few_samples_and_the_files_all():
     file, service = Recorder(), Recorder()
-    services = [Service("service", lambda say: service)]
+    services = [BackgroundSink("service", lambda say: service)]
     with Tracker([file], services, notice=pytest.fail, samples_every=3, samples_rows=5) as tracker:
         samples = [{"group": g, "member": m} for g in range(2) for m in range(4)]
         for step in range(7):
@@ -336,16 +338,18 @@ def test_a_service_whose_package_is_missing_is_an_error_before_anything_is_writt
     with pytest.raises(
         ConfigError, match=r"tensorboardX .* pip install 'textpolicy\[tensorboard\]"
     ):
-        open_tracker(RunDirectory(tmp_path), Services(tensorboard=True), {}, notice=pytest.fail)
+        open_tracker(
+            RunDirectory(tmp_path), ServiceOptions(tensorboard=True), {}, notice=pytest.fail
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_keeps_the_id_that_services_know_it_by(tmp_path):
-    assert run_id_of(tmp_path) == run_id_of(tmp_path)
+    assert tracking_id(tmp_path) == tracking_id(tmp_path)
     (tmp_path / "other").mkdir()
-    assert run_id_of(tmp_path / "other") != run_id_of(tmp_path)
+    assert tracking_id(tmp_path / "other") != tracking_id(tmp_path)
 
 
 def test_a_process_killed_before_it_wrote_the_id_leaves_none_that_is_empty(tmp_path):
     (tmp_path / ".tracking-id").touch()
-    assert run_id_of(tmp_path) == run_id_of(tmp_path) != ""
+    assert tracking_id(tmp_path) == tracking_id(tmp_path) != ""

@@ -18,7 +18,7 @@ from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics, read_rows
-from textpolicy.tracking.open import Services, open_tracker
+from textpolicy.tracking.open import ServiceOptions, open_tracker
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
@@ -81,7 +81,7 @@ def train(load_tiny, tmp_path):
 @pytest.fixture
 def plain(train):
     """The rows of a run that nothing but its files looks at."""
-    directory, said = train("plain", Services())
+    directory, said = train("plain", ServiceOptions())
     assert said == []
     rows = timeless(read_metrics(directory.metrics))
     assert len(rows) == STEPS
@@ -122,7 +122,7 @@ def samples_in(folder):
 def test_without_a_key_a_run_is_kept_offline_and_every_row_is_that_of_the_metrics_file(
     train, plain
 ):
-    directory, said = train("offline", Services(wandb="project"))
+    directory, said = train("offline", ServiceOptions(wandb="project"))
     folder = directory.path / "wandb"
     assert said == [f"W&B: kept offline; to upload it: wandb sync {folder}/offline-run-*"]
     file, rows = logged(directory)
@@ -147,7 +147,7 @@ def test_a_server_gets_every_row_the_table_and_the_adapters(train, plain, monkey
     with serving() as server:
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        directory, said = train("online", Services(wandb="project", wandb_artifacts=True))
+        directory, said = train("online", ServiceOptions(wandb="project", wandb_artifacts=True))
     assert said == []
     assert_same_rows(directory, [server.rows[step] for step in range(STEPS)])
     assert timeless(read_metrics(directory.metrics)) == plain
@@ -172,7 +172,7 @@ def test_a_server_that_dies_leaves_the_run_as_it_is_and_a_whole_file_to_upload(
                 server.shutdown()
                 server.server_close()
 
-        directory, said = train("dying", Services(wandb="project"), on_step=on_step)
+        directory, said = train("dying", ServiceOptions(wandb="project"), on_step=on_step)
     assert len(said) == 2
     assert said[0].startswith("W&B: samples and adapters are not all uploaded: ")
     assert said[1].startswith("W&B: not all was uploaded; to do so: wandb sync ")
@@ -187,7 +187,7 @@ def test_a_server_that_dies_leaves_the_run_as_it_is_and_a_whole_file_to_upload(
 def test_an_address_where_nobody_answers_makes_an_offline_run(train, plain, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    directory, said = train("dead", Services(wandb="project"))
+    directory, said = train("dead", ServiceOptions(wandb="project"))
     assert len(said) == 1
     assert said[0].startswith("W&B: no server answered, so the run is kept offline (")
     assert said[0].endswith("/wandb/offline-run-*")
@@ -201,9 +201,9 @@ def test_trackio_gets_every_row(train, plain, tmp_path):
 import sys
 from pathlib import Path
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.open import Services, open_tracker
+from textpolicy.tracking.open import ServiceOptions, open_tracker
 folder = Path(sys.argv[1])
-with open_tracker(RunDirectory(folder), Services(trackio="p"), {}, notice=print) as tracker:
+with open_tracker(RunDirectory(folder), ServiceOptions(trackio="p"), {}, notice=print) as tracker:
     for step in range(5):
         tracker.write(step, {"reward": step / 4, "odd": float("nan")})
 """

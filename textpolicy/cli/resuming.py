@@ -31,7 +31,7 @@ def taken_up(
     the key of what never changes, the section of what changes if that makes no other rows.
     """
     directory = RunDirectory(options.resume)
-    if not directory.begun:
+    if not directory.exists:
         raise ConfigError(
             f"{directory.path} holds no run to go on with: it has no {directory.config.name}. "
             "Start one with --output, and without --resume"

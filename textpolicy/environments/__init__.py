@@ -6,10 +6,10 @@ from textpolicy.environments.data_files import columns_of, load_rows
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
     Environment,
-    earned,
     from_dataset,
     from_gymnasium,
     question_and_answer,
+    sum_turn_rewards,
 )
 from textpolicy.environments.gold import gold_answers
 from textpolicy.environments.load import load, ready_names
@@ -26,7 +26,6 @@ __all__ = [
     "ToolEnv",
     "check_env",
     "columns_of",
-    "earned",
     "from_dataset",
     "from_gymnasium",
     "gold_answers",
@@ -34,5 +33,6 @@ __all__ = [
     "load_rows",
     "question_and_answer",
     "ready_names",
+    "sum_turn_rewards",
     "tool_prompt",
 ]

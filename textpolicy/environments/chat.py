@@ -6,21 +6,21 @@ from typing import Any
 import gymnasium as gym
 
 from textpolicy.environments.single_turn import (
-    Draw,
-    Gold,
-    answer_of,
+    DrawFn,
+    GoldFn,
     draw_task,
-    opening_info,
+    gold_for_turn,
     prompt_text,
+    reset_info,
 )
 from textpolicy.environments.space import AnyText
 from textpolicy.rewards import Rewards, score
 from textpolicy.types import RewardFn
 
-Reply = Callable[[Sequence[str], Mapping[str, Any]], str | None]
+ReplyFn = Callable[[Sequence[str], Mapping[str, Any]], str | None]
 """Given all answers so far and the example: the next user message, or None to end."""
 
-TurnReward = Callable[[Sequence[str], Mapping[str, Any]], float]
+TurnRewardFn = Callable[[Sequence[str], Mapping[str, Any]], float]
 """Given all answers so far and the example: what the last one earned by itself."""
 
 
@@ -33,12 +33,12 @@ class ChatEnv(gym.Env[str, str]):
 
     def __init__(
         self,
-        draw: Draw,
-        reply: Reply,
+        draw: DrawFn,
+        reply: ReplyFn,
         reward: RewardFn | Rewards | None = None,
         *,
-        turn_reward: TurnReward | None = None,
-        gold: Gold | None = None,
+        turn_reward: TurnRewardFn | None = None,
+        gold: GoldFn | None = None,
         max_turns: int = 8,
     ) -> None:
         self.observation_space = AnyText()
@@ -56,7 +56,7 @@ class ChatEnv(gym.Env[str, str]):
         super().reset(seed=seed)
         self._answers: list[str] = []
         self._prompt, self._example = draw_task(self._draw, self.np_random)
-        return prompt_text(self._prompt), opening_info(self._prompt, self._example) | self._info()
+        return prompt_text(self._prompt), reset_info(self._prompt, self._example) | self._info()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self._answers.append(action)
@@ -71,4 +71,4 @@ class ChatEnv(gym.Env[str, str]):
     def _info(self) -> dict[str, Any]:
         if self._gold is None:
             return {}
-        return {"gold": answer_of(self._gold(self._example), len(self._answers))}
+        return {"gold": gold_for_turn(self._gold(self._example), len(self._answers))}

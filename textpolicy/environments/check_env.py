@@ -8,15 +8,15 @@ from typing import Any
 
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
-from textpolicy.environments.environment import Environment, opening
-from textpolicy.environments.faults import environment_code
-from textpolicy.environments.single_turn import answer_of, prompt_text
+from textpolicy.environments.environment import Environment, opening_prompt
+from textpolicy.environments.faults import environment_errors
+from textpolicy.environments.single_turn import gold_for_turn, prompt_text
 from textpolicy.errors import TaskError
 from textpolicy.rewards import sample_of, scorer_of
 from textpolicy.types import Task, TextEnv
 
 # What models write sooner or later.
-HOSTILE = (
+_HOSTILE_ANSWERS = (
     "",
     " \n\t",
     "\x00\x1b[31m",
@@ -26,7 +26,7 @@ HOSTILE = (
     "[" * 5000,
     "9" * 5000,
 )
-MOST_TURNS = 200
+_MAX_TURNS = 200
 # Some verifiers give a little to any answer at all.
 _SILENCE = 0.1
 _AT_MOST = f"at most {_SILENCE}, because it is no answer"
@@ -40,33 +40,35 @@ def check_env(environment: Environment, number: int = 200) -> None:
     """
     _check_as_gymnasium(environment)
     _check_tasks(environment, min(number, 20) if environment.gold is None else number)
-    for answer in HOSTILE:
-        play(environment.make(), [answer], seed=0, name=environment.name)
+    for answer in _HOSTILE_ANSWERS:
+        play_episode(environment.make(), [answer], seed=0, name=environment.name)
     for seed in range(3):
         _check_gold(environment, seed)
 
 
-def play(env: TextEnv, answers: Sequence[str] | None, *, seed: int, name: str) -> tuple[float, int]:
+def play_episode(
+    env: TextEnv, answers: Sequence[str] | None, *, seed: int, name: str
+) -> tuple[float, int]:
     """The rewards of one episode, added up, and its turns. After the last answer, the last again.
 
     Without `answers`, each turn's is the `gold` of the info before it.
     """
     total = 0.0
-    with environment_code(name, f"seed {seed}"):
+    with environment_errors(name, f"seed {seed}"):
         observation, info = env.reset(seed=seed)
-        opening(observation, info, name)
-        for turn in range(MOST_TURNS):
-            answer = info["gold"] if answers is None else answer_of(list(answers), turn)
+        opening_prompt(observation, info, name)
+        for turn in range(_MAX_TURNS):
+            answer = info["gold"] if answers is None else gold_for_turn(list(answers), turn)
             step = env.step(answer)
-            observation, reward, terminated, truncated, info = check_step(step)
+            observation, reward, terminated, truncated, info = check_step_result(step)
             total += reward
             if terminated or truncated:
                 env.close()
                 return total, turn + 1
-    raise TaskError(f"environment {name} goes on after {MOST_TURNS} turns; expected it to end")
+    raise TaskError(f"environment {name} goes on after {_MAX_TURNS} turns; expected it to end")
 
 
-def check_step(step: tuple[Any, ...]) -> tuple[str, float, bool, bool, dict[str, Any]]:
+def check_step_result(step: tuple[Any, ...]) -> tuple[str, float, bool, bool, dict[str, Any]]:
     """What `step` returned, if it is as Gymnasium says: text, a finite number, two flags, info."""
     if len(step) != 5:
         raise TaskError(f"step returned {len(step)} values; expected 5")
@@ -83,7 +85,7 @@ def _check_as_gymnasium(environment: Environment) -> None:
         warnings.simplefilter("error")
         # It warns of spaces it does not know, and of environments made without gymnasium.make.
         warnings.filterwarnings("ignore", message=".*(?:alternative render modes|spec).*")
-        with environment_code(environment.name, "gymnasium's check_env"):
+        with environment_errors(environment.name, "gymnasium's check_env"):
             gymnasium_check_env(environment.make(), skip_render_check=True, skip_close_check=True)
 
 
@@ -97,7 +99,7 @@ def _check_tasks(environment: Environment, number: int) -> None:
             )
     answered = [task for task in tasks + environment.heldout(number) if task.env is None]
     if environment.gold is not None and answered:
-        gold = [answer_of(environment.gold(task.example), 0) for task in answered]
+        gold = [gold_for_turn(environment.gold(task.example), 0) for task in answered]
         _check_scores(
             environment,
             answered,
@@ -132,8 +134,8 @@ def _check_gold(environment: Environment, seed: int) -> None:
     _, info = environment.make().reset(seed=seed)
     if "gold" not in info:
         return
-    right, _ = play(environment.make(), None, seed=seed, name=environment.name)
-    silent, _ = play(environment.make(), [""], seed=seed, name=environment.name)
+    right, _ = play_episode(environment.make(), None, seed=seed, name=environment.name)
+    silent, _ = play_episode(environment.make(), [""], seed=seed, name=environment.name)
     if not right > silent:
         raise TaskError(
             f"environment {environment.name}, seed {seed}: the gold answers earn {right}, empty "

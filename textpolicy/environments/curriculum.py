@@ -7,10 +7,10 @@ from typing import Any
 
 from textpolicy.types import RolloutGroup, Task
 
-Numbered = tuple[int, Task]
+_NumberedTask = tuple[int, Task]
 
 
-class MixedAgain:
+class MixedTaskCurriculum:
     """Gives tasks again that were solved by some of their rollouts and not by all.
 
     Those are the tasks with something to teach. A `share` of what is given out comes from the
@@ -25,10 +25,10 @@ class MixedAgain:
         self._capacity = capacity
         self._random = Random(seed)
         self._drawn = 0
-        self._given: list[Numbered] = []
-        self._again: list[Numbered] = []
+        self._given: list[_NumberedTask] = []
+        self._again: list[_NumberedTask] = []
 
-    def __iter__(self) -> "MixedAgain":
+    def __iter__(self) -> "MixedTaskCurriculum":
         return self
 
     def __next__(self) -> Task:

@@ -10,22 +10,24 @@ from typing import Any
 
 from textpolicy.errors import DataError
 
-Row = Mapping[str, Any]
+DataRow = Mapping[str, Any]
 """One example: what the prompt is made from, and what the reward needs."""
 
 _LONGEST_LINE = 16 * 2**20
 _HUB = "hf:"
 
 
-def load_rows(source: str | Path, *, split: str = "train") -> list[Row]:
+def load_rows(source: str | Path, *, split: str = "train") -> list[DataRow]:
     """The rows of a .jsonl, .csv or .parquet file, a folder saved by `datasets`, or "hf:NAME".
 
     The last three need the extra `datasets`; `split` chooses among the splits that they have.
     """
-    return [row for _, row in load_placed_rows(source, split=split)]
+    return [row for _, row in load_rows_with_locations(source, split=split)]
 
 
-def load_placed_rows(source: str | Path, *, split: str = "train") -> list[tuple[str, Row]]:
+def load_rows_with_locations(
+    source: str | Path, *, split: str = "train"
+) -> list[tuple[str, DataRow]]:
     """What `load_rows` reads, each row with the place that a message about it names."""
     path = Path(source)
     if str(source).startswith(_HUB) or path.suffix == ".parquet" or path.is_dir():
@@ -44,7 +46,7 @@ def load_placed_rows(source: str | Path, *, split: str = "train") -> list[tuple[
     return rows
 
 
-def columns_of(rows: Iterable[Row]) -> list[str]:
+def columns_of(rows: Iterable[DataRow]) -> list[str]:
     """The columns that every row has, in the first row's order."""
     first, *others = rows
     return [column for column in first if all(column in row for row in others)]
@@ -62,14 +64,14 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
 
 
-def _jsonl(text: str, name: str) -> Iterator[tuple[int, Row]]:
+def _jsonl(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, _json_row(line, f"{name}, line {number}")
 
 
-def _json_row(line: str, where: str) -> Row:
+def _json_row(line: str, where: str) -> DataRow:
     if len(line) > _LONGEST_LINE:
         raise DataError(f"{where}: {len(line):,} characters; at most {_LONGEST_LINE:,} are read")
     try:
@@ -90,7 +92,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _csv(text: str, name: str) -> Iterator[tuple[int, Row]]:
+def _csv(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
     reader = csv.reader(StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
@@ -113,7 +115,7 @@ def _csv(text: str, name: str) -> Iterator[tuple[int, Row]]:
 _READERS = {".jsonl": _jsonl, ".csv": _csv}
 
 
-def _read_huggingface(source: str, split: str) -> list[Row]:
+def _read_huggingface(source: str, split: str) -> list[DataRow]:
     try:
         datasets: Any = import_module("datasets")
     except ImportError as error:
@@ -133,12 +135,12 @@ def _read_huggingface(source: str, split: str) -> list[Row]:
         if split not in data:
             raise DataError(f"{source!r} has no split {split!r}; it has {sorted(data)}")
         data = data[split]
-    return rows_of(data)
+    return to_rows(data)
 
 
-def rows_of(data: Iterable[Any]) -> list[Row]:
+def to_rows(data: Iterable[Any]) -> list[DataRow]:
     """Rows from a list of mappings, or from a dataset of the `datasets` library."""
-    rows: list[Row] = []
+    rows: list[DataRow] = []
     for number, row in enumerate(data, start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"row {number} is {row!r:.60}; expected a mapping from column to value")
@@ -148,7 +150,7 @@ def rows_of(data: Iterable[Any]) -> list[Row]:
     return rows
 
 
-def check_column(column: str, rows: Sequence[Row]) -> None:
+def check_column(column: str, rows: Sequence[DataRow]) -> None:
     """Raise `DataError` naming the first row that lacks the column, and what it has."""
     for number, row in enumerate(rows, start=1):
         if column not in row:

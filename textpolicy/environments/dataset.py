@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from textpolicy.environments.data_files import Row, check_column, load_rows, rows_of
-from textpolicy.environments.template import Template, check_template, fill
+from textpolicy.environments.data_files import DataRow, check_column, load_rows, to_rows
+from textpolicy.environments.template import Template, check_template, fill_template
 from textpolicy.errors import DataError
 from textpolicy.types import Prompt, Task
 
@@ -27,7 +27,7 @@ class Dataset:
     @classmethod
     def from_rows(
         cls,
-        rows: Iterable[Row],
+        rows: Iterable[DataRow],
         prompt: Template | None = None,
         *,
         name: str = "rows",
@@ -41,7 +41,7 @@ class Dataset:
         """
         tasks = [
             Task(id=f"{name}/{number}", prompt=written, example=row)
-            for number, (row, written) in enumerate(_written(rows_of(rows), prompt), start=1)
+            for number, (row, written) in enumerate(_written(to_rows(rows), prompt), start=1)
         ]
         chosen = _held_out_prompts(tasks, held_out)
         return cls(
@@ -57,7 +57,7 @@ class Dataset:
         """Tasks of the rows that `load_rows` reads from `source`."""
         return cls.from_rows(load_rows(source), prompt, name=Path(source).stem, held_out=held_out)
 
-    def draw(self, rng: Random) -> tuple[Prompt, Row]:
+    def draw(self, rng: Random) -> tuple[Prompt, DataRow]:
         """One of the training tasks."""
         task = rng.choice(self.train)
         return task.prompt, task.example
@@ -75,7 +75,7 @@ class Dataset:
 
 
 def _written(
-    rows: Sequence[Row], template: Template | None
+    rows: Sequence[DataRow], template: Template | None
 ) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
     if template is None:
         if "prompt" not in rows[0]:
@@ -89,7 +89,7 @@ def _written(
     check_template(template, rows[0])
     for number, row in enumerate(rows, start=1):
         try:
-            yield row, fill(template, row)
+            yield row, fill_template(template, row)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import gymnasium as gym
 
 from textpolicy.environments.dataset import Dataset
-from textpolicy.environments.single_turn import Draw, Gold, SingleTurnEnv
+from textpolicy.environments.single_turn import DrawFn, GoldFn, SingleTurnEnv
 from textpolicy.errors import TaskError
-from textpolicy.rewards import Rewards
+from textpolicy.rewards import Rewards, reward
 from textpolicy.types import Prompt, RewardFn, Task
 
 # One problem in four is held out, by its hash: enough even where there are few problems.
@@ -37,27 +37,29 @@ class TaskSource(Protocol):
 
 
 @runtime_checkable
-class Build(Protocol):
+class BuildEnv(Protocol):
     """Makes an environment whose tasks are drawn that way and whose last answer earns `reward`."""
 
     def __call__(
-        self, draw: Draw, /, *, reward: RewardFn | Rewards | None
+        self, draw: DrawFn, /, *, reward: RewardFn | Rewards | None
     ) -> gym.Env[Any, Any]: ...
 
 
-def earned(*, turn_rewards: Sequence[float]) -> float:
-    """What the turns of an episode earned together: the reward of environments that give it all."""
+# Metrics call this reward "earned".
+@reward(name="earned")
+def sum_turn_rewards(*, turn_rewards: Sequence[float]) -> float:
+    """Return the sum of the rewards that the environment gave in each turn."""
     return sum(turn_rewards)
 
 
-def prompt_of(task: Task) -> str:
+def prompt_as_problem(task: Task) -> str:
     """What tells problems apart, unless an environment says otherwise: the prompt."""
     return str(task.prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Tasks and what scores them: a reward function, which may be no more than what turns `earned`.
+    """Tasks and what scores them: a reward function, or `sum_turn_rewards`.
 
     `max_tokens` bounds one answer. `make` gives the same as a Gymnasium environment that draws
     tasks itself and ends with the reward.
@@ -67,8 +69,8 @@ class Environment:
     tasks: TaskSource
     max_tokens: int
     make_env: Callable[[RewardFn | Rewards], gym.Env[Any, Any]]
-    reward: RewardFn | Rewards = earned
-    gold: Gold | None = None
+    reward: RewardFn | Rewards = sum_turn_rewards
+    gold: GoldFn | None = None
 
     def stream(self, seed: int) -> Iterator[Task]:
         return self.tasks.stream(seed)
@@ -81,12 +83,12 @@ class Environment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class GeneratedTasks:
     """Tasks that a function draws. What `problem` says of one decides whether it is held out."""
 
     name: str
-    draw: Draw
-    problem: Callable[[Task], str] = prompt_of
+    draw: DrawFn
+    problem: Callable[[Task], str] = prompt_as_problem
 
     def stream(self, seed: int) -> Iterator[Task]:
         return self._draw(Random(f"{self.name}/{seed}"), held_out=False)
@@ -104,11 +106,11 @@ class Drawn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Episodes:
+class EpisodeTasks:
     """The tasks of another source, each played in an environment that `build` makes for it."""
 
     source: TaskSource
-    build: Build
+    build: BuildEnv
     reward: RewardFn | None = None
 
     def stream(self, seed: int) -> Iterator[Task]:
@@ -118,12 +120,12 @@ class Episodes:
         return list(map(self._played, self.source.heldout(number)))
 
     def _played(self, task: Task) -> Task:
-        draw = Fixed(task.prompt, task.example)
+        draw = _FixedTask(task.prompt, task.example)
         return replace(task, env=partial(self.build, draw, reward=self.reward))
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
+class _FixedTask:
     """Draws the same task every time."""
 
     prompt: Prompt
@@ -134,7 +136,7 @@ class Fixed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seeded:
+class GymnasiumTasks:
     """Tasks that are seeds of a Gymnasium environment: what it opens with is the prompt."""
 
     name: str
@@ -155,7 +157,7 @@ class Seeded:
 
     def _task(self, seed: int) -> Task:
         env = self.make_env()
-        prompt, info = opening(*env.reset(seed=seed), self.name)
+        prompt, info = opening_prompt(*env.reset(seed=seed), self.name)
         env.close()
         return Task(
             id=f"{self.name}/{seed}",
@@ -166,7 +168,9 @@ class Seeded:
         )
 
 
-def opening(observation: Any, info: dict[str, Any], name: str) -> tuple[Prompt, dict[str, Any]]:
+def opening_prompt(
+    observation: Any, info: dict[str, Any], name: str
+) -> tuple[Prompt, dict[str, Any]]:
     """What an environment opens with: `info["messages"]` if it has them, else the observation."""
     if messages := info.get("messages"):
         return list(messages), info
@@ -180,11 +184,11 @@ def opening(observation: Any, info: dict[str, Any], name: str) -> tuple[Prompt, 
 
 def question_and_answer(
     name: str,
-    draw: Draw,
+    draw: DrawFn,
     reward: RewardFn | Rewards,
     *,
     tasks: TaskSource | None = None,
-    gold: Gold | None = None,
+    gold: GoldFn | None = None,
     max_tokens: int = 256,
 ) -> Environment:
     """Tasks that a function draws, each answered once; or those of `tasks`, if it is given."""
@@ -194,7 +198,7 @@ def question_and_answer(
 
     return Environment(
         name=name,
-        tasks=tasks or Drawn(name=name, draw=draw),
+        tasks=tasks or GeneratedTasks(name=name, draw=draw),
         max_tokens=max_tokens,
         make_env=make_env,
         reward=reward,
@@ -203,7 +207,11 @@ def question_and_answer(
 
 
 def from_dataset(
-    dataset: Dataset, reward: RewardFn | Rewards, *, gold: Gold | None = None, max_tokens: int = 256
+    dataset: Dataset,
+    reward: RewardFn | Rewards,
+    *,
+    gold: GoldFn | None = None,
+    max_tokens: int = 256,
 ) -> Environment:
     """The rows of a dataset, each answered once."""
     return question_and_answer(
@@ -219,7 +227,7 @@ def from_gymnasium(
     name = name or (env if isinstance(env, str) else env.__name__)
     return Environment(
         name=name,
-        tasks=Seeded(name=name, make_env=make_env),
+        tasks=GymnasiumTasks(name=name, make_env=make_env),
         max_tokens=max_tokens,
         make_env=lambda reward: make_env(),
     )

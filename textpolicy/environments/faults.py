@@ -15,7 +15,7 @@ def call_tool(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[s
         return f"error: {type(error).__name__}: {error}", False
 
 
-def score_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str, Any]) -> float:
+def verify_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str, Any]) -> float:
     """What a verifier of another library says of the answer; 0 if it cannot even read it."""
     try:
         return float(verify(answer, example))
@@ -24,7 +24,7 @@ def score_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str,
 
 
 @contextmanager
-def environment_code(name: str, where: str) -> Generator[None, None, None]:
+def environment_errors(name: str, where: str) -> Generator[None, None, None]:
     """Inside the block, an exception becomes a `TaskError` naming the environment and `where`."""
     try:
         yield

@@ -1,11 +1,11 @@
 """The right answers to a task, turn by turn: what checks play and supervised warm-up imitates."""
 
 from textpolicy.environments.environment import Environment
-from textpolicy.environments.faults import environment_code
+from textpolicy.environments.faults import environment_errors
 from textpolicy.errors import TaskError
 from textpolicy.types import Task
 
-_MOST_TURNS = 200
+_MAX_TURNS = 200
 
 
 def gold_answers(environment: Environment, task: Task) -> list[str]:
@@ -16,11 +16,11 @@ def gold_answers(environment: Environment, task: Task) -> list[str]:
     if task.env is None:
         raise TaskError(f"environment {environment.name} has no gold answers")
     answers: list[str] = []
-    with environment_code(task.id, "playing gold answers"):
+    with environment_errors(task.id, "playing gold answers"):
         env = task.env()
         _, info = env.reset(seed=task.seed)
         over = False
-        while not over and len(answers) < _MOST_TURNS:
+        while not over and len(answers) < _MAX_TURNS:
             if "gold" not in info:
                 raise TaskError("info has no 'gold': the environment does not tell right answers")
             answers.append(info["gold"])

@@ -17,18 +17,18 @@ from textpolicy.environments.chat import ChatEnv
 from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
-    Build,
-    Drawn,
+    BuildEnv,
     Environment,
-    Episodes,
+    EpisodeTasks,
+    GeneratedTasks,
     TaskSource,
-    earned,
     from_gymnasium,
-    prompt_of,
+    prompt_as_problem,
     question_and_answer,
+    sum_turn_rewards,
 )
-from textpolicy.environments.single_turn import Draw
-from textpolicy.environments.tool_calls import tagged_calls, written_calls
+from textpolicy.environments.single_turn import DrawFn
+from textpolicy.environments.tool_calls import parse_python_calls, parse_tagged_calls
 from textpolicy.environments.tools import ToolEnv
 from textpolicy.errors import TaskError
 from textpolicy.types import RewardFn, Task
@@ -37,7 +37,7 @@ from textpolicy.user_code import load_python_file, split_file_and_name
 _DEFAULT_TOKENS = 256
 _DEFAULT_TURNS = 8
 # A number keeps a file named json.py from passing for another module.
-_PARSERS = {"tagged": tagged_calls, "written": written_calls}
+_PARSERS = {"tagged": parse_tagged_calls, "written": parse_python_calls}
 
 
 def load(spec: str, data: str | Path | None = None) -> Environment:
@@ -61,7 +61,7 @@ def load(spec: str, data: str | Path | None = None) -> Environment:
             f"no environment {spec!r}; known: {', '.join(known)}.{hint} Others are written as "
             f"FILE.py, {', '.join(f'{scheme}:NAME' for scheme in _BRIDGES)}"
         )
-    return from_module(import_module(f"textpolicy_envs.{spec}"), spec, data)
+    return environment_from_module(import_module(f"textpolicy_envs.{spec}"), spec, data)
 
 
 def ready_names() -> list[str]:
@@ -70,7 +70,9 @@ def ready_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(folders))
 
 
-def from_module(module: ModuleType, name: str, data: str | Path | None = None) -> Environment:
+def environment_from_module(
+    module: ModuleType, name: str, data: str | Path | None = None
+) -> Environment:
     """What a module holds, as `textpolicy_envs` describes: functions, or one Gymnasium class."""
     contents = vars(module)
     if "make" not in contents and "PROMPT" not in contents:
@@ -104,7 +106,7 @@ def _from_class(module: ModuleType, name: str) -> Environment:
 
 def _source(
     contents: Mapping[str, Any], name: str, data: str | Path | None
-) -> tuple[TaskSource, Draw]:
+) -> tuple[TaskSource, DrawFn]:
     if "PROMPT" in contents:
         rows = load_rows(data) if data else contents.get("ROWS")
         if rows is None:
@@ -112,8 +114,8 @@ def _source(
         dataset = Dataset.from_rows(rows, contents["PROMPT"], name=name)
         return dataset, dataset.draw
     _refuse_data(name, data)
-    problem = _Problem(contents["problem"]) if "problem" in contents else prompt_of
-    return Drawn(name=name, draw=contents["make"], problem=problem), contents["make"]
+    problem = _Problem(contents["problem"]) if "problem" in contents else prompt_as_problem
+    return GeneratedTasks(name=name, draw=contents["make"], problem=problem), contents["make"]
 
 
 def _refuse_data(name: str, data: str | Path | None) -> None:
@@ -125,15 +127,15 @@ def _refuse_data(name: str, data: str | Path | None) -> None:
 
 
 def _episodes(
-    contents: Mapping[str, Any], name: str, source: TaskSource, draw: Draw
+    contents: Mapping[str, Any], name: str, source: TaskSource, draw: DrawFn
 ) -> Environment:
     build, final = _build(contents, name), contents.get("reward")
     # Where turns earn too, only the environment can add everything up.
     adds_up = "turn_reward" in contents
-    reward: RewardFn = earned if adds_up else contents["reward"]
+    reward: RewardFn = sum_turn_rewards if adds_up else contents["reward"]
     return Environment(
         name=name,
-        tasks=Episodes(source=source, build=build, reward=final if adds_up else None),
+        tasks=EpisodeTasks(source=source, build=build, reward=final if adds_up else None),
         max_tokens=_max_tokens(contents),
         make_env=lambda given: build(draw, reward=final if adds_up else given),
         reward=reward,
@@ -141,7 +143,7 @@ def _episodes(
     )
 
 
-def _build(contents: Mapping[str, Any], name: str) -> Build:
+def _build(contents: Mapping[str, Any], name: str) -> BuildEnv:
     shared = {
         "turn_reward": contents.get("turn_reward"),
         "gold": contents.get("gold"),
@@ -168,7 +170,7 @@ class _Problem:
 def _from_file(path: Path, name: str, data: str | Path | None) -> Environment:
     module = load_python_file(path, what="environment", error=TaskError)
     if not name:
-        return from_module(module, path.stem, data)
+        return environment_from_module(module, path.stem, data)
     _refuse_data(f"{path}:{name}", data)
     found = vars(module).get(name)
     if isinstance(found, Environment):

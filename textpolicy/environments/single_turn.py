@@ -12,10 +12,10 @@ from textpolicy.environments.space import AnyText
 from textpolicy.rewards import Rewards, score
 from textpolicy.types import Prompt, RewardFn
 
-Draw = Callable[[Random], tuple[Prompt, Mapping[str, Any]]]
+DrawFn = Callable[[Random], tuple[Prompt, Mapping[str, Any]]]
 """One task from a `random.Random`: the prompt, and the columns that the reward needs."""
 
-Gold = Callable[[Mapping[str, Any]], str | list[str]]
+GoldFn = Callable[[Mapping[str, Any]], str | list[str]]
 """The right answer to an example, or the right answer of each turn."""
 
 
@@ -26,7 +26,9 @@ class SingleTurnEnv(gym.Env[str, str]):
     whoever wants the same task as an environment.
     """
 
-    def __init__(self, draw: Draw, reward: RewardFn | Rewards, gold: Gold | None = None) -> None:
+    def __init__(
+        self, draw: DrawFn, reward: RewardFn | Rewards, gold: GoldFn | None = None
+    ) -> None:
         self.observation_space = AnyText()
         self.action_space = AnyText()
         self._draw = draw
@@ -38,9 +40,9 @@ class SingleTurnEnv(gym.Env[str, str]):
     ) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         self._prompt, self._example = draw_task(self._draw, self.np_random)
-        info = opening_info(self._prompt, self._example)
+        info = reset_info(self._prompt, self._example)
         if self._gold:
-            info["gold"] = answer_of(self._gold(self._example), 0)
+            info["gold"] = gold_for_turn(self._gold(self._example), 0)
         return prompt_text(self._prompt), info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -48,12 +50,12 @@ class SingleTurnEnv(gym.Env[str, str]):
         return "", value or 0.0, True, False, {}
 
 
-def draw_task(draw: Draw, rng: np.random.Generator) -> tuple[Prompt, Mapping[str, Any]]:
+def draw_task(draw: DrawFn, rng: np.random.Generator) -> tuple[Prompt, Mapping[str, Any]]:
     """A task that the environment's generator decides."""
     return draw(Random(int(rng.integers(2**62))))
 
 
-def opening_info(prompt: Prompt, example: Mapping[str, Any]) -> dict[str, Any]:
+def reset_info(prompt: Prompt, example: Mapping[str, Any]) -> dict[str, Any]:
     """What `reset` reports: the example, and the messages if the prompt is more than one text."""
     info: dict[str, Any] = {"example": deepcopy(dict(example))}
     return info if isinstance(prompt, str) else info | {"messages": [dict(m) for m in prompt]}
@@ -64,6 +66,6 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def answer_of(gold: str | list[str], turn: int) -> str:
+def gold_for_turn(gold: str | list[str], turn: int) -> str:
     """The right answer in that turn, -1 for the last; after the last, the last again."""
     return gold if isinstance(gold, str) else gold[min(turn, len(gold) - 1)]

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
-from textpolicy.environments.data_files import Row
+from textpolicy.environments.data_files import DataRow
 from textpolicy.errors import DataError
 from textpolicy.types import Message, Prompt
 
@@ -22,7 +22,7 @@ class _Piece:
     column: str | None
 
 
-def fill(template: Template, row: Row) -> Prompt:
+def fill_template(template: Template, row: DataRow) -> Prompt:
     """The prompt of one row. Values are put in as they are: braces inside them mean nothing."""
     if isinstance(template, str):
         return _fill_text(template, row)
@@ -31,16 +31,16 @@ def fill(template: Template, row: Row) -> Prompt:
     ]
 
 
-def columns_in(template: Template) -> list[str]:
+def template_columns(template: Template) -> list[str]:
     """The columns that the template asks for."""
     texts = [template] if isinstance(template, str) else [m["content"] for m in template]
     pieces = [piece for text in texts for piece in _parse(text)]
     return list(dict.fromkeys(piece.column for piece in pieces if piece.column is not None))
 
 
-def check_template(template: Template, row: Row) -> None:
+def check_template(template: Template, row: DataRow) -> None:
     """Raise `DataError` if the template asks for a column that the row does not have."""
-    for column in columns_in(template):
+    for column in template_columns(template):
         if column not in row:
             near = get_close_matches(column, list(row), n=1)
             hint = f" Did you mean {{{near[0]}}}?" if near else ""
@@ -49,7 +49,7 @@ def check_template(template: Template, row: Row) -> None:
             )
 
 
-def _fill_text(template: str, row: Row) -> str:
+def _fill_text(template: str, row: DataRow) -> str:
     return "".join(
         piece.text + ("" if piece.column is None else _to_text(piece.column, row))
         for piece in _parse(template)

@@ -13,8 +13,8 @@ from textpolicy.errors import TaskError
 
 Tool = Callable[..., Any]
 
-LONGEST_CALL = 4000
-MOST_CALLS = 16
+_MAX_CALL_CHARACTERS = 4000
+MAX_CALLS_PER_ANSWER = 16
 _KINDS = {
     str: "string",
     int: "integer",
@@ -36,11 +36,11 @@ class ToolCall:
     error: str | None = None
 
 
-Parser = Callable[[str, Mapping[str, Tool]], list[ToolCall]]
+ParseCalls = Callable[[str, Mapping[str, Tool]], list[ToolCall]]
 """The calls in an answer; none means that the answer is the final one."""
 
 
-def schema_of(tool: Tool) -> dict[str, Any]:
+def tool_schema(tool: Tool) -> dict[str, Any]:
     """The tool's JSON schema, in the form that chat models are trained on.
 
     The description is the docstring; types come from annotations, and every parameter needs one.
@@ -84,14 +84,16 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
     return {"type": _KINDS[origin]}
 
 
-def tagged_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
+def parse_tagged_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
     """Calls as Qwen, Hermes and others write them: JSON between <tool_call> and </tool_call>."""
     return [_tagged_call(found) for found in _TAGGED.findall(text)]
 
 
 def _tagged_call(text: str) -> ToolCall:
-    if len(text) > LONGEST_CALL:
-        return ToolCall("", error=f"a call of {len(text)} characters; at most {LONGEST_CALL}")
+    if len(text) > _MAX_CALL_CHARACTERS:
+        return ToolCall(
+            "", error=f"a call of {len(text)} characters; at most {_MAX_CALL_CHARACTERS}"
+        )
     try:
         call = json.loads(text)
         return ToolCall(call["name"], dict(call.get("arguments", {})))
@@ -100,7 +102,7 @@ def _tagged_call(text: str) -> ToolCall:
         return ToolCall("", error=f"the call does not read as {form}")
 
 
-def written_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
+def parse_python_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
     """Calls as Python writes them, `name(1, b="x")`, one a line, of the tools' names only.
 
     Arguments are literals: nothing is evaluated.
@@ -115,8 +117,10 @@ def written_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
 
 def _written_call(line: str, tool: Tool) -> ToolCall:
     name = tool.__name__
-    if len(line) > LONGEST_CALL:
-        return ToolCall(name, error=f"a call of {len(line)} characters; at most {LONGEST_CALL}")
+    if len(line) > _MAX_CALL_CHARACTERS:
+        return ToolCall(
+            name, error=f"a call of {len(line)} characters; at most {_MAX_CALL_CHARACTERS}"
+        )
     try:
         call = ast.parse(line, mode="eval").body
         if not isinstance(call, ast.Call):
@@ -135,7 +139,7 @@ def check_arguments(call: ToolCall, tools: Mapping[str, Tool]) -> str | None:
         return call.error
     if call.name not in tools:
         return f"no tool {call.name!r}; the tools are {', '.join(tools)}"
-    parameters = schema_of(tools[call.name])["function"]["parameters"]
+    parameters = tool_schema(tools[call.name])["function"]["parameters"]
     properties: Mapping[str, Any] = parameters["properties"]
     for name in parameters["required"]:
         if name not in call.arguments:

@@ -7,30 +7,30 @@ from typing import Any
 
 import gymnasium as gym
 
-from textpolicy.environments.chat import TurnReward
+from textpolicy.environments.chat import TurnRewardFn
 from textpolicy.environments.faults import call_tool
 from textpolicy.environments.single_turn import (
-    Draw,
-    Gold,
-    answer_of,
+    DrawFn,
+    GoldFn,
     draw_task,
-    opening_info,
+    gold_for_turn,
     prompt_text,
+    reset_info,
 )
 from textpolicy.environments.space import AnyText
 from textpolicy.environments.tool_calls import (
-    MOST_CALLS,
-    Parser,
+    MAX_CALLS_PER_ANSWER,
+    ParseCalls,
     Tool,
     ToolCall,
     check_arguments,
-    schema_of,
-    tagged_calls,
+    parse_tagged_calls,
+    tool_schema,
 )
 from textpolicy.rewards import Rewards, score
 from textpolicy.types import Message, RewardFn
 
-LONGEST_OUTPUT = 4000
+_MAX_OUTPUT_CHARACTERS = 4000
 
 
 class ToolEnv(gym.Env[str, str]):
@@ -42,19 +42,19 @@ class ToolEnv(gym.Env[str, str]):
 
     def __init__(
         self,
-        draw: Draw,
+        draw: DrawFn,
         tools: Sequence[Tool],
         reward: RewardFn | Rewards | None = None,
         *,
-        parse: Parser = tagged_calls,
-        turn_reward: TurnReward | None = None,
-        gold: Gold | None = None,
+        parse: ParseCalls = parse_tagged_calls,
+        turn_reward: TurnRewardFn | None = None,
+        gold: GoldFn | None = None,
         max_turns: int = 8,
     ) -> None:
         self.observation_space = AnyText()
         self.action_space = AnyText()
         self.tools = {tool.__name__: tool for tool in tools}
-        self.schemas = [schema_of(tool) for tool in tools]
+        self.schemas = [tool_schema(tool) for tool in tools]
         self._draw = draw
         self._reward = reward
         self._parse = parse
@@ -69,13 +69,13 @@ class ToolEnv(gym.Env[str, str]):
         self._answers: list[str] = []
         self._calls = self._errors = 0
         self._prompt, self._example = draw_task(self._draw, self.np_random)
-        info = opening_info(self._prompt, self._example) | {"tools": deepcopy(self.schemas)}
+        info = reset_info(self._prompt, self._example) | {"tools": deepcopy(self.schemas)}
         return prompt_text(self._prompt), info | self._info()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self._answers.append(action)
         calls = self._parse(action, self.tools)
-        outputs = [self._answer(call) for call in calls[:MOST_CALLS]]
+        outputs = [self._answer(call) for call in calls[:MAX_CALLS_PER_ANSWER]]
         truncated = bool(calls) and len(self._answers) >= self._max_turns
         earned = self._turn_reward(self._answers, self._example) if self._turn_reward else 0.0
         if self._reward and (truncated or not calls):
@@ -91,21 +91,21 @@ class ToolEnv(gym.Env[str, str]):
             return f"error: {wrong}"
         output, returned = call_tool(self.tools[call.name], call.arguments)
         self._errors += not returned
-        if len(output) > LONGEST_OUTPUT:
-            return f"{output[:LONGEST_OUTPUT]}… ({len(output)} characters, cut)"
+        if len(output) > _MAX_OUTPUT_CHARACTERS:
+            return f"{output[:_MAX_OUTPUT_CHARACTERS]}… ({len(output)} characters, cut)"
         return output
 
     def _info(self) -> dict[str, Any]:
         metrics = {"tool_calls": float(self._calls), "tool_errors": float(self._errors)}
         info: dict[str, Any] = {"metrics": metrics}
         if self._gold:
-            info["gold"] = answer_of(self._gold(self._example), len(self._answers))
+            info["gold"] = gold_for_turn(self._gold(self._example), len(self._answers))
         return info
 
 
 def tool_prompt(tools: Sequence[Tool], text: str) -> list[Message]:
     """The question, after a system message that tells of the tools as Qwen's own template does."""
-    schemas = "\n".join(json.dumps(schema_of(tool)) for tool in tools)
+    schemas = "\n".join(json.dumps(tool_schema(tool)) for tool in tools)
     call = '{"name": <function-name>, "arguments": <args-json-object>}'
     system = (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

@@ -1,18 +1,18 @@
 """Held-out tasks: how good a policy is, and whether another is better."""
 
-from textpolicy.evaluation.compare import Comparison, Difference, compare
-from textpolicy.evaluation.evaluate import Evaluation, Evaluator, HeldOut, evaluate, measure
-from textpolicy.evaluation.statistics import Score, pass_at_k
+from textpolicy.evaluation.compare import Comparison, TaskDifference, compare
+from textpolicy.evaluation.evaluate import Evaluation, Evaluator, HeldOut, evaluate, evaluate_greedy
+from textpolicy.evaluation.statistics import MeanReward, pass_at_k
 
 __all__ = [
     "Comparison",
-    "Difference",
     "Evaluation",
     "Evaluator",
     "HeldOut",
-    "Score",
+    "MeanReward",
+    "TaskDifference",
     "compare",
     "evaluate",
-    "measure",
+    "evaluate_greedy",
     "pass_at_k",
 ]

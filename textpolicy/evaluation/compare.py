@@ -10,11 +10,11 @@ from textpolicy.errors import ConfigError
 from textpolicy.evaluation.evaluate import Evaluation
 from textpolicy.types import Task
 
-RESAMPLES = 10_000
+_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class TaskDifference:
     """A task whose greedy answers earned different rewards."""
 
     prompt: str
@@ -34,14 +34,14 @@ class Comparison:
     """The mean gain over `count` tasks, between `low` and `high` with 95 % confidence.
 
     The interval is a paired bootstrap: each task's gain is one observation, the tasks are drawn
-    again with replacement `RESAMPLES` times, and the middle 95 % of the means are kept.
+    again with replacement `_RESAMPLES` times, and the middle 95 % of the means are kept.
     """
 
     gain: float
     low: float
     high: float
     count: int
-    differences: Sequence[Difference]
+    differences: Sequence[TaskDifference]
 
     @property
     def better(self) -> int:
@@ -67,7 +67,7 @@ def compare(tasks: Sequence[Task], before: Evaluation, after: Evaluation) -> Com
         for task, one, other in zip(tasks, before.greedy, after.greedy, strict=True)
     ]
     scored = [
-        Difference(
+        TaskDifference(
             prompt=prompt_text(task.prompt),
             before=one.completion,
             after=other.completion,
@@ -79,7 +79,7 @@ def compare(tasks: Sequence[Task], before: Evaluation, after: Evaluation) -> Com
     ]
     if not scored:
         raise ConfigError("no task was scored under both policies: there is nothing to compare")
-    low, high = interval([difference.gain for difference in scored])
+    low, high = bootstrap_interval([difference.gain for difference in scored])
     return Comparison(
         gain=float(np.mean([difference.gain for difference in scored])),
         low=low,
@@ -92,12 +92,12 @@ def compare(tasks: Sequence[Task], before: Evaluation, after: Evaluation) -> Com
     )
 
 
-def interval(gains: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(gains: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     """The middle 95 % of the means of `gains` drawn again with replacement."""
     values, counts = np.unique(np.asarray(gains, dtype=np.float64), return_counts=True)
     shares = counts / len(gains)
     # How often each distinct gain is drawn: the same means, without drawing task by task.
-    drawn = np.random.default_rng(seed).multinomial(len(gains), shares, size=RESAMPLES)
+    drawn = np.random.default_rng(seed).multinomial(len(gains), shares, size=_RESAMPLES)
     means = drawn @ values / len(gains)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from textpolicy.errors import RewardError
-from textpolicy.evaluation.statistics import Score, pass_at_k
+from textpolicy.evaluation.statistics import MeanReward, pass_at_k
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.worker import collect
@@ -39,18 +39,18 @@ class Evaluation:
     good: float
 
     @property
-    def score(self) -> Score:
+    def greedy_reward(self) -> MeanReward:
         """Of the greedy answers."""
         rewards = [rollout.reward for rollout in self.greedy if rollout.reward is not None]
         if not rewards:
             raise RewardError(
                 f"the reward declined to score each of {len(self.greedy)} held-out completions"
             )
-        return Score.of(rewards)
+        return MeanReward.of(rewards)
 
     def metrics(self, prefix: str = "eval/") -> Metrics:
         """Everything, under names that begin so."""
-        score = self.score
+        score = self.greedy_reward
         lengths = [sum(rollout.mask) for rollout in self.greedy]
         cut = [rollout.stop_reason is StopReason.LENGTH for rollout in self.greedy]
         metrics = {
@@ -117,13 +117,13 @@ class Evaluator:
     temperature: float = 1.0
     good: float = 0.5
 
-    def __call__(self) -> tuple[Score, Metrics]:
+    def __call__(self) -> tuple[MeanReward, Metrics]:
         started = time.perf_counter()
         own = self._evaluate(self.heldout)
         metrics = own.metrics()
         for other in self.others:
             metrics |= self._evaluate(other).metrics(f"eval/{other.name}/")
-        return own.score, metrics | {"time/evaluate": time.perf_counter() - started}
+        return own.greedy_reward, metrics | {"time/evaluate": time.perf_counter() - started}
 
     def _evaluate(self, heldout: HeldOut) -> Evaluation:
         return evaluate(
@@ -135,12 +135,12 @@ class Evaluator:
         )
 
 
-def measure(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) -> Score:
+def evaluate_greedy(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) -> MeanReward:
     """The greedy score alone, with answers as long as the policy's own."""
     max_tokens = policy.sampling.max_tokens
     return evaluate(
         policy, HeldOut(name="", tasks=tasks, scorer=scorer, max_tokens=max_tokens)
-    ).score
+    ).greedy_reward
 
 
 def _sizes(count: int) -> list[int]:

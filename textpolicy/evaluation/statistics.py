@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class MeanReward:
     """The mean reward of greedy completions over `count` tasks."""
 
     reward: float
@@ -16,7 +16,7 @@ class Score:
     count: int
 
     @classmethod
-    def of(cls, rewards: Sequence[float]) -> "Score":
+    def of(cls, rewards: Sequence[float]) -> "MeanReward":
         """Of at least one reward."""
         return cls(
             reward=float(np.mean(rewards)),

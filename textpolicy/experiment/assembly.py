@@ -85,7 +85,9 @@ def assemble(
         adapters=adapters,
         reward=reward,
         policy=ModelPolicy(twin(model), tokenizer, sampling, seed=config.run.seed),
-        trainer=build_trainer(model, config, algorithm, sampling.max_tokens, directory.rejected),
+        trainer=build_trainer(
+            model, config, algorithm, sampling.max_tokens, directory.rejected_batches
+        ),
         refill_rounds=config.rollout.refill_rounds or dynamic,
     )
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from textpolicy.config import SFTConfig, TrainConfig, settings_of
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.console import Console, visible
-from textpolicy.tracking.open import Services, open_tracker
+from textpolicy.tracking.console import Console, terminal_safe
+from textpolicy.tracking.open import ServiceOptions, open_tracker
 from textpolicy.tracking.tracker import Tracker
 
 
@@ -22,9 +22,9 @@ def tracker_of(
     """The tracker of a run, which goes on from `resume_step`."""
     return open_tracker(
         directory,
-        Services(**asdict(config.tracking)),
+        ServiceOptions(**asdict(config.tracking)),
         plain(config),
-        notice=lambda text: console.note(visible(text)),
+        notice=lambda text: console.note(terminal_safe(text)),
         resume_step=resume_step,
         sample_groups=sample_groups,
     )

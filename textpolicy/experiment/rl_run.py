@@ -11,7 +11,7 @@ from textpolicy.algorithms import Algorithm
 from textpolicy.backend import versions
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.errors import DataError
-from textpolicy.evaluation import Evaluator, HeldOut, Score
+from textpolicy.evaluation import Evaluator, HeldOut, MeanReward
 from textpolicy.experiment.assembly import Experiment, assemble, find_algorithm, sampling_of
 from textpolicy.experiment.observer import Observer
 from textpolicy.experiment.recording import tracker_of
@@ -21,7 +21,7 @@ from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import Incident, Rewards, Scorer
 from textpolicy.runs import RunDirectory, claim
 from textpolicy.tracking.best import BestAdapter
-from textpolicy.tracking.console import Console, visible
+from textpolicy.tracking.console import Console, terminal_safe
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.types import Progress
@@ -35,8 +35,8 @@ class Outcome:
     signal ended the run, by `request`, before its last step.
     """
 
-    before: Score
-    after: Score | None
+    before: MeanReward
+    after: MeanReward | None
     steps: int
     updates: int
     seconds: float
@@ -68,7 +68,7 @@ def run_experiment(
         claim(directory)
     with ExitStack() as opened:
         opened.enter_context(directory.lock())
-        directory.remove_partial()
+        directory.remove_partial_files()
         experiment = assemble(config, environment, reward, algorithm, directory)
         first = experiment.trainer.version
         prepare(experiment)
@@ -140,7 +140,7 @@ def checkpoints_of(directory: RunDirectory, config: TrainConfig) -> Checkpoints:
 def _newest(checkpoints: Checkpoints, console: Console) -> Checkpoint | None:
     found = checkpoints.newest()
     for damage in checkpoints.damaged:
-        console.note(visible(f"passed over: {damage}"))
+        console.note(terminal_safe(f"passed over: {damage}"))
     if found:
         console.note(f"going on after step {found.step}")
         for package, now in versions().items():
@@ -159,7 +159,7 @@ def _put_back(experiment: Experiment, checkpoint: Checkpoint) -> None:
 
 def _begin(
     observer: Observer, directory: RunDirectory, resume: Checkpoint | None, console: Console
-) -> Score:
+) -> MeanReward:
     """The score before the first step: measured, or as the run's first row has it."""
     if resume is None:
         return observer.evaluate("before")
@@ -231,7 +231,7 @@ def open_scorer(
     """A scorer whose incidents are told on the console, closed with `opened`."""
 
     def on_incident(incident: Incident) -> None:
-        console.note(visible(str(incident)))
+        console.note(terminal_safe(str(incident)))
 
     return opened.enter_context(closing(kind(rewards, on_incident=on_incident)))
 

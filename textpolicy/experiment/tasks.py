@@ -6,7 +6,7 @@ from typing import Any
 
 from textpolicy.config.sections import TaskOptions
 from textpolicy.environments import Dataset, Environment, from_dataset, load
-from textpolicy.environments.single_turn import answer_of, prompt_text
+from textpolicy.environments.single_turn import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scorer_of
 
@@ -37,7 +37,7 @@ def elsewhere(options: TaskOptions, env: str) -> TaskOptions:
 def _try(rewards: Rewards, environment: Environment) -> None:
     """Score one answer now: what cannot score is found out before a model loads."""
     (task,) = environment.heldout(1)
-    gold = answer_of(environment.gold(task.example), -1) if environment.gold else ""
+    gold = gold_for_turn(environment.gold(task.example), -1) if environment.gold else ""
     with scorer_of(replace(rewards, on_error="fail")) as scorer:
         scorer.score([sample_of(prompt_text(task.prompt), gold, task.example)])
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from textpolicy.environments.check_env import check_step
-from textpolicy.environments.environment import opening
-from textpolicy.environments.faults import environment_code
+from textpolicy.environments.check_env import check_step_result
+from textpolicy.environments.environment import opening_prompt
+from textpolicy.environments.faults import environment_errors
 from textpolicy.errors import TaskError
 from textpolicy.types import Completion, Message, StopReason, Task, Turn
 
@@ -24,9 +24,9 @@ class Episode:
         self.metrics: dict[str, float] = {}
         self._task = task
         self._max_turns = max_turns
-        with environment_code(task.id, "reset"):
+        with environment_errors(task.id, "reset"):
             self._env = task.env()
-            prompt, _ = opening(*self._env.reset(seed=task.seed), task.id)
+            prompt, _ = opening_prompt(*self._env.reset(seed=task.seed), task.id)
         if prompt != task.prompt:
             raise TaskError(
                 f"the environment of task {task.id!r} opens with {prompt!r:.60} for seed "
@@ -37,8 +37,10 @@ class Episode:
     def respond(self, said: Completion) -> Sequence[Message] | None:
         """The messages that the environment answers with; None when the episode is over."""
         where = f"turn {len(self.turns) + 1}, on {said.text!r:.60}"
-        with environment_code(self._task.id, where):
-            observation, reward, terminated, truncated, info = check_step(self._env.step(said.text))
+        with environment_errors(self._task.id, where):
+            observation, reward, terminated, truncated, info = check_step_result(
+                self._env.step(said.text)
+            )
             replies = _replies(observation, info)
         unfinished = said.stop_reason is StopReason.LENGTH
         full = len(self.turns) + 1 >= self._max_turns
@@ -56,7 +58,7 @@ class Episode:
         self.metrics["env/turns"] = float(len(self.turns))
 
     def close(self) -> None:
-        with environment_code(self._task.id, "close"):
+        with environment_errors(self._task.id, "close"):
             self._env.close()
 
 

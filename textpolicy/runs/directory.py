@@ -14,7 +14,7 @@ from pathlib import Path
 from textpolicy.adapters.files.adapter_file import peek_version, remove_partial, replacing
 from textpolicy.errors import ConfigError
 
-SUFFIX = ".safetensors"
+_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class RunDirectory:
     @property
     def latest(self) -> Path:
         """The adapter of the last update."""
-        return self.adapters / f"latest{SUFFIX}"
+        return self.adapters / f"latest{_SUFFIX}"
 
     @property
     def best(self) -> Path:
         """The adapter that did best so far."""
-        return self.adapters / f"best{SUFFIX}"
+        return self.adapters / f"best{_SUFFIX}"
 
     @property
     def checkpoints(self) -> Path:
@@ -63,7 +63,7 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def rejected(self) -> Path:
+    def rejected_batches(self) -> Path:
         """The folder of batches whose gradient was not finite."""
         return self.path / "rejected"
 
@@ -73,12 +73,12 @@ class RunDirectory:
         return self.path / "report.html"
 
     @property
-    def begun(self) -> bool:
+    def exists(self) -> bool:
         """Whether a run is here: its config is written before its first step."""
         return self.config.is_file()
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a process holds the lock at this moment."""
         if not self._lock.exists():
             return False
@@ -117,12 +117,12 @@ class RunDirectory:
         with replacing(self.config) as temporary:
             temporary.write_text(text, "utf-8")
 
-    def keep(self, adapter: Path, name: str | None = None) -> Path:
+    def keep_adapter(self, adapter: Path, name: str | None = None) -> Path:
         """Keep an adapter file under its version, or a name such as "best"; returns the new path.
 
         The file shares the bytes of `adapter`, which later versions replace and never change.
         """
-        target = self.adapters / f"{name or f'{peek_version(adapter):08d}'}{SUFFIX}"
+        target = self.adapters / f"{name or f'{peek_version(adapter):08d}'}{_SUFFIX}"
         with replacing(target) as temporary:
             try:
                 os.link(adapter, temporary)
@@ -131,12 +131,12 @@ class RunDirectory:
                 shutil.copyfile(adapter, temporary)
         return target
 
-    def keep_latest(self) -> None:
+    def keep_latest_adapter(self) -> None:
         """Keep the latest adapter under its version too, if there is one yet."""
         if self.latest.exists():
-            self.keep(self.latest)
+            self.keep_adapter(self.latest)
 
-    def remove_partial(self) -> None:
+    def remove_partial_files(self) -> None:
         """Remove what a killed process was writing; to be called by the holder of the lock."""
         for folder in (self.path, self.adapters, self.checkpoints):
             remove_partial(folder)
@@ -152,7 +152,7 @@ def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:
 def claim(directory: RunDirectory) -> None:
     """Make the directory and see that it can be written to, before a model is loaded for it."""
     # A run that failed before it had anything to lose is no hindrance.
-    if directory.latest.exists() or any(directory.checkpoints.glob(f"*{SUFFIX}")):
+    if directory.latest.exists() or any(directory.checkpoints.glob(f"*{_SUFFIX}")):
         raise ConfigError(
             f"{directory.path} holds an earlier run: choose another folder, or go on with that run "
             f"by --resume {directory.path}"

@@ -12,16 +12,16 @@ from statistics import fmean, pstdev
 from textpolicy.types import Metrics
 
 REWARD = "reward"
-REWARD_STD = "reward_std"
-ENTROPY = "entropy"
-ZERO_STD = "frac_reward_zero_std"
-LENGTH = "completions/mean_length"
-CLIPPED = "completions/clipped_ratio"
-COLUMNS = (REWARD, REWARD_STD, ENTROPY, ZERO_STD, LENGTH, CLIPPED)
+_REWARD_STD = "reward_std"
+_ENTROPY = "entropy"
+_ZERO_STD = "frac_reward_zero_std"
+_LENGTH = "completions/mean_length"
+_CLIPPED = "completions/clipped_ratio"
+ALARM_METRICS = (REWARD, _REWARD_STD, _ENTROPY, _ZERO_STD, _LENGTH, _CLIPPED)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thresholds:
+class AlarmThresholds:
     """How far a rolling mean may go from the run's beginning before it is called a collapse."""
 
     beginning: int = 3
@@ -64,12 +64,12 @@ class Alarm:
         )
 
 
-Sign = tuple[str, str, str]
+_Deviation = tuple[str, str, str]
 """What was got and expected, and the advice."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Course:
+class _Trend:
     """Means over the beginning and over the last steps, and how reward went in between."""
 
     first: Metrics
@@ -83,32 +83,32 @@ class _Course:
         return self.now[REWARD] < self.first[REWARD] - self.wobble
 
 
-class Watch:
+class AlarmMonitor:
     """Sees each step's metrics and says when something has gone wrong, once for each alarm.
 
     A step without scored rollouts counts for nothing.
     """
 
-    def __init__(self, limits: Thresholds | None = None) -> None:
-        self.limits = limits or Thresholds()
+    def __init__(self, limits: AlarmThresholds | None = None) -> None:
+        self.limits = limits or AlarmThresholds()
         self._first: list[Metrics] = []
         self._last: deque[Metrics] = deque(maxlen=self.limits.window)
         self._best = self._spread = 0.0
         self._fired: set[str] = set()
-        self._present: dict[str, Sign] = {}
+        self._present: dict[str, _Deviation] = {}
 
-    def see(self, step: int, metrics: Metrics) -> list[Alarm]:
+    def check(self, step: int, metrics: Metrics) -> list[Alarm]:
         """The alarms that this step sets off for the first time."""
-        if not all(column in metrics for column in COLUMNS):
+        if not all(column in metrics for column in ALARM_METRICS):
             return []
         self._last.append(metrics)
         if len(self._first) < self.limits.beginning:
             self._first.append(metrics)
-            self._best, self._spread = _mean(self._first, REWARD), _mean(self._first, REWARD_STD)
+            self._best, self._spread = _mean(self._first, REWARD), _mean(self._first, _REWARD_STD)
         if len(self._last) < self.limits.window:
             return []
         self._best = max(self._best, _mean(self._last, REWARD))
-        self._spread = max(self._spread, _mean(self._last, REWARD_STD))
+        self._spread = max(self._spread, _mean(self._last, _REWARD_STD))
         self._present = dict(self._signs())
         new = [name for name in self._present if name not in self._fired]
         self._fired.update(new)
@@ -118,57 +118,57 @@ class Watch:
         """1 for each alarm whose sign is there now, 0 for the others."""
         return {f"alarm/{name}": float(name in self._present) for name in _SIGNS}
 
-    def _signs(self) -> Iterator[tuple[str, Sign]]:
-        course = _Course(
-            first={column: _mean(self._first, column) for column in COLUMNS},
-            now={column: _mean(self._last, column) for column in COLUMNS},
+    def _signs(self) -> Iterator[tuple[str, _Deviation]]:
+        trend = _Trend(
+            first={column: _mean(self._first, column) for column in ALARM_METRICS},
+            now={column: _mean(self._last, column) for column in ALARM_METRICS},
             best=self._best,
             spread=self._spread,
             wobble=self.limits.wobble * pstdev(metrics[REWARD] for metrics in self._last),
         )
         for name, sign_of in _SIGNS.items():
-            if sign := sign_of(course, self.limits):
+            if sign := sign_of(trend, self.limits):
                 yield name, sign
 
 
-def _entropy(course: _Course, limits: Thresholds) -> Sign | None:
-    first, now = course.first, course.now
-    got = f"{now[ENTROPY]:.3f} nats a token after {first[ENTROPY]:.3f} at the beginning"
-    if now[ENTROPY] > (most := limits.entropy_factor * first[ENTROPY]):
+def _entropy(trend: _Trend, limits: AlarmThresholds) -> _Deviation | None:
+    first, now = trend.first, trend.now
+    got = f"{now[_ENTROPY]:.3f} nats a token after {first[_ENTROPY]:.3f} at the beginning"
+    if now[_ENTROPY] > (most := limits.entropy_factor * first[_ENTROPY]):
         advice = "Lower the learning rate, and take off any entropy bonus"
         return got, f"at most {most:.3f}", advice
-    if now[ENTROPY] < (least := limits.entropy_left * first[ENTROPY]) and course.worse:
+    if now[_ENTROPY] < (least := limits.entropy_left * first[_ENTROPY]) and trend.worse:
         advice = "Lower the learning rate, or add a KL divergence (--beta)"
         return got, f"at least {least:.3f}, as reward fell too", advice
     return None
 
 
-def _length(course: _Course, limits: Thresholds) -> Sign | None:
-    first, now = course.first, course.now
-    if now[CLIPPED] > (most := first[CLIPPED] + limits.clipped_rise):
+def _length(trend: _Trend, limits: AlarmThresholds) -> _Deviation | None:
+    first, now = trend.first, trend.now
+    if now[_CLIPPED] > (most := first[_CLIPPED] + limits.clipped_rise):
         return (
-            f"{now[CLIPPED]:.0%} of completions run to the limit after {first[CLIPPED]:.0%} at the "
-            "beginning",
+            f"{now[_CLIPPED]:.0%} of completions run to the limit after {first[_CLIPPED]:.0%} "
+            "at the beginning",
             f"at most {most:.0%}",
             "Does the reward grow with length? Otherwise lower the learning rate, or raise "
             "max_tokens",
         )
-    least, most = first[LENGTH] / limits.length_factor, first[LENGTH] * limits.length_factor
-    if course.worse and not least <= now[LENGTH] <= most:
+    least, most = first[_LENGTH] / limits.length_factor, first[_LENGTH] * limits.length_factor
+    if trend.worse and not least <= now[_LENGTH] <= most:
         return (
-            f"{now[LENGTH]:.1f} tokens a completion after {first[LENGTH]:.1f} at the beginning",
+            f"{now[_LENGTH]:.1f} tokens a completion after {first[_LENGTH]:.1f} at the beginning",
             f"{least:.1f} to {most:.1f}, as reward fell too",
             "Lower the learning rate, and read some completions",
         )
     return None
 
 
-def _zero_std(course: _Course, limits: Thresholds) -> Sign | None:
-    first, now = course.first, course.now
-    if now[ZERO_STD] > limits.zero_std and course.worse:
+def _zero_std(trend: _Trend, limits: AlarmThresholds) -> _Deviation | None:
+    first, now = trend.first, trend.now
+    if now[_ZERO_STD] > limits.zero_std and trend.worse:
         return (
-            f"{now[ZERO_STD]:.0%} of groups have equal rewards, after {first[ZERO_STD]:.0%} at the "
-            f"beginning, and reward fell from {first[REWARD]:.3f} to {now[REWARD]:.3f}",
+            f"{now[_ZERO_STD]:.0%} of groups have equal rewards, after {first[_ZERO_STD]:.0%} "
+            f"at the beginning, and reward fell from {first[REWARD]:.3f} to {now[REWARD]:.3f}",
             f"at most {limits.zero_std:.0%}",
             "Nothing is left to learn from: go back to an earlier adapter with a lower learning "
             "rate",
@@ -176,9 +176,9 @@ def _zero_std(course: _Course, limits: Thresholds) -> Sign | None:
     return None
 
 
-def _reward(course: _Course, limits: Thresholds) -> Sign | None:
-    reward, best = course.now[REWARD], course.best
-    least = best - max(limits.reward_fall * course.spread, course.wobble)
+def _reward(trend: _Trend, limits: AlarmThresholds) -> _Deviation | None:
+    reward, best = trend.now[REWARD], trend.best
+    least = best - max(limits.reward_fall * trend.spread, trend.wobble)
     if reward < least:
         return (
             f"the mean reward fell to {reward:.3f} from {best:.3f} at its best",

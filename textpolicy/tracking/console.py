@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
-from textpolicy.tracking.run_history import Course, clock_face, time_shares
+from textpolicy.tracking.run_history import RunHistory, format_duration, time_shares
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
 
@@ -18,7 +18,7 @@ _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
 @runtime_checkable
-class Stream(Protocol):
+class TextStream(Protocol):
     """Where progress goes: any text file."""
 
     def write(self, text: str, /) -> int: ...
@@ -27,10 +27,10 @@ class Stream(Protocol):
 
 
 @runtime_checkable
-class View(Protocol):
-    """A way to show a course."""
+class ProgressView(Protocol):
+    """A way to show a history."""
 
-    def show(self, course: Course, sample: str | None) -> None:
+    def show(self, history: RunHistory, sample: str | None) -> None:
         """Show the last step of it, and a sample if there is a new one."""
         ...
 
@@ -50,9 +50,9 @@ class Console:
     """
 
     def __init__(
-        self, stream: Stream, steps: int, *, clock: Callable[[], float] = time.monotonic
+        self, stream: TextStream, steps: int, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._course = Course(steps)
+        self._history = RunHistory(steps)
         self._clock = clock
         self._sampled: float | None = None
         self._view = _view_on(stream)
@@ -60,12 +60,12 @@ class Console:
     def show(self, step: int, metrics: Metrics, samples: Sequence[SampleRow] = ()) -> None:
         """Report the finished step `step`, counted from 0."""
         now = self._clock()
-        self._course.see(step, metrics, now)
+        self._history.add(step, metrics, now)
         sample = None
         if samples and (self._sampled is None or now - self._sampled >= _SECONDS_BETWEEN_SAMPLES):
             self._sampled = now
             sample = sample_line(samples[step % len(samples)])
-        self._view.show(self._course, sample)
+        self._view.show(self._history, sample)
 
     def note(self, text: str) -> None:
         """Write a line that stays, above what is redrawn."""
@@ -76,15 +76,15 @@ class Console:
         self._view.close()
 
 
-class Lines:
+class LineView:
     """A line a step, for files, pipes and terminals that cannot redraw."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: TextStream) -> None:
         self._stream = stream
 
-    def show(self, course: Course, sample: str | None) -> None:
+    def show(self, history: RunHistory, sample: str | None) -> None:
         """Write the step's line, and the sample's."""
-        self.note(_line(course))
+        self.note(_line(history))
         if sample:
             self.note(f"sample  {sample}")
 
@@ -99,26 +99,26 @@ class Lines:
         """Every line has ended."""
 
 
-def _view_on(stream: Stream) -> View:
+def _view_on(stream: TextStream) -> ProgressView:
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
-        return Lines(stream)
+        return LineView(stream)
     # Only terminals need rich, and its import takes a tenth of a second.
     from textpolicy.tracking.live_view import LiveView
 
     return LiveView(stream)
 
 
-def _line(course: Course) -> str:
-    metrics = course.metrics
+def _line(history: RunHistory) -> str:
+    metrics = history.metrics
     shares = time_shares(metrics).items()
     fields = [
-        f"step {course.done:>{len(str(course.steps))}}/{course.steps}",
+        f"step {history.done:>{len(str(history.steps))}}/{history.steps}",
         f"reward {metrics.get('reward', float('nan')):.3f}",
         f"length {metrics.get('completions/mean_length', 0):.1f}",
         f"{metrics.get('tokens_per_second', 0):,.0f} tokens/s",
         f"{metrics.get('time/step', 0):.2f} s/step",
         *([", ".join(f"{name} {share:.0%}" for name, share in shares)] if shares else []),
-        f"{clock_face(course.remaining)} left",
+        f"{format_duration(history.remaining)} left",
     ]
     return "  ".join(fields)
 
@@ -132,11 +132,11 @@ def sample_line(sample: SampleRow) -> str:
 
 
 def _short(text: str) -> str:
-    line = visible(text).replace("\n", "⏎").replace("\t", " ")
+    line = terminal_safe(text).replace("\n", "⏎").replace("\t", " ")
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
 
 
-def visible(text: str) -> str:
+def terminal_safe(text: str) -> str:
     """Text that is safe on a terminal: what could move the cursor or hide is spelled as \\x1b.
 
     Line breaks and tabs stay.

@@ -9,7 +9,7 @@ from typing import Any
 
 from textpolicy.errors import DataError
 from textpolicy.tracking.sink import SampleRow
-from textpolicy.tracking.values import json_number
+from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Metrics
 
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
@@ -28,7 +28,7 @@ class RunFiles:
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append `metrics` as a line of `step`."""
-        finite = {name: json_number(value) for name, value in metrics.items()}
+        finite = {name: to_json_number(value) for name, value in metrics.items()}
         self._metrics.append([{"step": step, **finite}])
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
@@ -46,7 +46,7 @@ class RunFiles:
 class _LineFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        cut_back(path, resume_step)
+        drop_rows_from(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         self.close = self._file.close
 
@@ -57,7 +57,7 @@ class _LineFile:
         self._file.flush()
 
 
-def cut_back(path: Path, step: int) -> None:
+def drop_rows_from(path: Path, step: int) -> None:
     """Drop the rows of `step` and later, and a line that a killed run left unfinished.
 
     One truncation: a reader, or another kill, finds the old file or the new one. A damaged line

@@ -11,7 +11,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from textpolicy.tracking.run_history import BLOCKS, Course, clock_face, spark_line, time_shares
+from textpolicy.tracking.run_history import (
+    BLOCKS,
+    RunHistory,
+    format_duration,
+    spark_line,
+    time_shares,
+)
 from textpolicy.types import Metrics
 
 _SPARK_WIDTH = 24
@@ -30,19 +36,19 @@ class LiveView:
             auto_refresh=False,
             redirect_stdout=False,
         )
-        self._course: Course | None = None
+        self._history: RunHistory | None = None
         self._sample: str | None = None
         self._drawn = float("-inf")
 
-    def show(self, course: Course, sample: str | None) -> None:
-        """Draw the course so far, and the sample or the one before it."""
-        if self._course is None:
+    def show(self, history: RunHistory, sample: str | None) -> None:
+        """Draw the history so far, and the sample or the one before it."""
+        if self._history is None:
             self._live.start()
-        self._course, self._sample = course, sample or self._sample
+        self._history, self._sample = history, sample or self._sample
         now = time.monotonic()
         if now - self._drawn >= _SECONDS_BETWEEN_FRAMES:
             self._drawn = now
-            self._live.update(panel(course, self._sample), refresh=True)
+            self._live.update(panel(history, self._sample), refresh=True)
 
     def note(self, text: str) -> None:
         """Write a line that stays above the panel."""
@@ -50,43 +56,43 @@ class LiveView:
 
     def close(self) -> None:
         """Leave the panel as it came to be, and give the cursor back."""
-        if self._course:
-            self._live.update(panel(self._course, self._sample))
+        if self._history:
+            self._live.update(panel(self._history, self._sample))
             self._live.stop()
-            self._course = None
+            self._history = None
 
 
-def panel(course: Course, sample: str | None) -> RenderableType:
+def panel(history: RunHistory, sample: str | None) -> RenderableType:
     """The last step in numbers, and the way there as spark lines."""
-    metrics = course.metrics
+    metrics = history.metrics
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(no_wrap=True, overflow="ellipsis")
-    rows.add_row("reward", _spark(course, "reward", f"± {metrics.get('reward_std', 0):.2f}"))
-    if course.values("eval/reward"):
-        error = course.last("eval/standard_error")
-        rows.add_row("eval", _spark(course, "eval/reward", f"± {error:.2f}"))
+    rows.add_row("reward", _spark(history, "reward", f"± {metrics.get('reward_std', 0):.2f}"))
+    if history.values("eval/reward"):
+        error = history.last("eval/standard_error")
+        rows.add_row("eval", _spark(history, "eval/reward", f"± {error:.2f}"))
     cut = f"{metrics.get('completions/clipped_ratio', 0):.0%} cut off"
-    rows.add_row("length", _spark(course, "completions/mean_length", cut))
-    rows.add_row("entropy", _spark(course, "entropy", ""))
+    rows.add_row("length", _spark(history, "completions/mean_length", cut))
+    rows.add_row("entropy", _spark(history, "entropy", ""))
     rows.add_row("groups", _groups(metrics))
     speed = f"tokens/s   {metrics.get('time/step', 0):.2f} s a step"
-    rows.add_row("speed", _spark(course, "tokens_per_second", speed))
+    rows.add_row("speed", _spark(history, "tokens_per_second", speed))
     rows.add_row("time", _time(metrics))
     if sample:
         rows.add_row("sample", Text(sample, style="italic"))
-    title = f"step {course.done}/{course.steps}"
+    title = f"step {history.done}/{history.steps}"
     # A bar ends no line by itself: it needs a row of its own.
     whole = Table.grid(expand=True)
-    whole.add_row(ProgressBar(total=course.steps, completed=course.done))
+    whole.add_row(ProgressBar(total=history.steps, completed=history.done))
     whole.add_row(rows)
-    left = f"{clock_face(course.remaining)} left"
+    left = f"{format_duration(history.remaining)} left"
     return Panel(whole, title=title, subtitle=left, title_align="left")
 
 
-def _spark(course: Course, name: str, beside: str) -> Text:
-    line = spark_line(course.values(name), _SPARK_WIDTH)
-    last = course.last(name)
+def _spark(history: RunHistory, name: str, beside: str) -> Text:
+    line = spark_line(history.values(name), _SPARK_WIDTH)
+    last = history.last(name)
     value = f"{last:,.0f}" if abs(last) >= 1000 else f"{last:.3f}"
     return Text.assemble((f"{line:<{_SPARK_WIDTH}}", "cyan"), f"  {value:>8}  ", (beside, "dim"))
 

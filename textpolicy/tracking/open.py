@@ -9,20 +9,20 @@ from typing import Any
 
 from textpolicy.errors import ConfigError
 from textpolicy.runs import RunDirectory
+from textpolicy.tracking.background_sink import BackgroundSink, Notify
 from textpolicy.tracking.jsonl import RunFiles
-from textpolicy.tracking.service import Say, Service
 from textpolicy.tracking.sink import Sink
 from textpolicy.tracking.tensorboard import TensorBoardRun
-from textpolicy.tracking.tracker import CLOSING, PATIENCE, Tracker
+from textpolicy.tracking.tracker import CLOSING_SHARE, PATIENCE, Tracker
 from textpolicy.tracking.trackio_run import TrackioRun
 from textpolicy.tracking.wandb_run import WandbRun
 
-TENSORBOARD = "tensorboard"
-_ID = ".tracking-id"
+_TENSORBOARD_FOLDER = "tensorboard"
+_ID_FILE = ".tracking-id"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Services:
+class ServiceOptions:
     """What a run is logged to beside its files."""
 
     wandb: str | None = None
@@ -37,7 +37,7 @@ class Services:
 
 def open_tracker(
     directory: RunDirectory,
-    services: Services,
+    services: ServiceOptions,
     config: Mapping[str, Any],
     *,
     notice: Callable[[str], None],
@@ -60,7 +60,7 @@ def open_tracker(
     makers = _makers(directory, services, config, resume_step, patience)
     return Tracker(
         [files],
-        [Service(name, make) for name, make in makers.items()],
+        [BackgroundSink(name, make) for name, make in makers.items()],
         notice=notice,
         patience=patience,
         sample_groups=sample_groups,
@@ -69,13 +69,13 @@ def open_tracker(
 
 def _makers(
     directory: RunDirectory,
-    services: Services,
+    services: ServiceOptions,
     config: Mapping[str, Any],
     resume_step: int,
     patience: float,
-) -> dict[str, Callable[[Say], Sink]]:
-    folder, run_id = directory.path, run_id_of(directory.path)
-    makers: dict[str, Callable[[Say], Sink]] = {}
+) -> dict[str, Callable[[Notify], Sink]]:
+    folder, run_id = directory.path, tracking_id(directory.path)
+    makers: dict[str, Callable[[Notify], Sink]] = {}
     if (project := services.wandb) is not None:
         adapters: Sequence[Path] = (directory.latest, directory.best)
         makers["W&B"] = lambda say: WandbRun(
@@ -88,11 +88,11 @@ def _makers(
             # A server that never answers leaves time to write an offline run. One that falls silent
             # is waited for at the end, and W&B does so again when the process ends.
             init_seconds=patience * 0.3,
-            close_seconds=patience * CLOSING * 0.9,
+            close_seconds=patience * CLOSING_SHARE * 0.9,
         )
     if services.tensorboard:
         makers["TensorBoard"] = lambda say: TensorBoardRun(
-            folder / TENSORBOARD, resume_step=resume_step
+            folder / _TENSORBOARD_FOLDER, resume_step=resume_step
         )
     if (name := services.trackio) is not None:
         makers["trackio"] = lambda say: TrackioRun(
@@ -101,16 +101,16 @@ def _makers(
     return makers
 
 
-def run_id_of(folder: Path) -> str:
+def tracking_id(folder: Path) -> str:
     """What services know the run in this folder by: made once, and kept there."""
-    file = folder / _ID
+    file = folder / _ID_FILE
     # A process that was killed before it had written leaves an empty one.
     if not (file.is_file() and file.stat().st_size):
         file.write_text(secrets.token_hex(4), encoding="utf-8")
     return file.read_text(encoding="utf-8")
 
 
-def _check_installed(services: Services) -> None:
+def _check_installed(services: ServiceOptions) -> None:
     wanted = {
         "wandb": (services.wandb is not None, "wandb"),
         "tensorboardX": (services.tensorboard, "textpolicy[tensorboard]"),

@@ -7,7 +7,7 @@ import numpy as np
 from textpolicy.types import Metrics, Rollout, RolloutGroup, StopReason
 
 # Between 0, all that most rewards give to a wrong answer, and 1, what they give to a right one.
-GOOD = 0.5
+_GOOD = 0.5
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
@@ -40,7 +40,7 @@ def _reward_metrics(rewards_G: Sequence[Sequence[float]]) -> Metrics:
     if not scored:
         return {}
     equal = [rewards[0] for rewards in scored if np.ptp(rewards) == 0]
-    good = sum(reward >= GOOD for reward in equal)
+    good = sum(reward >= _GOOD for reward in equal)
     return {
         "reward": float(np.concatenate(scored).mean()),
         "reward_std": float(np.mean([np.std(rewards) for rewards in scored])),

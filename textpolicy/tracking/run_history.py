@@ -9,7 +9,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 _TIMES = ("generate", "reward", "train", "reload", "checkpoint")
 
 
-class Course:
+class RunHistory:
     """Takes in finished steps. The clock is in seconds, and need not begin at 0."""
 
     def __init__(self, steps: int) -> None:
@@ -21,7 +21,7 @@ class Course:
         self._started: float | None = None
         self._seen = 0
 
-    def see(self, step: int, metrics: Metrics, now: float) -> None:
+    def add(self, step: int, metrics: Metrics, now: float) -> None:
         """Take in the finished step `step`, counted from 0."""
         for name, value in metrics.items():
             self._history.setdefault(name, []).append(value)
@@ -50,7 +50,7 @@ def time_shares(metrics: Metrics) -> dict[str, float]:
 
 
 def spark_line(values: Sequence[float], width: int) -> str:
-    """The course of `values` between their lowest and highest, in at most `width` characters.
+    """The history of `values` between their lowest and highest, in at most `width` characters.
 
     Each character is the mean of its stretch.
     """
@@ -63,7 +63,7 @@ def spark_line(values: Sequence[float], width: int) -> str:
     return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1))] for mean in means)
 
 
-def clock_face(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Hours, minutes and seconds as a clock shows them."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

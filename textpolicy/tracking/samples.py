@@ -5,15 +5,15 @@ from itertools import islice
 from typing import Any
 
 from textpolicy.tracking.sink import SampleRow
-from textpolicy.tracking.values import json_number
+from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Rollout, RolloutGroup
 
-Advantages = Sequence[Sequence[float | None]]
+_Advantages = Sequence[Sequence[float | None]]
 """By group and member; None for a completion that was not learned from."""
 
 
 def sample_rows(
-    step: int, groups: Sequence[RolloutGroup], advantages: Advantages
+    step: int, groups: Sequence[RolloutGroup], advantages: _Advantages
 ) -> list[SampleRow]:
     """A row for each completion of the groups that `step` learned from; texts exactly as they are.
 
@@ -27,7 +27,7 @@ def sample_rows(
     ]
 
 
-def whole_groups(samples: Sequence[SampleRow], rows: int) -> list[SampleRow]:
+def first_whole_groups(samples: Sequence[SampleRow], rows: int) -> list[SampleRow]:
     """The first groups of a step that have at most `rows` completions together."""
     counts: dict[int, int] = {}
     for sample in samples:
@@ -51,7 +51,7 @@ def _row(group: RolloutGroup, rollout: Rollout, advantage: float | None) -> dict
         "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
         "completion": rollout.completion,
         "reward": rollout.reward,
-        "rewards": {name: json_number(value) for name, value in rollout.rewards.items()},
+        "rewards": {name: to_json_number(value) for name, value in rollout.rewards.items()},
         "advantage": advantage,
         "version": rollout.version,
         "stop_reason": rollout.stop_reason.value,

@@ -3,15 +3,15 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from textpolicy.tracking.background_sink import BackgroundSink
 from textpolicy.tracking.faults import attempt
-from textpolicy.tracking.samples import whole_groups
-from textpolicy.tracking.service import Service
+from textpolicy.tracking.samples import first_whole_groups
 from textpolicy.tracking.sink import SampleRow, Sink
-from textpolicy.tracking.values import numbers
+from textpolicy.tracking.values import to_floats
 
 PATIENCE = 60.0
 # The share of it that `close` may take; a service may need the rest when the process ends.
-CLOSING = 0.55
+CLOSING_SHARE = 0.55
 
 
 class Tracker:
@@ -27,7 +27,7 @@ class Tracker:
     def __init__(
         self,
         files: Sequence[Sink],
-        services: Sequence[Service] = (),
+        services: Sequence[BackgroundSink] = (),
         *,
         notice: Callable[[str], None],
         patience: float = PATIENCE,
@@ -54,7 +54,7 @@ class Tracker:
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
         """Write the metrics of `step`: numbers, arrays, and mappings of them."""
-        values, left_out = numbers(metrics)
+        values, left_out = to_floats(metrics)
         for name in left_out:
             if name not in self._left_out:
                 self._count(f"metric {name!r} is no number and was left out")
@@ -71,14 +71,14 @@ class Tracker:
             samples = [sample for sample in samples if sample["group"] < most]
         self._to_files(lambda sink: sink.write_samples(step, samples))
         if step % self._samples_every == 0:
-            few = whole_groups(samples, self._samples_rows)
+            few = first_whole_groups(samples, self._samples_rows)
             for service in self._services:
                 service.write_samples(step, few)
 
     def close(self) -> None:
         """Close every sink; all services finish at the same time."""
         self._to_files(lambda sink: sink.close())
-        deadline = time.monotonic() + CLOSING * self._patience
+        deadline = time.monotonic() + CLOSING_SHARE * self._patience
         for service in self._services:
             service.end()
         for service in self._services:

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from textpolicy.tracking.sink import SampleRow
-from textpolicy.tracking.values import json_number
+from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Metrics
 
 
@@ -30,7 +30,7 @@ class TrackioRun:
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Log `metrics` at `step`."""
-        self._run.log({name: json_number(value) for name, value in metrics.items()}, step=step)
+        self._run.log({name: to_json_number(value) for name, value in metrics.items()}, step=step)
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Nothing: samples.jsonl has every completion."""

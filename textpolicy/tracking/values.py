@@ -10,7 +10,7 @@ import numpy as np
 from textpolicy.types import Metrics
 
 
-def numbers(values: Mapping[str, object]) -> tuple[Metrics, list[str]]:
+def to_floats(values: Mapping[str, object]) -> tuple[Metrics, list[str]]:
     """The values as floats, and the names of those that are none.
 
     A mapping's values come under NAME/KEY. Several numbers become NAME/mean, /std, /min and /max.
@@ -28,7 +28,7 @@ def numbers(values: Mapping[str, object]) -> tuple[Metrics, list[str]]:
     return metrics, left_out
 
 
-def json_number(value: float) -> float | str:
+def to_json_number(value: float) -> float | str:
     """JSON has no NaN and no infinity: they are the strings that `float()` reads back."""
     if math.isfinite(value):
         return value

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
 
-from textpolicy.tracking.service import Service
+from textpolicy.tracking.background_sink import BackgroundSink
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
 
 # Every row is kept by the browser: a table is for looking at, samples.jsonl has them all.
-TABLE_ROWS = 5000
+_MAX_TABLE_ROWS = 5000
 _COLUMNS = (
     *("step", "group", "member", "version", "prompt", "completion"),
     *("reward", "rewards", "advantage", "tokens", "stop_reason"),
@@ -74,14 +74,14 @@ class WandbRun:
             wandb.setup(options["settings"])
             self._run = wandb.init(mode="offline", **options)
         uploads = _Uploads(self._run, artifacts)
-        self._uploads = Service("uploads", lambda say: uploads)
+        self._uploads = BackgroundSink("uploads", lambda say: uploads)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Log `metrics` at `step`."""
         self._run.log(metrics, step=step)
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
-        """Add rows to the table `samples`, which takes `TABLE_ROWS` in all."""
+        """Add rows to the table `samples`, which takes `_MAX_TABLE_ROWS` in all."""
         self._uploads.write_samples(step, samples)
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class _Uploads:
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Log the rows beside whatever step the metrics have come to; each names its own."""
-        samples = samples[: TABLE_ROWS - self._rows]
+        samples = samples[: _MAX_TABLE_ROWS - self._rows]
         for sample in samples:
             self._table.add_data(*(_cell(sample.get(column)) for column in _COLUMNS))
         self._rows += len(samples)

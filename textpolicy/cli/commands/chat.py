@@ -12,7 +12,7 @@ from textpolicy.experiment.assembly import dtype_of
 from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.streaming import stream_answer
-from textpolicy.tracking.console import visible
+from textpolicy.tracking.console import terminal_safe
 from textpolicy.types import Message, Sampling
 
 _HELP = "/reset begins anew, /quit ends, and so does Ctrl-D"
@@ -74,6 +74,6 @@ def _say(pieces: Iterable[str]) -> str:
     said: list[str] = []
     for piece in pieces:
         said.append(piece)
-        print(visible(piece), end="", flush=True)
+        print(terminal_safe(piece), end="", flush=True)
     print()
     return "".join(said)

@@ -9,8 +9,8 @@ from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.config.sections import TaskOptions
 from textpolicy.environments.data_files import load_rows
-from textpolicy.environments.environment import earned
-from textpolicy.environments.single_turn import answer_of, prompt_text
+from textpolicy.environments.environment import sum_turn_rewards
+from textpolicy.environments.single_turn import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.threads import use_threads
@@ -52,7 +52,7 @@ def _on_environment(
     task: TaskOptions, options: Namespace, sample: "_Sampler | None"
 ) -> RewardCheck:
     environment, rewards = find_task(task)
-    if environment.reward is earned and not task.reward:
+    if environment.reward is sum_turn_rewards and not task.reward:
         raise ConfigError(
             f"environment {task.env} is worth what its turns earn, which single answers do not "
             "show; play it with textpolicy.environments.check_env, or name a reward of your own"
@@ -62,7 +62,7 @@ def _on_environment(
         Case(
             prompt_text(row.prompt),
             row.example,
-            answer_of(gold(row.example), -1) if gold else None,
+            gold_for_turn(gold(row.example), -1) if gold else None,
         )
         for row in environment.heldout(options.rows)
     ]

@@ -8,7 +8,7 @@ from inspect import getdoc
 from textpolicy.cli.answer import Report, table
 from textpolicy.environments import check_env, gold_answers, load, ready_names
 from textpolicy.environments.single_turn import prompt_text
-from textpolicy.tracking.console import visible
+from textpolicy.tracking.console import terminal_safe
 
 _LIBRARIES = {
     "reasoning_gym:NAME": ("reasoning_gym", "reasoning-gym", "its tasks, such as basic_arithmetic"),
@@ -46,8 +46,8 @@ def _show(spec: str, data: str | None) -> Report:
     known = environment.gold is not None or "gold" in environment.make().reset(seed=task.seed)[1]
     gold = gold_answers(environment, task) if known else []
     prompt = prompt_text(task.prompt)
-    rows = [("name", environment.name), ("prompt", visible(prompt))]
-    rows += [("gold answer", visible(answer)) for answer in gold]
+    rows = [("name", environment.name), ("prompt", terminal_safe(prompt))]
+    rows += [("gold answer", terminal_safe(answer)) for answer in gold]
     rows += [("max tokens", f"{environment.max_tokens}"), ("contract", "kept")]
     found = {"env": environment.name, "prompt": prompt, "gold": gold}
     return Report(data=found | {"max_tokens": environment.max_tokens}, text=table(rows))

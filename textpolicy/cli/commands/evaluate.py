@@ -10,14 +10,14 @@ from textpolicy.cli.answer import Report, table
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
-from textpolicy.evaluation import Comparison, Difference, Evaluation, HeldOut, compare, evaluate
+from textpolicy.evaluation import Comparison, Evaluation, HeldOut, TaskDifference, compare, evaluate
 from textpolicy.experiment.assembly import dtype_of, sampling_of
 from textpolicy.experiment.tasks import elsewhere, find_task
 from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, scorer_of
-from textpolicy.tracking.console import visible
+from textpolicy.tracking.console import terminal_safe
 
 _WIDTH = 200
 """Characters of a prompt or an answer that are shown."""
@@ -83,7 +83,7 @@ def _evaluate(
 
 def _data(found: _Found) -> dict[str, Any]:
     evaluations, comparison = found.evaluations, found.comparison
-    scores = {name: asdict(evaluation.score) for name, evaluation in evaluations.items()}
+    scores = {name: asdict(evaluation.greedy_reward) for name, evaluation in evaluations.items()}
     metrics = {name: evaluation.metrics("") for name, evaluation in evaluations.items()}
     data = {"env": found.heldout.name, **scores, "metrics": metrics}
     return data | ({"comparison": asdict(comparison)} if comparison else {})
@@ -103,7 +103,7 @@ def _scores(evaluations: dict[str, Evaluation]) -> list[str]:
     for name, evaluation in evaluations.items():
         sampled = {k: v for k, v in evaluation.metrics("").items() if "@" in k}
         more = "".join(f"  {metric} {value:.3f}" for metric, value in sampled.items())
-        rows.append((name, f"greedy {evaluation.score}{more}"))
+        rows.append((name, f"greedy {evaluation.greedy_reward}{more}"))
     return [table(rows)]
 
 
@@ -118,7 +118,7 @@ def _compared(comparison: Comparison, show: int) -> list[str]:
     return lines
 
 
-def _shown(difference: Difference) -> list[str]:
+def _shown(difference: TaskDifference) -> list[str]:
     rows = [
         ("prompt", difference.prompt),
         (f"base {difference.reward_before:g}", difference.before),
@@ -128,5 +128,5 @@ def _shown(difference: Difference) -> list[str]:
 
 
 def _cut(text: str) -> str:
-    shown = visible(text).replace("\n", "\\n")
+    shown = terminal_safe(text).replace("\n", "\\n")
     return shown if len(shown) <= _WIDTH else f"{shown[:_WIDTH]} ..."

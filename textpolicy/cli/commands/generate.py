@@ -10,7 +10,7 @@ from textpolicy.experiment.assembly import dtype_of
 from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
-from textpolicy.tracking.console import visible
+from textpolicy.tracking.console import terminal_safe
 from textpolicy.types import Sampling
 
 
@@ -30,7 +30,7 @@ def run(options: Namespace) -> Report:
     )
     policy = ModelPolicy(model, tokenizer, sampling)
     (completions,) = policy.generate([options.prompt], n=options.n, seed=options.seed)
-    texts = [visible(completion.text) for completion in completions]
+    texts = [terminal_safe(completion.text) for completion in completions]
     if len(texts) > 1:
         texts = [f"[{number}] {text}" for number, text in enumerate(texts, start=1)]
     data = {"prompt": options.prompt, "completions": [asdict(c) for c in completions]}

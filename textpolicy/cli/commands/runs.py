@@ -10,7 +10,7 @@ from typing import Any, Literal
 from textpolicy.cli.answer import Report
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.console import visible
+from textpolicy.tracking.console import terminal_safe
 from textpolicy.tracking.jsonl import read_metrics
 
 # Of the numbers of a run, those that are compared beside its evaluations.
@@ -33,7 +33,7 @@ class RunSummary:
 def run(options: Namespace) -> Report:
     paths: Sequence[Path] = options.paths or [Path("runs")]
     found = [directory for path in paths for directory in _runs_in(path)]
-    if len(paths) > 1 and all(RunDirectory(path).begun for path in paths):
+    if len(paths) > 1 and all(RunDirectory(path).exists for path in paths):
         return _compare(found)
     summaries = [
         _summary(directory) if directory.path in paths else _among_others(directory)
@@ -46,12 +46,12 @@ def run(options: Namespace) -> Report:
 
 def _runs_in(path: Path) -> list[RunDirectory]:
     """The run that a folder is, or the runs that are in it."""
-    if RunDirectory(path).begun:
+    if RunDirectory(path).exists:
         return [RunDirectory(path)]
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder: name a run, or a folder of runs")
     inside = [RunDirectory(folder) for folder in sorted(path.iterdir()) if folder.is_dir()]
-    return [directory for directory in inside if directory.begun]
+    return [directory for directory in inside if directory.exists]
 
 
 def _config(directory: RunDirectory) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _summary(directory: RunDirectory) -> RunSummary:
     planned = config.get("trainer.iterations", 0) if supervised else config.get("run.steps", 0)
     done = max((row["step"] + ("reward" in row) for row in rows), default=0)
     evaluated = _values(rows, "validation/loss" if supervised else "eval/reward")
-    state = "running" if directory.running else "finished" if done >= planned else "stopped"
+    state = "running" if directory.is_running else "finished" if done >= planned else "stopped"
     return RunSummary(
         name=directory.path.name,
         task=str(config.get("task.env") or config.get("task.data") or config.get("data.source")),
@@ -163,4 +163,4 @@ def _shown(value: Any) -> str:
 def _columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return visible("\n".join(lines))
+    return terminal_safe("\n".join(lines))

@@ -22,7 +22,7 @@ from textpolicy.experiment.signals import StopRequest, stopping
 from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import RunDirectory, claim, new_directory
-from textpolicy.tracking.console import Console, visible
+from textpolicy.tracking.console import Console, terminal_safe
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.tracking.report import write_report
 from textpolicy.training.sft import (
@@ -102,10 +102,10 @@ def run(options: Namespace) -> Report:
 
 def _train(config: SFTConfig, source: str, directory: RunDirectory, console: Console) -> Outcome:
     started = time.perf_counter()
-    directory.remove_partial()
+    directory.remove_partial_files()
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
     data = data_of(config, source, tokenizer)
-    console.note(visible(str(data)))
+    console.note(terminal_safe(str(data)))
     adapt(model, config.adapter, config.model, config.run.seed)
     parameters = parameters_of(config, directory, data)
     checkpoint = parameters.checkpoint_file
@@ -235,7 +235,7 @@ def _text(outcome: Outcome, directory: RunDirectory) -> str:
     facts = _facts(outcome, directory) | {"report": directory.report}
     if outcome.request.signal:
         facts["stopped"] = outcome.request.farewell(directory.path, "sft")
-    return "\n".join(f"{name}: {visible(str(value))}" for name, value in facts.items())
+    return "\n".join(f"{name}: {terminal_safe(str(value))}" for name, value in facts.items())
 
 
 def _data(outcome: Outcome, directory: RunDirectory) -> dict[str, Any]:

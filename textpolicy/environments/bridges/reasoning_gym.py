@@ -15,22 +15,22 @@ from random import Random
 from typing import Any
 
 from textpolicy.environments.environment import Environment, question_and_answer
-from textpolicy.environments.faults import environment_code, score_or_zero
+from textpolicy.environments.faults import environment_errors, verify_or_zero
 from textpolicy.errors import ConfigError, TaskError
 
-MAX_TOKENS = 512
+_MAX_TOKENS = 512
 # These evaluate answers: as Python literals, as sympy expressions.
-LITERALS = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
-EXPRESSIONS = {
+LITERAL_TASKS = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+EXPRESSION_TASKS = {
     "countdown",
     "intermediate_integration",
     "polynomial_multiplication",
     "puzzle24",
     "simple_integration",
 }
-LONGEST = 10_000
-LONGEST_EXPRESSION = 300
-LARGEST_POWER = 1000
+_MAX_CHARACTERS = 10_000
+_MAX_EXPRESSION_CHARACTERS = 300
+_MAX_POWER = 1000
 # Tasks are picked by number from this many; a few kinds prepare all of theirs beforehand.
 _TASKS = 10**9
 _FEW_TASKS = 10_000
@@ -66,7 +66,7 @@ def load(name: str, **options: Any) -> Environment:
         task.draw,
         task.reward,
         gold=task.gold if task.has_gold else None,
-        max_tokens=MAX_TOKENS,
+        max_tokens=_MAX_TOKENS,
     )
 
 
@@ -81,7 +81,7 @@ class ReasoningTask:
 
     def draw(self, rng: Random) -> tuple[str, dict[str, Any]]:
         number = rng.randrange(self._size)
-        with environment_code(f"reasoning_gym:{self.name}", f"task {number}"):
+        with environment_errors(f"reasoning_gym:{self.name}", f"task {number}"):
             entry = dict(self._dataset[number])
         return f"{entry['question']}{_REQUEST}", entry
 
@@ -96,9 +96,9 @@ class ReasoningTask:
     def reward(self, prompt: str, completion: str, example: Mapping[str, Any]) -> float:
         _, tag, rest = completion.rpartition("<answer>")
         answer = rest.partition("</answer>")[0].strip() if tag else completion
-        if answer != example["answer"] and not is_harmless(answer, self.name):
+        if answer != example["answer"] and not is_safe_to_verify(answer, self.name):
             return 0.0
-        return score_or_zero(self._dataset.score_answer, answer, dict(example))
+        return verify_or_zero(self._dataset.score_answer, answer, dict(example))
 
     @property
     def _size(self) -> int:
@@ -110,14 +110,14 @@ class ReasoningTask:
         return library.create_dataset(self.name, **{"seed": 0, "size": self._size, **self.options})
 
 
-def is_harmless(answer: str, name: str) -> bool:
+def is_safe_to_verify(answer: str, name: str) -> bool:
     """Whether the verifier of that task may see the answer: nothing in it can run, or for long."""
-    if name in LITERALS:
-        return len(answer) <= LONGEST and _is_literal(answer)
-    if name in EXPRESSIONS:
+    if name in LITERAL_TASKS:
+        return len(answer) <= _MAX_CHARACTERS and _is_literal(answer)
+    if name in EXPRESSION_TASKS:
         names = set[str]() if name in ("countdown", "puzzle24") else _NAMES
-        return len(answer) <= LONGEST_EXPRESSION and _is_expression(answer, names)
-    return len(answer) <= LONGEST
+        return len(answer) <= _MAX_EXPRESSION_CHARACTERS and _is_expression(answer, names)
+    return len(answer) <= _MAX_CHARACTERS
 
 
 def _is_literal(text: str) -> bool:
@@ -140,4 +140,4 @@ def _is_expression(text: str, names: Set[str]) -> bool:
         if exponent is None:
             return False
         powers *= max(1, int(exponent[1] or exponent[2]))
-    return powers <= LARGEST_POWER
+    return powers <= _MAX_POWER

@@ -18,9 +18,9 @@ from textpolicy.environments.environment import Environment, from_gymnasium
 from textpolicy.environments.space import AnyText
 from textpolicy.errors import ConfigError, TaskError
 
-MAX_TOKENS = 256
+_MAX_TOKENS = 256
 # Games fall over numbers of thousands of digits; no move is nearly as long.
-LONGEST = 1000
+_MAX_CHARACTERS = 1000
 Opponent = Callable[[str, Random], str]
 """Given what the other player sees and a generator: that player's move."""
 _MOVE = re.compile(r"\[[^\[\]\s]+\]")
@@ -35,11 +35,11 @@ def load(name: str, opponent: Opponent | None = None) -> Environment:
     if name not in known:
         near = get_close_matches(name, known, n=3)
         raise TaskError(f"TextArena has no game {name!r}; the nearest of its {len(known)}: {near}")
-    make = partial(TextArenaEnv, name, opponent or listed_move)
-    return from_gymnasium(make, name=f"textarena:{name}", max_tokens=MAX_TOKENS)
+    make = partial(TextArenaEnv, name, opponent or random_listed_move)
+    return from_gymnasium(make, name=f"textarena:{name}", max_tokens=_MAX_TOKENS)
 
 
-def listed_move(observation: str, rng: Random) -> str:
+def random_listed_move(observation: str, rng: Random) -> str:
     """One of the bracketed moves of the last line that has any."""
     for line in reversed(observation.splitlines()):
         if moves := _MOVE.findall(line):
@@ -53,7 +53,7 @@ class TextArenaEnv(gym.Env[str, str]):
     The reward is the game's for player 0, at its end. The game reads 1,000 characters of an answer.
     """
 
-    def __init__(self, name: str, opponent: Opponent = listed_move) -> None:
+    def __init__(self, name: str, opponent: Opponent = random_listed_move) -> None:
         self.observation_space = AnyText()
         self.action_space = AnyText()
         self._name = name
@@ -75,7 +75,7 @@ class TextArenaEnv(gym.Env[str, str]):
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         with self._alone():
-            self._over, _ = self._game.step(action[:LONGEST])
+            self._over, _ = self._game.step(action[:_MAX_CHARACTERS])
             self._oppose()
             if not self._over:
                 return self._news(action), 0.0, False, False, {}

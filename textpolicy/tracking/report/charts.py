@@ -105,7 +105,7 @@ _CHARTS = [
     Chart("Speed", [Line("tokens_per_second", "tokens a second")], zero=True),
     Chart("Memory", [Line("memory/peak_gb", "peak, in gigabytes")], zero=True),
 ]
-STACKED = frozenset(
+STACKED_METRICS = frozenset(
     line.metric for chart in _CHARTS if chart.kind == "stack" for line in chart.lines
 )
 """Metrics that are drawn on top of each other, so that each needs a value wherever one has."""

@@ -10,15 +10,15 @@ from typing import Any
 from textpolicy.errors import DataError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
-from textpolicy.tracking.report.charts import STACKED
+from textpolicy.tracking.report.charts import STACKED_METRICS
 from textpolicy.tracking.report.samples import choose_samples
 
 # A chart is some hundreds of pixels wide.
-POINTS = 400
+_MAX_POINTS = 400
 _DIGITS = 5
 
-Rows = Sequence[Mapping[str, float]]
-Points = list[tuple[float, float]]
+_Rows = Sequence[Mapping[str, float]]
+_Points = list[tuple[float, float]]
 
 
 def read_run(path: Path, *, sample_bytes: int) -> dict[str, Any]:
@@ -43,20 +43,20 @@ def read_run(path: Path, *, sample_bytes: int) -> dict[str, Any]:
     }
 
 
-def _drawn(rows: Rows, name: str) -> Points:
-    if name not in STACKED:
+def _drawn(rows: _Rows, name: str) -> _Points:
+    if name not in STACKED_METRICS:
         return _points(rows, name)
     # What a step did not do took no time in it.
     return [(row["step"], row.get(name, 0.0)) for row in rows if "time/step" in row]
 
 
-def _points(rows: Rows, name: str) -> Points:
+def _points(rows: _Rows, name: str) -> _Points:
     return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
 
 
-def _thinned(points: Points) -> Points:
-    """At most `POINTS` points: the means of as many stretches, where there are more."""
-    size = max(1, math.ceil(len(points) / POINTS))
+def _thinned(points: _Points) -> _Points:
+    """At most `_MAX_POINTS` points: the means of as many stretches, where there are more."""
+    size = max(1, math.ceil(len(points) / _MAX_POINTS))
     stretches = [points[start : start + size] for start in range(0, len(points), size)]
     return [
         (stretch[len(stretch) // 2][0], _rounded(sum(value for _, value in stretch) / len(stretch)))
@@ -83,7 +83,7 @@ def _config(path: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def _facts(rows: Rows) -> list[tuple[str, str]]:
+def _facts(rows: _Rows) -> list[tuple[str, str]]:
     """The run in a few numbers, as far as it has them."""
     # A row without the time of a step is of its end: an evaluation, a report of several updates.
     done = max((row["step"] + ("time/step" in row) for row in rows), default=0)

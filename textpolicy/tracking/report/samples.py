@@ -8,14 +8,14 @@ from typing import Any
 
 from textpolicy.tracking.jsonl import read_rows
 
-STEPS = 60
-LONGEST = 6000
+_MAX_STEPS = 60
+MAX_TEXT_CHARACTERS = 6000
 """Characters of one text that are shown."""
 
-Group = list[dict[str, Any]]
+_Group = list[dict[str, Any]]
 
 
-def choose_samples(path: Path, limit: int) -> tuple[Group, int]:
+def choose_samples(path: Path, limit: int) -> tuple[_Group, int]:
     """Rows of about `limit` bytes of JSON at most, in order, and how many the file has.
 
     The first group of each chosen step comes before the second of any.
@@ -42,9 +42,9 @@ def _sizes(path: Path) -> tuple[int, dict[tuple[int, int], int]]:
 
 
 def _spread(sizes: Mapping[tuple[int, int], int]) -> Iterator[int]:
-    """At most `STEPS` of the steps, the first and the last among them."""
+    """At most `_MAX_STEPS` of the steps, the first and the last among them."""
     steps = sorted({step for step, _ in sizes})
-    count = min(STEPS, len(steps))
+    count = min(_MAX_STEPS, len(steps))
     places = {round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)}
     return (steps[place] for place in sorted(places))
 
@@ -55,8 +55,9 @@ def _key(row: Mapping[str, Any]) -> tuple[int, int]:
 
 def _shown(value: Any) -> Any:
     """The row with its long texts cut off, and a word that they were."""
-    if isinstance(value, str) and len(value) > LONGEST:
-        return f"{value[:LONGEST]}\n[{len(value) - LONGEST:,} characters more in samples.jsonl]"
+    if isinstance(value, str) and len(value) > MAX_TEXT_CHARACTERS:
+        more = len(value) - MAX_TEXT_CHARACTERS
+        return f"{value[:MAX_TEXT_CHARACTERS]}\n[{more:,} characters more in samples.jsonl]"
     if isinstance(value, dict):
         return {name: _shown(part) for name, part in value.items()}
     return [_shown(part) for part in value] if isinstance(value, list) else value

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from textpolicy.environments.data_files import Row, load_placed_rows, read_text
+from textpolicy.environments.data_files import DataRow, load_rows_with_locations, read_text
 from textpolicy.errors import DataError
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 
-PlacedRows = list[tuple[str, Row]]
+PlacedRows = list[tuple[str, DataRow]]
 _SHOWN = 5
 _OTHER_NAMES = ("validation", "val", "dev")
 
@@ -70,7 +70,7 @@ def load_data(source: str | Path, encoding: Encoding, *, validation_share: float
     )
 
 
-def load_examples(folder: str | Path, name: str) -> list[Row]:
+def load_examples(folder: str | Path, name: str) -> list[DataRow]:
     """The rows of one part of a folder: NAME.jsonl or else NAME.txt, a text a line."""
     return [row for _, row in _needed_part(Path(folder), name)]
 
@@ -106,11 +106,11 @@ def _read_splits(source: str | Path) -> dict[str, PlacedRows]:
     if folder.suffix == ".txt":
         return {"train": _texts(folder)}
     if not folder.is_dir():
-        return {"train": load_placed_rows(source)}
+        return {"train": load_rows_with_locations(source)}
     if (folder / "dataset_dict.json").is_file():
         return _saved_splits(folder)
     if (folder / "dataset_info.json").is_file():
-        return {"train": load_placed_rows(source)}
+        return {"train": load_rows_with_locations(source)}
     others = {name: _part(folder, name) for name in ("valid", "test")}
     present = {name: rows for name, rows in others.items() if rows is not None}
     if "valid" not in present:
@@ -132,7 +132,7 @@ def _check_names(folder: Path) -> None:
 def _saved_splits(folder: Path) -> dict[str, PlacedRows]:
     """The splits of a saved data set; what others call validation is valid."""
     names = json.loads(read_text(folder / "dataset_dict.json"))["splits"]
-    found = {name: load_placed_rows(folder, split=name) for name in names}
+    found = {name: load_rows_with_locations(folder, split=name) for name in names}
     if "validation" in found:
         found["valid"] = found.pop("validation")
     if "train" not in found:
@@ -158,7 +158,7 @@ def _content(folder: Path) -> str:
 
 def _part(folder: Path, name: str) -> PlacedRows | None:
     if (folder / f"{name}.jsonl").is_file():
-        return load_placed_rows(folder / f"{name}.jsonl")
+        return load_rows_with_locations(folder / f"{name}.jsonl")
     path = folder / f"{name}.txt"
     return _texts(path) if path.is_file() else None
 

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.environments.data_files import Row
+from textpolicy.environments.data_files import DataRow
 from textpolicy.errors import ConfigError, DataError, PromptError
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.types import Message
@@ -56,7 +56,7 @@ class Encoding:
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; expected at least 2, or None")
 
-    def encode(self, rows: Iterable[tuple[str, Row]]) -> Encoded:
+    def encode(self, rows: Iterable[tuple[str, DataRow]]) -> Encoded:
         """The demonstrations of rows that each come with their place, for messages."""
         whole = [self.demonstration(row, place) for place, row in rows]
         if self.max_length is None:
@@ -67,7 +67,7 @@ class Encoding:
         dropped = len(whole) - len(kept)
         return Encoded(demonstrations=kept, truncated=shorter - dropped, dropped=dropped)
 
-    def demonstration(self, row: Row, place: str) -> Demonstration:
+    def demonstration(self, row: DataRow, place: str) -> Demonstration:
         """The whole of one row, however long."""
         for columns, read in _READERS:
             if all(column in row for column in columns):
@@ -85,12 +85,12 @@ class Encoding:
             raise DataError(f"{place}: there is nothing to learn in it, it is empty")
         return Demonstration(tokens=tokens, mask=mask)
 
-    def _text(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _text(self, row: DataRow) -> tuple[list[int], list[bool]]:
         tokens = list(self.tokenizer.encode(_string(row, "text")))
         tokens = _ended(self.tokenizer, tokens)
         return tokens, [False, *[True] * (len(tokens) - 1)]
 
-    def _pair(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _pair(self, row: DataRow) -> tuple[list[int], list[bool]]:
         prompt, completion = row["prompt"], _string(row, "completion")
         if not isinstance(prompt, str):
             return self._conversation([*_messages(prompt), _answer(completion)])
@@ -101,12 +101,12 @@ class Encoding:
         after = _ended(self.tokenizer, after)
         return before + after, [False] * len(before) + [True] * len(after)
 
-    def _instruction(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _instruction(self, row: DataRow) -> tuple[list[int], list[bool]]:
         said = [_string(row, "instruction"), _string(row, "input") if row.get("input") else ""]
         request = "\n\n".join(part for part in said if part)
         return self._pair({"prompt": request, "completion": _string(row, "output")})
 
-    def _messages(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _messages(self, row: DataRow) -> tuple[list[int], list[bool]]:
         if row.get("tools"):
             raise DataError(
                 "it has tools, which are not shown to the model; write them into a system message "
@@ -153,7 +153,7 @@ class Encoding:
 
 
 _READERS: tuple[
-    tuple[tuple[str, ...], Callable[[Encoding, Row], tuple[list[int], list[bool]]]], ...
+    tuple[tuple[str, ...], Callable[[Encoding, DataRow], tuple[list[int], list[bool]]]], ...
 ] = (
     (("messages",), Encoding._messages),  # pyright: ignore[reportPrivateUsage]
     (("prompt", "completion"), Encoding._pair),  # pyright: ignore[reportPrivateUsage]
@@ -170,7 +170,7 @@ def _answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _string(row: Row, column: str) -> str:
+def _string(row: DataRow, column: str) -> str:
     if not isinstance(value := row[column], str):
         raise DataError(f"its {column} is {value!r:.60}; expected text")
     return value

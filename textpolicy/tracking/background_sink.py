@@ -10,19 +10,21 @@ from textpolicy.tracking.sink import SampleRow, Sink
 from textpolicy.types import Metrics
 
 # Some minutes of short steps: longer than it takes any service to begin.
-CAPACITY = 1024
+_QUEUE_CAPACITY = 1024
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-class Service:
+class BackgroundSink:
     """Opens a sink and writes to it, apart from the run; `fault` says why it no longer does.
 
     What is written waits in a queue. A sink that raises, or that falls `capacity` writes behind,
     is written to no more. Values must be plain: mlx arrays cannot cross threads.
     """
 
-    def __init__(self, name: str, open_sink: Callable[[Say], Sink], *, capacity: int = CAPACITY):
+    def __init__(
+        self, name: str, open_sink: Callable[[Notify], Sink], *, capacity: int = _QUEUE_CAPACITY
+    ):
         self.name = name
         self.fault: str | None = None
         self._open = open_sink
