@@ -26,10 +26,10 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.training.logprobs import Reader
-from textpolicy.training.output_head import find_head
-from textpolicy.training.shared_prompts import read_after_prompts, read_whole_rows
-from textpolicy.training.softmax_logprobs import score_logits
+from textpolicy.training.logprobs import ModelLogprobs
+from textpolicy.training.output_head import find_output_head
+from textpolicy.training.shared_prompts import run_whole_rows, run_with_shared_prompts
+from textpolicy.training.softmax_logprobs import logprobs_from_logits
 from textpolicy.types import Batch
 
 PROMPTS, GROUP = 16, 8
@@ -58,7 +58,7 @@ def batch_of(prompt: int, completion: int, *, prompts: int = PROMPTS, group: int
 
 def eager(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
     """The trainer's gradient."""
-    read = Reader(model, find_head(model), share)
+    read = ModelLogprobs(model, find_output_head(model), share)
 
     def objective() -> mx.array:
         return grpo.policy_loss(read(batch)[0], batch)[0]
@@ -72,9 +72,9 @@ def compiled(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any
 
     def objective(tokens: mx.array) -> mx.array:
         now = Batch(**{**vars(batch), "tokens": tokens})
-        logits = read_after_prompts(model, model, now) if share else read_whole_rows(model, now)
+        logits = run_with_shared_prompts(model, model, now) if share else run_whole_rows(model, now)
         flat = logits.reshape(-1, logits.shape[-1])
-        logp, _ = score_logits(flat, tokens.flatten(), temperature)
+        logp, _ = logprobs_from_logits(flat, tokens.flatten(), temperature)
         return grpo.policy_loss(logp.reshape(tokens.shape), batch)[0]
 
     run = mx.compile(

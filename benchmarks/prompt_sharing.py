@@ -29,8 +29,8 @@ from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.fast_cpu.model_functions import use_fast_functions
-from textpolicy.training.logprobs import Reader
-from textpolicy.training.output_head import find_head
+from textpolicy.training.logprobs import ModelLogprobs
+from textpolicy.training.output_head import find_output_head
 from textpolicy.types import Batch
 
 
@@ -48,7 +48,7 @@ def adapted_model() -> nn.Module:
 
 def gradient(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
     """Of the policy loss in the adapters, evaluated."""
-    read = Reader(model, find_head(model), share)
+    read = ModelLogprobs(model, find_output_head(model), share)
     compute = nn.value_and_grad(model, lambda: grpo.policy_loss(read(batch)[0], batch)[0])
 
     def run() -> Any:

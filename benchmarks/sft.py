@@ -46,10 +46,10 @@ from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import tiny_model
 from textpolicy.training.sft import (
+    BatchStream,
     Demonstration,
     Event,
     SFTParameters,
-    Stream,
     TrainReport,
     train_sft,
 )
@@ -202,7 +202,7 @@ def ours(
         return Progress.MORE
 
     settings = SFTParameters(batch_size=BATCH, iterations=steps, steps_per_report=every)
-    source = demonstrations if batches is None else Stream(batches)
+    source = demonstrations if batches is None else BatchStream(batches)
 
     def run() -> None:
         train_sft(

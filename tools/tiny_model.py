@@ -30,10 +30,10 @@ from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import score
 from textpolicy.training.sft import (
+    BatchStream,
     Demonstration,
     Event,
     SFTParameters,
-    Stream,
     TrainReport,
     train_sft,
 )
@@ -280,7 +280,7 @@ def make(folder: Path, *, seed: int, iterations: int) -> None:
     curriculum = Curriculum(model, load_tokenizer(folder), seed)
     train_sft(
         model,
-        Stream(curriculum.batches()),
+        BatchStream(curriculum.batches()),
         [],
         optim.AdamW(learning_rate=curriculum.rate, betas=[0.9, 0.98], weight_decay=0.01),
         parameters=SFTParameters(batch_size=BATCH, iterations=iterations, steps_per_report=EVERY),

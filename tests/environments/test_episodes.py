@@ -18,7 +18,7 @@ from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.generation.prompts import encode_prompt, encode_reply
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
-from textpolicy.training.logprobs import Reader, token_logps
+from textpolicy.training.logprobs import ModelLogprobs, token_logprobs
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Sampling, StopReason, Task
 
@@ -140,7 +140,7 @@ def test_what_a_model_saw_is_what_it_is_trained_on(load_tiny, turns):
                 assert rollout.tokens[: len(read) + len(said)] == read + said
                 counted[len(read) : len(read) + len(said)] = [True] * len(said)
             assert rollout.mask == counted
-            logp, _ = token_logps(model, mx.array([rollout.tokens]), mx.ones(1))
+            logp, _ = token_logprobs(model, mx.array([rollout.tokens]), mx.ones(1))
             expected = np.where(rollout.mask, np.array(logp[0]), 0.0)
             np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-4)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -154,7 +154,7 @@ def test_the_trainer_scores_every_turn_as_the_sampler_did(load_tiny):
     tasks = [task_of(lambda: guessing(3), "a"), Task(id="b", prompt="12+34=")]
     groups = collect(tasks, policy, lambda completion: float(len(completion)), group_size=4, seed=0)
     for batch in batch_for(groups, size=3):
-        logp, _ = Reader.of(model)(batch)
+        logp, _ = ModelLogprobs.of(model)(batch)
         difference = mx.where(batch.mask, mx.abs(logp - batch.logp_old), 0.0)
         assert float(difference.max()) < 1e-4
 
@@ -199,7 +199,7 @@ def test_every_architecture_goes_on_from_its_cache(name, batches, shares):
     )
     assert len(turns) > 12
     for row in turns:
-        logp, _ = token_logps(model, mx.array([row.context + row.tokens]), mx.ones(1))
+        logp, _ = token_logprobs(model, mx.array([row.context + row.tokens]), mx.ones(1))
         difference = mx.abs(logp[0, len(row.context) :] - mx.array(row.logprobs))
         assert float(difference.mean()) < 1e-4
 

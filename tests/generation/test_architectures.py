@@ -9,7 +9,7 @@ from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekArgs
 from tests.training.test_logprobs import RAGGED, batch_for, groups_of
 from textpolicy.generation.batching import can_batch
 from textpolicy.generation.engine import decode
-from textpolicy.training.logprobs import Reader, token_logps
+from textpolicy.training.logprobs import ModelLogprobs, token_logprobs
 from textpolicy.types import Sampling
 
 COMMON = {
@@ -115,7 +115,7 @@ def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(
         together=batches,
     )
     for row in (row for group in rows for row in group):
-        logp, _ = token_logps(model, mx.array([row.context + row.tokens]), mx.ones(1))
+        logp, _ = token_logprobs(model, mx.array([row.context + row.tokens]), mx.ones(1))
         recomputed = logp[0, len(row.context) :]
         assert mx.abs(recomputed - mx.array(row.logprobs)).mean().item() < 1e-4
 
@@ -135,14 +135,14 @@ def test_long_prompts_are_read_in_pieces(name):
         max_rows=600,
     )
     for (row,) in (rows[0], rows[-1]):
-        logp, _ = token_logps(model, mx.array([row.context + row.tokens]), mx.ones(1))
+        logp, _ = token_logprobs(model, mx.array([row.context + row.tokens]), mx.ones(1))
         assert abs(logp[0, -1].item() - row.logprobs[0]) < 1e-4
 
 
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
 def test_scores_of_a_ragged_batch_are_those_of_single_rows(name, batches, shares):
     model = build(name)
-    read = Reader.of(model)
+    read = ModelLogprobs.of(model)
     assert read.share_prompts is shares
     (batch,) = batch_for(groups_of(*RAGGED))
     logp, _ = read(batch)
@@ -151,5 +151,5 @@ def test_scores_of_a_ragged_batch_are_those_of_single_rows(name, batches, shares
         prompt = batch.prompts[owner, : batch.prompt_lengths[owner].item()]
         count = int(batch.mask[row].sum().item())
         tokens = mx.concatenate([prompt, batch.tokens[row, :count]])[None]
-        alone, _ = token_logps(model, tokens, mx.ones(1))
+        alone, _ = token_logprobs(model, tokens, mx.ones(1))
         assert mx.abs(alone[0, len(prompt) :] - logp[row, :count]).max().item() < 1e-4

@@ -17,7 +17,7 @@ from textpolicy.generation.engine import decode, prefill
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prompts import check_prompt, encode_prompt
 from textpolicy.generation.sampling import draw, random_keys
-from textpolicy.training.logprobs import token_logps
+from textpolicy.training.logprobs import token_logprobs
 from textpolicy.types import Sampling, StopReason
 
 RAGGED = ["1+2", "Add 345 and 678, please.", "?", "Sort 9 8 7 6 5 4 3 2 1 and then say so twice"]
@@ -30,7 +30,7 @@ def loaded(load_tiny):
 
 def recomputed(model, completion) -> list[float]:
     tokens = mx.array([completion.prompt_tokens + completion.tokens])
-    logp, _ = token_logps(model, tokens, mx.array([completion.sampling.temperature]))
+    logp, _ = token_logprobs(model, tokens, mx.array([completion.sampling.temperature]))
     return logp[0, len(completion.prompt_tokens) :].tolist()
 
 

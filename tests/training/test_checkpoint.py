@@ -7,7 +7,7 @@ from textpolicy.errors import AdapterError, ConfigError, TrainingError
 from textpolicy.training.checkpoint import (
     Checkpoint,
     Checkpoints,
-    check_fits,
+    check_tensors_fit,
     random_state,
     read_checkpoint,
     restore_random_state,
@@ -124,7 +124,7 @@ def test_facts_that_json_cannot_hold_are_an_error_that_says_where_they_come_from
 
 def test_tensors_of_another_type_do_not_fit():
     with pytest.raises(TrainingError, match=r"a: mlx\.core\.float32, here mlx\.core\.bfloat16"):
-        check_fits({"a": mx.zeros(1)}, {"a": mx.zeros(1, mx.bfloat16)})
+        check_tensors_fit({"a": mx.zeros(1)}, {"a": mx.zeros(1, mx.bfloat16)})
 
 
 @pytest.mark.parametrize("option", ["keep", "every"])

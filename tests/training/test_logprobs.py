@@ -10,9 +10,14 @@ from mlx.utils import tree_flatten
 
 from tests.test_types import rollout
 from tests.tiny import qwen3_model
-from textpolicy.training.batch import Whole, micro_batches, pad, rows_of
-from textpolicy.training.logprobs import Reader, can_share_prompts, token_logps
-from textpolicy.training.output_head import find_head
+from textpolicy.training.batch import (
+    BatchTotals,
+    make_batch,
+    split_into_micro_batches,
+    training_rows,
+)
+from textpolicy.training.logprobs import ModelLogprobs, can_share_prompts, token_logprobs
+from textpolicy.training.output_head import find_output_head
 from textpolicy.types import RolloutGroup, Sampling, Task
 
 
@@ -46,8 +51,8 @@ RAGGED = [(9, [3, 7, 1]), (4, [2, 2, 5]), (1, [6, 4, 2])]
 
 
 def batch_for(groups, size=None):
-    rows = rows_of(groups)
-    return [pad(part, Whole.of(rows)) for part in micro_batches(rows, size)]
+    rows = training_rows(groups)
+    return [make_batch(part, BatchTotals.of(rows)) for part in split_into_micro_batches(rows, size)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -55,7 +60,7 @@ def batch_for(groups, size=None):
 def test_a_ragged_batch_scores_each_row_as_if_alone(model, temperature, share):
     groups = groups_of(*RAGGED, temperature=temperature)
     (batch,) = batch_for(groups)
-    logp, entropy = Reader(model, None, share)(batch)
+    logp, entropy = ModelLogprobs(model, None, share)(batch)
     rows = sorted((r for g in groups for r in g.rollouts), key=lambda r: tuple(r.tokens))
     found = {}
     for b in range(batch.tokens.shape[0]):
@@ -65,7 +70,9 @@ def test_a_ragged_batch_scores_each_row_as_if_alone(model, temperature, share):
         key = tuple(prompt + batch.tokens[b, :count].tolist())
         found[key] = (logp[b, :count], entropy[b, :count])
     for row in rows:
-        alone, alone_entropy = token_logps(model, mx.array([row.tokens]), mx.array([temperature]))
+        alone, alone_entropy = token_logprobs(
+            model, mx.array([row.tokens]), mx.array([temperature])
+        )
         given = row.mask.index(True)
         together, together_entropy = found[tuple(row.tokens)]
         assert mx.allclose(together, alone[0, given:], rtol=1e-5, atol=1e-5)
@@ -78,7 +85,7 @@ def test_sharing_prompts_leaves_the_gradient_as_it_is(model):
     for share in (True, False):
 
         def objective(share=share):
-            logp, entropy = Reader(model, None, share)(batch)
+            logp, entropy = ModelLogprobs(model, None, share)(batch)
             return mx.where(batch.mask, logp + 0.1 * entropy, 0).sum()
 
         _, gradient = nn.value_and_grad(model, objective)()
@@ -90,7 +97,7 @@ def test_sharing_prompts_leaves_the_gradient_as_it_is(model):
 
 def test_logprobs_are_a_log_softmax_and_entropy_its_entropy(model):
     tokens = mx.array([[5, 6, 7, 8]])
-    logp, entropy = token_logps(model, tokens, mx.array([0.5]))
+    logp, entropy = token_logprobs(model, tokens, mx.array([0.5]))
     logits = np.array(model(tokens), dtype=np.float64)[0] / 0.5
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert logp[0].tolist() == pytest.approx([0, *expected[[0, 1, 2], [6, 7, 8]]], abs=1e-5)
@@ -135,33 +142,39 @@ def lengths(parts):
 
 
 def test_micro_batches_are_whole_groups_within_a_number_of_tokens():
-    rows = rows_of(groups_of((60, [100, 40]), (60, [300, 300]), (60, [90, 90]), (10, [200, 200])))
-    parts = micro_batches(rows, None)
+    rows = training_rows(
+        groups_of((60, [100, 40]), (60, [300, 300]), (60, [90, 90]), (10, [200, 200]))
+    )
+    parts = split_into_micro_batches(rows, None)
     # With the third group, the first part would have six rows of 200 and three prompts of 60.
     assert lengths(parts) == [[90, 90, 100, 40], [200, 200], [300, 300]]
 
 
 def test_a_group_with_more_tokens_is_cut_and_a_pair_is_not():
     (group,) = groups_of((700, [400, 250, 390, 300, 260]))
-    assert lengths(micro_batches(rows_of([group]), None)) == [[250, 260], [300, 390], [400]]
+    assert lengths(split_into_micro_batches(training_rows([group]), None)) == [
+        [250, 260],
+        [300, 390],
+        [400],
+    ]
     (pair,) = groups_of((5, [3000, 2000]))
-    assert lengths(micro_batches(rows_of([pair]), None)) == [[2000, 3000]]
+    assert lengths(split_into_micro_batches(training_rows([pair]), None)) == [[2000, 3000]]
     (long_prompt,) = groups_of((5000, [64] * 16))
-    assert lengths(micro_batches(rows_of([long_prompt]), None)) == [[64] * 16]
+    assert lengths(split_into_micro_batches(training_rows([long_prompt]), None)) == [[64] * 16]
 
 
 def test_prompts_that_are_not_shared_count_for_every_row():
-    rows = rows_of(groups_of((200, [56] * 8), (200, [20] * 2)))
-    assert lengths(micro_batches(rows, None)) == [[20] * 2 + [56] * 8]
-    alone = micro_batches(rows, None, share_prompts=False)
+    rows = training_rows(groups_of((200, [56] * 8), (200, [20] * 2)))
+    assert lengths(split_into_micro_batches(rows, None)) == [[20] * 2 + [56] * 8]
+    alone = split_into_micro_batches(rows, None, share_prompts=False)
     assert lengths(alone) == [[20] * 2, [56] * 4, [56] * 4]
 
 
 def test_groups_without_an_advantage_are_apart():
-    rows = rows_of(groups_of((5, [3, 3]), (5, [2, 2]), (5, [4, 4])))
+    rows = training_rows(groups_of((5, [3, 3]), (5, [2, 2]), (5, [4, 4])))
     rows = [replace(row, advantage=float(row.group == 2 and row.member)) for row in rows]
     for size in (None, 6):
-        parts = micro_batches(rows, size)
+        parts = split_into_micro_batches(rows, size)
         assert [[row.group for row in part] for part in parts] == [[2, 2], [1, 1, 0, 0]]
 
 
@@ -170,7 +183,7 @@ def test_sharing_a_long_prompt_leaves_the_gradient_as_it_is():
     (batch,) = batch_for(groups_of((512, [64] * 16)))
     gradients = []
     for share in (True, False):
-        read = Reader(model, find_head(model), share)
+        read = ModelLogprobs(model, find_output_head(model), share)
         objective = lambda read=read: read(batch)[0].mean()  # noqa: E731
         gradients.append(dict(tree_flatten(nn.value_and_grad(model, objective)()[1])))
     assert max(mx.abs(gradient).max().item() for gradient in gradients[1].values()) > 1e-2

@@ -13,9 +13,9 @@ from tests.tiny import qwen3_model
 from tests.training.test_logprobs import RAGGED, batch_for, groups_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.training.checkpointing import recomputing
-from textpolicy.training.logprobs import Reader, token_logps
-from textpolicy.training.output_head import find_head
-from textpolicy.training.softmax_logprobs import score_logits
+from textpolicy.training.logprobs import ModelLogprobs, token_logprobs
+from textpolicy.training.output_head import find_output_head
+from textpolicy.training.softmax_logprobs import logprobs_from_logits
 
 
 def adapted(load_tiny, **options):
@@ -50,7 +50,7 @@ def agree(found: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_scores_and_gradients_in_chunks_are_those_of_whole_logits(tied):
     model = qwen3_model(tie_word_embeddings=tied)
-    head = find_head(model)
+    head = find_output_head(model)
     assert head is not None
     assert head.tied is tied
     tokens = mx.random.randint(0, 96, (19,))
@@ -58,7 +58,7 @@ def test_scores_and_gradients_in_chunks_are_those_of_whole_logits(tied):
 
     def score(chunk_bytes):
         hidden = head.body(tokens[None])[0]
-        return head.score(hidden, tokens, temperature, chunk_bytes=chunk_bytes)
+        return head.logprobs(hidden, tokens, temperature, chunk_bytes=chunk_bytes)
 
     def total(chunk_bytes):
         logp, entropy = score(chunk_bytes)
@@ -77,7 +77,7 @@ def test_scores_and_gradients_in_chunks_are_those_of_whole_logits(tied):
 @pytest.mark.parametrize("chunk", [2**20, 5 * 4 * 96])
 def test_a_frozen_head_gives_the_gradients_of_whole_logits(chunk):
     model = qwen3_model()
-    head = find_head(model)
+    head = find_output_head(model)
     assert head is not None
     hidden = mx.random.normal((19, 64))
     tokens = mx.random.randint(0, 96, (19,))
@@ -89,10 +89,10 @@ def test_a_frozen_head_gives_the_gradients_of_whole_logits(chunk):
         return (weight[0] * logp + weight[1] * entropy).sum()
 
     def whole(hidden):
-        return score_logits(head.project(hidden), tokens, temperature)
+        return logprobs_from_logits(head.project(hidden), tokens, temperature)
 
     def frozen(hidden, **options):
-        return head.score(hidden, tokens, temperature, chunk_bytes=chunk, **options)
+        return head.logprobs(hidden, tokens, temperature, chunk_bytes=chunk, **options)
 
     model.freeze()
     for differentiable in (True, False):
@@ -105,7 +105,7 @@ def test_a_frozen_head_gives_the_gradients_of_whole_logits(chunk):
 
 def test_a_chunk_of_logits_is_all_that_is_alive():
     model = qwen3_model(vocab_size=10_000)
-    head = find_head(model)
+    head = find_output_head(model)
     assert head is not None
     hidden = mx.random.normal((384, 64))
     tokens = mx.zeros(384, dtype=mx.int32)
@@ -113,7 +113,7 @@ def test_a_chunk_of_logits_is_all_that_is_alive():
 
     def peak(chunk_bytes):
         def total(hidden):
-            logp, entropy = head.score(hidden, tokens, mx.ones(384), chunk_bytes=chunk_bytes)
+            logp, entropy = head.logprobs(hidden, tokens, mx.ones(384), chunk_bytes=chunk_bytes)
             return (logp + entropy).sum()
 
         mx.eval(model.parameters(), hidden)
@@ -127,8 +127,8 @@ def test_a_chunk_of_logits_is_all_that_is_alive():
 def test_only_positions_that_count_reach_the_head(load_tiny):
     model, _ = load_tiny()
     (batch,) = batch_for(groups_of(*RAGGED))
-    logp, entropy = Reader.of(model)(batch)
-    plain = Reader(model, None, share_prompts=False)(batch)
+    logp, entropy = ModelLogprobs.of(model)(batch)
+    plain = ModelLogprobs(model, None, share_prompts=False)(batch)
     assert mx.allclose(logp, plain[0], atol=1e-5)
     assert mx.allclose(entropy, plain[1], atol=1e-5)
     assert not mx.where(batch.mask, 0, logp).any().item()
@@ -144,19 +144,19 @@ def test_a_head_that_is_more_than_a_projection_is_left_to_the_model():
         def __call__(self, tokens):
             return mx.tanh(self.lm_head(self.model(tokens)))
 
-    assert find_head(Capped()) is None
+    assert find_output_head(Capped()) is None
 
 
 def test_a_frozen_head_keeps_no_logits_for_the_backward_pass():
     model = qwen3_model(vocab_size=10_000)
-    head = find_head(model)
+    head = find_output_head(model)
     assert head is not None
     hidden, tokens = mx.random.normal((384, 64)), mx.zeros(384, dtype=mx.int32)
 
     def after_forward(trained):
         model.unfreeze() if trained else model.freeze()
         logp, gradient = mx.value_and_grad(
-            lambda hidden: head.score(hidden, tokens, mx.ones(384), chunk_bytes=2**20)[0].sum()
+            lambda hidden: head.logprobs(hidden, tokens, mx.ones(384), chunk_bytes=2**20)[0].sum()
         )(hidden)
         return peak_of(lambda: mx.eval(logp, gradient))
 
@@ -167,7 +167,7 @@ def test_a_frozen_head_keeps_no_logits_for_the_backward_pass():
 @pytest.mark.parametrize("share", [True, False])
 def test_activations_computed_again_leave_gradients_as_they_are(load_tiny, share):
     model = adapted(load_tiny)
-    read = Reader(model, find_head(model), share)
+    read = ModelLogprobs(model, find_output_head(model), share)
     (batch,) = batch_for(groups_of(*RAGGED))
     plain = gradient_of(model, read, batch)
     with recomputing(model):
@@ -183,9 +183,9 @@ def test_afterwards_the_model_is_as_it_was_and_others_never_changed(load_tiny):
     with recomputing(model):
         assert [type(block) for block in model.layers] != kinds
         assert [type(block) for block in other.layers] == kinds
-        inside, _ = token_logps(model, tokens, mx.ones(1))
+        inside, _ = token_logprobs(model, tokens, mx.ones(1))
     assert [type(block) for block in model.layers] == kinds
-    outside, _ = token_logps(model, tokens, mx.ones(1))
+    outside, _ = token_logprobs(model, tokens, mx.ones(1))
     assert mx.array_equal(inside, outside)
     for name, value in tree_flatten(model.parameters()):
         assert np.array_equal(np.array(value), parameters[name]), name
@@ -196,7 +196,7 @@ def test_recomputing_takes_less_memory():
     model.freeze()
     AdapterContainer.from_model(model, AdapterConfig(rank=2))
     (batch,) = batch_for(groups_of((4, [120] * 16)), size=16)
-    read = Reader(model, find_head(model), share_prompts=True)
+    read = ModelLogprobs(model, find_output_head(model), share_prompts=True)
 
     def peak():
         return peak_of(lambda: gradient_of(model, read, batch))

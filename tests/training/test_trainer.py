@@ -18,7 +18,7 @@ from textpolicy.algorithms import get, grpo
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rollout.worker import collect
-from textpolicy.training.batch import rows_of
+from textpolicy.training.batch import training_rows
 from textpolicy.training.metrics import policy_metrics
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Task
@@ -202,7 +202,7 @@ def test_a_rollout_without_a_reward_changes_nothing(load_tiny):
     _, _, groups = setup(load_tiny, reward=picky)
     scored = sum(r.reward is not None for g in groups for r in g.rollouts)
     assert 0 < scored < 12
-    assert len(rows_of(groups)) == scored
+    assert len(training_rows(groups)) == scored
 
 
 def test_truncated_sampling_is_refused_for_training(load_tiny):

@@ -29,11 +29,17 @@ from textpolicy.algorithms import (
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rollout.worker import collect
-from textpolicy.training.batch import Whole, micro_batches, mini_batches, pad, rows_of
-from textpolicy.training.logprobs import Reader
-from textpolicy.training.metrics import added_up
+from textpolicy.training.batch import (
+    BatchTotals,
+    make_batch,
+    split_into_micro_batches,
+    split_into_mini_batches,
+    training_rows,
+)
+from textpolicy.training.logprobs import ModelLogprobs
+from textpolicy.training.metrics import sum_micro_batches
 from textpolicy.training.optimizer import build_optimizer
-from textpolicy.training.recorded_logprobs import scored
+from textpolicy.training.recorded_logprobs import add_logprobs
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import NOT_SAMPLED, RolloutGroup, StopReason
 
@@ -98,10 +104,10 @@ def test_micro_batches_of_one_token_change_no_share(load_tiny, loss, share):
 
 def test_mini_batches_are_dealt_by_the_seed(load_tiny):
     _, _, groups = setup(load_tiny)
-    rows = rows_of(groups)
+    rows = training_rows(groups)
 
     def dealt(seed):
-        parts = mini_batches(rows, 2, Random(seed))
+        parts = split_into_mini_batches(rows, 2, Random(seed))
         return [sorted({row.group for row in part}) for part in parts]
 
     assert dealt(3) == dealt(3)
@@ -189,10 +195,10 @@ def test_the_reference_is_the_model_without_its_adapters(load_tiny):
     )
     trainer.train(groups)
     base, _ = load_tiny()
-    rows = rows_of(groups)
-    (part,) = micro_batches(rows, None)
+    rows = training_rows(groups)
+    (part,) = split_into_micro_batches(rows, None)
     (batch,) = seen
-    expected, _ = Reader.of(base)(pad(part, Whole.of(rows)))
+    expected, _ = ModelLogprobs.of(base)(make_batch(part, BatchTotals.of(rows)))
     assert mx.allclose(batch.logp_ref, expected, atol=1e-5)
     with pytest.raises(ConfigError, match=r"reference is 'base'.*has none"):
         Trainer(base, grpo.compute_advantages, grpo.policy_loss, optim.SGD(1.0), reference="base")
@@ -216,9 +222,9 @@ def test_a_divergence_can_be_taken_off_the_reward(load_tiny):
     _, trainer, groups = setup(
         load_tiny, reference="base", reward_kl=0.5, advantage_fn=rloo.compute_advantages
     )
-    rows = rows_of(groups)
+    rows = training_rows(groups)
     with trainer.adapters.disabled():
-        known = scored(rows, None, trainer._read, None)
+        known = add_logprobs(rows, None, trainer._read, None)
     metrics = trainer.train(groups)
     shaped = np.zeros((4, 3), np.float32)
     for row in known:
@@ -281,8 +287,8 @@ def test_a_batch_that_was_cut_off_altogether_changes_nothing_and_says_so(load_ti
 def test_what_was_cut_off_is_no_extreme_of_the_others():
     of_nothing = {"share": 0.0, "share_min": 0.0, "ratio_max": 1.0}
     counted = {"share": 0.25, "share_min": 0.5, "ratio_max": 0.9}
-    assert added_up([(of_nothing, False), (counted, True)]) == counted
-    assert added_up([(of_nothing, False), (of_nothing, False)]) == of_nothing
+    assert sum_micro_batches([(of_nothing, False), (counted, True)]) == counted
+    assert sum_micro_batches([(of_nothing, False), (of_nothing, False)]) == of_nothing
 
 
 def test_checkpointed_gradients_make_the_same_update(load_tiny):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from textpolicy import fast_cpu
 from textpolicy.loop import StepReport
-from textpolicy.training.batch import micro_batches, padded_tokens, rows_of
+from textpolicy.training.batch import count_padded_tokens, split_into_micro_batches, training_rows
 from textpolicy.types import Metrics, Progress, RolloutGroup
 
 ENOUGH = 20
@@ -94,7 +94,7 @@ class TimedSteps:
             fast_cpu.set_threads(self._now)
 
     def _see_lengths(self, groups: Sequence[RolloutGroup]) -> None:
-        rows = rows_of(groups)
+        rows = training_rows(groups)
         prompt, completion = self.longest
         self.longest = (
             max(prompt, *(row.start for row in rows)),
@@ -102,12 +102,12 @@ class TimedSteps:
         )
 
     def _padding(self, groups: Sequence[RolloutGroup]) -> Metrics:
-        rows = rows_of(groups)
+        rows = training_rows(groups)
         share = self._share_prompts
         prompts = {row.group if share else (row.group, row.member): row.start for row in rows}
         tokens = sum(len(row.mask) for row in rows) + sum(prompts.values())
-        parts = micro_batches(rows, self._micro_batch_size, share_prompts=share)
-        places = sum(padded_tokens(part, share_prompts=share) for part in parts)
+        parts = split_into_micro_batches(rows, self._micro_batch_size, share_prompts=share)
+        places = sum(count_padded_tokens(part, share_prompts=share) for part in parts)
         return {"padding": 1 - tokens / places}
 
     def _tell(self, step: int, seconds: float, left: float) -> None:

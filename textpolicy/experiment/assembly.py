@@ -35,7 +35,7 @@ from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards
 from textpolicy.runs import RunDirectory
-from textpolicy.training.advantages import what_it_asks
+from textpolicy.training.advantages import requested_keywords
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import AdvantageFn, Sampling
@@ -228,7 +228,7 @@ def _advantages(options: AlgorithmOptions, algorithm: Algorithm, max_tokens: int
     compute = algorithm.compute_advantages
     if options.overlong_cache is None:
         return compute
-    if asked := what_it_asks(compute):
+    if asked := requested_keywords(compute):
         raise ConfigError(
             f"overlong_cache takes a penalty off one reward, and {algorithm.name} looks at "
             f"{sorted(asked)} too; expected an algorithm of the reward alone, such as grpo or dapo"

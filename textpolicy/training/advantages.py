@@ -9,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import ConfigError
-from textpolicy.training.batch import Row
+from textpolicy.training.batch import TrainingRow
 from textpolicy.types import AdvantageFn, RolloutGroup
 
 
-def with_advantages(
-    rows: Sequence[Row], advantage_fn: AdvantageFn, asked: frozenset[str], reward_kl: float
-) -> list[Row]:
+def add_advantages(
+    rows: Sequence[TrainingRow], advantage_fn: AdvantageFn, asked: frozenset[str], reward_kl: float
+) -> list[TrainingRow]:
     """The rows with the advantages that they have inside their groups.
 
     `reward_kl` is taken off each reward for every nat by which the rollout was likelier under the
@@ -36,8 +36,8 @@ def with_advantages(
     return [replace(row, advantage=float(advantages[row.group, row.member])) for row in rows]
 
 
-def advantage_table(
-    groups: Sequence[RolloutGroup], rows: Sequence[Row]
+def advantages_by_group(
+    groups: Sequence[RolloutGroup], rows: Sequence[TrainingRow]
 ) -> list[list[float | None]]:
     """The rows' advantages by group and member; None where there is no row, or a silent one."""
     table: list[list[float | None]] = [[None] * len(group.rollouts) for group in groups]
@@ -47,7 +47,7 @@ def advantage_table(
     return table
 
 
-def what_it_asks(advantage_fn: AdvantageFn) -> frozenset[str]:
+def requested_keywords(advantage_fn: AdvantageFn) -> frozenset[str]:
     """Which of the offered keywords an advantage function takes; others it needs are an error."""
     offered = {"lengths", "parts"}
     _, *rest = inspect.signature(advantage_fn).parameters.values()
@@ -60,7 +60,7 @@ def what_it_asks(advantage_fn: AdvantageFn) -> frozenset[str]:
     return frozenset(p.name for p in rest if p.name in offered)
 
 
-def _reward(row: Row, reward_kl: float) -> float | None:
+def _reward(row: TrainingRow, reward_kl: float) -> float | None:
     reward = row.rollout.reward
     if not reward_kl or reward is None:
         return reward
@@ -72,11 +72,11 @@ def _reward(row: Row, reward_kl: float) -> float | None:
 class _Table:
     """Values of rows by group and member; NaN where a group has no such member."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[TrainingRow]) -> None:
         self._rows = rows
         self._shape = (max(r.group for r in rows) + 1, max(r.member for r in rows) + 1)
 
-    def of(self, value: Callable[[Row], float | None]) -> mx.array:
+    def of(self, value: Callable[[TrainingRow], float | None]) -> mx.array:
         table = np.full(self._shape, np.nan, np.float32)
         for row in self._rows:
             if (number := value(row)) is not None:

@@ -16,7 +16,7 @@ MICRO_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TrainingRow:
     """One rollout that counts, and what is known of it before an update.
 
     `start` is the place of its first sampled token. `logp_old` and `logp_ref` begin there; they
@@ -61,7 +61,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class BatchTotals:
     """Totals over an optimizer batch, for losses that are cut into micro-batches."""
 
     rows: int
@@ -70,7 +70,7 @@ class Whole:
     entropies: np.ndarray | None
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "Whole":
+    def of(cls, rows: Sequence[TrainingRow]) -> "BatchTotals":
         """The totals of these rows."""
         known = [r.entropies[np.array(r.mask)] for r in rows if r.entropies is not None]
         return cls(
@@ -81,17 +81,19 @@ class Whole:
         )
 
 
-def rows_of(groups: Sequence[RolloutGroup]) -> list[Row]:
+def training_rows(groups: Sequence[RolloutGroup]) -> list[TrainingRow]:
     """The rollouts that have a reward, in order."""
     return [
-        Row(rollout=rollout, group=g, member=m, start=rollout.mask.index(True))
+        TrainingRow(rollout=rollout, group=g, member=m, start=rollout.mask.index(True))
         for g, group in enumerate(groups)
         for m, rollout in enumerate(group.rollouts)
         if rollout.reward is not None
     ]
 
 
-def mini_batches(rows: Sequence[Row], count: int, shuffle: Random) -> list[list[Row]]:
+def split_into_mini_batches(
+    rows: Sequence[TrainingRow], count: int, shuffle: Random
+) -> list[list[TrainingRow]]:
     """The rows dealt to `count` optimizer batches, whole groups to each, in a random order."""
     if count == 1:
         return [list(rows)]
@@ -101,9 +103,9 @@ def mini_batches(rows: Sequence[Row], count: int, shuffle: Random) -> list[list[
     return [[row for row in rows if row.group in part] for part in dealt if part]
 
 
-def micro_batches(
-    rows: Sequence[Row], size: int | None, *, share_prompts: bool = True
-) -> list[list[Row]]:
+def split_into_micro_batches(
+    rows: Sequence[TrainingRow], size: int | None, *, share_prompts: bool = True
+) -> list[list[TrainingRow]]:
     """An optimizer batch in parts that are in memory one at a time, groups of like length together.
 
     Parts have at most `size` rows. Without a size they are whole groups, as many as have
@@ -112,7 +114,7 @@ def micro_batches(
     Groups in which no row has an advantage are in parts of their own, the last ones.
     """
     teaching = {row.group for row in rows if row.teaches}
-    parts: list[list[Row]] = []
+    parts: list[list[TrainingRow]] = []
     for kind in (True, False):
         groups = _by_length([row for row in rows if (row.group in teaching) is kind])
         if size is None:
@@ -122,19 +124,19 @@ def micro_batches(
     return parts
 
 
-def _by_length(rows: Sequence[Row]) -> list[list[Row]]:
-    groups: dict[int, list[Row]] = {}
+def _by_length(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+    groups: dict[int, list[TrainingRow]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     return sorted(groups.values(), key=lambda group: (_completion(group), _prompt(group)))
 
 
-def _packed(groups: Sequence[list[Row]], share_prompts: bool) -> list[list[Row]]:
-    parts: list[list[Row]] = []
+def _packed(groups: Sequence[list[TrainingRow]], share_prompts: bool) -> list[list[TrainingRow]]:
+    parts: list[list[TrainingRow]] = []
     for group in groups:
         for piece in _pieces(group, share_prompts):
             together = [*parts[-1], *piece] if parts else piece
-            tokens = padded_tokens(together, share_prompts=share_prompts)
+            tokens = count_padded_tokens(together, share_prompts=share_prompts)
             if parts and tokens <= MICRO_BATCH_TOKENS:
                 parts[-1] = together
             else:
@@ -142,7 +144,7 @@ def _packed(groups: Sequence[list[Row]], share_prompts: bool) -> list[list[Row]]
     return parts
 
 
-def _pieces(group: list[Row], share_prompts: bool) -> list[list[Row]]:
+def _pieces(group: list[TrainingRow], share_prompts: bool) -> list[list[TrainingRow]]:
     """A group whose completions are too many at once, like lengths together."""
     longest = _completion(group) + (0 if share_prompts else _prompt(group))
     if len(group) * longest <= MICRO_BATCH_TOKENS:
@@ -152,26 +154,26 @@ def _pieces(group: list[Row], share_prompts: bool) -> list[list[Row]]:
     return _cut(sorted(group, key=lambda row: len(row.mask)), size)
 
 
-def _cut(rows: list[Row], size: int) -> list[list[Row]]:
+def _cut(rows: list[TrainingRow], size: int) -> list[list[TrainingRow]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def padded_tokens(rows: Sequence[Row], *, share_prompts: bool = True) -> int:
+def count_padded_tokens(rows: Sequence[TrainingRow], *, share_prompts: bool = True) -> int:
     """The places that these rows take in memory together, each prompt once if it is shared."""
     prompts = len({row.group for row in rows} if share_prompts else rows)
     return len(rows) * _completion(rows) + prompts * _prompt(rows)
 
 
-def _completion(rows: Sequence[Row]) -> int:
+def _completion(rows: Sequence[TrainingRow]) -> int:
     return max(len(row.rollout.tokens) - row.start for row in rows)
 
 
-def _prompt(rows: Sequence[Row]) -> int:
+def _prompt(rows: Sequence[TrainingRow]) -> int:
     return max(row.start for row in rows)
 
 
-def pad(rows: Sequence[Row], whole: Whole) -> Batch:
-    """Arrays of these rows, padded to the longest of them, with the totals of the whole."""
+def make_batch(rows: Sequence[TrainingRow], totals: BatchTotals) -> Batch:
+    """Return the rows as padded arrays, with the totals of the optimizer batch."""
     index = {prompt: p for p, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
     mask = _right_padded([row.mask for row in rows], np.bool_)
     ref = [row.logp_ref for row in rows if row.logp_ref is not None]
@@ -187,10 +189,10 @@ def pad(rows: Sequence[Row], whole: Whole) -> Batch:
         logp_ref=mx.array(_right_padded(ref, np.float32)) if ref else None,
         advantages=mx.array(np.array([[row.advantage] for row in rows], np.float32) * mask),
         temperature=mx.array([row.rollout.sampling.temperature for row in rows], dtype=mx.float32),
-        rows=whole.rows,
-        token_count=whole.token_count,
-        max_tokens=whole.max_tokens,
-        entropies=None if whole.entropies is None else mx.array(whole.entropies),
+        rows=totals.rows,
+        token_count=totals.token_count,
+        max_tokens=totals.max_tokens,
+        entropies=None if totals.entropies is None else mx.array(totals.entropies),
     )
 
 
@@ -201,7 +203,7 @@ def _right_padded(lists: Sequence[Sequence[float] | np.ndarray], dtype: type) ->
     return padded
 
 
-def check_scorable(groups: Sequence[RolloutGroup]) -> None:
+def check_usable_for_training(groups: Sequence[RolloutGroup]) -> None:
     """Refuse rollouts whose distribution the trainer cannot repeat."""
     for group in groups:
         for rollout in group.rollouts:

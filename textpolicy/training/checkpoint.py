@@ -19,9 +19,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from textpolicy.adapters.files.adapter_file import read_tensors, remove_partial, write_tensors
 from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, TrainingError
 
-FORMAT = "textpolicy.checkpoint"
-FORMAT_VERSION = "3"
-SUFFIX = ".safetensors"
+_FORMAT = "textpolicy.checkpoint"
+_FORMAT_VERSION = "3"
+_SUFFIX = ".safetensors"
 # A tensor, since mlx reads no file whose header is over 100 MB, and rollouts can be more than that.
 _CONTENT = "content.json"
 
@@ -54,7 +54,7 @@ class Checkpoints:
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write one more, and only then remove what is no longer among the last."""
-        path = self.folder / f"{checkpoint.step:08d}{SUFFIX}"
+        path = self.folder / f"{checkpoint.step:08d}{_SUFFIX}"
         remove_partial(self.folder)
         write_checkpoint(path, checkpoint)
         # A run that went on from an older one leaves newer ones behind: those of another course.
@@ -80,14 +80,14 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         # Temporary files begin with a dot.
-        return sorted(p for p in self.folder.glob(f"*{SUFFIX}") if p.stem.isdecimal())
+        return sorted(p for p in self.folder.glob(f"*{_SUFFIX}") if p.stem.isdecimal())
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Replace the file at `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": _digest(arrays)}
+    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "sha256": _digest(arrays)}
     try:
         write_tensors(path, arrays, metadata)
     except AdapterError as error:
@@ -101,10 +101,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a file, if it is whole to the last bit."""
     arrays, metadata = read_tensors(path)
     found = metadata.get("format"), metadata.get("format_version")
-    if found != (FORMAT, FORMAT_VERSION):
+    if found != (_FORMAT, _FORMAT_VERSION):
         raise TrainingError(
             f"{path} is no checkpoint that this release reads: its format is {found}, expected "
-            f"{(FORMAT, FORMAT_VERSION)}"
+            f"{(_FORMAT, _FORMAT_VERSION)}"
         )
     if _digest(arrays) != metadata.get("sha256"):
         raise TrainingError(f"{path} is damaged: its content is not what was written")
@@ -112,18 +112,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(arrays=arrays, **content)
 
 
-def flat(prefix: str, tree: Any) -> dict[str, mx.array]:
+def flatten_tree(prefix: str, tree: Any) -> dict[str, mx.array]:
     """The arrays of a tree of parameters or optimizer state, by names that begin with `prefix`."""
     return cast(dict[str, mx.array], {f"{prefix}{name}": a for name, a in tree_flatten(tree)})
 
 
-def tree(prefix: str, arrays: Mapping[str, mx.array]) -> Any:
+def unflatten_tree(prefix: str, arrays: Mapping[str, mx.array]) -> Any:
     """The tree whose arrays `flat` named with this prefix."""
     named = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
     return tree_unflatten(list(named.items()))
 
 
-def check_fits(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
+def check_tensors_fit(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
     """Refuse tensors that are not those of the model and the optimizer at hand."""
     if problems := sorted(_misfits(found, expected)):
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []

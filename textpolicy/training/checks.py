@@ -70,7 +70,7 @@ class SamplerCheck:
 
 
 @dataclass
-class Fruitless:
+class StalledSteps:
     """Counts steps in a row that could not teach, by what they lacked."""
 
     lacking: dict[str, int] = field(default_factory=dict[str, int])

@@ -7,28 +7,28 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from textpolicy.fast_cpu.array_slices import compute_after
-from textpolicy.training.softmax_logprobs import PositionScores
+from textpolicy.training.softmax_logprobs import PositionLogprobs
 
-Chunk = Callable[[slice, mx.array, Any], PositionScores]
+Chunk = Callable[[slice, mx.array, Any], PositionLogprobs]
 """Scores of the rows at a place, from those rows and a tree of weights."""
 
 
-def one_after_another(
+def apply_in_chunks(
     function: Chunk, places: Sequence[slice]
-) -> Callable[[mx.array, Any], PositionScores]:
+) -> Callable[[mx.array, Any], PositionLogprobs]:
     """The function over all places, with a gradient that computes each place again.
 
     A place waits for the one before: mlx would otherwise start on many at once, and hold them all.
     """
 
-    def forward(rows: mx.array, weights: Any) -> PositionScores:
-        parts: list[PositionScores] = []
+    def forward(rows: mx.array, weights: Any) -> PositionLogprobs:
+        parts: list[PositionLogprobs] = []
         for place in places:
             before = [*parts[-1]] if parts else []
             parts.append(function(place, compute_after(rows[place], before), weights))
         return mx.concatenate([p for p, _ in parts]), mx.concatenate([e for _, e in parts])
 
-    def backward(primals: Any, cotangents: PositionScores, _: PositionScores) -> Any:
+    def backward(primals: Any, cotangents: PositionLogprobs, _: PositionLogprobs) -> Any:
         rows, weights = primals
         flat: Any = tree_flatten(weights)
         names, arrays = [name for name, _ in flat], [array for _, array in flat]

@@ -12,20 +12,20 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 
 from textpolicy.fast_cpu.array_slices import compute_after
-from textpolicy.training.chunked_gradient import one_after_another
-from textpolicy.training.softmax_logprobs import PositionScores, Softmax, score_logits
+from textpolicy.training.chunked_gradient import apply_in_chunks
+from textpolicy.training.softmax_logprobs import PositionLogprobs, Softmax, logprobs_from_logits
 
 Hidden = Float[mx.array, "positions width"]
 Project = Callable[[mx.array], mx.array]
 
 
-def score_frozen(
+def frozen_head_logprobs(
     project: Project,
     hidden: Hidden,
     tokens: Int[mx.array, " positions"],
     temperature: Float[mx.array, " positions"],
     places: Sequence[slice],
-) -> PositionScores:
+) -> PositionLogprobs:
     """Scores with a gradient in the hidden states alone, one place in memory after another."""
     still = mx.stop_gradient(hidden)
     parts: list[tuple[mx.array, mx.array, mx.array]] = []
@@ -34,12 +34,12 @@ def score_frozen(
         parts.append(_with_slope(project, rows, tokens[place], temperature[place]))
     logp, entropy, slope = (mx.concatenate([part[i] for part in parts]) for i in range(3))
 
-    def again(place: slice, rows: mx.array, _: Any) -> PositionScores:
-        return score_logits(project(rows), tokens[place], temperature[place])
+    def again(place: slice, rows: mx.array, _: Any) -> PositionLogprobs:
+        return logprobs_from_logits(project(rows), tokens[place], temperature[place])
 
     def entropy_gradient(weight: mx.array) -> mx.array:
         # Few losses have one, so its slope is computed where it is asked for.
-        entropies = one_after_another(again, places)
+        entropies = apply_in_chunks(again, places)
         return mx.vjp(lambda rows: entropies(rows, {})[1], [still], [weight])[1][0]
 
     return (
@@ -48,18 +48,18 @@ def score_frozen(
     )
 
 
-def score_only(
+def frozen_head_logprobs_without_gradient(
     project: Project,
     hidden: Hidden,
     tokens: Int[mx.array, " positions"],
     temperature: Float[mx.array, " positions"],
     places: Sequence[slice],
-) -> PositionScores:
+) -> PositionLogprobs:
     """The same scores without a gradient."""
-    parts: list[PositionScores] = []
+    parts: list[PositionLogprobs] = []
     for place in places:
         logits = project(compute_after(hidden[place], parts[-1] if parts else ()))
-        parts.append(Softmax.of(logits, temperature[place]).scores(tokens[place]))
+        parts.append(Softmax.of(logits, temperature[place]).logprobs(tokens[place]))
     return mx.concatenate([p for p, _ in parts]), mx.concatenate([e for _, e in parts])
 
 
@@ -75,7 +75,7 @@ def _with_slope(
     rest = -now.probabilities / temperature[:, None]
     direction = rest.at[mx.arange(len(tokens)), tokens].add(1 / temperature)
     (slope,) = mx.vjp(project, [hidden], [direction.astype(logits.dtype)])[1]
-    return (*now.scores(tokens), slope)
+    return (*now.logprobs(tokens), slope)
 
 
 def _known(

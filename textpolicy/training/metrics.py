@@ -6,7 +6,7 @@ from statistics import fmean, pstdev
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.training.batch import Row
+from textpolicy.training.batch import TrainingRow
 from textpolicy.types import Batch, Metrics
 
 
@@ -37,7 +37,7 @@ def policy_metrics(
     return metrics
 
 
-def advantage_metrics(rows: Sequence[Row]) -> Metrics:
+def advantage_metrics(rows: Sequence[TrainingRow]) -> Metrics:
     """The spread of the advantages over rollouts; their mean is 0 for most algorithms."""
     advantages = [row.advantage for row in rows]
     return {
@@ -47,7 +47,7 @@ def advantage_metrics(rows: Sequence[Row]) -> Metrics:
     }
 
 
-def added_up(parts: Iterable[tuple[Mapping[str, float], bool]]) -> Metrics:
+def sum_micro_batches(parts: Iterable[tuple[Mapping[str, float], bool]]) -> Metrics:
     """An update's metrics, of its micro-batches': sums, or extremes where the name says so.
 
     With each goes whether a token of it counts; without one, its extremes are those of nothing.
@@ -63,7 +63,7 @@ def added_up(parts: Iterable[tuple[Mapping[str, float], bool]]) -> Metrics:
     return total
 
 
-def over_updates(updates: Sequence[Metrics], *, with_sampler: bool) -> Metrics:
+def average_updates(updates: Sequence[Metrics], *, with_sampler: bool) -> Metrics:
     """The mean over updates, or the extreme.
 
     What compares with the sampler is the first update's, before the policy has moved, and is left

@@ -9,14 +9,14 @@ import mlx.optimizers as optim
 
 from textpolicy.errors import ConfigError
 
-Schedule = Literal["constant", "linear", "cosine"]
-Rate = float | Callable[[mx.array], mx.array]
+RateSchedule = Literal["constant", "linear", "cosine"]
+LearningRate = float | Callable[[mx.array], mx.array]
 
 
 def build_optimizer(
     learning_rate: float,
     *,
-    schedule: Schedule = "constant",
+    schedule: RateSchedule = "constant",
     warmup: int = 0,
     updates: int | None = None,
     final_rate: float = 0.0,
@@ -38,7 +38,7 @@ def build_optimizer(
     return optim.AdamW(rate, weight_decay=weight_decay, bias_correction=True)
 
 
-def _decay(start: float, schedule: Schedule, steps: int, end: float) -> Rate:
+def _decay(start: float, schedule: RateSchedule, steps: int, end: float) -> LearningRate:
     if schedule == "linear":
         return optim.linear_schedule(start, end, steps)
     if schedule == "cosine":
@@ -53,7 +53,7 @@ def _constant(rate: float) -> Callable[[mx.array], mx.array]:
 
 
 def _check(
-    rate: float, schedule: Schedule, warmup: int, updates: int | None, weight_decay: float
+    rate: float, schedule: RateSchedule, warmup: int, updates: int | None, weight_decay: float
 ) -> None:
     if not (math.isfinite(rate) and rate >= 0):
         raise ConfigError(f"learning_rate is {rate}; expected a number, 0 or more")
@@ -69,7 +69,7 @@ def _check(
         raise ConfigError(f"weight_decay is {weight_decay}; expected 0 or more")
 
 
-def _check_final(rate: float, schedule: Schedule) -> None:
+def _check_final(rate: float, schedule: RateSchedule) -> None:
     if not (math.isfinite(rate) and rate >= 0):
         raise ConfigError(f"final_rate is {rate}; expected a number, 0 or more")
     if rate and schedule == "constant":

@@ -11,9 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int
 
-from textpolicy.training.chunked_gradient import one_after_another
-from textpolicy.training.frozen_output_head import score_frozen, score_only
-from textpolicy.training.softmax_logprobs import PositionScores, score_logits
+from textpolicy.training.chunked_gradient import apply_in_chunks
+from textpolicy.training.frozen_output_head import (
+    frozen_head_logprobs,
+    frozen_head_logprobs_without_gradient,
+)
+from textpolicy.training.softmax_logprobs import PositionLogprobs, logprobs_from_logits
 
 # Of float32 logits. What softmax and gradient make of a chunk, and what mlx allocates ahead for the
 # next, come to about twelve times as much.
@@ -21,7 +24,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """A model cut in two: `body` gives hidden states, `project` makes logits of them."""
 
     model: Any
@@ -41,7 +44,7 @@ class Head:
         """Logits of hidden states."""
         return self.weights.as_linear(hidden) if self.tied else self.weights(hidden)
 
-    def score(
+    def logprobs(
         self,
         hidden: Float[mx.array, "positions width"],
         tokens: Int[mx.array, " positions"],
@@ -49,7 +52,7 @@ class Head:
         *,
         differentiable: bool = True,
         chunk_bytes: int = CHUNK_BYTES,
-    ) -> PositionScores:
+    ) -> PositionLogprobs:
         """Scores under softmax(logits / temperature), a chunk of positions in memory at a time.
 
         A frozen head is quicker if it is told that no gradient will be asked for.
@@ -59,21 +62,23 @@ class Head:
         places = [slice(at, at + size) for at in range(0, len(tokens), size)]
         weights = self.weights.trainable_parameters()
         if not weights:
-            score = score_frozen if differentiable else score_only
+            score = (
+                frozen_head_logprobs if differentiable else frozen_head_logprobs_without_gradient
+            )
             return score(self.project, hidden, tokens, temperature, places)
         if len(places) == 1:
-            return score_logits(self.project(hidden), tokens, temperature)
+            return logprobs_from_logits(self.project(hidden), tokens, temperature)
 
-        def score_chunk(place: slice, hidden: mx.array, weights: Any) -> PositionScores:
+        def score_chunk(place: slice, hidden: mx.array, weights: Any) -> PositionLogprobs:
             self.weights.update(weights)
-            return score_logits(self.project(hidden), tokens[place], temperature[place])
+            return logprobs_from_logits(self.project(hidden), tokens[place], temperature[place])
 
-        scores = one_after_another(score_chunk, places)(hidden, weights)
+        scores = apply_in_chunks(score_chunk, places)(hidden, weights)
         self.weights.update(weights)
         return scores
 
 
-def find_head(model: nn.Module) -> Head | None:
+def find_output_head(model: nn.Module) -> OutputHead | None:
     """The model's body and head; None where its logits are more than a projection.
 
     Some models scale or cap their logits, and some keep their parts under other names: a forward
@@ -82,7 +87,7 @@ def find_head(model: nn.Module) -> Head | None:
     inner: Any = model.language_model if "language_model" in model else model
     if "model" not in inner or not ("lm_head" in inner or "embed_tokens" in inner.model):
         return None
-    head = Head(inner, tied="lm_head" not in inner)
+    head = OutputHead(inner, tied="lm_head" not in inner)
     tokens = mx.array([[1, 2]])
     hidden, logits = head.body(tokens), model(tokens)
     if not isinstance(hidden, mx.array):

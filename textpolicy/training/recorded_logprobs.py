@@ -6,19 +6,22 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from textpolicy.training.batch import Row, Whole, micro_batches, pad
-from textpolicy.training.logprobs import Reader
+from textpolicy.training.batch import BatchTotals, TrainingRow, make_batch, split_into_micro_batches
+from textpolicy.training.logprobs import ModelLogprobs
 
 
-def scored(
-    rows: Sequence[Row], policy: Reader | None, reference: Reader | None, size: int | None
-) -> list[Row]:
+def add_logprobs(
+    rows: Sequence[TrainingRow],
+    policy: ModelLogprobs | None,
+    reference: ModelLogprobs | None,
+    size: int | None,
+) -> list[TrainingRow]:
     """The rows with what the policy and the reference, where given, say of their tokens."""
-    done: list[Row] = []
+    done: list[TrainingRow] = []
     share = all(reader.share_prompts for reader in (policy, reference) if reader)
-    for part in micro_batches(rows, size, share_prompts=share):
+    for part in split_into_micro_batches(rows, size, share_prompts=share):
         # Silent rows give no gradient, but their divergence from the reference counts.
-        batch = pad([replace(row, silent=False) for row in part], Whole.of(part))
+        batch = make_batch([replace(row, silent=False) for row in part], BatchTotals.of(part))
         known: dict[str, np.ndarray] = {}
         if policy:
             logp, entropy = policy(batch, differentiable=False)

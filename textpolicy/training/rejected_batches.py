@@ -8,7 +8,7 @@ from pathlib import Path
 from textpolicy.types import RolloutGroup
 
 
-def save_rejected(groups: Sequence[RolloutGroup], folder: Path) -> Path:
+def save_rejected_batch(groups: Sequence[RolloutGroup], folder: Path) -> Path:
     """Write each rollout as a JSON line: its task, tokens, recorded log-probabilities, reward."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"batch-{len(list(folder.iterdir())):04d}.jsonl"

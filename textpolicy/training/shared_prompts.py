@@ -19,7 +19,9 @@ Reading = Float[mx.array, "batch time width"]
 """What a network says where each token of a batch is predicted: hidden states, or logits."""
 
 
-def read_after_prompts(network: Callable[..., mx.array], model: nn.Module, batch: Batch) -> Reading:
+def run_with_shared_prompts(
+    network: Callable[..., mx.array], model: nn.Module, batch: Batch
+) -> Reading:
     """Each completion read after its prompt, each prompt read once."""
     # The last prompt token is read with the completion, whose first token it predicts.
     length = batch.prompt_lengths[batch.owner] - 1
@@ -35,7 +37,7 @@ def read_after_prompts(network: Callable[..., mx.array], model: nn.Module, batch
     return network(inputs, cache=cache)
 
 
-def read_whole_rows(network: Callable[..., mx.array], batch: Batch) -> Reading:
+def run_whole_rows(network: Callable[..., mx.array], batch: Batch) -> Reading:
     """The plain way, for models whose state is more than keys and values."""
     length = batch.prompt_lengths[batch.owner][:, None]
     width, time = batch.prompts.shape[1], batch.tokens.shape[1]

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from textpolicy.fast_cpu.exponential import exp
 
-PositionScores = tuple[Float[mx.array, " positions"], Float[mx.array, " positions"]]
+PositionLogprobs = tuple[Float[mx.array, " positions"], Float[mx.array, " positions"]]
 """Each position's log-probability of its token, and the entropy of its distribution."""
 Logits = Float[mx.array, "positions vocabulary"]
 
@@ -32,7 +32,7 @@ class Softmax(NamedTuple):
         exponential = exp(shifted)
         return cls(shifted, exponential, exponential.sum(axis=-1, keepdims=True))
 
-    def scores(self, tokens: Int[mx.array, " positions"]) -> PositionScores:
+    def logprobs(self, tokens: Int[mx.array, " positions"]) -> PositionLogprobs:
         """Of these tokens, and of the distributions."""
         drawn = mx.take_along_axis(self.shifted, tokens[:, None], axis=-1)
         mean = (self.exponential * self.shifted).sum(axis=-1) / self.total[:, 0]
@@ -45,11 +45,11 @@ class Softmax(NamedTuple):
         return self.exponential / self.total
 
 
-def score_logits(
+def logprobs_from_logits(
     logits: Logits,
     tokens: Int[mx.array, " positions"],
     temperature: Float[mx.array, " positions"],
-) -> PositionScores:
+) -> PositionLogprobs:
     """Scores under softmax(logits / temperature), with the gradient in closed form.
 
     With p the probabilities, H the entropy and z the scaled logits:
@@ -57,14 +57,16 @@ def score_logits(
         d log p(token) / dz = onehot(token) - p        dH / dz = -p (log p + H)
     """
 
-    def forward(logits: mx.array) -> PositionScores:
-        return Softmax.of(logits, temperature).scores(tokens)
+    def forward(logits: mx.array) -> PositionLogprobs:
+        return Softmax.of(logits, temperature).logprobs(tokens)
 
-    def backward(logits: mx.array, cotangents: PositionScores, scores: PositionScores) -> mx.array:
+    def backward(
+        logits: mx.array, cotangents: PositionLogprobs, outputs: PositionLogprobs
+    ) -> mx.array:
         of_drawn, of_entropy = (c[:, None] / temperature[:, None] for c in cotangents)
         now = Softmax.of(logits, temperature)
         log_p = now.shifted - mx.log(now.total)
-        slope = now.probabilities * (of_drawn + of_entropy * (log_p + scores[1][:, None]))
+        slope = now.probabilities * (of_drawn + of_entropy * (log_p + outputs[1][:, None]))
         at_token = slope.at[mx.arange(len(tokens)), tokens]
         return -at_token.subtract(of_drawn[:, 0]).astype(logits.dtype)
 

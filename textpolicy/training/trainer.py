@@ -19,22 +19,27 @@ from textpolicy.adapters.movement import adapter_movement
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.training import checks
-from textpolicy.training.advantages import advantage_table, what_it_asks, with_advantages
+from textpolicy.training.advantages import add_advantages, advantages_by_group, requested_keywords
 from textpolicy.training.batch import (
-    Row,
-    Whole,
-    check_scorable,
-    micro_batches,
-    mini_batches,
-    pad,
-    rows_of,
+    BatchTotals,
+    TrainingRow,
+    check_usable_for_training,
+    make_batch,
+    split_into_micro_batches,
+    split_into_mini_batches,
+    training_rows,
 )
-from textpolicy.training.checkpoint import check_fits, flat, tree
+from textpolicy.training.checkpoint import check_tensors_fit, flatten_tree, unflatten_tree
 from textpolicy.training.checkpointing import recomputing
-from textpolicy.training.logprobs import Reader
-from textpolicy.training.metrics import added_up, advantage_metrics, over_updates, policy_metrics
-from textpolicy.training.recorded_logprobs import scored
-from textpolicy.training.rejected_batches import save_rejected
+from textpolicy.training.logprobs import ModelLogprobs
+from textpolicy.training.metrics import (
+    advantage_metrics,
+    average_updates,
+    policy_metrics,
+    sum_micro_batches,
+)
+from textpolicy.training.recorded_logprobs import add_logprobs
+from textpolicy.training.rejected_batches import save_rejected_batch
 from textpolicy.types import (
     NOT_SAMPLED,
     AdvantageFn,
@@ -104,13 +109,13 @@ class Trainer:
                 "reference is 'base', the model without its adapters, and the model has none: "
                 "attach adapters, or pass another model as the reference"
             )
-        self._read = Reader.of(self.model)
+        self._read = ModelLogprobs.of(self.model)
         self._read_reference = self._read
         if isinstance(self.reference, nn.Module):
-            self._read_reference = Reader.of(self.reference)
-        self._asked = what_it_asks(self.advantage_fn)
+            self._read_reference = ModelLogprobs.of(self.reference)
+        self._asked = requested_keywords(self.advantage_fn)
         self._sampler = checks.SamplerCheck()
-        self._fruitless = checks.Fruitless()
+        self._fruitless = checks.StalledSteps()
         self._shuffle = Random(self.seed)
         self._updates = 0
         # Of the last call of `train`, by group and member; None is not learned from.
@@ -161,8 +166,8 @@ class Trainer:
         weights = self.model.trainable_parameters()
         # Before the first update there is no state; one that is there is left as it is.
         self.optimizer.init(weights)
-        arrays = flat(_WEIGHTS, weights)
-        return arrays | flat(_OPTIMIZER, self.optimizer.state), {
+        arrays = flatten_tree(_WEIGHTS, weights)
+        return arrays | flatten_tree(_OPTIMIZER, self.optimizer.state), {
             "base": self.adapters.fingerprint if self.adapters else None,
             "version": self.version,
             "updates": self._updates,
@@ -177,14 +182,14 @@ class Trainer:
         Adapters are published again: what was published since then belongs to another course.
         """
         self._check_base(facts["base"])
-        check_fits(arrays, self.state()[0])
-        self.model.update(tree(_WEIGHTS, arrays))
-        self.optimizer.state = tree(_OPTIMIZER, arrays)
+        check_tensors_fit(arrays, self.state()[0])
+        self.model.update(unflatten_tree(_WEIGHTS, arrays))
+        self.optimizer.state = unflatten_tree(_OPTIMIZER, arrays)
         self._updates = facts["updates"]
         version, words, gauss = facts["shuffle"]
         self._shuffle.setstate((version, tuple(words), gauss))
         self._sampler = checks.SamplerCheck(**facts["sampler"])
-        self._fruitless = checks.Fruitless(**facts["fruitless"])
+        self._fruitless = checks.StalledSteps(**facts["fruitless"])
         if self.adapters:
             self.adapters.version = facts["version"]
             if self.adapters.publish_path:
@@ -204,46 +209,46 @@ class Trainer:
             groups = groups.take(self.version)
         if not groups:
             raise TrainingError("no rollout groups to train on: collect some first")
-        check_scorable(groups)
+        check_usable_for_training(groups)
         started = time.perf_counter()
-        rows = self._silenced(rows_of(groups))
-        self.advantages = advantage_table(groups, [])
+        rows = self._silenced(training_rows(groups))
+        self.advantages = advantages_by_group(groups, [])
         self._fruitless.see("reward", fruitless=not rows)
         if not rows:
             return self._report(norm=0.0)
         rows = self._scored(rows)
-        rows = with_advantages(rows, self.advantage_fn, self._asked, self.reward_kl)
-        self.advantages = advantage_table(groups, rows)
+        rows = add_advantages(rows, self.advantage_fn, self._asked, self.reward_kl)
+        self.advantages = advantages_by_group(groups, rows)
         ready = time.perf_counter()
         metrics = self._updated(rows, groups)
         update = time.perf_counter() - ready - metrics["time/publish"]
         return metrics | {"time/score": ready - started, "time/update": update}
 
-    def _silenced(self, rows: list[Row]) -> list[Row]:
+    def _silenced(self, rows: list[TrainingRow]) -> list[TrainingRow]:
         if self.truncated == "keep":
             return rows
         cut = StopReason.LENGTH
         return [replace(row, silent=row.rollout.stop_reason is cut) for row in rows]
 
-    def _scored(self, rows: list[Row]) -> list[Row]:
+    def _scored(self, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows with fresh and reference log-probabilities, as far as they are asked for."""
         policy = self._read if self.old_logprobs == "fresh" else None
         if self.reference != "base":
             reference = self._read_reference if self.reference else None
-            return scored(rows, policy, reference, self.micro_batch_size)
-        rows = scored(rows, policy, None, self.micro_batch_size) if policy else rows
+            return add_logprobs(rows, policy, reference, self.micro_batch_size)
+        rows = add_logprobs(rows, policy, None, self.micro_batch_size) if policy else rows
         assert self.adapters is not None
         with self.adapters.disabled():
-            return scored(rows, None, self._read, self.micro_batch_size)
+            return add_logprobs(rows, None, self._read, self.micro_batch_size)
 
-    def _updated(self, rows: list[Row], groups: Sequence[RolloutGroup]) -> Metrics:
+    def _updated(self, rows: list[TrainingRow], groups: Sequence[RolloutGroup]) -> Metrics:
         """Every update that these rows are for, and what they report together."""
         first = self._updates == 0
         on_policy = checks.on_policy(groups, self.version)
         before = self._updates
         updates: list[Metrics] = []
         for _ in range(self.epochs):
-            for part in mini_batches(rows, self.mini_batches, self._shuffle):
+            for part in split_into_mini_batches(rows, self.mini_batches, self._shuffle):
                 gradient, metrics = self._gradient(part)
                 if not updates:
                     self._sampler.see(metrics, on_policy=on_policy)
@@ -256,7 +261,7 @@ class Trainer:
             self._publish()
         published = {"time/publish": time.perf_counter() - started}
         known = any(group.version != NOT_SAMPLED for group in groups)
-        metrics = over_updates(updates, with_sampler=known)
+        metrics = average_updates(updates, with_sampler=known)
         return metrics | self._movement() | advantage_metrics(rows) | published
 
     def _objective(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
@@ -264,16 +269,16 @@ class Trainer:
         loss, metrics = self.loss_fn(logp, replace(batch, entropy=entropy))
         return loss, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics
 
-    def _gradient(self, rows: Sequence[Row]) -> tuple[Any, Metrics]:
+    def _gradient(self, rows: Sequence[TrainingRow]) -> tuple[Any, Metrics]:
         """The gradient and metrics of an optimizer batch, one micro-batch in memory at a time."""
         gradient = tree_map(mx.zeros_like, self.model.trainable_parameters())
         reports: list[dict[str, mx.array]] = []
-        whole = Whole.of(rows)
+        totals = BatchTotals.of(rows)
         share = self._read.share_prompts
-        parts = micro_batches(rows, self.micro_batch_size, share_prompts=share)
+        parts = split_into_micro_batches(rows, self.micro_batch_size, share_prompts=share)
         for part in parts:
             with recomputing(self.model) if self.checkpoint_gradients else nullcontext():
-                (_, report), grads = self._value_and_grad(pad(part, whole))
+                (_, report), grads = self._value_and_grad(make_batch(part, totals))
             # The part before makes room first. Until here the device was busy with it.
             mx.eval(gradient, reports)
             reports.append(report)
@@ -285,17 +290,17 @@ class Trainer:
             mx.async_eval(gradient, report)
         values = [{name: float(value) for name, value in report.items()} for report in reports]
         counts = [any(any(row.mask) for row in part) for part in parts]
-        return gradient, added_up(zip(values, counts, strict=True))
+        return gradient, sum_micro_batches(zip(values, counts, strict=True))
 
     def _update(self, gradient: Any, has_signal: bool, groups: Sequence[RolloutGroup]) -> Metrics:
-        norm = global_norm(gradient)
+        norm = gradient_norm(gradient)
         report = self._report(norm)
         if self._updates == 0:
             checks.check_gradient(norm, has_signal=has_signal)
         finite = math.isfinite(norm)
         self._fruitless.see("finite gradient", fruitless=not finite)
         if not finite and self.rejected:
-            save_rejected(groups, self.rejected)
+            save_rejected_batch(groups, self.rejected)
         # Adam moves on its momentum even where the gradient is zero, and never forgets a NaN.
         if norm == 0 or not finite:
             return report
@@ -314,10 +319,10 @@ class Trainer:
             if self.adapters.publish_path:
                 self.adapters.publish()
 
-    def _distance(self, rows: Sequence[Row]) -> float:
+    def _distance(self, rows: Sequence[TrainingRow]) -> float:
         """How far a few rows' log-probabilities are from those recorded, in nats a token."""
-        part = micro_batches(rows, self.micro_batch_size or SAMPLE)[0]
-        batch = pad(part, Whole.of(part))
+        part = split_into_micro_batches(rows, self.micro_batch_size or SAMPLE)[0]
+        batch = make_batch(part, BatchTotals.of(part))
         logp, entropy = self._read(batch)
         return float(policy_metrics(logp, entropy, batch)[checks.MISMATCH])
 
@@ -333,7 +338,7 @@ class Trainer:
         }
 
 
-def global_norm(gradient: Any) -> float:
+def gradient_norm(gradient: Any) -> float:
     """The Euclidean norm over all arrays of a gradient."""
     arrays = dict(tree_flatten(gradient)).values()
     squares = [mx.square(g.astype(mx.float32)).sum() for g in arrays]

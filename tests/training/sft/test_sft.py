@@ -22,9 +22,9 @@ from textpolicy.errors import ConfigError, DataError, TrainingError
 from textpolicy.training.checkpoint import random_state
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft import (
+    BatchStream,
     Demonstration,
     SFTParameters,
-    Stream,
     TrainReport,
     ValidationReport,
     evaluate_sft,
@@ -32,9 +32,9 @@ from textpolicy.training.sft import (
     sft_loss,
     train_sft,
 )
-from textpolicy.training.sft.batches import Epochs, arrange, pack
-from textpolicy.training.sft.loss import loss_of
-from textpolicy.training.sft.packing import check_packing
+from textpolicy.training.sft.batches import Epochs, make_sft_batch, pack_rows
+from textpolicy.training.sft.loss import make_batch_loss
+from textpolicy.training.sft.packing import check_packable
 from textpolicy.types import Progress
 
 VOCABULARY = 7
@@ -71,7 +71,9 @@ def texts(count: int, seed: int = 0) -> list[Demonstration]:
 
 
 def loss_and_gradient(model, rows, custom=None):
-    (loss, count), gradient = nn.value_and_grad(model, loss_of(model, custom))(arrange(rows))
+    (loss, count), gradient = nn.value_and_grad(model, make_batch_loss(model, custom))(
+        make_sft_batch(rows)
+    )
     return float(loss), int(count), dict(tree_flatten(gradient))
 
 
@@ -110,7 +112,7 @@ def test_loss_and_gradient_of_a_ragged_batch_equal_a_float64_reference(custom):
 
 def test_the_step_from_a_stop_token_into_padding_is_not_learned():
     model = Bigram()
-    assert arrange(alone(RAGGED)).mask.sum(axis=1).tolist() == [2, 5, 1]
+    assert make_sft_batch(alone(RAGGED)).mask.sum(axis=1).tolist() == [2, 5, 1]
     _, _, gradient = loss_and_gradient(model, alone(RAGGED))
     # STOP only ever stands at a row's end: what follows it is padding or nothing.
     assert mx.all(gradient["table"][STOP] == 0)
@@ -188,7 +190,7 @@ def test_what_stands_beside_it_in_a_row_does_not_change_a_demonstration():
 
 def test_every_demonstration_is_packed_once_and_rows_keep_to_their_length():
     batch = texts(40)
-    rows = pack(batch, 16, Random(0))
+    rows = pack_rows(batch, 16, Random(0))
     assert sorted(map(id, chain(*rows))) == sorted(map(id, batch))
     assert max(sum(len(one.tokens) - 1 for one in row) for row in rows) <= 16
     # No two rows could have been one.
@@ -198,7 +200,7 @@ def test_every_demonstration_is_packed_once_and_rows_keep_to_their_length():
 
 def test_a_demonstration_too_long_to_pack_has_a_row_of_its_own():
     long = demonstration([1], list(range(1, 30)))
-    assert [long] in pack([*texts(3), long], 16, Random(0))
+    assert [long] in pack_rows([*texts(3), long], 16, Random(0))
 
 
 @pytest.mark.parametrize("name", ["learned positions", "recurrence"])
@@ -218,7 +220,7 @@ def test_models_that_cannot_keep_demonstrations_apart_are_refused(name):
         args = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "vocab_size": 64} | sizes
         model = gpt2.Model(gpt2.ModelArgs(**args))
     with pytest.raises(ConfigError, match="cannot be packed"):
-        check_packing(model)
+        check_packable(model)
 
 
 # Batches
@@ -254,7 +256,7 @@ def test_iterations_of_epochs_count_the_updates_that_they_take():
     batch = texts(10)
     assert iterations_of(3, batch, SFTParameters(batch_size=2, accumulation=2)) == 9
     packed = SFTParameters(batch_size=1, packing=True, max_length=16)
-    assert iterations_of(2, batch, packed) == 2 * len(pack(batch, 16, Random(0)))
+    assert iterations_of(2, batch, packed) == 2 * len(pack_rows(batch, 16, Random(0)))
 
 
 # Training
@@ -308,7 +310,7 @@ def test_a_report_weighs_batches_by_their_tokens():
     reports = []
     train_sft(
         model,
-        Stream(batches),
+        BatchStream(batches),
         [],
         optim.SGD(learning_rate=0.0),
         parameters=SFTParameters(iterations=2),
@@ -631,7 +633,7 @@ def test_parameters_that_cannot_be_are_refused(options, message):
 NO_ROWS = """
 import mlx.nn as nn, mlx.optimizers as optim
 from textpolicy.errors import DataError
-from textpolicy.training.sft import Stream, evaluate_sft, train_sft
+from textpolicy.training.sft import BatchStream, evaluate_sft, train_sft
 
 model, optimizer = nn.Linear(2, 2), optim.SGD(0.1)
 for data in ("a text", (text for text in ["a"]), None, {"text": "a"}):
@@ -644,7 +646,7 @@ for data in ("a text", (text for text in ["a"]), None, {"text": "a"}):
             call()
         except DataError as error:
             print(error)
-for data in (Stream(["a text"]), Stream([["a text"]]), Stream([5]), ["a", 5]):
+for data in (BatchStream(["a text"]), BatchStream([["a text"]]), BatchStream([5]), ["a", 5]):
     try:
         train_sft(model, data, [], optimizer)
     except DataError as error:
@@ -672,7 +674,7 @@ def test_demonstrations_among_texts_are_refused(load_tiny):
 
 def test_a_stream_whose_batch_is_empty_is_refused():
     with pytest.raises(DataError, match=r"a batch of the stream is \[\]; expected a list of"):
-        train_sft(Bigram(), Stream([[]]), [], optim.SGD(learning_rate=0.1))
+        train_sft(Bigram(), BatchStream([[]]), [], optim.SGD(learning_rate=0.1))
 
 
 @pytest.mark.parametrize("validate", [[], RAGGED])

@@ -7,7 +7,7 @@ import pytest
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.training.sft import Encoding, load_data, load_examples
-from textpolicy.training.sft.data import split
+from textpolicy.training.sft.data import split_by_hash
 
 # Templates that take earlier answers back, that count turns, and that end none.
 FORGETFUL = """\
@@ -256,7 +256,7 @@ def test_a_validation_part_of_another_name_is_not_passed_over(tmp_path, tokenize
 def test_one_row_cannot_be_split(tokenizer):
     one = encode(tokenizer, {"text": "sort 31"})
     with pytest.raises(DataError, match="1 different row: at least 2"):
-        split([one, one], 0.5)
+        split_by_hash([one, one], 0.5)
 
 
 def test_truncation_is_reported_and_rows_without_an_answer_are_left_out(tmp_path, tokenizer):

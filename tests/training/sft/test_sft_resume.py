@@ -22,9 +22,9 @@ from textpolicy.config import SFTConfig, TrainConfig, read_toml, to_toml
 from textpolicy.errors import AdapterError, ConfigError, TrainingError
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
+    BatchStream,
     SaveReport,
     SFTParameters,
-    Stream,
     TrainReport,
     ValidationReport,
     train_sft,
@@ -146,10 +146,10 @@ def test_a_stream_goes_on_where_it_was(tmp_path):
     batches = [texts(2, seed=n) for n in range(9)]
     plain = {"packing": False, "accumulation": 1}
     one = Trial(tmp_path / "one.safetensors")
-    one.run(train=Stream(batches), **plain)
-    Trial(tmp_path / "two.safetensors").run(4, train=Stream(batches), **plain)
+    one.run(train=BatchStream(batches), **plain)
+    Trial(tmp_path / "two.safetensors").run(4, train=BatchStream(batches), **plain)
     two = Trial(tmp_path / "two.safetensors")
-    two.run(resume=True, train=Stream(batches), **plain)
+    two.run(resume=True, train=BatchStream(batches), **plain)
     for name, array in one.adapters.parameters().items():
         assert mx.array_equal(two.adapters.parameters()[name], array), name
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: demonstrations in, moved weights out."""
 
-from textpolicy.training.sft.batches import Stream
+from textpolicy.training.sft.batches import BatchStream
 from textpolicy.training.sft.data import SFTData, load_data, load_examples
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
@@ -15,6 +15,7 @@ from textpolicy.training.sft.parameters import SFTParameters
 from textpolicy.training.sft.train import SFTResult, evaluate_sft, iterations_of, train_sft
 
 __all__ = [
+    "BatchStream",
     "Demonstration",
     "Encoding",
     "Event",
@@ -22,7 +23,6 @@ __all__ = [
     "SFTParameters",
     "SFTResult",
     "SaveReport",
-    "Stream",
     "TrainReport",
     "ValidationReport",
     "evaluate_sft",

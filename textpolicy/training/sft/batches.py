@@ -13,12 +13,12 @@ from jaxtyping import Bool, Int
 from textpolicy.errors import DataError, TrainingError
 from textpolicy.training.sft.demonstrations import Demonstration
 
-Row = Sequence[Demonstration]
+PackedRow = Sequence[Demonstration]
 """What stands in one row of a batch: one demonstration, or several packed one after another."""
 
 # Batches of an epoch among which lengths are sorted: enough for hardly any padding, few enough for
 # batches that are others in every epoch.
-POOL = 64
+_POOL = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class SFTBatch:
     segments: Int[mx.array, "batch time"] | None
 
 
-def arrange(rows: Sequence[Row]) -> SFTBatch:
+def make_sft_batch(rows: Sequence[PackedRow]) -> SFTBatch:
     """Arrays of the rows, padded on the right to the longest."""
     lengths = [sum(len(one.tokens) - 1 for one in row) for row in rows]
     shape = (len(rows), max(lengths))
@@ -63,12 +63,12 @@ def arrange(rows: Sequence[Row]) -> SFTBatch:
 
 
 @dataclass(frozen=True)
-class Stream:
+class BatchStream:
     """Batches that somebody else draws, such as a curriculum: one for each update."""
 
     batches: Iterable[Sequence[Demonstration]]
 
-    def updates(self, done: int) -> Iterator[Sequence[Row]]:
+    def updates(self, done: int) -> Iterator[Sequence[PackedRow]]:
         """The rows of each update after the first `done`."""
         return (_drawn(batch) for batch in islice(self.batches, done, None))
 
@@ -89,18 +89,18 @@ class Epochs:
         if not self.demonstrations:
             raise TrainingError("there are no demonstrations to train on")
 
-    def updates(self, done: int) -> Iterator[Sequence[Row]]:
+    def updates(self, done: int) -> Iterator[Sequence[PackedRow]]:
         """The rows of each update after the first `done`, without end."""
         every = (rows for epoch in count() for rows in self.epoch(epoch))
         return islice(every, done, None)
 
-    def epoch(self, number: int) -> list[list[Row]]:
+    def epoch(self, number: int) -> list[list[PackedRow]]:
         """The updates of one epoch; the last to be cut may be short, and stands anywhere."""
         rng = Random(f"{self.seed}/{number}")
-        rows: list[Row] = [[one] for one in rng.sample(self.demonstrations, self._count)]
+        rows: list[PackedRow] = [[one] for one in rng.sample(self.demonstrations, self._count)]
         if self.packed:
-            rows = pack(self.demonstrations, self.packed, rng)
-        pool = POOL * self.size
+            rows = pack_rows(self.demonstrations, self.packed, rng)
+        pool = _POOL * self.size
         pools = [rows[start : start + pool] for start in range(0, len(rows), pool)]
         # Python's sort keeps the random order of rows that are equally long.
         ordered = [row for rows in pools for row in sorted(rows, key=_length)]
@@ -113,10 +113,10 @@ class Epochs:
         return len(self.demonstrations)
 
 
-def _drawn(batch: object) -> list[Row]:
+def _drawn(batch: object) -> list[PackedRow]:
     """The batch as rows, if it is one."""
     given = cast(Sequence[object], batch) if isinstance(batch, Sequence) else ()
-    rows: list[Row] = [[one] for one in given if isinstance(one, Demonstration)]
+    rows: list[PackedRow] = [[one] for one in given if isinstance(one, Demonstration)]
     if not rows or len(rows) < len(given):
         raise DataError(
             f"a batch of the stream is {batch!r:.60}; expected a list of at least one "
@@ -125,7 +125,7 @@ def _drawn(batch: object) -> list[Row]:
     return rows
 
 
-def pack(demonstrations: Sequence[Demonstration], length: int, rng: Random) -> list[Row]:
+def pack_rows(demonstrations: Sequence[Demonstration], length: int, rng: Random) -> list[PackedRow]:
     """Rows of at most `length` targets: each demonstration goes to the fullest row with room.
 
     A demonstration that is longer has a row of its own.
@@ -149,11 +149,13 @@ def pack(demonstrations: Sequence[Demonstration], length: int, rng: Random) -> l
     return list(rows)
 
 
-def by_length(demonstrations: Sequence[Demonstration], size: int) -> list[list[Row]]:
+def batches_by_length(demonstrations: Sequence[Demonstration], size: int) -> list[list[PackedRow]]:
     """Batches of like length, shortest first."""
-    rows: list[Row] = [[one] for one in sorted(demonstrations, key=lambda one: len(one.tokens))]
+    rows: list[PackedRow] = [
+        [one] for one in sorted(demonstrations, key=lambda one: len(one.tokens))
+    ]
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _length(row: Row) -> int:
+def _length(row: PackedRow) -> int:
     return sum(len(one.tokens) for one in row)

@@ -10,12 +10,12 @@ import mlx.optimizers as optim
 from textpolicy.errors import TrainingError
 from textpolicy.training.checkpoint import (
     Checkpoint,
-    check_fits,
-    flat,
+    check_tensors_fit,
+    flatten_tree,
     random_state,
     read_checkpoint,
     restore_random_state,
-    tree,
+    unflatten_tree,
     write_checkpoint,
 )
 
@@ -48,9 +48,9 @@ def restore_progress(
     checkpoint = _read(path)
     progress: dict[str, Any] = checkpoint.facts["supervised"]
     _check_course(path, progress["course"], course)
-    check_fits(checkpoint.arrays, _arrays(model, optimizer))
-    model.update(tree(WEIGHTS, checkpoint.arrays))
-    optimizer.state = tree(OPTIMIZER, checkpoint.arrays)
+    check_tensors_fit(checkpoint.arrays, _arrays(model, optimizer))
+    model.update(unflatten_tree(WEIGHTS, checkpoint.arrays))
+    optimizer.state = unflatten_tree(OPTIMIZER, checkpoint.arrays)
     restore_random_state(checkpoint.facts["random"])
     return checkpoint.step, progress
 
@@ -63,7 +63,9 @@ def checkpoint_iteration(path: Path) -> int:
 def _arrays(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
     # A state that is there already is left as it is.
     optimizer.init(model.trainable_parameters())
-    return flat(WEIGHTS, model.trainable_parameters()) | flat(OPTIMIZER, optimizer.state)
+    return flatten_tree(WEIGHTS, model.trainable_parameters()) | flatten_tree(
+        OPTIMIZER, optimizer.state
+    )
 
 
 def _read(path: Path) -> Checkpoint:

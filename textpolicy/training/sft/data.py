@@ -58,7 +58,7 @@ def load_data(source: str | Path, encoding: Encoding, *, validation_share: float
     valid = splits["valid"].demonstrations if "valid" in splits else []
     split_off = "valid" not in splits and validation_share > 0
     if split_off:
-        train, valid = split(train, validation_share)
+        train, valid = split_by_hash(train, validation_share)
     return SFTData(
         train=train,
         valid=valid,
@@ -75,14 +75,14 @@ def load_examples(folder: str | Path, name: str) -> list[DataRow]:
     return [row for _, row in _needed_part(Path(folder), name)]
 
 
-def split(
+def split_by_hash(
     demonstrations: Sequence[Demonstration], share: float
 ) -> tuple[list[Demonstration], list[Demonstration]]:
     """Two parts that share no demonstration, the second of about `share`, chosen by hash.
 
     Neither the order of rows nor any seed matters, and equal rows stay together.
     """
-    digests = [digest(one) for one in demonstrations]
+    digests = [demonstration_digest(one) for one in demonstrations]
     different = sorted(set(digests))
     if len(different) < 2:
         raise DataError(
@@ -95,7 +95,7 @@ def split(
     return [d for d, key in pairs if key not in chosen], [d for d, key in pairs if key in chosen]
 
 
-def digest(demonstration: Demonstration) -> bytes:
+def demonstration_digest(demonstration: Demonstration) -> bytes:
     """A name for what a demonstration teaches."""
     content = np.array([demonstration.tokens, demonstration.mask], np.int32).tobytes()
     return blake2b(content, digest_size=16).digest()

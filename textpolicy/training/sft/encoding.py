@@ -16,7 +16,7 @@ from textpolicy.errors import ConfigError, DataError, PromptError
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.types import Message
 
-FORMS = (
+_ROW_FORMATS = (
     '{"text"}, {"prompt", "completion"}, {"messages"} or {"instruction", "input", "output"}, '
     "where `input` may be missing"
 )
@@ -76,7 +76,7 @@ class Encoding:
                 except (DataError, PromptError) as error:
                     raise DataError(f"{place}: {error}") from error
                 return self._checked(tokens, mask, place)
-        raise DataError(f"{place}: it has the columns {list(row)}; expected {FORMS}")
+        raise DataError(f"{place}: it has the columns {list(row)}; expected {_ROW_FORMATS}")
 
     def _checked(self, tokens: list[int], mask: list[bool], place: str) -> Demonstration:
         if self.learn == "everything":

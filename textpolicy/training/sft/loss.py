@@ -15,10 +15,10 @@ import mlx.nn as nn
 from jaxtyping import Bool, Float, Int
 
 from textpolicy.errors import ConfigError, TrainingError
-from textpolicy.training.output_head import Head, find_head
+from textpolicy.training.output_head import OutputHead, find_output_head
 from textpolicy.training.sft.batches import SFTBatch
-from textpolicy.training.sft.packing import reading
-from textpolicy.training.softmax_logprobs import score_logits
+from textpolicy.training.sft.packing import separate_segments
+from textpolicy.training.softmax_logprobs import logprobs_from_logits
 
 LossAndTokens = tuple[Float[mx.array, ""], Int[mx.array, ""]]
 
@@ -51,14 +51,14 @@ def sft_loss(
 BatchLoss = Callable[[SFTBatch], LossAndTokens]
 
 
-def loss_of(model: nn.Module, custom: SFTLoss | None) -> BatchLoss:
+def make_batch_loss(model: nn.Module, custom: SFTLoss | None) -> BatchLoss:
     """The loss of whole batches: the user's, or one that makes logits for learned tokens only."""
     if custom is not None:
         asks_mask = "mask" in inspect.signature(custom).parameters
         return _Custom(model, custom, asks_mask=asks_mask)
     was_training = model.training
     model.eval()
-    head = find_head(model)
+    head = find_output_head(model)
     model.train(was_training)
     return _Lean(model, head)
 
@@ -66,15 +66,17 @@ def loss_of(model: nn.Module, custom: SFTLoss | None) -> BatchLoss:
 @dataclass(frozen=True)
 class _Lean:
     model: nn.Module
-    head: Head | None
+    head: OutputHead | None
 
     def __call__(self, batch: SFTBatch) -> LossAndTokens:
-        network = reading(self.head.body if self.head else self.model, self.model, batch.segments)
+        network = separate_segments(
+            self.head.body if self.head else self.model, self.model, batch.segments
+        )
         outputs = network(batch.inputs)
         read = outputs.reshape(-1, outputs.shape[-1])[batch.learned]
         tokens = batch.targets.flatten()[batch.learned]
-        score = self.head.score if self.head else score_logits
-        logp, _ = score(read, tokens, mx.ones(len(tokens)))
+        logprobs = self.head.logprobs if self.head else logprobs_from_logits
+        logp, _ = logprobs(read, tokens, mx.ones(len(tokens)))
         return -mx.mean(logp), mx.array(len(tokens))
 
 
@@ -92,7 +94,7 @@ class _Custom:
                 "answers, and the data has both: learn everything (Encoding(learn='everything')), "
                 "or let the loss take the keyword `mask`"
             )
-        network = reading(self.model, self.model, batch.segments)
+        network = separate_segments(self.model, self.model, batch.segments)
         return _pair(self.loss(network, batch.inputs, batch.targets, batch.lengths, **asked))
 
 

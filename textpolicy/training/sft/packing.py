@@ -18,7 +18,9 @@ from textpolicy.errors import ConfigError
 Network = Callable[[Int[mx.array, "batch time"]], Float[mx.array, "batch time out"]]
 
 
-def reading(part: Any, model: nn.Module, segments: Int[mx.array, "batch time"] | None) -> Network:
+def separate_segments(
+    part: Any, model: nn.Module, segments: Int[mx.array, "batch time"] | None
+) -> Network:
     """The model or its body as a function of token ids, packed demonstrations kept apart."""
     if segments is None:
         return part
@@ -26,7 +28,7 @@ def reading(part: Any, model: nn.Module, segments: Int[mx.array, "batch time"] |
     return lambda inputs: part(inputs, cache=cache)
 
 
-def check_packing(model: nn.Module) -> None:
+def check_packable(model: nn.Module) -> None:
     """Refuse a model whose rows remember more than keys and values at distances.
 
     Recurrent layers, learned positions and masks that a model makes itself: two demonstrations in
@@ -36,7 +38,7 @@ def check_packing(model: nn.Module) -> None:
     if all(type(layer) is KVCache for layer in make_prompt_cache(model)):
         segments = mx.array([[0, 0, 0, 0, 1, 1, 1]])
         alone = mx.concatenate([model(first), model(second)], axis=1)
-        packed = reading(model, model, segments)(mx.concatenate([first, second], axis=1))
+        packed = separate_segments(model, model, segments)(mx.concatenate([first, second], axis=1))
         tolerance = 1e-3 if alone.dtype == mx.float32 else 0.1
         if float(mx.abs(packed - alone).mean()) < tolerance:
             return

@@ -27,14 +27,14 @@ from textpolicy.adapters.files.adapter_file import destination
 from textpolicy.errors import ConfigError, DataError, TrainingError
 from textpolicy.training.checkpointing import recomputing
 from textpolicy.training.sft.batches import (
+    BatchStream,
     Epochs,
-    Row,
-    Stream,
-    arrange,
-    by_length,
+    PackedRow,
+    batches_by_length,
+    make_sft_batch,
 )
 from textpolicy.training.sft.checkpoint import restore_progress, save_progress
-from textpolicy.training.sft.data import digest
+from textpolicy.training.sft.data import demonstration_digest
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 from textpolicy.training.sft.events import (
@@ -43,8 +43,8 @@ from textpolicy.training.sft.events import (
     TrainReport,
     ValidationReport,
 )
-from textpolicy.training.sft.loss import BatchLoss, SFTLoss, loss_of
-from textpolicy.training.sft.packing import check_packing
+from textpolicy.training.sft.loss import BatchLoss, SFTLoss, make_batch_loss
+from textpolicy.training.sft.packing import check_packable
 from textpolicy.training.sft.parameters import SFTParameters
 from textpolicy.types import Progress, asks_to_stop
 
@@ -69,7 +69,7 @@ class SFTResult:
 
 def train_sft(
     model: nn.Module,
-    train: Sequence[Example] | Stream,
+    train: Sequence[Example] | BatchStream,
     validate: Sequence[Example],
     optimizer: Optimizer,
     *,
@@ -90,13 +90,13 @@ def train_sft(
     parameters = parameters or SFTParameters()
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("the model has no trainable weights: attach adapters or unfreeze it")
-    if not isinstance(train, Stream):
+    if not isinstance(train, BatchStream):
         _check_data("train", train)
     _check_data("validate", validate)
-    source = train if isinstance(train, Stream) else _epochs(train, parameters, tokenizer)
+    source = train if isinstance(train, BatchStream) else _epochs(train, parameters, tokenizer)
     if parameters.packing:
         with _in_mode(model, training=False):
-            check_packing(model)
+            check_packable(model)
     validation = _encoded(validate, parameters, tokenizer)
     if parameters.patience and not validation:
         raise ConfigError(
@@ -108,7 +108,7 @@ def train_sft(
         optimizer=optimizer,
         parameters=parameters,
         validation=validation,
-        loss=loss_of(model, loss),
+        loss=make_batch_loss(model, loss),
         course=_course(source, parameters),
     )
     if resume is not None:
@@ -140,7 +140,7 @@ def evaluate_sft(
     demonstrations = _encoded(data, parameters, tokenizer)
     if not demonstrations:
         raise TrainingError("there are no demonstrations to evaluate on")
-    return _evaluate(model, demonstrations, loss_of(model, loss), parameters)
+    return _evaluate(model, demonstrations, make_batch_loss(model, loss), parameters)
 
 
 def iterations_of(
@@ -227,7 +227,7 @@ class _Run:
                 "save there: attach some, or save the weights yourself when training is done"
             )
 
-    def events(self, updates: Iterator[Sequence[Row]]) -> Generator[Event]:
+    def events(self, updates: Iterator[Sequence[PackedRow]]) -> Generator[Event]:
         """Train, and yield what happens as it happens; whoever stops listening stops the run."""
         yield from self._due()
         for rows in islice(updates, self.parameters.iterations - self.iteration):
@@ -290,7 +290,7 @@ class _Run:
             self.adapters.version = progress["version"]
         self._checked = self.iteration > 0
 
-    def _update(self, rows: Sequence[Row]) -> None:
+    def _update(self, rows: Sequence[PackedRow]) -> None:
         started = time.perf_counter()
         loss, tokens, gradient = self._gradient(rows)
         size = _largest(gradient)
@@ -309,7 +309,7 @@ class _Run:
         self.iteration += 1
         self.window.add(loss, tokens, time.perf_counter() - started)
 
-    def _gradient(self, rows: Sequence[Row]) -> tuple[float, int, Any]:
+    def _gradient(self, rows: Sequence[PackedRow]) -> tuple[float, int, Any]:
         """Mean loss, learned tokens and gradient of an update, one batch in memory at a time."""
         size = self.parameters.batch_size
         # A stream's batches are as large as whoever draws them wants, in equal shares.
@@ -330,10 +330,10 @@ class _Run:
             total = tree_map(lambda g: g / tokens, total)
         return sum(value for value, _ in sums) / tokens, tokens, total
 
-    def _batch_gradient(self, rows: Sequence[Row]) -> tuple[float, int, Any]:
+    def _batch_gradient(self, rows: Sequence[PackedRow]) -> tuple[float, int, Any]:
         again = self.parameters.checkpoint_gradients
         with recomputing(self.model) if again else nullcontext():
-            (loss, tokens), gradient = self._value_and_grad(arrange(rows))
+            (loss, tokens), gradient = self._value_and_grad(make_sft_batch(rows))
         mx.eval(loss, tokens, gradient)
         return float(loss), int(tokens), gradient
 
@@ -381,8 +381,8 @@ def _evaluate(
         demonstrations = Random(0).sample(demonstrations, number)
     total, tokens = 0.0, 0
     with _in_mode(model, training=False):
-        for rows in by_length(demonstrations, size):
-            mean, counted = loss(arrange(rows))
+        for rows in batches_by_length(demonstrations, size):
+            mean, counted = loss(make_sft_batch(rows))
             total += float(mean) * int(counted)
             tokens += int(counted)
     _check_counted(tokens)
@@ -481,11 +481,13 @@ def _row(number: int, one: object) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], one)
 
 
-def _course(source: Epochs | Stream, parameters: SFTParameters) -> dict[str, Any]:
+def _course(source: Epochs | BatchStream, parameters: SFTParameters) -> dict[str, Any]:
     """What decides the order of updates: a run is taken up only where all of it is the same."""
     names = ["batch_size", "accumulation", "packing", "seed"]
     course: dict[str, Any] = {name: getattr(parameters, name) for name in names}
-    if isinstance(source, Stream):
+    if isinstance(source, BatchStream):
         return course | {"data": "a stream"}
-    content = blake2b(b"".join(map(digest, source.demonstrations)), digest_size=16).hexdigest()
+    content = blake2b(
+        b"".join(map(demonstration_digest, source.demonstrations)), digest_size=16
+    ).hexdigest()
     return course | {"data": content, "row": source.packed}
