@@ -1,10 +1,10 @@
-# Needs Python 3.11-3.13 and make. Everything else is installed into .venv by the first target that needs it.
+# Needs Python 3.11-3.13 and make. The first target that needs a package installs the package into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-# One backend of mlx and never two: mlx-cpu and mlx-cuda-* overwrite each other's library.
+# Only one backend of mlx may be installed: mlx-cpu and mlx-cuda-* overwrite each other's library.
 ifeq ($(shell uname -s),Darwin)
 BACKEND :=
 else ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -24,49 +24,49 @@ STAMP_DOCS := $(VENV)/.setup-docs
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-fast check lint slow shape bench tiny-model docs format constraints clean
 
-help: ## Show this list
+help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install TextPolicy in it
-setup-dev: $(STAMP_DEV) ## The same with the tools for tests and checks
+setup-dev: $(STAMP_DEV) ## Make .venv with the tools for tests and checks too
 
-demo: setup ## Train the embedded model on addition and show the accuracy rise
+demo: setup ## Train the embedded model on addition, and print accuracy before and after
 	@$(BIN)/textpolicy demo
 
 test: setup-dev ## Run the whole test suite, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: setup-dev ## Run the quick tests: about two minutes on two cores
+test-fast: setup-dev ## Run the quick tests
 	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
 
-check: setup-dev ## Format, lint, types, layers and the fast tests
+check: setup-dev ## Check format, lint, types and layers, and run the quick tests
 	@$(MAKE) --no-print-directory -j2 lint test-fast
 
-lint: setup-dev ## Format, lint and types, without a test
+lint: setup-dev ## Check format, lint and types, without tests
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/basedpyright
 
-slow: setup-dev ## Run only the long tests
+slow: setup-dev ## Run only the slow tests
 	@$(BIN)/python -m pytest -m "slow or learning"
 
-shape: $(BIN)/python ## Print our sizes beside those of admired codebases
+shape: $(BIN)/python ## Print our file and function sizes beside those of admired codebases
 	@$(BIN)/python tools/shape.py
 
-bench: setup ## Measure what the embedded model learns, as JSON records
+bench: setup ## Train the embedded model on addition, and print JSON records of the accuracy
 	@$(BIN)/python benchmarks/learning.py --env add --seeds 0 --json
 
-tiny-model: setup ## Make the embedded model again from its seed
+tiny-model: setup ## Train the embedded model again from its seed
 	@$(BIN)/python tools/tiny_model.py
 
 docs: $(STAMP_DOCS) ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict --quiet
 
-format: setup-dev ## Rewrite the sources in the project's format
+format: setup-dev ## Format the sources, and repair what the linter can repair
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-constraints: ## Pin what a fresh install on this machine resolves to
+constraints: ## Write constraints.txt from a fresh installation on this machine
 	@echo "Resolving the newest versions in a fresh environment (a minute or two) ..."
 	@rm -rf build/constraints && $(PYTHON) -m venv build/constraints
 	@build/constraints/bin/python -m pip --disable-pip-version-check -qq install -e ".[cpu,dev,docs]"
@@ -74,16 +74,16 @@ constraints: ## Pin what a fresh install on this machine resolves to
 	  --exclude-editable --exclude pip > constraints.txt
 	@rm -rf build/constraints
 
-clean: ## Remove .venv and everything built
+clean: ## Remove .venv and all build outputs
 	@rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null || { \
-	  echo "TextPolicy needs Python 3.11-3.13, and '$(PYTHON)' is not one of them;" \
-	    "name one that is: make PYTHON=python3.12 setup" >&2; exit 1; }
+	  echo "TextPolicy needs Python 3.11, 3.12 or 3.13, and '$(PYTHON)' is another version." \
+	    "Name an interpreter of one of these versions: make PYTHON=python3.12 setup" >&2; exit 1; }
 	@echo "Making $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
-	  echo "'$(PYTHON) -m venv' does not work here; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu, install it with: apt install python3-venv" >&2; exit 1; }
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing textpolicy$(EXTRA) into $(VENV) (a minute or two the first time) ..."
