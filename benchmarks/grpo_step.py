@@ -1,21 +1,22 @@
-"""How long a GRPO step takes, and how much memory, beside other libraries on the same task.
+"""Compare the time and the memory of one GRPO step with other libraries on the same task.
 
     python benchmarks/grpo_step.py --peer both --beta 0.1 --json
 
-The task: a Qwen3 of 3.7 million random weights in float32, LoRA of rank 8 on every linear layer,
-4 prompts of 64 tokens, 8 completions of 64 tokens each, one Adam update. Each side is a process of
-its own that is asked for one step after another, turn by turn with the others, so that whatever
-else the machine does falls on all of them. Reported are medians, and ratios of medians.
+The model is a Qwen3 of 3.7 million random weights in float32, with LoRA of rank 8 on every linear
+layer. A step has 4 prompts of 64 tokens, 8 completions of 64 tokens for each prompt, and one Adam
+update. Every library runs in its own process. The script asks one process after another for a
+step, so that other load on the machine slows all libraries alike. It reports medians and ratios
+of medians.
 
-Peers live in environments of their own, where this script looks for them:
+The other libraries live in environments of their own, where this script looks for them:
 
     python -m venv build/peers/mlx-lm-lora
     build/peers/mlx-lm-lora/bin/pip install mlx-lm-lora==5.10.2 'mlx[cpu]' scipy-openblas32
     python -m venv build/peers/trl
     build/peers/trl/bin/pip install 'trl==1.16.*' torch peft
 
-A peer that is not there is left out, and the record says so. mlx multiplies with OpenBLAS on both
-mlx sides, and every side has the same number of threads.
+A library that is not installed is left out, and the record says so. TextPolicy and mlx-lm-lora
+both use OpenBLAS for mlx's products. All libraries have the same number of threads.
 """
 
 import argparse
@@ -58,12 +59,12 @@ SIZES: dict[str, Any] = {
     "rope_theta": 10000.0,
     "max_position_embeddings": 2048,
 }
-# Outside the vocabulary, so that no completion ends early.
+# The end token is outside the vocabulary, so that no completion ends early.
 END = VOCABULARY
 
 
 def write_model(folder: Path) -> None:
-    """A checkpoint that every side can load: random weights, and one word for each token."""
+    """Write a checkpoint of random weights, with a tokenizer of one word for each token."""
     mx.random.seed(0)
     model = qwen3.Model(qwen3.ModelArgs(**SIZES))
     weights = dict(tree_flatten(model.parameters()))
@@ -79,14 +80,14 @@ def write_model(folder: Path) -> None:
 
 
 def prompts(count: int, length: int) -> list[str]:
-    """Random words, the same on every side."""
+    """Return prompts of random words. Every library gets the same prompts."""
     drawn = mx.random.randint(0, VOCABULARY, (count, length), key=mx.random.key(1)).tolist()
     return [" ".join(f"t{token}" for token in row) for row in drawn]
 
 
 @dataclass
-class Side:
-    """A running process and what it has measured."""
+class LibraryProcess:
+    """A running process of one library, and its measurements."""
 
     name: str
     process: subprocess.Popen[str]
@@ -110,13 +111,13 @@ class Side:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"the side of {self.name} ended; its messages are above")
+            raise SystemExit(f"the process of {self.name} ended early; its messages are above")
         return json.loads(line)
 
 
 @contextmanager
-def running(name: str, python: Path, task: Path) -> Iterator[Side]:
-    """One side, started and ready."""
+def running(name: str, python: Path, task: Path) -> Iterator[LibraryProcess]:
+    """Start the process of one library, and wait until it is ready."""
     script = {"ours": "ours.py"}.get(name, f"with_{name.replace('-', '_')}.py")
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
@@ -127,7 +128,7 @@ def running(name: str, python: Path, task: Path) -> Iterator[Side]:
         env=environment,
     )
     try:
-        side = Side(name, process)
+        side = LibraryProcess(name, process)
         side.facts = side.read()
         yield side
     finally:
@@ -135,28 +136,28 @@ def running(name: str, python: Path, task: Path) -> Iterator[Side]:
         process.wait()
 
 
-def pythons(peers: Sequence[str]) -> dict[str, Path]:
-    """The interpreter of each side that is installed."""
+def find_interpreters(peers: Sequence[str]) -> dict[str, Path]:
+    """Return the Python interpreter of each library that is installed."""
     found = {"ours": Path(sys.executable)}
     for peer in peers:
         python = HERE.parent / "build" / "peers" / peer / "bin" / "python"
         if python.exists():
             found[peer] = python
         else:
-            print(f"{peer} is left out: it is not installed. To do so:", file=sys.stderr)
+            print(f"{peer} is not installed and is left out. To install it:", file=sys.stderr)
             folder = python.parent.parent
             print(f"  python -m venv {folder}", file=sys.stderr)
             print(f"  {folder}/bin/pip install {PEERS[peer]}", file=sys.stderr)
     return found
 
 
-def wanted(peer: str | None) -> list[str]:
-    """The names behind `--peer`."""
+def peer_names(peer: str | None) -> list[str]:
+    """Return the libraries that `--peer` asks for."""
     return [*PEERS] if peer == "both" else [peer] if peer else []
 
 
-def measure(options: argparse.Namespace) -> list[Side]:
-    """All sides, a step of each in turn; the first ones are warm-up and are not kept."""
+def measure(options: argparse.Namespace) -> list[LibraryProcess]:
+    """Take steps of all libraries in turn. The first steps are warm-up and are not recorded."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
         folder = Path(name)
         write_model(folder)
@@ -174,20 +175,20 @@ def measure(options: argparse.Namespace) -> list[Side]:
         (folder / "task.json").write_text(json.dumps(task))
         sides = [
             opened.enter_context(running(name, python, folder / "task.json"))
-            for name, python in pythons(wanted(options.peer)).items()
+            for name, python in find_interpreters(peer_names(options.peer)).items()
         ]
         for number in range(options.warm_up + options.runs):
             for side in sides:
-                taken = side.step()
+                seconds = side.step()
                 if number >= options.warm_up:
-                    side.steps.append(taken)
+                    side.steps.append(seconds)
         for side in sides:
             side.finish()
     return sides
 
 
-def summary(side: Side, tokens: int) -> dict[str, Any]:
-    """Medians in seconds, memory in megabytes, and new tokens a second over the whole step."""
+def summary(side: LibraryProcess, tokens: int) -> dict[str, Any]:
+    """Return medians in seconds, memory in megabytes, and generated tokens per second."""
     names = side.steps[0].keys() - {"mlx_peak"}
     medians = {name: statistics.median(step[name] for step in side.steps) for name in names}
     peaks = {name: value / 1e6 for name, value in side.peaks.items()}
@@ -204,7 +205,7 @@ def summary(side: Side, tokens: int) -> dict[str, Any]:
 
 
 def ratios(records: dict[str, Any]) -> dict[str, Any]:
-    """Ours over each peer's."""
+    """Return the numbers of TextPolicy divided by those of each other library."""
     ours = records["ours"]
     return {
         name: {
@@ -222,17 +223,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peer", choices=(*PEERS, "both"), help="default: ours alone")
-    parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL (default: 0)")
+    parser.add_argument("--peer", choices=(*PEERS, "both"), help="default: TextPolicy alone")
+    parser.add_argument(
+        "--beta", type=float, default=0.0, help="weight of the KL term (default: 0)"
+    )
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--completion-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--runs", type=int, default=9, help="steps of each side (default: 9)")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before (default: 2)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    parser.add_argument("--runs", type=int, default=9, help="steps of each library (default: 9)")
+    parser.add_argument(
+        "--warm-up", type=int, default=2, help="steps before the recorded steps (default: 2)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the JSON object to this file too"
+    )
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")
@@ -240,7 +249,7 @@ def main() -> None:
     tokens = options.prompts * options.group_size * options.completion_tokens
     records = {side.name: summary(side, tokens) for side in sides}
     asked = {name: value for name, value in vars(options).items() if name not in ("json", "output")}
-    left_out = [peer for peer in wanted(options.peer) if peer not in records]
+    left_out = [peer for peer in peer_names(options.peer) if peer not in records]
     record = {
         "setting": setting() | asked,
         "sides": records,

@@ -1,4 +1,4 @@
-"""What the numbers of a record were measured on: every script here puts it in what it writes."""
+"""Describe the machine and the versions that a benchmark ran on, for its record."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from textpolicy import fast_cpu
 
 
 def setting() -> dict[str, Any]:
-    """Machine and versions; the threads are those that products take now, None if mlx decides."""
+    """Return machine and versions. `threads` is None where mlx chooses the number of threads."""
     blas = fast_cpu.enable()
     packages = ("textpolicy", "mlx", "mlx-lm")
     return {
@@ -29,7 +29,7 @@ def setting() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """As the system calls it; the architecture where it has no name for it."""
+    """Return the system's name of the processor, or the architecture if there is no name."""
     name = None
     if platform.system() == "Linux":
         name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
@@ -41,6 +41,6 @@ def processor() -> str:
 
 
 def device() -> str:
-    """What mlx computes on, a GPU with its name."""
+    """Return the kind of device that mlx computes on, and the name of a GPU."""
     kind = mx.default_device().type.name
     return kind if kind == "cpu" else f"{kind}, {mx.device_info()['device_name']}"

@@ -1,13 +1,14 @@
-"""Supervised training beside mlx-lm's own LoRA trainer: loss curve, tokens a second, peak memory.
-
-Model, adapters, data, optimizer and settings are the same, and so are the batches, which mlx-lm
-draws for both ("same batches"); then each library draws its own ("own batches"). The runs take
-turns, and medians over the repeats are reported, on one thread.
-
-Tokens are the real targets: mlx-lm also trains on one padding token after most sequences. For the
-curve its loss is given the mask without that one, and for times and memory it runs as it is.
+"""Compare supervised training with mlx-lm's LoRA trainer: losses, tokens per second, peak memory.
 
     python benchmarks/sft.py --peer mlx-lm --json --output benchmarks/results/sft.json
+
+Both libraries have the same model, adapters, data, optimizer and settings. First both train on the
+batches that mlx-lm draws ("same batches"), then each library draws its own ("own batches"). The
+runs take turns on one thread, and the script reports medians over the repeats.
+
+Tokens are the real targets: mlx-lm also trains on one padding token after most sequences. For the
+comparison of losses, mlx-lm's loss gets a mask without this token. For times and memory, mlx-lm
+runs unchanged.
 """
 
 import argparse
@@ -58,8 +59,8 @@ from textpolicy.types import Progress
 
 RANK, SCALE, LEARNING_RATE, BATCH = 8, 20.0, 1e-4, 4
 REPORT = 10
-# Relative difference of the loss of any one update. float32 sums in another order, and what the
-# optimizer makes of it over the run.
+# Allowed relative difference of the loss of one update. The libraries add float32 numbers in
+# different orders, and the optimizer amplifies the difference over the run.
 TOLERANCE = 1e-3
 QWEN = {
     "model_type": "qwen3",
@@ -78,16 +79,16 @@ QWEN = {
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one run of one library took."""
+class SpeedAndMemory:
+    """The losses, the speed and the peak memory of one run of one library."""
 
     losses: list[float]
     tokens_per_second: float
     peak_mb: float
 
 
-class Rows:
-    """Texts as mlx-lm's data sets are: tokens and the place where learning begins."""
+class TokenRows:
+    """A data set for mlx-lm: tokens, and the position of the first token that is learned."""
 
     def __init__(self, demonstrations: list[Demonstration]) -> None:
         self._rows = [(one.tokens, 0) for one in demonstrations]
@@ -102,23 +103,23 @@ class Rows:
         return row
 
 
-class Clock(TrainingCallback):
-    """When the first and the last report came, and every loss."""
+class LossTimes(TrainingCallback):
+    """The loss and the time of every report."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.times: list[float] = []
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        self.note(train_info["train_loss"])
+        self.add(train_info["train_loss"])
 
-    def note(self, loss: float) -> None:
+    def add(self, loss: float) -> None:
         self.losses.append(loss)
         self.times.append(time.perf_counter())
 
 
 def texts(count: int) -> list[Demonstration]:
-    """Texts of one to twelve solved problems: as ragged as real data."""
+    """Return texts of one to twelve solved problems, whose lengths vary as in real data."""
     _, tokenizer = load_model("tiny")
     rng = Random(0)
     names = ["add", "sort", "reverse", "countdown"]
@@ -140,7 +141,7 @@ def texts(count: int) -> list[Demonstration]:
 
 
 def fresh_model(name: str) -> nn.Module:
-    """The same weights each time."""
+    """Return a model with the same weights in each call."""
     if name == "tiny":
         return mlx_lm.load(str(tiny_model()))[0]
     mx.random.seed(0)
@@ -149,7 +150,7 @@ def fresh_model(name: str) -> nn.Module:
     return model
 
 
-def prepared(name: str) -> nn.Module:
+def float32_model(name: str) -> nn.Module:
     model = fresh_model(name)
     model.set_dtype(mx.float32)
     mx.eval(model.parameters())
@@ -157,8 +158,8 @@ def prepared(name: str) -> nn.Module:
 
 
 def fresh_adapters(name: str) -> dict[str, mx.array]:
-    """The tensors that both libraries begin with."""
-    model = prepared(name)
+    """Return the adapter tensors that both libraries start from."""
+    model = float32_model(name)
     return adapted(model).parameters()
 
 
@@ -168,37 +169,39 @@ def adapted(model: nn.Module) -> AdapterContainer:
 
 
 def peer_batches(demonstrations: list[Demonstration]) -> Iterator[list[Demonstration]]:
-    """The batches that mlx-lm draws."""
+    """Yield the batches that mlx-lm draws."""
     by_tokens = {tuple(one.tokens): one for one in demonstrations}
     np.random.seed(0)
-    drawn = peer.iterate_batches(CacheDataset(Rows(demonstrations)), BATCH, 2048, loop=True)
+    drawn = peer.iterate_batches(CacheDataset(TokenRows(demonstrations)), BATCH, 2048, loop=True)
     for batch, lengths in drawn:
         rows = zip(np.array(batch), np.array(lengths), strict=True)
         yield [by_tokens[tuple(row[:length].tolist())] for row, (_, length) in rows]
 
 
-def own_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-    """mlx-lm's loss, its mask without the padding token after each sequence."""
+def loss_without_padding(
+    model: nn.Module, batch: mx.array, lengths: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return mlx-lm's loss with a mask that leaves out the padding token after each sequence."""
     return peer.default_loss(model, batch, lengths - mx.array([[0, 1]]))
 
 
-def ours(
+def run_textpolicy(
     name: str,
     demonstrations: list[Demonstration],
     batches: list[list[Demonstration]] | None,
     steps: int,
     every: int,
-) -> Outcome:
-    """A run on the batches given, or on those that this library draws of the demonstrations."""
-    model = prepared(name)
-    # As load_model does.
+) -> SpeedAndMemory:
+    """Train on the given batches, or on batches that TextPolicy draws if there are none."""
+    model = float32_model(name)
+    # load_model does so too.
     use_fast_functions(model)
     adapted(model)
-    clock = Clock()
+    loss_times = LossTimes()
 
-    def note(event: Event) -> Progress:
+    def on_progress(event: Event) -> Progress:
         if isinstance(event, TrainReport):
-            clock.note(event.loss)
+            loss_times.add(event.loss)
         return Progress.MORE
 
     settings = SFTParameters(batch_size=BATCH, iterations=steps, steps_per_report=every)
@@ -206,14 +209,19 @@ def ours(
 
     def run() -> None:
         train_sft(
-            model, source, [], optim.Adam(LEARNING_RATE), parameters=settings, on_progress=note
+            model,
+            source,
+            [],
+            optim.Adam(LEARNING_RATE),
+            parameters=settings,
+            on_progress=on_progress,
         )
 
     drawn = Epochs(demonstrations, BATCH, settings.seed).epoch(0)
-    return measured(run, clock, every, batches or [[one for (one,) in rows] for rows in drawn])
+    return measured(run, loss_times, every, batches or [[one for (one,) in rows] for rows in drawn])
 
 
-def theirs(
+def run_mlx_lm(
     name: str,
     start: dict[str, mx.array],
     demonstrations: list[Demonstration],
@@ -221,14 +229,14 @@ def theirs(
     steps: int,
     every: int,
     loss: Callable[..., Any] = peer.default_loss,
-) -> Outcome:
-    model = prepared(name)
+) -> SpeedAndMemory:
+    model = float32_model(name)
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     model.load_weights(list(start.items()), strict=False)
     found = {key for key, _ in tree_flatten(model.trainable_parameters())}
     assert found == start.keys(), found ^ start.keys()
-    clock = Clock()
+    loss_times = LossTimes()
     np.random.seed(0)
 
     def run() -> None:
@@ -236,7 +244,7 @@ def theirs(
             peer.train(
                 model,
                 optim.Adam(LEARNING_RATE),
-                CacheDataset(Rows(demonstrations)),
+                CacheDataset(TokenRows(demonstrations)),
                 args=peer.TrainingArgs(
                     batch_size=BATCH,
                     iters=steps,
@@ -245,33 +253,33 @@ def theirs(
                     adapter_file=f"{folder}/adapters.safetensors",
                 ),
                 loss=loss,
-                training_callback=clock,
+                training_callback=loss_times,
             )
 
-    return measured(run, clock, every, batches)
+    return measured(run, loss_times, every, batches)
 
 
 def measured(
-    run: Callable[[], None], clock: Clock, every: int, batches: list[list[Demonstration]]
-) -> Outcome:
-    """The rate between the first report and the last, since compiling and the like come before."""
+    run: Callable[[], None], loss_times: LossTimes, every: int, batches: list[list[Demonstration]]
+) -> SpeedAndMemory:
+    """Run, and measure the speed from the first report to the last, without compilation."""
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
     run()
     peak = mx.get_peak_memory() / 1e6
     tokens = sum(len(one.tokens) - 1 for batch in batches[every:] for one in batch)
-    seconds = clock.times[-1] - clock.times[0]
+    seconds = loss_times.times[-1] - loss_times.times[0]
     rate = tokens / seconds
-    return Outcome(losses=clock.losses, tokens_per_second=rate, peak_mb=peak)
+    return SpeedAndMemory(losses=loss_times.losses, tokens_per_second=rate, peak_mb=peak)
 
 
 def compare(name: str, steps: int, repeats: int) -> dict[str, Any]:
     demonstrations = texts(4 * steps)
     batches = list(islice(peer_batches(demonstrations), steps))
     start = fresh_adapters(name)
-    mine = ours(name, demonstrations, batches, steps, 1)
-    peers = theirs(name, start, demonstrations, batches, steps, 1, own_loss)
+    mine = run_textpolicy(name, demonstrations, batches, steps, 1)
+    peers = run_mlx_lm(name, start, demonstrations, batches, steps, 1, loss_without_padding)
     differences = [abs(a - b) / b for a, b in zip(mine.losses, peers.losses, strict=True)]
     result: dict[str, Any] = {
         "model": name,
@@ -285,8 +293,8 @@ def compare(name: str, steps: int, repeats: int) -> dict[str, Any]:
     for kind, given in (("same_batches", batches), ("own_batches", None)):
         pairs = [
             (
-                ours(name, demonstrations, given, steps, REPORT),
-                theirs(name, start, demonstrations, batches, steps, REPORT),
+                run_textpolicy(name, demonstrations, given, steps, REPORT),
+                run_mlx_lm(name, start, demonstrations, batches, steps, REPORT),
             )
             for _ in range(repeats)
         ]
@@ -304,16 +312,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peer", choices=["mlx-lm"], default="mlx-lm", help="compare with")
-    parser.add_argument("--steps", type=int, default=60, help="updates in a run")
+    parser.add_argument(
+        "--peer", choices=["mlx-lm"], default="mlx-lm", help="library to compare with"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="updates of each run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each library")
-    parser.add_argument("--json", action="store_true", help="answer with one JSON object")
-    parser.add_argument("--output", type=Path, help="write that object to this file too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--output", type=Path, help="write the JSON object to this file too")
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; expected at least 1")
     if options.steps <= REPORT:
-        parser.error(f"--steps is {options.steps}; expected more than {REPORT}: rates begin there")
+        parser.error(f"--steps is {options.steps}; expected more than {REPORT}")
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)
     asked = {"batch_size": BATCH, "rank": RANK, "repeats": options.repeats}
@@ -325,15 +335,17 @@ def main() -> None:
     text = json.dumps(record, indent=1)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
-    print(text if options.json else shown(record))
+    print(text if options.json else as_table(record))
 
 
-def shown(record: dict[str, Any]) -> str:
-    """A line for each library and kind of batches."""
+def as_table(record: dict[str, Any]) -> str:
+    """Return one line for each library and kind of batches."""
     lines: list[str] = []
     for result in record["results"]:
         difference = result["largest_relative_difference_of_loss"]
-        lines.append(f"{result['model']}: losses differ by at most {difference} of themselves")
+        lines.append(
+            f"{result['model']}: losses differ by at most {difference}, relative to the loss"
+        )
         for kind in ("same_batches", "own_batches"):
             for who, run in result[kind].items():
                 rate, peak = run["tokens_per_second"], run["peak_mb"]

@@ -1,4 +1,4 @@
-"""The circle of `textpolicy.train_rl`, step by step: sample, score, train, publish, reload.
+"""The training loop of `textpolicy.train_rl`, step by step: sample, score, train, publish, reload.
 
 python examples/circle.py [STEPS]
 """
@@ -21,7 +21,7 @@ def main(steps: int = 5) -> None:
     tasks = environment.stream(seed=0)
     model, tokenizer = tp.load_model("tiny")
     adapters = tp.AdapterContainer.from_model(model, tp.AdapterConfig(rank=8))
-    # Sampler and trainer share the base model's arrays and nothing else.
+    # The sampler's model shares the arrays of the base model with the trainer's model.
     policy = tp.create_policy(twin(model), tokenizer, {"max_tokens": environment.max_tokens})
     trainer = tp.Trainer(
         model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-3, bias_correction=True)

@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/, run as a user runs them, each in its smallest setting."""
+"""Run the scripts in benchmarks/ as a user runs them, each with its smallest sizes."""
 
 import json
 import runpy
@@ -39,7 +39,7 @@ def printed(script: str, options: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SMALLEST)
-def test_a_record_says_what_it_was_measured_on(script):
+def test_a_record_describes_the_machine_and_the_versions(script):
     options = SMALLEST[script]
     record = json.loads(printed(script, options))
     setting = record.pop("setting")
@@ -52,12 +52,12 @@ def test_a_record_says_what_it_was_measured_on(script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", LONGER)
-def test_a_script_that_takes_minutes_tells_its_options(script):
+def test_a_script_that_takes_minutes_prints_its_options(script):
     assert printed(script, "--help").startswith(f"usage: {script}")
 
 
 @pytest.mark.parametrize(("script", "flag"), [*COUNTS.items(), ("sft", "--repeats")])
-def test_a_median_of_no_runs_is_not_asked_for(script, flag, monkeypatch, capsys):
+def test_a_median_of_no_runs_is_refused(script, flag, monkeypatch, capsys):
     path = str(BENCHMARKS / f"{script}.py")
     monkeypatch.setattr(sys, "argv", [path, flag, "0"])
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -1,4 +1,4 @@
-"""What an installed TextPolicy contains."""
+"""What a wheel of TextPolicy contains."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ INSTALLED_AS = {"textpolicy": "textpolicy", "envs": "textpolicy_envs"}
 
 @pytest.mark.slow
 def test_the_wheel_carries_every_file_of_the_packages(tmp_path: Path) -> None:
-    # A build writes beside the sources, so it gets its own copy of them.
+    # A build writes files beside the sources, so the test builds from a copy of the sources.
     for folder in INSTALLED_AS:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)

@@ -1,4 +1,4 @@
-"""TextPolicy's side: the loop as the command assembles it, files and reloading included."""
+"""Steps of TextPolicy: its training loop, including files and reloading."""
 
 import tempfile
 from itertools import cycle
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def tasks_of(task: dict[str, Any]) -> list[Task]:
-    """The prompts as tasks."""
+    """Return one task for each prompt."""
     return [Task(id=str(number), prompt=prompt) for number, prompt in enumerate(task["prompts"])]
 
 

@@ -1,7 +1,7 @@
-"""mlx-lm-lora's side: its `train_grpo`, unchanged, fed one batch for every step that is asked for.
+"""Steps of mlx-lm-lora: its unchanged `train_grpo`, which gets one batch for each requested step.
 
-mlx multiplies with the same OpenBLAS as on TextPolicy's side, which `textpolicy.fast_cpu` of this
-repository puts there, and its threads wait for work as they do where nobody says otherwise.
+mlx uses the same OpenBLAS as in the process of TextPolicy; `textpolicy.fast_cpu` of this repository
+installs it. The waiting time of the OpenBLAS threads is OpenBLAS' own default.
 """
 
 import os
@@ -32,7 +32,7 @@ def main() -> None:
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(task["threads"])
     model, tokenizer = load(task["model"])
-    # Its command loads the reference as a second model, whatever beta is.
+    # mlx-lm-lora's command loads the reference as a second model for every beta.
     reference = load(task["model"])[0] if task["beta"] else None
     model.freeze()
     lora = {"rank": task["rank"], "scale": task["scale"], "dropout": 0.0}
@@ -42,12 +42,12 @@ def main() -> None:
 
     def batches(**_: Any) -> Iterator[Any]:
         texts = task["prompts"]
-        begun = False
+        has_begun = False
         while True:
-            if begun:
+            if has_begun:
                 steps.lap("train")
                 steps.done(mlx_peak=mx.get_peak_memory())
-            begun = True
+            has_begun = True
             if not steps.wait():
                 steps.end()
                 sys.exit()

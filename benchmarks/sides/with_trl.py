@@ -1,4 +1,4 @@
-"""TRL's side: its `GRPOTrainer`, unchanged, held before each step until one is asked for."""
+"""Steps of TRL: its unchanged `GRPOTrainer`, which waits before each step for a request."""
 
 import sys
 import tempfile
@@ -17,22 +17,22 @@ from trl import GRPOConfig, GRPOTrainer
 MANY = 1_000_000
 
 
-class Held(TrainerCallback):
-    """Waits at the beginning of a step, answers at its end."""
+class StepRequests(TrainerCallback):
+    """Wait for a request before each step, and answer after the step."""
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
-        self.scoring = 0.0
+        self.reference_seconds = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self.steps.wait():
             self.steps.end()
             sys.exit()
-        self.scoring = 0.0
+        self.reference_seconds = 0.0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.steps.lap("train")
-        self.steps.done(score=self.scoring)
+        self.steps.done(score=self.reference_seconds)
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(task["threads"])
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
-    held = Held(steps)
+    requests = StepRequests(steps)
     groups = len(task["prompts"])
 
     def even_share(completions: list[str], **_: Any) -> list[float]:
@@ -80,24 +80,24 @@ def main() -> None:
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
             ),
-            callbacks=[held],
+            callbacks=[requests],
         )
-        time_scoring(trainer, held)
+        time_reference_passes(trainer, requests)
         steps.ready(
             trl=trl.__version__, torch=torch.__version__, transformers=transformers.__version__
         )
         trainer.train()
 
 
-def time_scoring(trainer: GRPOTrainer, held: Held) -> None:
-    """Note what passes without a gradient take: those of the reference."""
+def time_reference_passes(trainer: GRPOTrainer, requests: StepRequests) -> None:
+    """Add up the time of passes without a gradient, which are passes of the reference."""
     compute = trainer._get_per_token_logps_and_entropies
 
     def timed(*args: Any, **options: Any) -> Any:
         started = time.perf_counter()
         result = compute(*args, **options)
         if not torch.is_grad_enabled():
-            held.scoring += time.perf_counter() - started
+            requests.reference_seconds += time.perf_counter() - started
         return result
 
     trainer._get_per_token_logps_and_entropies = timed

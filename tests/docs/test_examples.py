@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.slow
-def test_the_circle_goes_round():
+def test_the_circle_example_reloads_each_new_version():
     done = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / "circle.py", "2"],
         capture_output=True,
