@@ -1,26 +1,31 @@
-"""Large arrays a piece at a time: in the processor's caches, with little memory beside them."""
+"""Functions of large arrays, applied to one slice at a time.
+
+A slice fits into the processor's caches, and temporary arrays have the size of a slice.
+"""
 
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-# So many numbers each: 1 MB in float32.
-SLICE_SIZE = 2**18
+SLICE_SIZE = 2**18  # Numbers in a slice: 1 MB in float32.
 
 
 def compute_after(x: mx.array, others: Sequence[mx.array]) -> mx.array:
-    """x, once the others are computed: mlx would otherwise begin on many pieces, and hold all."""
+    """Return x, to be computed after the other arrays.
+
+    Without this order, mlx starts on many slices at once and holds the temporary arrays of all.
+    """
     return mx.depends([x], [*others])[0] if others else x
 
 
 def apply_in_slices(function: Callable[..., list[mx.array]], *arrays: mx.array) -> list[mx.array]:
-    """What the function makes of each number, from arrays of one shape, in arrays of that shape."""
+    """Return the results of an elementwise function of arrays of one shape, in that shape."""
     size, shape = arrays[0].size, arrays[0].shape
     if size <= SLICE_SIZE:
         return function(*arrays)
     flat = [x.flatten() for x in arrays]
     done: list[list[mx.array]] = []
-    for at in range(0, size, SLICE_SIZE):
-        first, *others = (x[at : at + SLICE_SIZE] for x in flat)
+    for start in range(0, size, SLICE_SIZE):
+        first, *others = (x[start : start + SLICE_SIZE] for x in flat)
         done.append(function(compute_after(first, done[-1] if done else ()), *others))
     return [mx.concatenate([*parts]).reshape(shape) for parts in zip(*done, strict=True)]

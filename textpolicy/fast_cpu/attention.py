@@ -1,12 +1,12 @@
-"""Attention with the softmax written out, and its gradient in closed form.
+"""Attention with the softmax written out and a closed-form gradient.
 
-With S = Q K' the scores of scaled queries, P = softmax(S) and O = P V:
+With scores S = Q K' of scaled queries, P = softmax(S) and O = P V:
 
     dV = P' dO        dS = P (dO V' - sum(dO O))        dQ = dS K        dK = dS' Q
 
-Scores exist for a piece at a time, some rows of the batch or some positions of one row, and the
-backward pass computes them again: Rabe & Staats 2021, Self-attention Does Not Need O(n^2) Memory,
-arXiv:2112.05682. The query heads that share keys are rows of one product.
+Scores exist for one slice at a time: some rows of the batch, or some positions of one row. The
+backward pass computes the scores again: Rabe & Staats 2021, Self-attention Does Not Need O(n^2)
+Memory, arXiv:2112.05682. Query heads that share a key head are rows of one matrix product.
 """
 
 import math
@@ -20,14 +20,15 @@ from mlx_lm.models import base
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE, compute_after
 from textpolicy.fast_cpu.exponential import LOG2_E, exp2
 
-# Named in shapes: `together` query heads share each of the key heads.
-Folded = Float[mx.array, "batch key_heads together time width"]
-AttentionScores = Float[mx.array, "batch key_heads together time all"]
-Output = Float[mx.array, "batch key_heads together time value_width"]
+# In these shapes, `sharing` query heads use each of the key heads.
+GroupedQueries = Float[mx.array, "batch key_heads sharing time width"]
+AttentionScores = Float[mx.array, "batch key_heads sharing time all"]
+AttentionOutput = Float[mx.array, "batch key_heads sharing time value_width"]
 Keys = Float[mx.array, "batch key_heads all width"]
 Values = Float[mx.array, "batch key_heads all value_width"]
-# Taken off a score, this leaves no digit of it: a row that sees nothing looks at everything alike.
-_UNSEEN = 1e30
+# Subtracting this from a score leaves no digit of the score. A query that may see no key therefore
+# weighs all keys alike.
+_MASKED = 1e30
 
 
 def scaled_dot_product_attention(
@@ -39,7 +40,7 @@ def scaled_dot_product_attention(
     mask: Any,
     sinks: mx.array | None = None,
 ) -> Float[mx.array, "batch heads time value_width"]:
-    """mlx-lm's function of that name; what is not sped up here is left to it."""
+    """Return what mlx-lm's function of this name returns; call that one for the rarer arguments."""
     added = isinstance(mask, mx.array) and mask.dtype != mx.bool_
     if added or sinks is not None or hasattr(cache, "bits") or queries.dtype != mx.float32:
         return base.scaled_dot_product_attention(
@@ -48,136 +49,138 @@ def scaled_dot_product_attention(
     batch, heads, time, width = queries.shape
     key_heads = keys.shape[1]
     if isinstance(mask, mx.array):
-        mask = _by_key_head(mask, key_heads, heads // key_heads)
-    # With their powers of e as powers of 2, no score needs to be multiplied again.
-    folded = (queries * (scale * LOG2_E)).reshape(batch, key_heads, -1, time, width)
-    return _attention(mask)(folded, keys, values).reshape(batch, heads, time, -1)
-
-
-def _by_key_head(mask: mx.array, key_heads: int, together: int) -> mx.array:
-    """The mask with the axes of scores; those of one number are those that it has of one."""
-    batch, heads, time, width = (1, 1, 1, *mask.shape)[-4:]
-    apart = (1, 1) if heads == 1 else (key_heads, together)
-    return mask.reshape(batch, *apart, time, width)
+        # With the five axes of scores; axes of length 1 stay.
+        rows, mask_heads, times, seen = (1, 1, 1, *mask.shape)[-4:]
+        by_head = (1, 1) if mask_heads == 1 else (key_heads, heads // key_heads)
+        mask = mask.reshape(rows, *by_head, times, seen)
+    # The factor log2(e) turns powers of e into powers of 2, at no extra cost for each score.
+    grouped = (queries * (scale * LOG2_E)).reshape(batch, key_heads, -1, time, width)
+    return _attention(mask)(grouped, keys, values).reshape(batch, heads, time, -1)
 
 
 def _attention(mask: Any) -> Any:
-    """A function of folded queries, keys and values, with its gradient."""
+    """Return attention under this mask, as a function with its gradient."""
 
-    def forward(queries: Folded, keys: Keys, values: Values) -> Output:
+    def forward(queries: GroupedQueries, keys: Keys, values: Values) -> AttentionOutput:
         rows: list[mx.array] = []
-        done: list[mx.array] = []
-        for places in _pieces(queries, keys):
-            times: list[mx.array] = []
-            for place in places:
-                query = compute_after(place.of(queries), done)
-                weight = _weights(query, keys[place.rows], place.unseen(mask))
-                total = weight.sum(axis=-1, keepdims=True)
-                done = [_product(weight, values[place.rows]) / total]
-                times += done
-            rows.append(_joined(times, axis=3))
-        return _joined(rows, axis=0)
+        last: list[mx.array] = []
+        for slices in _slices(queries, keys):
+            outputs: list[mx.array] = []
+            for part in slices:
+                query = compute_after(part.of(queries), last)
+                weights = _weights(query, keys[part.rows], part.hidden(mask))
+                total = weights.sum(axis=-1, keepdims=True)
+                last = [_product(weights, values[part.rows]) / total]
+                outputs += last
+            rows.append(mx.concatenate(outputs, axis=3))
+        return mx.concatenate(rows, axis=0)
 
     def backward(
-        primals: tuple[Folded, Keys, Values], cotangent: Output, output: Output
+        primals: tuple[GroupedQueries, Keys, Values],
+        cotangent: AttentionOutput,
+        output: AttentionOutput,
     ) -> list[mx.array]:
         queries, keys, values = primals
         rows: list[list[mx.array]] = []
-        done: list[mx.array] = []
-        for places in _pieces(queries, keys):
-            of_queries: list[mx.array] = []
-            for place in places:
-                query, slope = compute_after(place.of(queries), done), place.of(cotangent)
-                mine = keys[place.rows], values[place.rows]
-                slopes = _slopes(query, *mine, place.unseen(mask), slope, place.of(output))
-                of_query, *of_mine = slopes
-                if of_queries:
-                    of_mine = [x + y for x, y in zip(done[1:], of_mine, strict=True)]
-                of_queries.append(of_query)
-                done = [of_query, *of_mine]
-            rows.append([_joined(of_queries, axis=3), *done[1:]])
-        return [_joined([*parts], axis=0) for parts in zip(*rows, strict=True)]
+        last: list[mx.array] = []
+        for slices in _slices(queries, keys):
+            query_gradients: list[mx.array] = []
+            for part in slices:
+                query, gradient = compute_after(part.of(queries), last), part.of(cotangent)
+                row = keys[part.rows], values[part.rows]
+                query_gradient, *row_gradients = _gradients(
+                    query, *row, part.hidden(mask), gradient, part.of(output)
+                )
+                if query_gradients:
+                    row_gradients = [x + y for x, y in zip(last[1:], row_gradients, strict=True)]
+                query_gradients.append(query_gradient)
+                last = [query_gradient, *row_gradients]
+            rows.append([mx.concatenate(query_gradients, axis=3), *last[1:]])
+        return [mx.concatenate([*parts], axis=0) for parts in zip(*rows, strict=True)]
 
-    run: Any = mx.custom_function(forward)
-    run.vjp(backward)
-    return run
+    attention: Any = mx.custom_function(forward)
+    attention.vjp(backward)
+    return attention
 
 
-def _slopes(
-    query: Folded, key: Keys, value: Values, unseen: mx.array | None, slope: Output, output: Output
+def _gradients(
+    query: GroupedQueries,
+    key: Keys,
+    value: Values,
+    hidden: mx.array | None,
+    gradient: AttentionOutput,
+    output: AttentionOutput,
 ) -> list[mx.array]:
-    """What queries, keys and values at one place change, from what their output does."""
-    weight = _weights(query, key, unseen)
-    share = weight / weight.sum(axis=-1, keepdims=True)
-    mean = (slope * output).sum(axis=-1, keepdims=True)
-    of_scores = share * (_product(slope, value.swapaxes(-1, -2)) - mean)
-    if unseen is not None:
-        of_scores = of_scores * (1 - unseen)
+    """Return the gradients of a slice's queries, keys and values from that of its output."""
+    weights = _weights(query, key, hidden)
+    probabilities = weights / weights.sum(axis=-1, keepdims=True)
+    mean = (gradient * output).sum(axis=-1, keepdims=True)
+    scores = probabilities * (_product(gradient, value.swapaxes(-1, -2)) - mean)
+    if hidden is not None:
+        scores = scores * (1 - hidden)
     return [
-        _product(of_scores, key) * math.log(2),
-        _transposed_product(of_scores, query * math.log(2)),
-        _transposed_product(share, slope),
+        _product(scores, key) * math.log(2),
+        _transposed_product(scores, query * math.log(2)),
+        _transposed_product(probabilities, gradient),
     ]
 
 
-def _weights(query: Folded, key: Keys, unseen: mx.array | None) -> AttentionScores:
-    """2 to the power of every score, below the largest of its row."""
+def _weights(query: GroupedQueries, key: Keys, hidden: mx.array | None) -> AttentionScores:
+    """Return 2 to the power of every score less the largest score of its query."""
     scores = _product(query, key.swapaxes(-1, -2))
-    if unseen is not None:
-        scores = scores - unseen * _UNSEEN
+    if hidden is not None:
+        scores = scores - hidden * _MASKED
     return exp2(scores - scores.max(axis=-1, keepdims=True))
 
 
 def _product(x: mx.array, matrix: mx.array) -> mx.array:
-    """Of every query head's rows with the matrix of its key head."""
+    """Return the product of every query head's rows with the matrix of its key head."""
     return (x.flatten(2, 3) @ matrix).reshape(*x.shape[:-1], -1)
 
 
 def _transposed_product(x: mx.array, y: mx.array) -> mx.array:
-    """A sum over the query heads of a key head, and over their rows."""
+    """Return x' y for each key head, summed over its query heads and their rows."""
     return x.flatten(2, 3).swapaxes(-1, -2) @ y.flatten(2, 3)
 
 
-def _joined(parts: list[mx.array], *, axis: int) -> mx.array:
-    return mx.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
-
-
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Some rows of the batch, some positions of them, and how many keys these may look at."""
+class _Slice:
+    """Some rows of the batch, and some positions of these rows.
+
+    `first` is the key at the first position: the queries stand at the last of all `width` keys.
+    """
 
     rows: slice
     times: slice
     first: int
-    """The key at which the first of the positions is, where queries are the last of all."""
     width: int
 
     def of(self, x: mx.array) -> mx.array:
-        """Its part of an array."""
+        """Return this slice of an array."""
         return x[self.rows, :, :, self.times]
 
-    def unseen(self, mask: Any) -> mx.array | None:
-        """1 for the keys that a position here does not see, and 0 for others; None for none."""
+    def hidden(self, mask: Any) -> mx.array | None:
+        """Return 1 for each key that a position may not see and 0 for the others, or None."""
         if mask is None:
             return None
         if isinstance(mask, str):
-            own = mx.arange(self.first, self.first + self.times.stop - self.times.start)
-            return (mx.arange(self.width) > own[:, None]).astype(mx.float32)
+            positions = mx.arange(self.first, self.first + self.times.stop - self.times.start)
+            return (mx.arange(self.width) > positions[:, None]).astype(mx.float32)
         rows = self.rows if mask.shape[0] > 1 else slice(None)
         times = self.times if mask.shape[3] > 1 else slice(None)
         return 1 - mask[rows, :, :, times].astype(mx.float32)
 
 
-def _pieces(queries: Folded, keys: Keys) -> list[list[_Place]]:
-    """All rows of the batch, and of each all positions, with about a piece of scores at a place."""
-    batch, key_heads, together, time, _ = queries.shape
+def _slices(queries: GroupedQueries, keys: Keys) -> list[list[_Slice]]:
+    """Return the slices of each range of rows; a slice has about SLICE_SIZE scores."""
+    batch, key_heads, sharing, time, _ = queries.shape
     width = keys.shape[2]
-    heads = key_heads * together
+    heads = key_heads * sharing
     rows = max(1, SLICE_SIZE // (heads * time * width))
     times = time if rows > 1 else max(1, SLICE_SIZE // (heads * width))
 
-    def place(row: int, at: int) -> _Place:
-        until = min(at + times, time)
-        return _Place(slice(row, row + rows), slice(at, until), width - time + at, width)
+    def make(row: int, start: int) -> _Slice:
+        end = min(start + times, time)
+        return _Slice(slice(row, row + rows), slice(start, end), width - time + start, width)
 
-    return [[place(row, at) for at in range(0, time, times)] for row in range(0, batch, rows)]
+    return [[make(row, at) for at in range(0, time, times)] for row in range(0, batch, rows)]

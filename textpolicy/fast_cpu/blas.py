@@ -13,18 +13,19 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import ConfigError
 from textpolicy.fast_cpu.function_table import BlasNotReplaced, replace_functions
 
 _STOCK = "mlx's own (netlib reference)"
-_HINT = "pip install scipy-openblas32 brings an OpenBLAS some 30 times faster"
 _PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _SHAPES = ((64, 64, 64), (33, 130, 17))
 # How long idle OpenBLAS threads poll for the next product before they sleep, as a power of two of
@@ -34,14 +35,11 @@ _TIMEOUT = ("OPENBLAS_THREAD_TIMEOUT", "16")
 
 @dataclass(frozen=True, kw_only=True)
 class BlasStatus:
-    """Which library multiplies matrices on the CPU, why, and how to get a faster one.
-
-    `threads` is None where the number of threads cannot be set.
-    """
+    """Which library multiplies matrices on the CPU, why, and how to get a faster one."""
 
     name: str
     fast: bool
-    threads: int | None = None
+    threads: int | None = None  # None where their number cannot be set
     reason: str = ""
     hint: str = ""
 
@@ -49,13 +47,12 @@ class BlasStatus:
 def enable() -> BlasStatus:
     """Switch to the fastest BLAS that is installed; return the BLAS in use and its thread count.
 
-    The first call in a process decides, before or after `mlx.core` is imported. `enable` raises no
-    error: the status says why mlx's BLAS stays.
+    The first call decides for the process. Where mlx's BLAS stays, the status says why.
     """
-    status, library = _choose_once()
-    if status.threads is None or library is None:
+    status, openblas = _choose_once()
+    if openblas is None:
         return status
-    return replace(status, threads=_function(library, "openblas_get_num_threads")())
+    return replace(status, threads=_function(openblas, "openblas_get_num_threads")())
 
 
 def set_threads(count: int) -> None:
@@ -64,19 +61,14 @@ def set_threads(count: int) -> None:
     One thread is best for small models and on a busy machine: OpenBLAS waits for the slowest of its
     threads, and a product of a few microseconds gains nothing from a second thread.
     """
-    status, library = _choose_once()
-    if status.threads is None or library is None:
-        raise ConfigError(
-            f"the number of threads of {status.name} cannot be set; only OpenBLAS has such a "
-            "setting. Leave out --threads"
-        )
-    _function(library, "openblas_set_num_threads")(count)
+    status, openblas = _choose_once()
+    if openblas is None:
+        raise ConfigError(f"the threads of {status.name} cannot be set; leave out --threads")
+    _function(openblas, "openblas_set_num_threads")(count)
 
 
 def measure_gflops(n: int = 1024) -> float:
     """Return the billions of float32 operations a second of an n x n product on the CPU."""
-    import mlx.core as mx
-
     matrix = mx.random.normal((n, n), key=mx.random.key(0), stream=mx.cpu)
     mx.eval(matrix)
     seconds: list[float] = []
@@ -89,7 +81,7 @@ def measure_gflops(n: int = 1024) -> float:
 
 @cache
 def _choose_once() -> tuple[BlasStatus, ctypes.CDLL | None]:
-    """Return the BLAS that this process uses from now on, and its library if it is not mlx's."""
+    """Return the BLAS that this process uses from now on, and its library if it is an OpenBLAS."""
     if sys.platform != "linux":
         reason = "only mlx on Linux needs another BLAS"
         return BlasStatus(name="the platform's own", fast=True, reason=reason), None
@@ -97,64 +89,55 @@ def _choose_once() -> tuple[BlasStatus, ctypes.CDLL | None]:
     if setting == "off":
         return BlasStatus(name=_STOCK, fast=False, reason="TEXTPOLICY_BLAS=off"), None
     try:
-        import mlx.core as mx  # loads libmlx.so
-    except ImportError as error:
-        reason = f"mlx cannot be imported: {error}"
-        return BlasStatus(name="none", fast=False, reason=reason), None
-    try:
         library = _load(setting)
-        _use({name: _address(library, name) for name in _PRODUCTS})
+        pointers = {
+            name: ctypes.cast(_function(library, name), ctypes.c_void_p) for name in _PRODUCTS
+        }
+        _use({name: pointer.value or 0 for name, pointer in pointers.items()})
     except (BlasNotReplaced, OSError) as error:
         hint = _hint_for(mx.default_device())
         return BlasStatus(name=_STOCK, fast=False, reason=str(error), hint=hint), None
-    return _describe(library), library
+    config = _config(library)
+    name = " ".join(config.split()[:2]) or Path(library._name).name
+    status = BlasStatus(name=name, fast=True, reason=f"{library._name} agrees with numpy")
+    return status, library if config else None
 
 
 def _hint_for(device: Any) -> str:
     # The library alone: textpolicy[cpu] would install mlx's CPU backend over that of CUDA.
-    return "" if device.type.name == "gpu" else _HINT
+    hint = "pip install scipy-openblas32 brings an OpenBLAS some 30 times faster"
+    return "" if device.type.name == "gpu" else hint
 
 
 def _load(setting: str) -> ctypes.CDLL:
     name, value = _TIMEOUT
-    unset = name not in os.environ
-    os.environ.setdefault(name, value)
+    given = os.environ.get(name)
+    os.environ[name] = given or value
     try:
-        library = ctypes.CDLL(setting) if setting else _load_openblas()
+        library = ctypes.CDLL(setting or _find_openblas())
     finally:
-        if unset:
-            # OpenBLAS reads the variable once, when it starts. Child processes do not inherit it.
+        if given is None:
+            # OpenBLAS has read the variable when it started. Child processes do not inherit it.
             del os.environ[name]
     if "USE64BITINT" in _config(library):
         raise BlasNotReplaced(f"{library._name} takes 64-bit integers; mlx passes 32-bit ones")
     return library
 
 
-def _load_openblas() -> ctypes.CDLL:
+def _find_openblas() -> str:
+    """Return the path of the OpenBLAS in a Python package, or the name of the system's OpenBLAS."""
     try:
         import scipy_openblas32 as wheel
     except ImportError:
-        pass
-    else:
-        return ctypes.CDLL(os.path.join(wheel.get_lib_dir(), wheel.get_library(fullname=True)))
-    try:
-        return ctypes.CDLL("libopenblas.so.0")
-    except OSError:
-        reason = "neither scipy-openblas32 nor a system OpenBLAS is installed"
-        raise BlasNotReplaced(reason) from None
+        return "libopenblas.so.0"
+    return os.path.join(wheel.get_lib_dir(), wheel.get_library(fullname=True))
 
 
 def _function(library: ctypes.CDLL, name: str) -> Any:
     for prefix in ("scipy_", ""):
-        try:
+        with suppress(AttributeError):
             return library[prefix + name]
-        except AttributeError:
-            continue
     raise BlasNotReplaced(f"{library._name} has no {name}")
-
-
-def _address(library: ctypes.CDLL, name: str) -> int:
-    return ctypes.cast(_function(library, name), ctypes.c_void_p).value or 0
 
 
 def _config(library: ctypes.CDLL) -> str:
@@ -167,16 +150,6 @@ def _config(library: ctypes.CDLL) -> str:
     return config().decode()
 
 
-def _describe(library: ctypes.CDLL) -> BlasStatus:
-    config = _config(library)
-    return BlasStatus(
-        name=" ".join(config.split()[:2]) or Path(library._name).name,
-        fast=True,
-        threads=_function(library, "openblas_get_num_threads")() if config else None,
-        reason=f"{library._name} agrees with numpy",
-    )
-
-
 def _use(functions: Mapping[str, int]) -> None:
     """Let mlx call these functions; restore the old ones and raise if a product is wrong."""
     before = replace_functions(functions)
@@ -187,8 +160,6 @@ def _use(functions: Mapping[str, int]) -> None:
 
 def _wrong_product() -> str:
     """Return the first product that mlx computes wrongly on the CPU, or an empty text."""
-    import mlx.core as mx
-
     # Fresh numbers each time: memory that a product left unwritten could hold an older, right one.
     rng = np.random.default_rng()
     dtypes = {np.float32: mx.float32, np.float64: mx.float64, np.complex64: mx.complex64}

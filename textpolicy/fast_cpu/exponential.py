@@ -1,8 +1,8 @@
-"""Exponentials of an array, where mlx is asked for no gradient of them.
+"""Exponentials of arrays that are faster than mlx's on a CPU, for code that needs no gradient.
 
-mlx's own exponential for CPUs calls a function for every multiplication of its polynomial. Plain
-operations on whole arrays use the processor's vectors, and all of them together take a third of
-that time (benchmarks/functions.py).
+mlx's exponential for CPUs calls a function for every multiplication of its polynomial. Operations
+on whole arrays use the processor's vector instructions, and the whole polynomial takes a third of
+the time (benchmarks/functions.py).
 """
 
 import math
@@ -13,8 +13,8 @@ from jaxtyping import Float
 from textpolicy.fast_cpu.array_slices import apply_in_slices
 
 LOG2_E = math.log2(math.e)
-# 2^f as 1 + f (c1 + f (c2 + ...)) for -1/2 <= f <= 1/2, from c5 down to 1: of all polynomials of
-# that degree the one with the smallest relative error, 9e-8.
+# 2^f as 1 + f (c1 + f (c2 + ...)) for -1/2 <= f <= 1/2, from c5 down to 1: the polynomial of this
+# degree with the smallest relative error, 9e-8.
 _POLYNOMIAL = (
     0.0013264715118813733,
     0.009671512775090447,
@@ -23,20 +23,20 @@ _POLYNOMIAL = (
     0.6931469775865392,
     1.0,
 )
-# Added to a float32, this leaves in its last bits the nearest whole number and, on top of that,
-# the 127 which is the exponent of 1.
+# Adding this to a float32 leaves in the last bits the nearest whole number plus 127. A float32
+# stores an exponent of 0 as 127.
 _ROUND = 1.5 * 2**23 + 127
 
 
 def exp(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
-    """`mx.exp` of float32, as exact; infinite from 88.4 on, where `mx.exp` is from 88.7 on."""
+    """Return e^x in float32, as exactly as `mx.exp`; infinite from 88.4 on, not from 88.7 on."""
     if mx.default_device().type == mx.gpu:
         return mx.exp(x)
     return exp2(mx.minimum(x * LOG2_E, 128.0))
 
 
 def exp2(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
-    """2^x of float32 up to 128; 0 where a float32 has not all its digits any more."""
+    """Return 2^x in float32 for x up to 128, and 0 where the result would be a subnormal number."""
     return apply_in_slices(lambda x: [_exp2(x)], x)[0]
 
 
@@ -47,5 +47,5 @@ def _exp2(x: mx.array) -> mx.array:
     y, *rest = _POLYNOMIAL
     for coefficient in rest:
         y = y * fraction + coefficient
-    # The whole number, moved to where a float32 has its exponent: 0 is that of the number 0.
+    # Shift the whole number to the bits of a float32's exponent; there, 0 makes the number 0.
     return y * mx.view(mx.left_shift(mx.view(rounded, mx.int32), 23), mx.float32)

@@ -1,4 +1,4 @@
-"""Where libmlx.so keeps the addresses of the functions it imports, and how to put others there."""
+"""The table in which libmlx.so keeps the addresses of the functions that it imports."""
 
 import ctypes
 import mmap
@@ -7,40 +7,52 @@ import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+
+# In an ELF file: the type of a section of relocations, and by processor the relocation types
+# JUMP_SLOT and GLOB_DAT, which fill the table of imported functions.
+_RELOCATIONS = 4
+_FUNCTION_TYPES = {"x86_64": (7, 6), "aarch64": (1026, 1025)}
 
 
 class BlasNotReplaced(Exception):
-    """This process keeps the BLAS it has; the message says why."""
+    """mlx keeps the BLAS that it has; the message gives the reason."""
 
 
 def replace_functions(functions: Mapping[str, int]) -> dict[str, int]:
-    """Write these addresses into libmlx.so's table; returns those that were there."""
+    """Write these addresses into libmlx.so's table; return the addresses that were there."""
+    pointers, table, code = _find_pointers(functions.keys())
+    before = {name: pointer.value for name, pointer in pointers.items()}
+    for address in before.values():
+        _mapping_of([address], code)
+    # One call opens all of the table before the first write: never half a table.
+    _protect(table, mmap.PROT_READ | mmap.PROT_WRITE)
+    for name, pointer in pointers.items():
+        pointer.value = functions[name]
+    if "w" not in table.permissions:
+        _protect(table, mmap.PROT_READ)
+    return before
+
+
+def _find_pointers(
+    names: Collection[str],
+) -> tuple[dict[str, ctypes.c_uint64], "_Mapping", list["_Mapping"]]:
+    """Return each function's pointer, the mapping that holds all of them, and mappings of code."""
     mappings = _mappings()
     image = next((m for m in mappings if m.path.name == "libmlx.so" and m.offset == 0), None)
     if image is None:
         raise BlasNotReplaced("this mlx has no libmlx.so")
     imported = _imported(image.path)
-    if missing := sorted(functions.keys() - imported.keys()):
+    if missing := sorted(set(names) - imported.keys()):
         raise BlasNotReplaced(f"{image.path} does not import {', '.join(missing)}")
-    slots = {name: image.start + imported[name] for name in functions}
-    place = _mapping_of(slots.values(), [m for m in mappings if m.path == image.path])
-    pointers = {name: ctypes.c_uint64.from_address(slot) for name, slot in slots.items()}
-    before = {name: pointer.value for name, pointer in pointers.items()}
-    for address in before.values():
-        _mapping_of([address], [m for m in mappings if "x" in m.permissions])
-    # One call opens every slot before the first is written: never half a table.
-    _protect(place, mmap.PROT_READ | mmap.PROT_WRITE)
-    for name, pointer in pointers.items():
-        pointer.value = functions[name]
-    if "w" not in place.permissions:
-        _protect(place, mmap.PROT_READ)
-    return before
+    addresses = {name: image.start + imported[name] for name in names}
+    table = _mapping_of(addresses.values(), [m for m in mappings if m.path == image.path])
+    pointers = {name: ctypes.c_uint64.from_address(at) for name, at in addresses.items()}
+    return pointers, table, [m for m in mappings if "x" in m.permissions]
 
 
 @dataclass(frozen=True)
 class _Mapping:
-    """One line of /proc/self/maps: a range of addresses and what may be done there."""
+    """One line of /proc/self/maps: a range of addresses and its permissions."""
 
     start: int
     end: int
@@ -59,7 +71,7 @@ def _mappings() -> list[_Mapping]:
 
 
 def _mapping_of(addresses: Collection[int], mappings: Iterable[_Mapping]) -> _Mapping:
-    """The one mapping that holds all the addresses: nothing is read or called outside it."""
+    """Return the mapping that holds all the addresses; raise if no mapping does."""
     for mapping in mappings:
         if mapping.start <= min(addresses) and max(addresses) < mapping.end:
             return mapping
@@ -68,35 +80,15 @@ def _mapping_of(addresses: Collection[int], mappings: Iterable[_Mapping]) -> _Ma
 
 def _protect(mapping: _Mapping, protection: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    start, size = ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.end - mapping.start)
-    if libc.mprotect(start, size, protection) != 0:
+    size = ctypes.c_size_t(mapping.end - mapping.start)
+    if libc.mprotect(ctypes.c_void_p(mapping.start), size, protection) != 0:
         raise OSError(ctypes.get_errno(), "the function table of libmlx.so cannot be opened")
 
 
-_RELOCATIONS = 4
-# The relocation types JUMP_SLOT and GLOB_DAT: those that fill the table of imported functions.
-_FUNCTION_TYPES = {"x86_64": (7, 6), "aarch64": (1026, 1025)}
-
-
-class _Section(NamedTuple):
-    """A section header of a 64-bit ELF file."""
-
-    name: int
-    type: int
-    flags: int
-    address: int
-    offset: int
-    size: int
-    link: int
-    info: int
-    alignment: int
-    entry_size: int
-
-
 def _imported(path: Path) -> dict[str, int]:
-    """Where a shared library keeps the address of each function it imports, from its start."""
+    """Return the offset in a shared library at which it keeps each imported function's address."""
     if platform.machine() not in _FUNCTION_TYPES:
-        raise BlasNotReplaced(f"{platform.machine()} processors are not known here")
+        raise BlasNotReplaced(f"{platform.machine()} processors are not supported")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as image:
             return dict(_relocations(image, _FUNCTION_TYPES[platform.machine()]))
@@ -105,22 +97,22 @@ def _imported(path: Path) -> dict[str, int]:
 
 
 def _relocations(image: mmap.mmap, types: tuple[int, int]) -> Iterator[tuple[str, int]]:
-    """The name and the slot of every imported function."""
+    """Yield the name and the offset of the pointer of every imported function."""
     if image[:6] != b"\x7fELF\x02\x01":
         raise ValueError("not a little-endian 64-bit ELF file")
     (start,), (count,) = struct.unpack_from("<Q", image, 40), struct.unpack_from("<H", image, 60)
     headers = image[start : start + 64 * count]
     if len(headers) < 64 * count:
         raise ValueError("its section headers are missing")
-    sections = [_Section(*fields) for fields in struct.iter_unpack("<IIQQQQIIQQ", headers)]
-    for section in sections:
-        if section.type != _RELOCATIONS:
+    # Name, type, flags, address, offset, size, link to another section, and three more numbers.
+    sections = list(struct.iter_unpack("<IIQQQQIIQQ", headers))
+    for _, kind, _, _, offset, size, link, *_ in sections:
+        if kind != _RELOCATIONS:
             continue
-        symbols = sections[section.link]
-        strings = sections[symbols.link]
-        names = image[strings.offset : strings.offset + strings.size]
-        table = image[section.offset : section.offset + section.size]
-        for slot, kind, symbol, _ in struct.iter_unpack("<QIIq", table):
-            if kind in types:
-                (name,) = struct.unpack_from("<I", image, symbols.offset + 24 * symbol)
-                yield names[name : names.index(b"\0", name)].decode(), slot
+        _, _, _, _, symbols, _, strings_link, *_ = sections[link]
+        _, _, _, _, strings, strings_size, *_ = sections[strings_link]
+        names = image[strings : strings + strings_size]
+        for pointer, type_, symbol, _ in struct.iter_unpack("<QIIq", image[offset : offset + size]):
+            if type_ in types:
+                (name,) = struct.unpack_from("<I", image, symbols + 24 * symbol)
+                yield names[name : names.index(b"\0", name)].decode(), pointer

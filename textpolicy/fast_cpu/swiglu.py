@@ -1,4 +1,4 @@
-"""The gate of most language models' feed-forward layers, with its gradient in closed form."""
+"""SwiGLU, the gate of most language models' feed-forward layers, with a closed-form gradient."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Features = Float[mx.array, "*batch features"]
 
 
 def swiglu(gate: Features, x: Features) -> Features:
-    """mlx-lm's `swiglu`, silu(gate) x.
+    """Return silu(gate) x, as mlx-lm's `swiglu` does.
 
     With s = sigmoid(gate):
 
@@ -31,13 +31,13 @@ def _forward(gate: mx.array, x: mx.array) -> mx.array:
 def _backward(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> list[mx.array]:
-    return apply_in_slices(_slopes, *primals, cotangent)
+    return apply_in_slices(_gradients, *primals, cotangent)
 
 
-def _slopes(gate: mx.array, x: mx.array, cotangent: mx.array) -> list[mx.array]:
+def _gradients(gate: mx.array, x: mx.array, cotangent: mx.array) -> list[mx.array]:
     sigmoid = 1 / (1 + exp(-gate))
-    of_product = cotangent * sigmoid
-    return [of_product * x * (1 + gate * (1 - sigmoid)), of_product * gate]
+    silu_gradient = cotangent * sigmoid
+    return [silu_gradient * x * (1 + gate * (1 - sigmoid)), silu_gradient * gate]
 
 
 _swiglu: Any = mx.custom_function(_forward)
