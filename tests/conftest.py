@@ -20,6 +20,14 @@ def seeded() -> None:
     mx.random.seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fast_products() -> None:
+    """Let models that the tests build themselves multiply with the BLAS of loaded models."""
+    from textpolicy import fast_cpu
+
+    fast_cpu.enable()
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The folder of the embedded model."""

@@ -4,10 +4,10 @@ Names are imported on first use, because mlx-lm and transformers take seconds to
 commands and scripts need only a part.
 """
 
-import os
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from textpolicy.backend import missing_backend
 
 if TYPE_CHECKING:
     from textpolicy.adapters.config.adapter_config import AdapterConfig
@@ -94,26 +94,17 @@ _HOME = {
 }
 
 
-def _use_mlx() -> None:
-    from textpolicy import backend, fast_cpu
-
-    fast_cpu.enable()
-    if backend.missing_backend():
-        # Nearly every module imports mlx first; this says it once for all of them.
-        sys.meta_path.insert(0, backend.Refusal())
-
-
-# A process that only scores starts faster without mlx, and keeps no memory on the device.
-if "TEXTPOLICY_WITHOUT_MLX" not in os.environ:
-    _use_mlx()
-
-
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'textpolicy' has no attribute {name!r}")
-    if name == "verifiers":
-        return import_module("textpolicy.rewards.verifiers")
-    return getattr(import_module(_HOME.get(name, "textpolicy.types")), name)
+    try:
+        if name == "verifiers":
+            return import_module("textpolicy.rewards.verifiers")
+        return getattr(import_module(_HOME.get(name, "textpolicy.types")), name)
+    except ImportError as error:
+        if missing := missing_backend():
+            raise ImportError(missing) from error
+        raise
 
 
 def __dir__() -> list[str]:

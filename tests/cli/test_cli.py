@@ -243,9 +243,8 @@ def test_without_a_backend_of_mlx_help_is_still_given(without_backend):
         "import textpolicy as tp; tp.load_model('tiny')",
         "import textpolicy as tp; tp.Task",
         "from textpolicy import Task",
-        "from textpolicy.generation.lora import create_lora_setup",
-        "import textpolicy.types",
-        "from textpolicy.rewards import load_reward",
+        "from textpolicy import AdapterContainer",
+        "from textpolicy import train_rl",
     ],
 )
 def test_without_a_backend_of_mlx_the_first_use_of_the_library_says_what_to_install(

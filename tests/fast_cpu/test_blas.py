@@ -39,16 +39,42 @@ print(json.dumps(record))
 """
 
 
-def blas_with(setting: str) -> dict:
+# function_table.py is run as a script of its own, so that the table is read before the import.
+AROUND_AN_IMPORT = """
+import json, os, runpy, sys
+import mlx.core
+find_pointers = runpy.run_path(sys.argv[1])["_find_pointers"]
+def addresses():
+    pointers, _, _ = find_pointers(["cblas_sgemm", "cblas_dgemm", "cblas_cgemm"])
+    return [pointer.value for pointer in pointers.values()]
+def state():
+    return addresses(), [repr(finder) for finder in sys.meta_path], dict(os.environ)
+before = state()
+import textpolicy, textpolicy.fast_cpu
+imported = state() == before
+import textpolicy.generation.mlx_generation, textpolicy.loop
+imported = imported and addresses() == before[0]
+textpolicy.load_model("tiny")
+loaded = [old != new for old, new in zip(before[0], addresses())]
+print(json.dumps({"unchanged_by_import": imported, "changed_by_load_model": loaded}))
+"""
+
+
+def printed_by(program: str, *argv: str, **environment: str) -> dict:
+    """What the program prints in a fresh process; fails if it prints anything else."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", IN_A_FRESH_PROCESS],
-        env=os.environ | {"TEXTPOLICY_BLAS": setting},
+        [sys.executable, "-W", "error", "-c", program, *argv],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    record = json.loads(done.stdout)  # fails if anything else was printed
+    return json.loads(done.stdout)
+
+
+def blas_with(setting: str) -> dict:
+    record = printed_by(IN_A_FRESH_PROCESS, TEXTPOLICY_BLAS=setting)
     assert record["undisturbed"] and record["idempotent"] and record["right"]
     assert record["environment_kept"]
     return record
@@ -85,6 +111,40 @@ def test_enabling_uses_openblas_where_it_is_installed_and_disturbs_nothing():
     assert record["fast"] and record["name"].startswith("OpenBLAS")
     assert record["threads"] >= 1
     assert "scipy_openblas" in record["reason"]
+
+
+@linux
+def test_importing_textpolicy_changes_nothing_and_loading_a_model_switches_the_blas():
+    pytest.importorskip("scipy_openblas32")
+    record = printed_by(AROUND_AN_IMPORT, function_table.__file__)
+    assert record["unchanged_by_import"]
+    assert record["changed_by_load_model"] == [True, True, True]
+
+
+@linux
+@pytest.mark.parametrize(
+    "start",
+    [
+        "tp.Trainer(model, None, None, None)",
+        "tp.train_sft(model, [], [], None)",
+        "tp.create_policy(model, None)",
+    ],
+)
+def test_a_model_that_was_built_by_hand_multiplies_fast_once_it_is_trained_or_sampled(start):
+    pytest.importorskip("scipy_openblas32")
+    program = f"""
+import json
+from contextlib import suppress
+import mlx.nn as nn
+import textpolicy as tp
+from textpolicy.fast_cpu import blas
+model = nn.Linear(2, 2)
+before = blas._choose_once.cache_info().currsize
+with suppress(Exception):
+    {start}
+print(json.dumps([before, blas._choose_once.cache_info().currsize]))
+"""
+    assert printed_by(program) == [0, 1]
 
 
 @linux
@@ -166,6 +226,7 @@ AFTER_A_PRODUCT = """
 import time
 import mlx.core as mx
 from textpolicy import fast_cpu
+fast_cpu.enable()
 x = mx.ones((512, 512))
 spent = []
 for _ in range(5):

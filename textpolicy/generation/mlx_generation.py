@@ -11,6 +11,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from textpolicy import fast_cpu
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization.cpu_layers import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
@@ -32,6 +33,7 @@ def load_model(
     `dtype` is that of the unquantized weights: by default float32 on a CPU, where bfloat16 is
     many times slower, and the checkpoint's own on a GPU. Code in a checkpoint is never run.
     """
+    fast_cpu.enable()
     folder = find_model(path_or_name)
     config = {"trust_remote_code": False, **(tokenizer_config or {})}
     try:
@@ -63,6 +65,7 @@ def create_policy(
     repetition_penalty, stop) and `seed`. With `follow`, the policy swaps to the adapters in that
     file before a generation whenever they are new.
     """
+    fast_cpu.enable()
     options = dict(params or {})
     seed = options.pop("seed", None)
     if not isinstance(seed, int | None):

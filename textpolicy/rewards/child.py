@@ -41,13 +41,12 @@ class Call:
 
 def serve_rewards(descriptor: int, lifeline: int) -> None:
     """Serve the parent on this socket until it closes it, or ends, which ends the lifeline."""
-    # Programs that the user's code starts should neither hold the socket nor do without mlx.
+    # Programs that the user's code starts must not hold the socket.
     os.set_inheritable(descriptor, False)
     os.set_inheritable(lifeline, False)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     # A thread cannot help where C code holds the interpreter; an alarm can.
     _set_alarm(STARTUP_SECONDS + GRACE)
-    os.environ.pop("TEXTPOLICY_WITHOUT_MLX", None)
     _limit(resource.RLIMIT_CORE, 0)
     faulthandler.enable()
     connection = Connection(descriptor)

@@ -74,7 +74,6 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=os.environ | {"TEXTPOLICY_WITHOUT_MLX": "1"},
             start_new_session=True,
         )
         theirs.close()

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from textpolicy import fast_cpu
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.movement import adapter_movement
 from textpolicy.buffer import Buffer
@@ -96,6 +97,7 @@ class Trainer:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        fast_cpu.enable()
         self._check_options()
         self.adapters = AdapterContainer.of(self.model)
         if self.adapters and self.adapters.config.dropout > 0:

@@ -22,6 +22,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from textpolicy import fast_cpu
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import destination
 from textpolicy.errors import ConfigError, DataError, TrainingError
@@ -87,6 +88,7 @@ def train_sft(
     ends, the adapters and a checkpoint to go on from are saved if there is a path for them.
     `resume` is such a checkpoint; model, data and settings are then given as they were.
     """
+    fast_cpu.enable()
     parameters = parameters or SFTParameters()
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("the model has no trainable weights: attach adapters or unfreeze it")
