@@ -15,7 +15,7 @@ from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import exp, exp2
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.fast_cpu.swiglu import swiglu
-from textpolicy.training.checkpointing import recomputing
+from textpolicy.training.checkpointing import recompute_activations
 
 pytestmark = pytest.mark.usefixtures("size")
 cpu = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU keeps mlx's functions")
@@ -144,7 +144,7 @@ def test_a_model_has_the_same_logits_and_gradients(make, again):
 
         if not again:
             return mx.value_and_grad(loss)(model.trainable_parameters())
-        with recomputing(model):
+        with recompute_activations(model):
             return mx.value_and_grad(loss)(model.trainable_parameters())
 
     (got, slopes), (expected, plain_slopes) = loss_of(model), loss_of(plain)

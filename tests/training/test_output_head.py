@@ -12,7 +12,7 @@ from tests.memory import peak_of
 from tests.tiny import qwen3_model
 from tests.training.test_logprobs import RAGGED, batch_for, groups_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
-from textpolicy.training.checkpointing import recomputing
+from textpolicy.training.checkpointing import recompute_activations
 from textpolicy.training.logprobs import ModelLogprobs, token_logprobs
 from textpolicy.training.output_head import find_output_head
 from textpolicy.training.softmax_logprobs import logprobs_from_logits
@@ -170,7 +170,7 @@ def test_activations_computed_again_leave_gradients_as_they_are(load_tiny, share
     read = ModelLogprobs(model, find_output_head(model), share)
     (batch,) = batch_for(groups_of(*RAGGED))
     plain = gradient_of(model, read, batch)
-    with recomputing(model):
+    with recompute_activations(model):
         again = gradient_of(model, read, batch)
     agree(again, plain)
 
@@ -180,7 +180,7 @@ def test_afterwards_the_model_is_as_it_was_and_others_never_changed(load_tiny):
     kinds = [type(block) for block in model.layers]
     parameters = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
     tokens = mx.array([[1, 2, 3, 4]])
-    with recomputing(model):
+    with recompute_activations(model):
         assert [type(block) for block in model.layers] != kinds
         assert [type(block) for block in other.layers] == kinds
         inside, _ = token_logprobs(model, tokens, mx.ones(1))
@@ -191,7 +191,7 @@ def test_afterwards_the_model_is_as_it_was_and_others_never_changed(load_tiny):
         assert np.array_equal(np.array(value), parameters[name]), name
 
 
-def test_recomputing_takes_less_memory():
+def test_recomputing_activations_takes_less_memory():
     model = qwen3_model(layers=8)
     model.freeze()
     AdapterContainer.from_model(model, AdapterConfig(rank=2))
@@ -202,5 +202,5 @@ def test_recomputing_takes_less_memory():
         return peak_of(lambda: gradient_of(model, read, batch))
 
     kept = peak()
-    with recomputing(model):
+    with recompute_activations(model):
         assert peak() < kept / 2

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 
 @contextmanager
-def recomputing(model: nn.Module) -> Generator[None, None, None]:
+def recompute_activations(model: nn.Module) -> Generator[None, None, None]:
     """Inside, gradients through the model keep each block's input only."""
     blocks = cast(list[nn.Module], model.layers)
     kinds = [type(block) for block in blocks]

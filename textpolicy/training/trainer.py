@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -31,7 +30,7 @@ from textpolicy.training.batch import (
     training_rows,
 )
 from textpolicy.training.checkpoint import check_tensors_fit, flatten_tree, unflatten_tree
-from textpolicy.training.checkpointing import recomputing
+from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.logprobs import ModelLogprobs
 from textpolicy.training.metrics import (
     advantage_metrics,
@@ -122,7 +121,6 @@ class Trainer:
         self._updates = 0
         # Of the last call of `train`, by group and member; None is not learned from.
         self.advantages: list[list[float | None]] = []
-        self._value_and_grad = nn.value_and_grad(self.model, self._objective)
 
     def _check_options(self) -> None:
         whole = (int, lambda x: x >= 1, "a whole number, at least 1")
@@ -272,27 +270,20 @@ class Trainer:
         return loss, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics
 
     def _gradient(self, rows: Sequence[TrainingRow]) -> tuple[Any, Metrics]:
-        """The gradient and metrics of an optimizer batch, one micro-batch in memory at a time."""
-        gradient = tree_map(mx.zeros_like, self.model.trainable_parameters())
-        reports: list[dict[str, mx.array]] = []
+        """Return the gradient and the metrics of an optimizer batch."""
         totals = BatchTotals.of(rows)
         share = self._read.share_prompts
         parts = split_into_micro_batches(rows, self.micro_batch_size, share_prompts=share)
-        for part in parts:
-            with recomputing(self.model) if self.checkpoint_gradients else nullcontext():
-                (_, report), grads = self._value_and_grad(make_batch(part, totals))
-            # The part before makes room first. Until here the device was busy with it.
-            mx.eval(gradient, reports)
-            reports.append(report)
-            if self.skip_without_advantages and not any(row.teaches for row in part):
-                # mlx computes only what is evaluated: `grads` is dropped without a backward pass.
-                mx.eval(report)
-                continue
-            gradient = tree_map(mx.add, gradient, grads)
-            mx.async_eval(gradient, report)
-        values = [{name: float(value) for name, value in report.items()} for report in reports]
+        gradient, values = accumulate_gradient(
+            self.model,
+            lambda part: self._objective(make_batch(part, totals)),
+            parts,
+            checkpoint=self.checkpoint_gradients,
+            skip=lambda part: self.skip_without_advantages and not any(r.teaches for r in part),
+        )
+        reports = [{name: float(x) for name, x in report.items()} for _, report in values]
         counts = [any(any(row.mask) for row in part) for part in parts]
-        return gradient, sum_micro_batches(zip(values, counts, strict=True))
+        return gradient, sum_micro_batches(zip(reports, counts, strict=True))
 
     def _update(self, gradient: Any, has_signal: bool, groups: Sequence[RolloutGroup]) -> Metrics:
         norm = gradient_norm(gradient)

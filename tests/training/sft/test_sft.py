@@ -20,7 +20,7 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.errors import ConfigError, DataError, TrainingError
 from textpolicy.training.checkpoint import random_state
-from textpolicy.training.checkpointing import recomputing
+from textpolicy.training.checkpointing import recompute_activations
 from textpolicy.training.sft import (
     BatchStream,
     Demonstration,
@@ -369,7 +369,7 @@ def test_recomputed_dropout_leaves_out_what_the_forward_pass_left_out():
     def at(distance):
         container.swap(tensors | {name: tensors[name] + distance * way})
         mx.random.seed(3)
-        with recomputing(model):
+        with recompute_activations(model):
             value, gradient = value_and_grad()
         return float(value), dict(tree_flatten(gradient))[name]
 
@@ -388,7 +388,7 @@ def test_recomputing_draws_what_is_drawn_without_it_and_no_more(dropout, compile
 
     def gradients(again):
         def step(tokens):
-            with recomputing(model) if again else nullcontext():
+            with recompute_activations(model) if again else nullcontext():
                 value_and_grad = nn.value_and_grad(model, lambda: mx.square(model(tokens)).mean())
                 return value_and_grad()
 

@@ -26,7 +26,7 @@ from textpolicy import fast_cpu
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import destination
 from textpolicy.errors import ConfigError, DataError, TrainingError
-from textpolicy.training.checkpointing import recomputing
+from textpolicy.training.checkpointing import recompute_activations
 from textpolicy.training.sft.batches import (
     BatchStream,
     Epochs,
@@ -334,7 +334,7 @@ class _Run:
 
     def _batch_gradient(self, rows: Sequence[PackedRow]) -> tuple[float, int, Any]:
         again = self.parameters.checkpoint_gradients
-        with recomputing(self.model) if again else nullcontext():
+        with recompute_activations(self.model) if again else nullcontext():
             (loss, tokens), gradient = self._value_and_grad(make_sft_batch(rows))
         mx.eval(loss, tokens, gradient)
         return float(loss), int(tokens), gradient
