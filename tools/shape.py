@@ -1,7 +1,7 @@
-"""Our sizes beside those of admired codebases: look into this mirror before finishing a piece.
+"""Print our file and function sizes beside those of admired codebases.
 
-A line is a physical line. Code lines have something on them besides a comment or a docstring.
-Parameters are counted without `self` and `cls`.
+A line is a physical line. A code line holds more than a comment or a docstring. The count of
+parameters leaves out `self` and `cls`.
 """
 
 import ast
@@ -36,7 +36,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Source:
-    """One parsed file, named relative to the repository."""
+    """One parsed file. Its name is the path relative to the repository."""
 
     name: str
     text: str
@@ -53,7 +53,7 @@ class Source:
 
 
 def read_sources(folders: list[Path]) -> list[Source]:
-    """Every Python file under the folders, except empty ones, which have no shape."""
+    """Return every Python file in the folders that is not empty."""
     paths = sorted(path for folder in folders for path in folder.rglob("*.py"))
     texts = [(path, path.read_text(encoding="utf-8")) for path in paths]
     return [
@@ -64,7 +64,7 @@ def read_sources(folders: list[Path]) -> list[Source]:
 
 
 def doc_lines(tree: ast.Module) -> set[int]:
-    """Line numbers of docstrings, those below attributes included."""
+    """Return the line numbers of all docstrings, also of docstrings below attributes."""
     bare_strings = (
         node.value
         for node in ast.walk(tree)
@@ -97,13 +97,13 @@ def catches_all(kind: ast.expr) -> bool:
     return any(isinstance(k, ast.Name) and k.id in {"Exception", "BaseException"} for k in kinds)
 
 
-def probes(tree: ast.Module) -> int:
+def attribute_probes(tree: ast.Module) -> int:
     calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
     return sum(isinstance(call, ast.Name) and call.id in {"hasattr", "getattr"} for call in calls)
 
 
 def parameters(function: Function) -> tuple[int, int]:
-    """All parameters, and those that may be passed by position."""
+    """Return the number of parameters, and the number of parameters before `*`."""
     arguments = function.args
     positional = [
         argument.arg
@@ -119,7 +119,7 @@ def length(function: Function) -> int:
 
 
 def row(package: str, sources: list[Source]) -> tuple[str, ...]:
-    """The package's line of the table, in the order of the header."""
+    """Return the row of one package, in the order of the header."""
     functions = [function for source in sources for _, function in source.functions()]
     lengths = [length(function) for function in functions]
     p90 = quantiles(lengths, n=10)[-1] if len(lengths) > 1 else lengths[0]
@@ -133,14 +133,14 @@ def row(package: str, sources: list[Source]) -> tuple[str, ...]:
         f"{median(lengths):.0f} / {p90:.0f}",
         f"{100 * sum(size > 60 for size in lengths) / len(lengths):.0f}%",
         f"{sum(broad_excepts(source.tree) for source in sources) / thousands:.2f}",
-        f"{sum(probes(source.tree) for source in sources) / thousands:.1f}",
+        f"{sum(attribute_probes(source.tree) for source in sources) / thousands:.1f}",
         f"{docs / sum(code_lines(source) for source in sources):.2f}",
         str(max(parameters(function)[0] for function in functions)),
     )
 
 
 def extremes(sources: list[Source]) -> list[str]:
-    """Where our largest numbers are, so that they can be looked at."""
+    """Return one line for each of our largest numbers, with the place of the number."""
     functions = [named for source in sources for named in source.functions()]
     file = max(sources, key=lambda source: source.lines)
     longest = max(functions, key=lambda named: length(named[1]))
