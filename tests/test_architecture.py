@@ -39,6 +39,7 @@ LAYERS = (
     "textpolicy.algorithms",
     "textpolicy.backend",
     "textpolicy.fast_cpu",
+    "textpolicy.chat_template",
     "textpolicy.types",
     "textpolicy.config",
     "textpolicy.user_code",
@@ -193,6 +194,14 @@ def is_false(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
 
+def one_file_applies_the_chat_template(source: Source) -> Iterator[str]:
+    if source.module == "textpolicy.chat_template":
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute) and node.attr == "apply_chat_template":
+            yield f"line {node.lineno}: {node.attr}; call textpolicy.chat_template.render_chat"
+
+
 def names_say_what_is_inside(source: Source) -> Iterator[str]:
     for part in source.module.split("."):
         if BANNED_NAME.fullmatch(part):
@@ -301,6 +310,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     only_the_command_prints: PACKAGE,
     broad_excepts_stay_at_the_boundary: PACKAGE,
     nothing_unsafe_is_called: PACKAGE,
+    one_file_applies_the_chat_template: PACKAGE,
     names_say_what_is_inside: PACKAGE,
     all_is_written_by_hand: PACKAGE,
     only_the_command_imports_the_command: (*PACKAGE, *SCRIPTS),
@@ -322,6 +332,7 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (imports_go_down, "textpolicy/adapters/x.py", "import textpolicy_envs.add"),
     (imports_go_down, "textpolicy/attic.py", ""),
     (imports_go_down, "envs/add.py", "from textpolicy.generation import load_model"),
+    (one_file_applies_the_chat_template, "envs/add.py", "ids = t.apply_chat_template(messages)"),
     (stars_are_not_imported, "textpolicy/buffer.py", "from textpolicy.types import *"),
     (only_the_command_prints, "textpolicy/buffer.py", "print('full')"),
     (broad_excepts_stay_at_the_boundary, "envs/add.py", "try: f()\nexcept: g()"),

@@ -194,7 +194,7 @@ def test_every_architecture_goes_on_from_its_cache(name, batches, shares):
         stop=lambda tokens: StopReason.STOP_TOKEN if tokens[-1] % 4 == 0 else None,
         seed=0,
         max_rows=4,
-        together=batches,
+        batched=batches,
         respond=respond,
     )
     assert len(turns) > 12

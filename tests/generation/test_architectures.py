@@ -7,8 +7,7 @@ from mlx_lm.models.deepseek_v3 import Model as DeepseekModel
 from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekArgs
 
 from tests.training.test_logprobs import RAGGED, batch_for, groups_of
-from textpolicy.generation.batching import can_batch
-from textpolicy.generation.engine import decode
+from textpolicy.generation.engine import can_decode_together, decode
 from textpolicy.training.logprobs import ModelLogprobs, token_logprobs
 from textpolicy.types import Sampling
 
@@ -103,7 +102,7 @@ def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(
     name, batches, shares, prompts
 ):
     model = build(name)
-    assert can_batch(model) is batches
+    assert can_decode_together(model) is batches
     rows = decode(
         model,
         prompts,
@@ -112,7 +111,7 @@ def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(
         stop=lambda tokens: None,
         seed=0,
         max_rows=4,
-        together=batches,
+        batched=batches,
     )
     for row in (row for group in rows for row in group):
         logp, _ = token_logprobs(model, mx.array([row.context + row.tokens]), mx.ones(1))

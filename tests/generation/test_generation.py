@@ -12,11 +12,11 @@ from jaxtyping import TypeCheckError
 
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
-from textpolicy.generation.decoding_rows import DecodingRow
-from textpolicy.generation.engine import decode, prefill
+from textpolicy.generation.decoding_batch import DecodingRow
+from textpolicy.generation.engine import decode, prefill_prompts
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prompts import check_prompt, encode_prompt
-from textpolicy.generation.sampling import draw, random_keys
+from textpolicy.generation.sampling import draw_tokens, random_keys
 from textpolicy.training.logprobs import token_logprobs
 from textpolicy.types import Sampling, StopReason
 
@@ -183,7 +183,7 @@ def test_a_seed_repeats_the_sequence_of_generations(loaded):
 def test_draws_follow_the_distribution_they_report():
     logits = mx.log(mx.array([0.5, 0.3, 0.15, 0.05]))
     keys = mx.array(random_keys(3, [(0, member) for member in range(4000)]))
-    tokens, logprobs = draw(mx.broadcast_to(logits, (4000, 4)), keys, Sampling())
+    tokens, logprobs = draw_tokens(mx.broadcast_to(logits, (4000, 4)), keys, Sampling())
     share = Counter(tokens.tolist())
     # Four standard errors of a share of one half over 4000 draws are 0.032.
     for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
@@ -197,7 +197,7 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
     expected = weights / weights.sum()
     logits = mx.broadcast_to(mx.log(mx.array(weights.astype(np.float32))), (20_000, 1000))
     keys = mx.array(random_keys(0, [(0, member) for member in range(20_000)]))
-    tokens, logprobs = draw(logits, keys, Sampling())
+    tokens, logprobs = draw_tokens(logits, keys, Sampling())
     drawn = np.array(tokens)
     assert not (drawn % 3 == 0).any()
     assert np.allclose(np.exp(np.array(logprobs)), expected[drawn], rtol=1e-5)
@@ -212,7 +212,7 @@ def test_a_step_in_advance_changes_nothing(loaded, max_rows):
     model, tokenizer = loaded
     prompts = [encode_prompt(tokenizer, prompt) for prompt in RAGGED]
 
-    def rows(ahead: bool):
+    def rows(launch_ahead: bool):
         groups = decode(
             model,
             prompts,
@@ -221,11 +221,11 @@ def test_a_step_in_advance_changes_nothing(loaded, max_rows):
             stop=lambda tokens: StopReason.STOP_TOKEN if tokens[-1] % 5 == 0 else None,
             seed=2,
             max_rows=max_rows,
-            ahead=ahead,
+            launch_ahead=launch_ahead,
         )
         return [row for group in groups for row in group]
 
-    expected, got = rows(ahead=False), rows(ahead=True)
+    expected, got = rows(launch_ahead=False), rows(launch_ahead=True)
     assert [row.tokens for row in got] == [row.tokens for row in expected]
     assert {row.stop_reason for row in got} == {StopReason.STOP_TOKEN, StopReason.LENGTH}
     for row, other in zip(got, expected, strict=True):
@@ -237,7 +237,7 @@ def test_a_mask_is_laid_only_where_a_row_is_padded(loaded):
 
     def mask_after(*prompts: list[int]):
         rows = [[DecodingRow(p, 0, prompt)] for p, prompt in enumerate(prompts)]
-        return prefill(model, rows, seed=0, room=8).cache[0]
+        return prefill_prompts(model, rows, seed=0, room=8).cache[0]
 
     assert mask_after([1, 2, 3], [4, 5, 6]).make_mask(1) is None
     cache = mask_after([1, 2, 3], [4, 5])
@@ -260,7 +260,7 @@ def test_a_mask_is_laid_only_where_a_row_is_padded(loaded):
 def test_a_changed_distribution_is_the_one_recorded(options, recorded):
     logits = mx.broadcast_to(mx.log(mx.array([0.5, 0.3, 0.15, 0.05])), (400, 4))
     keys = mx.array(random_keys(0, [(0, member) for member in range(400)]))
-    tokens, logprobs = draw(logits, keys, Sampling(**options))
+    tokens, logprobs = draw_tokens(logits, keys, Sampling(**options))
     assert set(tokens.tolist()) >= {0, 1}
     if "temperature" not in options:
         assert set(tokens.tolist()) == {0, 1}

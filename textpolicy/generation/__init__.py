@@ -1,4 +1,4 @@
-"""Loading models, sampling from them, adapting them, and reloading adapters."""
+"""Loading models, sampling from models, adapting models, and reloading adapters."""
 
 from textpolicy.generation.lora import (
     apply_lora,
@@ -10,8 +10,6 @@ from textpolicy.generation.lora import (
     merge_weights,
 )
 from textpolicy.generation.mlx_generation import create_policy, load_model
-from textpolicy.generation.model_files import find_model, tiny_model
-from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.reload import (
     create_auto_reload_setup,
     create_reloadable_policy,
@@ -20,7 +18,6 @@ from textpolicy.generation.reload import (
 )
 
 __all__ = [
-    "ModelPolicy",
     "apply_lora",
     "compute_lora_memory_savings",
     "create_auto_reload_setup",
@@ -29,11 +26,9 @@ __all__ = [
     "create_qlora_setup",
     "create_reloadable_policy",
     "extract_params",
-    "find_model",
     "freeze_base",
     "load_model",
     "merge_weights",
     "reload_model",
     "save_adapters",
-    "tiny_model",
 ]

@@ -1,7 +1,7 @@
-"""mlx-lm's cache of many rows, spared what rows of one length need not do.
+"""The KV cache of a decode batch.
 
-A mask over keys that all count is a tenth of the time of a decode step on a CPU, and most of a
-short prompt's buffers is room that is not in use yet.
+mlx-lm's `BatchKVCache` builds a mask in every step and copies unused positions. On a CPU, the mask
+costs a tenth of a decode step, and most positions of a short prompt's cache are unused.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from mlx_lm.models.cache import BatchKVCache
 
 
 class DecodingCache(BatchKVCache):
-    """Of rows that decode together, with a mask only where one of them is padded."""
+    """A `BatchKVCache` that builds a mask only when a row is padded."""
 
     _padded: bool | None = None
 
@@ -20,12 +20,12 @@ class DecodingCache(BatchKVCache):
     def repeat_prompts(
         cls, prompts: BatchKVCache, owner: Int[mx.array, " rows"], room: int
     ) -> "DecodingCache":
-        """A row for each owner among the prompts, and room for so many more positions of each."""
+        """Return a cache in which row r holds prompt `owner[r]` and `room` unused positions."""
         keys: Any
         values: Any
         keys, values, offset, padding, used = prompts.state
         rows = cls([])
-        # What is not in use yet is left behind before it would be copied for every row.
+        # Cut off the unused positions before they are copied for every row.
         rows.state = keys[..., :used, :], values[..., :used, :], offset, padding, used
         rows.filter(owner)
         keys, values, *rest = rows.state
@@ -35,7 +35,7 @@ class DecodingCache(BatchKVCache):
 
     @property
     def state(self) -> Any:
-        """Keys, values, offsets, padding, and how many positions are in use."""
+        """Keys, values, offsets, padding, and the number of used positions."""
         return self.keys, self.values, self.offset, self.left_padding, self._idx
 
     @state.setter
@@ -44,7 +44,7 @@ class DecodingCache(BatchKVCache):
         self._padded = None
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:
-        """None for one position of each row that may look at every key."""
+        """Return None if each row adds one position and may attend to every key."""
         if N == 1 and kwargs.get("window_size") is None and not self._is_padded():
             return None
         return super().make_mask(N, return_array, **kwargs)

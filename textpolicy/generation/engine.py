@@ -1,9 +1,9 @@
-"""Continuous batched decoding: rows of all groups advance together, a group's prompt runs once.
+"""Continuous batched decoding: rows of many prompts advance together; a shared prompt runs once.
 
-mlx-lm's caches and ragged prefill do the work. Its `BatchGenerator` is not used on top of them,
-because it hands out whole-vocabulary log-probabilities in the model's dtype, before temperature
-and truncation, and draws all rows from one global random state. Training needs each drawn token's
-own float32 log-probability, and a row must not depend on its neighbours.
+mlx-lm provides the caches and the ragged prefill. mlx-lm's `BatchGenerator` is not used, because it
+returns log-probabilities of the whole vocabulary in the model's dtype, before temperature and
+truncation, and because it draws all rows from one global random state. Training needs the float32
+log-probability of each sampled token, and a row must not depend on the rows beside it.
 """
 
 from collections import deque
@@ -13,25 +13,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from jaxtyping import Float
 from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
-from textpolicy.generation.decoding_cache import DecodingCache
-from textpolicy.generation.decoding_rows import (
+from textpolicy.generation.decoding_batch import (
     DecodingBatch,
     DecodingRow,
-    DrawnTokens,
     RespondToRow,
     StopRule,
-    join,
+    merge_batches,
 )
-from textpolicy.generation.sampling import draw, penalise_repetition, random_keys
+from textpolicy.generation.decoding_cache import DecodingCache
+from textpolicy.generation.sampling import draw_tokens, penalise_repetition, random_keys
 from textpolicy.types import Sampling
 
 MAX_DECODING_ROWS = 256
-"""Rows that decode together, unless a policy is told otherwise."""
+"""The number of rows that decode together, unless a policy is given another number."""
 PREFILL_CHUNK_TOKENS = 2048
-"""Prompt positions of all rows that are read in one forward pass."""
+"""The number of prompt positions, over all rows, that one forward pass processes."""
 _NEXT_KEY = np.array([0, 1], dtype=np.uint32)
 
 
@@ -44,164 +44,218 @@ def decode(
     stop: StopRule,
     seed: int,
     max_rows: int,
-    together: bool = True,
-    ahead: bool = False,
+    batched: bool = True,
+    launch_ahead: bool = False,
     respond: RespondToRow | None = None,
 ) -> list[list[DecodingRow]]:
-    """`n` finished rows for each prompt. Groups are admitted while `max_rows` allow it, and alone
-    if they are larger; freed slots refill. Without `together`, each row is decoded by itself.
+    """Return `n` finished rows for each prompt.
 
-    A row whose turn ended goes on from its own cache as soon as `respond` has tokens for it. What
-    is returned are the rows' last turns. With `ahead`, the device is set to the next step before
-    the tokens of this one are looked at, where neither a next turn nor a penalty waits for them.
+    A group starts as soon as its `n` rows fit into `max_rows` beside the rows that still decode; a
+    group larger than `max_rows` decodes alone. If not `batched`, each row decodes alone.
+
+    With `respond`, a row that ended continues with its next turn from its own KV cache, and the
+    last turn of each row is returned. With `launch_ahead`, the device starts the next step before
+    Python reads the tokens of this step, unless a reply or a penalty needs these tokens first.
     """
-    ahead = ahead and respond is None and sampling.repetition_penalty == 1.0
+    launch_ahead = launch_ahead and respond is None and sampling.repetition_penalty == 1.0
     groups = [[DecodingRow(p, m, prompt) for m in range(n)] for p, prompt in enumerate(prompts)]
-    waiting = deque(groups if together else [[row] for group in groups for row in group])
-    size, limit = (n, max_rows) if together else (1, 1)
-    active: DecodingBatch | None = None
-    heard: DecodingBatch | None = None
-    while waiting or heard or active:
-        decoding, listening = (rows.going if rows else 0 for rows in (active, heard))
-        room = limit - (len(active.rows) if active else 0) - listening
+    waiting = deque(groups if batched else [[row] for group in groups for row in group])
+    size, limit = (n, max_rows) if batched else (1, 1)
+    batch: DecodingBatch | None = None
+    replied: DecodingBatch | None = None
+    while waiting or replied or batch:
+        decoding, unread = (rows.unfinished if rows else 0 for rows in (batch, replied))
+        room = limit - (len(batch.rows) if batch else 0) - unread
         admitted = [waiting.popleft() for _ in range(min(len(waiting), room // size))]
-        if not (admitted or active or heard):
+        if not (admitted or batch or replied):
             admitted = [waiting.popleft()]
         if admitted:
-            active = _admit(model, active, admitted, sampling, seed)
-        # Reading what was heard is one ragged pass, so it waits until enough rows share it.
-        if heard and listening >= decoding:
-            active, heard = join(active, read(model, heard)), None
-        assert active is not None
-        ended = _advance(model, active, sampling, stop, ahead=ahead)
-        if respond and (going_on := listen(active, ended, respond)):
-            heard = join(heard, going_on)
-            for row in going_on.rows:
+            batch = _admit_groups(model, batch, admitted, sampling, seed)
+        # The prefill of replies is one ragged pass, so it waits until enough rows share the pass.
+        if replied and unread >= decoding:
+            batch, replied = merge_batches(batch, prefill_replies(model, replied)), None
+        assert batch is not None
+        ended = _decode_step(model, batch, sampling, stop, launch_ahead=launch_ahead)
+        if respond and (next_turns := begin_next_turns(batch, ended, respond)):
+            replied = merge_batches(replied, next_turns)
+            for row in next_turns.rows:
                 groups[row.prompt][row.member] = row
-        # Dropping rows copies the whole cache, so it waits until half of them are done.
-        if 2 * active.going <= len(active.rows):
-            active = active.without_finished()
+        # Dropping rows copies the whole cache, so it waits until half of the rows have ended.
+        if 2 * batch.unfinished <= len(batch.rows):
+            batch = batch.drop_finished()
     return groups
 
 
-def _admit(
+def can_decode_together(model: nn.Module) -> bool:
+    """Return whether rows of unequal length decode together as each row does alone.
+
+    With mlx-lm 0.32 some architectures cannot: gemma2 applies the batch's mask to its heads, and
+    recurrent states take in the padding. The check is a prompt and a reply of two rows.
+    """
+    prompts, replies = [[1, 2, 3, 4], [2]], [[3], [1, 4, 2]]
+    try:
+        together = _two_turn_logits(model, prompts, replies)
+    except ValueError:
+        return False
+    pairs = zip(prompts, replies, strict=True)
+    each = [_two_turn_logits(model, [prompt], [reply]) for prompt, reply in pairs]
+    alone = mx.concatenate(each, axis=1)
+    tolerance = 1e-3 if alone.dtype == mx.float32 else 0.1
+    return float(mx.abs(together - alone).astype(mx.float32).mean()) < tolerance
+
+
+def _two_turn_logits(
+    model: nn.Module, prompts: list[list[int]], replies: list[list[int]]
+) -> Float[mx.array, "turns rows vocab"]:
+    """Return the logits after each prompt, and after a reply to the answer of one token 0."""
+    rows = [DecodingRow(p, 0, prompt, tokens=[0]) for p, prompt in enumerate(prompts)]
+    batch = prefill_prompts(model, [[row] for row in rows], seed=0, room=1)
+    first = _next_logits(model, batch)
+    next_turns = begin_next_turns(batch, range(len(rows)), lambda row: replies[row.prompt])
+    assert next_turns is not None
+    return mx.stack([first, _next_logits(model, prefill_replies(model, next_turns))])
+
+
+def _next_logits(model: nn.Module, batch: DecodingBatch) -> Float[mx.array, "rows vocab"]:
+    return model(batch.last_tokens[:, None], cache=batch.cache)[:, -1, :]
+
+
+def _admit_groups(
     model: nn.Module,
-    active: DecodingBatch | None,
+    batch: DecodingBatch | None,
     groups: list[list[DecodingRow]],
     sampling: Sampling,
     seed: int,
 ) -> DecodingBatch:
-    """What is being decoded and these groups. No name outlives it that would keep old caches."""
-    fresh = prefill(model, groups, seed, room=sampling.max_tokens)
-    if active is None:
-        return fresh
-    if active.drawn:
-        fresh.drawn = _draw(model, fresh, sampling)
-    return active.join(fresh)
+    """Return the batch with the rows of these groups.
+
+    This is a function of its own so that none of its names keeps an old cache alive.
+    """
+    fresh = prefill_prompts(model, groups, seed, room=sampling.max_tokens)
+    if batch and batch.pending:
+        fresh.pending = _launch_step(model, fresh, sampling)
+    return merge_batches(batch, fresh)
 
 
-def listen(
-    active: DecodingBatch, ended: Sequence[int], respond: RespondToRow
+def begin_next_turns(
+    batch: DecodingBatch, ended: Sequence[int], respond: RespondToRow
 ) -> DecodingBatch | None:
-    """The rows among those that ended which have a next turn, with what they hear unread."""
-    heard = {index: respond(active.rows[index]) for index in ended}
-    replies = {index: tokens for index, tokens in heard.items() if tokens is not None}
+    """Return the next turns of the rows that ended, or None if no row has a next turn.
+
+    The KV cache of the result does not hold the replies yet.
+    """
+    answers = {index: respond(batch.rows[index]) for index in ended}
+    replies = {index: reply for index, reply in answers.items() if reply is not None}
     if not replies:
         return None
-    picked = active.pick(list(replies))
-    picked.rows = [row.after(replies[i]) for i, row in zip(replies, picked.rows, strict=True)]
-    return picked
+    turns = batch.copy_rows(list(replies))
+    turns.rows = [row.next_turn(replies[i]) for i, row in zip(replies, turns.rows, strict=True)]
+    return turns
 
 
-def read(model: nn.Module, heard: DecodingBatch) -> DecodingBatch:
-    """Run what each row's cache has not read, all but the last token."""
-    numbers = list(range(len(heard.rows)))
-    unread = [row.context[row.read : -1] for row in heard.rows]
-    size = _chunk(unread)
-    if all(isinstance(layer, BatchKVCache) for layer in heard.cache):
-        batch = PromptProcessingBatch(model, numbers, [], prefill_step_size=size)
-        batch.prompt_cache = heard.cache
+def prefill_replies(model: nn.Module, turns: DecodingBatch) -> DecodingBatch:
+    """Return the batch with each row's context in the KV cache, except the last token."""
+    numbers = list(range(len(turns.rows)))
+    uncached = [row.context[row.cached : -1] for row in turns.rows]
+    size = _prefill_chunk(uncached)
+    if all(isinstance(layer, BatchKVCache) for layer in turns.cache):
+        prefill = PromptProcessingBatch(model, numbers, [], prefill_step_size=size)
+        prefill.prompt_cache = turns.cache
     else:
-        # A window that has gone round is put in order by taking its rows apart and together.
-        caches = [[layer.extract(number) for layer in heard.cache] for number in numbers]
-        batch = PromptProcessingBatch(model, numbers, caches, prefill_step_size=size)
-    batch.prompt(unread)
-    last = mx.array([row.context[-1] for row in heard.rows])
-    return DecodingBatch(heard.rows, batch.prompt_cache, last, heard.keys)
+        # A rotated sliding-window cache is put in order by splitting and merging its rows.
+        caches = [[layer.extract(number) for layer in turns.cache] for number in numbers]
+        prefill = PromptProcessingBatch(model, numbers, caches, prefill_step_size=size)
+    prefill.prompt(uncached)
+    last_tokens = mx.array([row.context[-1] for row in turns.rows])
+    return DecodingBatch(turns.rows, prefill.prompt_cache, last_tokens, turns.keys)
 
 
-def prefill(
+def prefill_prompts(
     model: nn.Module, groups: list[list[DecodingRow]], seed: int, *, room: int
 ) -> DecodingBatch:
-    """Run each group's prompt once, all but its last token, and fan the caches out to the rows."""
+    """Return a batch of all rows with their prompts in the KV cache, except the last token.
+
+    The prompt of a group runs once, and its cache is copied for each row of the group.
+    """
     prompts = [group[0].context[:-1] for group in groups]
     if {*map(len, prompts)} == {0, 1}:
-        # A windowed cache takes a single position for one that was drawn, of all rows or none.
-        parts = ([g for g in groups if len(g[0].context) == length] for length in (1, 2))
-        alone, read = (prefill(model, part, seed, room=room) for part in parts)
-        return alone.join(read)
-    batch = PromptProcessingBatch(
+        # A sliding-window cache takes a single position for a decoded token, of all rows or none.
+        empty, single = (
+            prefill_prompts(
+                model, [g for g in groups if len(g[0].context) == length], seed, room=room
+            )
+            for length in (1, 2)
+        )
+        return merge_batches(empty, single)
+    prefill = PromptProcessingBatch(
         model,
         list(range(len(groups))),
         [make_prompt_cache(model) for _ in groups],
-        prefill_step_size=_chunk(prompts),
+        prefill_step_size=_prefill_chunk(prompts),
     )
-    batch.prompt(prompts)
+    prefill.prompt(prompts)
     rows = [row for group in groups for row in group]
     owner = mx.array([g for g, group in enumerate(groups) for _ in group])
+    room = min(room, BatchKVCache.step)
     return DecodingBatch(
         rows=rows,
-        cache=[
-            _fan_out(layer, owner, min(room, BatchKVCache.step)) for layer in batch.prompt_cache
-        ],
-        last=mx.array([row.context[-1] for row in rows]),
+        cache=[_repeat_prompts(layer, owner, room) for layer in prefill.prompt_cache],
+        last_tokens=mx.array([row.context[-1] for row in rows]),
         keys=random_keys(seed, [(row.prompt, row.member) for row in rows]),
     )
 
 
-def _chunk(texts: Sequence[Sequence[int]]) -> int:
-    """How many positions of each text to read at once."""
+def _prefill_chunk(texts: Sequence[Sequence[int]]) -> int:
+    """Return how many positions of each text one forward pass processes."""
     longest = max(map(len, texts))
     size = max(2, PREFILL_CHUNK_TOKENS // len(texts))
-    # Of rows of unequal length, a windowed cache takes a single position for one that was drawn.
+    # No chunk may have a single position: a sliding-window cache takes it for a decoded token.
     while longest > size and longest % size == 1:
         size += 1
     return size
 
 
-def _fan_out(layer: Any, owner: mx.array, room: int) -> Any:
+def _repeat_prompts(layer: Any, owner: mx.array, room: int) -> Any:
     if type(layer) is BatchKVCache and not layer.empty():
         return DecodingCache.repeat_prompts(layer, owner, room)
     layer.filter(owner)
     return layer
 
 
-def _advance(
-    model: nn.Module, active: DecodingBatch, sampling: Sampling, stop: StopRule, *, ahead: bool
+def _decode_step(
+    model: nn.Module,
+    batch: DecodingBatch,
+    sampling: Sampling,
+    stop: StopRule,
+    *,
+    launch_ahead: bool,
 ) -> list[int]:
-    """Give every row that goes on one more token; returns the indices of those that now end."""
-    tokens, logprobs = active.drawn or _draw(model, active, sampling)
-    longest = sampling.max_tokens - 1
-    ahead = ahead and any(r.stop_reason is None and len(r.tokens) < longest for r in active.rows)
-    active.drawn = _draw(model, active, sampling) if ahead else None
-    # Through numpy: one transfer for all rows.
-    drawn = zip(active.rows, np.array(tokens), np.array(logprobs), strict=True)
+    """Append one token to every unfinished row; return the indices of the rows that end now."""
+    tokens, logprobs = batch.pending or _launch_step(model, batch, sampling)
+    before_last = sampling.max_tokens - 1
+    unfinished = [row for row in batch.rows if row.stop_reason is None]
+    another = launch_ahead and any(len(row.tokens) < before_last for row in unfinished)
+    batch.pending = _launch_step(model, batch, sampling) if another else ()
+    # One transfer to numpy for all rows.
+    drawn = zip(batch.rows, np.array(tokens), np.array(logprobs), strict=True)
     return [
         index
         for index, (row, token, logprob) in enumerate(drawn)
         if row.stop_reason is None
-        and row.take(int(token), float(logprob), stop, sampling.max_tokens)
+        and row.append(int(token), float(logprob), stop, sampling.max_tokens)
     ]
 
 
-def _draw(model: nn.Module, active: DecodingBatch, sampling: Sampling) -> DrawnTokens:
-    """Set the device to one more step of every row."""
-    logits = model(active.last[:, None], cache=active.cache)[:, -1, :].astype(mx.float32)
+def _launch_step(
+    model: nn.Module, batch: DecodingBatch, sampling: Sampling
+) -> tuple[mx.array, mx.array]:
+    """Start one decode step on the device; return its tokens and their log-probabilities."""
+    logits = _next_logits(model, batch).astype(mx.float32)
     if sampling.repetition_penalty != 1.0:
-        contexts = [row.context + row.tokens for row in active.rows]
+        contexts = [row.context + row.tokens for row in batch.rows]
         logits = penalise_repetition(logits, contexts, sampling.repetition_penalty)
-    drawn = draw(logits, mx.array(active.keys), sampling)
-    mx.async_eval(drawn, [layer.state for layer in active.cache])
-    active.last = drawn[0]
-    active.keys = active.keys + _NEXT_KEY
+    drawn = draw_tokens(logits, mx.array(batch.keys), sampling)
+    mx.async_eval(drawn, [layer.state for layer in batch.cache])
+    batch.last_tokens = drawn[0]
+    batch.keys = batch.keys + _NEXT_KEY
     return drawn

@@ -1,6 +1,6 @@
-"""Loading a model and making a policy of it."""
+"""Loading a model, making a policy of a model, and streaming one answer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import fast_cpu
@@ -18,7 +19,8 @@ from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.model_files import find_model
 from textpolicy.generation.policy import ModelPolicy
-from textpolicy.types import Sampling
+from textpolicy.generation.prompts import check_prompt, encode_prompt
+from textpolicy.types import Prompt, Sampling
 
 
 def load_model(
@@ -28,10 +30,11 @@ def load_model(
     *,
     dtype: mx.Dtype | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """The model, evaluated and in eval mode, with its tokenizer; with `adapter_path`, adapted.
+    """Return the model, evaluated and in eval mode, and its tokenizer.
 
-    `dtype` is that of the unquantized weights: by default float32 on a CPU, where bfloat16 is
-    many times slower, and the checkpoint's own on a GPU. Code in a checkpoint is never run.
+    With `adapter_path`, the model has the adapters of that file or folder. `dtype` is the dtype of
+    the unquantized weights. The default is float32 on a CPU, where bfloat16 is many times slower,
+    and the checkpoint's dtype on a GPU. Code in a checkpoint is never run.
     """
     fast_cpu.enable()
     folder = find_model(path_or_name)
@@ -59,21 +62,47 @@ def create_policy(
     *,
     follow: Path | None = None,
 ) -> ModelPolicy:
-    """A policy that samples from `model` as it is at that moment: training it is seen at once.
+    """Return a policy that samples from `model`, and so sees every update of the model at once.
 
     `params` are the fields of `Sampling` (max_tokens, temperature, top_p, top_k, min_p,
-    repetition_penalty, stop) and `seed`. With `follow`, the policy swaps to the adapters in that
-    file before a generation whenever they are new.
+    repetition_penalty, stop) and `seed`. With `follow`, the policy reloads the adapter file at
+    that path before a generation whenever the file is new.
     """
     fast_cpu.enable()
     options = dict(params or {})
     seed = options.pop("seed", None)
     if not isinstance(seed, int | None):
         raise ConfigError(f"seed is {seed!r}; expected a whole number, or None for a random one")
-    return ModelPolicy(model, tokenizer, _sampling(options), follow=follow, seed=seed)
+    return ModelPolicy(model, tokenizer, _read_sampling(options), follow=follow, seed=seed)
 
 
-def _sampling(options: dict[str, Any]) -> Sampling:
+def stream_answer(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    sampling: Sampling,
+    *,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Yield the text of the answer piece by piece while mlx-lm decodes the answer."""
+    tokens = encode_prompt(tokenizer, prompt)
+    check_prompt(model, tokens, sampling.max_tokens)
+    if seed is not None:
+        mx.random.seed(seed)
+    sampler = make_sampler(
+        sampling.temperature,
+        top_p=sampling.top_p if sampling.top_p < 1 else 0.0,
+        min_p=sampling.min_p,
+        top_k=sampling.top_k,
+    )
+    for response in mlx_lm.stream_generate(
+        model, tokenizer, prompt=tokens, max_tokens=sampling.max_tokens, sampler=sampler
+    ):
+        if response.text:
+            yield response.text
+
+
+def _read_sampling(options: dict[str, Any]) -> Sampling:
     known = [field.name for field in fields(Sampling)]
     for name in options:
         if name not in known:

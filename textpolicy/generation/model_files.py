@@ -1,4 +1,4 @@
-"""Where a model's files are: the embedded tiny model, a folder, or a snapshot from the hub."""
+"""Finding the folder of a model: the embedded tiny model, a local folder, or a hub snapshot."""
 
 import json
 from pathlib import Path
@@ -8,56 +8,59 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from textpolicy.errors import ModelError
 
-TINY = "tiny"
-# Weights as safetensors only: the other formats can carry code or overrun their reader.
+# Weights only as safetensors: files of other formats can carry code.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
 def tiny_model() -> Path:
-    """The folder of the model inside this package: a whole Qwen3 checkpoint of about a megabyte."""
+    """Return the folder of the embedded model, a complete Qwen3 checkpoint of about a megabyte."""
     return Path(__file__).parent.parent / "tiny"
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder of `name`: "tiny", a local folder, or a hub repository's snapshot."""
-    if name == TINY:
+    """Return the folder of a model: "tiny", a local folder, or a hub repository's snapshot."""
+    if name == "tiny":
         return _checked(tiny_model())
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _checked(folder)
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise ModelError(
-            f"no model at {str(name)!r}: expected 'tiny', a folder with config.json and "
+            f"there is no model at {str(name)!r}; expected 'tiny', a folder with config.json and "
             "*.safetensors, or a hub id such as 'Qwen/Qwen3-0.6B'"
         )
-    return _checked(_snapshot(str(name)))
+    return _checked(_download_snapshot(str(name)))
 
 
-def _snapshot(repository: str) -> Path:
+def _download_snapshot(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
-            f"model {repository!r} is neither a folder here nor in the cache "
-            f"({constants.HF_HUB_CACHE}), and the hub did not give it: {error}\n"
+            f"the model {repository!r} is not a folder on this machine, is not in the cache "
+            f"({constants.HF_HUB_CACHE}), and could not be downloaded: {error}\n"
             f"On a machine with network run `hf download {repository}`, or pass a folder, "
             "or use the embedded model: 'tiny'"
         ) from error
 
 
 def _checked(folder: Path) -> Path:
+    """Return the folder. Raise `ModelError` if it is no model or asks to run code."""
     config = folder / "config.json"
     if not config.is_file():
-        raise ModelError(f"{folder} is not a model: it has no config.json")
+        raise ModelError(
+            f"the folder {folder} is not a model, because it has no config.json; name the folder "
+            "that holds config.json and the weights"
+        )
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{config} is not JSON ({error}): was its download cut off?") from error
+        raise ModelError(f"{config} is not JSON ({error}); download the model again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{config} holds a {type(content).__name__}; expected a JSON object")
     if "model_file" in content:
         raise ModelError(f"{config} asks to run Python code (model_file); such models are refused")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelError(f"{folder} has no tokenizer: expected one of {list(_TOKENIZER_FILES)}")
+        raise ModelError(f"{folder} has no tokenizer; expected one of {list(_TOKENIZER_FILES)}")
     return folder

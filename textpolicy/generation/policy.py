@@ -1,4 +1,4 @@
-"""A policy over an MLX language model: prompts in, completions with log-probabilities out."""
+"""A policy that samples from an MLX language model: prompts in, completions out."""
 
 import secrets
 from collections.abc import Sequence
@@ -11,9 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
-from textpolicy.generation.batching import can_batch
-from textpolicy.generation.decoding_rows import DecodingRow, RespondToRow
-from textpolicy.generation.engine import MAX_DECODING_ROWS, decode
+from textpolicy.generation.decoding_batch import DecodingRow, RespondToRow
+from textpolicy.generation.engine import MAX_DECODING_ROWS, can_decode_together, decode
 from textpolicy.generation.prompts import (
     check_prompt,
     decode_text,
@@ -25,10 +24,10 @@ from textpolicy.types import Completion, Prompt, RespondFn, Sampling, StopReason
 
 
 class ModelPolicy:
-    """Generates with whatever adapters its model carries; a `textpolicy.types.ConversingPolicy`.
+    """A `ConversingPolicy` that samples with the adapters that its model has at that moment.
 
-    With `follow`, the policy looks at that adapter file before each generation and swaps to it
-    when it is new. `seed` makes the sequence of generations repeatable.
+    With `follow`, the policy reloads the adapter file at that path before a generation whenever
+    the file is new. With `seed`, the sequence of generations is repeatable.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class ModelPolicy:
         seed: int | None = None,
         max_rows: int = MAX_DECODING_ROWS,
     ) -> None:
-        # Dropout in a sampling pass would draw from another policy than the one being trained.
+        # With dropout, the policy would sample from another distribution than the trained one.
         model.eval()
         self.model = model
         self.tokenizer = tokenizer
@@ -50,9 +49,10 @@ class ModelPolicy:
         self._seed = secrets.randbits(32) if seed is None else seed
         self._generations = 0
         self._max_rows = max_rows
-        self._together = can_batch(model)
+        self._batched = can_decode_together(model)
 
     def __call__(self, prompt: Prompt) -> Completion:
+        """Return one completion of one prompt."""
         return self.generate([prompt])[0][0]
 
     @property
@@ -74,35 +74,26 @@ class ModelPolicy:
         return [[self._completion(row, version) for row in group] for group in groups]
 
     def converse(
-        self,
-        prompts: Sequence[Prompt],
-        respond: RespondFn,
-        *,
-        n: int = 1,
-        seed: int | None = None,
+        self, prompts: Sequence[Prompt], respond: RespondFn, *, n: int = 1, seed: int | None = None
     ) -> list[list[list[Completion]]]:
-        """Also over, whatever `respond` says: a row with no room for another answer."""
+        """See `ConversingPolicy`. A row also ends when its context has no room for an answer."""
         turns_P_N: list[list[list[Completion]]] = [[[] for _ in range(n)] for _ in prompts]
 
-        def go_on(row: DecodingRow) -> list[int] | None:
-            said = self._completion(row, self.version)
-            turns_P_N[row.prompt][row.member].append(said)
-            replies = respond(row.prompt, row.member, said)
+        def respond_to_row(row: DecodingRow) -> list[int] | None:
+            completion = self._completion(row, self.version)
+            turns_P_N[row.prompt][row.member].append(completion)
+            replies = respond(row.prompt, row.member, completion)
             if replies is None:
                 return None
-            heard = encode_reply(self.tokenizer, replies, row.tokens[-1])
-            length = len(row.context) + len(row.tokens) + len(heard)
-            return heard if has_room(self.model, length, self.sampling.max_tokens) else None
+            reply = encode_reply(self.tokenizer, replies, row.tokens[-1])
+            length = len(row.context) + len(row.tokens) + len(reply)
+            return reply if has_room(self.model, length, self.sampling.max_tokens) else None
 
-        self._decode(prompts, n, seed, go_on)
+        self._decode(prompts, n, seed, respond_to_row)
         return turns_P_N
 
     def _decode(
-        self,
-        prompts: Sequence[Prompt],
-        n: int,
-        seed: int | None,
-        respond: RespondToRow | None,
+        self, prompts: Sequence[Prompt], n: int, seed: int | None, respond: RespondToRow | None
     ) -> list[list[DecodingRow]]:
         if n < 1:
             raise ConfigError(f"n is {n}; expected at least 1 completion of each prompt")
@@ -117,12 +108,12 @@ class ModelPolicy:
             prompt_tokens,
             n=n,
             sampling=self.sampling,
-            stop=self._stop,
+            stop=self._stop_reason,
             seed=self._next_seed() if seed is None else seed,
             max_rows=self._max_rows,
-            together=self._together,
-            # A CPU has no time to spare while Python works: it is slower with a step in advance.
-            ahead=mx.default_device().type == mx.gpu,
+            batched=self._batched,
+            # On a CPU the next step would compete with Python for the same cores.
+            launch_ahead=mx.default_device().type == mx.gpu,
             respond=respond,
         )
 
@@ -130,7 +121,7 @@ class ModelPolicy:
         self._generations += 1
         return (self._seed << 32) + self._generations
 
-    def _stop(self, tokens: list[int]) -> StopReason | None:
+    def _stop_reason(self, tokens: list[int]) -> StopReason | None:
         if tokens[-1] in self.tokenizer.eos_token_ids:
             return StopReason.STOP_TOKEN
         if self.sampling.stop:

@@ -1,4 +1,4 @@
-"""Drawing one token a row, each row with its own key, and the log-probability of each draw."""
+"""Sampling one token for each row with the row's own random key, and its log-probability."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ _BLOCK = 128
 
 
 def random_keys(seed: int, rows: Sequence[tuple[int, int]]) -> UInt32[np.ndarray, "rows 2"]:
-    """One random key for each (prompt, member), the same whatever else is in the batch."""
+    """Return a random key for each (prompt, member), independent of the rest of the batch."""
     digests = [hashlib.blake2b(f"{seed}/{p}/{m}".encode(), digest_size=8) for p, m in rows]
     return np.frombuffer(b"".join(d.digest() for d in digests), np.uint32).reshape(-1, 2)
 
 
-def draw(
+def draw_tokens(
     logits: Float[mx.array, "rows vocab"], keys: UInt32[mx.array, "rows 2"], sampling: Sampling
 ) -> tuple[UInt32[mx.array, " rows"], Float[mx.array, " rows"]]:
-    """A token for each row, and its log-probability under the distribution it was drawn from."""
+    """Return a token for each row, and its log-probability under the distribution it is from."""
     if sampling.temperature == 0:
         return mx.argmax(logits, axis=-1), mx.zeros(logits.shape[0])
     logits = logits.astype(mx.float32) / sampling.temperature
@@ -35,13 +35,13 @@ def draw(
     if sampling.min_p:
         logits = apply_min_p(logits, sampling.min_p)
     weights = exp(logits - logits.max(axis=-1, keepdims=True))
-    return _choose(weights, mx.vmap(_two_uniforms)(keys))
+    return _choose_tokens(weights, mx.vmap(_two_uniforms)(keys))
 
 
 def penalise_repetition(
     logits: Float[mx.array, "rows vocab"], contexts: Sequence[Sequence[int]], penalty: float
 ) -> Float[mx.array, "rows vocab"]:
-    """Logits with the tokens of each row's recent context made less likely."""
+    """Return the logits with the tokens of each row's recent context made less likely."""
     process = make_repetition_penalty(penalty)
     rows = [
         process(mx.array(list(context)), logits[row : row + 1])
@@ -50,14 +50,14 @@ def penalise_repetition(
     return mx.concatenate(rows, axis=0)
 
 
-def _choose(
+def _choose_tokens(
     weights: Float[mx.array, "rows vocab"], uniforms: Float[mx.array, "rows 2"]
 ) -> tuple[UInt32[mx.array, " rows"], Float[mx.array, " rows"]]:
-    """A token of each row with a chance in proportion to its weight, and the log of that chance.
+    """Return a token for each row with a chance proportional to its weight, and the log chance.
 
-    The first number chooses a block of neighbours, the second one of them. Sums over the whole
-    vocabulary would lose rare tokens to rounding; noise for every token, which needs no sums, is
-    most of the work of a step where the vocabulary is large.
+    The first number chooses a block of 128 tokens, the second number chooses a token in the block.
+    A cumulative sum over the whole vocabulary would lose rare tokens to rounding, and Gumbel noise
+    for every token is most of the work of a step when the vocabulary is large.
     """
     rows, vocabulary = weights.shape
     if missing := -vocabulary % _BLOCK:
@@ -74,11 +74,11 @@ def _choose(
 def _choose_column(
     weights: Float[mx.array, "rows columns"], uniforms: Float[mx.array, "rows 1"]
 ) -> UInt32[mx.array, "rows 1"]:
-    """The first column whose cumulated weight is above that share; never one of weight 0."""
-    # Sums of a parallel scan need not rise where a weight is 0.
-    cumulated = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0)
-    above = cumulated > uniforms * cumulated.max(axis=-1, keepdims=True)
-    return mx.argmax(above, axis=-1, keepdims=True)
+    """Return the first column whose cumulative share of the weight exceeds the uniform number."""
+    # A parallel cumulative sum may rise by rounding at a column of weight 0: never choose one.
+    cumulative = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0)
+    exceeds = cumulative > uniforms * cumulative.max(axis=-1, keepdims=True)
+    return mx.argmax(exceeds, axis=-1, keepdims=True)
 
 
 def _two_uniforms(key: mx.array) -> mx.array:

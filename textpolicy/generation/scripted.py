@@ -1,4 +1,4 @@
-"""A policy that says what it is told to, token by token as a model would: for demonstrations."""
+"""A policy that answers from a script, with a model's tokens: its rollouts are demonstrations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +11,11 @@ from textpolicy.types import Completion, Prompt, RespondFn, Sampling, StopReason
 
 
 class ScriptedPolicy:
-    """A `ConversingPolicy` whose row of prompt p says `scripts[p]`, an answer a turn.
+    """A `ConversingPolicy` that answers prompt p with `scripts[p]`, one text for each turn.
 
-    Its rollouts have the tokens and the mask that a model's would have, and log-probabilities of 0:
-    they are for imitation, never for a policy loss. After the last answer, the last again.
+    After the last text of a script, the policy repeats the last text. The rollouts have the tokens
+    and the mask that a model's rollouts would have, and log-probabilities of 0: they are for
+    supervised training, never for a policy loss.
     """
 
     version = 0
@@ -24,41 +25,39 @@ class ScriptedPolicy:
         self.scripts = scripts
 
     def reload(self, path: str | Path) -> int:
-        raise ConfigError(f"a scripted policy has no adapters to take from {path}")
+        raise ConfigError(f"a scripted policy has no model, so it cannot load adapters from {path}")
 
     def generate(
         self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
     ) -> list[list[Completion]]:
-        turns = self.converse(prompts, lambda prompt, member, said: None, n=n)
-        return [[said for (said,) in group] for group in turns]
+        turns = self.converse(prompts, lambda prompt, member, completion: None, n=n)
+        return [[completion for (completion,) in group] for group in turns]
 
     def converse(
-        self,
-        prompts: Sequence[Prompt],
-        respond: RespondFn,
-        *,
-        n: int = 1,
-        seed: int | None = None,
+        self, prompts: Sequence[Prompt], respond: RespondFn, *, n: int = 1, seed: int | None = None
     ) -> list[list[list[Completion]]]:
         return [
-            [self._talk(p, member, prompt, respond) for member in range(n)]
+            [self._play_script(p, member, prompt, respond) for member in range(n)]
             for p, prompt in enumerate(prompts)
         ]
 
-    def _talk(self, p: int, member: int, prompt: Prompt, respond: RespondFn) -> list[Completion]:
+    def _play_script(
+        self, p: int, member: int, prompt: Prompt, respond: RespondFn
+    ) -> list[Completion]:
         context = encode_prompt(self.tokenizer, prompt)
         turns: list[Completion] = []
         while True:
-            said = self._say(context, self.scripts[p][min(len(turns), len(self.scripts[p]) - 1)])
-            turns.append(said)
-            replies = respond(p, member, said)
+            text = self.scripts[p][min(len(turns), len(self.scripts[p]) - 1)]
+            turns.append(completion := self._complete(context, text))
+            replies = respond(p, member, completion)
             if replies is None:
                 return turns
-            spoken = context + said.tokens
-            context = spoken + encode_reply(self.tokenizer, replies, spoken[-1])
+            history = context + completion.tokens
+            context = history + encode_reply(self.tokenizer, replies, history[-1])
 
-    def _say(self, context: list[int], text: str) -> Completion:
-        tokens = [*self.tokenizer.encode(text, add_special_tokens=False), self._stop_token]
+    def _complete(self, context: list[int], text: str) -> Completion:
+        answer = self.tokenizer.encode(text, add_special_tokens=False)
+        tokens = [*answer, self.tokenizer.eos_token_id]
         return Completion(
             prompt_tokens=context,
             tokens=tokens,
@@ -68,7 +67,3 @@ class ScriptedPolicy:
             sampling=Sampling(temperature=0, max_tokens=len(tokens)),
             version=self.version,
         )
-
-    @property
-    def _stop_token(self) -> int:
-        return self.tokenizer.eos_token_id

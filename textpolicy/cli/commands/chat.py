@@ -10,8 +10,7 @@ from textpolicy.config import TrainConfig
 from textpolicy.errors import PromptError
 from textpolicy.experiment.assembly import dtype_of
 from textpolicy.experiment.threads import use_threads
-from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.streaming import stream_answer
+from textpolicy.generation.mlx_generation import load_model, stream_answer
 from textpolicy.tracking.console import terminal_safe
 from textpolicy.types import Message, Sampling
 

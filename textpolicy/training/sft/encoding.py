@@ -1,16 +1,16 @@
 """Rows to demonstrations: what is read, what is learned, and where an answer ends.
 
 The prompt of a demonstration is, token for token, what a policy is fed when it samples
-(`generation/prompts.py`), so that what is learned here is what is sampled later.
+(`textpolicy/chat_template.py` serves both), so that what is learned here is what is sampled later.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from textpolicy.chat_template import encode_rendered, render_chat
 from textpolicy.environments.data_files import DataRow
 from textpolicy.errors import ConfigError, DataError, PromptError
 from textpolicy.training.sft.demonstrations import Demonstration
@@ -119,15 +119,15 @@ class Encoding:
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         _check_turns(self.tokenizer, messages)
-        whole = _render(self.tokenizer, messages, opened=False)
+        whole = render_chat(self.tokenizer, messages, add_generation_prompt=False)
         answers = _answers(messages)
         starts = [_opening(self.tokenizer, messages, n, whole) for n in answers]
         for n, start, end in zip(answers, starts, [*starts[1:], None], strict=True):
             _check_kept(messages[n], n, whole[start:end])
-        tokens = self._literal(whole[: starts[0]])
+        tokens = encode_rendered(self.tokenizer, whole[: starts[0]])
         mask = [False] * len(tokens)
         for start, end in zip(starts, [*starts[1:], None], strict=True):
-            answer = self._literal(whole[start:end])
+            answer = encode_rendered(self.tokenizer, whole[start:end])
             learned = self._length_of_answer(answer, last=end is None)
             if end is None:
                 answer = _ended(self.tokenizer, answer[:learned])
@@ -146,10 +146,6 @@ class Encoding:
                 "further messages is unknown; make a row of each answer"
             )
         return found or len(tokens)
-
-    def _literal(self, text: str) -> list[int]:
-        # The template has written the special tokens that begin a text.
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 _READERS: tuple[
@@ -223,7 +219,7 @@ def _check_turns(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> No
 
 def _opening(tokenizer: TokenizerWrapper, messages: Sequence[Message], n: int, whole: str) -> int:
     """Where in the whole text message `n` begins to be the model's own."""
-    opening = _render(tokenizer, messages[:n], opened=True)
+    opening = render_chat(tokenizer, messages[:n], add_generation_prompt=True)
     if not whole.startswith(opening):
         raise DataError(
             f"the chat template writes the conversation before message {n + 1} otherwise once it "
@@ -240,18 +236,6 @@ def _check_kept(message: Message, n: int, written: str) -> None:
             f"the chat template leaves out a part of message {n + 1}, {message['content']!r:.60}; "
             "if that is because the conversation goes on, make a row of each answer"
         )
-
-
-def _render(tokenizer: TokenizerWrapper, messages: Sequence[Message], *, opened: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=opened, tokenize=False
-        )
-    except (TemplateError, ValueError, KeyError) as error:
-        roles = [message["role"] for message in messages]
-        raise DataError(
-            f"the chat template does not take a conversation of the roles {roles}: {error}"
-        ) from error
 
 
 def _ended(tokenizer: TokenizerWrapper, tokens: list[int]) -> list[int]:

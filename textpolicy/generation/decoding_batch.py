@@ -1,0 +1,110 @@
+"""A row that is being decoded, and a batch of such rows with its KV cache."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import UInt32
+
+from textpolicy.types import StopReason
+
+StopRule = Callable[[list[int]], StopReason | None]
+"""Takes the tokens that a row has sampled; returns why the row ends now, or None to continue."""
+
+
+@dataclass(slots=True)
+class DecodingRow:
+    """A completion that is being decoded. The KV cache holds `cached` tokens of its context."""
+
+    prompt: int
+    member: int
+    context: list[int]
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    stop_reason: StopReason | None = None
+    cached: int = 0
+
+    def next_turn(self, reply: list[int]) -> "DecodingRow":
+        """Return the row of the next turn: its context is this row's tokens and the reply."""
+        history = self.context + self.tokens
+        # The model has not processed the last sampled token.
+        return DecodingRow(self.prompt, self.member, history + reply, cached=len(history) - 1)
+
+    def append(self, token: int, logprob: float, stop: StopRule, max_tokens: int) -> bool:
+        """Append a sampled token and return whether the row ends with this token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        full = len(self.tokens) >= max_tokens
+        self.stop_reason = stop(self.tokens) or (StopReason.LENGTH if full else None)
+        return self.stop_reason is not None
+
+
+RespondToRow = Callable[[DecodingRow], list[int] | None]
+"""Takes a row that ended; returns the tokens of the reply to it, or None to end its episode."""
+
+
+@dataclass(slots=True)
+class DecodingBatch:
+    """The rows that decode together, and their device arrays in the same order.
+
+    `keys` are the random keys of the next draw. `pending` holds the tokens and log-probabilities
+    of a step that the device may still compute and that `rows` do not have yet, or nothing.
+    `last_tokens` are the tokens that the model reads next.
+    """
+
+    rows: list[DecodingRow]
+    cache: list[Any]
+    last_tokens: mx.array
+    keys: UInt32[np.ndarray, "rows 2"]
+    pending: Sequence[mx.array] = ()
+
+    @property
+    def unfinished(self) -> int:
+        """The number of rows that have not ended."""
+        return sum(row.stop_reason is None for row in self.rows)
+
+    def copy_rows(self, indices: list[int]) -> "DecodingBatch":
+        """Return a batch with copies of these rows and of their cache."""
+        return self._select(deepcopy(self.cache), indices)
+
+    def drop_finished(self) -> "DecodingBatch | None":
+        """Return a batch of the unfinished rows, or None if all have ended.
+
+        The new batch takes over the cache: do not use this batch afterwards.
+        """
+        keep = [i for i, row in enumerate(self.rows) if row.stop_reason is None]
+        return self._select(self.cache, keep) if keep else None
+
+    def _select(self, cache: list[Any], indices: list[int]) -> "DecodingBatch":
+        index = mx.array(indices)
+        for layer in cache:
+            layer.filter(index)
+        return DecodingBatch(
+            rows=[self.rows[i] for i in indices],
+            cache=cache,
+            last_tokens=self.last_tokens[index],
+            keys=self.keys[indices],
+            pending=[array[index] for array in self.pending],
+        )
+
+
+def merge_batches(first: DecodingBatch | None, second: DecodingBatch) -> DecodingBatch:
+    """Return one batch with the rows of both; do not use the two batches afterwards.
+
+    Either both batches have a pending step or neither has.
+    """
+    if first is None:
+        return second
+    for ours, theirs in zip(first.cache, second.cache, strict=True):
+        ours.extend(theirs)
+    pending = zip(first.pending, second.pending, strict=True)
+    return DecodingBatch(
+        rows=first.rows + second.rows,
+        cache=first.cache,
+        last_tokens=mx.concatenate([first.last_tokens, second.last_tokens]),
+        keys=np.concatenate([first.keys, second.keys]),
+        pending=[mx.concatenate([*both]) for both in pending],
+    )
