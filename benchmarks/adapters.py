@@ -25,9 +25,10 @@ from mlx_lm.models import qwen3
 from setting import setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters import AdapterConfig, AdapterContainer, FuseReport, LoRARule, twin
-from textpolicy.adapters.config.number_formats import QTYPES, named_format
-from textpolicy.adapters.quantization.quantize import float_weight, pack_module
+from textpolicy.adapters import AdapterConfig, AdapterContainer, FuseReport, LoRARule, shared_copy
+from textpolicy.adapters.quantization.number_formats import QTYPES, format_by_name
+from textpolicy.adapters.quantization.quantize import pack_module
+from textpolicy.adapters.quantization.stored_weights import float_weight
 from textpolicy.generation.mlx_generation import load_model
 
 SIZES = {
@@ -100,7 +101,7 @@ def times() -> dict[str, Any]:
     """Milliseconds of publishing and swapping, with the number of bytes."""
     model = base_model()
     container = AdapterContainer.from_model(model, AdapterConfig(rank=RANK))
-    follower = AdapterContainer.of(sampler := twin(model))
+    follower = AdapterContainer.of(sampler := shared_copy(model))
     assert follower is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapters.safetensors"
@@ -125,7 +126,7 @@ def memory() -> dict[str, int]:
     model = base_model()
     container = AdapterContainer.from_model(model, AdapterConfig(rank=RANK))
     one = mx.get_active_memory()
-    sampler = twin(model)
+    sampler = shared_copy(model)
     follower = AdapterContainer.of(sampler)
     assert follower is not None
     follower.swap({name: array + 1 for name, array in container.parameters().items()})
@@ -136,7 +137,7 @@ def memory() -> dict[str, int]:
     del copied
     return {
         "model_and_adapters": one - start,
-        "second_policy_by_twin": two - one,
+        "second_policy_by_shared_copy": two - one,
         "second_policy_by_another_model": three - two,
     }
 
@@ -192,7 +193,7 @@ def _bits(qtype: str) -> float:
 
 
 def _packed(weight: mx.array, qtype: str) -> nn.Module:
-    return pack_module("weight", _linear(weight), named_format(qtype))
+    return pack_module("weight", _linear(weight), format_by_name(qtype))
 
 
 def merge_survivals() -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.quantization.nf4 import NF4Linear
-from textpolicy.adapters.quantization.quantize import float_weight
+from textpolicy.adapters.quantization.stored_weights import float_weight
 
 FORMATS = [(4, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")]
 ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 128)

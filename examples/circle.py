@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.optimizers as optim
 
 import textpolicy as tp
-from textpolicy.adapters import twin
+from textpolicy.adapters import shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.environments import load
 
@@ -22,7 +22,7 @@ def main(steps: int = 5) -> None:
     model, tokenizer = tp.load_model("tiny")
     adapters = tp.AdapterContainer.from_model(model, tp.AdapterConfig(rank=8))
     # The sampler's model shares the arrays of the base model with the trainer's model.
-    policy = tp.create_policy(twin(model), tokenizer, {"max_tokens": environment.max_tokens})
+    policy = tp.create_policy(shared_copy(model), tokenizer, {"max_tokens": environment.max_tokens})
     trainer = tp.Trainer(
         model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-3, bias_correction=True)
     )

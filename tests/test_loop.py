@@ -7,7 +7,7 @@ import mlx.optimizers as optim
 import pytest
 
 from tests.test_types import rollout
-from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, TaskError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
@@ -57,7 +57,7 @@ def circle(load_tiny, tmp_path, **options):
     model, tokenizer = load_tiny()
     container = AdapterContainer.from_model(model, AdapterConfig(rank=4))
     container.publish_path = tmp_path / "adapters.safetensors"
-    policy = create_policy(twin(model), tokenizer, {"max_tokens": 6})
+    policy = create_policy(shared_copy(model), tokenizer, {"max_tokens": 6})
     trainer = Trainer(
         model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(learning_rate=1e-3), **options
     )
@@ -209,7 +209,7 @@ def test_a_policy_that_does_not_follow_stops_the_run(load_tiny, tmp_path):
         train_rl(tasks=tasks(), reward=digits, policy=Deaf(), trainer=trainer, steps=2)
 
 
-def test_a_twin_cannot_follow_a_trainer_that_publishes_nothing(load_tiny, tmp_path):
+def test_a_shared_copy_cannot_follow_a_trainer_that_publishes_nothing(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     trainer.adapters.publish_path = None
     with pytest.raises(ConfigError, match="publishes no adapters"):
@@ -232,12 +232,12 @@ def test_a_list_of_tasks_is_gone_through_once_and_its_end_is_an_error(load_tiny,
     assert seen == ["0", "1", "2", "3"]
 
 
-def test_full_weights_on_a_twin_are_noticed_because_the_sampler_stays_behind(load_tiny):
+def test_full_weights_on_a_shared_copy_are_noticed_because_the_sampler_stays_behind(load_tiny):
     model, tokenizer = load_tiny()
     trainer = Trainer(model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-2))
     options = {"reward": digits, "trainer": trainer, "steps": 4, "groups_per_step": 4}
     with pytest.raises(TrainingError, match="log-probabilities of one version differ"):
-        policy = create_policy(twin(model), tokenizer, {"max_tokens": 6})
+        policy = create_policy(shared_copy(model), tokenizer, {"max_tokens": 6})
         train_rl(tasks=tasks(), policy=policy, **options)
     train_rl(tasks=tasks(), policy=create_policy(model, tokenizer, {"max_tokens": 6}), **options)
 

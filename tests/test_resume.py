@@ -6,7 +6,7 @@ from itertools import count
 import mlx.core as mx
 import pytest
 
-from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.environments import load
 from textpolicy.environments.curriculum import MixedTaskCurriculum
@@ -37,7 +37,7 @@ class Run:
         self.adapters.publish_path = folder / "adapters.safetensors"
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.per_generation = options.pop("steps_per_generation", 1)
-        self.policy = create_policy(twin(model), tokenizer, {"max_tokens": 4})
+        self.policy = create_policy(shared_copy(model), tokenizer, {"max_tokens": 4})
         self.trainer = Trainer(
             model,
             grpo.compute_advantages,

@@ -49,7 +49,7 @@ def train(
     loaded: Callable[[], None] = nothing,
 ) -> None:
     """A run of `STEPS` steps in the folder, begun or gone on with."""
-    from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+    from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
     from textpolicy.algorithms import grpo
     from textpolicy.environments import load
     from textpolicy.generation.mlx_generation import create_policy, load_model
@@ -66,7 +66,7 @@ def train(
     model, tokenizer = load_model("tiny")
     adapters = AdapterContainer.from_model(model, AdapterConfig(rank=2), seed=1)
     adapters.publish_path = run.latest
-    policy = create_policy(twin(model), tokenizer, {"max_tokens": 4})
+    policy = create_policy(shared_copy(model), tokenizer, {"max_tokens": 4})
     optimizer = build_optimizer(1e-2, schedule="cosine", warmup=2, updates=40)
     trainer = Trainer(
         model, grpo.compute_advantages, grpo.policy_loss, optimizer, seed=5, **options

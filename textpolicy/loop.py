@@ -57,9 +57,9 @@ def train_rl(
     """Train for `steps` steps and return the last one's metrics.
 
     The trainer publishes adapters to the file its set-up names, and the policy reloads that file
-    before its next generation: both may live on twins of one model, or in different processes.
-    With `steps_per_generation` above 1, rollouts for several steps are sampled at once. With
-    `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
+    before its next generation: both may live on shared copies of one model, or in different
+    processes. With `steps_per_generation` above 1, rollouts for several steps are sampled at once.
+    With `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
     most so many rounds of sampling. Tasks that are a `Curriculum` are told how they went. The run
     ends early when `on_step` answers `Progress.STOP`.
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 from protocol import Steps, read_task, reward_of
 
 from textpolicy import fast_cpu
-from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.loop import StepReport, train_rl
@@ -31,7 +31,7 @@ def main() -> None:
         adapters = AdapterContainer.from_model(model, config)
         adapters.publish_path = Path(folder) / "adapters.safetensors"
         policy = create_policy(
-            twin(model), tokenizer, {"max_tokens": task["completion_tokens"], "seed": 0}
+            shared_copy(model), tokenizer, {"max_tokens": task["completion_tokens"], "seed": 0}
         )
         trainer = Trainer(
             model,

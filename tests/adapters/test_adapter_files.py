@@ -31,8 +31,8 @@ from textpolicy.adapters import (
     quantize,
     read_adapter,
 )
-from textpolicy.adapters.base_model import fingerprint
-from textpolicy.adapters.files.adapter_file import destination, write_file
+from textpolicy.adapters.base_identity import base_fingerprint
+from textpolicy.adapters.files.adapter_file import prepare_adapter_path, write_adapter_file
 from textpolicy.cli.main import main
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.generation.mlx_generation import load_model
@@ -50,7 +50,7 @@ def write(path: Path, version: int = 1, **changes) -> Path:
     """A small adapter whose tensors all hold its version."""
     arrays = {f"layer.{name}": mx.full((64, 8), version) for name in ("lora_a", "lora_b")}
     options = {"arrays": arrays, "config": CONFIG, "version": version, "fingerprint": "f" * 64}
-    return write_file(path, Adapter(origin="a test", **options | changes))
+    return write_adapter_file(path, Adapter(origin="a test", **options | changes))
 
 
 def adapted(seed: int = 0, config: AdapterConfig = CONFIG) -> tuple[nn.Module, AdapterContainer]:
@@ -79,7 +79,7 @@ def test_a_file_holds_tensors_config_version_and_base(path):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     file = read_adapter(path)
     assert file.config == CONFIG and file.version == 7 and file.origin == str(path)
-    assert file.fingerprint == fingerprint(model) and file.quantization is None
+    assert file.fingerprint == base_fingerprint(model) and file.quantization is None
     own = container.parameters()
     assert file.arrays.keys() == own.keys()
     assert all(mx.array_equal(array, own[name]) for name, array in file.arrays.items())
@@ -152,7 +152,7 @@ def test_everything_that_does_not_fit_is_said_in_one_message(path):
     q = "model.layers.0.self_attn.q_proj"
     tensors[f"{q}.lora_a"] = mx.zeros((32, 4))
     tensors[f"{q}.lora_b"] = tensors[f"{q}.lora_b"] * mx.nan
-    write_file(path, replace(theirs.adapter(), arrays=tensors))
+    write_adapter_file(path, replace(theirs.adapter(), arrays=tensors))
     _model, container = adapted()
     message = refusal(container, path)
     for words in [
@@ -170,7 +170,7 @@ def test_a_fresh_model_is_told_everything_too(path):
     _model, theirs = adapted(seed=1)
     tensors = dict(theirs.parameters())
     tensors.pop("model.layers.0.mlp.up_proj.lora_a")
-    write_file(path, replace(theirs.adapter(), arrays=tensors))
+    write_adapter_file(path, replace(theirs.adapter(), arrays=tensors))
     model = qwen3_model()
     with pytest.raises(AdapterError) as caught:
         AdapterContainer.from_directory(path).load(model)
@@ -319,7 +319,7 @@ def test_a_path_that_cannot_be_written_says_what_to_do(tmp_path):
 def test_a_folder_without_permission_is_refused_before_anything_is_written(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(AdapterError, match="no permission"):
-        destination(tmp_path / "a.safetensors")
+        prepare_adapter_path(tmp_path / "a.safetensors")
 
 
 # A file that may not grow is what a full disk looks like to a writer.
@@ -327,7 +327,7 @@ WRITER_WITHOUT_ROOM = """
 import resource, signal, sys
 import mlx.core as mx
 from textpolicy.adapters import Adapter, AdapterConfig
-from textpolicy.adapters.files.adapter_file import write_file
+from textpolicy.adapters.files.adapter_file import write_adapter_file
 from textpolicy.cli.main import main
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.generation.mlx_generation import load_model
@@ -335,7 +335,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 arrays = {"a": mx.zeros((100_000,))}
 try:
-    write_file(sys.argv[1], Adapter(origin="a test", arrays=arrays, config=AdapterConfig()))
+    write_adapter_file(sys.argv[1], Adapter(origin="a test", arrays=arrays, config=AdapterConfig()))
 except AdapterError as error:
     print(error)
 """
@@ -412,21 +412,21 @@ def test_a_version_is_noticed_even_if_time_and_size_say_nothing(path):
 def test_the_fingerprint_of_a_base_does_not_depend_on_the_dtype_it_is_loaded_in():
     model = qwen3_model()
     model.set_dtype(mx.bfloat16)
-    in_bfloat16 = fingerprint(model)
+    in_bfloat16 = base_fingerprint(model)
     model.set_dtype(mx.float32)
-    assert fingerprint(model) == in_bfloat16
+    assert base_fingerprint(model) == in_bfloat16
 
 
 def test_the_fingerprint_of_a_base_does_not_see_its_adapters():
     model = qwen3_model()
-    before = fingerprint(model)
+    before = base_fingerprint(model)
     container = AdapterContainer.from_model(model, CONFIG)
-    assert fingerprint(model) == before == container.fingerprint
+    assert base_fingerprint(model) == before == container.fingerprint
     quantized = qwen3_model()
     quantize(quantized)
-    before = fingerprint(quantized)
+    before = base_fingerprint(quantized)
     AdapterContainer.from_model(quantized, CONFIG)
-    assert fingerprint(quantized) == before
+    assert base_fingerprint(quantized) == before
 
 
 def test_another_architecture_norm_matrix_or_quantization_has_another_fingerprint():
@@ -450,14 +450,14 @@ def test_another_architecture_norm_matrix_or_quantization_has_another_fingerprin
         quantized(4),
         quantized(8),
     ]
-    assert len({fingerprint(model) for model in models}) == len(models)
+    assert len({base_fingerprint(model) for model in models}) == len(models)
 
 
 def test_fused_adapters_change_the_fingerprint():
     model, container = adapted()
     before = container.fingerprint
     container.fuse()
-    assert fingerprint(model) != before
+    assert base_fingerprint(model) != before
 
 
 # Other processes
@@ -467,13 +467,13 @@ WRITER = """
 import sys
 import mlx.core as mx
 from textpolicy.adapters import Adapter, AdapterConfig
-from textpolicy.adapters.files.adapter_file import write_file
+from textpolicy.adapters.files.adapter_file import write_adapter_file
 path, count = sys.argv[1], int(sys.argv[2])
 print("ready", flush=True)
 for version in range(1, count + 1):
     arrays = {f"layer.{name}": mx.full((64, 64), version) for name in ("lora_a", "lora_b")}
     config = AdapterConfig(rank=4)
-    write_file(path, Adapter(origin="", arrays=arrays, config=config, version=version))
+    write_adapter_file(path, Adapter(origin="", arrays=arrays, config=config, version=version))
 """
 
 
@@ -661,7 +661,7 @@ def test_a_folder_for_mlx_lm_keeps_version_and_base(tmp_path):
     model, container = adapted()
     container.version = 9
     adapter = read_adapter(container.save(tmp_path))
-    assert adapter.version == 9 and adapter.fingerprint == fingerprint(model)
+    assert adapter.version == 9 and adapter.fingerprint == base_fingerprint(model)
     assert peek_version(tmp_path / "adapters.safetensors") == 9
 
 

@@ -16,7 +16,7 @@ from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, quantize
 from textpolicy.adapters.layers.dora import DoRAEmbedding, DoRALinear
 from textpolicy.adapters.layers.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from textpolicy.adapters.quantization.quantize import float_weight
+from textpolicy.adapters.quantization.stored_weights import float_weight
 from textpolicy.errors import AdapterError
 
 KINDS = ["lora", "dora"]

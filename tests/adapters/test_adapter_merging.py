@@ -10,7 +10,7 @@ from tests.bases import BASES, arrays, bits, in_bfloat16, packed, trained
 from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule
 from textpolicy.adapters.layers.adapter_layer import adapter_layers
-from textpolicy.adapters.quantization.quantize import float_weight, format_of, is_quantized
+from textpolicy.adapters.quantization.stored_weights import float_weight, format_of, is_quantized
 from textpolicy.errors import AdapterError, ConfigError, ModelError
 from textpolicy.generation.lora import merge_weights
 

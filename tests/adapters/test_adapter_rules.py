@@ -11,7 +11,7 @@ from tests.bases import arrays, trained
 from tests.tiny import TOKENS, expert_model, qwen3_model
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule
 from textpolicy.adapters.layers.adapter_layer import adapter_layers
-from textpolicy.adapters.quantization.quantize import is_quantized
+from textpolicy.adapters.quantization.stored_weights import is_quantized
 from textpolicy.errors import AdapterError, ConfigError, ModelError
 
 CONFIG = AdapterConfig(rank=4, scale=2.0)

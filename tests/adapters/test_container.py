@@ -23,11 +23,11 @@ from textpolicy.adapters import (
     inspect_adapter,
     memory_stats,
     quantize,
-    twin,
+    shared_copy,
 )
-from textpolicy.adapters.files.adapter_file import write_file
+from textpolicy.adapters.files.adapter_file import write_adapter_file
 from textpolicy.adapters.layers.adapter_layer import adapter_layers
-from textpolicy.adapters.quantization.quantize import float_weight, is_quantized
+from textpolicy.adapters.quantization.stored_weights import float_weight, is_quantized
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.generation.lora import (
     apply_lora,
@@ -335,14 +335,14 @@ def test_a_long_list_of_misfits_is_counted():
         container.swap({})
 
 
-# Twins
+# Shared copies
 
 
 @pytest.mark.parametrize("make", BASES)
-def test_a_twin_shares_every_array_and_computes_the_same(make):
+def test_a_shared_copy_shares_every_array_and_computes_the_same(make):
     model, container = adapt(make)
     container.swap(trained(container), version=3)
-    other = twin(model)
+    other = shared_copy(model)
     mine, own = arrays(model), AdapterContainer.of(other)
     assert own is not container and AdapterContainer.of(model) is container
     assert own.version == 3 and own.publish_path is None and own.config == container.config
@@ -351,10 +351,10 @@ def test_a_twin_shares_every_array_and_computes_the_same(make):
     assert mx.array_equal(bits(model(TOKENS)), bits(other(TOKENS)))
 
 
-def test_a_twin_keeps_frozen_and_training_flags_and_then_has_its_own():
+def test_a_shared_copy_keeps_frozen_and_training_flags_and_then_has_its_own():
     model, _ = adapt()
     model.train()
-    other = twin(model)
+    other = shared_copy(model)
     trainable = tree_flatten(model.trainable_parameters(), destination={}).keys()
     assert tree_flatten(other.trainable_parameters(), destination={}).keys() == trainable
     other.eval()
@@ -364,9 +364,9 @@ def test_a_twin_keeps_frozen_and_training_flags_and_then_has_its_own():
 
 
 @pytest.mark.parametrize("make", [qwen3_model, in_4_bits])
-def test_training_swapping_and_unloading_one_twin_never_touches_the_other(make):
+def test_training_swapping_and_unloading_one_shared_copy_never_touches_the_other(make):
     model, container = adapt(make)
-    other = twin(model)
+    other = shared_copy(model)
     before, logits = arrays(other), other(TOKENS)
     train(model)
     with container.disabled():
@@ -383,11 +383,11 @@ def test_training_swapping_and_unloading_one_twin_never_touches_the_other(make):
     assert AdapterContainer.from_model(model, CONFIG).version == 0
 
 
-def test_a_twin_takes_no_memory_until_its_adapters_differ():
+def test_a_shared_copy_takes_no_memory_until_its_adapters_differ():
     model = qwen3_model(hidden_size=512, vocab_size=2048)
     container = AdapterContainer.from_model(model, CONFIG)
     start = mx.get_active_memory()
-    other = twin(model)
+    other = shared_copy(model)
     mx.eval(other.parameters())
     assert mx.get_active_memory() == start
     own = AdapterContainer.of(other)
@@ -398,25 +398,25 @@ def test_a_twin_takes_no_memory_until_its_adapters_differ():
     assert stats["adapter_bytes"] < stats["base_bytes"] / 20
 
 
-def test_a_twin_of_an_unadapted_model_has_no_adapters():
+def test_a_shared_copy_of_an_unadapted_model_has_no_adapters():
     model = qwen3_model()
-    other = twin(model)
+    other = shared_copy(model)
     AdapterContainer.from_model(other, CONFIG)
     assert AdapterContainer.of(model) is None
     assert AdapterContainer.of(other) is not None
 
 
-def test_a_module_that_occurs_twice_occurs_twice_in_the_twin():
+def test_a_module_that_occurs_twice_occurs_twice_in_the_shared_copy():
     model = qwen3_model()
     model.layers[1].self_attn = model.layers[0].self_attn
-    other = twin(model)
+    other = shared_copy(model)
     assert other.layers[1].self_attn is other.layers[0].self_attn
     assert other.layers[0].self_attn is not model.layers[0].self_attn
 
 
 def test_the_adapters_of_a_deep_copy_are_refused():
     model, _ = adapt()
-    with pytest.raises(AdapterError, match=r"twin\(model\)"):
+    with pytest.raises(AdapterError, match=r"shared_copy\(model\)"):
         AdapterContainer.of(copy.deepcopy(model))
 
 
@@ -730,7 +730,7 @@ def test_a_base_is_not_quantized_for_adapters_that_do_not_fit_it(tmp_path):
     tensors = container.parameters()
     tensors.popitem()
     adapter = replace(container.adapter(), arrays=tensors)
-    write_file(tmp_path / "a.safetensors", adapter)
+    write_adapter_file(tmp_path / "a.safetensors", adapter)
     other = qwen3_model()
     with pytest.raises(AdapterError, match="missing"):
         AdapterContainer.from_directory(tmp_path / "a.safetensors").load(other)
@@ -932,10 +932,10 @@ def test_an_adapter_of_another_base_cannot_stand_beside(pair, tmp_path):
     assert container.names == ("math", "code") and len(container.layers()) == 14
 
 
-def test_a_twin_has_the_active_adapter(pair):
+def test_a_shared_copy_has_the_active_adapter(pair):
     model, container, logits = pair
     container.activate("code")
-    own = AdapterContainer.of(other := twin(model))
+    own = AdapterContainer.of(other := shared_copy(model))
     assert own.names == ("code",) and own.version == 8
     assert mx.array_equal(other(TOKENS), logits["code"])
 

@@ -17,10 +17,11 @@ from textpolicy.adapters import (
     dequantize,
     quantize,
 )
-from textpolicy.adapters.config.number_formats import NumberFormat
 from textpolicy.adapters.quantization.cpu_layers import CPUQuantizedLinear, use_fast_products
-from textpolicy.adapters.quantization.nf4 import LEVELS, pack, unpack
-from textpolicy.adapters.quantization.quantize import float_weight, is_quantized, quantization_of
+from textpolicy.adapters.quantization.nf4 import NF4_LEVELS, pack_nf4, unpack_nf4
+from textpolicy.adapters.quantization.number_formats import NumberFormat
+from textpolicy.adapters.quantization.quantize import model_quantization
+from textpolicy.adapters.quantization.stored_weights import float_weight, is_quantized
 from textpolicy.errors import ConfigError, ModelError
 
 CONFIG = AdapterConfig(rank=4, scale=2.0)
@@ -93,14 +94,14 @@ def test_a_predicate_chooses_what_is_quantized():
     assert not is_quantized(model.layers[0].self_attn.q_proj)
     quantize(model, 8, predicate=lambda path, _: path == "lm_head")
     assert model.lm_head.bits == 8
-    assert quantization_of(model) is None
+    assert model_quantization(model) is None
 
 
 @pytest.mark.parametrize(("bits", "mode"), MODES)
 def test_the_usual_group_size_is_the_modes_own(bits, mode):
     model = packed(bits, mode)()
     expected = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}.get(mode, 64)
-    assert quantization_of(model) == {"bits": bits, "group_size": expected, "mode": mode}
+    assert model_quantization(model) == {"bits": bits, "group_size": expected, "mode": mode}
 
 
 # The way back
@@ -184,7 +185,7 @@ def nearest_in_numpy(weight, group_size):
     """By the paper: the nearest level, relative to the largest magnitude of the group."""
     groups = weight.reshape(len(weight), -1, group_size).astype(np.float64)
     largest = np.abs(groups).max(axis=-1, keepdims=True)
-    levels = np.array(LEVELS)
+    levels = np.array(NF4_LEVELS)
     codes = np.abs(groups[..., None] / largest[..., None] - levels).argmin(axis=-1)
     return (levels[codes] * largest).reshape(weight.shape), codes.reshape(weight.shape)
 
@@ -192,7 +193,7 @@ def nearest_in_numpy(weight, group_size):
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_nf4_is_the_nearest_level_of_the_group(group_size):
     weight = mx.random.normal((24, 256))
-    codes, scales = pack(weight, group_size)
+    codes, scales = pack_nf4(weight, group_size)
     size = 256 if group_size == -1 else group_size
     values, expected_codes = nearest_in_numpy(np.array(weight), size)
     assert codes.dtype == mx.uint8 and codes.shape == (24, 128)
@@ -200,15 +201,15 @@ def test_nf4_is_the_nearest_level_of_the_group(group_size):
     # The first of two weights is in the upper half of their byte.
     assert np.array_equal(np.array(codes) >> 4, expected_codes[:, ::2])
     assert np.array_equal(np.array(codes) & 15, expected_codes[:, 1::2])
-    np.testing.assert_allclose(np.array(unpack(codes, scales)), values, atol=1e-6)
+    np.testing.assert_allclose(np.array(unpack_nf4(codes, scales)), values, atol=1e-6)
 
 
 def test_nf4_holds_zeros_extremes_and_its_own_values_exactly():
-    weight = mx.concatenate([mx.array([LEVELS * 4]) * 3, mx.zeros((1, 64))])
-    again = unpack(*pack(weight))
+    weight = mx.concatenate([mx.array([NF4_LEVELS * 4]) * 3, mx.zeros((1, 64))])
+    again = unpack_nf4(*pack_nf4(weight))
     assert mx.allclose(again, weight, atol=1e-6)
     assert not mx.any(again[1])
-    assert mx.array_equal(unpack(*pack(again)), again)
+    assert mx.array_equal(unpack_nf4(*pack_nf4(again)), again)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

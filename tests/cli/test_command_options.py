@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.files.adapter_file import peek_version, read_file
+from textpolicy.adapters.files.adapter_file import peek_version, read_adapter_file
 from textpolicy.cli import main
 
 REWARDS = """
@@ -284,7 +284,7 @@ def test_a_seed_makes_a_demo_another_one(answer):
 
 
 def learned(folder):
-    return read_file(folder / "adapters" / "latest.safetensors")
+    return read_adapter_file(folder / "adapters" / "latest.safetensors")
 
 
 def test_sft_adapts_the_model_as_asked_and_goes_on_from_such_adapters(answer, files):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from textpolicy.adapters import AdapterConfig, AdapterContainer, twin
+from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
 from textpolicy.algorithms import correction, entropy, get
 from textpolicy.cli import main
 from textpolicy.environments import load
@@ -84,7 +84,7 @@ def of_algorithms(load_tiny, tmp_path_factory):
         names |= train_rl(
             tasks=islice(load("add").stream(0), 2),
             reward=measured,
-            policy=create_policy(twin(model), tokenizer, {"max_tokens": 6}),
+            policy=create_policy(shared_copy(model), tokenizer, {"max_tokens": 6}),
             trainer=trainer,
             steps=1,
             groups_per_step=2,

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from tests.bases import arrays
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, NF4Linear
 from textpolicy.adapters.layers.lora import LoRALinear
-from textpolicy.adapters.quantization.quantize import float_weight, format_of, is_quantized
+from textpolicy.adapters.quantization.stored_weights import float_weight, format_of, is_quantized
 from textpolicy.errors import AdapterError, ModelError
 from textpolicy.planning import plan_adapters
 
@@ -90,7 +90,7 @@ def test_fresh_qlora_is_the_quantized_model(model, load_tiny):
     other, _ = load_tiny()
     only = AdapterConfig(rules=[LoRARule(kind="none", weight_qtype="nf4")])
     # A rule without an adapter: the model is quantized, and there is nothing to train.
-    from textpolicy.adapters.quantization.quantize import quantize_by_rules
+    from textpolicy.adapters.base_quantization import quantize_by_rules
 
     assert len(quantize_by_rules(other, only)) == 7 * len(other.layers)
     AdapterContainer.from_model(model, page_rules())

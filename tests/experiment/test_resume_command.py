@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from textpolicy.adapters.files.adapter_file import read_file
+from textpolicy.adapters.files.adapter_file import read_adapter_file
 from textpolicy.cli import main
 from textpolicy.config import TrainConfig, read_toml
 from textpolicy.errors import ConfigError
@@ -43,7 +43,7 @@ def completions(directory):
 
 def digests(directory):
     return {
-        name: read_file(directory.adapters / f"{name}.safetensors").arrays
+        name: read_adapter_file(directory.adapters / f"{name}.safetensors").arrays
         for name in ("latest", "best")
     }
 
@@ -85,7 +85,7 @@ def test_a_run_leaves_what_a_stranger_understands(whole):
     assert {"adapters/latest.safetensors", "adapters/best.safetensors"} <= names
     # The versions that were evaluated: after 5 and 10 steps, and the last.
     kept = sorted(int(p.stem) for p in whole.adapters.iterdir() if p.stem.isdecimal())
-    assert len(kept) == 3 and kept[-1] == read_file(whole.latest).version
+    assert len(kept) == 3 and kept[-1] == read_adapter_file(whole.latest).version
     assert read_toml(whole.config, TrainConfig()).trainer.lr == 0.002
     one = completions(whole)[0]
     assert {"step", "prompt", "completion", "reward", "advantage", "version"} <= one.keys()

@@ -23,7 +23,7 @@ from textpolicy.adapters import (
     print_trainable_parameters,
     quantize,
 )
-from textpolicy.adapters.quantization.quantize import format_of, weight_shape
+from textpolicy.adapters.quantization.stored_weights import format_of, weight_shape
 from textpolicy.algorithms import grpo
 from textpolicy.cli.main import main
 from textpolicy.errors import AdapterError, ConfigError, ModelError

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from textpolicy.adapters import AdapterConfig, AdapterContainer
-from textpolicy.adapters.files.adapter_file import read_file
+from textpolicy.adapters.files.adapter_file import read_adapter_file
 from textpolicy.cli import main
 from textpolicy.cli.commands.train import describe
 from textpolicy.evaluation import MeanReward
@@ -153,7 +153,7 @@ def test_the_best_adapter_is_the_one_that_sampled_the_best_steps(load_tiny, tmp_
         container.swap({name: value + 1 for name, value in container.parameters().items()})
         best.see({"reward": reward})
     # The rolling means are .4, .45, .6, .4 and .05; version 2 sampled what was rewarded with .7.
-    kept = read_file(best.path)
+    kept = read_adapter_file(best.path)
     assert (best.version, best.reward, kept.version) == (2, pytest.approx(0.6), 2)
     for name, value in sampled[2].items():
         assert mx.array_equal(kept.arrays[name], value).item()
@@ -188,8 +188,8 @@ def test_a_run_that_collapses_is_stopped_and_ends_with_its_best_adapter(tmp_path
     stopped = json.loads(stdout)
     assert stopped["steps"] < 30 and "alarm at step" in stopped["alarms"][0]
     assert stopped["alarms"][0] in stderr
-    final = read_file(tmp_path / "run" / "adapters" / "latest.safetensors")
-    best = read_file(tmp_path / "run" / "adapters" / "best.safetensors")
+    final = read_adapter_file(tmp_path / "run" / "adapters" / "latest.safetensors")
+    best = read_adapter_file(tmp_path / "run" / "adapters" / "best.safetensors")
     assert final.version == best.version == stopped["kept"] < stopped["updates"]
     assert all(mx.array_equal(final.arrays[name], best.arrays[name]).item() for name in best.arrays)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

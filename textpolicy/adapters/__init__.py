@@ -5,14 +5,14 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import peek_version
-from textpolicy.adapters.files.folders import read_adapter
 from textpolicy.adapters.files.inspection import AdapterSummary, inspect_adapter
-from textpolicy.adapters.files.publishing import AdapterPublisher, AdapterWatcher
+from textpolicy.adapters.files.layouts import read_adapter
 from textpolicy.adapters.fuse import FusedModule, FuseReport
 from textpolicy.adapters.memory_stats import memory_stats, print_trainable_parameters
+from textpolicy.adapters.publishing import AdapterPublisher, AdapterWatcher
 from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear
 from textpolicy.adapters.quantization.quantize import QuantizationReport, dequantize, quantize
-from textpolicy.adapters.shared_copy import twin
+from textpolicy.adapters.shared_copy import shared_copy
 
 __all__ = [
     "Adapter",
@@ -34,5 +34,5 @@ __all__ = [
     "print_trainable_parameters",
     "quantize",
     "read_adapter",
-    "twin",
+    "shared_copy",
 ]

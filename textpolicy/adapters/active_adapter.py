@@ -8,13 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from textpolicy.adapters.adapter import Adapter, by_module, rank_of
+from textpolicy.adapters.adapter import Adapter, group_by_module, rank_of
 from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.config.model_layout import read_model_layout
 from textpolicy.adapters.config.rules import LoRARule
+from textpolicy.adapters.config.target_modules import TargetModule, find_target_modules
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer, tensor_shapes
 from textpolicy.adapters.layers.layer_classes import new_layer
-from textpolicy.adapters.module_sites import Target, assign_rules, layout_of, site_kind
-from textpolicy.adapters.quantization.quantize import weight_shape
+from textpolicy.adapters.quantization.stored_weights import module_kind, weight_shape
 from textpolicy.errors import AdapterError
 
 _SHOWN = 8
@@ -54,7 +55,7 @@ class Fitted:
 
 def fresh(model: nn.Module, config: AdapterConfig, seed: int = 0) -> Fitted:
     """New layers for an unadapted model, which stays as it is."""
-    return _fitted(assign_rules(model, config), config, seed)
+    return _fitted(find_target_modules(model, config), config, seed)
 
 
 def fit(model: nn.Module, adapter: Adapter, problems: Iterable[str] = ()) -> Fitted:
@@ -71,7 +72,7 @@ def fit(model: nn.Module, adapter: Adapter, problems: Iterable[str] = ()) -> Fit
 
 def check_fit(
     model: nn.Module, adapter: Adapter, problems: Iterable[str] = ()
-) -> dict[str, Target]:
+) -> dict[str, TargetModule]:
     """The modules that an adapter is for; an error like that of `fit` if it does not fit them."""
     problems = [*problems, *lookup_problems(model, adapter)]
     targets = targets_of(model, adapter, problems)
@@ -81,10 +82,12 @@ def check_fit(
     return targets
 
 
-def targets_of(model: nn.Module, adapter: Adapter, problems: Iterable[str]) -> dict[str, Target]:
+def targets_of(
+    model: nn.Module, adapter: Adapter, problems: Iterable[str]
+) -> dict[str, TargetModule]:
     """The modules that an adapter's config means; one error with `problems` if it means none."""
     try:
-        return assign_rules(model, adapter.config)
+        return find_target_modules(model, adapter.config)
     except AdapterError as error:
         refuse_misfits(adapter.origin, problems, [str(error)])
         raise
@@ -105,7 +108,7 @@ def with_ranks_of(
     arrays: Mapping[str, mx.array], rules: Mapping[str, LoRARule]
 ) -> dict[str, LoRARule]:
     """The rules with the ranks that the tensors have, where they have one."""
-    given = by_module(arrays)
+    given = group_by_module(arrays)
     ranks = {path: rank for path in rules if (rank := rank_of(given.get(path, {})))}
     return {path: replace(rule, rank=ranks.get(path, rule.rank)) for path, rule in rules.items()}
 
@@ -117,7 +120,7 @@ def expected_shapes(
     return {
         f"{path}.{name}": shape
         for path, module in modules.items()
-        if path in rules and rules[path].kind != "none" and (kind := site_kind(module))
+        if path in rules and rules[path].kind != "none" and (kind := module_kind(module))
         for name, shape in tensor_shapes(rules[path], kind, weight_shape(module)).items()
     }
 
@@ -158,9 +161,9 @@ def is_finite(array: mx.array) -> bool:
 
 def lookup_problems(model: nn.Module, adapter: Adapter) -> list[str]:
     """Embeddings adapted for the lookup alone, in a model that reads the same table as its head."""
-    if not adapter.lookup_only or (layout := layout_of(model)).has_head:
+    if not adapter.lookup_only or (layout := read_model_layout(model)).has_head:
         return []
-    sites = [layout.sites[path] for path in by_module(adapter.arrays) if path in layout.sites]
+    sites = [layout.sites[path] for path in group_by_module(adapter.arrays) if path in layout.sites]
     tables = [site.path for site in sites if site.kind == "embedding"]
     return [
         f"{path}: adapted for looking tokens up alone, but it is the model's output head too. "
@@ -189,7 +192,7 @@ def quantizing(config: AdapterConfig) -> list[LoRARule]:
     return [rule for rule in config.rules if rule.kind == "none"]
 
 
-def _fitted(targets: Mapping[str, Target], config: AdapterConfig, seed: int = 0) -> Fitted:
+def _fitted(targets: Mapping[str, TargetModule], config: AdapterConfig, seed: int = 0) -> Fitted:
     adapted = {path: target for path, target in targets.items() if target.rule.kind != "none"}
     keys = mx.random.split(mx.random.key(seed), len(adapted)) if adapted else ()
     layers = {

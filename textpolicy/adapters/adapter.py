@@ -30,22 +30,22 @@ class Adapter:
     lookup_only: bool = False
 
 
-def split(name: str) -> tuple[str, str]:
+def split_tensor_name(name: str) -> tuple[str, str]:
     """The module's path and the tensor's own name in a tensor's whole name."""
     path, _, tensor = name.rpartition(".")
     return path, tensor
 
 
-def by_module(arrays: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+def group_by_module(arrays: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
     """The tensors of each module by path."""
     modules: dict[str, dict[str, mx.array]] = {}
     for name, array in arrays.items():
-        path, tensor = split(name)
+        path, tensor = split_tensor_name(name)
         modules.setdefault(path, {})[tensor] = array
     return modules
 
 
-def joined(modules: Mapping[str, Mapping[str, mx.array]]) -> dict[str, mx.array]:
+def join_module_tensors(modules: Mapping[str, Mapping[str, mx.array]]) -> dict[str, mx.array]:
     """The reverse of `by_module`."""
     return {
         f"{path}.{name}": array

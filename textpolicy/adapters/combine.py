@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.adapters.active_adapter import explicit_config, quantizing
-from textpolicy.adapters.adapter import Adapter, by_module, joined, rank_of
+from textpolicy.adapters.adapter import Adapter, group_by_module, join_module_tensors, rank_of
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.files.single_rank import rules_by_path
 from textpolicy.errors import AdapterError, ConfigError
@@ -52,12 +52,12 @@ def combine(
     for one, adapter in adapters.items():
         own = rules_by_path(adapter)
         rules = own | rules
-        for path, tensors in by_module(adapter.arrays).items():
+        for path, tensors in group_by_module(adapter.arrays).items():
             parts.setdefault(path, []).append(_part(weights[one], own[path], tensors))
     modules = {path: _combined(path, some, method, rank) for path, some in parts.items()}
     made = {path: _rule(rules[path], tensors) for path, tensors in modules.items()}
     config = explicit_config(made, quantizing(like.config))
-    return replace(like, origin=name, arrays=joined(modules), config=config, version=0)
+    return replace(like, origin=name, arrays=join_module_tensors(modules), config=config, version=0)
 
 
 def _check(adapters: Mapping[str, Adapter], method: str, rank: int | None) -> None:
@@ -68,7 +68,7 @@ def _check(adapters: Mapping[str, Adapter], method: str, rank: int | None) -> No
     if rank is not None and (method != "svd" or rank < 1):
         raise ConfigError(f"rank is {rank} for method {method!r}; expected one above 0, for 'svd'")
     for name, adapter in adapters.items():
-        modules = by_module(adapter.arrays)
+        modules = group_by_module(adapter.arrays)
         if dora := sorted(path for path, tensors in modules.items() if "m" in tensors):
             raise AdapterError(
                 f"{name!r} has DoRA on {dora[0]} and {len(dora) - 1} more: lengths of rows do not "

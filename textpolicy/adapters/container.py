@@ -25,17 +25,17 @@ from textpolicy.adapters.active_adapter import (
     with_ranks_of,
 )
 from textpolicy.adapters.adapter import Adapter, check_float32
-from textpolicy.adapters.base_model import Original
+from textpolicy.adapters.base_identity import BaseIdentity
+from textpolicy.adapters.base_quantization import quantize_by_rules, quantize_for_adapter
 from textpolicy.adapters.combine import combine
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.files.adapter_file import write_file
-from textpolicy.adapters.files.folders import read_adapter, write_folder
+from textpolicy.adapters.files.adapter_file import write_adapter_file
+from textpolicy.adapters.files.layouts import read_adapter, write_folder
 from textpolicy.adapters.fuse import FuseReport, fuse_layer
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer, adapter_layers
 from textpolicy.adapters.module_tree import freeze_names, replace_modules
 from textpolicy.adapters.quantization.cpu_layers import use_fast_products
-from textpolicy.adapters.quantization.quantize import quantization_of, quantize, quantize_by_rules
 from textpolicy.errors import AdapterError
 
 DEFAULT = "default"
@@ -53,7 +53,7 @@ class AdapterContainer:
         # Layers own their container. If it owned the model in return, a dropped model would stay
         # in memory, gigabytes of it, until the garbage collector looks for cycles.
         self._model: weakref.ref[nn.Module] | None = None
-        self._original: Original | None = None
+        self._original: BaseIdentity | None = None
         self._current: Fitted | None = None
         self._apart: dict[str, Adapter] = {}
         self._gate = mx.array(True)
@@ -70,7 +70,7 @@ class AdapterContainer:
         """
         quantize_by_rules(model, config)
         container = cls(name)
-        container._put_on(model, Original.of(model), fresh(model, config, seed))
+        container._put_on(model, BaseIdentity.of(model), fresh(model, config, seed))
         mx.eval(container.parameters())
         return container
 
@@ -87,12 +87,13 @@ class AdapterContainer:
     @staticmethod
     def of(model: nn.Module) -> "AdapterContainer | None":
         """The container of an adapted model, or None."""
-        containers = [layer.container for layer in adapter_layers(model).values()]
-        container = next((found for found in containers if found), None)
+        owners = [layer.owner for layer in adapter_layers(model).values()]
+        container = next((owner for owner in owners if isinstance(owner, AdapterContainer)), None)
         if container and (container._model is None or container._model() is not model):
             raise AdapterError(
                 "these adapters belong to another module than this one: pass the model that they "
-                "were made for, and make second models with twin(model), not with copy.deepcopy"
+                "were made for, and make second models with shared_copy(model), not with "
+                "copy.deepcopy"
             )
         return container
 
@@ -109,7 +110,7 @@ class AdapterContainer:
         return model
 
     @property
-    def original(self) -> Original:
+    def original(self) -> BaseIdentity:
         """What the model is without adapters."""
         _ = self.model
         assert self._original is not None
@@ -167,7 +168,7 @@ class AdapterContainer:
         if path is None:
             raise AdapterError("no path to publish to: pass one, or set publish_path")
         check_float32(self.parameters())
-        write_file(path, self.adapter())
+        write_adapter_file(path, self.adapter())
         return self.version
 
     def save(
@@ -282,8 +283,8 @@ class AdapterContainer:
         if dropout is not None:
             own = self._apart[self.name]
             self._apart[self.name] = replace(own, config=own.config.with_dropout(dropout))
-        _prepare_base(model, self._apart[self.name])
-        original = Original.of(model)
+        quantize_for_adapter(model, self._apart[self.name])
+        original = BaseIdentity.of(model)
         for adapter in self._apart.values():
             check_fit(model, adapter, original.differences(adapter))
         fitted = fit(model, self._apart.pop(self.name))
@@ -373,10 +374,10 @@ class AdapterContainer:
         if name in self.names:
             raise AdapterError(f"an adapter is named {name!r} already: remove it, or swap it")
 
-    def _put_on(self, model: nn.Module, original: Original, fitted: Fitted) -> None:
+    def _put_on(self, model: nn.Module, original: BaseIdentity, fitted: Fitted) -> None:
         """Make an adapter's layers those of a model without any, and this their container."""
         for layer in fitted.layers.values():
-            layer.container = self
+            layer.owner = self
             layer.switch(self._gate)
             layer.train(model.training)
         replace_modules(model, dict(fitted.layers))
@@ -458,15 +459,3 @@ def freeze_base(model: nn.Module) -> None:
     model.freeze()
     for layer in adapter_layers(model).values():
         layer.unfreeze(keys=list(layer.trainable), recurse=False)
-
-
-def _prepare_base(model: nn.Module, adapter: Adapter) -> None:
-    """Quantize the model as the adapter's base was, by its rules or as a whole."""
-    by_rules = any(rule.number_format for rule in adapter.config.rules)
-    whole = None if by_rules or quantization_of(model) else adapter.quantization
-    if by_rules or whole:
-        # Quantizing cannot be undone, so what can be checked before is.
-        check_fit(model, adapter)
-        quantize_by_rules(model, adapter.config)
-    if whole:
-        quantize(model, **whole)

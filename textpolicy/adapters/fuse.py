@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.config.number_formats import NumberFormat, named_format
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
-from textpolicy.adapters.quantization.quantize import (
+from textpolicy.adapters.quantization.number_formats import NumberFormat, format_by_name
+from textpolicy.adapters.quantization.quantize import pack_module
+from textpolicy.adapters.quantization.stored_weights import (
     float_dtype,
     float_module,
     float_weight,
     format_of,
-    pack_module,
 )
 from textpolicy.errors import AdapterError
 
@@ -109,4 +109,4 @@ def _format(base: nn.Module, qtype: str | None) -> NumberFormat | None:
     """The format to round to again; float modules stay float under "same"."""
     if qtype is None:
         return None
-    return format_of(base) if qtype == SAME else named_format(qtype)
+    return format_of(base) if qtype == SAME else format_by_name(qtype)

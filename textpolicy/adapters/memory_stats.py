@@ -8,7 +8,7 @@ import mlx.optimizers as optim
 
 from textpolicy.adapters.layers.adapter_layer import adapter_layers, base_parameters, base_path
 from textpolicy.adapters.module_tree import named_arrays
-from textpolicy.adapters.quantization.quantize import is_quantized
+from textpolicy.adapters.quantization.stored_weights import is_quantized
 
 
 def memory_stats(

@@ -6,10 +6,10 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.module_tree import share_tree
 
 
-def twin(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module) -> nn.Module:
     """Another model sharing every array, with adapters of its own that begin equal.
 
-    Training or swapping the one never touches the other. The twin publishes nowhere, and of
+    Training or swapping the one never touches the other. The copy publishes nowhere, and of
     several adapters it has the active one.
     """
     copy = share_tree(model)

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 
-from textpolicy.adapters.config.number_formats import NumberFormat
+from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.cli.answer import Report, table
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.config.sections import ModelOptions

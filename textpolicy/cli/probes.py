@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.quantization.quantize import format_of, weight_shape
+from textpolicy.adapters.quantization.stored_weights import format_of, weight_shape
 from textpolicy.config.sections import RolloutOptions
 from textpolicy.experiment.assembly import Experiment
 from textpolicy.rewards.scorer import Scorer

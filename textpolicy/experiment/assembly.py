@@ -17,7 +17,7 @@ from textpolicy import algorithms
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization.quantize import quantize
-from textpolicy.adapters.shared_copy import twin
+from textpolicy.adapters.shared_copy import shared_copy
 from textpolicy.algorithms import Algorithm
 from textpolicy.algorithms.overlong import with_penalty
 from textpolicy.config import DYNAMIC_ROUNDS, TrainConfig
@@ -70,7 +70,7 @@ def assemble(
     algorithm: Algorithm,
     directory: RunDirectory,
 ) -> Experiment:
-    """Trainer and policy on twins of one model: they share its base and nothing else.
+    """Trainer and policy on shared copies of one model: they share its base and nothing else.
 
     Adapters are published as the latest of `directory`.
     """
@@ -84,7 +84,7 @@ def assemble(
         environment=environment,
         adapters=adapters,
         reward=reward,
-        policy=ModelPolicy(twin(model), tokenizer, sampling, seed=config.run.seed),
+        policy=ModelPolicy(shared_copy(model), tokenizer, sampling, seed=config.run.seed),
         trainer=build_trainer(
             model, config, algorithm, sampling.max_tokens, directory.rejected_batches
         ),

@@ -12,13 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from textpolicy.adapters.config.adapter_config import AdapterConfig
-from textpolicy.adapters.config.json_forms import LORA_OPTIONS, check_options
+from textpolicy.adapters.config.json_formats import LORA_OPTIONS, refuse_unknown_options
+from textpolicy.adapters.config.model_layout import block_count
+from textpolicy.adapters.config.target_modules import find_modules_to_adapt
 from textpolicy.adapters.container import AdapterContainer, freeze_base
-from textpolicy.adapters.files.adapter_file import destination
+from textpolicy.adapters.files.adapter_file import prepare_adapter_path
 from textpolicy.adapters.memory_stats import memory_stats
-from textpolicy.adapters.module_sites import block_count, select_targets
 from textpolicy.adapters.quantization.quantize import quantize
-from textpolicy.adapters.shared_copy import twin
+from textpolicy.adapters.shared_copy import shared_copy
 from textpolicy.errors import AdapterError
 
 __all__ = [
@@ -46,7 +47,7 @@ def create_lora_setup(
     policies follow it. Nothing is written before the first update.
     """
     config = _adapter_config(model, lora_config)
-    path = destination(adapter_save_path) if auto_reload else None
+    path = prepare_adapter_path(adapter_save_path) if auto_reload else None
     container = AdapterContainer.from_model(model, config)
     container.publish_path = path
     return model, memory_stats(model)
@@ -65,11 +66,13 @@ def create_qlora_setup(
     of the base before quantization, the factor and percentage saved, and the number of modules
     that could not be quantized because their rows do not divide into groups.
     """
-    check_options("quantization_config", quantization_config, ["bits", "group_size", "mode"])
+    refuse_unknown_options(
+        "quantization_config", quantization_config, ["bits", "group_size", "mode"]
+    )
     # What cannot be done is said before anything is changed.
-    select_targets(model, _adapter_config(model, lora_config))
+    find_modules_to_adapt(model, _adapter_config(model, lora_config))
     if auto_reload:
-        destination(adapter_save_path)
+        prepare_adapter_path(adapter_save_path)
     report = quantize(model, **quantization_config)
     model, stats = create_lora_setup(model, lora_config, auto_reload, adapter_save_path)
     return model, stats | {
@@ -107,7 +110,7 @@ def compute_lora_memory_savings(
     model: nn.Module, lora_rank: int, lora_layers: int = -1
 ) -> dict[str, int | float]:
     """What `memory_stats` says of this model with such adapters. The model stays as it is."""
-    copy = twin(model)
+    copy = shared_copy(model)
     apply_lora(copy, lora_rank=lora_rank, lora_layers=lora_layers)
     return memory_stats(copy)
 
@@ -121,7 +124,7 @@ def adapters_of(model: nn.Module) -> AdapterContainer:
 
 
 def _adapter_config(model: nn.Module, options: Mapping[str, Any]) -> AdapterConfig:
-    check_options("lora_config", options, list(LORA_OPTIONS))
+    refuse_unknown_options("lora_config", options, list(LORA_OPTIONS))
     words = {LORA_OPTIONS[name]: value for name, value in options.items()}
     if isinstance(layers := words.get("num_layers"), int):
         words["num_layers"] = min(layers, block_count(model))

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files.publishing import AdapterWatcher
+from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
 from textpolicy.generation.decoding_batch import DecodingRow, RespondToRow
 from textpolicy.generation.engine import MAX_DECODING_ROWS, can_decode_together, decode

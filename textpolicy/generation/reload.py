@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.shared_copy import twin
+from textpolicy.adapters.shared_copy import shared_copy
 from textpolicy.generation.lora import ADAPTER_PATH, adapters_of, create_lora_setup
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.policy import ModelPolicy
@@ -58,11 +58,14 @@ def create_auto_reload_setup(
     """A model to train and a policy that follows what its trainer publishes, on one base.
 
     Options that begin with lora_ configure the adapters, all others the policy. The policy's
-    model is a twin of the one to train: it samples with the version that it has last reloaded.
+    model is a shared copy of the model to train. The policy samples with the version that it last
+    reloaded.
     """
     lora_config = {k: v for k, v in generation_params.items() if k.startswith("lora_")}
     params = {k: v for k, v in generation_params.items() if k not in lora_config}
     model, tokenizer = load_model(model_path)
     model, _ = create_lora_setup(model, lora_config, adapter_save_path=adapter_save_path)
-    policy = create_policy(twin(model), tokenizer, params, follow=adapters_of(model).publish_path)
+    policy = create_policy(
+        shared_copy(model), tokenizer, params, follow=adapters_of(model).publish_path
+    )
     return policy, policy.reload, model, tokenizer

@@ -8,18 +8,15 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from textpolicy.adapters.base_quantization import formats_to_apply
 from textpolicy.adapters.config.adapter_config import AdapterConfig
-from textpolicy.adapters.config.number_formats import NumberFormat
-from textpolicy.adapters.config.rules import Kind
+from textpolicy.adapters.config.model_layout import read_model_layout
+from textpolicy.adapters.config.rules import AdapterKind
+from textpolicy.adapters.config.target_modules import TargetModule, find_target_modules
 from textpolicy.adapters.layers.adapter_layer import tensor_shapes
-from textpolicy.adapters.module_sites import Target, assign_rules, layout_of
 from textpolicy.adapters.module_tree import named_arrays
-from textpolicy.adapters.quantization.quantize import (
-    float_dtype,
-    format_of,
-    forms_to_pack,
-    weight_shape,
-)
+from textpolicy.adapters.quantization.number_formats import NumberFormat
+from textpolicy.adapters.quantization.stored_weights import float_dtype, format_of, weight_shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +29,7 @@ class PlannedModule:
     path: str
     module: str
     shape: tuple[int, ...]
-    kind: Kind
+    kind: AdapterKind
     rank: int | None
     scale: float | None
     quantization: str | None
@@ -84,12 +81,12 @@ def plan_adapters(model: nn.Module, config: AdapterConfig) -> AdapterPlan:
 
     What cannot be is an error here as it is there.
     """
-    targets = assign_rules(model, config)
-    forms = forms_to_pack(targets)
+    targets = find_target_modules(model, config)
+    forms = formats_to_apply(targets)
     modules = dict(model.named_modules())
     rows = [
         _planned(path, modules[path], targets.get(path), forms.get(path))
-        for path in layout_of(model).sites
+        for path in read_model_layout(model).sites
     ]
     arrays = {id(array): array.nbytes for array in named_arrays(model.parameters()).values()}
     inside = sum(_bytes(modules[row.path]) for row in rows)
@@ -97,7 +94,7 @@ def plan_adapters(model: nn.Module, config: AdapterConfig) -> AdapterPlan:
 
 
 def _planned(
-    path: str, module: nn.Module, target: Target | None, form: NumberFormat | None
+    path: str, module: nn.Module, target: TargetModule | None, form: NumberFormat | None
 ) -> PlannedModule:
     shape = weight_shape(module)
     adapted = target is not None and target.rule.kind != "none"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from textpolicy.adapters.files.adapter_file import peek_version, remove_partial, replacing
+from textpolicy.adapters.files.adapter_file import peek_version
+from textpolicy.adapters.files.tensor_file import atomic_replace, remove_partial_files
 from textpolicy.errors import ConfigError
 
 _SUFFIX = ".safetensors"
@@ -114,7 +115,7 @@ class RunDirectory:
     def write_config(self, text: str) -> None:
         """Keep the config; a kill leaves the one of before or this one, never half of one, which
         would be taken for a config with other options."""
-        with replacing(self.config) as temporary:
+        with atomic_replace(self.config) as temporary:
             temporary.write_text(text, "utf-8")
 
     def keep_adapter(self, adapter: Path, name: str | None = None) -> Path:
@@ -123,7 +124,7 @@ class RunDirectory:
         The file shares the bytes of `adapter`, which later versions replace and never change.
         """
         target = self.adapters / f"{name or f'{peek_version(adapter):08d}'}{_SUFFIX}"
-        with replacing(target) as temporary:
+        with atomic_replace(target) as temporary:
             try:
                 os.link(adapter, temporary)
             except OSError:
@@ -139,7 +140,7 @@ class RunDirectory:
     def remove_partial_files(self) -> None:
         """Remove what a killed process was writing; to be called by the holder of the lock."""
         for folder in (self.path, self.adapters, self.checkpoints):
-            remove_partial(folder)
+            remove_partial_files(folder)
 
 
 def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files.adapter_file import write_file
+from textpolicy.adapters.files.adapter_file import write_adapter_file
 from textpolicy.tracking.alarms import REWARD
 from textpolicy.types import Metrics
 
@@ -26,7 +26,7 @@ class BestAdapter:
         self.version = self._sampled_with.version
         if not path.exists():
             # A run that goes on has one.
-            write_file(path, self._sampled_with)
+            write_adapter_file(path, self._sampled_with)
         self._replayed = 0.0
 
     def replay(self, metrics: Metrics, *, evaluated: bool) -> None:
@@ -46,7 +46,7 @@ class BestAdapter:
             self._rewards.append(metrics[REWARD])
             if (mean := fmean(self._rewards)) > self.reward:
                 self.reward, self.version = mean, self._sampled_with.version
-                write_file(self.path, self._sampled_with)
+                write_adapter_file(self.path, self._sampled_with)
         self._sampled_with = self._adapters.adapter()
 
     def measured(self, reward: float) -> None:
@@ -54,4 +54,4 @@ class BestAdapter:
         if reward > self.reward:
             adapter = self._adapters.adapter()
             self.reward, self.version = reward, adapter.version
-            write_file(self.path, adapter)
+            write_adapter_file(self.path, adapter)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from textpolicy.adapters.files.adapter_file import read_tensors, remove_partial, write_tensors
+from textpolicy.adapters.files.tensor_file import read_tensors, remove_partial_files, write_tensors
 from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, TrainingError
 
 _FORMAT = "textpolicy.checkpoint"
@@ -55,7 +55,7 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write one more, and only then remove what is no longer among the last."""
         path = self.folder / f"{checkpoint.step:08d}{_SUFFIX}"
-        remove_partial(self.folder)
+        remove_partial_files(self.folder)
         write_checkpoint(path, checkpoint)
         # A run that went on from an older one leaves newer ones behind: those of another course.
         course = [p for p in self._paths() if p.stem <= path.stem]

@@ -14,8 +14,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from textpolicy import fast_cpu
+from textpolicy.adapters.adapter_movement import adapter_movement
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.movement import adapter_movement
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.training import checks

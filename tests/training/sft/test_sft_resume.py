@@ -16,7 +16,8 @@ from tests.tiny import qwen3_model
 from tests.training.sft.test_sft import texts
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files.adapter_file import read_file, write_tensors
+from textpolicy.adapters.files.adapter_file import read_adapter_file
+from textpolicy.adapters.files.tensor_file import write_tensors
 from textpolicy.cli import main
 from textpolicy.config import SFTConfig, TrainConfig, read_toml, to_toml
 from textpolicy.errors import AdapterError, ConfigError, TrainingError
@@ -109,7 +110,7 @@ def test_stop_at_any_event_leaves_a_valid_adapter_and_a_run_that_goes_on(tmp_pat
     assert stopped.ended == "stopped" and len(first.events) == stop_at
     assert stopped.iteration == first.events[-1].iteration
     # The adapter that is left behind is the model as it stands.
-    left = read_file(path)
+    left = read_adapter_file(path)
     assert left.version == stopped.iteration
     for name, array in first.adapters.parameters().items():
         assert mx.array_equal(left.arrays[name], array), name
@@ -125,7 +126,7 @@ def test_stop_at_any_event_leaves_a_valid_adapter_and_a_run_that_goes_on(tmp_pat
 
 def test_the_best_adapters_are_kept_beside_the_last(whole):
     trial, result = whole
-    best = read_file(trial.parameters.best_file)
+    best = read_adapter_file(trial.parameters.best_file)
     assert best.version == result.best_iteration
     validations = {e.loss: e.iteration for e in trial.events if isinstance(e, ValidationReport)}
     assert (result.best_loss, result.best_iteration) == min(validations.items())
@@ -283,7 +284,7 @@ def test_a_run_that_diverges_leaves_what_was_saved_before(tmp_path):
     with pytest.raises(TrainingError, match=r"is (nan|inf) after \d iterations: lower the"):
         again.run(resume=True, save_every=100, steps_per_report=100, steps_per_eval=100)
     assert (file.read_bytes(), checkpoint.read_bytes()) == saved
-    arrays = read_file(file).arrays.values()
+    arrays = read_adapter_file(file).arrays.values()
     assert all(mx.isfinite(array).all() for array in arrays)
 
 
@@ -337,6 +338,7 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path):
     for name in ("loss", "validation/loss"):
         assert rows(killed, name) == rows(tmp_path / "whole", name), name
     last = [
-        read_file(tmp_path / run / "adapters" / "latest.safetensors") for run in ("whole", "killed")
+        read_adapter_file(tmp_path / run / "adapters" / "latest.safetensors")
+        for run in ("whole", "killed")
     ]
     assert all(mx.array_equal(a, last[1].arrays[name]) for name, a in last[0].arrays.items())

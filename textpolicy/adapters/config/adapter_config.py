@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from textpolicy.adapters.config import json_forms
-from textpolicy.adapters.config.rules import Kind, LoRARule
+from textpolicy.adapters.config import json_formats
+from textpolicy.adapters.config.rules import AdapterKind, LoRARule
 from textpolicy.adapters.config.selection import LastBlocks, RuleList, Selection
 from textpolicy.errors import ConfigError
 
@@ -26,7 +26,7 @@ class AdapterConfig:
         rules: Sequence[LoRARule] | None = None,
         num_layers: int | None = None,
         keys: Collection[str] | None = None,
-        kind: Kind | None = None,
+        kind: AdapterKind | None = None,
         rank: int | None = None,
         scale: float | None = None,
         alpha: float | None = None,
@@ -57,7 +57,7 @@ class AdapterConfig:
 
         What the form does not know, or cannot be honoured here, is refused.
         """
-        return cls.of(json_forms.read(data))
+        return cls.of(json_formats.read_selection(data))
 
     @classmethod
     def from_peft(cls, data: Mapping[str, Any], *, trained: bool = False) -> "AdapterConfig":
@@ -65,11 +65,11 @@ class AdapterConfig:
 
         How fresh weights would have been drawn then does not matter, unless it changed the base.
         """
-        return cls.of(json_forms.read_peft(data, trained=trained))
+        return cls.of(json_formats.read_peft_config(data, trained=trained))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON in the form of its words: `from_dict` reads an equal config back."""
-        return json_forms.write(self.selection)
+        return json_formats.write_selection(self.selection)
 
     @property
     def rules(self) -> Sequence[LoRARule]:

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from textpolicy.adapters.config.model_layout import AdaptableModule, ModelLayout
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.config.selection import Layout, Site, spelling
+from textpolicy.adapters.config.selection import plain_spelling
 from textpolicy.errors import AdapterError, ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -62,7 +63,7 @@ class PeftTargets:
         alphas = [self.lora_alpha, *self.alpha_pattern.values()]
         return [self._rule(rank, alpha) for rank in ranks for alpha in alphas]
 
-    def assign(self, layout: Layout) -> dict[str, LoRARule]:
+    def assign(self, layout: ModelLayout) -> dict[str, LoRARule]:
         self._check_words(layout)
         return {
             path: self.rule_for(path) for path, site in layout.sites.items() if self._means(site)
@@ -89,7 +90,7 @@ class PeftTargets:
             bias=self.lora_bias,
         )
 
-    def _means(self, site: Site) -> bool:
+    def _means(self, site: AdaptableModule) -> bool:
         if self.exclude_modules and _named(self.exclude_modules, site.path):
             return False
         if self.target_modules == ALL_LINEAR:
@@ -105,18 +106,19 @@ class PeftTargets:
         number = next((int(match[1]) for match in found if match), None)
         return number in self.layers_to_transform
 
-    def _check_words(self, layout: Layout) -> None:
+    def _check_words(self, layout: ModelLayout) -> None:
         nearest, paths = layout.nearest, layout.sites
         words = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
         problems = [
-            f"{word} has {name!r}, which matches nothing; nearest: {nearest(spelling(name))}"
+            f"{word} has {name!r}, which matches nothing; nearest: {nearest(plain_spelling(name))}"
             for word, given in words.items()
             for name, alone in _one_by_one(given).items()
             if not any(_named(alone, path) for path in paths)
         ]
         patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         problems += [
-            f"{word} has {pattern!r}, which matches nothing; nearest: {nearest(spelling(pattern))}"
+            f"{word} has {pattern!r}, which matches nothing; "
+            f"nearest: {nearest(plain_spelling(pattern))}"
             for word, given in patterns.items()
             for pattern in given
             if not any(_ends_in(pattern, path) for path in paths)

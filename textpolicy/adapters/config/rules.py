@@ -8,12 +8,12 @@ from typing import Literal, cast
 
 import mlx.core as mx
 
-from textpolicy.adapters.config.number_formats import NumberFormat, named_format
+from textpolicy.adapters.quantization.number_formats import NumberFormat, format_by_name
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.types import check_fields
 
-Kind = Literal["lora", "dora", "none"]
-KINDS = ("lora", "dora", "none")
+AdapterKind = Literal["lora", "dora", "none"]
+_KINDS = ("lora", "dora", "none")
 Initialiser = str | Callable[[Sequence[int], mx.array], mx.array]
 """A name, or a function of a shape and a random key."""
 
@@ -35,7 +35,7 @@ class LoRARule:
     """
 
     module_path: str = ".*"
-    kind: Kind = "lora"
+    kind: AdapterKind = "lora"
     rank: int = 16
     scale: float = _UNSET
     alpha: InitVar[float | None] = None
@@ -51,7 +51,7 @@ class LoRARule:
         check_fields(
             self,
             module_path=(str, bool, "a regular expression for paths of modules"),
-            kind=(str, KINDS.__contains__, f"one of {list(KINDS)}"),
+            kind=(str, _KINDS.__contains__, f"one of {list(_KINDS)}"),
             rank=(int, lambda x: x > 0, "a whole number above 0"),
             dropout=(int | float, lambda x: 0 <= x < 1, "a number in [0, 1)"),
             bias=(bool, lambda _: True, "True or False"),
@@ -76,7 +76,7 @@ class LoRARule:
         """What the rule quantizes to, or None."""
         if self.weight_qtype is None:
             return None
-        return named_format(self.weight_qtype, self.tile_size)
+        return format_by_name(self.weight_qtype, self.tile_size)
 
     def matches(self, path: str) -> bool:
         """Whether the whole of a dotted path is meant, written with dots or with "/"."""
@@ -103,7 +103,7 @@ _INITIALISERS: dict[str, tuple[str, Callable[[int, int], float]]] = {
 }
 
 
-def initial(
+def draw_initial_array(
     initialiser: Initialiser, shape: Sequence[int], *, inputs: int, rank: int, key: mx.array
 ) -> mx.array:
     """A float32 array drawn from `key`."""

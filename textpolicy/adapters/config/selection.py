@@ -1,70 +1,14 @@
 """Which modules of a model a config means, and clear words where it means none."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from textpolicy.adapters.config.model_layout import AdaptableModule, ModelLayout
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.types import check_fields
-
-SiteKind = Literal["linear", "embedding", "experts"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Site:
-    """A module that can carry an adapter, or fewer bits.
-
-    `key` is its path inside its block, or its whole path outside of the blocks. `by_name` is true
-    of embeddings, output heads and routers, which are only meant where they are named.
-    """
-
-    path: str
-    key: str
-    block: int | None
-    kind: SiteKind
-    by_name: bool
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self.path.rpartition(".")[2]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """What a selection sees of a model: its sites, the paths of its blocks, and all else by type.
-
-    `blocks` is None if the model has no list of layers to count.
-    """
-
-    model: str
-    sites: Mapping[str, Site]
-    blocks: Sequence[str] | None
-    others: Mapping[str, str]
-
-    def nearest(self, words: str, *, short: bool = False) -> list[str]:
-        """Paths that end in `words`, or else paths that are spelled like it."""
-        paths = [site.key if short else site.path for site in self.sites.values()]
-        paths = sorted(set(paths))
-        endings = [path for path in paths if path.endswith(f".{words}")]
-        return endings[:3] or get_close_matches(words, paths, n=3, cutoff=0.0)
-
-    @property
-    def has_head(self) -> bool:
-        """Whether there is an output head that is not the embedding table itself."""
-        return any(site.kind == "linear" and site.block is None for site in self.sites.values())
-
-    def depth(self) -> int:
-        """How many blocks there are."""
-        if self.blocks is None:
-            raise AdapterError(
-                f"{self.model} has no .layers to count blocks by; expected a language model as "
-                "mlx-lm makes them, or rules that name its modules: AdapterConfig(rules=[...])"
-            )
-        return len(self.blocks)
 
 
 @runtime_checkable
@@ -76,7 +20,7 @@ class Selection(Protocol):
         """All that may be assigned."""
         ...
 
-    def assign(self, layout: Layout) -> dict[str, LoRARule]:
+    def assign(self, layout: ModelLayout) -> dict[str, LoRARule]:
         """The rule of each chosen site, by path; an error names every word that chose nothing."""
         ...
 
@@ -116,7 +60,7 @@ class LastBlocks:
     def rules(self) -> Sequence[LoRARule]:
         return (self.rule,)
 
-    def assign(self, layout: Layout) -> dict[str, LoRARule]:
+    def assign(self, layout: ModelLayout) -> dict[str, LoRARule]:
         first = self._first_block(layout)
         if self.keys is not None:
             return dict.fromkeys(self._by_keys(layout, first, self.keys), self.rule)
@@ -132,7 +76,7 @@ class LastBlocks:
     def with_dropout(self, dropout: float) -> "LastBlocks":
         return replace(self, rule=replace(self.rule, dropout=dropout))
 
-    def _first_block(self, layout: Layout) -> int:
+    def _first_block(self, layout: ModelLayout) -> int:
         depth = layout.depth()
         if self.num_layers > depth:
             raise AdapterError(
@@ -141,7 +85,7 @@ class LastBlocks:
             )
         return 0 if self.num_layers == -1 else depth - self.num_layers
 
-    def _by_keys(self, layout: Layout, first: int, keys: Collection[str]) -> list[str]:
+    def _by_keys(self, layout: ModelLayout, first: int, keys: Collection[str]) -> list[str]:
         found: list[str] = []
         problems: list[str] = []
         blocks = (layout.blocks or ())[first:]
@@ -172,11 +116,11 @@ class RuleList:
         if not self.rules:
             raise ConfigError("rules is empty; expected at least one LoRARule")
 
-    def assign(self, layout: Layout) -> dict[str, LoRARule]:
+    def assign(self, layout: ModelLayout) -> dict[str, LoRARule]:
         chosen: dict[str, int] = {}
         taken: dict[int, int] = {}
         for path, site in layout.sites.items():
-            matching = [i for i, rule in enumerate(self.rules) if reaches(rule, site)]
+            matching = [i for i, rule in enumerate(self.rules) if _rule_applies(rule, site)]
             if matching:
                 chosen[path] = matching[0]
                 taken |= dict.fromkeys(matching[1:], matching[0])
@@ -191,7 +135,7 @@ class RuleList:
     def with_dropout(self, dropout: float) -> "RuleList":
         return replace(self, rules=[replace(rule, dropout=dropout) for rule in self.rules])
 
-    def _why_unused(self, index: int, before: int | None, layout: Layout) -> str:
+    def _why_unused(self, index: int, before: int | None, layout: ModelLayout) -> str:
         rule = self.rules[index]
         words = f"rule {index} ({rule.module_path!r})"
         if before is not None:
@@ -207,14 +151,16 @@ class RuleList:
             )
         if other := next((path for path in layout.others if rule.matches(path)), None):
             return f"{words} matches {other!r}, which is {layout.others[other]}"
-        return f"{words} matches nothing; nearest: {layout.nearest(spelling(rule.module_path))}"
+        return (
+            f"{words} matches nothing; nearest: {layout.nearest(plain_spelling(rule.module_path))}"
+        )
 
 
-def reaches(rule: LoRARule, site: Site) -> bool:
+def _rule_applies(rule: LoRARule, site: AdaptableModule) -> bool:
     """Whether the rule matches the site, and names it where it has to be named."""
     return rule.matches(site.path) and (not site.by_name or site.name in rule.module_path)
 
 
-def spelling(pattern: str) -> str:
+def plain_spelling(pattern: str) -> str:
     """The words of a regular expression, to compare its spelling with paths."""
     return re.sub(r"^(\.\*)?(\\\.)?|[\\^$*+?()|\[\]]", "", pattern).replace("/", ".")

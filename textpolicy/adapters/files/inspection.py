@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.adapters.active_adapter import is_finite
-from textpolicy.adapters.adapter import by_module
-from textpolicy.adapters.files.folders import read_adapter
+from textpolicy.adapters.adapter import group_by_module
+from textpolicy.adapters.files.layouts import read_adapter
 from textpolicy.adapters.files.single_rank import rules_by_path
 
 
@@ -75,7 +75,7 @@ def inspect_adapter(path: str | Path) -> AdapterSummary:
             scale=rules[path].scale,
             parameters=sum(array.size for array in tensors.values()),
         )
-        for path, tensors in by_module(adapter.arrays).items()
+        for path, tensors in group_by_module(adapter.arrays).items()
     ]
     arrays = adapter.arrays
     return AdapterSummary(

@@ -15,24 +15,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.adapter import Adapter, by_module, joined
+from textpolicy.adapters.adapter import Adapter, group_by_module, join_module_tensors
 from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.config.model_layout import ModelLayout, read_model_layout
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.config.selection import Layout
 from textpolicy.adapters.files.adapter_file import (
-    is_ours,
-    metadata_of,
-    parsing,
-    read_tensors,
-    write_tensors,
+    adapter_metadata,
+    has_our_format,
+    name_file_in_errors,
 )
-from textpolicy.adapters.files.mlx_folder import CONFIG, read_config, write_json
+from textpolicy.adapters.files.mlx_folder import CONFIG_FILE, read_adapter_config, write_json_file
 from textpolicy.adapters.files.single_rank import rules_by_path
-from textpolicy.adapters.module_sites import layout_of
-from textpolicy.adapters.quantization.quantize import is_quantized
+from textpolicy.adapters.files.tensor_file import read_tensors, write_tensors
+from textpolicy.adapters.quantization.stored_weights import is_quantized
 from textpolicy.errors import AdapterError
 
-TENSORS = "adapter_model.safetensors"
+PEFT_TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _HEAD = "lm_head"
 _OURS = "textpolicy_"
@@ -48,17 +46,17 @@ _EMBEDDING = {"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}
 _NAMES = _LINEAR | _EMBEDDING
 
 
-def read_peft(folder: Path) -> Adapter:
+def read_peft_folder(folder: Path) -> Adapter:
     """The adapter in a folder as PEFT writes it."""
-    data = read_config(folder)
-    arrays, metadata = read_tensors(folder / TENSORS)
+    data = read_adapter_config(folder)
+    arrays, metadata = read_tensors(folder / PEFT_TENSOR_FILE)
     tied = bool(data.get("ensure_weight_tying"))
     if data.get("fan_in_fan_out"):
         raise AdapterError(
-            f"{folder / CONFIG} has fan_in_fan_out: its base has Conv1D layers (GPT-2), of which "
-            "adapters are not supported. Merge it with PEFT and load the result as a model"
+            f"{folder / CONFIG_FILE} has fan_in_fan_out: its base has Conv1D layers (GPT-2), of "
+            "which adapters are not supported. Merge it with PEFT and load the result as a model"
         )
-    with parsing(folder):
+    with name_file_in_errors(folder):
         config = AdapterConfig.from_peft(data, trained=True)
     modules, embeddings = _read_modules(folder, arrays)
     if tied and embeddings:
@@ -68,19 +66,21 @@ def read_peft(folder: Path) -> Adapter:
             tensors["lora_bias"] *= config.selection.rule_for(path).scale
     adapter = Adapter(
         origin=str(folder),
-        arrays=joined(modules),
+        arrays=join_module_tensors(modules),
         config=config,
         lookup_only=bool(embeddings) and not tied,
     )
     return _with_origin(adapter, metadata)
 
 
-def write_peft(folder: Path, adapter: Adapter, model: nn.Module, *, over_float_base: bool) -> None:
+def write_peft_folder(
+    folder: Path, adapter: Adapter, model: nn.Module, *, over_float_base: bool
+) -> None:
     """Write the folder's two files, each in one step; `model` is without adapters."""
-    layout = layout_of(model)
+    layout = read_model_layout(model)
     rules = rules_by_path(adapter)
     _refuse(rules, layout, model, over_float_base)
-    modules = by_module(adapter.arrays)
+    modules = group_by_module(adapter.arrays)
     named = {path: _theirs(modules[path], rule, path, layout) for path, rule in rules.items()}
     tied = {} if layout.has_head else {path: _HEAD for path in rules if _is_table(path, layout)}
     for path in tied:
@@ -88,11 +88,14 @@ def write_peft(folder: Path, adapter: Adapter, model: nn.Module, *, over_float_b
             "lora_A.weight": modules[path]["lora_b"],
             "lora_B.weight": modules[path]["lora_a"],
         }
-    arrays = {f"{_PREFIX}{name}": mx.contiguous(array) for name, array in joined(named).items()}
+    arrays = {
+        f"{_PREFIX}{name}": mx.contiguous(array)
+        for name, array in join_module_tensors(named).items()
+    }
     # PyTorch's readers ask for the format "pt", and look at nothing else.
-    metadata = {f"{_OURS}{name}": text for name, text in metadata_of(adapter).items()}
-    write_json(folder / CONFIG, peft_config(rules, tied))
-    write_tensors(folder / TENSORS, arrays, {"format": "pt"} | metadata)
+    metadata = {f"{_OURS}{name}": text for name, text in adapter_metadata(adapter).items()}
+    write_json_file(folder / CONFIG_FILE, peft_config(rules, tied))
+    write_tensors(folder / PEFT_TENSOR_FILE, arrays, {"format": "pt"} | metadata)
 
 
 def peft_config(rules: Mapping[str, LoRARule], tied: Mapping[str, str]) -> dict[str, Any]:
@@ -149,8 +152,8 @@ def _read_modules(
             embeddings.append(path)
     if strange:
         raise AdapterError(
-            f"{folder / TENSORS} has {sorted(strange)[0]} and {len(strange) - 1} more tensors that "
-            "are no LoRA or DoRA weights (modules_to_save?). Merge it with PEFT "
+            f"{folder / PEFT_TENSOR_FILE} has {sorted(strange)[0]} and {len(strange) - 1} "
+            "more tensors that are no LoRA or DoRA weights (modules_to_save?). Merge it with PEFT "
             "(merge_and_unload) and load the result as a model"
         )
     return modules, embeddings
@@ -168,8 +171,8 @@ def _drop_head(
     )
     if not bool(same):
         raise AdapterError(
-            f"{folder / TENSORS}: {_HEAD} and {embeddings[0]} are tied and their adapters differ; "
-            "was the file changed after training? Train again, or merge it with PEFT"
+            f"{folder / PEFT_TENSOR_FILE}: {_HEAD} and {embeddings[0]} are tied and their adapters "
+            "differ; was the file changed after training? Train again, or merge it with PEFT"
         )
 
 
@@ -178,9 +181,9 @@ def _with_origin(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
     ours = {
         name.removeprefix(_OURS): text for name, text in metadata.items() if name.startswith(_OURS)
     }
-    if not is_ours(ours):
+    if not has_our_format(ours):
         return adapter
-    with parsing(Path(adapter.origin)):
+    with name_file_in_errors(Path(adapter.origin)):
         return replace(
             adapter,
             version=int(ours["version"]),
@@ -190,7 +193,7 @@ def _with_origin(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
 
 
 def _theirs(
-    tensors: Mapping[str, mx.array], rule: LoRARule, path: str, layout: Layout
+    tensors: Mapping[str, mx.array], rule: LoRARule, path: str, layout: ModelLayout
 ) -> dict[str, mx.array]:
     names = _EMBEDDING if _is_table(path, layout) else _LINEAR
     renamed = {theirs: tensors[ours] for theirs, ours in names.items() if ours in tensors}
@@ -199,7 +202,7 @@ def _theirs(
     return {name: array.T if array.ndim == 2 else array for name, array in renamed.items()}
 
 
-def _is_table(path: str, layout: Layout) -> bool:
+def _is_table(path: str, layout: ModelLayout) -> bool:
     return layout.sites[path].kind == "embedding"
 
 
@@ -214,7 +217,7 @@ def _commonest(numbers: Mapping[str, Any]) -> Any:
 
 
 def _refuse(
-    rules: Mapping[str, LoRARule], layout: Layout, model: nn.Module, over_float_base: bool
+    rules: Mapping[str, LoRARule], layout: ModelLayout, model: nn.Module, over_float_base: bool
 ) -> None:
     """Say everything that PEFT has no place for."""
     problems: list[str] = []

@@ -10,7 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from textpolicy.adapters.active_adapter import explicit_config, quantizing
-from textpolicy.adapters.adapter import Adapter, by_module, joined, rank_of
+from textpolicy.adapters.adapter import Adapter, group_by_module, join_module_tensors, rank_of
 from textpolicy.adapters.config.rules import LoRARule
 
 
@@ -18,11 +18,11 @@ def rules_by_path(adapter: Adapter) -> dict[str, LoRARule]:
     """The rule of every module that has tensors, with the rank that they have."""
     return {
         path: replace(adapter.config.selection.rule_for(path), rank=rank_of(tensors) or 1)
-        for path, tensors in by_module(adapter.arrays).items()
+        for path, tensors in group_by_module(adapter.arrays).items()
     }
 
 
-def uniform(adapter: Adapter) -> Adapter:
+def to_single_rank(adapter: Adapter) -> Adapter:
     """The same function with one rank and one scale; itself, if it has these already."""
     rules = rules_by_path(adapter)
     if len({(rule.rank, rule.scale) for rule in rules.values()}) == 1:
@@ -30,11 +30,11 @@ def uniform(adapter: Adapter) -> Adapter:
     rank = max(rule.rank for rule in rules.values())
     modules = {
         path: _padded(tensors, rules[path].scale, rank)
-        for path, tensors in by_module(adapter.arrays).items()
+        for path, tensors in group_by_module(adapter.arrays).items()
     }
     made = {path: replace(rule, rank=rank, scale=1.0) for path, rule in rules.items()}
     config = explicit_config(made, quantizing(adapter.config))
-    return replace(adapter, arrays=joined(modules), config=config)
+    return replace(adapter, arrays=join_module_tensors(modules), config=config)
 
 
 def _padded(tensors: Mapping[str, mx.array], scale: float, rank: int) -> dict[str, mx.array]:

@@ -3,20 +3,16 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Bool, Float
 
-from textpolicy.adapters.config.rules import LoRARule, initial
-from textpolicy.adapters.config.selection import SiteKind
+from textpolicy.adapters.config.rules import LoRARule, draw_initial_array
 from textpolicy.adapters.module_tree import named_arrays
-from textpolicy.adapters.quantization.quantize import float_weight, weight_shape
+from textpolicy.adapters.quantization.stored_weights import ModuleKind, float_weight, weight_shape
 from textpolicy.errors import AdapterError
-
-if TYPE_CHECKING:
-    from textpolicy.adapters.container import AdapterContainer
 
 _TRAINABLE = ("lora_a", "lora_b", "m", "lora_bias")
 
@@ -37,15 +33,15 @@ class AdapterLayer(nn.Module):
     lora_b: mx.array
     lora_bias: mx.array
     m: mx.array
-    # Set by the container, so that a model leads to its container and to no other.
-    container: "AdapterContainer | None" = None
+    owner: object = None
+    """The container that put the layer into a model; `AdapterContainer.of` finds it here."""
 
     def __init__(
         self,
         base: nn.Module,
         rule: LoRARule,
         key: mx.array,
-        site: SiteKind,
+        site: ModuleKind,
     ) -> None:
         super().__init__()
         key_a, key_b = mx.random.split(key)
@@ -53,7 +49,7 @@ class AdapterLayer(nn.Module):
         # A's inputs are what it is multiplied by: features, or the tokens of a vocabulary.
         inputs = weight[0] if site == "embedding" else weight[-1]
         shapes = tensor_shapes(rule, site, weight)
-        draw = partial(initial, inputs=inputs, rank=rule.rank)
+        draw = partial(draw_initial_array, inputs=inputs, rank=rule.rank)
         self.base = base
         self.dropout = nn.Dropout(rule.dropout)
         self.lora_a = draw(rule.a_init, shapes["lora_a"], key=key_a)
@@ -127,7 +123,7 @@ class AdapterLayer(nn.Module):
 
 
 def tensor_shapes(
-    rule: LoRARule, site: SiteKind, weight: Sequence[int]
+    rule: LoRARule, site: ModuleKind, weight: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
     """The trained tensors of a layer beside a weight of this shape, by name."""
     *experts, outputs, inputs = weight
@@ -143,7 +139,7 @@ def tensor_shapes(
     return shapes | lengths | ({"lora_bias": (outputs,)} if rule.bias else {})
 
 
-def refuse_bias(rule: LoRARule, what: str) -> None:
+def refuse_output_bias(rule: LoRARule, what: str) -> None:
     """Offsets exist on linear layers only."""
     if rule.bias:
         raise AdapterError(f"bias=True on {what}: only linear layers have a bias to train")

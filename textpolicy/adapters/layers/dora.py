@@ -17,8 +17,8 @@ import mlx.nn as nn
 from jaxtyping import Float, Integer
 
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.layers.adapter_layer import AdapterLayer, refuse_bias
-from textpolicy.adapters.quantization.quantize import float_weight, row_squares, times_weight
+from textpolicy.adapters.layers.adapter_layer import AdapterLayer, refuse_output_bias
+from textpolicy.adapters.quantization.stored_weights import float_weight, row_squares, times_weight
 from textpolicy.errors import AdapterError
 
 
@@ -68,7 +68,7 @@ class DoRAEmbedding(AdapterLayer):
     kind = "dora"
 
     def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
-        refuse_bias(rule, "an embedding")
+        refuse_output_bias(rule, "an embedding")
         super().__init__(base, rule, key, "embedding")
         self._row_squares = row_squares(base)
         self._measured = type(base)

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from jaxtyping import Float, Integer
 
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.layers.adapter_layer import AdapterLayer, refuse_bias
+from textpolicy.adapters.layers.adapter_layer import AdapterLayer, refuse_output_bias
 
 
 class LoRALinear(AdapterLayer):
@@ -41,7 +41,7 @@ class LoRAEmbedding(AdapterLayer):
     kind = "lora"
 
     def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
-        refuse_bias(rule, "an embedding")
+        refuse_output_bias(rule, "an embedding")
         super().__init__(base, rule, key, "embedding")
 
     def __call__(self, ids: Integer[mx.array, "*batch"]) -> Float[mx.array, "*batch features"]:
@@ -71,7 +71,7 @@ class LoRASwitchLinear(AdapterLayer):
     rank_axis = 1
 
     def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
-        refuse_bias(rule, "experts")
+        refuse_output_bias(rule, "experts")
         super().__init__(base, rule, key, "experts")
 
     def __call__(

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from jaxtyping import Float
 
 from textpolicy.adapters.module_tree import replace_modules
-from textpolicy.adapters.quantization.packed_product import Product, frozen_product
+from textpolicy.adapters.quantization.packed_product import Product, make_packed_product
 
 # From so many rows on, the float product is the faster one.
 _MANY_ROWS = {"affine": 3, "mxfp8": 2, "mxfp4": 24, "nvfp4": 24}
@@ -88,4 +88,4 @@ def _product(group_size: int, bits: int, mode: str) -> Product:
             dtype=mx.float32,
         )
 
-    return frozen_product(unpack)
+    return make_packed_product(unpack)

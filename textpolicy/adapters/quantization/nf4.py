@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Integer, UInt8, UInt64
 
-from textpolicy.adapters.config.number_formats import CHANNEL
-from textpolicy.adapters.quantization.packed_product import frozen_product
+from textpolicy.adapters.quantization.number_formats import WHOLE_ROW
+from textpolicy.adapters.quantization.packed_product import make_packed_product
 
 # The QLoRA paper's appendix E.
-LEVELS = (
+NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -34,14 +34,14 @@ LEVELS = (
     0.7229568362236023,
     1.0,
 )
-_BOUNDARIES = [(low + high) / 2 for low, high in pairwise(LEVELS)]
+_BOUNDARIES = [(low + high) / 2 for low, high in pairwise(NF4_LEVELS)]
 
 
-def pack(
+def pack_nf4(
     weight: Float[mx.array, "*rows in"], group_size: int = 64
 ) -> tuple[UInt8[mx.array, "*rows half"], Float[mx.array, "*rows groups"]]:
     """Codes, two in a byte, and the largest magnitude of each group in the weight's dtype."""
-    size = weight.shape[-1] if group_size == CHANNEL else group_size
+    size = weight.shape[-1] if group_size == WHOLE_ROW else group_size
     groups = mx.unflatten(weight, -1, (-1, size))
     scales = mx.abs(groups).max(axis=-1)
     divisor = mx.where(scales == 0, 1, scales).astype(mx.float32)
@@ -53,7 +53,7 @@ def pack(
     return (codes[..., 0::2] << 4) | codes[..., 1::2], scales
 
 
-def unpack(
+def unpack_nf4(
     weight: UInt8[mx.array, "*rows half"], scales: Float[mx.array, "*rows groups"]
 ) -> Float[mx.array, "*rows in"]:
     """The float32 weights that the codes stand for."""
@@ -72,7 +72,7 @@ class NF4Linear(nn.Module):
     def __init__(self, weight: Float[mx.array, "out in"], group_size: int = 64) -> None:
         super().__init__()
         self.group_size = group_size
-        self.weight, self.scales = pack(weight, group_size)
+        self.weight, self.scales = pack_nf4(weight, group_size)
         self.freeze()
 
     @classmethod
@@ -98,11 +98,11 @@ class NF4Embedding(nn.Module):
     def __init__(self, weight: Float[mx.array, "vocabulary features"], group_size: int = 64):
         super().__init__()
         self.group_size = group_size
-        self.weight, self.scales = pack(weight, group_size)
+        self.weight, self.scales = pack_nf4(weight, group_size)
         self.freeze()
 
     def __call__(self, ids: Integer[mx.array, "*batch"]) -> Float[mx.array, "*batch features"]:
-        return unpack(self.weight[ids], self.scales[ids]).astype(self.scales.dtype)
+        return unpack_nf4(self.weight[ids], self.scales[ids]).astype(self.scales.dtype)
 
     def as_linear(
         self, x: Float[mx.array, "*batch features"]
@@ -113,9 +113,9 @@ class NF4Embedding(nn.Module):
 
 def _pairs() -> UInt64[mx.array, "bytes"]:
     """The two levels that a byte stands for, side by side: one look-up finds both."""
-    levels = mx.array(LEVELS)
+    levels = mx.array(NF4_LEVELS)
     pairs = mx.stack([mx.repeat(levels, 16), mx.tile(levels, 16)], axis=-1)
     return pairs.view(mx.uint64).flatten()
 
 
-product = frozen_product(unpack)
+product = make_packed_product(unpack_nf4)

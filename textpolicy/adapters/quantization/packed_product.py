@@ -13,7 +13,7 @@ Unpack = Callable[..., mx.array]
 Product = Callable[..., mx.array]
 
 
-def frozen_product(unpack: Unpack) -> Product:
+def make_packed_product(unpack: Unpack) -> Product:
     """A function of x and the arrays that `unpack` makes an outputs x inputs matrix of.
 
     The product is computed in float32 or in the dtype of `x`, whichever `unpack` returns; only `x`

@@ -15,7 +15,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
 from textpolicy.adapters.fuse import SAME, FuseReport
-from textpolicy.adapters.quantization.quantize import dequantize, is_quantized, quantization_of
+from textpolicy.adapters.quantization.quantize import dequantize, model_quantization
+from textpolicy.adapters.quantization.stored_weights import is_quantized
 from textpolicy.cli.answer import Report, table
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
@@ -86,7 +87,7 @@ def _with_quantization(architecture: dict[str, Any], model: nn.Module) -> dict[s
     }
     if not any(is_quantized(module) for module in model.modules()):
         return plain
-    quantization = quantization_of(model)
+    quantization = model_quantization(model)
     if quantization is None or quantization["mode"] == "nf4":
         raise ModelError(
             "the base is quantized in a way that mlx-lm cannot load: NF4, or several formats at "

@@ -24,7 +24,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files.adapter_file import destination
+from textpolicy.adapters.files.adapter_file import prepare_adapter_path
 from textpolicy.errors import ConfigError, DataError, TrainingError
 from textpolicy.training.checkpointing import recompute_activations
 from textpolicy.training.sft.batches import (
@@ -222,7 +222,7 @@ class _Run:
         self._checked = False
         if self.parameters.adapter_file is None:
             return
-        destination(self.parameters.adapter_file)
+        prepare_adapter_path(self.parameters.adapter_file)
         if self.adapters is None:
             raise ConfigError(
                 f"adapter_path is {self.parameters.adapter_path}, and the model has no adapters to "

@@ -13,13 +13,14 @@ import numpy as np
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.layers.adapter_layer import adapter_layers, base_parameters, base_path
 from textpolicy.adapters.module_tree import frozen_names
-from textpolicy.adapters.quantization.quantize import is_quantized, quantization_of
+from textpolicy.adapters.quantization.quantize import model_quantization
+from textpolicy.adapters.quantization.stored_weights import is_quantized
 
 _SAMPLES = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Original:
+class BaseIdentity:
     """What to tell of a model, and to restore, once it is adapted."""
 
     fingerprint: str
@@ -27,11 +28,11 @@ class Original:
     frozen: Mapping[str, set[str]]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Original":
+    def of(cls, model: nn.Module) -> "BaseIdentity":
         """To be called before the model is adapted."""
         return cls(
-            fingerprint=fingerprint(model),
-            quantization=quantization_of(model),
+            fingerprint=base_fingerprint(model),
+            quantization=model_quantization(model),
             frozen=frozen_names(model),
         )
 
@@ -50,7 +51,7 @@ class Original:
         ]
 
 
-def fingerprint(model: nn.Module) -> str:
+def base_fingerprint(model: nn.Module) -> str:
     """A hash of the base: names, shapes, quantization, all vectors and a sample of each matrix.
 
     Values count in bfloat16, so that loading the same checkpoint in bfloat16 or float32 gives the

@@ -7,12 +7,13 @@ import mlx.nn as nn
 
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.files import mlx_folder, peft_folder
-from textpolicy.adapters.files.adapter_file import make_folder, read_file
+from textpolicy.adapters.files.adapter_file import read_adapter_file
+from textpolicy.adapters.files.tensor_file import make_writable_folder
 from textpolicy.errors import AdapterError, ConfigError
 
 # Names of adapters that a run keeps.
 _RUN = ("best", "latest")
-_WRITERS = {"mlx": mlx_folder.write_mlx, "peft": peft_folder.write_peft}
+_WRITERS = {"mlx": mlx_folder.write_mlx_folder, "peft": peft_folder.write_peft_folder}
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -21,7 +22,7 @@ def read_adapter(path: str | Path) -> Adapter:
     It is evaluated: what is written there later does not change it.
     """
     path = Path(path).expanduser()
-    return _read_folder(path) if path.is_dir() else read_file(path)
+    return _read_folder(path) if path.is_dir() else read_adapter_file(path)
 
 
 def write_folder(
@@ -40,7 +41,7 @@ def write_folder(
     if layout not in _WRITERS:
         raise ConfigError(f"layout is {layout!r}; expected one of {list(_WRITERS)}")
     folder = Path(folder).expanduser().absolute()
-    make_folder(folder, folder)
+    make_writable_folder(folder, folder)
     if over_float_base:
         # It is not the base that they were made for, and the file must not say so.
         adapter = replace(adapter, fingerprint=None, quantization=None)
@@ -72,6 +73,6 @@ def _advice(path: Path) -> str:
 
 
 _READERS = {
-    mlx_folder.TENSORS: mlx_folder.read_mlx,
-    peft_folder.TENSORS: peft_folder.read_peft,
+    mlx_folder.MLX_TENSOR_FILE: mlx_folder.read_mlx_folder,
+    peft_folder.PEFT_TENSOR_FILE: peft_folder.read_peft_folder,
 }

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files.adapter_file import destination, signature
+from textpolicy.adapters.files.adapter_file import file_signature, prepare_adapter_path
 from textpolicy.errors import AdapterError, ConfigError
 
 
@@ -19,7 +19,7 @@ class AdapterPublisher:
     def __init__(self, path: str | Path, *, keep: int = 0) -> None:
         if keep < 0:
             raise ConfigError(f"keep is {keep}; expected 0 or more versions to keep")
-        self.path = destination(path)
+        self.path = prepare_adapter_path(path)
         self.keep = keep
 
     def publish(self, adapters: AdapterContainer) -> int:
@@ -48,12 +48,12 @@ class AdapterWatcher:
 
     def __init__(self, path: str | Path, *, from_start: bool = False) -> None:
         self.path = Path(path).absolute()
-        self._found = signature(self.path)
+        self._found = file_signature(self.path)
         self._seen = None if from_start else self._found
 
     def poll(self) -> Path | None:
         """The path, if its file is another one than the last that was accepted."""
-        self._found = signature(self.path)
+        self._found = file_signature(self.path)
         return None if self._found in (None, self._seen) else self.path
 
     def accept(self) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from textpolicy.errors import ConfigError
 
-CHANNEL = -1
+WHOLE_ROW = -1
 """The group size that is the whole row."""
 
 _AFFINE_GROUPS = (32, 64, 128)
@@ -17,7 +17,7 @@ _MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
-    "nf4": ((4,), (64, 32, 128, CHANNEL)),
+    "nf4": ((4,), (64, 32, 128, WHOLE_ROW)),
 }
 _REFUSED_BITS = {
     1: "its error is larger than that of all weights set to zero",
@@ -60,7 +60,7 @@ class NumberFormat:
 
     def misfit(self, row: int) -> str | None:
         """Why rows of this length cannot be stored so, or None."""
-        if self.group_size == CHANNEL:
+        if self.group_size == WHOLE_ROW:
             return f"rows of {row} do not pack into bytes of two weights" if row % 2 else None
         if self.group_size and row % self.group_size:
             return f"rows of {row} do not divide into groups of {self.group_size}"
@@ -69,7 +69,7 @@ class NumberFormat:
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """What a weight of this shape takes, packed from floats of `itemsize` bytes."""
         count, row = prod(shape), shape[-1]
-        group = row if self.group_size == CHANNEL else (self.group_size or row)
+        group = row if self.group_size == WHOLE_ROW else (self.group_size or row)
         # Affine groups have a scale and a bias, mx groups a scale in one byte.
         scale = {"affine": 2 * itemsize, "nf4": itemsize}.get(self.mode, 1)
         return count * self.bits // 8 + count // group * scale
@@ -79,7 +79,7 @@ class NumberFormat:
         return asdict(self)
 
 
-def named_format(
+def format_by_name(
     weight_qtype: str, tile_size: int | Literal["channel"] | None = None
 ) -> NumberFormat:
     """The format that a rule names."""
@@ -89,11 +89,11 @@ def named_format(
         raise ConfigError(f"weight_qtype is {weight_qtype!r}{reason}; expected one of {known}")
     mode, bits = QTYPES[weight_qtype]
     if tile_size == "channel":
-        tile_size = CHANNEL
+        tile_size = WHOLE_ROW
     try:
         return NumberFormat(bits=bits, group_size=tile_size, mode=mode)
     except ConfigError as error:
-        groups = ["channel" if size == CHANNEL else size for size in _MODES[mode][1]]
+        groups = ["channel" if size == WHOLE_ROW else size for size in _MODES[mode][1]]
         raise ConfigError(f"tile_size is {tile_size!r}; {weight_qtype!r} has {groups}") from error
 
 

@@ -77,7 +77,7 @@ _PEFT_INITIALISERS = {True: "uniform", "gaussian": "gaussian"}
 _PEFT_HARMLESS = ("eva", "orthogonal", "mica")
 
 
-def read(data: Mapping[str, Any]) -> Selection:
+def read_selection(data: Mapping[str, Any]) -> Selection:
     """The selection in whichever form `data` has."""
     for names, reader in _READERS:
         if any(name in data for name in names):
@@ -88,7 +88,7 @@ def read(data: Mapping[str, Any]) -> Selection:
     )
 
 
-def write(selection: Selection) -> dict[str, Any]:
+def write_selection(selection: Selection) -> dict[str, Any]:
     """The form that `read` reads back."""
     match selection:
         case RuleList():
@@ -101,23 +101,25 @@ def write(selection: Selection) -> dict[str, Any]:
             raise ConfigError(f"{type(selection).__name__} has no JSON form")
 
 
-def read_rules(data: Mapping[str, Any]) -> RuleList:
+def _read_rule_list(data: Mapping[str, Any]) -> RuleList:
     """Our own form: {"rules": [{...}, ...]}, first match first."""
-    check_options("adapter config", data, ["rules"])
+    refuse_unknown_options("adapter config", data, ["rules"])
     for rule in data["rules"]:
-        check_options("rule", rule, _RULE)
+        refuse_unknown_options("rule", rule, _RULE)
     return RuleList(rules=[LoRARule(**rule) for rule in data["rules"]])
 
 
-def read_mlx(data: Mapping[str, Any]) -> LastBlocks:
+def _read_mlx(data: Mapping[str, Any]) -> LastBlocks:
     """The form of mlx-lm and mlx-swift-lm. How the adapter was trained is passed over."""
     known = ["fine_tune_type", "num_layers", "lora_parameters"]
-    check_options("adapter config", data, [*known, *_MLX_TRAINING])
+    refuse_unknown_options("adapter config", data, [*known, *_MLX_TRAINING])
     kind = data.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise ConfigError(f"fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
     parameters = dict(data.get("lora_parameters", {}))
-    check_options("lora_parameters", parameters, ["rank", "scale", "dropout", "keys", "alpha"])
+    refuse_unknown_options(
+        "lora_parameters", parameters, ["rank", "scale", "dropout", "keys", "alpha"]
+    )
     if missing := [name for name in ("rank", "scale") if name not in parameters]:
         raise ConfigError(
             f"lora_parameters has no {missing}; libraries differ in their defaults, so say it"
@@ -129,7 +131,7 @@ def read_mlx(data: Mapping[str, Any]) -> LastBlocks:
     return LastBlocks(**where, keys=keys, rule=LoRARule(kind=kind, **parameters))
 
 
-def read_peft(data: Mapping[str, Any], *, trained: bool = False) -> PeftTargets:
+def read_peft_config(data: Mapping[str, Any], *, trained: bool = False) -> PeftTargets:
     """PEFT's form. Fields of its other methods are refused unless they are off."""
     known = [field.name for field in fields(PeftTargets)]
     if (method := data.get("peft_type", "LORA")) != "LORA":
@@ -160,15 +162,15 @@ def read_peft(data: Mapping[str, Any], *, trained: bool = False) -> PeftTargets:
     return PeftTargets(**given)
 
 
-def read_words(data: Mapping[str, Any]) -> LastBlocks:
+def _read_options(data: Mapping[str, Any]) -> LastBlocks:
     """The keyword arguments of AdapterConfig, or their lora_ options."""
     words = {LORA_OPTIONS.get(name, name): value for name, value in data.items()}
-    check_options("adapter config", words, _WORDS)
+    refuse_unknown_options("adapter config", words, _WORDS)
     where = {name: words.pop(name) for name in ("num_layers", "keys") if name in words}
     return LastBlocks(**where, rule=LoRARule(**words))
 
 
-def check_options(what: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+def refuse_unknown_options(what: str, given: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse options that nobody reads, naming the nearest that somebody does."""
     if unknown := sorted(set(given) - set(known)):
         near = [near for name in unknown for near in get_close_matches(name, known, n=1)]
@@ -211,8 +213,8 @@ def _write_peft(selection: PeftTargets) -> dict[str, Any]:
 
 
 _READERS = (
-    (["rules"], read_rules),
-    (["lora_parameters", "fine_tune_type"], read_mlx),
-    (["target_modules", "peft_type"], read_peft),
-    (["rank", "lora_rank", *LORA_OPTIONS, *_WORDS], read_words),
+    (["rules"], _read_rule_list),
+    (["lora_parameters", "fine_tune_type"], _read_mlx),
+    (["target_modules", "peft_type"], read_peft_config),
+    (["rank", "lora_rank", *LORA_OPTIONS, *_WORDS], _read_options),
 )
