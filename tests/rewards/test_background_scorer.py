@@ -150,7 +150,7 @@ def test_an_incident_is_told_once_however_many_calls_a_step_takes(found):
             assert len(told) == step - 1
             scorer.report_incidents()
             assert len(told) == step
-    assert told[0].more == 2 and "completion '0'" in told[0].fault
+    assert told[0].more == 2 and "completion '0'" in told[0].error
 
 
 def test_rewards_of_a_whole_batch_wait_for_all_of_it(found):

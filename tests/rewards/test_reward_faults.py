@@ -141,7 +141,7 @@ def timed(scorer, *completions):
 @pytest.mark.parametrize("policy", ["skip", pytest.param(-1.0, marks=pytest.mark.slow)])
 def test_a_fault_costs_its_sample_and_no_more_than_the_timeout(scorers, fault, policy):
     scorer = scorers[policy]
-    scorer._failed.clear()  # thirty faults in a row are what the error rate stops
+    scorer.restore([])  # thirty faults in a row are what the error rate stops
     verdicts, seconds = timed(scorer, "before", fault, "after")
     assert seconds < ALLOWED
     whole_batch = fault == "returns the wrong count"
@@ -225,9 +225,9 @@ def test_what_a_killed_reward_has_started_is_killed_with_it(faulty):
 def test_children_stay_warm_and_are_gone_when_the_scorer_is_closed(faulty):
     scorer = Scorer(Rewards(faulty("deaf"), timeout=5, workers=2))
     scorer.score(samples("a", "b", "c"))
-    first = [child.process.pid for child in scorer._runner._children]
+    first = scorer.process_ids
     scorer.score(samples("a", "b", "c"))
-    assert [child.process.pid for child in scorer._runner._children] == first
+    assert scorer.process_ids == first
     scorer.close()
     for pid in first:
         with pytest.raises(ProcessLookupError):
@@ -237,9 +237,9 @@ def test_children_stay_warm_and_are_gone_when_the_scorer_is_closed(faulty):
 def test_a_child_killed_from_outside_is_replaced_and_no_sample_is_blamed(faulty):
     with closing(Scorer(Rewards(faulty("deaf"), timeout=5, workers=1))) as scorer:
         scorer.score(samples("a"))
-        child = scorer._runner._children[0]
-        os.kill(child.process.pid, signal.SIGKILL)
-        child.process.wait()
+        (pid,) = scorer.process_ids
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         (verdict,) = scorer.score(samples("b"))
         assert (verdict.value, verdict.error) == (1.0, None)
 
@@ -285,8 +285,8 @@ def test_failing_and_slow_samples_are_reported_once_a_call_with_function_and_sec
         scorer.score(samples("fine", "slow", "slow", "", ""))
         scorer.score(samples("fine"))
     failed, slow = incidents
-    assert failed.fault.startswith("reward uneven raised ZeroDivisionError") and failed.more == 1
-    assert (slow.reward, slow.fault, slow.more) == ("uneven", None, 1)
+    assert failed.error.startswith("reward uneven raised ZeroDivisionError") and failed.more == 1
+    assert (slow.reward, slow.error, slow.more) == ("uneven", None, 1)
     assert 0.25 <= slow.seconds < 5 and "completion 'slow'" in slow.sample
     assert re.match(r"reward uneven took [0-9.]+ s \(and 1 more\)", str(slow))
 
@@ -347,7 +347,7 @@ def main():
     ("last_line", "printed"),
     [
         ("if __name__ == '__main__': main()", "[6.0]"),
-        ("main()", 'put what it does under `if __name__ == "__main__":`'),
+        ("main()", 'put the code that starts the run under `if __name__ == "__main__":`'),
     ],
 )
 def test_a_script_may_hold_its_rewards_if_its_main_part_is_guarded(tmp_path, last_line, printed):
@@ -367,7 +367,7 @@ def test_a_child_ends_by_itself_soon_after_its_deadline_when_its_parent_is_gone(
         "from textpolicy.rewards import *\n"
         "scorer = Scorer(Rewards(load_reward('faulty.py:odd'), timeout=1, workers=1))\n"
         "scorer.score([sample_of('p', 'fine', {})])\n"
-        "print(scorer._runner._children[0].process.pid, flush=True)\n"
+        "print(scorer.process_ids[0], flush=True)\n"
         "scorer.score([sample_of('p', 'spins in C', {})])\n"
     )
     parent = subprocess.Popen(

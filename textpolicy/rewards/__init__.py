@@ -1,4 +1,4 @@
-"""Rewards: the user's functions, found, called and held to their word."""
+"""Rewards: load the user's functions, call them, kill them at a deadline, check their answers."""
 
 from textpolicy.rewards.reward_file import load_reward
 from textpolicy.rewards.reward_function import (

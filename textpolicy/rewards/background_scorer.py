@@ -1,4 +1,4 @@
-"""Verdicts on what is written already, while the rest is still being written."""
+"""`BackgroundScorer`: score finished completions while the model decodes the rest of the step."""
 
 import time
 from collections import deque
@@ -8,33 +8,33 @@ from typing import Generic, TypeVar
 from textpolicy.rewards.reward_function import Sample
 from textpolicy.rewards.scorer import Scorer, Verdict
 
-Key = TypeVar("Key")
+_Key = TypeVar("_Key")
 
 
-class BackgroundScorer(Generic[Key]):
-    """Scores samples from when enough were added to keep the scorer's processes busy.
+class BackgroundScorer(Generic[_Key]):
+    """Scores samples in a thread, as soon as there are enough to keep the scorer's processes busy.
 
-    For a scorer that `overlaps` and was prepared. What is waited for at the end is what counts as
-    its `seconds`.
+    The scorer must be prepared and must be able to overlap decoding. Only the time that `verdicts`
+    waits counts as the scorer's `seconds`.
     """
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        self._waiting: deque[tuple[Key, Sample]] = deque()
+        self._waiting: deque[tuple[_Key, Sample]] = deque()
         self._calls: deque[Future[None]] = deque()
-        self._verdicts: dict[Key, Verdict] = {}
+        self._verdicts: dict[_Key, Verdict] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
 
-    def add(self, key: Key, sample: Sample) -> None:
-        """Score this with others. Raises what an earlier one ended the run with."""
+    def add(self, key: _Key, sample: Sample) -> None:
+        """Add a sample to score; raise the error with which an earlier sample ended the run."""
         while self._calls and self._calls[0].done():
             self._calls.popleft().result()
         self._waiting.append((key, sample))
-        if len(self._waiting) >= self._scorer.width:
+        if len(self._waiting) >= self._scorer.parallel_samples:
             self._calls.append(self._thread.submit(self._score_waiting))
 
-    def verdicts(self) -> dict[Key, Verdict]:
-        """All of them, once the last is there."""
+    def verdicts(self) -> dict[_Key, Verdict]:
+        """Wait for the last sample and return the verdicts of all, by their keys."""
         started = time.perf_counter()
         self._calls.append(self._thread.submit(self._score_waiting))
         while self._calls:
@@ -44,13 +44,13 @@ class BackgroundScorer(Generic[Key]):
         return self._verdicts
 
     def close(self) -> None:
-        """Begin nothing more, and break off what is not finished."""
+        """Start no further call, and interrupt the calls that are not finished."""
         if self._calls:
             self._scorer.interrupt()
         self._thread.shutdown(cancel_futures=True)
 
     def _score_waiting(self) -> None:
-        keys: list[Key] = []
+        keys: list[_Key] = []
         samples: list[Sample] = []
         while self._waiting:
             key, sample = self._waiting.popleft()

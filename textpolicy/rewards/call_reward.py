@@ -1,198 +1,213 @@
-"""Calls of one reward function in this process, each answer held to a finite number or None."""
+"""Call one reward function in this process; check that it returns a finite number or None."""
 
 import inspect
 import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence, Set, Sized
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from numbers import Real
 from typing import Any
 
 from textpolicy.errors import RewardError
 from textpolicy.rewards.reward_function import Reward, Sample, Score
-from textpolicy.rewards.signature import Signature, read_signature
 from textpolicy.user_code import raise_user_errors_as
 
-CONCURRENCY = 16
+MAX_CONCURRENT_AWAITS = 16
 """How many calls of an `async def` reward are in flight together."""
-_EXCERPT = 60
+_MAX_EXCERPT = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardResult:
-    """One function's answer on one sample. `fault` says what went wrong; then `value` is None.
+    """What one function returned for one sample. If the call failed, `error` says why.
 
-    `counts` is False on all but the first sample of a batched call that failed as a whole: one
-    failure is one failure, however many samples it took along.
+    `counts` is False for all samples but the first of a batched call that failed as a whole,
+    because the error rate counts such a call once.
     """
 
     value: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     seconds: float = 0.0
-    fault: str | None = None
+    error: str | None = None
     counts: bool = True
 
 
-Emit = Callable[[int, RewardResult], None]
-"""Takes the outcome of the sample at a position, as soon as it is known."""
+OnResult = Callable[[int, RewardResult], None]
+"""Takes the position of a sample and its result, as soon as the result is known."""
 
 
-@dataclass(frozen=True)
-class Callee:
-    """A reward function, ready to be called: its signature is read, its form is known."""
+def call_reward(
+    reward: Reward, samples: Sequence[Sample], on_result: OnResult, await_limit: float | None = None
+) -> None:
+    """Call the function for all samples and pass each result to `on_result` once.
 
-    reward: Reward
-
-    @cached_property
-    def signature(self) -> Signature:
-        return read_signature(self.reward)
-
-    @cached_property
-    def is_async(self) -> bool:
-        function = self.reward.function
-        # An object is awaited if its __call__ is.
-        call: Any = function if inspect.isroutine(function) else type(function).__call__
-        return inspect.iscoroutinefunction(call) and not self.reward.batched
-
-    def run(self, samples: Sequence[Sample], emit: Emit, limit: float | None = None) -> None:
-        """Score the samples; an awaited call that takes longer than `limit` seconds is a fault."""
-        if self.reward.batched:
-            self._run_batch(samples, emit)
-        elif self.is_async:
-            _await(self._run_together(samples, emit, limit))
-        else:
-            for position, sample in enumerate(samples):
-                emit(position, self._run_one(sample))
-
-    def _run_one(self, sample: Sample) -> RewardResult:
-        started = time.perf_counter()
-        try:
-            args, kwargs = self.signature.arguments(sample)
-            with self._user_code(describe_sample(sample)):
-                answer = self.reward(*args, **kwargs)
-                if inspect.iscoroutine(answer):
-                    # A partial of an async function does not look like one.
-                    answer = _await(answer)
-            outcome = self._outcome(answer, sample)
-        except RewardError as error:
-            outcome = RewardResult(fault=str(error))
-        return replace(outcome, seconds=time.perf_counter() - started)
-
-    def _run_batch(self, samples: Sequence[Sample], emit: Emit) -> None:
-        started = time.perf_counter()
-        try:
-            answers = self._batch_answers(samples)
-        except RewardError as error:
-            fail_together(range(len(samples)), str(error), time.perf_counter() - started, emit)
-            return
-        seconds = time.perf_counter() - started
-        for position, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-            try:
-                outcome = self._outcome(answer, sample)
-            except RewardError as error:
-                outcome = RewardResult(fault=str(error))
-            emit(position, replace(outcome, seconds=seconds / len(samples)))
-
-    def _batch_answers(self, samples: Sequence[Sample]) -> list[Any]:
-        args, kwargs = self.signature.batch_arguments(samples)
-        what = describe_batch(samples)
-        with self._user_code(what):
-            answers = self.reward(*args, **kwargs)
-            if inspect.iscoroutine(answers):
-                answers = _await(answers)
-            values = list(answers) if _is_list(answers) else None
-        if values is None or len(values) != len(samples):
-            got = excerpt(answers) if values is None else f"{len(values)} values"
-            raise RewardError(
-                f"reward {self.reward.name} returned {got} ({type(answers).__name__}) for "
-                f"{len(samples)} samples; expected a list with one value for each\n  {what}"
-            )
-        return values
-
-    async def _run_together(
-        self, samples: Sequence[Sample], emit: Emit, limit: float | None
-    ) -> None:
-        import asyncio  # takes as long to import as all the rest, and few rewards need it
-
-        gate = asyncio.Semaphore(CONCURRENCY)
-
-        async def one(position: int, sample: Sample) -> None:
-            async with gate:
-                started = time.perf_counter()
-                outcome = await self._await_one(sample, limit)
-                emit(position, replace(outcome, seconds=time.perf_counter() - started))
-
-        await asyncio.gather(*(one(position, sample) for position, sample in enumerate(samples)))
-
-    async def _await_one(self, sample: Sample, limit: float | None) -> RewardResult:
-        import asyncio
-
-        args, kwargs = self.signature.arguments(sample)
-        clock = asyncio.timeout(limit)
-        try:
-            with self._user_code(describe_sample(sample)):
-                async with clock:
-                    answer = await self.reward(*args, **kwargs)
-            return self._outcome(answer, sample)
-        except RewardError as error:
-            if limit is None or not clock.expired():
-                return RewardResult(fault=str(error))
-            return RewardResult(fault=too_late(self.reward, limit, describe_sample(sample)))
-
-    def _outcome(self, answer: Any, sample: Sample) -> RewardResult:
-        scored = isinstance(answer, Score)
-        value = answer.value if scored else answer
-        numbers = dict(answer.metrics) if scored else {}
-        return RewardResult(
-            value=None if value is None else self._number(value, sample),
-            metrics={name: self._number(number, sample) for name, number in numbers.items()},
-        )
-
-    def _number(self, value: Any, sample: Sample) -> float:
-        number = _to_float(value)
-        if math.isfinite(number):
-            return number
-        # Python refuses to spell out integers of thousands of digits.
-        shown = f"{number}" if isinstance(value, int) else excerpt(value)
-        raise RewardError(
-            f"reward {self.reward.name} returned {shown} ({type(value).__name__}); expected a "
-            f"finite number, or None to leave the sample out\n  {describe_sample(sample)}"
-        )
-
-    def _user_code(self, sample: str) -> Any:
-        return raise_user_errors_as(
-            RewardError, f"reward {self.reward.name}", file=self.reward.file, sample=sample
-        )
+    A sample of an `async def` reward fails after `await_limit` seconds.
+    """
+    if reward.batched:
+        _call_batch(reward, samples, on_result)
+    elif reward.is_async:
+        _await(_call_concurrently(reward, samples, on_result, await_limit))
+    else:
+        for position, sample in enumerate(samples):
+            on_result(position, _call_once(reward, sample))
 
 
-def fail_together(positions: Sequence[int], fault: str, seconds: float, emit: Emit) -> None:
-    """The same fault for each sample of one failed call."""
+def report_batch_failure(
+    positions: Sequence[int], error: str, seconds: float, on_result: OnResult
+) -> None:
+    """Pass the same error on for each sample of one failed call."""
     for position in positions:
         first = position == positions[0]
-        emit(position, RewardResult(fault=fault, seconds=seconds, counts=first))
+        on_result(position, RewardResult(error=error, seconds=seconds, counts=first))
 
 
-def too_late(reward: Reward, limit: float, sample: str) -> str:
-    """The fault of a call that was stopped at its deadline."""
-    return f"reward {reward.name} took longer than {limit} s and was stopped\n  {sample}"
+def timeout_message(reward: Reward, timeout: float, sample: str) -> str:
+    """Return the error of a call that was stopped at its deadline."""
+    return f"reward {reward.name} took longer than {timeout} s and was stopped\n  {sample}"
 
 
 def describe_sample(sample: Sample) -> str:
-    """Which sample, for a message."""
+    """Return the words that name a sample in a message."""
     task = f"on task {sample.id}, " if sample.id else "on "
-    return f"{task}prompt {excerpt(sample.prompt)}, completion {excerpt(sample.completion)}"
+    return f"{task}prompt {_excerpt(sample.prompt)}, completion {_excerpt(sample.completion)}"
 
 
 def describe_batch(samples: Sequence[Sample]) -> str:
-    """Which batch, for a message."""
+    """Return the words that name a batch in a message."""
     return f"in a batch of {len(samples)}, the first {describe_sample(samples[0])}"
 
 
-def excerpt(value: Any) -> str:
-    """Enough of a text or value to know it by."""
+def _call_once(reward: Reward, sample: Sample) -> RewardResult:
+    started = time.perf_counter()
+    try:
+        args, kwargs = reward.arguments(sample)
+        with _errors_of(reward, describe_sample(sample)):
+            answer = reward(*args, **kwargs)
+            if inspect.iscoroutine(answer):
+                # A partial of an async function does not look like an async function.
+                answer = _await(answer)
+        result = _result_of(reward, answer, sample)
+    except RewardError as error:
+        result = RewardResult(error=str(error))
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+def _call_batch(reward: Reward, samples: Sequence[Sample], on_result: OnResult) -> None:
+    started = time.perf_counter()
+    try:
+        answers = _batch_answers(reward, samples)
+    except RewardError as error:
+        seconds = time.perf_counter() - started
+        report_batch_failure(range(len(samples)), str(error), seconds, on_result)
+        return
+    seconds = (time.perf_counter() - started) / len(samples)
+    for position, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+        try:
+            result = _result_of(reward, answer, sample)
+        except RewardError as error:
+            result = RewardResult(error=str(error))
+        on_result(position, replace(result, seconds=seconds))
+
+
+def _batch_answers(reward: Reward, samples: Sequence[Sample]) -> list[Any]:
+    args, kwargs = reward.batch_arguments(samples)
+    batch = describe_batch(samples)
+    with _errors_of(reward, batch):
+        answers = reward(*args, **kwargs)
+        if inspect.iscoroutine(answers):
+            answers = _await(answers)
+        values = list(answers) if _is_list(answers) else None
+    if values is None or len(values) != len(samples):
+        got = _excerpt(answers) if values is None else f"{len(values)} values"
+        raise RewardError(
+            f"reward {reward.name} returned {got} ({type(answers).__name__}) for "
+            f"{len(samples)} samples; expected a list with one value for each\n  {batch}"
+        )
+    return values
+
+
+async def _call_concurrently(
+    reward: Reward, samples: Sequence[Sample], on_result: OnResult, await_limit: float | None
+) -> None:
+    import asyncio  # Importing asyncio takes as long as all the rest, and few rewards need it.
+
+    semaphore = asyncio.Semaphore(MAX_CONCURRENT_AWAITS)
+
+    async def call(position: int, sample: Sample) -> None:
+        async with semaphore:
+            started = time.perf_counter()
+            result = await _await_once(reward, sample, await_limit)
+            on_result(position, replace(result, seconds=time.perf_counter() - started))
+
+    await asyncio.gather(*(call(position, sample) for position, sample in enumerate(samples)))
+
+
+async def _await_once(reward: Reward, sample: Sample, await_limit: float | None) -> RewardResult:
+    import asyncio
+
+    args, kwargs = reward.arguments(sample)
+    deadline = asyncio.timeout(await_limit)
+    try:
+        with _errors_of(reward, describe_sample(sample)):
+            async with deadline:
+                answer = await reward(*args, **kwargs)
+        return _result_of(reward, answer, sample)
+    except RewardError as error:
+        if await_limit is None or not deadline.expired():
+            return RewardResult(error=str(error))
+        return RewardResult(error=timeout_message(reward, await_limit, describe_sample(sample)))
+
+
+def _errors_of(reward: Reward, sample: str) -> AbstractContextManager[None]:
+    return raise_user_errors_as(
+        RewardError, f"reward {reward.name}", file=reward.file, sample=sample
+    )
+
+
+def _result_of(reward: Reward, answer: Any, sample: Sample) -> RewardResult:
+    """Return the checked answer; raise `RewardError` for what is not a finite number or None."""
+    has_metrics = isinstance(answer, Score)
+    value = answer.value if has_metrics else answer
+    metrics = dict(answer.metrics) if has_metrics else {}
+    return RewardResult(
+        value=None if value is None else _finite(reward, value, sample),
+        metrics={name: _finite(reward, number, sample) for name, number in metrics.items()},
+    )
+
+
+def _finite(reward: Reward, value: Any, sample: Sample) -> float:
+    number = _to_float(value)
+    if math.isfinite(number):
+        return number
+    # Python refuses to print integers of thousands of digits.
+    shown = f"{number}" if isinstance(value, int) else _excerpt(value)
+    raise RewardError(
+        f"reward {reward.name} returned {shown} ({type(value).__name__}); expected a finite "
+        f"number, or None to leave the sample out\n  {describe_sample(sample)}"
+    )
+
+
+def _to_float(value: Any) -> float:
+    """Return the number; NaN if `value` is not a real number, infinity if it exceeds a float."""
+    # numpy's bool is not a Real, and importing numpy to check would slow each process's start.
+    kind = type(value)
+    if not (isinstance(value, Real) or (kind.__module__, kind.__name__[:4]) == ("numpy", "bool")):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _is_list(answers: Any) -> bool:
+    """Return whether the answers have a length and an order: lists, tuples, arrays."""
+    return isinstance(answers, Sized) and not isinstance(answers, str | bytes | Mapping | Set)
+
+
+def _excerpt(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
-    cut = text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
+    cut = text if len(text) <= _MAX_EXCERPT else text[:_MAX_EXCERPT] + "…"
     return repr(cut) if isinstance(value, str) else cut
 
 
@@ -203,25 +218,8 @@ def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    # A notebook runs us inside a loop of its own, and a thread can hold only one.
+    # A notebook runs this code inside an event loop, and a thread can hold only one loop.
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
-
-
-def _is_list(answers: Any) -> bool:
-    """Whether it can be counted and has an order: lists, tuples, arrays."""
-    return isinstance(answers, Sized) and not isinstance(answers, str | bytes | Mapping | Set)
-
-
-def _to_float(value: Any) -> float:
-    """NaN for what is no real number, infinity for a number beyond a float."""
-    # numpy's bool is no Real, and importing numpy to say so would slow each child's start.
-    kind = type(value)
-    if not (isinstance(value, Real) or (kind.__module__, kind.__name__[:4]) == ("numpy", "bool")):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf

@@ -1,4 +1,4 @@
-"""Rewards from files: `my_reward.py:score` names a function without importing a package."""
+"""Load rewards from the user's files: `my_reward.py:score` names a function in a file."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,41 +9,38 @@ from typing import Any
 
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rewards.reward_function import Reward, as_reward
-from textpolicy.rewards.signature import read_signature
 from textpolicy.rewards.weighted_rewards import Rewards
 from textpolicy.user_code import load_python_file, split_file_and_name
 
-MAIN = "__mp_main__"
-"""What a script is called in the processes that run it for its functions, as multiprocessing does;
-its `if __name__ == "__main__"` part is then left out."""
-
 
 def load_reward(spec: str) -> Callable[..., Any] | Rewards:
-    """What "FILE.py:NAME" names: a function, or a `Rewards` of several.
+    """Return the function, or the `Rewards` of several, that "FILE.py:NAME" names.
 
-    NAME may be left out where the file holds one function.
+    NAME may be left out if the file holds one function.
     """
     file_and_name = split_file_and_name(spec)
     if file_and_name is None:
         raise ConfigError(f"reward is {spec!r}; expected FILE.py or FILE.py:FUNCTION")
     path, name = file_and_name
     module = load_python_file(path, what="reward", error=RewardError)
-    found = _rewards_in(module)
-    reward: Any = vars(module).get(name) if name else _only(found, path)
+    candidates = _rewards_in(module)
+    reward: Any = vars(module).get(name) if name else _only_reward(candidates, path)
     if reward is None:
-        near = get_close_matches(name, found, n=1)
+        near = get_close_matches(name, candidates, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{path} has no {name!r}; its functions: {[*found] or 'none'}.{hint}")
+        raise ConfigError(
+            f"{path} has no {name!r}; its functions: {[*candidates] or 'none'}.{hint}"
+        )
     if isinstance(reward, Rewards):
         return reward
     if not callable(reward):
         raise ConfigError(f"{spec} is {type(reward).__name__}; expected a function")
-    read_signature(as_reward(reward))
+    _ = as_reward(reward).parameters  # Raises for a function that would not see the completion.
     return reward
 
 
 def _rewards_in(module: ModuleType) -> dict[str, Any]:
-    """The functions that the file itself defines, and what it made of them."""
+    """Return the functions that the file itself defines, and its `Reward` and `Rewards` records."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -52,11 +49,11 @@ def _rewards_in(module: ModuleType) -> dict[str, Any]:
     }
 
 
-def _only(found: Mapping[str, Any], path: Path) -> Any:
-    public = [name for name in found if not name.startswith("_")]
+def _only_reward(candidates: Mapping[str, Any], path: Path) -> Any:
+    public = [name for name in candidates if not name.startswith("_")]
     if len(public) != 1:
         raise ConfigError(
             f"{path} holds {len(public)} functions ({', '.join(public) or 'none'}); expected one, "
             f"or its name: {path}:{public[0] if public else 'FUNCTION'}"
         )
-    return found[public[0]]
+    return candidates[public[0]]

@@ -1,13 +1,15 @@
-"""What a reward function is given, what it may return, and how it says that it takes batches.
+"""What a reward function is given and what it may return.
 
 A reward is a plain function. Its parameters are filled by name: `prompt`, `completion`, `example`
-(the whole row), any column of the row, and the context fields below. `async def` functions are
-awaited together. Nothing is registered, and nothing here imports mlx: processes that only score
-stay small.
+(the whole row), any column of the row, and CONTEXT_FIELDS. An `async def` function is awaited.
+Nothing in this file imports mlx, because the processes that only call rewards must stay small.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
 from importlib import import_module
 from types import FunctionType
 from typing import Any, overload
@@ -15,14 +17,17 @@ from typing import Any, overload
 from textpolicy.errors import ConfigError
 
 CONTEXT_FIELDS = ("tokens", "stop_reason", "messages", "turns", "turn_rewards")
-"""What a reward may ask for besides the row: sampled token ids; why sampling stopped ("stop_token",
-"stop_string" or "length"); the conversation with the completion; the model's turns as texts, and
-what the environment gave for each of them."""
+"""What a reward may ask for besides the row: the sampled token ids; why sampling stopped
+("stop_token", "stop_string" or "length"); the conversation including the completion; the model's
+text of each turn; the environment's reward of each turn."""
+
+_SINGLE = ("prompt", "completion", "example")
+_BATCHED = ("prompts", "completions", "examples")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One completion to score. `id` is the task's, for messages; `context` holds CONTEXT_FIELDS."""
+    """One completion to score. `id` names the task in messages; `context` holds CONTEXT_FIELDS."""
 
     prompt: str
     completion: str
@@ -32,32 +37,32 @@ class Sample:
 
 
 def sample_of(prompt: str, completion: str, example: Mapping[str, Any], **context: Any) -> Sample:
-    """A sample of a text that no policy has written: its context is made up to fit.
+    """Return a sample of a text that no policy wrote, with a made-up context.
 
-    It ended by itself, in one turn, and its token ids are its bytes.
+    In this context the completion is one turn that ended by itself, and its tokens are its bytes.
     """
-    written = {
+    made_up = {
         "tokens": list(completion.encode()),
         "stop_reason": "stop_token",
         "messages": append_completion([{"role": "user", "content": prompt}], completion),
         "turns": [completion],
         "turn_rewards": [0.0],
     }
-    return Sample(prompt=prompt, completion=completion, example=example, context=written | context)
+    return Sample(prompt=prompt, completion=completion, example=example, context=made_up | context)
 
 
 def append_completion(
     messages: Sequence[Mapping[str, Any]], completion: str
 ) -> list[dict[str, Any]]:
-    """The messages with the model's answer at the end."""
+    """Return the messages with the completion as the assistant's message at the end."""
     return [*map(dict, messages), {"role": "assistant", "content": completion}]
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward with numbers beside it, which the run reports under the reward's name.
+    """A reward with `metrics` beside it, which the run reports under the reward's name.
 
-    `value` None leaves the sample out, as returning None does.
+    A `value` of None leaves the sample out, as returning None does.
     """
 
     value: float | None
@@ -66,7 +71,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function, what reports call it, and whether it takes whole batches."""
+    """A reward function, its name in reports, and whether the function takes whole batches."""
 
     function: Callable[..., Any]
     name: str
@@ -75,17 +80,61 @@ class Reward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
-    @property
-    def file(self) -> str:
-        """Where the function stands; empty for a callable that is no function."""
-        function = self.function
-        return function.__code__.co_filename if isinstance(function, FunctionType) else ""
-
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # The decorated name in the module is this record, so pickle cannot find the function by it.
+        # A decorated name in a module is this record, so pickle cannot find the function by name.
         if isinstance(self.function, FunctionType):
             return _find_reward, (self.function.__module__, self.function.__qualname__)
         return Reward, (self.function, self.name, self.batched)
+
+    @property
+    def file(self) -> str:
+        """The file that defines the function; empty for a callable that is not a function."""
+        function = self.function
+        return function.__code__.co_filename if isinstance(function, FunctionType) else ""
+
+    @cached_property
+    def is_async(self) -> bool:
+        """Whether each sample is a call to await."""
+        function = self.function
+        # An object with `async def __call__` is awaited too.
+        call: Any = function if inspect.isroutine(function) else type(function).__call__
+        return inspect.iscoroutinefunction(call) and not self.batched
+
+    @cached_property
+    def parameters(self) -> "_Parameters":
+        """The parameters to fill; raises `ConfigError` if the completion is not among them."""
+        return _read_parameters(self)
+
+    def arguments(self, sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the positional and the named arguments of a call for one sample."""
+        first = (sample.prompt, sample.completion, sample.example)
+        return self.parameters.fill(first, sample.example, sample.context)
+
+    def batch_arguments(self, samples: Sequence[Sample]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of one call for all samples: each argument is a list."""
+        examples = [sample.example for sample in samples]
+        first = (
+            [sample.prompt for sample in samples],
+            [sample.completion for sample in samples],
+            examples,
+        )
+        context = _lists_by_name([sample.context for sample in samples])
+        return self.parameters.fill(first, _lists_by_name(examples), context)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise `ConfigError` if the function needs a column that the rows do not have."""
+        standard, required = self.parameters.standard, self.parameters.required
+        known = {*standard, *CONTEXT_FIELDS, *columns}
+        missing = [name for name in required if name not in known]
+        if not missing:
+            return
+        near = get_close_matches(missing[0], sorted(known - {*required}), n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(
+            f"your reward {self.name} asks for {_quoted(missing)}; the rows have "
+            f"{_quoted(columns) or 'no columns'}.{hint} Rename the parameter, give it a default, "
+            f"or ask for `{standard[2]}`, which is the whole row"
+        )
 
 
 @overload
@@ -101,33 +150,102 @@ def reward(
 def reward(
     function: Callable[..., Any] | None = None, /, *, batched: bool = False, name: str | None = None
 ) -> Reward | Callable[[Callable[..., Any]], Reward]:
-    """Decorate a reward that takes lists, or that reports should call by another name.
+    """Decorate a reward function that takes lists, or that needs another name in reports.
 
-    A batched reward is called once with all samples: `prompts`, `completions`, `examples`, and
-    columns and context under their own names, each a list. It returns one value for each.
+    A batched reward is called once with all samples. `prompts`, `completions`, `examples`, and the
+    columns and CONTEXT_FIELDS under their own names are lists. The function returns one value for
+    each sample.
     """
 
     def decorate(function: Callable[..., Any]) -> Reward:
-        return Reward(function, name or name_of(function), batched)
+        return Reward(function, name or _name_of(function), batched)
 
     return decorate(function) if function else decorate
 
 
 def as_reward(function: object) -> Reward:
-    """The function as a record; what is decorated already stays as it is."""
+    """Return the function as a `Reward`; a `Reward` is returned unchanged."""
     if isinstance(function, Reward):
         return function
     if not callable(function):
         kind = type(function).__name__
         raise ConfigError(f"a reward is {function!r} ({kind}); expected a function")
-    return Reward(function, name_of(function))
+    return Reward(function, _name_of(function))
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """A function's name, or the type of another callable."""
+def _name_of(function: Callable[..., Any]) -> str:
     return function.__name__ if isinstance(function, FunctionType) else type(function).__name__
 
 
 def _find_reward(module: str, qualname: str) -> Reward:
-    """The reward that a module holds under this name, in whichever process asks."""
+    """Return the reward that a module holds under this name; unpickling calls this."""
     return as_reward(vars(import_module(module))[qualname])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parameters:
+    """Which parameters a call fills: three by position, or the required and optional names."""
+
+    standard: tuple[str, str, str]
+    by_position: bool
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    takes_context: bool
+
+    def fill(
+        self, first: tuple[Any, ...], columns: Mapping[str, Any], context: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call; a context field hides a column of the same name."""
+        extra = dict(context) if self.takes_context else {}
+        if self.by_position:
+            return first, extra
+        known = {**columns, **context, **dict(zip(self.standard, first, strict=True))}
+        named = {name: known[name] for name in self.required}
+        named |= {name: known[name] for name in self.optional if name in known}
+        return (), extra | named
+
+
+def _read_parameters(reward: Reward) -> _Parameters:
+    try:
+        parameters = list(inspect.signature(reward.function).parameters.values())
+    except ValueError:
+        # Builtin functions have no signature to read.
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in _SINGLE
+        ]
+    standard = _BATCHED if reward.batched else _SINGLE
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    sees_completion = bool({standard[1], *CONTEXT_FIELDS} & {p.name for p in named})
+    by_position = not sees_completion and _takes_three_by_position(parameters)
+    if not (sees_completion or by_position):
+        raise ConfigError(
+            f"reward {reward.name} takes ({', '.join(map(str, parameters))}): it would not see the "
+            f"completion; expected ({', '.join(standard)}), or the names of some of these and of "
+            f"the row's columns, with `{standard[1]}` among them"
+        )
+    names = [] if by_position else named
+    return _Parameters(
+        standard=standard,
+        by_position=by_position,
+        required=tuple(p.name for p in names if p.default is p.empty),
+        optional=tuple(p.name for p in names if p.default is not p.empty),
+        takes_context=any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def _takes_three_by_position(parameters: Sequence[inspect.Parameter]) -> bool:
+    required = [p for p in parameters if p.default is p.empty]
+    positional = [p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    keywords = any(p.kind is p.KEYWORD_ONLY for p in required)
+    return not keywords and (len(positional) == 3 or (starred and len(positional) < 3))
+
+
+def _lists_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return each column as a list, with None where a row lacks the column."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _quoted(names: Collection[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,4 +1,4 @@
-"""Rewards at work: samples in, one verdict for each out."""
+"""`Scorer`: samples in, one verdict for each sample out."""
 
 import threading
 import time
@@ -6,26 +6,30 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from textpolicy.errors import RewardError
-from textpolicy.rewards.call_reward import CONCURRENCY, Callee, Emit, RewardResult, describe_sample
-from textpolicy.rewards.children import Children
+from textpolicy.rewards.call_reward import (
+    MAX_CONCURRENT_AWAITS,
+    RewardResult,
+    call_reward,
+    describe_sample,
+)
 from textpolicy.rewards.reward_function import Sample, sample_of
-from textpolicy.rewards.signature import check_columns
 from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
+from textpolicy.rewards.worker_pool import WorkerPool
 
-WINDOW = 100
-"""The number of last calls that the error rate is taken over."""
+_ERROR_WINDOW = 100
+"""The number of last calls over which the error rate is taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What all functions together say of one sample.
+    """The reward of one sample, from all functions together.
 
-    `value` is the weighted sum of `parts`, each function's own reward by its name. A function that
-    returned None is left out of both; `value` is None if all did, or if one failed and the sample
-    is skipped. `error` is the message of the first that failed.
+    `value` is the weighted sum of `parts`, which hold each function's own reward by its name. A
+    function that returned None is left out of both. `value` is None if all functions returned
+    None, or if one failed and `on_error` is "skip". `error` is the message of the first failure.
     """
 
     value: float | None
@@ -36,62 +40,28 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Incident:
-    """The first sample of a step that a function failed on, or the slowest.
+    """The first sample of a step on which a function failed, or the slowest sample of a step.
 
-    `fault` says how it failed, and is None for one that was slow; `more` counts the others.
+    `error` says why the call failed, and is None for a slow sample; `more` counts further samples.
     """
 
     reward: str
     sample: str
     seconds: float
-    fault: str | None = None
+    error: str | None = None
     more: int = 0
 
     def __str__(self) -> str:
         more = f" (and {self.more} more)" if self.more else ""
-        if self.fault:
-            return f"{self.fault}{more}"
+        if self.error:
+            return f"{self.error}{more}"
         return f"reward {self.reward} took {self.seconds:.1f} s{more}\n  {self.sample}"
 
 
-@runtime_checkable
-class Runner(Protocol):
-    """Calls functions, here or elsewhere."""
-
-    def run(self, index: int, samples: Sequence[Sample], emit: Emit) -> None:
-        """Score the samples with the function at `index`, emitting each outcome once."""
-        ...
-
-    def start(self, count: int) -> None:
-        """Get ready for `count` calls."""
-        ...
-
-    def close(self) -> None:
-        """Nothing follows."""
-        ...
-
-
-class InProcess:
-    """Runs rewards here: nothing to start, and nothing that could be killed."""
-
-    def __init__(self, callees: Sequence[Callee]) -> None:
-        self._callees = callees
-
-    def run(self, index: int, samples: Sequence[Sample], emit: Emit) -> None:
-        self._callees[index].run(samples, emit)
-
-    def start(self, count: int) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-
 class Scorer:
-    """Scores samples until it is closed, in `seconds` altogether.
+    """Scores samples until it is closed; `seconds` is the time that callers have waited for it.
 
-    `on_incident` is told of failing and of slow samples, at most one of each for each function
-    and step.
+    `on_incident` receives at most one failing and one slow sample for each function and step.
     """
 
     def __init__(
@@ -99,61 +69,66 @@ class Scorer:
     ) -> None:
         self.rewards = rewards
         self.seconds = 0.0
-        self._callees = [Callee(reward) for reward in rewards.members]
+        self._members = rewards.members
+        self._names = [member.name for member in self._members]
         self._interrupted = threading.Event()
-        self._runner: Runner = (
-            InProcess(self._callees)
-            if rewards.timeout is None
-            else Children(
-                self._callees,
+        self._pool: WorkerPool | None = None
+        if rewards.timeout is not None:
+            self._pool = WorkerPool(
+                self._members,
                 timeout=rewards.timeout,
                 workers=rewards.workers,
                 memory=None if rewards.memory_gb is None else int(rewards.memory_gb * 1e9),
                 interrupted=self._interrupted,
             )
-        )
         self._on_incident = on_incident
-        self._failed: deque[bool] = deque(maxlen=WINDOW)
+        self._last_calls_failed: deque[bool] = deque(maxlen=_ERROR_WINDOW)
         self._incidents: dict[tuple[int, bool], Incident] = {}
 
     @property
     def can_overlap_decoding(self) -> bool:
-        """Whether samples can be scored while others are written: elsewhere, and each by itself."""
-        alone = not any(reward.batched for reward in self.rewards.members)
-        return alone and self.rewards.timeout is not None
+        """Whether samples can be scored one by one in other processes while the model decodes."""
+        return self._pool is not None and not any(member.batched for member in self._members)
 
     @property
-    def width(self) -> int:
-        """How many samples keep all of its processes busy."""
-        waits = any(callee.is_async for callee in self._callees)
-        return self.rewards.workers * (CONCURRENCY if waits else 1)
+    def parallel_samples(self) -> int:
+        """The number of samples that keep all worker processes busy."""
+        waits = any(member.is_async for member in self._members)
+        return self.rewards.workers * (MAX_CONCURRENT_AWAITS if waits else 1)
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The worker processes; none if the rewards run in this process."""
+        return self._pool.process_ids if self._pool else []
 
     def state(self) -> list[bool]:
-        """Which of the last calls failed: what the error rate to come depends on."""
-        return list(self._failed)
+        """Return which of the last calls failed, for a checkpoint: the error rate depends on it."""
+        return list(self._last_calls_failed)
 
     def restore(self, state: Sequence[bool]) -> None:
-        """Go on from what `state()` returned."""
-        self._failed = deque(state, maxlen=WINDOW)
+        """Continue from what `state()` returned."""
+        self._last_calls_failed = deque(state, maxlen=_ERROR_WINDOW)
 
     def close(self) -> None:
-        """End the processes that were started."""
-        self._runner.close()
+        """End the worker processes."""
+        if self._pool:
+            self._pool.close()
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Before anything is sampled for these rows: do they have the columns that are asked for?
+        """Check that the rows have the columns that the functions need, and start the processes.
 
-        Raises `ConfigError` for the first that does not, and starts what will be needed.
+        Raises `ConfigError` for the first row that lacks a column, before a model samples anything.
         """
         for columns in dict.fromkeys(frozenset(row) for row in rows):
-            for callee in self._callees:
-                check_columns(callee.reward, callee.signature, sorted(columns))
+            for member in self._members:
+                member.check_columns(sorted(columns))
         self._interrupted.clear()
         self._incidents.clear()
-        self._runner.start(len(rows))
+        if self._pool:
+            self._pool.start(len(rows))
 
     def score(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """One verdict for each sample, in order."""
+        """Return one verdict for each sample, in order."""
         started = time.perf_counter()
         self.prepare([sample.example for sample in samples])
         verdicts = self.score_prepared(samples)
@@ -162,96 +137,98 @@ class Scorer:
         return verdicts
 
     def score_prepared(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """`score` for some of the samples that were prepared for: neither are its seconds counted,
-        nor is anybody told of incidents yet.
+        """Return the verdicts of some samples of a step, after `prepare`.
+
+        This neither adds to `seconds` nor reports incidents.
         """
-        outcomes_F = [self._outcomes(index, samples) for index in range(len(self._callees))]
-        return [self._verdict(outcomes) for outcomes in zip(*outcomes_F, strict=True)]
+        results_F = [self._call(index, samples) for index in range(len(self._members))]
+        return [self._verdict(results) for results in zip(*results_F, strict=True)]
 
     def report_incidents(self) -> None:
-        """Tell of those since `prepare`: of each function's first failure and slowest call."""
+        """Pass the incidents since `prepare` to `on_incident`."""
         for key in sorted(self._incidents):
             if self._on_incident:
                 self._on_incident(self._incidents[key])
         self._incidents.clear()
 
     def interrupt(self) -> None:
-        """From another thread: let `judge` end with an error, and kill what it waits for."""
+        """Make `score_prepared` in another thread raise `RewardError`, and kill its calls."""
         self._interrupted.set()
 
-    def _outcomes(self, index: int, samples: Sequence[Sample]) -> list[RewardResult]:
-        """One function's outcomes; a failure ends this early where the run is not to go on."""
-        outcomes: dict[int, RewardResult] = {}
+    def _call(self, index: int, samples: Sequence[Sample]) -> list[RewardResult]:
+        """Return one function's results, in order; raise if the errors must end the run."""
+        results: dict[int, RewardResult] = {}
 
-        def emit(position: int, outcome: RewardResult) -> None:
-            self._admit(outcome)
-            outcomes[position] = outcome
+        def on_result(position: int, result: RewardResult) -> None:
+            self._check_error_rate(result)
+            results[position] = result
 
-        self._runner.run(index, samples, emit)
-        ordered = [outcomes[position] for position in range(len(samples))]
+        if self._pool:
+            self._pool.run(index, samples, on_result)
+        else:
+            call_reward(self._members[index], samples, on_result)
+        ordered = [results[position] for position in range(len(samples))]
         self._note_incidents(index, samples, ordered)
         return ordered
 
-    def _admit(self, outcome: RewardResult) -> None:
-        if outcome.counts:
-            self._failed.append(outcome.fault is not None)
-        if outcome.fault is None:
+    def _check_error_rate(self, result: RewardResult) -> None:
+        if result.counts:
+            self._last_calls_failed.append(result.error is not None)
+        if result.error is None:
             return
         if self.rewards.on_error == "fail":
-            raise RewardError(outcome.fault)
-        if sum(self._failed) > self.rewards.max_error_rate * WINDOW:
+            raise RewardError(result.error)
+        failed, rate = sum(self._last_calls_failed), self.rewards.max_error_rate
+        if failed > rate * _ERROR_WINDOW:
             raise RewardError(
-                f"{sum(self._failed)} of the last {len(self._failed)} calls of rewards failed, "
-                f"more than {self.rewards.max_error_rate:.0%} of {WINDOW}; the last: "
-                f"{outcome.fault}"
+                f"{failed} of the last {len(self._last_calls_failed)} calls of rewards failed, "
+                f"more than {rate:.0%} of {_ERROR_WINDOW}; the last: {result.error}"
             )
 
     def _note_incidents(
-        self, index: int, samples: Sequence[Sample], outcomes: Sequence[RewardResult]
+        self, index: int, samples: Sequence[Sample], results: Sequence[RewardResult]
     ) -> None:
-        name = self._callees[index].reward.name
-        for outcome, sample in zip(outcomes, samples, strict=True):
-            if outcome.fault is None and outcome.seconds <= self.rewards.slow:
+        for result, sample in zip(results, samples, strict=True):
+            if result.error is None and result.seconds <= self.rewards.slow:
                 continue
-            key = (index, outcome.fault is None)
+            key = (index, result.error is None)
             before = self._incidents.get(key)
-            # The first failure stays, and the slowest call.
-            if before and (outcome.fault or before.seconds >= outcome.seconds):
+            # The first failure and the slowest call are kept.
+            if before and (result.error or before.seconds >= result.seconds):
                 self._incidents[key] = replace(before, more=before.more + 1)
                 continue
             self._incidents[key] = Incident(
-                reward=name,
+                reward=self._names[index],
                 sample=describe_sample(sample),
-                seconds=outcome.seconds,
-                fault=outcome.fault,
+                seconds=result.seconds,
+                error=result.error,
                 more=before.more + 1 if before else 0,
             )
 
-    def _verdict(self, outcomes: Sequence[RewardResult]) -> Verdict:
-        policy = self.rewards.on_error
-        faults = [outcome.fault for outcome in outcomes if outcome.fault]
-        if not isinstance(policy, str):
-            outcomes = [replace(o, value=float(policy)) if o.fault else o for o in outcomes]
-        names = [callee.reward.name for callee in self._callees]
-        named = list(zip(names, outcomes, strict=True))
-        parts = {name: o.value for name, o in named if o.value is not None}
-        weights = dict(zip(names, self.rewards.shares, strict=True))
-        skipped = not parts or (faults and policy == "skip")
+    def _verdict(self, results: Sequence[RewardResult]) -> Verdict:
+        on_error = self.rewards.on_error
+        errors = [result.error for result in results if result.error]
+        if not isinstance(on_error, str):
+            results = [replace(r, value=float(on_error)) if r.error else r for r in results]
+        named = list(zip(self._names, results, strict=True))
+        parts = {name: r.value for name, r in named if r.value is not None}
+        weights = dict(zip(self._names, self.rewards.member_weights, strict=True))
+        skipped = not parts or (errors and on_error == "skip")
         return Verdict(
             value=None if skipped else sum(weights[name] * part for name, part in parts.items()),
             parts=parts,
-            metrics={f"{name}/{key}": x for name, o in named for key, x in o.metrics.items()},
-            error=faults[0] if faults else None,
+            metrics={f"{name}/{key}": x for name, r in named for key, x in r.metrics.items()},
+            error=errors[0] if errors else None,
         )
 
 
 RewardLike = Callable[..., Any] | Rewards | Scorer
-"""What can score: a function, several with their options, or a scorer that is open already."""
+"""What can score samples: a function, `Rewards`, or a scorer that is open already."""
 
 
 @contextmanager
 def scorer_of(reward: RewardLike) -> Generator[Scorer, None, None]:
-    """A scorer for the block: the one given, left open, or one of these functions, then closed."""
+    """Yield the given scorer and leave it open, or make a scorer and close it after the block."""
     if isinstance(reward, Scorer):
         yield reward
         return
@@ -266,7 +243,7 @@ def score(
     example: Mapping[str, Any],
     **context: Any,
 ) -> float | None:
-    """The reward of one completion: a finite number, or None for a sample not to be scored."""
+    """Return the reward of one completion: a finite number, or None to leave the sample out."""
     sample = sample_of(prompt, completion, example, **context)
-    with closing(Scorer(as_rewards(reward))) as scorer:
+    with scorer_of(reward) as scorer:
         return scorer.score([sample])[0].value

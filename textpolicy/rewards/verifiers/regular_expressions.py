@@ -1,43 +1,43 @@
-"""Regular expressions with a time limit.
+"""Match regular expressions under a time limit.
 
-Python's engine takes exponential time on some patterns, and cannot be interrupted. So a match runs
-in a process of its own, which stays warm and is killed when the time is up. `benchmarks/rewards.py`
-measures what that costs.
+Python's engine takes exponential time for some patterns and cannot be interrupted. A match
+therefore runs in a process that stays open and is killed when the time is up.
+`benchmarks/rewards.py` measures the cost.
 """
 
 import re
 from functools import cache
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.call_reward import Callee, RewardResult
-from textpolicy.rewards.children import Children
+from textpolicy.rewards.call_reward import RewardResult
 from textpolicy.rewards.reward_function import Reward, Sample
+from textpolicy.rewards.worker_pool import WorkerPool
 
 
 def pattern_match(text: str, pattern: str, *, whole: bool = False, seconds: float = 0.5) -> bool:
-    """Whether the pattern is found in the text, or with `whole` is all of it.
+    """Return whether the pattern occurs in the text, or with `whole` matches all of the text.
 
-    False as well if that cannot be said in `seconds`: what ties up the engine is no match.
+    A match that takes longer than `seconds` is False as well.
     """
     try:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"{pattern!r} is no regular expression: {error}") from error
-    outcomes: list[RewardResult] = []
+    results: list[RewardResult] = []
     sample = Sample(prompt="", completion=text, example={"pattern": pattern, "whole": whole})
-    _engine(seconds).run(0, [sample], lambda _, outcome: outcomes.append(outcome))
-    return outcomes[0].value == 1.0
+    _worker_pool(seconds).run(0, [sample], lambda _, result: results.append(result))
+    return results[0].value == 1.0
 
 
 def _matches(completion: str, pattern: str, whole: bool) -> bool:
-    """What runs in the other process."""
+    """Return whether the pattern matches; this is the function that the process calls."""
     search = re.fullmatch if whole else re.search
     return search(pattern, completion, re.DOTALL) is not None
 
 
 @cache
-def _engine(seconds: float) -> Children:
-    # Two, so that one is ready while the other is replaced.
-    engine = Children([Callee(Reward(_matches, "pattern_match"))], timeout=seconds, workers=2)
-    engine.start(2)
-    return engine
+def _worker_pool(seconds: float) -> WorkerPool:
+    # With two processes, one is ready while the other is replaced.
+    pool = WorkerPool([Reward(_matches, "pattern_match")], timeout=seconds, workers=2)
+    pool.start(2)
+    return pool
