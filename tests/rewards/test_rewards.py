@@ -329,7 +329,10 @@ def test_what_declines_is_left_out_of_the_sum_and_a_sample_that_all_decline_has_
     ("options", "message"),
     [
         ({"functions": []}, "there is no reward function; expected at least one"),
-        ({"functions": [max, max]}, "two rewards are called builtin_function_or_method; expected different names"),
+        (
+            {"functions": [max, max]},
+            "two rewards are called builtin_function_or_method; expected different names",
+        ),
         ({"weights": [1, 2]}, "a finite number for each of 1"),
         ({"weights": [float("nan")]}, "a finite number for each of 1"),
         ({"timeout": 0}, "timeout is 0; expected seconds above 0"),
