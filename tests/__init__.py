@@ -1,4 +1,4 @@
-"""The checker that pytest applies to every annotated function: an int is a float, as in Python."""
+"""The checker that pytest applies to every annotated function. It accepts an int for a float."""
 
 from beartype import BeartypeConf, beartype
 

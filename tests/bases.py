@@ -1,4 +1,4 @@
-"""The same small model over every kind of base, and adapters that change what it computes."""
+"""One small model in every number format, and adapters that change its outputs."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from textpolicy.adapters import AdapterContainer, quantize
 
 
 def packed(bits: int, mode: str = "affine", *, tied: bool = False) -> Callable[[], nn.Module]:
-    """A function that makes the model with a base of so many bits."""
+    """Return a function that makes the model with weights quantized to `bits` bits."""
 
     def make() -> nn.Module:
         model = qwen3_model(tie_word_embeddings=tied)
@@ -46,7 +46,7 @@ def bits(logits: mx.array) -> mx.array:
 
 
 def trained(container: AdapterContainer, seed: int = 1, size: float = 0.1) -> dict[str, mx.array]:
-    """Adapter tensors that change what the model computes: noise added to what they are."""
+    """Return the adapter tensors with noise added, so that they change the model's outputs."""
     keys = mx.random.split(mx.random.key(seed), len(container.parameters()))
     return {
         name: array + mx.random.normal(array.shape, key=key) * size

@@ -10,7 +10,7 @@ from textpolicy.types import Batch
 
 
 def batch_of(mask: Any, logp_old: Any, advantages: Any, **changes: Any) -> Batch:
-    """One prompt's rows, sampled with `logp_old`; advantages are those of rows."""
+    """Return a batch of one prompt's rows, with one advantage for each row."""
     mask = mx.array(mask, dtype=mx.bool_)
     rows, time = mask.shape
     old = mx.array(logp_old, dtype=mx.float32)
@@ -35,7 +35,7 @@ def batch_of(mask: Any, logp_old: Any, advantages: Any, **changes: Any) -> Batch
 def random_case(
     seed: int = 0, rows: int = 4, time: int = 5, *, ragged: bool = True
 ) -> tuple[mx.array, Batch]:
-    """Current log-probabilities, and a batch with everything that a loss may ask for."""
+    """Return current log-probabilities, and a batch with every field that a loss may read."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, time + 1, (rows, 1)) if ragged else np.full((rows, 1), time)
     mask = np.arange(time) < lengths
@@ -56,7 +56,7 @@ def random_case(
 
 
 def part_of(batch: Batch, rows: slice) -> Batch:
-    """A micro-batch of it: its rows, the totals of the whole."""
+    """Return a micro-batch: some rows of the batch, with the totals of the whole batch."""
     arrays = ("owner", "group", "tokens", "mask", "logp_sampled", "logp_old", "logp_ref")
     arrays += ("entropy", "advantages", "temperature")
     present = {name: getattr(batch, name) for name in arrays}

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe: what a page does, seen from outside."""
+"""Control a headless Chromium over a pipe, to test what a page does."""
 
 import base64
 import json
@@ -35,7 +35,7 @@ addEventListener("securitypolicyviolation", (e) => violations.push(e.violatedDir
 
 
 class Page:
-    """One page. `problems` are console messages, exceptions and whatever the browser logged."""
+    """One page. `problems` holds console messages, exceptions and log entries of the browser."""
 
     def __init__(self, send: Any, receive: Any, numbers: Iterator[int]) -> None:
         self._send, self._receive, self._numbers = send, receive, numbers
@@ -49,7 +49,7 @@ class Page:
         self._call("Page.addScriptToEvaluateOnNewDocument", source=_LISTEN)
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Show a file in a window of this size, and wait until it is loaded."""
+        """Show a file in a window of this size, and wait until the page is loaded."""
         mobile = width < 600
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self._call("Emulation.setDeviceMetricsOverride", **size)
@@ -60,19 +60,19 @@ class Page:
             pass
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
         if "exceptionDetails" in answer:
             raise AssertionError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """Press a key, where the focus is."""
+        """Press a key in the element that has the focus."""
         for kind in ("keyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
     def picture(self, path: Path) -> None:
-        """Save what the window shows."""
+        """Save a screenshot of the window."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Page:
 
 @contextmanager
 def browsing(folder: Path) -> Iterator[Callable[[], Page]]:
-    """A function that makes pages, in a browser that keeps its files in `folder`."""
+    """Start a browser that keeps its files in `folder`, and return a function that opens pages."""
     assert CHROMIUM
     (child_reads, we_write), (we_read, child_writes) = os.pipe(), os.pipe()
     command = [CHROMIUM, *_NEEDED, f"--user-data-dir={folder}", "about:blank"]
@@ -111,7 +111,7 @@ def browsing(folder: Path) -> Iterator[Callable[[], Page]]:
         def receive() -> dict[str, Any]:
             answer = bytearray()
             while (byte := back.read(1)) != b"\0":
-                assert byte, "the browser is gone"
+                assert byte, "the browser has ended"
                 answer += byte
             return json.loads(answer)
 

@@ -1,18 +1,19 @@
-"""What the tests share: the embedded model, and a random state that no test inherits."""
+"""Fixtures of all tests: the embedded model, and a fresh random state for each test."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before mlx is imported: threads of several test processes on few cores wait for each other.
+# Set before mlx is imported. Threads of several test processes on few cores would wait for each
+# other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
 import pytest
 
-# textpolicy is imported inside the fixtures: an import up here would run before pytest's shape
-# checks are installed, and they would check nothing.
+# The fixtures import textpolicy, and this file does not: an import here would run before pytest
+# installs the shape checks, and the checks would then check nothing.
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def fast_products() -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:
-    """The folder of the embedded model."""
+    """Return the folder of the embedded model."""
     from textpolicy.generation.model_files import tiny_model
 
     return tiny_model()
@@ -38,7 +39,7 @@ def tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def load_tiny() -> Callable[[], tuple[Any, Any]]:
-    """A function that loads the embedded model: a fresh (model, tokenizer) for each call."""
+    """Return a function that loads the embedded model: each call gives a fresh model."""
     from textpolicy.generation.mlx_generation import load_model
 
     return lambda: load_model("tiny")

@@ -1,4 +1,4 @@
-"""The most memory that something takes."""
+"""Measure peak memory."""
 
 import gc
 from collections.abc import Callable
@@ -7,11 +7,11 @@ import mlx.core as mx
 
 
 def peak_of(compute: Callable[[], object], before: int | None = None) -> int:
-    """The most bytes while it runs, above those of `before`, or above what is there."""
-    # What earlier tests left in cycles might otherwise be freed meanwhile.
+    """Return the peak bytes of `compute` above `before`, by default above the bytes in use."""
+    # Reference cycles of earlier tests could otherwise be freed during the measurement.
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
-    there = mx.get_active_memory() if before is None else before
+    in_use = mx.get_active_memory() if before is None else before
     compute()
-    return mx.get_peak_memory() - there
+    return mx.get_peak_memory() - in_use

@@ -1,11 +1,11 @@
-"""How long something takes on a machine that may have more to do than cores."""
+"""Measure time on a machine that may be busy."""
 
 import time
 from collections.abc import Callable
 
 
 def least_seconds(run: Callable[[], object], below: float) -> float:
-    """The seconds that a run takes: the least of three, if the first takes longer than allowed."""
+    """Return the seconds of a run, or the least of three runs if the first is not below `below`."""
     times: list[float] = []
     while not times or (min(times) >= below and len(times) < 3):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Small models with random weights, for what the embedded model is not: biased, untied, MoE."""
+"""Small random models of kinds that the embedded model is not: biased, untied, MoE."""
 
 from typing import Any
 
@@ -20,20 +20,20 @@ TOKENS = mx.array([[5, 17, 3, 44, 60, 2]])
 
 
 def qwen3_model(*, layers: int = 2, seed: int = 0, **changes: Any) -> nn.Module:
-    """A Qwen3 with an output head of its own."""
+    """Return a Qwen3 whose output head is not tied to the embedding."""
     args = {"model_type": "qwen3", "num_hidden_layers": layers, "head_dim": 32}
     args |= {"tie_word_embeddings": False} | SIZES | changes
     return randomized(qwen3.Model(qwen3.ModelArgs(**args)), seed)
 
 
 def biased_model(*, seed: int = 0) -> nn.Module:
-    """A Qwen2: its attention projections have biases."""
+    """Return a Qwen2, whose attention projections have biases."""
     args = {"model_type": "qwen2", "num_hidden_layers": 2, "tie_word_embeddings": True} | SIZES
     return randomized(qwen2.Model(qwen2.ModelArgs(**args)), seed)
 
 
 def expert_model(*, seed: int = 0) -> nn.Module:
-    """A mixture of experts in every block."""
+    """Return a Qwen3-MoE, with a mixture of experts in every block."""
     args = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "head_dim": 32}
     args |= {"tie_word_embeddings": False, "num_experts": 4, "num_experts_per_tok": 2}
     args |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 64}
@@ -42,7 +42,7 @@ def expert_model(*, seed: int = 0) -> nn.Module:
 
 
 def randomized(model: nn.Module, seed: int) -> nn.Module:
-    """The model with every weight drawn from `seed`, norms near one and biases not zero."""
+    """Draw every weight of the model from `seed`, with norms near one and nonzero biases."""
     keys = iter(mx.random.split(mx.random.key(seed), 1000))
 
     def draw(old: mx.array) -> mx.array:

@@ -1,6 +1,6 @@
-"""W&B on this machine: the files that it writes, read back, and a server that takes a run.
+"""A W&B server on this machine for tests, and a reader of the files that W&B writes.
 
-The server answers what the client of version 0.31 asks, and keeps what it is sent.
+The server answers the requests of W&B's client 0.31, and keeps the data that the client sends.
 """
 
 import json
@@ -16,7 +16,7 @@ BLOCK = 32768
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The records of a run file: LevelDB's log format after a header of seven bytes."""
+    """Yield the records of a run file: LevelDB's log format after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, parts = path.read_bytes(), 7, b""
@@ -33,7 +33,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The rows that were logged, by the names that they were logged under."""
+    """Return the logged rows; each maps the names of metrics to values."""
     rows = [record.history.item for record in records(path) if record.HasField("history")]
     return [
         {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items} for items in rows
@@ -41,14 +41,14 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps the rows of one run; `asked` are the operations that clients wanted."""
+    """Keeps the rows of one run. `requested` lists the operations that clients requested."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.rows: dict[int, dict[str, Any]] = {}
         self.artifacts: list[dict[str, Any]] = []
 
@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, sent: dict[str, Any]) -> dict[str, Any]:
         query, variables = sent["query"], sent.get("variables") or {}
         operation = query.split("(")[0].split("{")[0].split()[-1]
-        self.server.asked.append(operation)
+        self.server.requested.append(operation)
         if "upsertBucket" in query:
             project = {"name": "project", "entity": {"name": "someone"}}
             bucket = {"id": "b", "name": variables.get("name"), "displayName": "run"}
@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             made = {"runID": "r", "uploadHeaders": [], "files": files}
             return {"createRunFiles": made}
         if "createArtifact(" in query:
-            # Committed is what the server says of contents that it has: none are uploaded.
+            # COMMITTED: the server has the contents already, so the client uploads nothing.
             made = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s"}}
             self.server.artifacts.append(variables["input"])
             return {"createArtifact": {"artifact": made}}
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A server until the block ends, or until its `shutdown` and `server_close`."""
+    """Run a server until the block ends, or until the block calls `shutdown`."""
     server = Server()
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -1,4 +1,4 @@
-"""Compares the embedded model in transformers with the same files in mlx-lm. Needs torch.
+"""Compare the embedded model in transformers with the same files in mlx-lm. Needs torch.
 
 pip install torch transformers && python tools/check_tiny_model.py
 """

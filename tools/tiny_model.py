@@ -1,7 +1,7 @@
-"""Makes the model inside the package: tokenizer, config, weights and card, all from one seed.
+"""Make the model inside the package: tokenizer, config, weights and card, all from one seed.
 
-The weights are warmed up with TextPolicy's own supervised trainer on the tasks of `envs/`, each
-until it is solved about half of the time: able, with room for reinforcement learning.
+TextPolicy's own supervised trainer trains the weights on the tasks of `envs/`, until the model
+solves about half of each task. Reinforcement learning can then improve the model.
 """
 
 import argparse
@@ -105,26 +105,26 @@ the rounded weights. The same machine and versions give the same bytes.
 
 **Licence** MIT, as TextPolicy.
 """
-# What `python tools/check_tiny_model.py` said, by the sha256 of the weights that it said it of.
+# The result of `python tools/check_tiny_model.py`, by the sha256 of the weights.
 CHECKED = {
     "f612adfe8edb": (
         "transformers 5.23.0 with torch 2.13.0 gives the same tokens, and logits within 3e-5 in "
         "float32."
     )
 }
-# How much practice a task gets while nothing of it is known: addition is the slowest to learn.
+# How often a task is drawn at the start. Addition is the slowest to learn.
 TASKS = {"add": 4.0, "sort": 1.0, "reverse": 1.0, "countdown": 4.0}
-# Greedy held-out accuracy that leaves clear room for reinforcement learning. Once every task has
-# it, the learning rate goes down to zero, which raises each a little more.
+# Greedy held-out accuracy that leaves room for reinforcement learning. When every task has reached
+# this accuracy, the learning rate falls to zero, which raises each accuracy a little more.
 ENOUGH = 0.38
-# Sums without a carry come first: they teach which digits belong together. Solving them is this
-# much of all sums, and without them nothing is learned of addition for a long time.
+# Sums without a carry come first, because they teach which digits belong together. Without them the
+# model learns no addition for a long time. Such sums are this share of all sums.
 WITHOUT_CARRIES = 0.06
 BATCH, LEARNING_RATE, WARM_UP, COOL_DOWN, EVERY = 64, 1.5e-3, 100, 25, 25
 
 
 def build_tokenizer() -> Tokenizer:
-    """Byte-level BPE: bytes, a few merged words, and Qwen's three special tokens last."""
+    """Return a byte-level BPE tokenizer: bytes, a few words, and Qwen's three special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -143,7 +143,8 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator(WORDS, trainer)
     tokenizer.add_special_tokens(special)
     if tokenizer.get_vocab_size() != VOCABULARY:
-        raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} tokens: change WORDS")
+        found = tokenizer.get_vocab_size()
+        raise SystemExit(f"the tokenizer has {found} tokens; expected {VOCABULARY}: change WORDS")
     return tokenizer
 
 
@@ -167,7 +168,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def write_config(folder: Path) -> None:
-    """End of text is the pad token, the end of an answer the stop token: their ids come last."""
+    """Write the config. The ids of the pad token and of the stop token are at the end."""
     tokens = {"pad_token_id": VOCABULARY - 3, "eos_token_id": VOCABULARY - 1}
     write_json(folder / "config.json", CONFIG | tokens)
     write_json(folder / "generation_config.json", tokens)
@@ -180,9 +181,9 @@ def write_weights(model: nn.Module, folder: Path) -> None:
 
 
 class Curriculum:
-    """Demonstrations of all tasks, drawn more often from those that are far from enough.
+    """Draws demonstrations of all tasks, more often of tasks whose accuracy is far below ENOUGH.
 
-    A task that has enough is still practised a little: one that is not is soon forgotten.
+    A task that has reached ENOUGH is still drawn sometimes, because the model forgets other tasks.
     """
 
     def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, seed: int) -> None:
@@ -202,12 +203,12 @@ class Curriculum:
             yield [self._demonstrate(name) for name in names]
 
     def rate(self, step: mx.array) -> mx.array:
-        """Up to the learning rate, along it, and down to zero at the last step."""
+        """Return the learning rate: it rises, stays, and falls to zero at the last step."""
         rate = LEARNING_RATE * mx.minimum(step / WARM_UP, 1)
         return rate if self.last is None else rate * (self.last - step) / COOL_DOWN
 
     def practise(self, report: Event) -> Progress:
-        """Measure, print, and give each task the weight of what it still lacks."""
+        """Measure and print accuracies, and draw a task more often the lower its accuracy is."""
         if not isinstance(report, TrainReport):
             return Progress.MORE
         accuracy = {
@@ -238,7 +239,7 @@ class Curriculum:
 
 
 def carries(task: Task) -> bool:
-    """Whether a task is a sum in which some digits add up to ten or more."""
+    """Return whether a task is a sum in which two digits add up to ten or more."""
     left, plus, right = str(task.prompt).rstrip("=").partition("+")
     return bool(plus) and any(int(a) + int(b) > 9 for a, b in zip(left, right, strict=True))
 
@@ -251,7 +252,7 @@ def loss(
     *,
     mask: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """The loss in the order of operations that these weights were made with, to the last bit."""
+    """Return the loss, in the order of operations that reproduces the weights bit for bit."""
     logits = model(inputs).astype(mx.float32)
     logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     drawn = mx.take_along_axis(logp, targets[..., None], axis=-1).squeeze(-1)
@@ -263,7 +264,7 @@ def loss(
 def measure(
     model: nn.Module, tokenizer: TokenizerWrapper, environment: Environment, count: int
 ) -> float:
-    """The share of held-out tasks that greedy decoding solves."""
+    """Return the share of held-out tasks that greedy decoding solves."""
     sampling = Sampling(max_tokens=environment.max_tokens, temperature=0)
     tasks = environment.heldout(count)
     completions = ModelPolicy(model, tokenizer, sampling).generate([t.prompt for t in tasks])
@@ -291,7 +292,7 @@ def make(folder: Path, *, seed: int, iterations: int) -> None:
 
 
 def write_card(folder: Path, *, seed: int) -> None:
-    """The model card, with the accuracies of what was written, read back as any user reads it."""
+    """Write the model card with the accuracies of the model, loaded back from its files."""
     model, tokenizer = load_model(folder)
     rows = [
         f"| `{name}` | `{next(load(name).stream(0)).prompt}` "
@@ -314,10 +315,12 @@ def write_card(folder: Path, *, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=tiny_model(), help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and of practice")
-    parser.add_argument("--iterations", type=int, default=3000, help="at most")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights and of the demonstrations"
+    )
+    parser.add_argument("--iterations", type=int, default=3000, help="largest number of iterations")
     options = parser.parse_args()
-    # On matrices this small a second thread costs more than it brings.
+    # On matrices of this size a second thread costs more time than it saves.
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)
     make(options.output, seed=options.seed, iterations=options.iterations)
