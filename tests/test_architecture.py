@@ -447,6 +447,12 @@ def test_every_file_keeps_the_rule(rule: Rule) -> None:
     assert not complaints, "\n".join(complaints)
 
 
+@pytest.mark.parametrize("rule", [files_import_in_no_circle], ids=lambda rule: rule.__name__)
+def test_the_package_keeps_the_rule(rule: PackageRule) -> None:
+    complaints = list(rule(read_sources()))
+    assert not complaints, "\n".join(complaints)
+
+
 @pytest.mark.parametrize(("rule", "path", "text"), BROKEN)
 def test_the_rule_notices_a_file_that_breaks_it(rule: Rule, path: str, text: str) -> None:
     assert list(rule(parse(path, text)))

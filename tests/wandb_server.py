@@ -41,14 +41,13 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps the rows of one run. `requested` lists the operations that clients requested."""
+    """Keeps the rows and the artifacts of one run."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.requested: list[str] = []
         self.rows: dict[int, dict[str, Any]] = {}
         self.artifacts: list[dict[str, Any]] = []
 
@@ -82,8 +81,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, sent: dict[str, Any]) -> dict[str, Any]:
         query, variables = sent["query"], sent.get("variables") or {}
-        operation = query.split("(")[0].split("{")[0].split()[-1]
-        self.server.requested.append(operation)
         if "upsertBucket" in query:
             project = {"name": "project", "entity": {"name": "someone"}}
             bucket = {"id": "b", "name": variables.get("name"), "displayName": "run"}
