@@ -219,7 +219,7 @@ def test_a_shared_copy_cannot_follow_a_trainer_that_publishes_nothing(load_tiny,
 def test_a_list_of_tasks_is_gone_through_once_and_its_end_is_an_error(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     seen = []
-    with pytest.raises(TaskError, match="2 more were needed after 4, and 1 came"):
+    with pytest.raises(TaskError, match="2 more were needed after 4, but only 1 were left"):
         train_rl(
             tasks=list(itertools.islice(tasks(), 5)),
             reward=digits,

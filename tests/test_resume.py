@@ -186,7 +186,7 @@ class Forgetful:
 def test_a_curriculum_that_cannot_go_on_is_an_error_where_checkpoints_are_asked_for(
     load_tiny, tmp_path
 ):
-    with pytest.raises(TrainingError, match="Forgetful cannot be kept in a checkpoint"):
+    with pytest.raises(TrainingError, match="Forgetful cannot be saved in a checkpoint"):
         Run(load_tiny, tmp_path).go(tasks=Forgetful())
 
 

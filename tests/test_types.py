@@ -66,5 +66,5 @@ def test_a_group_is_as_old_as_its_oldest_member():
 def test_a_callback_ends_a_run_by_stop_goes_on_by_more_or_nothing_and_says_nothing_else():
     answers = (Progress.STOP, Progress.MORE, None)
     assert [asks_to_stop(answer) for answer in answers] == [True, False, False]
-    with pytest.raises(ConfigError, match="the callback answered True; expected"):
+    with pytest.raises(ConfigError, match="the callback returned True; return"):
         asks_to_stop(True)

@@ -1,4 +1,4 @@
-"""Groups in, fresh groups out."""
+"""The buffer between sampling and training: groups go in, groups that are fresh enough come out."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -8,10 +8,10 @@ from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task, 
 
 
 class Buffer:
-    """Holds rollout groups between sampling and training, and knows how stale each one is.
+    """Holds rollout groups until they are trained on; `dropped` counts the groups it drops.
 
-    A group's staleness is how many adapter versions the trainer has made since its oldest member
-    was sampled. `take` drops what is staler than `max_staleness` and counts it in `dropped`.
+    The staleness of a group is the number of adapter versions that the trainer has made since the
+    group's oldest rollout was sampled. `take` drops groups that are staler than `max_staleness`.
     """
 
     def __init__(self, max_staleness: int = 0) -> None:
@@ -23,7 +23,7 @@ class Buffer:
         return len(self._groups)
 
     def extend(self, groups: Iterable[RolloutGroup]) -> None:
-        """Add groups, oldest first."""
+        """Add groups in the order in which they were sampled."""
         self._groups.extend(groups)
 
     def take(self, version: int, limit: int | None = None) -> list[RolloutGroup]:
@@ -35,23 +35,18 @@ class Buffer:
         return fresh[:limit]
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, in values that JSON can hold."""
-        return {
-            "dropped": self.dropped,
-            "groups": [_group_to_json(group) for group in self._groups],
-        }
+        """Return the content for a checkpoint, in values that JSON can hold."""
+        groups = [_group_to_json(group) for group in self._groups]
+        return {"dropped": self.dropped, "groups": groups}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Hold what was held when `state` was taken, and nothing else."""
+        """Replace the content by the content in `state`."""
         self.dropped = state["dropped"]
-        self._groups = [_group(facts) for facts in state["groups"]]
+        self._groups = [_group_from_json(group) for group in state["groups"]]
 
 
 def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
-    """All of a group that training needs, in values that JSON can hold.
-
-    Of the task that is its id and prompt: it has been scored, with columns that may be anything.
-    """
+    """Return all that training needs: the task's other columns served the rewards only."""
     return {
         "task": group.task.id,
         "prompt": group.task.prompt,
@@ -59,16 +54,17 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
     }
 
 
-def _group(facts: Mapping[str, Any]) -> RolloutGroup:
-    task = Task(id=facts["task"], prompt=facts["prompt"])
-    return RolloutGroup(task=task, rollouts=[_rollout(one) for one in facts["rollouts"]])
+def _group_from_json(content: Mapping[str, Any]) -> RolloutGroup:
+    task = Task(id=content["task"], prompt=content["prompt"])
+    rollouts = [_rollout_from_json(rollout) for rollout in content["rollouts"]]
+    return RolloutGroup(task=task, rollouts=rollouts)
 
 
-def _rollout(facts: Mapping[str, Any]) -> Rollout:
-    sampling = facts["sampling"]
+def _rollout_from_json(content: Mapping[str, Any]) -> Rollout:
+    sampling = content["sampling"]
     special: dict[str, Any] = {
         "sampling": Sampling(**(sampling | {"stop": tuple(sampling["stop"])})),
-        "stop_reason": StopReason(facts["stop_reason"]),
-        "turns": [Turn(**turn) for turn in facts["turns"]],
+        "stop_reason": StopReason(content["stop_reason"]),
+        "turns": [Turn(**turn) for turn in content["turns"]],
     }
-    return Rollout(**(dict(facts) | special))
+    return Rollout(**(dict(content) | special))

@@ -1,45 +1,45 @@
-"""Every error this library raises on purpose: ours, and the standard library's kind beside it."""
+"""The errors that this library raises on purpose. Most are an error of the standard library too."""
 
 
 class TextPolicyError(Exception):
-    """Base of all deliberate errors. The message says what, got, expected and what to do next."""
+    """Base class: a message says what was wrong, what was expected, and what to do next."""
 
 
 class ConfigError(TextPolicyError, ValueError):
-    """An option, or a combination of options, that cannot be honoured."""
+    """An option, or a combination of options, is not allowed."""
 
 
 class ModelError(TextPolicyError, ValueError):
-    """A model that cannot be found, loaded or used as asked."""
+    """A model cannot be found, cannot be loaded, or cannot be used in this way."""
 
 
 class AdapterError(TextPolicyError, ValueError):
-    """Adapters that do not fit the model, or a file that is not a whole adapter."""
+    """Adapters do not fit the model, or a file does not hold complete adapters."""
 
 
 class UnwritableError(AdapterError):
-    """A file that could not be written: no permission, no room, no such disk."""
+    """A file cannot be written: permission is missing, or the disk is full or absent."""
 
 
 class RunInterruptedError(TextPolicyError, RuntimeError):
-    """A run that the machine ended, and that goes on from its checkpoint when it can."""
+    """The machine ended the run. The run can be resumed from its checkpoint."""
 
 
 class PromptError(TextPolicyError, ValueError):
-    """A prompt the model cannot be given: empty, too long, or with ids outside the vocabulary."""
+    """The model cannot read a prompt: it is empty, too long, or rejected by the chat template."""
 
 
 class RewardError(TextPolicyError, RuntimeError):
-    """A reward function that raised, or returned something that is not a finite number or None."""
+    """A reward function raised, or returned neither a finite number nor None."""
 
 
 class TaskError(TextPolicyError, ValueError):
-    """An environment that does not exist, or whose tasks break its contract."""
+    """An environment does not exist, breaks its contract, or has no more tasks."""
 
 
 class DataError(TextPolicyError, ValueError):
-    """Rows that cannot be read, or that lack a column that was asked for."""
+    """A row of a data set cannot be read, or lacks a column that was asked for."""
 
 
 class TrainingError(TextPolicyError, RuntimeError):
-    """A training step that cannot be taken, or that would change nothing."""
+    """A training step is impossible, or would change nothing."""

@@ -1,6 +1,6 @@
-"""The circle: task -> rollout -> buffer -> trainer -> adapters on disk -> reload -> rollout ...
+"""The training loop: task -> rollout -> buffer -> trainer -> adapters on disk -> reload -> rollout.
 
-Read this to see how a run goes; everything it calls is in the folder of the same name.
+Read this file to see what a run does. The imports name the files with the details.
 """
 
 import time
@@ -24,10 +24,10 @@ from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task, asks
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One finished step, for whoever watches the run.
+    """What one step did. `on_step` receives it when the step is finished.
 
-    `groups` were sampled in it, and `trained` learned from, with these `advantages` by group and
-    member; None is a rollout that was not learned from.
+    `groups` were sampled in this step, and `trained` were trained on. `advantages` are those of
+    `trained`, by group and member; None means that the rollout was not trained on.
     """
 
     step: int
@@ -54,17 +54,17 @@ def train_rl(
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
 ) -> Metrics:
-    """Train for `steps` steps and return the last one's metrics.
+    """Train for `steps` steps and return the metrics of the last step.
 
-    The trainer publishes adapters to the file its set-up names, and the policy reloads that file
-    before its next generation: both may live on shared copies of one model, or in different
-    processes. With `steps_per_generation` above 1, rollouts for several steps are sampled at once.
-    With `refill_rounds` above 1, groups whose rewards are all equal are replaced by others, in at
-    most so many rounds of sampling. Tasks that are a `Curriculum` are told how they went. The run
-    ends early when `on_step` answers `Progress.STOP`.
+    The trainer publishes adapters to a file, and the policy reloads that file before the next
+    generation; both may share one base model or be in different processes. One generation samples
+    the rollouts of `steps_per_generation` steps. With `refill_rounds` above 1, groups whose rewards
+    are all equal are replaced, in at most that many rounds of sampling. A `Curriculum` as `tasks`
+    receives the sampled groups. The run ends early if `on_step` returns `Progress.STOP`.
 
-    `checkpoints` are saved after `on_step`, and at the end of the run. `resume` goes on from one
-    to the same numbers, given the arguments of before and tasks that begin anew.
+    A checkpoint is saved after `on_step` and at the end. With `resume`, the run continues from
+    that checkpoint and computes the numbers that an uninterrupted run computes, if all other
+    arguments are the same and `tasks` starts from its beginning.
     """
     source, buffer = TaskSource(tasks), Buffer(max_staleness=steps_per_generation - 1)
     metrics: Metrics = {}
@@ -75,26 +75,26 @@ def train_rl(
             sampled: SampledGroups | None = None
             if not buffer:
                 sampled = collect_with_dynamic_sampling(
-                    source.take,
+                    source.next_tasks,
                     policy,
                     scorer,
                     groups=groups_per_step * steps_per_generation,
                     group_size=group_size,
-                    seeds=lambda done, step=step: (seed << 32) + (done << 24) + step,
+                    round_seed=lambda number, step=step: (seed << 32) + (number << 24) + step,
                     rounds=refill_rounds,
                 )
                 buffer.extend(sampled.kept)
-                source.observe(sampled.sampled)
-            timer.mark("generate")
+                source.observe(sampled.groups)
+            timer.record("generate")
 
             trained = buffer.take(trainer.version, groups_per_step)
             staleness = staleness_metrics(trained, trainer.version)
             metrics = trainer.train(trained) | staleness
-            timer.mark("train")
+            timer.record("train")
 
             if policy.version != trainer.version:
-                _reload(policy, trainer)
-            timer.mark("reload")
+                _reload_policy(policy, trainer)
+            timer.record("reload")
 
             metrics |= timer.metrics() | {"version": float(trainer.version)}
             metrics |= _sampling_metrics(sampled, metrics["time/generate"])
@@ -102,31 +102,31 @@ def train_rl(
                 step=step,
                 steps=steps,
                 metrics=metrics,
-                groups=sampled.sampled if sampled else (),
+                groups=sampled.groups if sampled else (),
                 trained=trained,
                 advantages=trainer.advantages,
             )
             stop = on_step is not None and asks_to_stop(on_step(report))
-            # The row of this step is written, as the checkpoint has it: saving counts to the next.
+            # `on_step` has already written this step's metrics, so saving counts in the next step.
             timer = _StepTimer(scorer)
             if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):
                 checkpoints.save(make_checkpoint(step + 1, trainer, source, buffer, scorer))
-                timer.mark("checkpoint")
+                timer.record("checkpoint")
             if stop:
                 break
     return metrics
 
 
 def _sampling_metrics(sampled: SampledGroups | None, seconds: float) -> Metrics:
-    """What was sampled in a step; nothing, where it trained on what was sampled before."""
+    """Return the metrics of the sampled groups, or none if the step sampled nothing."""
     if sampled is None:
         return {}
-    metrics = rollout_metrics(sampled.sampled) | sampled.metrics
+    metrics = rollout_metrics(sampled.groups) | sampled.metrics
     return metrics | {"tokens_per_second": metrics["num_tokens"] / seconds}
 
 
 class _StepTimer:
-    """Where a step's time goes, rewards apart from generation, and the most memory it takes."""
+    """Measures the time of each phase of a step, rewards included, and the peak memory."""
 
     def __init__(self, scorer: Scorer) -> None:
         mx.reset_peak_memory()
@@ -135,7 +135,8 @@ class _StepTimer:
         self._started = self._last = time.perf_counter()
         self._seconds: Metrics = {}
 
-    def mark(self, name: str) -> None:
+    def record(self, name: str) -> None:
+        """Record the time since the last phase ended as the time of phase `name`."""
         now = time.perf_counter()
         self._seconds[f"time/{name}"] = now - self._last
         self._last = now
@@ -150,10 +151,11 @@ class _StepTimer:
         }
 
 
-def _reload(policy: Policy, trainer: Trainer) -> None:
+def _reload_policy(policy: Policy, trainer: Trainer) -> None:
     policy.reload(trainer.published)
     if policy.version != trainer.version:
         raise TrainingError(
             f"the policy still generates with version {policy.version} after reloading "
-            f"{trainer.published}; expected version {trainer.version}"
+            f"{trainer.published}; expected version {trainer.version}. Make the policy's reload() "
+            "load that file and return its version"
         )

@@ -1,4 +1,4 @@
-"""A run between two steps as one checkpoint, and a run put back to where one was made."""
+"""Making a checkpoint of a run between two steps, and restoring a run from a checkpoint."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from textpolicy.types import Policy
 def make_checkpoint(
     step: int, trainer: Trainer, tasks: TaskSource, buffer: Buffer, scorer: Scorer
 ) -> Checkpoint:
-    """All that the steps to come depend on, after `step` steps."""
+    """Return a checkpoint of the state after `step` steps, with all that later steps depend on."""
     arrays, facts = trainer.state()
     parts: dict[str, Any] = {
         "trainer": facts,
@@ -35,7 +35,7 @@ def restore_checkpoint(
     buffer: Buffer,
     scorer: Scorer,
 ) -> int:
-    """Put every part back; returns the number of steps that lie behind."""
+    """Restore every part of the run, and return the number of steps that are already done."""
     parts = checkpoint.facts
     trainer.restore(checkpoint.arrays, parts["trainer"])
     if policy.version != trainer.version:

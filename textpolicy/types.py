@@ -1,4 +1,4 @@
-"""The nouns of the library. All else imports them; of mlx they import only the array type."""
+"""The nouns of the library. Read this file first: every other part uses these types."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,26 +13,26 @@ from jaxtyping import Bool, Float, Int
 from textpolicy.errors import ConfigError
 
 Message = Mapping[str, str]
+"""A chat message: its "role" and its "content"."""
 Prompt = str | Sequence[Message]
-
-
+"""One user message as a string, or a conversation."""
 NOT_SAMPLED = -1
-"""The version of rollouts that no policy sampled: their log-probabilities were never recorded."""
+"""The version of a rollout that no policy sampled, so that its log-probabilities are unknown."""
 
 
 class Progress(Enum):
-    """What a callback answers: go on, or stop after this event."""
+    """What a callback returns: continue the run, or stop the run after this event."""
 
     MORE = auto()
     STOP = auto()
 
 
 def asks_to_stop(answer: object) -> bool:
-    """Whether a callback's answer ends the run. None is MORE; what is no `Progress` is an error."""
+    """Return whether a callback's answer ends the run; None means `Progress.MORE`."""
     if answer is not None and not isinstance(answer, Progress):
         raise ConfigError(
-            f"the callback answered {answer!r:.60}; expected Progress.STOP to end the run, or "
-            "Progress.MORE or None to go on"
+            f"the callback returned {answer!r:.60}; return Progress.STOP to end the run, or "
+            "Progress.MORE or None to continue"
         )
     return answer is Progress.STOP
 
@@ -41,19 +41,19 @@ class StopReason(StrEnum):
     """Why a completion ended."""
 
     STOP_TOKEN = "stop_token"
-    """A stop token was sampled. It is the completion's last token and is trained on."""
+    """A stop token was sampled. It is the last token of the completion, and it is trained on."""
     STOP_STRING = "stop_string"
-    """The text came to contain one of the stop strings."""
+    """The text contains one of the stop strings."""
     LENGTH = "length"
-    """`max_tokens` tokens were sampled: the completion is cut off."""
+    """The completion was cut off after `max_tokens` tokens."""
 
 
 FieldCheck = tuple[type | UnionType, Callable[[Any], bool], str]
-"""The type of a field, what else its value must satisfy, and both in words."""
+"""The type of a field, a test of its value, and a description of allowed values."""
 
 
 def check_fields(options: object, **checks: FieldCheck) -> None:
-    """Raise `ConfigError` for the first field of `options` that fails its check."""
+    """Raise `ConfigError` for the first field of `options` whose value is not allowed."""
     for name, (kind, holds, expected) in checks.items():
         value = getattr(options, name)
         if not isinstance(value, kind) or not holds(value):
@@ -62,7 +62,7 @@ def check_fields(options: object, **checks: FieldCheck) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy decoding."""
+    """How a policy samples tokens. `temperature` 0 is greedy decoding."""
 
     max_tokens: int = 256
     temperature: float = 1.0
@@ -87,10 +87,10 @@ class Sampling:
 
     @property
     def usable_for_training(self) -> bool:
-        """Whether a forward pass gives the probabilities that the tokens were drawn with.
+        """Whether a policy loss may use completions that were sampled in this way.
 
-        Truncation and penalties change the distribution in ways that the trainer does not repeat,
-        so completions drawn with them are for evaluation, never for a policy loss.
+        The trainer computes log-probabilities from logits and temperature. It does not repeat
+        truncation (top-p, top-k, min-p) or penalties, so these are for evaluation only.
         """
         plain = (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1.0, 0, 0.0, 1.0)
         return plain and self.temperature > 0
@@ -98,7 +98,7 @@ class Sampling:
 
 @runtime_checkable
 class TextEnv(Protocol):
-    """What an episode needs of a `gymnasium.Env`; observations and actions are text."""
+    """The part of a `gymnasium.Env` that an episode uses. Observations and actions are text."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -111,9 +111,10 @@ class TextEnv(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One row: a prompt, and the columns that its reward needs.
+    """One row of the data: a prompt, and in `example` the columns that its reward needs.
 
-    With `env`, each rollout is an episode in an environment of its own, reset with `seed`.
+    With `env`, each rollout of the task is an episode: `env()` makes an environment, and
+    `reset(seed=seed)` starts it.
     """
 
     id: str
@@ -127,9 +128,9 @@ class Task:
 class Completion:
     """What a policy returns for one prompt.
 
-    `prompt_tokens` are the ids that were fed, chat template included; `tokens` the ids that were
-    drawn, stop token included; `logprobs` their log-probabilities under the distribution that
-    they were drawn from. `text` is for people and rewards: special tokens are left out.
+    `prompt_tokens` are the ids that the model read, with the chat template applied. `tokens` are
+    the ids that were sampled, with the stop token, and `logprobs` are their log-probabilities
+    under the distribution they were sampled from. `text` has no special tokens.
     """
 
     prompt_tokens: list[int]
@@ -143,7 +144,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One exchange of an episode: what the policy said, what that earned, what it heard back."""
+    """One turn of an episode: a completion, its reward, and the environment's replies."""
 
     completion: str
     reward: float
@@ -152,15 +153,17 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One episode, token by token: `tokens`, `mask` and `logprobs` have equal length.
+    """One scored answer or episode, token by token.
 
-    `mask` is True on every sampled token, the stop token included, and False on prompts and tool
-    output. `logprobs` is 0 where `mask` is False. `reward` is None where the reward function
-    declined to score: such a rollout is left out of its group's baseline and gets no gradient.
-    `completion` is the last turn's text, and `turns` are those played in an environment.
-    `stop_reason` is LENGTH if a limit on tokens or turns cut the episode off.
-    `rewards` are the parts of it by name, `metrics` other numbers to average over a step under
-    their full names, and `error` says what failed in the user's code.
+    `tokens`, `mask` and `logprobs` have equal length. `mask` is True on every sampled token, the
+    stop token included, and False on prompts and on an environment's replies. `logprobs` is 0
+    where `mask` is False. `completion` is the text of the last turn.
+
+    `reward` is None if the reward function returned None: then the rollout is not part of its
+    group's baseline and gets no gradient. `rewards` are the parts of the reward by name, `error`
+    is what failed in the user's code, and `metrics` are numbers to average over a step.
+    `turns` are the turns with an environment, if the task has one. `stop_reason` is LENGTH if a
+    limit on tokens or turns ended the episode.
     """
 
     tokens: list[int]
@@ -186,29 +189,29 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutGroup:
-    """The rollouts of one task: the unit of the baseline and of the buffer."""
+    """The rollouts of one task. Advantages compare rollouts within a group."""
 
     task: Task
     rollouts: Sequence[Rollout]
 
     @property
     def version(self) -> int:
-        """The oldest adapter version that any member was sampled with."""
+        """The oldest adapter version that a rollout of the group was sampled with."""
         return min(rollout.version for rollout in self.rollouts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Arrays for one forward pass: what follows each prompt, and the prompts themselves, once.
+    """The arrays of one forward pass, or of one micro-batch of it. Each prompt is there once.
 
-    `tokens` begins after the row's prompt, which is row `owner` of `prompts`; both are padded on
-    the right. `rows` and `token_count` are totals over the *whole* optimizer batch, so that a loss
-    that divides by them adds up to the same number however the batch is cut into micro-batches.
+    Row r of `tokens` is what follows prompt `owner[r]` of `prompts`. Both arrays are padded on the
+    right. `rows` and `token_count` are totals of the *whole* optimizer batch: a loss that divides
+    by these totals adds up to the same number for every split into micro-batches.
 
-    `logp_sampled` was recorded while sampling; `logp_old` is what ratios are taken against, and is
-    the same unless the trainer computed it afresh. What a trainer was not asked for is None:
-    `logp_ref`, and `entropies` (of every counted token of the whole optimizer batch). `entropy` is
-    the current policy's, and a loss may differentiate it.
+    `logp_sampled` was recorded while sampling. `logp_old` is the denominator of ratios, and equals
+    `logp_sampled` unless the trainer computed it again. `entropy` belongs to the current policy,
+    and a loss may differentiate it. `entropies` are those of all counted tokens of the whole
+    optimizer batch. `logp_ref`, `entropy` and `entropies` are None unless the loss needs them.
     """
 
     prompts: Int[mx.array, "prompts width"]
@@ -230,11 +233,12 @@ class Batch:
 
 
 Metrics = dict[str, float]
+"""Numbers of one step by name; docs/metrics.md lists the names."""
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """Generates completions. Rollout workers know policies only through this."""
+    """Generates completions. Rollout workers use only these methods of a policy."""
 
     @property
     def version(self) -> int:
@@ -244,21 +248,21 @@ class Policy(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
     ) -> list[list[Completion]]:
-        """`n` completions for each prompt, in the prompts' order. A seed makes them repeatable."""
+        """Return `n` completions for each prompt; the same seed gives the same completions."""
         ...
 
     def reload(self, path: str | Path) -> int:
-        """Swap to the adapters in `path` before the next generation; returns their version."""
+        """Load the adapters in `path` for the next generation, and return their version."""
         ...
 
 
 RespondFn = Callable[[int, int, Completion], Sequence[Message] | None]
-"""Given the numbers of a prompt and a member, and what that row said: what it hears, or None."""
+"""Takes prompt number, member and completion; returns the replies, or None if the row is over."""
 
 
 @runtime_checkable
 class ConversingPolicy(Policy, Protocol):
-    """A policy that can go on after an answer, which episodes of several turns need."""
+    """A policy that answers again after replies, as episodes of several turns need."""
 
     def converse(
         self,
@@ -268,43 +272,42 @@ class ConversingPolicy(Policy, Protocol):
         n: int = 1,
         seed: int | None = None,
     ) -> list[list[list[Completion]]]:
-        """The turns of `n` rows for each prompt. A turn's `prompt_tokens` begin with all tokens of
-        the turn before, read and drawn: nothing is tokenized again. `respond` is asked once after
-        each answer, as soon as it is written, and after the last of a row too.
+        """Return the turns of `n` rows for each prompt.
+
+        The `prompt_tokens` of a turn begin with all tokens of the turn before: no token is
+        tokenized again. `respond` is called once for each completion as soon as it is finished,
+        the last completion of a row included.
         """
         ...
 
 
 RewardFn = Callable[..., Any]
-"""The user's code: arguments by name, a number or None back. `textpolicy.rewards` has the contract,
-and does not import this module: the processes that run rewards do without mlx."""
-
-
+"""The user's reward function; `textpolicy.rewards` describes its arguments and what it returns."""
 AdvantageFn = Callable[..., Float[mx.array, "groups group"]]
-"""Rewards (groups, group) to advantages of the same shape; NaN marks a rollout without a reward.
+"""Takes rewards (groups, group) and returns advantages of the same shape; NaN is a missing reward.
 
-It may ask by keyword for more of the same shape: `lengths`, the sampled tokens of each rollout, and
-`parts`, a mapping from the names of reward functions to what each gave.
+The function may have two keyword arguments of the same shape: `lengths`, the number of sampled
+tokens of each rollout, and `parts`, which maps each reward function's name to its rewards.
 """
 
 
 @runtime_checkable
 class Curriculum(Protocol):
-    """Tasks without end, chosen by how the ones before went."""
+    """An endless iterator of tasks that chooses each task by earlier results."""
 
     def __next__(self) -> Task: ...
 
     def observe(self, groups: Sequence[RolloutGroup], /) -> None:
-        """Learn how the policy did on tasks that were given out."""
-        ...
+        """Receive the rollouts of tasks that the iterator gave out."""
 
 
 @runtime_checkable
 class LossFn(Protocol):
-    """The objective to minimise and its metrics, from one forward pass.
+    """Returns the loss to minimise and its metrics, from one forward pass.
 
-    Both are sums over this batch's rows divided by the whole batch's totals, so that micro-batches
-    add up. A metric whose name ends in "max" or "min" is combined by that instead.
+    Loss and metrics are sums over the rows of this micro-batch, divided by totals of the whole
+    batch, so that the numbers of the micro-batches add up. A metric whose name ends in "max" or
+    "min" is combined by maximum or minimum instead.
     """
 
     def __call__(

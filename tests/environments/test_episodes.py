@@ -330,7 +330,7 @@ def test_a_reward_function_scores_the_whole_episode_in_place_of_its_turns(load_t
 
 def test_tasks_with_and_without_environments_are_collected_in_their_order(load_tiny):
     _, tokenizer = load_tiny()
-    policy = ScriptedPolicy(tokenizer, [["a"], ["b"]])
+    policy = ScriptedPolicy(tokenizer, [["a"], ["b"], ["c"], ["d"]])
     tasks = [
         task_of(lambda: guessing(2), "0"),
         Task(id="1", prompt="one"),
@@ -340,6 +340,7 @@ def test_tasks_with_and_without_environments_are_collected_in_their_order(load_t
     groups = collect(tasks, policy, lambda completion: 0.0, group_size=2, seed=0)
     assert [group.task.id for group in groups] == ["0", "1", "2", "3"]
     assert [len(group.rollouts[0].turns) for group in groups] == [2, 0, 1, 0]
+    assert [group.rollouts[1].completion for group in groups] == ["a", "b", "c", "d"]
 
 
 def test_a_policy_of_single_answers_is_refused_for_episodes():
@@ -398,7 +399,7 @@ def test_an_environment_that_opens_differently_for_the_same_seed_is_refused(load
     _, tokenizer = load_tiny()
     numbers = iter(range(9))
     make = lambda: ChatEnv(lambda rng: (f"{next(numbers)}", {}), lambda a, e: None)  # noqa: E731
-    with pytest.raises(TaskError, match=r"opens with '1' for seed 0, and did so with '0'"):
+    with pytest.raises(TaskError, match=r"opens with '1' for seed 0, but the task's prompt is '0'"):
         collect(
             [task_of(make)],
             ScriptedPolicy(tokenizer, [["x"]]),

@@ -138,7 +138,7 @@ def test_other_tasks_are_refused_unless_forced(tmp_path, capsys):
     data.write_text("\n".join(map(json.dumps, others)))
     assert main(["train", "--resume", run]) == 1
     message = capsys.readouterr().err
-    assert "the first 4 tasks are others than the run was trained on" in message
+    assert "the first 4 tasks are not the tasks that this run was trained on" in message
     assert main(["train", "--resume", run, "--force"]) == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.test_loop import Scripted
 from tests.test_types import rollout
 from textpolicy.environments.curriculum import MixedTaskCurriculum
-from textpolicy.rollout.dynamic_sampling import collect_with_dynamic_sampling, has_signal
+from textpolicy.rollout.dynamic_sampling import collect_with_dynamic_sampling, rewards_differ
 from textpolicy.types import Curriculum, RolloutGroup, Task
 
 
@@ -35,21 +35,21 @@ def refill(mixed: set[int], *, groups: int = 2, rounds: int = 4):
 
     policy = Scripted(["a", "b"] * 20, version=0)
     result = collect_with_dynamic_sampling(
-        next_tasks, policy, reward, groups=groups, group_size=2, seeds=seed_of, rounds=rounds
+        next_tasks, policy, reward, groups=groups, group_size=2, round_seed=seed_of, rounds=rounds
     )
     return result, asked, seeds
 
 
 def test_only_differing_rewards_are_signal():
-    assert has_signal(group(1.0, 0.0, None))
-    assert not has_signal(group(0.5, 0.5, None))
-    assert not has_signal(group(None, None))
+    assert rewards_differ(group(1.0, 0.0, None))
+    assert not rewards_differ(group(0.5, 0.5, None))
+    assert not rewards_differ(group(None, None))
 
 
 def test_groups_without_signal_are_replaced_until_there_are_enough():
     result, asked, seeds = refill({1, 4})
     assert [g.task.id for g in result.kept] == ["1", "4"]
-    assert [g.task.id for g in result.sampled] == ["0", "1", "2", "3", "4"]
+    assert [g.task.id for g in result.groups] == ["0", "1", "2", "3", "4"]
     assert asked == [2, 1, 1, 1]
     assert seeds == [0, 1, 2, 3]
     assert result.metrics == {"refill/rounds": 4, "refill/dropped": 3}
@@ -73,9 +73,9 @@ def test_with_one_round_nothing_is_replaced_and_everything_kept():
     assert [g.task.id for g in result.kept] == ["0", "1"]
 
 
-def test_where_nothing_has_signal_everything_is_kept():
+def test_where_nothing_rewards_differ_everything_is_kept():
     result, _, _ = refill(set(), rounds=2)
-    assert result.kept == result.sampled
+    assert result.kept == result.groups
     assert len(result.kept) == 4
 
 

@@ -1,7 +1,6 @@
-"""One environment being played, and the rollout that the tokens of its turns make."""
+"""An episode: one environment that answers a policy turn by turn."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from textpolicy.environments.check_env import check_step_result
 from textpolicy.environments.environment import opening_prompt
@@ -11,16 +10,16 @@ from textpolicy.types import Completion, Message, StopReason, Task, Turn
 
 
 class Episode:
-    """A fresh environment for one rollout of a task: answers go in, what is heard comes out.
+    """A new environment that is played for one rollout of a task.
 
-    `cut` tells that a limit ended it, not the environment. An answer that was cut off in the
-    middle is the last.
+    `cut_off` is True if a limit ended the episode and not the environment. A completion that
+    reached `max_tokens` is the last one.
     """
 
     def __init__(self, task: Task, max_turns: int) -> None:
         assert task.env is not None
         self.turns: list[Turn] = []
-        self.cut = True
+        self.cut_off = True
         self.metrics: dict[str, float] = {}
         self._task = task
         self._max_turns = max_turns
@@ -30,40 +29,32 @@ class Episode:
         if prompt != task.prompt:
             raise TaskError(
                 f"the environment of task {task.id!r} opens with {prompt!r:.60} for seed "
-                f"{task.seed}, and did so with {task.prompt!r:.60}; expected the same seed to give "
-                "the same start"
+                f"{task.seed}, but the task's prompt is {task.prompt!r:.60}; make reset(seed=...) "
+                "give the same start for the same seed"
             )
 
-    def respond(self, said: Completion) -> Sequence[Message] | None:
-        """The messages that the environment answers with; None when the episode is over."""
-        where = f"turn {len(self.turns) + 1}, on {said.text!r:.60}"
+    def respond(self, completion: Completion) -> Sequence[Message] | None:
+        """Return the messages that the environment replies, or None if the episode is over."""
+        where = f"turn {len(self.turns) + 1}, on {completion.text!r:.60}"
         with environment_errors(self._task.id, where):
             observation, reward, terminated, truncated, info = check_step_result(
-                self._env.step(said.text)
+                self._env.step(completion.text)
             )
-            replies = _replies(observation, info)
-        unfinished = said.stop_reason is StopReason.LENGTH
+            messages = info.get("messages") or [{"role": "user", "content": observation}]
+            replies: list[Message] = list(messages)
+        unfinished = completion.stop_reason is StopReason.LENGTH
         full = len(self.turns) + 1 >= self._max_turns
-        self.cut = not terminated and (truncated or unfinished or full)
-        self.turns.append(Turn(completion=said.text, reward=reward, replies=replies))
-        self._count(info.get("metrics", {}))
-        if terminated or self.cut:
+        self.cut_off = not terminated and (truncated or unfinished or full)
+        self.turns.append(Turn(completion=completion.text, reward=reward, replies=replies))
+        metrics = {**info.get("metrics", {}), "turns": len(self.turns)}
+        self.metrics = {f"env/{name}": float(value) for name, value in metrics.items()}
+        if terminated or self.cut_off:
             return None
-        # Unless it is asked again, there was no room for another answer.
-        self.cut = True
+        # If no further call comes, the context had no room for another answer.
+        self.cut_off = True
         return replies
 
-    def _count(self, metrics: Mapping[str, float]) -> None:
-        self.metrics = {f"env/{name}": float(value) for name, value in metrics.items()}
-        self.metrics["env/turns"] = float(len(self.turns))
-
     def close(self) -> None:
+        """Close the environment."""
         with environment_errors(self._task.id, "close"):
             self._env.close()
-
-
-def _replies(observation: str, info: dict[str, Any]) -> list[Message]:
-    """What `step` says next: `info["messages"]`, or the observation as a user message."""
-    if messages := info.get("messages"):
-        return list(messages)
-    return [{"role": "user", "content": observation}]

@@ -1,4 +1,4 @@
-"""Where a run is in its tasks, so that a later one can go on from there."""
+"""The tasks of a run, and the position among them that a checkpoint records."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from textpolicy.types import Curriculum, RolloutGroup, Task
 
 @runtime_checkable
 class ResumableCurriculum(Protocol):
-    """A curriculum whose place can be kept: `state` is anything that JSON can hold."""
+    """A curriculum that a checkpoint can hold: `state` returns values that JSON can hold."""
 
     def state(self) -> Mapping[str, Any]: ...
 
@@ -20,70 +20,71 @@ class ResumableCurriculum(Protocol):
 
 
 class TaskSource:
-    """Gives out tasks and counts them. Going on means drawing as many again from a fresh source,
-    which have to be the same.
+    """Gives out the tasks of a run in order, and counts them.
 
-    A `Curriculum` chooses by what it has seen, so it has to be `ResumableCurriculum` itself.
+    To resume, a new source skips as many tasks as were given out, and checks that they are the
+    same tasks. A `Curriculum` chooses tasks by earlier results, so it must be a
+    `ResumableCurriculum` if the run has checkpoints.
     """
 
     def __init__(self, tasks: Iterable[Task]) -> None:
-        self._source = iter(tasks)
+        self._tasks = iter(tasks)
         self._drawn = 0
-        self._seen = blake2b(digest_size=16)
+        self._digest = blake2b(digest_size=16)
 
-    def take(self, count: int) -> list[Task]:
-        """The next `count` tasks."""
-        batch = list(islice(self._source, count))
-        self._drawn += len(batch)
-        for task in batch:
-            self._seen.update(_content(task))
-        if len(batch) < count:
+    def next_tasks(self, count: int) -> list[Task]:
+        """Return the next `count` tasks. Raise `TaskError` if there are fewer."""
+        tasks = list(islice(self._tasks, count))
+        self._drawn += len(tasks)
+        for task in tasks:
+            self._digest.update(_content(task))
+        if len(tasks) < count:
             raise TaskError(
-                f"the tasks ran out: {count} more were needed after {self._drawn - len(batch)}, "
-                f"and {len(batch)} came. Pass a longer list, or an iterator without end such as "
-                "itertools.cycle(tasks)"
+                f"the tasks ran out: {count} more were needed after {self._drawn - len(tasks)}, "
+                f"but only {len(tasks)} were left. Pass a longer list, or an iterator without end "
+                "such as itertools.cycle(tasks)"
             )
-        return batch
+        return tasks
 
     def observe(self, groups: Sequence[RolloutGroup]) -> None:
-        """Tell a curriculum how the policy did."""
-        if isinstance(self._source, Curriculum):
-            self._source.observe(groups)
+        """Give a curriculum the rollouts of its tasks."""
+        if isinstance(self._tasks, Curriculum):
+            self._tasks.observe(groups)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, if the source can be gone on with at all."""
-        if not isinstance(self._source, Curriculum):
-            return {"drawn": self._drawn, "seen": self._seen.hexdigest()}
-        return {"drawn": self._drawn, "curriculum": dict(_resumable(self._source).state())}
+        """Return the position for a checkpoint, in values that JSON can hold."""
+        if not isinstance(self._tasks, Curriculum):
+            return {"drawn": self._drawn, "seen": self._digest.hexdigest()}
+        return {"drawn": self._drawn, "curriculum": dict(_require_resumable(self._tasks).state())}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` was taken. Without "seen" in it, other tasks will do too."""
-        if isinstance(self._source, Curriculum):
-            _resumable(self._source).restore(state["curriculum"])
+        """Go to the position in `state`. If `state` has no "seen", any tasks are accepted."""
+        if isinstance(self._tasks, Curriculum):
+            _require_resumable(self._tasks).restore(state["curriculum"])
             self._drawn = state["drawn"]
         else:
-            self.take(state["drawn"])
-            if state.get("seen", self._seen.hexdigest()) != self._seen.hexdigest():
+            self.next_tasks(state["drawn"])
+            if state.get("seen", self._digest.hexdigest()) != self._digest.hexdigest():
                 raise TaskError(
-                    f"the first {self._drawn} tasks are others than the run was trained on: the "
-                    "data or the environment has changed since. Put it back as it was, or begin a "
-                    "new run from the adapters of this one; `textpolicy train --resume RUN "
-                    "--force` goes on with the tasks as they are"
+                    f"the first {self._drawn} tasks are not the tasks that this run was trained "
+                    "on, so the data or the environment has changed since the checkpoint. Restore "
+                    "the data, or start a new run from this run's adapters, or resume with the new "
+                    "tasks: `textpolicy train --resume RUN --force`"
                 )
 
 
 def _content(task: Task) -> bytes:
-    """What a rollout and its reward depend on, but for objects that have no text."""
-    said = [task.prompt, task.example, task.seed]
-    return json.dumps(said, default=lambda value: type(value).__name__).encode()
+    """Return what a rollout and its reward depend on; an object without a text gives its type."""
+    content = [task.prompt, task.example, task.seed]
+    return json.dumps(content, default=lambda value: type(value).__name__).encode()
 
 
-def _resumable(source: object) -> ResumableCurriculum:
-    if not isinstance(source, ResumableCurriculum):
+def _require_resumable(curriculum: object) -> ResumableCurriculum:
+    if not isinstance(curriculum, ResumableCurriculum):
         raise TrainingError(
-            f"the curriculum {type(source).__name__} cannot be kept in a checkpoint: give it the "
-            "methods state() and restore(state), as "
-            "textpolicy.rollout.task_source.ResumableCurriculum has them, or train without "
-            "checkpoints"
+            f"the curriculum {type(curriculum).__name__} cannot be saved in a checkpoint, because "
+            "it lacks the methods state() and restore(state) of "
+            "textpolicy.rollout.task_source.ResumableCurriculum; add both methods, or train "
+            "without checkpoints"
         )
-    return source
+    return curriculum

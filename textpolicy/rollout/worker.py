@@ -1,6 +1,6 @@
-"""Tasks to rollout groups: sample, score, keep exactly what was sampled."""
+"""Collecting rollouts: a policy answers tasks or plays their environments, and rewards score."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from textpolicy.rollout.episode import Episode
 from textpolicy.types import (
     Completion,
     ConversingPolicy,
+    Message,
     Policy,
     Prompt,
     Rollout,
@@ -22,8 +23,6 @@ from textpolicy.types import (
     Turn,
 )
 
-_MAX_EPISODE_TURNS = 64
-
 
 def collect(
     tasks: Sequence[Task],
@@ -32,34 +31,34 @@ def collect(
     *,
     group_size: int,
     seed: int,
-    max_turns: int = _MAX_EPISODE_TURNS,
+    max_turns: int = 64,
 ) -> list[RolloutGroup]:
-    """`group_size` scored rollouts for each task, in the tasks' order; repeatable by `seed`.
+    """Return `group_size` scored rollouts for each task, in the order of the tasks.
 
-    Tasks without an environment are answered once, all in one wide batch; where rewards run in
-    processes of their own, an answer is scored while others are written. No episode takes more
-    than `max_turns`, whatever its environment says.
+    The same `seed` gives the same rollouts. All rows of all tasks decode together. If rewards run
+    in processes of their own and no task has an environment, the rewards score answers while the
+    policy still decodes other answers. An episode ends after `max_turns`, even if its environment
+    continues.
     """
     with scorer_of(reward) as scorer:
         scorer.prepare([task.example for task in tasks])
-        answered = [t for t, task in enumerate(tasks) if task.env is None]
-        played = [t for t, task in enumerate(tasks) if task.env is not None]
-        if not played and scorer.can_overlap_decoding and isinstance(policy, ConversingPolicy):
-            said, verdicts = _answer_and_score(tasks, policy, scorer, group_size, seed)
+        episodic = any(task.env for task in tasks)
+        if not episodic and scorer.can_overlap_decoding and isinstance(policy, ConversingPolicy):
+            unscored, verdicts = _answer_and_score(tasks, policy, scorer, group_size, seed)
         else:
-            said = _answer(tasks, answered, policy, group_size, seed)
-            said |= _play(tasks, played, policy, group_size, seed, max_turns)
-            everything = [(tasks[t], one) for t in range(len(tasks)) for one in said[t]]
-            verdicts = iter(scorer.score([_sample(task, one) for task, one in everything]))
+            unscored = _play(tasks, policy, group_size, seed, max_turns)
+            groups = zip(tasks, unscored, strict=True)
+            verdicts = scorer.score([_sample(task, one) for task, group in groups for one in group])
+    remaining = iter(verdicts)
     return [
-        RolloutGroup(task=task, rollouts=[_rollout(one, next(verdicts)) for one in said[t]])
-        for t, task in enumerate(tasks)
+        RolloutGroup(task=task, rollouts=[_rollout(one, next(remaining)) for one in group])
+        for task, group in zip(tasks, unscored, strict=True)
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """All that one rollout's policy said, and the episode it was said in, if there was one."""
+class _UnscoredRollout:
+    """The completions of one rollout, one for each turn, and the episode if there is one."""
 
     completions: Sequence[Completion]
     episode: Episode | None = None
@@ -72,104 +71,98 @@ class _Said:
     def turns(self) -> Sequence[Turn]:
         return self.episode.turns if self.episode else ()
 
-
-def _answer(
-    tasks: Sequence[Task], chosen: Sequence[int], policy: Policy, group_size: int, seed: int
-) -> dict[int, list[_Said]]:
-    if not chosen:
-        return {}
-    groups = policy.generate([tasks[t].prompt for t in chosen], n=group_size, seed=seed)
-    return {t: [_Said([one]) for one in group] for t, group in zip(chosen, groups, strict=True)}
+    @property
+    def stop_reason(self) -> StopReason:
+        cut_off = self.episode is not None and self.episode.cut_off
+        return StopReason.LENGTH if cut_off else self.last.stop_reason
 
 
 def _answer_and_score(
     tasks: Sequence[Task], policy: ConversingPolicy, scorer: Scorer, group_size: int, seed: int
-) -> tuple[dict[int, list[_Said]], Iterator[Verdict]]:
-    """The verdicts come in the order of tasks and their rows."""
-    with closing(BackgroundScorer[tuple[int, int]](scorer)) as early:
+) -> tuple[list[list[_UnscoredRollout]], list[Verdict]]:
+    """Return the rollouts of each task, and their verdicts in the order of tasks and members."""
+    with closing(BackgroundScorer[tuple[int, int]](scorer)) as background:
 
-        def score(t: int, member: int, said: Completion) -> None:
-            early.add((t, member), _sample(tasks[t], _Said([said])))
+        def score(t: int, member: int, completion: Completion) -> None:
+            background.add((t, member), _sample(tasks[t], _UnscoredRollout([completion])))
 
         groups = policy.converse([task.prompt for task in tasks], score, n=group_size, seed=seed)
-        found = early.verdicts()
-    said = {t: [_Said(turns) for turns in group] for t, group in enumerate(groups)}
-    return said, (found[t, member] for t, group in said.items() for member in range(len(group)))
+        verdicts = background.verdicts()
+    unscored = [[_UnscoredRollout(turns) for turns in group] for group in groups]
+    return unscored, [verdicts[t, m] for t, group in enumerate(groups) for m in range(len(group))]
 
 
 def _play(
-    tasks: Sequence[Task],
-    chosen: Sequence[int],
-    policy: Policy,
-    group_size: int,
-    seed: int,
-    max_turns: int,
-) -> dict[int, list[_Said]]:
-    """All episodes at once: each goes on as soon as its environment has answered."""
-    if not chosen:
-        return {}
+    tasks: Sequence[Task], policy: Policy, group_size: int, seed: int, max_turns: int
+) -> list[list[_UnscoredRollout]]:
+    """Return the rollouts of each task: an episode if it has an environment, else one answer."""
+    prompts = [task.prompt for task in tasks]
+    episodic = next((task for task in tasks if task.env), None)
+    if episodic is None:
+        answers = policy.generate(prompts, n=group_size, seed=seed)
+        return [[_UnscoredRollout([completion]) for completion in group] for group in answers]
     if not isinstance(policy, ConversingPolicy):
         raise ConfigError(
-            f"{type(policy).__name__} has no method converse, which task {tasks[chosen[0]].id!r} "
-            "needs to be played in its environment; see textpolicy.types.ConversingPolicy"
+            f"{type(policy).__name__} has no method converse, but task {episodic.id!r} is played "
+            "in turns with its environment; give the policy the method converse of "
+            "textpolicy.types.ConversingPolicy"
         )
-    episodes = [[Episode(tasks[t], max_turns) for _ in range(group_size)] for t in chosen]
-    groups = policy.converse(
-        [tasks[t].prompt for t in chosen],
-        lambda prompt, member, said: episodes[prompt][member].respond(said),
-        n=group_size,
-        seed=seed,
-    )
-    for episode in (one for members in episodes for one in members):
+    episodes = [
+        [Episode(task, max_turns) if task.env else None for _ in range(group_size)]
+        for task in tasks
+    ]
+
+    def respond(t: int, member: int, completion: Completion) -> Sequence[Message] | None:
+        episode = episodes[t][member]
+        return episode.respond(completion) if episode else None
+
+    groups = policy.converse(prompts, respond, n=group_size, seed=seed)
+    for episode in (one for members in episodes for one in members if one):
         episode.close()
-    return {
-        t: [_Said(turns, episode) for turns, episode in zip(group, members, strict=True)]
-        for t, group, members in zip(chosen, groups, episodes, strict=True)
-    }
+    return [
+        [_UnscoredRollout(turns, episode) for turns, episode in zip(group, members, strict=True)]
+        for group, members in zip(groups, episodes, strict=True)
+    ]
 
 
-def _sample(task: Task, said: _Said) -> Sample:
+def _sample(task: Task, unscored: _UnscoredRollout) -> Sample:
     return Sample(
         id=task.id,
         prompt=prompt_text(task.prompt),
-        completion=said.last.text,
+        completion=unscored.last.text,
         example=task.example,
-        context=_context(task.prompt, said),
+        context=_context(task.prompt, unscored),
     )
 
 
-def _context(prompt: Prompt, said: _Said) -> Mapping[str, Any]:
-    """The fields of `textpolicy.rewards.CONTEXT_FIELDS`, in types that need no mlx to unpack."""
+def _context(prompt: Prompt, unscored: _UnscoredRollout) -> Mapping[str, Any]:
+    """Return the values of `textpolicy.rewards.CONTEXT_FIELDS`, as types that need no mlx."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-    for turn in said.turns[:-1]:
+    for turn in unscored.turns[:-1]:
         messages = [*append_completion(messages, turn.completion), *turn.replies]
     return {
-        "tokens": [token for turn in said.completions for token in turn.tokens],
-        "stop_reason": _stop_reason(said).value,
-        "messages": append_completion(messages, said.last.text),
-        "turns": [turn.text for turn in said.completions],
-        "turn_rewards": [turn.reward for turn in said.turns] or [0.0],
+        "tokens": [token for turn in unscored.completions for token in turn.tokens],
+        "stop_reason": unscored.stop_reason.value,
+        "messages": append_completion(messages, unscored.last.text),
+        "turns": [turn.text for turn in unscored.completions],
+        "turn_rewards": [turn.reward for turn in unscored.turns] or [0.0],
     }
 
 
-def _stop_reason(said: _Said) -> StopReason:
-    cut = said.episode is not None and said.episode.cut
-    return StopReason.LENGTH if cut else said.last.stop_reason
-
-
-def _rollout(said: _Said, verdict: Verdict) -> Rollout:
-    """The tokens of all turns as they were read and drawn: those of the last hold all others."""
-    last = said.last
+def _rollout(unscored: _UnscoredRollout, verdict: Verdict) -> Rollout:
+    """Return the rollout. The last completion's tokens contain the tokens of all turns before."""
+    last = unscored.last
     tokens = last.prompt_tokens + last.tokens
     mask = [False] * len(tokens)
     logprobs = [0.0] * len(tokens)
-    for turn in said.completions:
+    for turn in unscored.completions:
         start, end = len(turn.prompt_tokens), len(turn.prompt_tokens) + len(turn.tokens)
         if tokens[:end] != turn.prompt_tokens + turn.tokens:
             raise ValueError("a policy changed the tokens of an earlier turn of an episode")
         mask[start:end] = [True] * len(turn.tokens)
         logprobs[start:end] = turn.logprobs
-    counted = said.episode.metrics if said.episode else {}
+    episode_metrics = unscored.episode.metrics if unscored.episode else {}
+    reward_metrics = {f"rewards/{name}": value for name, value in verdict.metrics.items()}
     return Rollout(
         tokens=tokens,
         mask=mask,
@@ -177,10 +170,10 @@ def _rollout(said: _Said, verdict: Verdict) -> Rollout:
         completion=last.text,
         reward=verdict.value,
         rewards=verdict.parts,
-        metrics={f"rewards/{name}": value for name, value in verdict.metrics.items()} | counted,
-        stop_reason=_stop_reason(said),
+        metrics=reward_metrics | episode_metrics,
+        stop_reason=unscored.stop_reason,
         sampling=last.sampling,
         version=last.version,
         error=verdict.error,
-        turns=said.turns,
+        turns=unscored.turns,
     )

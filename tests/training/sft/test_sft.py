@@ -717,5 +717,5 @@ def test_a_callback_that_answers_nothing_goes_on_and_one_that_answers_otherwise_
     arguments = {"parameters": parameters, "on_progress": seen.append}
     assert train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), **arguments).iteration == len(seen) == 3
     arguments["on_progress"] = lambda event: False
-    with pytest.raises(ConfigError, match=r"the callback answered False; expected Progress\.STOP"):
+    with pytest.raises(ConfigError, match=r"the callback returned False; return Progress\.STOP"):
         train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), **arguments)
