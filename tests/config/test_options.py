@@ -126,13 +126,14 @@ def test_threads_are_those_of_the_matrix_products():
 
 
 def test_fresh_adapters_are_what_the_words_say(assembled):
-    adapters = assembled(
+    experiment = assembled(
         adapter__kind="dora",
         adapter__rank=3,
         adapter__scale=1.5,
         adapter__num_layers=1,
         adapter__keys=("self_attn.q_proj",),
-    ).adapters
+    )
+    adapters = experiment.adapters
     (rule,) = adapters.config.rules
     assert (rule.kind, rule.rank, rule.scale) == ("dora", 3, 1.5)
     assert [path.rpartition("layers.")[2] for path in adapters.layers()] == [
@@ -289,7 +290,8 @@ def test_refill_rounds_are_those_of_the_algorithm_or_those_asked_for(assembled):
 
 
 def test_the_seed_draws_the_adapters(assembled):
-    first, again, other = (assembled(run__seed=seed).adapters.parameters() for seed in (1, 1, 2))
+    experiments = [assembled(run__seed=seed) for seed in (1, 1, 2)]
+    first, again, other = (experiment.adapters.parameters() for experiment in experiments)
     name = next(name for name in first if name.endswith("lora_a"))
     assert mx.array_equal(first[name], again[name])
     assert not mx.array_equal(first[name], other[name])

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from textpolicy.algorithms import Algorithm
 from textpolicy.backend import versions
 from textpolicy.config import TrainConfig, to_toml
+from textpolicy.environments import Environment
 from textpolicy.errors import DataError
 from textpolicy.experiment.assembly import (
     Experiment,
@@ -21,6 +22,7 @@ from textpolicy.experiment.events import Measurement, Reporter, RunResult
 from textpolicy.experiment.observer import StepObserver
 from textpolicy.experiment.tasks import find_task
 from textpolicy.loop import train_rl
+from textpolicy.rewards import Rewards
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.jsonl import read_metrics
@@ -32,6 +34,7 @@ def train_policy(
     directory: RunDirectory,
     report: Reporter,
     *,
+    task: tuple[Environment, Rewards] | None = None,
     force: bool = False,
     algorithm: Algorithm | None = None,
     prepare: Callable[[Experiment], None] | None = None,
@@ -39,15 +42,15 @@ def train_policy(
     """Measure, train, measure again; start from the newest checkpoint if there is one.
 
     With `force`, a checkpoint is resumed although the tasks differ from those it was made with.
-    `algorithm` replaces the one that the config names, and `prepare` may change the parts of the
-    run before it starts.
+    `task` and `algorithm` replace those that the config names, and `prepare` may change the parts
+    of the run before it starts.
     """
 
     def note(text: str) -> None:
         report("note", text)
 
     algorithm = algorithm or find_algorithm(config.algorithm)
-    environment, reward = find_task(config.task)
+    environment, reward = task or find_task(config.task)
     with ExitStack() as opened:
         experiment = assemble(config, environment, reward, algorithm, directory)
         first_version = experiment.trainer.version

@@ -15,6 +15,7 @@ from textpolicy.experiment.resuming import (
     telling_how_to_resume,
 )
 from textpolicy.experiment.supervised import train_supervised
+from textpolicy.experiment.tasks import find_task
 from textpolicy.runs import RunDirectory, claim, new_directory
 from textpolicy.tracking.report import write_report
 
@@ -36,26 +37,24 @@ def run(
     changes, and changes of what was trained need `force`. `on_event` is called with every event,
     and the run stops after the step in which it returns Progress.STOP.
     """
-    if resume is None:
-        settings = _config_of(config)
-        if output is not None:
-            settings = changed(settings, {"run.output": Path(output)})
-        directory = _new_run(settings)
-    else:
-        directory = RunDirectory(Path(resume))
-        started = read_started_config(directory)
-        settings = started if config is None else _config_of(config, started)
-        if output is not None:
-            settings = changed(settings, {"run.output": Path(output)})
-        check_changes(started, settings, directory, force=force)
+    earlier = RunDirectory(Path(resume)) if resume is not None else None
+    started = read_started_config(earlier) if earlier else None
+    settings = started if started and config is None else _config_of(config, started)
+    if output is not None:
+        settings = changed(settings, {"run.output": Path(output)})
+    if earlier and started:
+        check_changes(started, settings, earlier, force=force)
     apply_thread_option(settings.model)
+    # A task that cannot be found must leave no folder behind.
+    task = find_task(settings.task) if isinstance(settings, TrainConfig) else None
+    directory = earlier or _new_run(settings)
     report = Reporter(on_event)
     with directory.lock(), telling_how_to_resume(directory, settings):
         directory.remove_partial_files()
         if isinstance(settings, SFTConfig):
             result = train_supervised(settings, directory, report)
         else:
-            result = train_policy(settings, directory, report, force=force)
+            result = train_policy(settings, directory, report, task=task, force=force)
     write_report([directory.path])
     return result
 
