@@ -22,18 +22,18 @@ import numpy as np
 
 from textpolicy.algorithms import (
     cispo,
-    correction,
     dapo,
     dr_grpo,
     grpo,
-    kl,
     lite_ppo,
     luspo,
     sapo,
     vespo,
 )
-from textpolicy.algorithms.averages import micro_batch_token_mean
-from textpolicy.algorithms.ratios import sequence_log_ratio, token_log_ratio
+from textpolicy.algorithms.parts import kl
+from textpolicy.algorithms.parts.averages import micro_batch_token_mean
+from textpolicy.algorithms.parts.ratio_levels import SEQUENCE, TOKEN
+from textpolicy.algorithms.parts.token_weights import off_policy_mask
 from textpolicy.types import Batch, LossFn
 
 TOLERANCE = 1e-6
@@ -52,7 +52,7 @@ ADVANTAGES = {
     "batch": lite_ppo.compute_advantages,
     "none": dr_grpo.compute_advantages,
 }
-RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
+RATIO_LEVELS = {"token": TOKEN, "sequence": SEQUENCE}
 CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "luspo")
 # Options that say what the batch is; all others say what the loss is.
 OF_THE_BATCH = {"use_old", "temp", "zero_row", "adv_scale"}
@@ -139,14 +139,14 @@ class Golden:
         """The policy loss that the options describe."""
         kind = options["loss_type"]
         terms: dict[str, Any] = {
-            "ratio": RATIOS[options.get("level", "token")],
+            "ratio_level": RATIO_LEVELS[options.get("level", "token")],
             "beta": options.get("beta", 0.0),
             "kl": kl.unbiased_k3 if options.get("bias_kl") else kl.k3,
             "entropy_bonus": options.get("ent_coef", 0.0),
         }
         weights = []
         if options.get("opsm") is not None:
-            weights.append(correction.off_policy_mask(options["opsm"]))
+            weights.append(partial(off_policy_mask, threshold=options["opsm"]))
         if options.get("is_ratio"):
             given = self.floats(f"is_{options['is_ratio']}")
             if kind == "vespo":

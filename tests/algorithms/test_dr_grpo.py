@@ -1,11 +1,13 @@
 """Dr. GRPO: neither the group's deviation nor the answer's length divides."""
 
+from functools import partial
+
 import mlx.core as mx
 import pytest
 
 from tests.batches import batch_of, random_case
 from textpolicy.algorithms import dr_grpo, grpo
-from textpolicy.algorithms.averages import constant_length
+from textpolicy.algorithms.parts.averages import constant
 from textpolicy.errors import ConfigError
 
 
@@ -29,5 +31,5 @@ def test_answers_of_full_length_give_grpo():
 def test_by_hand_the_constant_divides_whatever_the_length():
     batch = batch_of([[True, False], [True, True]], [[-1.0, 0], [-2.0, -3.0]], [1.0, -2.0])
     logp = mx.array([[-1.0, 0], [-2.0, -3.0]])
-    loss, _ = dr_grpo.policy_loss(logp, batch, average=constant_length(10))
+    loss, _ = dr_grpo.policy_loss(logp, batch, average=partial(constant, tokens=10))
     assert loss.item() == pytest.approx(-(1 - 2 - 2) / (2 * 10))

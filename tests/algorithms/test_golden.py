@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from textpolicy.algorithms import dr_grpo, grpo, lite_ppo, maxrl, rloo
-from textpolicy.algorithms.kl import k1, k2, k3
+from textpolicy.algorithms.parts.kl import k1, k2, k3
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -70,7 +70,7 @@ def test_pairs_add_up_and_halves_are_refused():
 
 def test_a_pair_of_equals_teaches_nothing():
     assert dpo.compute_advantages(mx.array([[2.0, 1.0], [3.0, 3.0]])).tolist() == [[1, -1], [0, 0]]
-    with pytest.raises(ConfigError, match="groups have 3 members; expected pairs"):
+    with pytest.raises(ConfigError, match="groups have 3 members; DPO expects pairs"):
         dpo.compute_advantages(mx.zeros((2, 3)))
     logp, batch, _ = pairs()
     tied = batch_of(

@@ -232,6 +232,8 @@ FLAGS = {
     ],
     "references and old scores": [
         *("--reference", "base", "--reward-kl", "0.1", "--old-logprobs", "fresh"),
+        *("--average", "token_mean", "--ratio-level", "sequence", "--beta", "0.1", "--kl", "k2"),
+        *("--weights", "truncate_tokens(cap=3),off_policy_mask"),
         *("--set", "rollout.group_size=2", "--on-reward-error", "skip"),
     ],
 }

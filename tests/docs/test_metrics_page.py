@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
-from textpolicy.algorithms import correction, entropy, get
+from textpolicy.algorithms import get
 from textpolicy.cli import main
 from textpolicy.environments import load
 from textpolicy.generation.mlx_generation import create_policy
@@ -50,12 +50,7 @@ def measured(prompt, completion):
 
 
 # All weights of tokens, each of which reports something.
-WEIGHTS = (
-    correction.truncate_tokens(),
-    correction.mask_tokens(),
-    correction.off_policy_mask(),
-    entropy.top_entropy_tokens(),
-)
+WEIGHTS = ("truncate_tokens", "mask_tokens", "off_policy_mask", "top_entropy_tokens")
 
 
 @pytest.fixture(scope="module")

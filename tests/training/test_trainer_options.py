@@ -19,7 +19,6 @@ from textpolicy.algorithms import (
     cispo,
     distillation,
     dpo,
-    entropy,
     gdpo,
     grpo,
     gspo,
@@ -153,7 +152,7 @@ def test_fresh_old_log_probabilities_are_the_trainer_s_own(load_tiny):
 def test_choosing_uncertain_tokens_does_not_depend_on_micro_batches(load_tiny):
     results = []
     for size in (None, 1):
-        loss = algorithms.get("dapo", weights=(entropy.top_entropy_tokens(0.3),)).policy_loss
+        loss = algorithms.get("dapo", weights=["top_entropy_tokens(fraction=0.3)"]).policy_loss
         model, trainer, groups = setup(
             load_tiny, loss_fn=loss, old_logprobs="fresh", micro_batch_size=size
         )

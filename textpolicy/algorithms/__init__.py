@@ -1,5 +1,6 @@
-"""One paper a file: rewards to advantages, log-probabilities to a loss. `get` finds one by name."""
+"""One paper per file: rewards to advantages, log-probabilities to a loss. `parts/` is shared."""
 
-from textpolicy.algorithms.registry import Algorithm, get, names, register
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.registry import Algorithm, get, names
 
-__all__ = ["Algorithm", "get", "names", "register"]
+__all__ = ["Algorithm", "Declaration", "get", "names"]

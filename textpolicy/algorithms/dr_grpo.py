@@ -1,12 +1,12 @@
 """GRPO Done Right: Liu et al. 2025, Understanding R1-Zero-Like Training, arXiv:2503.20783.
 
     A_i = R_i - mean(R)
+    ratio_t = exp(logp_t - logp_old_t)
     J = 1/(G max_tokens) sum_i sum_t min(ratio_t A_i, clip(ratio_t, 1-clip_low, 1+clip_high) A_i)
 
-GRPO without its two biases: no division by the group's deviation, which favours tasks that are
-nearly always or never solved, and none by the answer's length, which favours long wrong answers.
-The constant `max_tokens` in its place is that of the authors' code: the longest that an answer
-could be when it was sampled.
+GRPO without two biases. It does not divide by the group's standard deviation, which favours tasks
+that are nearly always or never solved. It does not divide by the answer's length, which favours
+long wrong answers; it divides by `max_tokens`, the length limit of sampling, as the authors' code.
 """
 
 from typing import Unpack
@@ -14,17 +14,18 @@ from typing import Unpack
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.averages import Average, longest_length
-from textpolicy.algorithms.objective import Loss
-from textpolicy.algorithms.ops import Rewards, center, check_group_size
-from textpolicy.algorithms.ratios import LogRatio, token_log_ratio
-from textpolicy.algorithms.surrogate import Clipping, clipped_loss
+from textpolicy.algorithms.parts.averages import Average, length_limit
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.groups import GroupRewards, center
+from textpolicy.algorithms.parts.loss import ClippedOptions, Loss, clip_metrics, compose_loss
+from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
 from textpolicy.types import Batch
 
+DECLARATION = Declaration(paper="2503.20783", needs_advantages=True)
 
-def compute_advantages(rewards: Rewards) -> Rewards:
-    """Rewards less their group's mean; NaN (no reward) is left out and gets 0."""
-    check_group_size(rewards)
+
+def compute_advantages(rewards: GroupRewards) -> GroupRewards:
+    """Return each reward less its group's mean."""
     return center(rewards)
 
 
@@ -34,14 +35,13 @@ def policy_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    ratio: LogRatio = token_log_ratio,
-    average: Average = longest_length,
-    **rest: Unpack[Clipping],
+    ratio_level: RatioLevel = TOKEN,
+    average: Average = length_limit,
+    **options: Unpack[ClippedOptions],
 ) -> Loss:
-    """The clipped surrogate, negated: summed over tokens, divided by a constant length.
-
-    For another constant pass `average=constant_length(n)`.
-    """
-    return clipped_loss(
-        logp, batch, clip_low=clip_low, clip_high=clip_high, ratio=ratio, average=average, **rest
-    )
+    """Return the negated clipped surrogate: its sum over tokens, divided by the length limit."""
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
+    surrogate = mx.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    metrics = clip_metrics(ratio, batch, clip_low, clip_high, ratio_level)
+    return compose_loss(-surrogate, logp, batch, ratio, average, metrics, **options)

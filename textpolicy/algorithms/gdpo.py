@@ -5,42 +5,44 @@ For K reward functions with weights w_k:
     z_ik = (r_ik - mean(r_k of the group)) / (std(r_k of the group) + eps)
     A_i  = (sum_k w_k z_ik - mean over the batch) / (std over the batch + eps)
 
-Adding rewards before standardising makes different mixtures of them alike; here each keeps its own
-scale. The loss is GRPO's. Departures: std has n - 1 and eps = 1e-4, as for GRPO here.
+If rewards are added before they are standardised, different mixtures of them look alike. Here each
+reward function keeps its own scale. The loss is GRPO's. Departures: std has n - 1 and eps is 1e-4,
+as for GRPO here.
 """
 
 from collections.abc import Mapping
 
 import mlx.core as mx
 
-from textpolicy.algorithms.grpo import policy_loss
-from textpolicy.algorithms.ops import Rewards, batch_std, center, check_group_size, group_std
+from textpolicy.algorithms import grpo
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.groups import GroupRewards, batch_std, center, group_std
 from textpolicy.errors import ConfigError
 
-__all__ = ["compute_advantages", "policy_loss"]
+DECLARATION = Declaration(paper="2601.05242", needs_advantages=True)
+policy_loss = grpo.policy_loss
 
 
 def compute_advantages(
-    rewards: Rewards,
+    rewards: GroupRewards,
     *,
-    parts: Mapping[str, Rewards],
-    weights: Mapping[str, float] | None = None,
+    parts: Mapping[str, GroupRewards],
+    reward_weights: Mapping[str, float] | None = None,
     eps: float = 1e-4,
-) -> Rewards:
-    """Each reward function's standardised scores, weighted (1 each unless given) and added.
+) -> GroupRewards:
+    """Return the weighted sum of each reward function's standardised values, standardised again.
 
-    `rewards` says who counts: a rollout without one (NaN) is left out and gets 0. With no parts by
-    name it is itself the only one.
+    `rewards` decides who counts: a rollout without one (NaN) is left out and gets 0. Without named
+    `parts`, `rewards` is the only part. A weight is 1 unless given.
     """
-    check_group_size(rewards)
     parts = parts or {"reward": rewards}
-    if weights is not None and (strangers := set(weights) - set(parts)):
-        raise ConfigError(f"weights for {sorted(strangers)}; the reward functions are {[*parts]}")
-    scored = ~mx.isnan(rewards)
+    given = reward_weights or {}
+    if unknown := sorted(set(given) - set(parts)):
+        raise ConfigError(f"reward_weights names {unknown}; the reward functions are {[*parts]}")
+    rewarded = ~mx.isnan(rewards)
     total = mx.zeros_like(rewards)
     for name, values in parts.items():
-        counted = mx.where(scored, values, mx.nan)
-        weight = 1.0 if weights is None else weights.get(name, 1.0)
-        total = total + weight * center(counted) / (group_std(counted) + eps)
-    total = mx.where(scored, total, mx.nan).reshape(1, -1)
+        counted = mx.where(rewarded, values, mx.nan)
+        total = total + given.get(name, 1.0) * center(counted) / (group_std(counted) + eps)
+    total = mx.where(rewarded, total, mx.nan).reshape(1, -1)
     return (center(total) / (batch_std(total) + eps)).reshape(rewards.shape)

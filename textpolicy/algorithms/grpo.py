@@ -7,8 +7,8 @@ For a group of G completions of one prompt with rewards R_1..R_G (equation 3, ou
     J = 1/G sum_i 1/|o_i| sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
                                   - beta KL_t ]
 
-Departures: the group is the last axis and never mixes with another; std has n - 1 and eps = 1e-4,
-as the libraries that people compare with; beta is 0 unless asked for (the paper's is 0.04).
+Departures: std has n - 1 and eps is 1e-4, as in the libraries that people compare with; beta is 0
+unless you set it (0.04 in the paper).
 """
 
 from typing import Unpack
@@ -16,17 +16,18 @@ from typing import Unpack
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.averages import Average, sequence_mean
-from textpolicy.algorithms.objective import Loss
-from textpolicy.algorithms.ops import Rewards, center, check_group_size, group_std
-from textpolicy.algorithms.ratios import LogRatio, token_log_ratio
-from textpolicy.algorithms.surrogate import Clipping, clipped_loss
+from textpolicy.algorithms.parts.averages import Average, sequence_mean
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.groups import GroupRewards, center, group_std
+from textpolicy.algorithms.parts.loss import ClippedOptions, Loss, clip_metrics, compose_loss
+from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
 from textpolicy.types import Batch
 
+DECLARATION = Declaration(paper="2402.03300", needs_advantages=True)
 
-def compute_advantages(rewards: Rewards, *, eps: float = 1e-4) -> Rewards:
-    """Rewards standardised inside each group; NaN (no reward) is left out and gets 0."""
-    check_group_size(rewards)
+
+def compute_advantages(rewards: GroupRewards, *, eps: float = 1e-4) -> GroupRewards:
+    """Return the rewards standardised inside each group."""
     return center(rewards) / (group_std(rewards) + eps)
 
 
@@ -36,11 +37,13 @@ def policy_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    ratio: LogRatio = token_log_ratio,
+    ratio_level: RatioLevel = TOKEN,
     average: Average = sequence_mean,
-    **rest: Unpack[Clipping],
+    **options: Unpack[ClippedOptions],
 ) -> Loss:
-    """The clipped surrogate, negated: each sequence's token mean, averaged over sequences."""
-    return clipped_loss(
-        logp, batch, clip_low=clip_low, clip_high=clip_high, ratio=ratio, average=average, **rest
-    )
+    """Return the negated clipped surrogate: its mean over tokens, then over sequences."""
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
+    surrogate = mx.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    metrics = clip_metrics(ratio, batch, clip_low, clip_high, ratio_level)
+    return compose_loss(-surrogate, logp, batch, ratio, average, metrics, **options)

@@ -1,11 +1,11 @@
 """Group Sequence Policy Optimization: Zheng et al. 2025, arXiv:2507.18071, equations 5 to 7.
 
-    s_i = exp( 1/|o_i| sum_t (logp_t - logp_old_t) )
-    J = 1/G sum_i min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i)
+    ratio_i = exp( 1/|o_i| sum_t (logp_t - logp_old_t) )
+    J = 1/G sum_i min(ratio_i A_i, clip(ratio_i, 1 - clip_low, 1 + clip_high) A_i)
 
-One ratio for a whole answer, so that a clip drops or keeps it whole; the mean over its length makes
-ratios of answers comparable, and the clips far narrower than those of tokens. Advantages are
-GRPO's.
+One ratio for a whole answer, so that a clip drops or keeps the whole answer. The mean over the
+length makes ratios of answers comparable, and the clips far narrower than those of tokens.
+Advantages are GRPO's.
 """
 
 from typing import Unpack
@@ -13,14 +13,15 @@ from typing import Unpack
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.averages import Average, sequence_mean
-from textpolicy.algorithms.grpo import compute_advantages
-from textpolicy.algorithms.objective import Loss
-from textpolicy.algorithms.ratios import LogRatio, sequence_log_ratio
-from textpolicy.algorithms.surrogate import Clipping, clipped_loss
+from textpolicy.algorithms import grpo
+from textpolicy.algorithms.parts.averages import Average, sequence_mean
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.loss import ClippedOptions, Loss, clip_metrics, compose_loss
+from textpolicy.algorithms.parts.ratio_levels import SEQUENCE, RatioLevel
 from textpolicy.types import Batch
 
-__all__ = ["compute_advantages", "policy_loss"]
+DECLARATION = Declaration(paper="2507.18071", needs_advantages=True, trainer={"mini_batches": 4})
+compute_advantages = grpo.compute_advantages
 
 
 def policy_loss(
@@ -29,11 +30,13 @@ def policy_loss(
     *,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
-    ratio: LogRatio = sequence_log_ratio,
+    ratio_level: RatioLevel = SEQUENCE,
     average: Average = sequence_mean,
-    **rest: Unpack[Clipping],
+    **options: Unpack[ClippedOptions],
 ) -> Loss:
-    """The clipped surrogate of sequences, negated: its mean over sequences."""
-    return clipped_loss(
-        logp, batch, clip_low=clip_low, clip_high=clip_high, ratio=ratio, average=average, **rest
-    )
+    """Return the negated clipped surrogate of sequences: its mean over sequences."""
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
+    surrogate = mx.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    metrics = clip_metrics(ratio, batch, clip_low, clip_high, ratio_level)
+    return compose_loss(-surrogate, logp, batch, ratio, average, metrics, **options)

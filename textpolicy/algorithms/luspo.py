@@ -1,9 +1,10 @@
 """Length-Unbiased Sequence Policy Optimization: arXiv:2602.05261.
 
-    J = 1/G sum_i |o_i| min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i)
+    ratio_i = exp( 1/|o_i| sum_t (logp_t - logp_old_t) )
+    J = 1/G sum_i |o_i| min(ratio_i A_i, clip(ratio_i, 1 - clip_low, 1 + clip_high) A_i)
 
-GSPO's objective with each sequence weighed by its length: there a token of a long answer moves the
-policy less than one of a short answer, and answers shrink. Advantages are GRPO's.
+GSPO's objective with each sequence weighted by its length. In GSPO, a token of a long answer moves
+the policy less than a token of a short answer, and answers shrink. Advantages are GRPO's.
 """
 
 from typing import Unpack
@@ -11,14 +12,15 @@ from typing import Unpack
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.averages import Average, sequence_sum
-from textpolicy.algorithms.grpo import compute_advantages
-from textpolicy.algorithms.objective import Loss
-from textpolicy.algorithms.ratios import LogRatio, sequence_log_ratio
-from textpolicy.algorithms.surrogate import Clipping, clipped_loss
+from textpolicy.algorithms import grpo
+from textpolicy.algorithms.parts.averages import Average, sequence_sum
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.loss import ClippedOptions, Loss, clip_metrics, compose_loss
+from textpolicy.algorithms.parts.ratio_levels import SEQUENCE, RatioLevel
 from textpolicy.types import Batch
 
-__all__ = ["compute_advantages", "policy_loss"]
+DECLARATION = Declaration(paper="2602.05261", needs_advantages=True)
+compute_advantages = grpo.compute_advantages
 
 
 def policy_loss(
@@ -27,11 +29,13 @@ def policy_loss(
     *,
     clip_low: float = 2e-3,
     clip_high: float = 2.5e-3,
-    ratio: LogRatio = sequence_log_ratio,
+    ratio_level: RatioLevel = SEQUENCE,
     average: Average = sequence_sum,
-    **rest: Unpack[Clipping],
+    **options: Unpack[ClippedOptions],
 ) -> Loss:
-    """The clipped surrogate of sequences times their lengths, negated: its mean over sequences."""
-    return clipped_loss(
-        logp, batch, clip_low=clip_low, clip_high=clip_high, ratio=ratio, average=average, **rest
-    )
+    """Return the negated clipped surrogate of sequences times their lengths: its mean."""
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
+    surrogate = mx.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    metrics = clip_metrics(ratio, batch, clip_low, clip_high, ratio_level)
+    return compose_loss(-surrogate, logp, batch, ratio, average, metrics, **options)

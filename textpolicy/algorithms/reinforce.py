@@ -1,10 +1,12 @@
 """REINFORCE with importance sampling: Williams 1992, Simple statistical gradient-following
-algorithms, with the ratio as the weight of samples from an older policy.
+algorithms for connectionist reinforcement learning.
 
+    A_i = R_i - mean(R)
+    ratio_t = exp(logp_t - logp_old_t)
     J = 1/sum_i |o_i| sum_i sum_t ratio_t A_i
 
-Nothing is clipped: it is the gradient itself, right on policy and of growing variance away from it.
-The baseline is the group's mean, as in Dr. GRPO.
+The ratio is the weight of samples from an older policy. Nothing is clipped: this is the gradient
+itself, exact on policy, with a variance that grows away from it. Advantages are Dr. GRPO's.
 """
 
 from typing import Unpack
@@ -12,24 +14,26 @@ from typing import Unpack
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.averages import Average, token_mean
-from textpolicy.algorithms.dr_grpo import compute_advantages
-from textpolicy.algorithms.objective import Loss, Terms, objective
-from textpolicy.algorithms.ratios import LogRatio, token_log_ratio
+from textpolicy.algorithms import dr_grpo
+from textpolicy.algorithms.parts.averages import Average, token_mean
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.loss import Loss, LossOptions, compose_loss
+from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
 from textpolicy.types import Batch
 
-__all__ = ["compute_advantages", "policy_loss"]
+DECLARATION = Declaration(paper="Williams 1992", needs_advantages=True)
+compute_advantages = dr_grpo.compute_advantages
 
 
 def policy_loss(
     logp: Float[mx.array, "batch time"],
     batch: Batch,
     *,
-    ratio: LogRatio = token_log_ratio,
+    ratio_level: RatioLevel = TOKEN,
     average: Average = token_mean,
-    **terms: Unpack[Terms],
+    **options: Unpack[LossOptions],
 ) -> Loss:
-    """Ratio times advantage, negated: the mean over all tokens of the whole batch."""
-    log_ratio = ratio(logp, batch).logs
-    loss = -mx.exp(log_ratio) * batch.advantages
-    return objective(loss, {}, logp, batch, log_ratio=log_ratio, average=average, **terms)
+    """Return the negated ratio times advantage: its mean over all tokens of the batch."""
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    surrogate = ratio * batch.advantages
+    return compose_loss(-surrogate, logp, batch, ratio, average, **options)

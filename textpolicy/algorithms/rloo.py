@@ -1,12 +1,13 @@
 """REINFORCE Leave-One-Out: Ahmadian et al. 2024, Back to Basics, arXiv:2402.14740.
 
     A_i = R_i - 1/(n - 1) sum_{j != i} R_j = n/(n - 1) (R_i - mean(R))
-    J = 1/G sum_i exp(sum_t (logp_t - logp_old_t)) A_i
+    ratio_i = exp(sum_t (logp_t - logp_old_t))
+    J = 1/G sum_i ratio_i A_i
 
-A whole answer is one action, so its log-probability is the sum of its tokens', and every token of a
-long answer counts in full. The paper takes the divergence from the reference off the reward: that
-is `reward_kl` of the trainer. Departure: the ratio is clipped as in PPO, which changes nothing in
-the first update of a batch, the only one of the paper.
+A whole answer is one action. Its log-probability is the sum over its tokens, and every token of a
+long answer counts in full. The paper subtracts the KL divergence from the reward; the trainer's
+`reward_kl` does so here. Departure: the ratio is clipped as in PPO. This changes nothing in the
+first update on a batch, and the paper makes no second one.
 """
 
 from typing import Unpack
@@ -14,17 +15,22 @@ from typing import Unpack
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.averages import Average, sequence_mean
-from textpolicy.algorithms.objective import Loss
-from textpolicy.algorithms.ops import Rewards, center, check_group_size
-from textpolicy.algorithms.ratios import LogRatio, whole_sequence_log_ratio
-from textpolicy.algorithms.surrogate import Clipping, clipped_loss
+from textpolicy.algorithms.parts.averages import Average, sequence_mean
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.groups import GroupRewards, center
+from textpolicy.algorithms.parts.loss import ClippedOptions, Loss, clip_metrics, compose_loss
+from textpolicy.algorithms.parts.ratio_levels import WHOLE_SEQUENCE, RatioLevel
 from textpolicy.types import Batch
 
+DECLARATION = Declaration(
+    paper="2402.14740",
+    needs_advantages=True,
+    trainer={"reference": "base", "reward_kl": 0.05},
+)
 
-def compute_advantages(rewards: Rewards) -> Rewards:
-    """Each reward less the mean of the others of its group; NaN (no reward) counts for none."""
-    check_group_size(rewards)
+
+def compute_advantages(rewards: GroupRewards) -> GroupRewards:
+    """Return each reward less the mean of the other rewards of its group."""
     count = (~mx.isnan(rewards)).sum(axis=-1, keepdims=True)
     return center(rewards) * count / mx.maximum(count - 1, 1)
 
@@ -35,11 +41,13 @@ def policy_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    ratio: LogRatio = whole_sequence_log_ratio,
+    ratio_level: RatioLevel = WHOLE_SEQUENCE,
     average: Average = sequence_mean,
-    **rest: Unpack[Clipping],
+    **options: Unpack[ClippedOptions],
 ) -> Loss:
-    """The clipped surrogate of whole answers, negated: its mean over answers."""
-    return clipped_loss(
-        logp, batch, clip_low=clip_low, clip_high=clip_high, ratio=ratio, average=average, **rest
-    )
+    """Return the negated clipped surrogate of whole answers: its mean over answers."""
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
+    surrogate = mx.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    metrics = clip_metrics(ratio, batch, clip_low, clip_high, ratio_level)
+    return compose_loss(-surrogate, logp, batch, ratio, average, metrics, **options)

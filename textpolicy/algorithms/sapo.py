@@ -1,9 +1,10 @@
 """Soft Adaptive Policy Optimization: Gao et al. 2025, arXiv:2511.20347, equations 5 and 6.
 
-    f(ratio) = sigmoid(tau (ratio - 1)) 4 / tau,  tau = tau_positive where A > 0, else tau_negative
-    J = 1/G sum_i 1/|o_i| sum_t f(ratio_t) A_i
+    ratio_t = exp(logp_t - logp_old_t)
+    gate(r) = sigmoid(tau (r - 1)) 4 / tau,  tau = tau_positive where A > 0, else tau_negative
+    J = 1/G sum_i 1/|o_i| sum_t gate(ratio_t) A_i
 
-A gate that closes gradually takes the place of the clip: its slope is 1 on policy, as the ratio's,
+A gate that closes gradually takes the place of the clip. Its slope is 1 on policy, as the ratio's,
 and falls to 0 with distance, faster for tokens of bad answers. Advantages are GRPO's.
 """
 
@@ -12,13 +13,15 @@ from typing import Unpack
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.averages import Average, sequence_mean
-from textpolicy.algorithms.grpo import compute_advantages
-from textpolicy.algorithms.objective import Loss, Terms, objective
-from textpolicy.algorithms.ratios import LogRatio, token_log_ratio
+from textpolicy.algorithms import grpo
+from textpolicy.algorithms.parts.averages import Average, sequence_mean
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.loss import Loss, LossOptions, compose_loss
+from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
 from textpolicy.types import Batch
 
-__all__ = ["compute_advantages", "policy_loss"]
+DECLARATION = Declaration(paper="2511.20347", needs_advantages=True)
+compute_advantages = grpo.compute_advantages
 
 
 def policy_loss(
@@ -27,13 +30,13 @@ def policy_loss(
     *,
     tau_positive: float = 1.0,
     tau_negative: float = 1.05,
-    ratio: LogRatio = token_log_ratio,
+    ratio_level: RatioLevel = TOKEN,
     average: Average = sequence_mean,
-    **terms: Unpack[Terms],
+    **options: Unpack[LossOptions],
 ) -> Loss:
-    """The gated surrogate, negated: each sequence's token mean, averaged over sequences."""
-    log_ratio = ratio(logp, batch).logs
+    """Return the negated gated surrogate: its mean over tokens, then over sequences."""
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
     tau = mx.where(batch.advantages > 0, tau_positive, tau_negative)
-    gate = mx.sigmoid(tau * (mx.exp(log_ratio) - 1)) * 4 / tau
-    loss = -gate * batch.advantages
-    return objective(loss, {}, logp, batch, log_ratio=log_ratio, average=average, **terms)
+    gate = mx.sigmoid(tau * (ratio - 1)) * 4 / tau
+    surrogate = gate * batch.advantages
+    return compose_loss(-surrogate, logp, batch, ratio, average, **options)

@@ -4,10 +4,10 @@
     phi(w) = e^lambda w^k e^(-lambda w)
     J = 1/sum_i |o_i| sum_i sum_t stop_gradient(phi(w_i)) A_i logp_t
 
-A weight for the whole sequence that is 1 on policy and falls off on both sides, with (k, lambda)
-chosen by the advantage's sign, takes the place of clipping. Advantages are GRPO's. A correction for
-the sampler is part of w, as in the paper: it multiplies the ratios, not the loss. Departure: log w
-is held between log 1e-8 and 20, as in the authors' code.
+A weight for the whole sequence takes the place of clipping. It is 1 on policy and falls off on both
+sides, with (k, lambda) by the sign of the advantage. Advantages are GRPO's. `correction` is a token
+weight for the sampler; it multiplies the ratios, not the loss, as in the paper. Departure: log w is
+clipped to log 1e-8 and 20, as in the authors' code.
 """
 
 import math
@@ -16,16 +16,17 @@ from typing import Unpack
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.averages import Average, token_mean
-from textpolicy.algorithms.grpo import compute_advantages
-from textpolicy.algorithms.objective import Loss, Terms, TokenWeight, objective
-from textpolicy.algorithms.ops import PerToken, row_means
-from textpolicy.algorithms.ratios import LogRatio, token_log_ratio
+from textpolicy.algorithms import grpo
+from textpolicy.algorithms.parts.averages import Average, token_mean
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.loss import Loss, LossOptions, TokenWeight, compose_loss
+from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
+from textpolicy.algorithms.parts.reductions import row_means
 from textpolicy.types import Batch
 
-__all__ = ["compute_advantages", "policy_loss"]
-
-LOWEST, HIGHEST = math.log(1e-8), 20.0
+DECLARATION = Declaration(paper="2602.10693", needs_advantages=True)
+compute_advantages = grpo.compute_advantages
+_LOWEST, _HIGHEST = math.log(1e-8), 20.0
 
 
 def policy_loss(
@@ -34,34 +35,29 @@ def policy_loss(
     *,
     positive: tuple[float, float] = (2.0, 3.0),
     negative: tuple[float, float] = (3.0, 2.0),
-    ratio: LogRatio = token_log_ratio,
+    ratio_level: RatioLevel = TOKEN,
     average: Average = token_mean,
     correction: TokenWeight | None = None,
-    **terms: Unpack[Terms],
+    **options: Unpack[LossOptions],
 ) -> Loss:
-    """Log-probabilities weighed by advantage and phi(w), negated: the mean over tokens.
+    """Return the negated log-probabilities times advantage and phi(w): their mean over tokens.
 
     `positive` and `negative` are (k, lambda) for advantages of that sign.
     """
-    log_ratio = ratio(logp, batch).logs
-    none = mx.ones((logp.shape[0], 1))
-    weight, metrics = correction(logp, batch) if correction else (none, {})
+    log_ratios = mx.clip(TOKEN(logp - batch.logp_old, batch.mask), -20, 20)
+    log_w, metrics = log_ratios.sum(axis=1, keepdims=True), {}
+    if correction:
+        weight, metrics = correction(logp, batch)
+        logs = mx.clip(mx.log(weight), _LOWEST, _HIGHEST)
+        if logs.shape[1] > 1:
+            logs = mx.where(batch.mask, logs, 0)
+        log_w = log_w + logs.sum(axis=1, keepdims=True)
+    log_w = mx.clip(log_w, _LOWEST, _HIGHEST)
     k, rate = (
         mx.where(batch.advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True)
     )
-    log_w = mx.clip(_log_product(logp, batch, weight), LOWEST, HIGHEST)
     phi = mx.stop_gradient(mx.exp(k * log_w - rate * mx.expm1(log_w)))
-    loss = -phi * batch.advantages * mx.where(batch.mask, logp, 0)
+    objective = phi * batch.advantages * mx.where(batch.mask, logp, 0)
     metrics = metrics | {"vespo/phi_seq_mean": row_means(phi, batch.mask).sum() / batch.rows}
-    return objective(loss, metrics, logp, batch, log_ratio=log_ratio, average=average, **terms)
-
-
-def _log_product(
-    logp: Float[mx.array, "batch time"], batch: Batch, weight: PerToken
-) -> Float[mx.array, "batch 1"]:
-    """log w: over the sequence, of the ratios and of the sampler's correction."""
-    ratios = mx.clip(token_log_ratio(logp, batch).logs, -20, 20).sum(axis=1, keepdims=True)
-    logs = mx.clip(mx.log(weight), LOWEST, HIGHEST)
-    if logs.shape[1] > 1:
-        logs = mx.where(batch.mask, logs, 0)
-    return ratios + logs.sum(axis=1, keepdims=True)
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    return compose_loss(-objective, logp, batch, ratio, average, metrics, **options)

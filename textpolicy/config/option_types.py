@@ -1,6 +1,7 @@
 """What a text, or a value of a TOML file, becomes by the type of its field."""
 
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ _KINDS: dict[Any, Kind] = {
     Path: Kind(words="a path", from_text=_path, from_toml=_path, metavar="PATH"),
     tuple[str, ...]: Kind(
         words="a list of texts",
-        from_text=lambda text: _names(text.split(",")),
+        # Commas inside brackets belong to one text: mask_tokens(low=0.5, high=5.0).
+        from_text=lambda text: _names(re.split(r",(?![^()]*\))", text)),
         from_toml=_names,
         metavar="TEXT,...",
     ),

@@ -5,30 +5,18 @@ Where a value is None, the part of the library that takes it decides; `unset` te
 
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Literal
 
 from textpolicy.config.option_types import Table
 from textpolicy.config.settings import FINITE, SEED, above, at_least, check, option
 from textpolicy.errors import ConfigError
 
-ALGORITHMS = (
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "gspo",
-    "luspo",
-    "cispo",
-    "sapo",
-    "vespo",
-    "lite_ppo",
-    "reinforce",
-    "reinforce_pp",
-    "reinforce_pp_baseline",
-    "rloo",
-    "maxrl",
-    "gdpo",
-    "distillation",
-    "dpo",
+# Every file of the package's folder `algorithms` is one. Importing them would load mlx.
+ALGORITHMS = tuple(
+    module.name
+    for module in iter_modules([str(Path(__file__).parents[1] / "algorithms")])
+    if not module.ispkg
 )
 # Algorithms with dynamic sampling replace groups without signal in so many rounds.
 DYNAMIC_ROUNDS = 10
@@ -226,16 +214,45 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmOptions:
-    """What is maximised."""
+    """The objective to maximise."""
 
     name: str = option(
-        "grpo", "one of " + ", ".join(ALGORITHMS), flag="--algorithm", metavar="NAME"
+        "grpo",
+        f"one of {', '.join(ALGORITHMS)}, or your own FILE.py[:FUNCTION]",
+        flag="--algorithm",
+        metavar="NAME",
     )
     options: Table | None = option(
         None,
-        "options of the algorithm's own, such as '{clip_high = 0.28}'",
+        "options of this algorithm, such as '{clip_high = 0.28}'",
         unset="the paper's",
         flag="--algorithm-options",
+    )
+    average: str | None = option(
+        None,
+        "how the losses of tokens become one loss: sequence_mean, sequence_sum, token_mean, "
+        "length_limit, constant(tokens=N) or micro_batch_token_mean",
+        unset="the algorithm's",
+        metavar="NAME",
+    )
+    ratio_level: str | None = option(
+        None,
+        "what an importance ratio is of: token, sequence (mean of its tokens' log-ratios) or "
+        "whole_sequence (sum)",
+        unset="the algorithm's",
+        metavar="NAME",
+    )
+    kl: str | None = option(
+        None,
+        "estimator of the KL divergence in the loss, beside --beta: k1, k2, k3 or unbiased_k3",
+        unset="k3",
+        metavar="NAME",
+    )
+    weights: tuple[str, ...] | None = option(
+        None,
+        "factors on the losses of tokens: truncate_tokens, truncate_sequences, mask_tokens, "
+        "mask_sequences, off_policy_mask, top_entropy_tokens; with numbers: mask_tokens(high=3)",
+        metavar="NAMES",
     )
     beta: float = option(
         0.0,
@@ -244,33 +261,39 @@ class AlgorithmOptions:
     )
     reward_kl: float | None = option(
         None,
-        "taken off a reward for each nat of divergence from the reference",
+        "amount subtracted from a reward for each nat of KL divergence from the reference",
         unset="the algorithm's, mostly 0",
         limit=at_least(0),
     )
     reference: str | None = option(
         None,
-        "what divergences are from: 'base', the model without adapters, or another model",
+        "reference policy of the KL terms: 'base', the model without adapters, or another model",
         unset="base, where one is needed",
         metavar="NAME",
     )
     old_logprobs: Literal["recorded", "fresh"] | None = option(
         None,
-        "what ratios are against: recorded while sampling, or scored afresh by the trainer",
+        "old log-probabilities of the ratios: recorded by the sampler, or computed fresh by the "
+        "trainer",
         unset="recorded",
     )
     truncated: Literal["keep", "mask"] | None = option(
-        None, "whether completions that were cut off are learned from", unset="keep"
+        None, "whether the loss keeps or masks completions cut off at the limit", unset="keep"
     )
     overlong_cache: int | None = option(
         None,
-        "the last so many tokens before the limit cost reward, up to 1",
+        "number of tokens before the length limit over which a penalty rises to 1",
         unset="no penalty",
         limit=at_least(1),
     )
 
     def __post_init__(self) -> None:
         check(self)
+        if self.kl and not self.beta and "beta" not in (self.options or {}):
+            raise ConfigError(
+                f"kl is {self.kl!r} and beta is 0, so the loss has no KL term; set beta as well, "
+                "such as --beta 0.04"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

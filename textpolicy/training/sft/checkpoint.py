@@ -1,6 +1,7 @@
-"""A run of supervised training as a checkpoint: weights, optimizer state and progress."""
+"""A run of supervised training as a checkpoint: weights, optimizer, random state, and progress."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -12,66 +13,83 @@ from textpolicy.training.checkpoint import (
     check_tensors_fit,
     flatten_tree,
     random_state,
+    read_checkpoint,
     restore_random_state,
     unflatten_tree,
+    write_checkpoint,
 )
 
-_WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
-_KIND = "supervised"
+WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 
 
-def snapshot_progress(
-    iteration: int, model: nn.Module, optimizer: optim.Optimizer, progress: Mapping[str, Any]
-) -> Checkpoint:
-    """Return the checkpoint after `iteration` updates; `progress` is what JSON can hold."""
-    facts = {_KIND: dict(progress), "random": random_state()}
-    return Checkpoint(step=iteration, arrays=_arrays(model, optimizer), facts=facts)
+def save_progress(
+    path: Path,
+    iteration: int,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    progress: Mapping[str, Any],
+) -> None:
+    """Replace the checkpoint at `path` by what is now; `progress` is anything that JSON can hold.
+
+    Only a run with the same `progress["course"]` can be gone on with from it.
+    """
+    arrays = _arrays(model, optimizer)
+    facts = {"supervised": dict(progress), "random": random_state()}
+    write_checkpoint(path, Checkpoint(step=iteration, arrays=arrays, facts=facts))
 
 
 def restore_progress(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    optimizer: optim.Optimizer,
-    data_order: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Set weights, optimizer state and random state, and return the progress of the checkpoint.
+    path: Path, model: nn.Module, optimizer: optim.Optimizer, course: Mapping[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Set weights, optimizer and random state to those of the file; returns how far it had come.
 
-    Nothing is changed if the checkpoint belongs to another model, optimizer or order of the data.
+    All or nothing: what does not fit the model, the optimizer or the course of the run is refused.
     """
-    if _KIND not in checkpoint.facts:
-        raise TrainingError(
-            "the checkpoint is of a run of reinforcement learning. Resume it with train_rl or "
-            "`textpolicy train --resume`"
-        )
-    progress: dict[str, Any] = checkpoint.facts[_KIND]
-    _check_data_order(progress["data_order"], data_order)
+    checkpoint = _read(path)
+    progress: dict[str, Any] = checkpoint.facts["supervised"]
+    _check_course(path, progress["course"], course)
     check_tensors_fit(checkpoint.arrays, _arrays(model, optimizer))
-    model.update(unflatten_tree(_WEIGHTS, checkpoint.arrays))
-    optimizer.state = unflatten_tree(_OPTIMIZER, checkpoint.arrays)
+    model.update(unflatten_tree(WEIGHTS, checkpoint.arrays))
+    optimizer.state = unflatten_tree(OPTIMIZER, checkpoint.arrays)
     restore_random_state(checkpoint.facts["random"])
-    return progress
+    return checkpoint.step, progress
+
+
+def checkpoint_iteration(path: Path) -> int:
+    """How many updates lie behind a checkpoint."""
+    return _read(path).step
 
 
 def _arrays(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
-    # `init` keeps optimizer state that is already there.
+    # A state that is there already is left as it is.
     optimizer.init(model.trainable_parameters())
-    return flatten_tree(_WEIGHTS, model.trainable_parameters()) | flatten_tree(
-        _OPTIMIZER, optimizer.state
+    return flatten_tree(WEIGHTS, model.trainable_parameters()) | flatten_tree(
+        OPTIMIZER, optimizer.state
     )
 
 
-def _check_data_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _read(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise TrainingError(
+            f"there is no checkpoint {path} to go on from; start this run from its beginning"
+        )
+    checkpoint = read_checkpoint(path)
+    if "supervised" not in checkpoint.facts:
+        raise TrainingError(f"{path} is a checkpoint of another kind than supervised training")
+    return checkpoint
+
+
+def _check_course(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [name for name in now if then.get(name) != now[name]]
     differing = [f"{n}: {then.get(n)!r} there, {now[n]!r} now" for n in changed if n != "data"]
     if "data" in changed:
-        # The data is compared by a hash, which would tell people nothing.
+        # They are known by a hash, which would tell nobody anything.
         differing.append(
-            "data: the demonstrations differ, or their order does. Compare the file, the "
-            "tokenizer, and how rows are read and split off for validation"
+            "data: the demonstrations are others than those there, or in another order. Are file, "
+            "tokenizer, and how rows are read and split off for validation as they were?"
         )
     if changed:
         raise TrainingError(
-            "the checkpoint is of a run with other data or settings:\n  "
-            + "\n  ".join(differing)
-            + "\nResume with the data and settings of that run, or start a new run"
+            f"{path} is of another run than this one:\n  " + "\n  ".join(differing) + "\n"
+            "Go on with the data and settings that it was begun with, or begin anew"
         )

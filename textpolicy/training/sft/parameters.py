@@ -1,4 +1,4 @@
-"""The settings of supervised training from Python."""
+"""The numbers of a run of supervised training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from textpolicy.types import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class SFTParameters:
-    """`iterations` counts all updates, `completed_iterations` those that are already done."""
+    """`iterations` are updates in all, `completed_iterations` those of them that lie behind."""
 
     batch_size: int = 4
     """Rows in memory at once."""
@@ -17,24 +17,25 @@ class SFTParameters:
     steps_per_report: int = 10
     steps_per_eval: int = 100
     validation_batches: int = 10
-    """Batches of the validation data to measure; 0 is all."""
+    """How many batches of the validation data to look at; 0 is all of it."""
     save_every: int = 100
     adapter_path: Path | str | None = None
-    """A .safetensors file for the adapters, written every `save_every` updates and at the end."""
+    """A .safetensors file for the adapters. The best ones and the state to go on from are kept
+    beside it, or where the next two say."""
     best_path: Path | str | None = None
-    """A file for the adapters of the lowest validation loss; None is a file beside the first."""
+    checkpoint_path: Path | str | None = None
     completed_iterations: int = 0
-    """Training starts after these updates, with the data that follows. A checkpoint knows them."""
+    """Data begins after these, as if they had been trained on. With a checkpoint it is known."""
     accumulation: int = 1
-    """Batches that make one update: the same update as that of one batch of all their rows."""
+    """Batches whose gradients are one update: the update of one batch as large as all of them."""
     packing: bool = False
-    """Put several demonstrations into a row of `max_length` tokens; none sees another."""
+    """Several demonstrations to a row of `max_length` tokens, kept apart."""
     max_length: int = 2048
-    """Tokens of a packed row, and the length at which texts are cut."""
+    """Tokens of a packed row, and where texts that are given as text are cut."""
     checkpoint_gradients: bool = False
-    """Recompute activations in the backward pass: less memory, more time, the same update."""
+    """Compute activations again in the backward pass: less memory, more time, the same update."""
     patience: int | None = None
-    """Validations in a row without a lower loss that end training; None is no limit."""
+    """Validations in a row without a better loss after which training ends; None is never."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,6 +52,7 @@ class SFTParameters:
             save_every=count,
             adapter_path=path,
             best_path=path,
+            checkpoint_path=path,
             completed_iterations=natural,
             accumulation=count,
             max_length=(int, lambda x: x >= 2, "a whole number, at least 2"),
@@ -58,24 +60,34 @@ class SFTParameters:
         )
         if self.completed_iterations > self.iterations:
             raise ConfigError(
-                f"completed_iterations is {self.completed_iterations}, and iterations is "
-                f"{self.iterations}; expected at most as many completed iterations"
+                f"completed_iterations is {self.completed_iterations} of {self.iterations} "
+                "iterations in all; expected no more than those"
+            )
+        if self.checkpoint_path is not None and self.adapter_path is None:
+            raise ConfigError(
+                f"checkpoint_path is {self.checkpoint_path}, and checkpoints are written when "
+                "adapters are saved; give adapter_path too"
             )
 
     @property
     def adapter_file(self) -> Path | None:
-        """The file of the adapters."""
+        """Where adapters go."""
         return _path(self.adapter_path)
 
     @property
     def best_file(self) -> Path | None:
-        """The file of the adapters with the lowest validation loss."""
-        return _path(self.best_path) or _best_beside(self.adapter_file)
+        """Where the adapters with the lowest validation loss go."""
+        return _path(self.best_path) or _beside(self.adapter_file, "best")
+
+    @property
+    def checkpoint_file(self) -> Path | None:
+        """Where the state to go on from goes."""
+        return _path(self.checkpoint_path) or _beside(self.adapter_file, "checkpoint")
 
 
 def _path(given: Path | str | None) -> Path | None:
     return None if given is None else Path(given).expanduser()
 
 
-def _best_beside(path: Path | None) -> Path | None:
-    return path and path.with_name(f"{path.stem}.best{path.suffix}")
+def _beside(path: Path | None, what: str) -> Path | None:
+    return path and path.with_name(f"{path.stem}.{what}{path.suffix}")

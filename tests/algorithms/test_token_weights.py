@@ -1,14 +1,22 @@
 """Weights for what a sampler got wrong, and for tokens that matter: by hand."""
 
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import pytest
 
 from tests.batches import batch_of, part_of
-from textpolicy.algorithms import correction
-from textpolicy.algorithms.entropy import quantile, top_entropy_tokens
-from textpolicy.algorithms.overlong import overlong_penalty, with_penalty
+from textpolicy.algorithms.parts.overlong import soft_overlong_punishment, with_penalty
+from textpolicy.algorithms.parts.reductions import quantile
+from textpolicy.algorithms.parts.token_weights import (
+    mask_sequences,
+    mask_tokens,
+    off_policy_mask,
+    top_entropy_tokens,
+    truncate_sequences,
+    truncate_tokens,
+)
 from textpolicy.errors import ConfigError
 
 # rho of tokens: 1, 4 | 1/4; of sequences: 4 | 1/4.
@@ -24,10 +32,10 @@ def batch(**changes):
 @pytest.mark.parametrize(
     ("weight", "expected", "metric", "share"),
     [
-        (correction.truncate_tokens(2.0), [[1, 2], [0.25, 1]], "sampling/truncated", 1 / 3),
-        (correction.mask_tokens(0.5, 5.0), [[1, 4], [0, 1]], "sampling/masked", 1 / 3),
-        (correction.truncate_sequences(3.0), [[3], [0.25]], "sampling/truncated", 1 / 2),
-        (correction.mask_sequences(0.0, 3.0), [[0], [0.25]], "sampling/masked", 1 / 2),
+        (partial(truncate_tokens, cap=2.0), [[1, 2], [0.25, 1]], "sampling/truncated", 1 / 3),
+        (partial(mask_tokens, low=0.5, high=5.0), [[1, 4], [0, 1]], "sampling/masked", 1 / 3),
+        (partial(truncate_sequences, cap=3.0), [[3], [0.25]], "sampling/truncated", 1 / 2),
+        (partial(mask_sequences, low=0.0, high=3.0), [[0], [0.25]], "sampling/masked", 1 / 2),
     ],
 )
 def test_ratios_of_old_to_sampled_are_truncated_or_masked(weight, expected, metric, share):
@@ -36,30 +44,30 @@ def test_ratios_of_old_to_sampled_are_truncated_or_masked(weight, expected, metr
     assert metrics[metric].item() == pytest.approx(share)
 
 
-@pytest.mark.parametrize("correct", [correction.truncate_tokens, correction.truncate_sequences])
+@pytest.mark.parametrize("correct", [truncate_tokens, truncate_sequences])
 def test_an_answer_of_one_token_counts_the_same_in_a_micro_batch_of_its_own(correct):
     whole = batch()
     first, second = part_of(whole, slice(0, 1)), part_of(whole, slice(1, 2))
     names = ("tokens", "mask", "logp_sampled", "logp_old", "advantages")
     second = replace(second, **{name: getattr(second, name)[:, :1] for name in names})
     # Under a cap of 0.1 every ratio is truncated.
-    (_, all_of_it), *parts = (correct(0.1)(one.logp_old, one) for one in (whole, first, second))
+    (_, all_of_it), *parts = (correct(one.logp_old, one, cap=0.1) for one in (whole, first, second))
     added = sum(metrics["sampling/truncated"].item() for _, metrics in parts)
     assert added == pytest.approx(all_of_it["sampling/truncated"].item()) == pytest.approx(1.0)
 
 
 def test_only_bad_answers_that_the_policy_has_left_are_dropped():
     far = SAMPLED - 1.0
-    keep, metrics = correction.off_policy_mask(0.5)(far, batch())
+    keep, metrics = off_policy_mask(far, batch(), threshold=0.5)
     assert [row[0] for row in keep.tolist()] == [1, 0]
     assert metrics["off_policy_masked"].item() == 0.5
-    near, _ = correction.off_policy_mask(1.5)(far, batch())
+    near, _ = off_policy_mask(far, batch(), threshold=1.5)
     assert near[:, 0].tolist() == [1, 1]
 
 
 def test_tokens_are_chosen_by_the_whole_batch_s_entropies():
     known = batch(entropy=mx.array([[0.1, 0.9], [0.5, 9.0]]), entropies=mx.array([0.9, 0.1, 0.5]))
-    weight, metrics = top_entropy_tokens(0.5)(OLD, known)
+    weight, metrics = top_entropy_tokens(OLD, known, fraction=0.5)
     assert weight.tolist() == [[0, 1], [1, 1]]
     assert metrics["entropy_threshold/max"].item() == 0.5
 
@@ -68,15 +76,15 @@ def test_of_equal_entropies_no_rounding_chooses():
     entropies = mx.array([0.2, 0.5, 0.5 + 1e-6, 0.5 - 1e-6, 0.9, 1.1])
     known = batch(entropy=mx.array([[0.5 - 1e-6, 0.5], [0.5 + 1e-6, 0.2]]), entropies=entropies)
     for fraction in (0.5, 0.6, 0.7):
-        weight, _ = top_entropy_tokens(fraction)(OLD, known)
+        weight, _ = top_entropy_tokens(OLD, known, fraction=fraction)
         assert weight.tolist() == [[1, 1], [1, 0]]
 
 
 def test_choosing_tokens_needs_entropies_from_before_the_update():
     with pytest.raises(ConfigError, match="old_logprobs='fresh'"):
-        top_entropy_tokens(0.5)(OLD, batch())
-    with pytest.raises(ConfigError, match="fraction is 0"):
-        top_entropy_tokens(0)
+        top_entropy_tokens(OLD, batch(), fraction=0.5)
+    with pytest.raises(ConfigError, match="fraction of top_entropy_tokens is 0"):
+        top_entropy_tokens(OLD, batch(), fraction=0)
 
 
 def test_a_quantile_lies_between_its_neighbours():
@@ -86,10 +94,10 @@ def test_a_quantile_lies_between_its_neighbours():
 
 def test_the_penalty_falls_over_the_last_tokens_before_the_limit():
     lengths = mx.array([10.0, 80, 90, 100, 120])
-    penalty = overlong_penalty(lengths, max_tokens=100, cache=20)
+    penalty = soft_overlong_punishment(lengths, max_tokens=100, cache=20)
     assert penalty.tolist() == [0, 0, -0.5, -1, -1]
     with pytest.raises(ConfigError, match="cache is 0"):
-        overlong_penalty(lengths, max_tokens=100, cache=0)
+        soft_overlong_punishment(lengths, max_tokens=100, cache=0)
 
 
 def test_advantages_can_be_those_of_penalised_rewards():

@@ -1,0 +1,1 @@
+"""What the algorithms share: averages, ratio levels, KL, token weights, and finding by name."""

@@ -1,0 +1,125 @@
+"""Names for functions that are options, such as `kl="k2"`, and the check of options by name.
+
+A name may bring numbers: `average="constant(tokens=64)"`, `weights=["truncate_tokens(cap=3)"]`.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from inspect import isfunction, signature
+from types import ModuleType
+from typing import Any, get_args
+
+from textpolicy.algorithms.parts import averages, kl, ratio_levels, token_weights
+from textpolicy.errors import ConfigError
+
+
+def _public(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """Return the functions that a module defines for an option, by their names."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+    }
+
+
+NAMED_FUNCTIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "average": _public(averages),
+    "ratio_level": {
+        "token": ratio_levels.TOKEN,
+        "sequence": ratio_levels.SEQUENCE,
+        "whole_sequence": ratio_levels.WHOLE_SEQUENCE,
+    },
+    "kl": _public(kl),
+    "weights": _public(token_weights),
+    "correction": _public(token_weights),
+}
+"""The functions that an option takes, by the name of the option and their own."""
+SYNONYMS = {
+    "tis": "truncate_tokens",
+    "icepop": "mask_tokens",
+    "opsm": "off_policy_mask",
+    "80/20": "top_entropy_tokens",
+}
+"""Names by which papers and other libraries know these functions, in small letters."""
+
+
+def functions_for(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with functions in place of their names."""
+    found = dict(options)
+    for option in NAMED_FUNCTIONS.keys() & found.keys():
+        value = found[option]
+        if option == "weights":
+            weights = [value] if isinstance(value, str) else value
+            found[option] = tuple(_function(option, weight) for weight in weights)
+        else:
+            found[option] = _function(option, value)
+    return found
+
+
+def _function(option: str, value: Any) -> Any:
+    """Return the function for "name" or "name(option=number, ...)"; a function as it is."""
+    if not isinstance(value, str):
+        return value
+    written, numbers = _parsed(option, value)
+    known = NAMED_FUNCTIONS[option]
+    name = SYNONYMS.get(written.lower(), written)
+    if name not in known:
+        raise ConfigError(
+            f"{option} is {written!r}; known: {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    function = known[name]
+    try:
+        signature(function).bind(None, None, **numbers)
+    except TypeError as error:
+        raise ConfigError(
+            f"{option} is {value!r}: {error}; the numbers of {name}: "
+            f"{', '.join(sorted(option_names(function))) or 'none'}"
+        ) from error
+    return partial(function, **numbers) if numbers else function
+
+
+def _parsed(option: str, text: str) -> tuple[str, dict[str, float]]:
+    match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\((.*)\))?\s*", text)
+    try:
+        numbers = tomllib.loads(f"_ = {{{(match and match[2]) or ''}}}")["_"]
+    except tomllib.TOMLDecodeError:
+        match = numbers = None
+    if (
+        not match
+        or numbers is None
+        or any(type(number) not in (int, float) for number in numbers.values())
+    ):
+        raise ConfigError(
+            f"{option} is {text!r}; expected a name, with numbers in brackets if it takes any, "
+            "such as mask_tokens(low=0.5, high=5.0)"
+        )
+    return match[1], numbers
+
+
+def option_names(function: Callable[..., Any]) -> set[str]:
+    """Return the options of a function, with those of `**options: Unpack[SomeTypedDict]`."""
+    found: set[str] = set()
+    for parameter in signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found.update(*(typed.__annotations__ for typed in get_args(parameter.annotation)))
+        elif parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty:
+            found.add(parameter.name)
+    return found
+
+
+def check_options(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `ConfigError` if `owner` lacks one of the given options."""
+    if unknown := sorted(set(given) - set(known)):
+        raise ConfigError(
+            f"{owner} has no option {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'none'}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that asks for the nearest known name, or an empty text."""
+    near = get_close_matches(name, known, n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""

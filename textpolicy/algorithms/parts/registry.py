@@ -1,0 +1,109 @@
+"""Find an algorithm: by the name of its file in the package, or in a Python file of the user."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from inspect import isfunction, signature
+from pathlib import Path
+from typing import Any
+
+from textpolicy.algorithms.parts.declaration import Declaration
+from textpolicy.algorithms.parts.function_options import (
+    check_options,
+    did_you_mean,
+    functions_for,
+    option_names,
+)
+from textpolicy.config import ALGORITHMS
+from textpolicy.errors import ConfigError
+from textpolicy.types import AdvantageFn, LossFn
+from textpolicy.user_code import load_python_file, split_file_and_name
+
+# Arguments of an advantage function that the trainer fills in.
+_FROM_TRAINER = {"lengths", "parts"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """Two functions with their options bound, and the keywords of `Trainer` that go with them."""
+
+    name: str
+    compute_advantages: AdvantageFn
+    policy_loss: LossFn
+    declaration: Declaration
+    trainer: Mapping[str, Any]
+    """The declared keywords, and whether the trainer may `skip_without_advantages`."""
+
+
+def names() -> list[str]:
+    """Return the names of the algorithms in the package, which are those of its files."""
+    return list(ALGORITHMS)
+
+
+def get(name: str, **options: Any) -> Algorithm:
+    """Return an algorithm with `options` bound to whichever of its two functions takes them.
+
+    `name` is one of `names()`, or "FILE.py" for a file of yours that defines `compute_advantages`,
+    `policy_loss` or both; GRPO's function takes the place of a missing one. "FILE.py:FUNCTION" uses
+    a function of another name: as the loss if it takes two arguments, else for the advantages.
+    """
+    if file := split_file_and_name(name):
+        contents, declaration = _contents_of_file(*file)
+    elif name in ALGORITHMS:
+        contents = vars(import_module(f"textpolicy.algorithms.{name}"))
+        declaration = contents["DECLARATION"]
+    else:
+        raise ConfigError(
+            f"no algorithm is called {name!r}; known: {', '.join(ALGORITHMS)}, or FILE.py"
+            f"{did_you_mean(name, ALGORITHMS)}"
+        )
+    advantages, loss = contents["compute_advantages"], contents["policy_loss"]
+    check_options(name, options, _own_options(advantages) | _own_options(loss))
+    options = functions_for(options)
+    # A KL term and an entropy bonus have a gradient without advantages.
+    more_terms = options.get("beta") or options.get("entropy_bonus")
+    skip = declaration.needs_advantages and not more_terms
+    return Algorithm(
+        name=name,
+        compute_advantages=_bound(advantages, options),
+        policy_loss=_bound(loss, options),
+        declaration=declaration,
+        trainer=dict(declaration.trainer, skip_without_advantages=skip),
+    )
+
+
+def _own_options(function: Callable[..., Any]) -> set[str]:
+    return option_names(function) - _FROM_TRAINER
+
+
+def _bound(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    given = {name: options[name] for name in options.keys() & _own_options(function)}
+    return partial(function, **given) if given else function
+
+
+def _contents_of_file(path: Path, function: str) -> tuple[dict[str, Any], Declaration]:
+    """Return what the file defines, with GRPO's function for a missing one."""
+    module = load_python_file(path, what="algorithm", error=ConfigError)
+    contents = dict(vars(module))
+    own = [n for n, f in contents.items() if isfunction(f) and f.__module__ == module.__name__]
+    if function and not callable(contents.get(function)):
+        raise ConfigError(
+            f"{path} has no function {function!r}; its functions: {', '.join(own) or 'none'}"
+            f"{did_you_mean(function, own)}"
+        )
+    if function:
+        parameters = signature(contents[function]).parameters.values()
+        required = [p for p in parameters if p.default is p.empty and p.name not in _FROM_TRAINER]
+        role = "policy_loss" if len(required) == 2 else "compute_advantages"
+        contents[role] = contents[function]
+    if not {"compute_advantages", "policy_loss"} & contents.keys():
+        raise ConfigError(
+            f"{path} has neither compute_advantages(rewards) nor policy_loss(logp, batch); define "
+            f"one of them, or name a function: {path}:FUNCTION. Its functions: "
+            f"{', '.join(own) or 'none'}"
+        )
+    declaration = contents.get("DECLARATION", Declaration())
+    if "policy_loss" not in contents:
+        declaration = replace(declaration, needs_advantages=True)
+    return vars(import_module("textpolicy.algorithms.grpo")) | contents, declaration
