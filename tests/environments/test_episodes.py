@@ -7,6 +7,7 @@ import pytest
 
 from tests.generation.test_architectures import FAMILIES, build
 from tests.generation.test_generation import Counting
+from tests.logprobs import token_logprobs
 from tests.training.test_logprobs import batch_for
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
@@ -18,7 +19,7 @@ from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.generation.prompts import encode_prompt, encode_reply
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
-from textpolicy.training.logprobs import ModelLogprobs, token_logprobs
+from textpolicy.training.logprobs import ModelLogprobs
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Sampling, StopReason, Task
 

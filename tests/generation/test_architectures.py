@@ -6,9 +6,10 @@ from mlx_lm.models import gemma2, gemma3_text, llama, mamba, qwen2, qwen3_moe
 from mlx_lm.models.deepseek_v3 import Model as DeepseekModel
 from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekArgs
 
+from tests.logprobs import token_logprobs
 from tests.training.test_logprobs import RAGGED, batch_for, groups_of
 from textpolicy.generation.engine import can_decode_together, decode
-from textpolicy.training.logprobs import ModelLogprobs, token_logprobs
+from textpolicy.training.logprobs import ModelLogprobs
 from textpolicy.types import Sampling
 
 COMMON = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+from tests.logprobs import token_logprobs
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
 from textpolicy.generation.decoding_batch import DecodingRow
@@ -17,7 +18,6 @@ from textpolicy.generation.engine import decode, prefill_prompts
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prompts import check_prompt, encode_prompt
 from textpolicy.generation.sampling import draw_tokens, random_keys
-from textpolicy.training.logprobs import token_logprobs
 from textpolicy.types import Sampling, StopReason
 
 RAGGED = ["1+2", "Add 345 and 678, please.", "?", "Sort 9 8 7 6 5 4 3 2 1 and then say so twice"]

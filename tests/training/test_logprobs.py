@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.logprobs import token_logprobs
 from tests.test_types import rollout
 from tests.tiny import qwen3_model
 from textpolicy.training.batch import (
@@ -16,7 +17,7 @@ from textpolicy.training.batch import (
     split_into_micro_batches,
     training_rows,
 )
-from textpolicy.training.logprobs import ModelLogprobs, can_share_prompts, token_logprobs
+from textpolicy.training.logprobs import ModelLogprobs, can_share_prompts
 from textpolicy.training.output_head import find_output_head
 from textpolicy.types import RolloutGroup, Sampling, Task
 

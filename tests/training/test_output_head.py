@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.logprobs import token_logprobs
 from tests.memory import peak_of
 from tests.tiny import qwen3_model
 from tests.training.test_logprobs import RAGGED, batch_for, groups_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.training.checkpointing import recompute_activations
-from textpolicy.training.logprobs import ModelLogprobs, token_logprobs
+from textpolicy.training.logprobs import ModelLogprobs
 from textpolicy.training.output_head import find_output_head
 from textpolicy.training.softmax_logprobs import logprobs_from_logits
 

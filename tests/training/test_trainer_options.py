@@ -35,10 +35,9 @@ from textpolicy.training.batch import (
     split_into_mini_batches,
     training_rows,
 )
-from textpolicy.training.logprobs import ModelLogprobs
+from textpolicy.training.logprobs import ModelLogprobs, add_logprobs
 from textpolicy.training.metrics import sum_micro_batches
 from textpolicy.training.optimizer import build_optimizer
-from textpolicy.training.recorded_logprobs import add_logprobs
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import NOT_SAMPLED, RolloutGroup, StopReason
 
@@ -223,12 +222,12 @@ def test_a_divergence_can_be_taken_off_the_reward(load_tiny):
     )
     rows = training_rows(groups)
     with trainer.adapters.disabled():
-        known = add_logprobs(rows, None, trainer._read, None)
+        known = add_logprobs(rows, reference=trainer._logprobs)
     metrics = trainer.train(groups)
     shaped = np.zeros((4, 3), np.float32)
     for row in known:
-        counted = np.array(row.rollout.mask[row.start :])
-        cost = (row.old - row.logp_ref)[counted].sum()
+        counted = np.array(row.rollout.mask[row.prompt_length :])
+        cost = (row.logp_old - row.logp_ref)[counted].sum()
         shaped[row.group, row.member] = row.rollout.reward - 0.5 * cost
     expected = np.array(rloo.compute_advantages(mx.array(shaped)))
     assert metrics["advantages/max"] == pytest.approx(float(expected.max()), abs=1e-5)
@@ -239,7 +238,7 @@ def test_a_divergence_can_be_taken_off_the_reward(load_tiny):
 
 
 def test_a_divergence_from_nothing_is_refused(load_tiny):
-    with pytest.raises(ConfigError, match=r"reward_kl is 0\.1 and there is no reference"):
+    with pytest.raises(ConfigError, match=r"reward_kl is 0\.1, and there is no reference"):
         setup(load_tiny, reward_kl=0.1)
 
 
@@ -318,7 +317,9 @@ def test_advantage_functions_get_the_lengths_and_parts_that_they_ask_for(load_ti
 
 
 def test_an_advantage_function_that_asks_for_more_is_refused(load_tiny):
-    with pytest.raises(ConfigError, match=r"asks for \['values'\].*functools.partial"):
+    with pytest.raises(
+        ConfigError, match=r"requires the arguments \['values'\].*functools.partial"
+    ):
         setup(load_tiny, advantage_fn=lambda rewards, values: rewards)
     with pytest.raises(ConfigError, match="expected one advantage for each reward"):
         setup(load_tiny, advantage_fn=lambda rewards: rewards[0])[1].train(setup(load_tiny)[2])

@@ -97,14 +97,16 @@ class TimedSteps:
         rows = training_rows(groups)
         prompt, completion = self.longest
         self.longest = (
-            max(prompt, *(row.start for row in rows)),
+            max(prompt, *(row.prompt_length for row in rows)),
             max(completion, *(len(row.mask) for row in rows)),
         )
 
     def _padding(self, groups: Sequence[RolloutGroup]) -> Metrics:
         rows = training_rows(groups)
         share = self._share_prompts
-        prompts = {row.group if share else (row.group, row.member): row.start for row in rows}
+        prompts = {
+            row.group if share else (row.group, row.member): row.prompt_length for row in rows
+        }
         tokens = sum(len(row.mask) for row in rows) + sum(prompts.values())
         parts = split_into_micro_batches(rows, self._micro_batch_size, share_prompts=share)
         places = sum(count_padded_tokens(part, share_prompts=share) for part in parts)

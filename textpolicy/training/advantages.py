@@ -1,4 +1,4 @@
-"""From the rewards of a batch to the advantage of each row."""
+"""The advantages of training rows, from the rewards of their groups."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +14,23 @@ from textpolicy.types import AdvantageFn, RolloutGroup
 
 
 def add_advantages(
-    rows: Sequence[TrainingRow], advantage_fn: AdvantageFn, asked: frozenset[str], reward_kl: float
+    rows: Sequence[TrainingRow],
+    advantage_fn: AdvantageFn,
+    keywords: frozenset[str],
+    reward_kl: float,
 ) -> list[TrainingRow]:
-    """The rows with the advantages that they have inside their groups.
+    """Return the rows with their advantages.
 
-    `reward_kl` is taken off each reward for every nat by which the rollout was likelier under the
-    policy than under the reference: an estimate of the divergence that the rollout cost.
+    `keywords` are those that the advantage function requests. `reward_kl` times an estimate of the
+    divergence from the reference, in nats, is subtracted from the reward of each rollout.
     """
-    table = _Table(rows)
-    rewards = table.of(lambda row: _reward(row, reward_kl))
-    offers: dict[str, Callable[[], Any]] = {
-        "lengths": lambda: table.of(lambda row: sum(row.rollout.mask)),
-        "parts": lambda: table.parts(),
+    table = _RowTable(rows)
+    rewards = table.array(lambda row: _penalised_reward(row, reward_kl))
+    offered: dict[str, Callable[[], Any]] = {
+        "lengths": lambda: table.array(lambda row: sum(row.rollout.mask)),
+        "parts": table.reward_parts,
     }
-    advantages = np.array(advantage_fn(rewards, **{name: offers[name]() for name in asked}))
+    advantages = np.array(advantage_fn(rewards, **{name: offered[name]() for name in keywords}))
     if advantages.shape != rewards.shape:
         raise ConfigError(
             f"the advantage function returned shape {advantages.shape} for rewards of shape "
@@ -39,50 +42,51 @@ def add_advantages(
 def advantages_by_group(
     groups: Sequence[RolloutGroup], rows: Sequence[TrainingRow]
 ) -> list[list[float | None]]:
-    """The rows' advantages by group and member; None where there is no row, or a silent one."""
+    """Return the advantages by group and member, with None for rollouts outside of the loss."""
     table: list[list[float | None]] = [[None] * len(group.rollouts) for group in groups]
     for row in rows:
-        if not row.silent:
+        if not row.excluded:
             table[row.group][row.member] = row.advantage
     return table
 
 
 def requested_keywords(advantage_fn: AdvantageFn) -> frozenset[str]:
-    """Which of the offered keywords an advantage function takes; others it needs are an error."""
+    """Return which of the trainer's keywords the function takes; raise if it requires others."""
     offered = {"lengths", "parts"}
     _, *rest = inspect.signature(advantage_fn).parameters.values()
-    needed = {p.name for p in rest if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-    if needed - offered:
+    required = {p.name for p in rest if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    if unknown := required - offered:
         raise ConfigError(
-            f"the advantage function asks for {sorted(needed - offered)}; the trainer has rewards, "
-            f"and by keyword {sorted(offered)}. Bind the others with functools.partial"
+            f"the advantage function requires the arguments {sorted(unknown)}; the trainer passes "
+            f"rewards, and the keywords {sorted(offered)} on request. Bind other arguments with "
+            "functools.partial"
         )
     return frozenset(p.name for p in rest if p.name in offered)
 
 
-def _reward(row: TrainingRow, reward_kl: float) -> float | None:
+def _penalised_reward(row: TrainingRow, reward_kl: float) -> float | None:
     reward = row.rollout.reward
     if not reward_kl or reward is None:
         return reward
     assert row.logp_ref is not None
-    counted = np.array(row.rollout.mask[row.start :])
-    return reward - reward_kl * float((row.old - row.logp_ref)[counted].sum())
+    sampled = np.array(row.rollout.mask[row.prompt_length :])
+    return reward - reward_kl * float((row.logp_old - row.logp_ref)[sampled].sum())
 
 
-class _Table:
-    """Values of rows by group and member; NaN where a group has no such member."""
+class _RowTable:
+    """Arrays of the rows' values, by group and member. NaN marks a member without a row."""
 
     def __init__(self, rows: Sequence[TrainingRow]) -> None:
         self._rows = rows
         self._shape = (max(r.group for r in rows) + 1, max(r.member for r in rows) + 1)
 
-    def of(self, value: Callable[[TrainingRow], float | None]) -> mx.array:
+    def array(self, value: Callable[[TrainingRow], float | None]) -> mx.array:
         table = np.full(self._shape, np.nan, np.float32)
         for row in self._rows:
             if (number := value(row)) is not None:
                 table[row.group, row.member] = number
         return mx.array(table)
 
-    def parts(self) -> Mapping[str, mx.array]:
+    def reward_parts(self) -> Mapping[str, mx.array]:
         names = dict.fromkeys(name for row in self._rows for name in row.rollout.rewards)
-        return {name: self.of(lambda row, n=name: row.rollout.rewards.get(n)) for name in names}
+        return {name: self.array(lambda row, n=name: row.rollout.rewards.get(n)) for name in names}

@@ -1,4 +1,4 @@
-"""Rollout groups to rows, rows to padded arrays."""
+"""Rollout groups become training rows, and training rows become padded arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,60 +9,65 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import TrainingError
-from textpolicy.types import Batch, Rollout, RolloutGroup
+from textpolicy.types import Batch, Rollout, RolloutGroup, StopReason
 
 MICRO_BATCH_TOKENS = 1024
-"""Tokens of a micro-batch, unless its rows are given: more at once only takes more memory."""
+"""Tokens of a micro-batch if its number of rows is not given. More tokens only need more memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRow:
-    """One rollout that counts, and what is known of it before an update.
+    """A rollout with a reward, and the numbers that are computed before its update.
 
-    `start` is the place of its first sampled token. `logp_old` and `logp_ref` begin there; they
-    are None until a trainer computes them, and `entropies` with them.
+    `logp_fresh`, `entropies` and `logp_ref` begin after the prompt. They are None if the trainer
+    does not compute them. An `excluded` row is not part of the loss.
     """
 
     rollout: Rollout
     group: int
     member: int
-    start: int
+    prompt_length: int
     advantage: float = 0.0
-    silent: bool = False
-    logp_old: np.ndarray | None = None
-    logp_ref: np.ndarray | None = None
+    excluded: bool = False
+    logp_fresh: np.ndarray | None = None
     entropies: np.ndarray | None = None
+    logp_ref: np.ndarray | None = None
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens before the first sampled one."""
-        return tuple(self.rollout.tokens[: self.start])
+        """The tokens before the first sampled token."""
+        return tuple(self.rollout.tokens[: self.prompt_length])
 
     @property
-    def sampled(self) -> np.ndarray:
-        """Log-probabilities after the prompt, as recorded while sampling."""
-        return np.array(self.rollout.logprobs[self.start :], np.float32)
-
-    @property
-    def old(self) -> np.ndarray:
-        """What ratios are taken against: computed before the update, or else as recorded."""
-        return self.sampled if self.logp_old is None else self.logp_old
-
-    @property
-    def teaches(self) -> bool:
-        """Whether its advantage gives the loss something to learn."""
-        return self.advantage != 0 and not self.silent
+    def tokens(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.rollout.tokens[self.prompt_length :]
 
     @property
     def mask(self) -> list[bool]:
-        """Which of the tokens after the prompt count for the loss; none of a silent row's."""
-        mask = self.rollout.mask[self.start :]
-        return [False] * len(mask) if self.silent else mask
+        """True on the tokens after the prompt that are part of the loss."""
+        mask = self.rollout.mask[self.prompt_length :]
+        return [False] * len(mask) if self.excluded else mask
+
+    @property
+    def logp_sampled(self) -> np.ndarray:
+        """The log-probabilities after the prompt that were recorded while sampling."""
+        return np.array(self.rollout.logprobs[self.prompt_length :], np.float32)
+
+    @property
+    def logp_old(self) -> np.ndarray:
+        """The log-probabilities in the denominator of ratios: fresh ones, else recorded ones."""
+        return self.logp_sampled if self.logp_fresh is None else self.logp_fresh
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the advantage of this row contributes to the gradient."""
+        return self.advantage != 0 and not self.excluded
 
 
 @dataclass(frozen=True, slots=True)
 class BatchTotals:
-    """Totals over an optimizer batch, for losses that are cut into micro-batches."""
+    """Totals over an optimizer batch. Losses of its micro-batches divide by them."""
 
     rows: int
     token_count: int
@@ -71,7 +76,7 @@ class BatchTotals:
 
     @classmethod
     def of(cls, rows: Sequence[TrainingRow]) -> "BatchTotals":
-        """The totals of these rows."""
+        """Return the totals of these rows."""
         known = [r.entropies[np.array(r.mask)] for r in rows if r.entropies is not None]
         return cls(
             rows=len(rows),
@@ -81,20 +86,41 @@ class BatchTotals:
         )
 
 
-def training_rows(groups: Sequence[RolloutGroup]) -> list[TrainingRow]:
-    """The rollouts that have a reward, in order."""
+def training_rows(
+    groups: Sequence[RolloutGroup], *, exclude_truncated: bool = False
+) -> list[TrainingRow]:
+    """Return a row for each rollout that has a reward."""
     return [
-        TrainingRow(rollout=rollout, group=g, member=m, start=rollout.mask.index(True))
+        TrainingRow(
+            rollout=rollout,
+            group=g,
+            member=m,
+            prompt_length=rollout.mask.index(True),
+            excluded=exclude_truncated and rollout.stop_reason is StopReason.LENGTH,
+        )
         for g, group in enumerate(groups)
         for m, rollout in enumerate(group.rollouts)
         if rollout.reward is not None
     ]
 
 
+def check_usable_for_training(groups: Sequence[RolloutGroup]) -> None:
+    """Raise `TrainingError` if the trainer cannot repeat the distribution of a rollout."""
+    for group in groups:
+        for rollout in group.rollouts:
+            if not rollout.sampling.usable_for_training:
+                raise TrainingError(
+                    f"a rollout of task {group.task.id!r} was sampled with {rollout.sampling}. The "
+                    "trainer cannot compute log-probabilities of greedy, truncated or penalised "
+                    "sampling. Sample for training with temperature > 0, top_p 1, top_k 0, min_p 0 "
+                    "and repetition_penalty 1"
+                )
+
+
 def split_into_mini_batches(
     rows: Sequence[TrainingRow], count: int, shuffle: Random
 ) -> list[list[TrainingRow]]:
-    """The rows dealt to `count` optimizer batches, whole groups to each, in a random order."""
+    """Return `count` optimizer batches of whole groups, dealt in random order."""
     if count == 1:
         return [list(rows)]
     groups = sorted({row.group for row in rows})
@@ -106,87 +132,45 @@ def split_into_mini_batches(
 def split_into_micro_batches(
     rows: Sequence[TrainingRow], size: int | None, *, share_prompts: bool = True
 ) -> list[list[TrainingRow]]:
-    """An optimizer batch in parts that are in memory one at a time, groups of like length together.
+    """Return parts of an optimizer batch that are in memory one at a time.
 
-    Parts have at most `size` rows. Without a size they are whole groups, as many as have
-    MICRO_BATCH_TOKENS with their padding; a group whose completions alone have more is cut, and
-    without `share_prompts` one whose whole rows do.
-    Groups in which no row has an advantage are in parts of their own, the last ones.
+    Groups of similar length are together. A part has at most `size` rows. If `size` is None, a part
+    is as many whole groups as fit into MICRO_BATCH_TOKENS with their padding; a group is cut if its
+    completions alone have more tokens, or its whole rows if `share_prompts` is False. Groups
+    without any signal come last, in parts of their own.
     """
-    teaching = {row.group for row in rows if row.teaches}
+    with_signal = {row.group for row in rows if row.has_signal}
     parts: list[list[TrainingRow]] = []
-    for kind in (True, False):
-        groups = _by_length([row for row in rows if (row.group in teaching) is kind])
+    for signal in (True, False):
+        groups = _groups_by_length([row for row in rows if (row.group in with_signal) is signal])
         if size is None:
-            parts += _packed(groups, share_prompts)
+            parts += _fill_parts(groups, share_prompts)
         else:
             parts += _cut([*chain.from_iterable(groups)], size)
     return parts
 
 
-def _by_length(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
-    groups: dict[int, list[TrainingRow]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    return sorted(groups.values(), key=lambda group: (_completion(group), _prompt(group)))
-
-
-def _packed(groups: Sequence[list[TrainingRow]], share_prompts: bool) -> list[list[TrainingRow]]:
-    parts: list[list[TrainingRow]] = []
-    for group in groups:
-        for piece in _pieces(group, share_prompts):
-            together = [*parts[-1], *piece] if parts else piece
-            tokens = count_padded_tokens(together, share_prompts=share_prompts)
-            if parts and tokens <= MICRO_BATCH_TOKENS:
-                parts[-1] = together
-            else:
-                parts.append(piece)
-    return parts
-
-
-def _pieces(group: list[TrainingRow], share_prompts: bool) -> list[list[TrainingRow]]:
-    """A group whose completions are too many at once, like lengths together."""
-    longest = _completion(group) + (0 if share_prompts else _prompt(group))
-    if len(group) * longest <= MICRO_BATCH_TOKENS:
-        return [group]
-    # Never one row alone: losses that compare two find both.
-    size = max(2, MICRO_BATCH_TOKENS // longest)
-    return _cut(sorted(group, key=lambda row: len(row.mask)), size)
-
-
-def _cut(rows: list[TrainingRow], size: int) -> list[list[TrainingRow]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def count_padded_tokens(rows: Sequence[TrainingRow], *, share_prompts: bool = True) -> int:
-    """The places that these rows take in memory together, each prompt once if it is shared."""
+    """Return the tokens of a batch of these rows, padding included and shared prompts once."""
     prompts = len({row.group for row in rows} if share_prompts else rows)
-    return len(rows) * _completion(rows) + prompts * _prompt(rows)
-
-
-def _completion(rows: Sequence[TrainingRow]) -> int:
-    return max(len(row.rollout.tokens) - row.start for row in rows)
-
-
-def _prompt(rows: Sequence[TrainingRow]) -> int:
-    return max(row.start for row in rows)
+    return len(rows) * _longest_completion(rows) + prompts * _longest_prompt(rows)
 
 
 def make_batch(rows: Sequence[TrainingRow], totals: BatchTotals) -> Batch:
     """Return the rows as padded arrays, with the totals of the optimizer batch."""
     index = {prompt: p for p, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
-    mask = _right_padded([row.mask for row in rows], np.bool_)
+    mask = _pad_right([row.mask for row in rows], np.bool_)
     ref = [row.logp_ref for row in rows if row.logp_ref is not None]
     return Batch(
-        prompts=mx.array(_right_padded(list(index), np.int32)),
+        prompts=mx.array(_pad_right(list(index), np.int32)),
         prompt_lengths=mx.array([len(prompt) for prompt in index]),
         owner=mx.array([index[row.prompt] for row in rows]),
         group=mx.array([row.group for row in rows]),
-        tokens=mx.array(_right_padded([r.rollout.tokens[r.start :] for r in rows], np.int32)),
+        tokens=mx.array(_pad_right([row.tokens for row in rows], np.int32)),
         mask=mx.array(mask),
-        logp_sampled=mx.array(_right_padded([row.sampled for row in rows], np.float32)),
-        logp_old=mx.array(_right_padded([row.old for row in rows], np.float32)),
-        logp_ref=mx.array(_right_padded(ref, np.float32)) if ref else None,
+        logp_sampled=mx.array(_pad_right([row.logp_sampled for row in rows], np.float32)),
+        logp_old=mx.array(_pad_right([row.logp_old for row in rows], np.float32)),
+        logp_ref=mx.array(_pad_right(ref, np.float32)) if ref else None,
         advantages=mx.array(np.array([[row.advantage] for row in rows], np.float32) * mask),
         temperature=mx.array([row.rollout.sampling.temperature for row in rows], dtype=mx.float32),
         rows=totals.rows,
@@ -196,21 +180,51 @@ def make_batch(rows: Sequence[TrainingRow], totals: BatchTotals) -> Batch:
     )
 
 
-def _right_padded(lists: Sequence[Sequence[float] | np.ndarray], dtype: type) -> np.ndarray:
+def _groups_by_length(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+    groups: dict[int, list[TrainingRow]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    return sorted(groups.values(), key=lambda g: (_longest_completion(g), _longest_prompt(g)))
+
+
+def _fill_parts(
+    groups: Sequence[list[TrainingRow]], share_prompts: bool
+) -> list[list[TrainingRow]]:
+    parts: list[list[TrainingRow]] = []
+    for group in groups:
+        for piece in _cut_large_group(group, share_prompts):
+            together = [*parts[-1], *piece] if parts else piece
+            tokens = count_padded_tokens(together, share_prompts=share_prompts)
+            if parts and tokens <= MICRO_BATCH_TOKENS:
+                parts[-1] = together
+            else:
+                parts.append(piece)
+    return parts
+
+
+def _cut_large_group(group: list[TrainingRow], share_prompts: bool) -> list[list[TrainingRow]]:
+    longest = _longest_completion(group) + (0 if share_prompts else _longest_prompt(group))
+    if len(group) * longest <= MICRO_BATCH_TOKENS:
+        return [group]
+    # At least two rows, because some losses compare two rows of a group.
+    size = max(2, MICRO_BATCH_TOKENS // longest)
+    return _cut(sorted(group, key=lambda row: len(row.mask)), size)
+
+
+def _cut(rows: list[TrainingRow], size: int) -> list[list[TrainingRow]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _longest_completion(rows: Sequence[TrainingRow]) -> int:
+    return max(len(row.tokens) for row in rows)
+
+
+def _longest_prompt(rows: Sequence[TrainingRow]) -> int:
+    return max(row.prompt_length for row in rows)
+
+
+def _pad_right(lists: Sequence[Sequence[float] | np.ndarray], dtype: type) -> np.ndarray:
     padded = np.zeros((len(lists), max(len(row) for row in lists)), dtype)
     for r, row in enumerate(lists):
         padded[r, : len(row)] = row
     return padded
-
-
-def check_usable_for_training(groups: Sequence[RolloutGroup]) -> None:
-    """Refuse rollouts whose distribution the trainer cannot repeat."""
-    for group in groups:
-        for rollout in group.rollouts:
-            if not rollout.sampling.usable_for_training:
-                raise TrainingError(
-                    f"a rollout of task {group.task.id!r} was sampled with {rollout.sampling}, a "
-                    "distribution that the trainer does not score (greedy, truncated or penalised)."
-                    " Sample for training with temperature > 0, top_p 1, top_k 0, min_p 0 and "
-                    "repetition_penalty 1"
-                )

@@ -1,6 +1,7 @@
-"""Log-probabilities of tokens that are already written down: the trainer's side of promise one."""
+"""Log-probabilities of sampled tokens under a model, as the trainer computes them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,21 +9,27 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from textpolicy.training.batch import (
+    BatchTotals,
+    TrainingRow,
+    make_batch,
+    split_into_micro_batches,
+)
 from textpolicy.training.output_head import OutputHead, find_output_head
 from textpolicy.training.shared_prompts import run_whole_rows, run_with_shared_prompts
 from textpolicy.training.softmax_logprobs import logprobs_from_logits
 from textpolicy.types import Batch
 
 BatchLogprobs = tuple[Float[mx.array, "batch time"], Float[mx.array, "batch time"]]
-"""Each token's log-probability, and the entropy of the distribution that it was drawn from."""
+"""Of each token: its log-probability, and the entropy of the distribution at its position."""
 
 
 @dataclass(frozen=True)
 class ModelLogprobs:
-    """How a model's batches are read; what the model allows is found out once, by `of`.
+    """Computes the log-probabilities of batches under a model.
 
-    `head` is None where logits cannot be computed a chunk at a time, `share_prompts` False where
-    every row has to repeat its prompt. The values are the same.
+    `head` is None if logits cannot be computed in chunks. `share_prompts` is False if each row has
+    to repeat its prompt. Both change memory and time, and not the numbers.
     """
 
     model: nn.Module
@@ -31,11 +38,11 @@ class ModelLogprobs:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelLogprobs":
-        """The leanest way to read this model."""
+        """Return the computation that needs the least memory with this model."""
         return cls(model, find_output_head(model), can_share_prompts(model))
 
     def __call__(self, batch: Batch, *, differentiable: bool = True) -> BatchLogprobs:
-        """Return log-probability and entropy of each counted token; 0 at other places."""
+        """Return log-probabilities and entropies where the batch's mask is True, else 0."""
         counted = np.flatnonzero(np.array(batch.mask))
         if not len(counted):
             return mx.zeros(batch.mask.shape), mx.zeros(batch.mask.shape)
@@ -44,42 +51,59 @@ class ModelLogprobs:
             outputs = run_with_shared_prompts(network, self.model, batch)
         else:
             outputs = run_whole_rows(network, batch)
-        time = batch.tokens.shape[1]
         at = mx.array(counted)
-        read = outputs.reshape(-1, outputs.shape[-1])[at]
-        drawn, temperature = batch.tokens.flatten()[at], batch.temperature[at // time]
+        outputs = outputs.reshape(-1, outputs.shape[-1])[at]
+        tokens = batch.tokens.flatten()[at]
+        temperature = batch.temperature[at // batch.tokens.shape[1]]
         if self.head:
-            values = self.head.logprobs(read, drawn, temperature, differentiable=differentiable)
+            values = self.head.logprobs(outputs, tokens, temperature, differentiable=differentiable)
         else:
-            values = logprobs_from_logits(read, drawn, temperature)
+            values = logprobs_from_logits(outputs, tokens, temperature)
         logp, entropy = values
         return _scatter(logp, at, batch), _scatter(entropy, at, batch)
 
 
-def token_logprobs(
-    model: nn.Module, tokens: Int[mx.array, "batch time"], temperature: Float[mx.array, " batch"]
-) -> BatchLogprobs:
-    """Return log-probabilities and entropies under softmax(logits / temperature), in float32.
+def add_logprobs(
+    rows: Sequence[TrainingRow],
+    *,
+    policy: ModelLogprobs | None = None,
+    reference: ModelLogprobs | None = None,
+    micro_batch_size: int | None = None,
+) -> list[TrainingRow]:
+    """Return the rows with `logp_fresh` and `entropies` of the policy, and `logp_ref`.
 
-    Position 0 has no predecessor and holds zeros, so results align with `tokens` and its mask.
+    What is not given is not computed. The order of the rows may change.
     """
-    logits = model(tokens[:, :-1])
-    rows, time, vocabulary = logits.shape
-    flat = logits.reshape(-1, vocabulary)
-    values = logprobs_from_logits(flat, tokens[:, 1:].flatten(), mx.repeat(temperature, time))
-    logp, entropy = (x.reshape(rows, time) for x in values)
-    return mx.pad(logp, [(0, 0), (1, 0)]), mx.pad(entropy, [(0, 0), (1, 0)])
+    models = [model for model in (policy, reference) if model]
+    if not models:
+        return list(rows)
+    done: list[TrainingRow] = []
+    share = all(model.share_prompts for model in models)
+    for part in split_into_micro_batches(rows, micro_batch_size, share_prompts=share):
+        # The divergence from the reference counts for excluded rows too.
+        batch = make_batch([replace(row, excluded=False) for row in part], BatchTotals.of(part))
+        computed: dict[str, np.ndarray] = {}
+        if policy:
+            logp, entropy = policy(batch, differentiable=False)
+            mx.eval(logp, entropy)
+            computed |= {"logp_fresh": np.array(logp), "entropies": np.array(entropy)}
+        if reference:
+            computed["logp_ref"] = np.array(reference(batch, differentiable=False)[0])
+        for place, row in enumerate(part):
+            own = {name: array[place, : len(row.mask)] for name, array in computed.items()}
+            done.append(replace(row, **own))
+    return done
 
 
 def can_share_prompts(model: nn.Module) -> bool:
-    """Whether completions read after a shared prompt get the values of whole rows.
+    """Return whether completions after a shared prompt get the log-probabilities of whole rows.
 
     Recurrent and windowed layers keep more than keys and values, and some models (gemma2 in mlx-lm
-    0.32) lay a batch's mask over their heads: a ragged batch of six tokens tells.
+    0.32) broadcast a batch's mask over their heads. A batch of two short rows is compared.
     """
     if not all(type(layer) is KVCache for layer in make_prompt_cache(model)):
         return False
-    batch = _ragged_batch()
+    batch = _batch_of_two_rows()
     expected, _ = ModelLogprobs(model, None, share_prompts=False)(batch)
     try:
         shared, _ = ModelLogprobs(model, None, share_prompts=True)(batch)
@@ -89,7 +113,7 @@ def can_share_prompts(model: nn.Module) -> bool:
     return float(mx.abs(shared - expected).mean()) < tolerance
 
 
-def _ragged_batch() -> Batch:
+def _batch_of_two_rows() -> Batch:
     shape = (2, 2)
     return Batch(
         prompts=mx.array([[1, 2, 3], [3, 0, 0]]),
@@ -109,7 +133,7 @@ def _ragged_batch() -> Batch:
 
 
 def _scatter(
-    values: Float[mx.array, " counted"], counted: Int[mx.array, " counted"], batch: Batch
+    values: Float[mx.array, " counted"], places: Int[mx.array, " counted"], batch: Batch
 ) -> Float[mx.array, "batch time"]:
-    """The values of counted tokens at their places in the batch."""
-    return mx.zeros(batch.mask.size).at[counted].add(values).reshape(batch.mask.shape)
+    """Return an array of the batch's shape with the values at their places, and 0 elsewhere."""
+    return mx.zeros(batch.mask.size).at[places].add(values).reshape(batch.mask.shape)

@@ -1,9 +1,9 @@
-"""The last layer of a language model, applied to the positions that count and a few at a time.
+"""The output head of a language model, applied to a chunk of positions at a time.
 
-Logits of a whole batch are often its largest array. Here they exist for a chunk of positions only:
-once if the head is frozen, and a second time in the backward pass if it is trained.
+The logits of a whole batch are often its largest array. Here, logits exist for one chunk only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,37 +11,34 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int
 
-from textpolicy.training.chunked_gradient import apply_in_chunks
-from textpolicy.training.frozen_output_head import (
-    frozen_head_logprobs,
-    frozen_head_logprobs_without_gradient,
-)
-from textpolicy.training.softmax_logprobs import PositionLogprobs, logprobs_from_logits
+from textpolicy.fast_cpu.array_slices import compute_after
+from textpolicy.training.chunked_gradient import apply_in_chunks, join_chunks
+from textpolicy.training.softmax_logprobs import PositionLogprobs, Softmax, logprobs_from_logits
 
-# Of float32 logits. What softmax and gradient make of a chunk, and what mlx allocates ahead for the
-# next, come to about twelve times as much.
+# Float32 logits of a chunk. Softmax, gradient and the memory that mlx allocates ahead for the next
+# chunk take about twelve times as much.
 CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """A model cut in two: `body` gives hidden states, `project` makes logits of them."""
+    """A model in two parts: `body` computes hidden states, `project` computes their logits."""
 
     model: Any
     tied: bool
 
     @property
     def body(self) -> nn.Module:
-        """What runs before the head."""
+        """The model without its output head."""
         return self.model.model
 
     @property
     def weights(self) -> Any:
-        """The head's module; a tied head is the embedding, used the other way round."""
+        """The module of the output head, which is the embedding if the two are tied."""
         return self.body.embed_tokens if self.tied else self.model.lm_head
 
     def project(self, hidden: Float[mx.array, "*batch width"]) -> Float[mx.array, "*batch vocab"]:
-        """Logits of hidden states."""
+        """Return the logits of hidden states."""
         return self.weights.as_linear(hidden) if self.tied else self.weights(hidden)
 
     def logprobs(
@@ -53,36 +50,34 @@ class OutputHead:
         differentiable: bool = True,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> PositionLogprobs:
-        """Scores under softmax(logits / temperature), a chunk of positions in memory at a time.
+        """Return log-probabilities and entropies under softmax(logits / temperature).
 
-        A frozen head is quicker if it is told that no gradient will be asked for.
+        `differentiable=False` is faster if the head is frozen and no gradient is needed.
         """
         vocabulary = self.project(hidden[:1]).shape[-1]
         size = max(1, chunk_bytes // (4 * vocabulary))
-        places = [slice(at, at + size) for at in range(0, len(tokens), size)]
+        chunks = [slice(at, at + size) for at in range(0, len(tokens), size)]
         weights = self.weights.trainable_parameters()
         if not weights:
-            score = (
-                frozen_head_logprobs if differentiable else frozen_head_logprobs_without_gradient
-            )
-            return score(self.project, hidden, tokens, temperature, places)
-        if len(places) == 1:
+            head = _FrozenHead(self.project, tokens, temperature, chunks)
+            return head.logprobs(hidden) if differentiable else head.values(hidden)
+        if len(chunks) == 1:
             return logprobs_from_logits(self.project(hidden), tokens, temperature)
 
-        def score_chunk(place: slice, hidden: mx.array, weights: Any) -> PositionLogprobs:
+        def chunk_logprobs(chunk: slice, hidden: mx.array, weights: Any) -> PositionLogprobs:
             self.weights.update(weights)
-            return logprobs_from_logits(self.project(hidden), tokens[place], temperature[place])
+            return logprobs_from_logits(self.project(hidden), tokens[chunk], temperature[chunk])
 
-        scores = apply_in_chunks(score_chunk, places)(hidden, weights)
+        logprobs = apply_in_chunks(chunk_logprobs, chunks)(hidden, weights)
         self.weights.update(weights)
-        return scores
+        return logprobs
 
 
 def find_output_head(model: nn.Module) -> OutputHead | None:
-    """The model's body and head; None where its logits are more than a projection.
+    """Return the model's body and head, or None if its logits are more than a projection.
 
-    Some models scale or cap their logits, and some keep their parts under other names: a forward
-    pass on two tokens tells.
+    Some models scale or cap their logits, and some name their parts differently. A forward pass on
+    two tokens compares the logits.
     """
     inner: Any = model.language_model if "language_model" in model else model
     if "model" not in inner or not ("lm_head" in inner or "embed_tokens" in inner.model):
@@ -93,3 +88,74 @@ def find_output_head(model: nn.Module) -> OutputHead | None:
     if not isinstance(hidden, mx.array):
         return None
     return head if mx.array_equal(head.project(hidden), logits) else None
+
+
+@dataclass(frozen=True)
+class _FrozenHead:
+    """Log-probabilities under an output head without trainable weights.
+
+    A loss depends on a position's logits through two numbers only. The backward pass needs their
+    derivative by the hidden state, which is one vector for each position. The forward pass computes
+    this vector while it has the logits, so logits are neither kept nor computed again.
+    """
+
+    project: Callable[[mx.array], mx.array]
+    tokens: Int[mx.array, " positions"]
+    temperature: Float[mx.array, " positions"]
+    chunks: list[slice]
+
+    def values(self, hidden: Float[mx.array, "positions width"]) -> PositionLogprobs:
+        """Return log-probabilities and entropies without a gradient."""
+        parts: list[PositionLogprobs] = []
+        for chunk in self.chunks:
+            logits = self.project(compute_after(hidden[chunk], parts[-1] if parts else ()))
+            softmax = Softmax.of(logits, self.temperature[chunk])
+            parts.append(softmax.logprobs(self.tokens[chunk]))
+        return join_chunks(parts)
+
+    def logprobs(self, hidden: Float[mx.array, "positions width"]) -> PositionLogprobs:
+        """Return log-probabilities and entropies with a gradient in the hidden states."""
+        constant = mx.stop_gradient(hidden)
+        parts: list[tuple[mx.array, mx.array, mx.array]] = []
+        for chunk in self.chunks:
+            rows = compute_after(constant[chunk], parts[-1] if parts else ())
+            parts.append(self._with_slope(chunk, rows))
+        logp, entropy, slope = (mx.concatenate([part[i] for part in parts]) for i in range(3))
+
+        def chunk_logprobs(chunk: slice, rows: mx.array, _: Any) -> PositionLogprobs:
+            logits = self.project(rows)
+            return logprobs_from_logits(logits, self.tokens[chunk], self.temperature[chunk])
+
+        def entropy_gradient(weight: mx.array) -> mx.array:
+            # Few losses use the entropy, so its gradient is computed only if needed.
+            compute = apply_in_chunks(chunk_logprobs, self.chunks)
+            return mx.vjp(lambda rows: compute(rows, {})[1], [constant], [weight])[1][0]
+
+        return (
+            _with_gradient(logp, hidden, lambda weight: weight[:, None] * slope),
+            _with_gradient(entropy, hidden, entropy_gradient),
+        )
+
+    def _with_slope(self, chunk: slice, hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return log-probabilities, entropies and d log p(token) / d hidden of a chunk.
+
+        The derivative is the transposed head applied to (onehot(token) - p) / temperature.
+        """
+        tokens, temperature = self.tokens[chunk], self.temperature[chunk]
+        logits = self.project(hidden)
+        softmax = Softmax.of(logits, temperature)
+        others = -softmax.probabilities / temperature[:, None]
+        direction = others.at[mx.arange(len(tokens)), tokens].add(1 / temperature)
+        (slope,) = mx.vjp(self.project, [hidden], [direction.astype(logits.dtype)])[1]
+        return (*softmax.logprobs(tokens), slope)
+
+
+def _with_gradient(
+    values: Float[mx.array, " positions"],
+    hidden: Float[mx.array, "positions width"],
+    gradient: Callable[[mx.array], mx.array],
+) -> Float[mx.array, " positions"]:
+    """Return the values, with this function as their gradient in the hidden states."""
+    run: Any = mx.custom_function(lambda hidden: values)
+    run.vjp(lambda hidden, weight, _: gradient(weight).astype(hidden.dtype))
+    return run(hidden)

@@ -1,4 +1,4 @@
-"""The log-probability of a drawn token and the entropy it was drawn with, from logits."""
+"""Log-probabilities and entropies of a softmax over logits."""
 
 from typing import Any, NamedTuple
 
@@ -8,14 +8,15 @@ from jaxtyping import Float, Int
 from textpolicy.fast_cpu.exponential import exp
 
 PositionLogprobs = tuple[Float[mx.array, " positions"], Float[mx.array, " positions"]]
-"""Each position's log-probability of its token, and the entropy of its distribution."""
+"""Of each position: the log-probability of its token, and the entropy of its distribution."""
 Logits = Float[mx.array, "positions vocabulary"]
 
 
 class Softmax(NamedTuple):
-    """A distribution at each position, in float32 whatever the model's dtype.
+    """The distribution at each position, in float32 for every dtype of the model.
 
-    The exponential is what costs, so it is taken once: with s = logits / T - max and e = exp(s),
+    The exponential is the expensive part, so it is computed once. With s = logits / T - max and
+    e = exp(s):
 
         log p(token) = s(token) - log sum e        H = log sum e - sum(e s) / sum e
     """
@@ -26,14 +27,14 @@ class Softmax(NamedTuple):
 
     @classmethod
     def of(cls, logits: Logits, temperature: Float[mx.array, " positions"]) -> "Softmax":
-        """softmax(logits / temperature)."""
+        """Return softmax(logits / temperature)."""
         scaled = logits.astype(mx.float32) / temperature[:, None]
         shifted = scaled - scaled.max(axis=-1, keepdims=True)
         exponential = exp(shifted)
         return cls(shifted, exponential, exponential.sum(axis=-1, keepdims=True))
 
     def logprobs(self, tokens: Int[mx.array, " positions"]) -> PositionLogprobs:
-        """Of these tokens, and of the distributions."""
+        """Return the log-probabilities of `tokens` and the entropies."""
         drawn = mx.take_along_axis(self.shifted, tokens[:, None], axis=-1)
         mean = (self.exponential * self.shifted).sum(axis=-1) / self.total[:, 0]
         normaliser = mx.log(self.total)[:, 0]
@@ -41,7 +42,7 @@ class Softmax(NamedTuple):
 
     @property
     def probabilities(self) -> Logits:
-        """Of every token."""
+        """The probability of every token of the vocabulary."""
         return self.exponential / self.total
 
 
@@ -50,9 +51,10 @@ def logprobs_from_logits(
     tokens: Int[mx.array, " positions"],
     temperature: Float[mx.array, " positions"],
 ) -> PositionLogprobs:
-    """Scores under softmax(logits / temperature), with the gradient in closed form.
+    """Return log-probabilities and entropies under softmax(logits / temperature).
 
-    With p the probabilities, H the entropy and z the scaled logits:
+    The gradient is computed in closed form. With the probabilities p, the entropy H and the
+    scaled logits z:
 
         d log p(token) / dz = onehot(token) - p        dH / dz = -p (log p + H)
     """
@@ -63,12 +65,12 @@ def logprobs_from_logits(
     def backward(
         logits: mx.array, cotangents: PositionLogprobs, outputs: PositionLogprobs
     ) -> mx.array:
-        of_drawn, of_entropy = (c[:, None] / temperature[:, None] for c in cotangents)
-        now = Softmax.of(logits, temperature)
-        log_p = now.shifted - mx.log(now.total)
-        slope = now.probabilities * (of_drawn + of_entropy * (log_p + outputs[1][:, None]))
+        of_logp, of_entropy = (c[:, None] / temperature[:, None] for c in cotangents)
+        softmax = Softmax.of(logits, temperature)
+        log_p = softmax.shifted - mx.log(softmax.total)
+        slope = softmax.probabilities * (of_logp + of_entropy * (log_p + outputs[1][:, None]))
         at_token = slope.at[mx.arange(len(tokens)), tokens]
-        return -at_token.subtract(of_drawn[:, 0]).astype(logits.dtype)
+        return -at_token.subtract(of_logp[:, 0]).astype(logits.dtype)
 
     run: Any = mx.custom_function(forward)
     run.vjp(backward)

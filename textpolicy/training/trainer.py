@@ -1,4 +1,4 @@
-"""Policy-gradient updates: groups in, moved weights and metrics out."""
+"""The trainer: policy-gradient updates on rollout groups."""
 
 import math
 import time
@@ -18,7 +18,6 @@ from textpolicy.adapters.adapter_movement import adapter_movement
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
-from textpolicy.training import checks
 from textpolicy.training.advantages import add_advantages, advantages_by_group, requested_keywords
 from textpolicy.training.batch import (
     BatchTotals,
@@ -30,15 +29,15 @@ from textpolicy.training.batch import (
     training_rows,
 )
 from textpolicy.training.checkpoint import check_tensors_fit, flatten_tree, unflatten_tree
+from textpolicy.training.checks import SamplerCheck, StalledSteps, check_gradient, check_movement
 from textpolicy.training.gradient_accumulation import accumulate_gradient
-from textpolicy.training.logprobs import ModelLogprobs
+from textpolicy.training.logprobs import ModelLogprobs, add_logprobs
 from textpolicy.training.metrics import (
     advantage_metrics,
     average_updates,
     policy_metrics,
     sum_micro_batches,
 )
-from textpolicy.training.recorded_logprobs import add_logprobs
 from textpolicy.training.rejected_batches import save_rejected_batch
 from textpolicy.types import (
     NOT_SAMPLED,
@@ -47,22 +46,22 @@ from textpolicy.types import (
     LossFn,
     Metrics,
     RolloutGroup,
-    StopReason,
     check_fields,
 )
 
-# Rows that show how far the first update moved.
-SAMPLE = 16
+_MISMATCH = "sampling/sampling_logp_difference/mean"
+# Rows that show how far the first update moved log-probabilities.
+_MOVE_ROWS = 16
 _WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
 
 
 @dataclass(eq=False)
 class Trainer:
-    """Model + advantage function + loss function + optimizer; only trainable weights move.
+    """Trains a model's adapters, or its other trainable weights, by policy gradients.
 
-    A call of `train` takes one update on its groups; with `mini_batches` it deals them to several,
-    and with `epochs` it goes through them again. If the model carries adapters, every call that
-    moved them makes a new adapter version, published where their set-up says.
+    A call of `train` takes one update on its groups. With `mini_batches`, the groups are dealt to
+    several updates; with `epochs`, all groups are used again. If the model has adapters, each call
+    that moves them makes a new adapter version and writes it to the adapters' `publish_path`.
     """
 
     model: nn.Module
@@ -71,10 +70,10 @@ class Trainer:
     optimizer: optim.Optimizer
     _: KW_ONLY
     micro_batch_size: int | None = None
-    """Rows in memory at once; changes no update. None is whole groups, as many as have about a
-    thousand tokens."""
+    """Rows in memory at once; the update does not depend on this number. None takes whole groups,
+    as many as have about a thousand tokens."""
     checkpoint_gradients: bool = False
-    """Compute activations again in the backward pass: less memory, more time, the same update."""
+    """Recompute activations in the backward pass: less memory, more time, the same update."""
     skip_without_advantages: bool = False
     """Skip the backward pass of each micro-batch whose advantages are all 0. Set this to True only
     if the gradient of the loss is 0 there: a KL term or an entropy bonus has a gradient."""
@@ -82,247 +81,143 @@ class Trainer:
     mini_batches: int = 1
     epochs: int = 1
     old_logprobs: Literal["recorded", "fresh"] = "recorded"
-    """What ratios are taken against: what the sampler recorded, or the trainer's own score of it,
-    computed before the first update."""
+    """The denominator of ratios: log-probabilities that the sampler recorded, or those that the
+    trainer computes before the first update."""
     reference: nn.Module | Literal["base"] | None = None
-    """The model without its adapters, or another of the same vocabulary, such as a teacher."""
+    """The reference policy: the model without its adapters ("base"), or another model with the same
+    vocabulary, for example a teacher."""
     reward_kl: float = 0.0
-    """Taken off a reward for each nat by which the rollout diverged from the reference."""
+    """Subtracted from a reward for each nat by which the rollout diverges from the reference."""
     truncated: Literal["keep", "mask"] = "keep"
-    """Whether completions cut off at the length limit are learned from; they count for the
-    baseline of the others either way."""
+    """Whether completions that reached the length limit are part of the loss. Their rewards are
+    part of the group's baseline in both cases."""
     rejected: Path | None = None
-    """Folder that keeps the batches whose gradient was not finite."""
+    """The folder for batches whose gradient was not finite."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         fast_cpu.enable()
-        self._check_options()
         self.adapters = AdapterContainer.of(self.model)
-        if self.adapters and self.adapters.config.dropout > 0:
-            raise ConfigError(
-                f"adapter dropout is {self.adapters.config.dropout}; expected 0 for policy "
-                "gradients: the trainer must score with the very network that sampled. Adapters "
-                "that were trained with it are loaded without: load(model, dropout=0)"
-            )
-        if self.reference == "base" and self.adapters is None:
-            raise ConfigError(
-                "reference is 'base', the model without its adapters, and the model has none: "
-                "attach adapters, or pass another model as the reference"
-            )
-        self._read = ModelLogprobs.of(self.model)
-        self._read_reference = self._read
+        self._check_options()
+        self._logprobs = ModelLogprobs.of(self.model)
+        self._reference_logprobs = self._logprobs
         if isinstance(self.reference, nn.Module):
-            self._read_reference = ModelLogprobs.of(self.reference)
-        self._asked = requested_keywords(self.advantage_fn)
-        self._sampler = checks.SamplerCheck()
-        self._fruitless = checks.StalledSteps()
+            self._reference_logprobs = ModelLogprobs.of(self.reference)
+        self._keywords = requested_keywords(self.advantage_fn)
+        self._sampler = SamplerCheck()
+        self._stalled = StalledSteps()
         self._shuffle = Random(self.seed)
         self._updates = 0
-        # Of the last call of `train`, by group and member; None is not learned from.
         self.advantages: list[list[float | None]] = []
-
-    def _check_options(self) -> None:
-        whole = (int, lambda x: x >= 1, "a whole number, at least 1")
-        check_fields(
-            self,
-            micro_batch_size=(int | None, lambda x: x is None or x >= 1, "at least 1, or None"),
-            max_grad_norm=(int | float, lambda x: x > 0, "above 0 (inf is no limit)"),
-            mini_batches=whole,
-            epochs=whole,
-            old_logprobs=(str, ("recorded", "fresh").__contains__, "'recorded' or 'fresh'"),
-            truncated=(str, ("keep", "mask").__contains__, "'keep' or 'mask'"),
-            reward_kl=(int | float, lambda x: 0 <= x < math.inf, "a number, 0 or more"),
-        )
-        if not tree_flatten(self.model.trainable_parameters()):
-            raise ConfigError(
-                "the model has no trainable weights: apply adapters (create_lora_setup) or "
-                "unfreeze it"
-            )
-        if self.reward_kl and self.reference is None:
-            raise ConfigError(
-                f"reward_kl is {self.reward_kl} and there is no reference to diverge from; "
-                "pass reference='base'"
-            )
-
-    @property
-    def version(self) -> int:
-        """The adapters' version. Weights without adapters have none: 0, as policies report it."""
-        return self.adapters.version if self.adapters else 0
-
-    @property
-    def published(self) -> Path:
-        """The file that holds the current version for policies to reload."""
-        if self.adapters is None or self.adapters.publish_path is None:
-            raise ConfigError(
-                "the trainer publishes no adapters, so a policy on other arrays cannot follow it: "
-                "set the adapters' publish_path (create_lora_setup(..., adapter_save_path=...)), "
-                "or sample from the trainer's own model"
-            )
-        return self.adapters.publish_path
-
-    def state(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """What `restore` needs: tensors, and facts that JSON can hold."""
-        weights = self.model.trainable_parameters()
-        # Before the first update there is no state; one that is there is left as it is.
-        self.optimizer.init(weights)
-        arrays = flatten_tree(_WEIGHTS, weights)
-        return arrays | flatten_tree(_OPTIMIZER, self.optimizer.state), {
-            "base": self.adapters.fingerprint if self.adapters else None,
-            "version": self.version,
-            "updates": self._updates,
-            "shuffle": self._shuffle.getstate(),
-            "sampler": asdict(self._sampler),
-            "fruitless": asdict(self._fruitless),
-        }
-
-    def restore(self, arrays: Mapping[str, mx.array], facts: Mapping[str, Any]) -> None:
-        """Go to where `state()` was taken, or change nothing if it was of another model.
-
-        Adapters are published again: what was published since then belongs to another course.
-        """
-        self._check_base(facts["base"])
-        check_tensors_fit(arrays, self.state()[0])
-        self.model.update(unflatten_tree(_WEIGHTS, arrays))
-        self.optimizer.state = unflatten_tree(_OPTIMIZER, arrays)
-        self._updates = facts["updates"]
-        version, words, gauss = facts["shuffle"]
-        self._shuffle.setstate((version, tuple(words), gauss))
-        self._sampler = checks.SamplerCheck(**facts["sampler"])
-        self._fruitless = checks.StalledSteps(**facts["fruitless"])
-        if self.adapters:
-            self.adapters.version = facts["version"]
-            if self.adapters.publish_path:
-                self.adapters.publish()
-
-    def _check_base(self, base: str | None) -> None:
-        own = self.adapters.fingerprint if self.adapters else None
-        if base != own:
-            raise TrainingError(
-                f"a checkpoint was made with a model of fingerprint {base}, this one has {own}: "
-                "go on with the model, and the quantization, that the run began with"
-            )
+        """Of the last call of `train`, by group and member; None is not part of the loss."""
 
     def train(self, groups: Sequence[RolloutGroup] | Buffer) -> Metrics:
-        """Take the updates on `groups`, or on all that a buffer holds and is fresh."""
+        """Take the updates on the groups, or on all fresh groups of a buffer; return metrics."""
         if isinstance(groups, Buffer):
             groups = groups.take(self.version)
         if not groups:
-            raise TrainingError("no rollout groups to train on: collect some first")
+            raise TrainingError("there are no rollout groups to train on; collect some first")
         check_usable_for_training(groups)
         started = time.perf_counter()
-        rows = self._silenced(training_rows(groups))
-        self.advantages = advantages_by_group(groups, [])
-        self._fruitless.see("reward", fruitless=not rows)
-        if not rows:
-            return self._report(norm=0.0)
-        rows = self._scored(rows)
-        rows = add_advantages(rows, self.advantage_fn, self._asked, self.reward_kl)
+        rows = training_rows(groups, exclude_truncated=self.truncated == "mask")
+        self._stalled.count("reward", missing=not rows)
+        if rows:
+            rows = self._add_logprobs(rows)
+            rows = add_advantages(rows, self.advantage_fn, self._keywords, self.reward_kl)
         self.advantages = advantages_by_group(groups, rows)
+        if not rows:
+            return self._update_metrics(norm=0.0)
         ready = time.perf_counter()
-        metrics = self._updated(rows, groups)
-        update = time.perf_counter() - ready - metrics["time/publish"]
-        return metrics | {"time/score": ready - started, "time/update": update}
+        updates_before = self._updates
+        metrics = self._take_updates(rows, groups)
+        updated = time.perf_counter()
+        if self._updates > updates_before:
+            self._publish()
+        return metrics | {
+            "time/publish": time.perf_counter() - updated,
+            "time/score": ready - started,
+            "time/update": updated - ready,
+        }
 
-    def _silenced(self, rows: list[TrainingRow]) -> list[TrainingRow]:
-        if self.truncated == "keep":
-            return rows
-        cut = StopReason.LENGTH
-        return [replace(row, silent=row.rollout.stop_reason is cut) for row in rows]
-
-    def _scored(self, rows: list[TrainingRow]) -> list[TrainingRow]:
-        """The rows with fresh and reference log-probabilities, as far as they are asked for."""
-        policy = self._read if self.old_logprobs == "fresh" else None
+    def _add_logprobs(self, rows: list[TrainingRow]) -> list[TrainingRow]:
+        """Return the rows with fresh and reference log-probabilities, where options need them."""
+        policy = self._logprobs if self.old_logprobs == "fresh" else None
+        reference = self._reference_logprobs if self.reference else None
+        size = self.micro_batch_size
         if self.reference != "base":
-            reference = self._read_reference if self.reference else None
-            return add_logprobs(rows, policy, reference, self.micro_batch_size)
-        rows = add_logprobs(rows, policy, None, self.micro_batch_size) if policy else rows
+            return add_logprobs(rows, policy=policy, reference=reference, micro_batch_size=size)
+        rows = add_logprobs(rows, policy=policy, micro_batch_size=size)
         assert self.adapters is not None
         with self.adapters.disabled():
-            return add_logprobs(rows, None, self._read, self.micro_batch_size)
+            return add_logprobs(rows, reference=reference, micro_batch_size=size)
 
-    def _updated(self, rows: list[TrainingRow], groups: Sequence[RolloutGroup]) -> Metrics:
-        """Every update that these rows are for, and what they report together."""
-        first = self._updates == 0
-        on_policy = checks.on_policy(groups, self.version)
-        before = self._updates
+    def _take_updates(self, rows: list[TrainingRow], groups: Sequence[RolloutGroup]) -> Metrics:
+        """Take all updates on these rows, and return their metrics together."""
+        first_call = self._updates == 0
+        on_policy = all(group.version == self.version for group in groups)
         updates: list[Metrics] = []
         for _ in range(self.epochs):
-            for part in split_into_mini_batches(rows, self.mini_batches, self._shuffle):
-                gradient, metrics = self._gradient(part)
-                if not updates:
-                    self._sampler.see(metrics, on_policy=on_policy)
-                has_signal = any(row.teaches for row in part)
-                updates.append(metrics | self._update(gradient, has_signal, groups))
-        if first and self._updates:
-            self._sampler.note_move(self._distance(rows))
-        started = time.perf_counter()
-        if self._updates > before:
-            self._publish()
-        published = {"time/publish": time.perf_counter() - started}
-        known = any(group.version != NOT_SAMPLED for group in groups)
-        metrics = average_updates(updates, with_sampler=known)
-        return metrics | self._movement() | advantage_metrics(rows) | published
+            for batch in split_into_mini_batches(rows, self.mini_batches, self._shuffle):
+                gradient, metrics = self._compute_gradient(batch)
+                if on_policy and not updates:
+                    self._sampler.check(metrics[_MISMATCH])
+                has_signal = any(row.has_signal for row in batch)
+                updates.append(metrics | self._apply_gradient(gradient, has_signal, groups))
+        if first_call and self._updates:
+            self._sampler.note_move(self._measure_move(rows))
+        sampled = any(group.version != NOT_SAMPLED for group in groups)
+        metrics = average_updates(updates, with_sampler=sampled)
+        if self.adapters:
+            metrics |= adapter_movement(self.adapters)
+        return metrics | advantage_metrics(rows)
 
-    def _objective(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
-        logp, entropy = self._read(batch)
+    def _compute_gradient(self, rows: Sequence[TrainingRow]) -> tuple[Any, Metrics]:
+        """Return the gradient and the metrics of an optimizer batch."""
+        totals = BatchTotals.of(rows)
+        share = self._logprobs.share_prompts
+        parts = split_into_micro_batches(rows, self.micro_batch_size, share_prompts=share)
+        skip = self.skip_without_advantages
+        gradient, values = accumulate_gradient(
+            self.model,
+            lambda part: self._loss_and_metrics(make_batch(part, totals)),
+            parts,
+            checkpoint=self.checkpoint_gradients,
+            skip=lambda part: skip and not any(row.has_signal for row in part),
+        )
+        metrics = [{name: float(x) for name, x in arrays.items()} for _, arrays in values]
+        has_tokens = [any(any(row.mask) for row in part) for part in parts]
+        return gradient, sum_micro_batches(zip(metrics, has_tokens, strict=True))
+
+    def _loss_and_metrics(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+        logp, entropy = self._logprobs(batch)
         loss, metrics = self.loss_fn(logp, replace(batch, entropy=entropy))
         return loss, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics
 
-    def _gradient(self, rows: Sequence[TrainingRow]) -> tuple[Any, Metrics]:
-        """Return the gradient and the metrics of an optimizer batch."""
-        totals = BatchTotals.of(rows)
-        share = self._read.share_prompts
-        parts = split_into_micro_batches(rows, self.micro_batch_size, share_prompts=share)
-        gradient, values = accumulate_gradient(
-            self.model,
-            lambda part: self._objective(make_batch(part, totals)),
-            parts,
-            checkpoint=self.checkpoint_gradients,
-            skip=lambda part: self.skip_without_advantages and not any(r.teaches for r in part),
-        )
-        reports = [{name: float(x) for name, x in report.items()} for _, report in values]
-        counts = [any(any(row.mask) for row in part) for part in parts]
-        return gradient, sum_micro_batches(zip(reports, counts, strict=True))
-
-    def _update(self, gradient: Any, has_signal: bool, groups: Sequence[RolloutGroup]) -> Metrics:
-        norm = gradient_norm(gradient)
-        report = self._report(norm)
+    def _apply_gradient(
+        self, gradient: Any, has_signal: bool, groups: Sequence[RolloutGroup]
+    ) -> Metrics:
+        """Clip the gradient and update the weights, unless it is zero or not finite."""
+        norm = _global_norm(gradient)
+        metrics = self._update_metrics(norm)
         if self._updates == 0:
-            checks.check_gradient(norm, has_signal=has_signal)
+            check_gradient(norm, has_signal=has_signal)
         finite = math.isfinite(norm)
-        self._fruitless.see("finite gradient", fruitless=not finite)
+        self._stalled.count("finite gradient", missing=not finite)
         if not finite and self.rejected:
             save_rejected_batch(groups, self.rejected)
-        # Adam moves on its momentum even where the gradient is zero, and never forgets a NaN.
+        # Adam moves weights by its momentum even if the gradient is zero, and keeps a NaN for ever.
         if norm == 0 or not finite:
-            return report
+            return metrics
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
         before = self.model.trainable_parameters()
         self.optimizer.update(self.model, tree_map(lambda g: g * scale, gradient))
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         if self._updates == 0:
-            checks.check_movement(before, self.model.trainable_parameters(), self.optimizer)
+            check_movement(before, self.model.trainable_parameters(), self.optimizer)
         self._updates += 1
-        return report
+        return metrics
 
-    def _publish(self) -> None:
-        if self.adapters:
-            self.adapters.advance()
-            if self.adapters.publish_path:
-                self.adapters.publish()
-
-    def _distance(self, rows: Sequence[TrainingRow]) -> float:
-        """How far a few rows' log-probabilities are from those recorded, in nats a token."""
-        part = split_into_micro_batches(rows, self.micro_batch_size or SAMPLE)[0]
-        batch = make_batch(part, BatchTotals.of(part))
-        logp, entropy = self._read(batch)
-        return float(policy_metrics(logp, entropy, batch)[checks.MISMATCH])
-
-    def _movement(self) -> Metrics:
-        return adapter_movement(self.adapters) if self.adapters else {}
-
-    def _report(self, norm: float) -> Metrics:
+    def _update_metrics(self, norm: float) -> Metrics:
         return {
             "grad_norm": norm,
             "learning_rate": float(self.optimizer.learning_rate),
@@ -330,9 +225,112 @@ class Trainer:
             "update_skipped/no_signal": float(norm == 0),
         }
 
+    def _measure_move(self, rows: Sequence[TrainingRow]) -> float:
+        """Return how far a few rows' log-probabilities are from recorded ones, in nats a token."""
+        part = split_into_micro_batches(rows, self.micro_batch_size or _MOVE_ROWS)[0]
+        batch = make_batch(part, BatchTotals.of(part))
+        logp, entropy = self._logprobs(batch)
+        return float(policy_metrics(logp, entropy, batch)[_MISMATCH])
 
-def gradient_norm(gradient: Any) -> float:
-    """The Euclidean norm over all arrays of a gradient."""
+    def _publish(self) -> None:
+        if self.adapters:
+            self.adapters.advance()
+            if self.adapters.publish_path:
+                self.adapters.publish()
+
+    @property
+    def version(self) -> int:
+        """The version of the adapters; 0 for a model without adapters."""
+        return self.adapters.version if self.adapters else 0
+
+    @property
+    def published(self) -> Path:
+        """The file from which policies reload the current version."""
+        if self.adapters is None or self.adapters.publish_path is None:
+            raise ConfigError(
+                "the trainer publishes no adapters, so a policy with its own arrays cannot follow "
+                "the trainer. Set the adapters' publish_path (create_lora_setup(..., "
+                "adapter_save_path=...)), or sample from the trainer's own model"
+            )
+        return self.adapters.publish_path
+
+    def state(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """Return what `restore` needs: tensors, and facts that JSON can hold."""
+        weights = self.model.trainable_parameters()
+        # Creates the optimizer state before the first update; an existing state is not changed.
+        self.optimizer.init(weights)
+        tensors = flatten_tree(_WEIGHTS, weights)
+        return tensors | flatten_tree(_OPTIMIZER, self.optimizer.state), {
+            "base": self.adapters.fingerprint if self.adapters else None,
+            "version": self.version,
+            "updates": self._updates,
+            "shuffle": self._shuffle.getstate(),
+            "sampler": asdict(self._sampler),
+            "fruitless": asdict(self._stalled),
+        }
+
+    def restore(self, tensors: Mapping[str, mx.array], facts: Mapping[str, Any]) -> None:
+        """Restore a `state()`. Raise and change nothing if the state is of another model.
+
+        The adapters are published again, because the published file may be newer than the state.
+        """
+        base = self.adapters.fingerprint if self.adapters else None
+        if facts["base"] != base:
+            raise TrainingError(
+                f"the checkpoint was made with a model of fingerprint {facts['base']}, and this "
+                f"model has fingerprint {base}. Resume with the model and the quantization that "
+                "the run began with"
+            )
+        check_tensors_fit(tensors, self.state()[0])
+        self.model.update(unflatten_tree(_WEIGHTS, tensors))
+        self.optimizer.state = unflatten_tree(_OPTIMIZER, tensors)
+        self._updates = facts["updates"]
+        version, words, gauss = facts["shuffle"]
+        self._shuffle.setstate((version, tuple(words), gauss))
+        self._sampler = SamplerCheck(**facts["sampler"])
+        self._stalled = StalledSteps(**facts["fruitless"])
+        if self.adapters:
+            self.adapters.version = facts["version"]
+            if self.adapters.publish_path:
+                self.adapters.publish()
+
+    def _check_options(self) -> None:
+        count = (int, lambda x: x >= 1, "a whole number, at least 1")
+        check_fields(
+            self,
+            micro_batch_size=(int | None, lambda x: x is None or x >= 1, "at least 1, or None"),
+            max_grad_norm=(int | float, lambda x: x > 0, "above 0 (inf is no limit)"),
+            mini_batches=count,
+            epochs=count,
+            old_logprobs=(str, ("recorded", "fresh").__contains__, "'recorded' or 'fresh'"),
+            truncated=(str, ("keep", "mask").__contains__, "'keep' or 'mask'"),
+            reward_kl=(int | float, lambda x: 0 <= x < math.inf, "a number, 0 or more"),
+        )
+        if not tree_flatten(self.model.trainable_parameters()):
+            raise ConfigError(
+                "the model has no trainable weights. Apply adapters (create_lora_setup), or "
+                "unfreeze the model"
+            )
+        if self.reward_kl and self.reference is None:
+            raise ConfigError(
+                f"reward_kl is {self.reward_kl}, and there is no reference to diverge from. Pass "
+                "reference='base'"
+            )
+        if self.adapters and self.adapters.config.dropout > 0:
+            raise ConfigError(
+                f"adapter dropout is {self.adapters.config.dropout}; policy gradients need 0, "
+                "because the trainer computes log-probabilities with the network that sampled. "
+                "Load adapters that were trained with dropout without it: load(model, dropout=0)"
+            )
+        if self.reference == "base" and self.adapters is None:
+            raise ConfigError(
+                "reference is 'base', the model without its adapters, and the model has none. "
+                "Attach adapters, or pass another model as the reference"
+            )
+
+
+def _global_norm(gradient: Any) -> float:
+    """Return the Euclidean norm over all arrays of a gradient."""
     arrays = dict(tree_flatten(gradient)).values()
     squares = [mx.square(g.astype(mx.float32)).sum() for g in arrays]
     return float(mx.sqrt(mx.stack(squares).sum()))
