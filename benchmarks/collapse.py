@@ -1,11 +1,11 @@
-"""What runs that collapse look like, beside healthy ones, in the numbers that alarms read.
+"""Record the metrics that alarms read, in runs that collapse and in healthy runs.
 
     python benchmarks/collapse.py --output tests/golden/collapse
 
-Each run starts from the embedded model. The healthy ones are `textpolicy train` with its default
-settings. The others go wrong on purpose: a learning rate far too high, for LoRA and for full
-fine-tuning, rewards dealt to the wrong rollouts, and a reward for length. Each leaves one JSON file
-with the columns of `tracking.alarms`, step by step, and the alarms that they set off are printed.
+Each run starts from the embedded model. The healthy runs have the default settings of `textpolicy
+train`. The other runs collapse on purpose: by a learning rate far too high, for LoRA and for full
+fine-tuning, by rewards given to the wrong rollouts, and by a reward for length. The script prints
+the alarms of each run, and writes one JSON file a run with the metrics of `tracking.alarms`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ LONG = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One recorded run; what is not said is as in `textpolicy train`."""
+    """The settings of one run. All other settings are the defaults of `textpolicy train`."""
 
     env: str
     healthy: bool = False
@@ -68,12 +68,12 @@ SETTINGS = {
 
 
 def length(completion: str) -> float:
-    """A reward that wants more of everything."""
+    """Return a reward that grows with the length of the completion."""
     return len(completion) / LONG
 
 
 def record(run: Setting, show: Callable[[StepReport], None]) -> list[Mapping[str, float]]:
-    """The metrics of every step of a run."""
+    """Train one run and return the metrics of every step."""
     environment = load(run.env)
     model, tokenizer = load_model("tiny")
     if run.adapters:
@@ -108,7 +108,7 @@ def record(run: Setting, show: Callable[[StepReport], None]) -> list[Mapping[str
 
 
 def alarms_of(columns: Mapping[str, list[float]]) -> list[Alarm]:
-    """The alarms that go off when these columns are seen step by step."""
+    """Return the alarms of a run whose metrics are these columns, one value a step."""
     monitor = AlarmMonitor()
     rows = zip(*columns.values(), strict=True)
     return [
@@ -122,8 +122,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", choices=SETTINGS, help="only this one (default: all)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write the columns there")
+    parser.add_argument("--run", choices=SETTINGS, help="record only this run (default: all runs)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder for the JSON files")
     options = parser.parse_args()
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)

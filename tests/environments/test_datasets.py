@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from textpolicy.environments import Dataset, columns_of, load_rows
+from textpolicy.environments import Dataset, load_rows
 from textpolicy.environments.template import fill_template, template_columns
 from textpolicy.errors import DataError
 
@@ -53,7 +53,10 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
         (b"[1, 2]", r"a list; expected an object, such as"),
         (b"[" * 200_000, "recursion"),
         (b'{"a": "\xff"}', "not UTF-8"),
-        (b'{"a": "' + b"x" * (17 * 2**20) + b'"}', "at most 16,777,216 are read"),
+        (
+            b'{"a": "' + b"x" * (17 * 2**20) + b'"}',
+            r"17,825,801 characters; expected at most 16,777,216",
+        ),
     ],
     ids=["cut off", "NaN", "half a surrogate pair", "no object", "deep", "latin-1", "long"],
 )
@@ -67,7 +70,7 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, message):
     ("text", "message"),
     [
         ("a,b\n1,2\n3\n", r"line 3: 1 cells; expected 2, one for each of \['a', 'b'\]"),
-        ("a,a\n1,2\n", r"line 1: columns \['a', 'a'\]; expected different names"),
+        ("a,a\n1,2\n", r"line 1: the columns are \['a', 'a'\]; expected different names"),
         ('a,b\n1,"2\n', "not CSV"),
         ("", "has no rows"),
     ],
@@ -82,10 +85,6 @@ def test_a_file_that_is_not_there_or_of_no_known_kind_is_named(tmp_path):
         load_rows("nowhere.jsonl")
     with pytest.raises(DataError, match=r"rows\.txt.*expected a file ending in \.jsonl, \.csv"):
         load_rows(write(tmp_path / "rows.txt", "x"))
-
-
-def test_columns_are_those_that_every_row_has():
-    assert columns_of([{"b": 1, "a": 2, "c": 3}, {"a": 1, "b": 2}]) == ["b", "a"]
 
 
 def test_templates_take_columns_and_double_braces():
@@ -115,11 +114,18 @@ def test_a_template_holds_names_and_no_code(template):
 
 
 def test_a_column_that_is_missing_is_named_with_those_there_are():
-    with pytest.raises(DataError, match=r"asks for \{questoin\}; the rows have \['question', 'an"):
+    with pytest.raises(
+        DataError,
+        match=r"names the column \{questoin\}, but the columns of the rows are \['question', 'an",
+    ):
         Dataset.from_rows(ROWS, "{questoin}")
-    with pytest.raises(DataError, match=r"no column 'prompt', they have \['question', 'answer'\]"):
+    with pytest.raises(
+        DataError, match=r"no column 'prompt'\. Their columns are \['question', 'answer'\]"
+    ):
         Dataset.from_rows(ROWS)
-    with pytest.raises(DataError, match=r"row 101: .*\{question\}; the rows have \['answer'\]"):
+    with pytest.raises(
+        DataError, match=r"row 101: .*\{question\}, but the columns of the rows are \['answer'\]"
+    ):
         Dataset.from_rows([*ROWS, {"answer": 1}], "{question}")
 
 
@@ -132,7 +138,7 @@ def test_prompts_may_be_messages_and_nothing_else():
     messages = [{"role": "user", "content": "2+2="}]
     data = Dataset.from_rows([{"prompt": messages}, {"prompt": "3+3="}])
     assert {str(task.prompt) for task in (*data.train, *data.held_out)} == {str(messages), "3+3="}
-    with pytest.raises(DataError, match=r"row 2: its prompt is 5; expected text, or messages"):
+    with pytest.raises(DataError, match=r"row 2: the prompt is 5; expected text, or messages"):
         Dataset.from_rows([{"prompt": "2+2="}, {"prompt": 5}])
 
 
@@ -166,7 +172,7 @@ def test_each_epoch_has_every_row_once_in_its_own_order():
 
 
 def test_one_prompt_cannot_be_split():
-    with pytest.raises(DataError, match="1 different prompt: at least 2 are needed"):
+    with pytest.raises(DataError, match="1 different prompt, but at least 2 are needed"):
         Dataset.from_rows([{"prompt": "x"}] * 5)
 
 
@@ -180,6 +186,6 @@ def test_rows_come_from_files_of_the_datasets_library(tmp_path):
     assert load_rows(tmp_path / "saved") == ROWS
     assert load_rows(tmp_path / "rows.parquet") == ROWS
     assert load_rows(tmp_path / "splits", split="test") == ROWS
-    with pytest.raises(DataError, match=r"has no split 'train'; it has \['test'\]"):
+    with pytest.raises(DataError, match=r"has no split 'train'; its splits are \['test'\]"):
         load_rows(tmp_path / "splits")
     assert len(Dataset.from_rows(data, "{question}").held_out) == 10

@@ -120,7 +120,10 @@ def test_an_environment_is_one_file_anywhere(write, load_tiny, text, turns, rewa
 
 def test_a_class_of_a_file_can_be_named(write):
     assert load(f"{write(CLASS)}:Parity").max_tokens == 7
-    with pytest.raises(TaskError, match=r"no environment 'Partiy'.*Its classes: \['Parity'\]"):
+    with pytest.raises(
+        TaskError,
+        match=r"no environment 'Partiy'.*Its subclasses of gymnasium\.Env are \['Parity'\]",
+    ):
         load(f"{write(CLASS)}:Partiy")
 
 
@@ -130,7 +133,7 @@ def test_a_class_of_a_file_can_be_named(write):
         ("x = 1", r"neither make\(rng\) and reward.*nor one subclass of gymnasium\.Env"),
         ("def make(rng): ...", r"has no reward\(prompt, completion, example\)"),
         (TOOLS.replace("n: int", "n"), r"parameter 'n' has no annotation"),
-        (TOOLS.replace("ROWS =", "OTHER ="), r"has no rows of its own: name a file of them"),
+        (TOOLS.replace("ROWS =", "OTHER ="), r"has no rows of its own\. Name a file of rows"),
         (TOOLS.replace('"written"', '"writen"'), r"CALLS is 'writen'; expected one of"),
     ],
 )
@@ -170,7 +173,7 @@ class Forgetful(Endless):
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (Endless, "goes on after 200 turns; expected it to end"),
+        (Endless, "goes on after 200 turns; expected an end"),
         (Picky, "ValueError: empty separator"),
         (Forgetful, "gymnasium's check_env: AssertionError"),
     ],
@@ -181,7 +184,7 @@ def test_check_env_names_what_breaks(env, message):
 
 
 def test_an_environment_that_is_no_text_is_refused():
-    with pytest.raises(TaskError, match=r"CartPole-v1 opened with .*ndarray\); expected text"):
+    with pytest.raises(TaskError, match=r"CartPole-v1 starts with .*ndarray\); expected text"):
         load("gymnasium:CartPole-v1").heldout(1)
 
 
@@ -225,7 +228,8 @@ def test_rows_and_a_reward_train_from_an_empty_folder(folder, capsys):
         (["--env", "sort", "--prompt", "{x}"], "environment sort writes its prompts itself"),
         (
             ["--data", "rows.jsonl", "--prompt", "{question}", "--reward", "my_reward.py"],
-            "the prompt template asks for {question}; the rows have ['prompt', 'answer']",
+            "the prompt template names the column {question}, but the columns of the rows are "
+            "['prompt', 'answer']",
         ),
     ],
 )

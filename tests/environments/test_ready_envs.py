@@ -64,11 +64,12 @@ def test_streams_repeat_by_seed_and_differ_between_seeds():
 
 def test_a_reward_that_misses_its_gold_answer_fails_the_check():
     environment = load("add")
-    with pytest.raises(TaskError, match=r"scores 0\.0 for .*expected 1\.0, because it is the gold"):
-        check_env(replace(environment, reward=lambda prompt, completion, example: 0.0))
     with pytest.raises(
-        TaskError, match=r"scores 1\.0 for ''; expected at most 0\.1, because it is no ans"
+        TaskError, match=r"has the reward 0\.0; expected 1\.0, because the completion is the gold"
     ):
+        check_env(replace(environment, reward=lambda prompt, completion, example: 0.0))
+    message = r"completion '' has the reward 1\.0; expected at most 0\.1, because .* is empty"
+    with pytest.raises(TaskError, match=message):
         check_env(replace(environment, reward=lambda prompt, completion, example: 1.0))
 
 

@@ -74,7 +74,7 @@ def test_tasks_with_a_sample_that_was_not_scored_are_left_out_of_pass_at_k():
 
 
 def test_an_evaluation_without_any_score_is_an_error_and_no_zero():
-    with pytest.raises(RewardError, match="declined to score each of 2"):
+    with pytest.raises(RewardError, match="returned None for each of 2"):
         evaluation([None, None]).metrics()
 
 

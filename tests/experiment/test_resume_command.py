@@ -192,7 +192,7 @@ def test_forcing_goes_on_with_the_new_options(tmp_path, capsys):
 def test_a_second_writer_is_refused(whole, capsys):
     with whole.lock():
         assert main(["train", "--resume", str(whole.path)]) == 2
-    assert "is being written by process" in capsys.readouterr().err
+    assert "is writing the run" in capsys.readouterr().err
     with pytest.raises(ConfigError), whole.lock(), whole.lock():
         pass
 

@@ -199,7 +199,7 @@ def test_the_time_left_of_a_run_that_was_gone_on_with_is_reckoned_from_its_own_s
     history = RunHistory(100)
     for step, now in ((90, 10.0), (91, 12.0)):
         history.add(step, {"time/step": 2.0}, now)
-    assert history.remaining == 16
+    assert history.seconds_left == 16
     assert [format_duration(seconds) for seconds in (16, 61, 3661)] == ["0:16", "1:01", "1:01:01"]
 
 

@@ -175,12 +175,10 @@ def test_charts_are_those_that_have_data_and_no_metric_is_lost():
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    with pytest.raises(
-        DataError, match=r"holds no metrics\.jsonl: expected the directory of a run"
-    ):
+    with pytest.raises(DataError, match=r"has no metrics\.jsonl; expected the directory of a run"):
         write_report([tmp_path])
     assert main(["report", str(tmp_path)]) == 1
-    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    assert "has no metrics.jsonl" in capsys.readouterr().err
 
 
 def test_the_command_writes_where_it_is_told_and_says_where(tmp_path, capsys):

@@ -232,11 +232,11 @@ def test_a_service_that_cannot_open_is_switched_off_and_what_one_says_is_passed_
     said = []
 
     def open_sink(say):
-        say("kept offline")
+        say("the run is offline")
         raise ConnectionError("no route")
 
     Tracker([], [BackgroundSink("W&B", open_sink)], notice=said.append).close()
-    assert said == ["W&B: kept offline", "W&B is switched off: ConnectionError: no route"]
+    assert said == ["W&B: the run is offline", "W&B is switched off: ConnectionError: no route"]
 
 
 def test_a_hanging_service_neither_slows_the_run_nor_its_end():
@@ -302,7 +302,7 @@ def test_a_metric_that_is_no_number_is_left_out_counted_and_named_once():
     with Tracker([sink], notice=said.append) as tracker:
         tracker.write(0, {"a": 1, "b": "text"})
         tracker.write(1, {"a": 2, "b": "text"})
-    assert said == ["metric 'b' is no number and was left out"]
+    assert said == ["metric 'b' is not a number and was left out"]
     assert sink.rows == {step: {"a": step + 1, "sink_errors": 1} for step in (0, 1)}
 
 

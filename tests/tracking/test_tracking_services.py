@@ -124,7 +124,7 @@ def test_without_a_key_a_run_is_kept_offline_and_every_row_is_that_of_the_metric
 ):
     directory, said = train("offline", ServiceOptions(wandb="project"))
     folder = directory.path / "wandb"
-    assert said == [f"W&B: kept offline; to upload it: wandb sync {folder}/offline-run-*"]
+    assert said == [f"W&B: the run is offline; upload it later: wandb sync {folder}/offline-run-*"]
     file, rows = logged(directory)
     assert_same_rows(directory, rows)
     assert timeless(read_metrics(directory.metrics)) == plain
@@ -174,8 +174,8 @@ def test_a_server_that_dies_leaves_the_run_as_it_is_and_a_whole_file_to_upload(
 
         directory, said = train("dying", ServiceOptions(wandb="project"), on_step=on_step)
     assert len(said) == 2
-    assert said[0].startswith("W&B: samples and adapters are not all uploaded: ")
-    assert said[1].startswith("W&B: not all was uploaded; to do so: wandb sync ")
+    assert said[0].startswith("W&B: some samples or adapters are not uploaded: ")
+    assert said[1].startswith("W&B: a part is not uploaded; upload it: wandb sync ")
     _, rows = logged(directory)
     assert_same_rows(directory, rows)
     assert server.artifacts
@@ -189,7 +189,7 @@ def test_an_address_where_nobody_answers_makes_an_offline_run(train, plain, monk
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     directory, said = train("dead", ServiceOptions(wandb="project"))
     assert len(said) == 1
-    assert said[0].startswith("W&B: no server answered, so the run is kept offline (")
+    assert said[0].startswith("W&B: no server answered, so the run is offline (")
     assert said[0].endswith("/wandb/offline-run-*")
     assert timeless(read_metrics(directory.metrics)) == plain
 

@@ -1,34 +1,29 @@
-"""Several turns with a function on the other side: a game, a user, a teacher."""
+"""ChatEnv: an episode of several turns, in which a Python function writes the user's messages."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from random import Random
 from typing import Any
 
 import gymnasium as gym
 
-from textpolicy.environments.single_turn import (
-    DrawFn,
-    GoldFn,
-    draw_task,
-    gold_for_turn,
-    prompt_text,
-    reset_info,
-)
 from textpolicy.environments.space import AnyText
+from textpolicy.environments.task_parts import DrawFn, GoldFn, gold_for_turn, prompt_text
 from textpolicy.rewards import Rewards, score
 from textpolicy.types import RewardFn
 
 ReplyFn = Callable[[Sequence[str], Mapping[str, Any]], str | None]
-"""Given all answers so far and the example: the next user message, or None to end."""
+"""Takes all answers so far and the example; returns the next user message, or None to end."""
 
 TurnRewardFn = Callable[[Sequence[str], Mapping[str, Any]], float]
-"""Given all answers so far and the example: what the last one earned by itself."""
+"""Takes all answers so far and the example; returns the reward of the last answer alone."""
 
 
 class ChatEnv(gym.Env[str, str]):
-    """What `reply` returns is the next user message; the seed of `reset` decides the task.
+    """A conversation with `reply`. The seed of `reset` decides which task `draw` returns.
 
-    Each turn earns its `turn_reward`. When `reply` returns None the episode is over, after
-    `max_turns` it is truncated, and either way the last answer also earns `reward`.
+    Each answer earns its `turn_reward`. The episode terminates when `reply` returns None, and is
+    truncated after `max_turns` answers. The last answer also earns `reward`.
     """
 
     def __init__(
@@ -55,20 +50,24 @@ class ChatEnv(gym.Env[str, str]):
     ) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         self._answers: list[str] = []
-        self._prompt, self._example = draw_task(self._draw, self.np_random)
-        return prompt_text(self._prompt), reset_info(self._prompt, self._example) | self._info()
+        prompt, self._example = self._draw(Random(int(self.np_random.integers(2**62))))
+        self._prompt = prompt_text(prompt)
+        info: dict[str, Any] = {"example": deepcopy(dict(self._example))} | self._gold_info()
+        if not isinstance(prompt, str):
+            info["messages"] = [dict(message) for message in prompt]
+        return self._prompt, info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self._answers.append(action)
         reply = self._reply(self._answers, self._example)
         terminated = reply is None
         truncated = not terminated and len(self._answers) >= self._max_turns
-        earned = self._turn_reward(self._answers, self._example) if self._turn_reward else 0.0
+        value = self._turn_reward(self._answers, self._example) if self._turn_reward else 0.0
         if self._reward and (terminated or truncated):
-            earned += score(self._reward, prompt_text(self._prompt), action, self._example) or 0.0
-        return reply or "", earned, terminated, truncated, self._info()
+            value += score(self._reward, self._prompt, action, self._example) or 0.0
+        return reply or "", value, terminated, truncated, self._gold_info()
 
-    def _info(self) -> dict[str, Any]:
+    def _gold_info(self) -> dict[str, Any]:
         if self._gold is None:
             return {}
         return {"gold": gold_for_turn(self._gold(self._example), len(self._answers))}

@@ -1,4 +1,4 @@
-"""Which task comes next, by how the ones before went."""
+"""A curriculum: which task comes next depends on the rewards of earlier groups."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -11,54 +11,55 @@ _NumberedTask = tuple[int, Task]
 
 
 class MixedTaskCurriculum:
-    """Gives tasks again that were solved by some of their rollouts and not by all.
+    """Repeats the tasks whose group had different rewards, because these groups have a gradient.
 
-    Those are the tasks with something to teach. A `share` of what is given out comes from the
-    latest `capacity` of them, each once for every time it was seen; the rest is new.
+    The probability that the next task is a repeated one is `share`, while there are any; all other
+    tasks are new. The latest `capacity` tasks are kept, and each is repeated once for every time
+    that its group had different rewards.
     """
 
     def __init__(
         self, tasks: Iterable[Task], *, share: float = 0.5, capacity: int = 256, seed: int = 0
     ) -> None:
-        self._tasks = enumerate(tasks)
+        self._new_tasks = enumerate(tasks)
         self._share = share
         self._capacity = capacity
         self._random = Random(seed)
-        self._drawn = 0
-        self._given: list[_NumberedTask] = []
-        self._again: list[_NumberedTask] = []
+        self._new_count = 0
+        self._in_progress: list[_NumberedTask] = []
+        self._to_repeat: list[_NumberedTask] = []
 
     def __iter__(self) -> "MixedTaskCurriculum":
         return self
 
     def __next__(self) -> Task:
-        if self._again and self._random.random() < self._share:
-            chosen = self._again.pop(self._random.randrange(len(self._again)))
+        if self._to_repeat and self._random.random() < self._share:
+            chosen = self._to_repeat.pop(self._random.randrange(len(self._to_repeat)))
         else:
-            chosen = next(self._tasks)
-            self._drawn += 1
-        self._given.append(chosen)
+            chosen = next(self._new_tasks)
+            self._new_count += 1
+        self._in_progress.append(chosen)
         return chosen[1]
 
     def observe(self, groups: Sequence[RolloutGroup]) -> None:
-        """Keep the tasks of groups whose rewards differ."""
+        """Keep the tasks of the groups whose rewards differ."""
         for group in groups:
             rewards = {r.reward for r in group.rollouts if r.reward is not None}
-            place = next(i for i, (_, task) in enumerate(self._given) if task is group.task)
-            given = self._given.pop(place)
+            place = next(i for i, (_, task) in enumerate(self._in_progress) if task is group.task)
+            numbered = self._in_progress.pop(place)
             if len(rewards) > 1:
-                self._again.append(given)
-        del self._again[: -self._capacity]
+                self._to_repeat.append(numbered)
+        del self._to_repeat[: -self._capacity]
 
     def state(self) -> Mapping[str, Any]:
-        """What `restore` needs, in values that JSON can hold."""
-        again = [number for number, _ in self._again]
-        return {"drawn": self._drawn, "again": again, "random": self._random.getstate()}
+        """Return the state for a checkpoint, in values that JSON can hold."""
+        again = [number for number, _ in self._to_repeat]
+        return {"drawn": self._new_count, "again": again, "random": self._random.getstate()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` was taken; to be called before any task is given out."""
-        self._drawn = state["drawn"]
-        drawn = dict(islice(self._tasks, self._drawn))
-        self._again = [(number, drawn[number]) for number in state["again"]]
+        """Restore what `state` returned. Call `restore` before the first task is drawn."""
+        self._new_count = state["drawn"]
+        earlier = dict(islice(self._new_tasks, self._new_count))
+        self._to_repeat = [(number, earlier[number]) for number in state["again"]]
         version, words, gauss = state["random"]
         self._random.setstate((version, tuple(words), gauss))

@@ -1,8 +1,8 @@
-"""Rows of data from files: a mapping of columns each, and whatever is wrong named by its line."""
+"""Rows of data from files. Errors name the file and the line."""
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -11,16 +11,16 @@ from typing import Any
 from textpolicy.errors import DataError
 
 DataRow = Mapping[str, Any]
-"""One example: what the prompt is made from, and what the reward needs."""
+"""One example by column: the parts of its prompt, and what its reward function needs."""
 
-_LONGEST_LINE = 16 * 2**20
+_MAX_LINE_CHARACTERS = 16 * 2**20
 _HUB = "hf:"
 
 
 def load_rows(source: str | Path, *, split: str = "train") -> list[DataRow]:
-    """The rows of a .jsonl, .csv or .parquet file, a folder saved by `datasets`, or "hf:NAME".
+    """Return the rows of a .jsonl, .csv or .parquet file, a `datasets` folder, or "hf:NAME".
 
-    The last three need the extra `datasets`; `split` chooses among the splits that they have.
+    The last three need the extra `datasets`. `split` chooses one of their splits.
     """
     return [row for _, row in load_rows_with_locations(source, split=split)]
 
@@ -28,32 +28,26 @@ def load_rows(source: str | Path, *, split: str = "train") -> list[DataRow]:
 def load_rows_with_locations(
     source: str | Path, *, split: str = "train"
 ) -> list[tuple[str, DataRow]]:
-    """What `load_rows` reads, each row with the place that a message about it names."""
+    """Return the rows that `load_rows` returns, each with its location for error messages."""
     path = Path(source)
     if str(source).startswith(_HUB) or path.suffix == ".parquet" or path.is_dir():
-        found = enumerate(_read_huggingface(str(source), split), start=1)
-        rows = [(f"{source}, row {number}", row) for number, row in found]
+        numbered = enumerate(_read_huggingface(str(source), split), start=1)
+        rows = [(f"{source}, row {number}", row) for number, row in numbered]
     elif path.suffix in _READERS:
-        found = _READERS[path.suffix](read_text(path), str(source))
-        rows = [(f"{source}, line {number}", row) for number, row in found]
+        numbered = _READERS[path.suffix](read_text(path), str(source))
+        rows = [(f"{source}, line {number}", row) for number, row in numbered]
     else:
         raise DataError(
-            f"cannot tell how to read {str(source)!r}: expected a file ending in .jsonl, .csv or "
-            f".parquet, a folder saved by the datasets library, or {_HUB}NAME"
+            f"the format of {str(source)!r} is not known: expected a file ending in .jsonl, .csv "
+            f"or .parquet, a folder saved by the datasets library, or {_HUB}NAME"
         )
     if not rows:
         raise DataError(f"{source} has no rows")
     return rows
 
 
-def columns_of(rows: Iterable[DataRow]) -> list[str]:
-    """The columns that every row has, in the first row's order."""
-    first, *others = rows
-    return [column for column in first if all(column in row for row in others)]
-
-
 def read_text(path: Path) -> str:
-    """The content of a file that is UTF-8; an error with the line that is not."""
+    """Return the content of a UTF-8 file. Raise `DataError` with the line that is not UTF-8."""
     if not path.is_file():
         raise DataError(f"data file {str(path)!r} does not exist (looked in {Path.cwd()})")
     content = path.read_bytes()
@@ -64,19 +58,22 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
 
 
-def _jsonl(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+def _read_jsonl(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
+    # Not splitlines(), which would split a JSON string at an unescaped U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, _json_row(line, f"{name}, line {number}")
 
 
 def _json_row(line: str, where: str) -> DataRow:
-    if len(line) > _LONGEST_LINE:
-        raise DataError(f"{where}: {len(line):,} characters; at most {_LONGEST_LINE:,} are read")
+    if len(line) > _MAX_LINE_CHARACTERS:
+        raise DataError(
+            f"{where}: the line has {len(line):,} characters; expected at most "
+            f"{_MAX_LINE_CHARACTERS:,}"
+        )
     try:
         row = json.loads(line, parse_constant=_refuse_constant)
-        # What cannot be encoded cannot be tokenized: half a surrogate pair.
+        # Text with half a surrogate pair cannot be encoded, so it cannot be tokenized.
         json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a row of JSON ({error})") from error
@@ -92,13 +89,13 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _csv(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
+def _read_csv(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
     reader = csv.reader(StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
         if not all(header) or len(set(header)) < len(header):
             raise DataError(
-                f"{name}, line 1: columns {header}; expected different names, none empty"
+                f"{name}, line 1: the columns are {header}; expected different names, none empty"
             )
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -112,7 +109,7 @@ def _csv(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
         raise DataError(f"{name}, line {reader.line_num}: not CSV ({error})") from error
 
 
-_READERS = {".jsonl": _jsonl, ".csv": _csv}
+_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
 
 
 def _read_huggingface(source: str, split: str) -> list[DataRow]:
@@ -133,13 +130,13 @@ def _read_huggingface(source: str, split: str) -> list[DataRow]:
         raise DataError(f"the datasets library cannot read {source!r}: {error}") from error
     if isinstance(data, Mapping):
         if split not in data:
-            raise DataError(f"{source!r} has no split {split!r}; it has {sorted(data)}")
+            raise DataError(f"{source!r} has no split {split!r}; its splits are {sorted(data)}")
         data = data[split]
     return to_rows(data)
 
 
 def to_rows(data: Iterable[Any]) -> list[DataRow]:
-    """Rows from a list of mappings, or from a dataset of the `datasets` library."""
+    """Return the rows of a list of mappings, or of a dataset of the `datasets` library."""
     rows: list[DataRow] = []
     for number, row in enumerate(data, start=1):
         if not isinstance(row, Mapping):
@@ -148,10 +145,3 @@ def to_rows(data: Iterable[Any]) -> list[DataRow]:
     if not rows:
         raise DataError("there are no rows")
     return rows
-
-
-def check_column(column: str, rows: Sequence[DataRow]) -> None:
-    """Raise `DataError` naming the first row that lacks the column, and what it has."""
-    for number, row in enumerate(rows, start=1):
-        if column not in row:
-            raise DataError(f"row {number} has no column {column!r}; it has {list(row)}")

@@ -1,4 +1,4 @@
-"""Tasks from rows: shuffled by a seed, and some held out to measure on."""
+"""Dataset: tasks from rows of data. A seed shuffles them; a share of the prompts is held out."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from textpolicy.environments.data_files import DataRow, check_column, load_rows, to_rows
+from textpolicy.environments.data_files import DataRow, load_rows, to_rows
 from textpolicy.environments.template import Template, check_template, fill_template
 from textpolicy.errors import DataError
 from textpolicy.types import Prompt, Task
@@ -18,7 +18,7 @@ from textpolicy.types import Prompt, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A finite list of tasks in two parts that share no prompt: `train` and `held_out`."""
+    """A finite list of tasks in two parts, `train` and `held_out`, which share no prompt."""
 
     name: str
     train: Sequence[Task]
@@ -33,15 +33,16 @@ class Dataset:
         name: str = "rows",
         held_out: float = 0.1,
     ) -> "Dataset":
-        """Tasks of the rows; every column goes to the reward as part of `example`.
+        """Return the tasks of the rows. The reward gets all columns of a row as its `example`.
 
-        `prompt` is a template over the columns; without one the column "prompt" is taken as it
-        is, text or messages. The share `held_out` of the different prompts, at least one, is
-        chosen by their hashes: the order of rows does not matter, nor does any seed.
+        `prompt` is a template over the columns. Without a template the column "prompt" is the
+        prompt, as text or messages. The share `held_out` of the different prompts, at least one
+        prompt, is held out. Hashes of the prompts choose which, so neither the order of the rows
+        nor a seed changes the held-out tasks.
         """
         tasks = [
-            Task(id=f"{name}/{number}", prompt=written, example=row)
-            for number, (row, written) in enumerate(_written(to_rows(rows), prompt), start=1)
+            Task(id=f"{name}/{number}", prompt=text, example=row)
+            for number, (row, text) in enumerate(_with_prompts(to_rows(rows), prompt), start=1)
         ]
         chosen = _held_out_prompts(tasks, held_out)
         return cls(
@@ -54,37 +55,36 @@ class Dataset:
     def load(
         cls, source: str | Path, prompt: Template | None = None, *, held_out: float = 0.1
     ) -> "Dataset":
-        """Tasks of the rows that `load_rows` reads from `source`."""
+        """Return the tasks of the rows that `load_rows` reads from `source`."""
         return cls.from_rows(load_rows(source), prompt, name=Path(source).stem, held_out=held_out)
 
     def draw(self, rng: Random) -> tuple[Prompt, DataRow]:
-        """One of the training tasks."""
+        """Return the prompt and the row of a random training task."""
         task = rng.choice(self.train)
         return task.prompt, task.example
 
     def stream(self, seed: int) -> Iterator[Task]:
-        """The training tasks, epoch after epoch, each in an order that the seed decides."""
+        """Yield the training tasks epoch after epoch. The seed decides the order of each epoch."""
         for epoch in count():
             order = list(self.train)
             Random(f"{self.name}/{seed}/{epoch}").shuffle(order)
             yield from order
 
     def heldout(self, number: int) -> list[Task]:
-        """The first `number` held-out tasks, or all where there are fewer."""
+        """Return the first `number` held-out tasks, or all if there are fewer."""
         return list(self.held_out[:number])
 
 
-def _written(
+def _with_prompts(
     rows: Sequence[DataRow], template: Template | None
-) -> Iterator[tuple[Mapping[str, Any], Prompt]]:
+) -> Iterator[tuple[DataRow, Prompt]]:
     if template is None:
         if "prompt" not in rows[0]:
             raise DataError(
-                f"the rows have no column 'prompt', they have {list(rows[0])}: say how a prompt is "
-                "made from these, as in --prompt 'Solve: {question}'"
+                f"the rows have no column 'prompt'. Their columns are {list(rows[0])}. Write a "
+                "prompt from these columns, as in --prompt 'Solve: {question}'"
             )
-        check_column("prompt", rows)
-        yield from ((row, _checked(row["prompt"], n)) for n, row in enumerate(rows, start=1))
+        yield from ((row, _checked_prompt(row.get("prompt"), n)) for n, row in enumerate(rows, 1))
         return
     check_template(template, rows[0])
     for number, row in enumerate(rows, start=1):
@@ -94,37 +94,34 @@ def _written(
             raise DataError(f"row {number}: {error}") from error
 
 
-def _checked(prompt: Any, number: int) -> Prompt:
-    """The prompt, if it is text or a list of messages."""
-    messages = (
-        isinstance(prompt, list)
-        and prompt
-        and all(
-            isinstance(m, Mapping)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in prompt
-        )
-    )
-    if not messages and not (isinstance(prompt, str) and prompt):
+def _checked_prompt(prompt: Any, number: int) -> Prompt:
+    """Return the prompt. Raise `DataError` if it is neither text nor a list of messages."""
+    is_messages = isinstance(prompt, list) and prompt and all(map(_is_message, prompt))
+    if not is_messages and not (isinstance(prompt, str) and prompt):
         raise DataError(
-            f"row {number}: its prompt is {prompt!r:.60}; expected text, or messages such as "
+            f"row {number}: the prompt is {prompt!r:.60}; expected text, or messages such as "
             '[{"role": "user", "content": "2+2="}]'
         )
     return prompt
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
+    )
+
+
 def _held_out_prompts(tasks: Sequence[Task], share: float) -> set[str]:
-    """The prompts with the smallest hashes: as many as the share says, and at least one."""
+    """Return the prompts with the smallest hashes: the given share of them, and at least one."""
     if not 0 < share < 1:
         raise DataError(f"held_out is {share}; expected a share between 0 and 1")
-    different = sorted({_key(task.prompt) for task in tasks}, key=_digest)
-    if len(different) < 2:
+    prompts = sorted({_key(task.prompt) for task in tasks}, key=_digest)
+    if len(prompts) < 2:
         raise DataError(
-            f"the rows have {len(different)} different prompt: at least 2 are needed, one to train "
-            "on and one to measure on"
+            f"the rows have {len(prompts)} different prompt, but at least 2 are needed: one for "
+            "training and one to hold out"
         )
-    return set(different[: min(ceil(share * len(different)), len(different) - 1)])
+    return set(prompts[: min(ceil(share * len(prompts)), len(prompts) - 1)])
 
 
 def _key(prompt: Prompt) -> str:

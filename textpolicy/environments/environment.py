@@ -1,4 +1,4 @@
-"""Where a run's tasks come from: training tasks without end, held-out ones never trained on."""
+"""Environments: training tasks without end, held-out tasks, and the reward of both."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,35 +10,39 @@ from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 
+from textpolicy.environments.chat import ChatEnv
 from textpolicy.environments.dataset import Dataset
-from textpolicy.environments.single_turn import DrawFn, GoldFn, SingleTurnEnv
+from textpolicy.environments.task_parts import DrawFn, GoldFn
 from textpolicy.errors import TaskError
 from textpolicy.rewards import Rewards, reward
 from textpolicy.types import Prompt, RewardFn, Task
 
-# One problem in four is held out, by its hash: enough even where there are few problems.
-_HELD_OUT = 64
+# A problem is held out if the first byte of its hash is below 64: one problem in four. A small
+# share would leave an environment with few problems without a held-out one.
+_HELD_OUT_BELOW = 64
 _HELD_OUT_SEED = 2024
+_DRAWS_PER_HELD_OUT_TASK = 20
 
 
 @runtime_checkable
-class TaskSource(Protocol):
-    """Tasks in two parts that share no problem."""
+class TaskSplit(Protocol):
+    """Training tasks and held-out tasks, which share no problem."""
 
     def stream(self, seed: int) -> Iterator[Task]:
-        """Training tasks without end, in an order that the seed decides."""
+        """Yield training tasks without end, in an order that `seed` decides."""
         ...
 
     def heldout(self, number: int) -> list[Task]:
-        """The first `number` different held-out tasks, or all if there are fewer: the same for
-        every run, and never streamed.
+        """Return the first `number` different held-out tasks, or all if there are fewer.
+
+        Every call and every run get the same held-out tasks. `stream` never yields one of them.
         """
         ...
 
 
 @runtime_checkable
 class BuildEnv(Protocol):
-    """Makes an environment whose tasks are drawn that way and whose last answer earns `reward`."""
+    """Makes a Gymnasium environment from a function that draws its tasks, and a reward."""
 
     def __call__(
         self, draw: DrawFn, /, *, reward: RewardFn | Rewards | None
@@ -53,20 +57,20 @@ def sum_turn_rewards(*, turn_rewards: Sequence[float]) -> float:
 
 
 def prompt_as_problem(task: Task) -> str:
-    """What tells problems apart, unless an environment says otherwise: the prompt."""
+    """Return the prompt, which tells one problem from another unless a module says otherwise."""
     return str(task.prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Tasks and what scores them: a reward function, or `sum_turn_rewards`.
+    """Tasks and their reward. The default reward is the sum of the turns' rewards.
 
-    `max_tokens` bounds one answer. `make` gives the same as a Gymnasium environment that draws
-    tasks itself and ends with the reward.
+    `max_tokens` limits one answer. `make` returns a Gymnasium environment with the same tasks, in
+    which the seed of `reset` decides the task.
     """
 
     name: str
-    tasks: TaskSource
+    tasks: TaskSplit
     max_tokens: int
     make_env: Callable[[RewardFn | Rewards], gym.Env[Any, Any]]
     reward: RewardFn | Rewards = sum_turn_rewards
@@ -84,20 +88,21 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedTasks:
-    """Tasks that a function draws. What `problem` says of one decides whether it is held out."""
+    """Tasks that a function draws. The hash of a task's `problem` decides if it is held out."""
 
     name: str
     draw: DrawFn
     problem: Callable[[Task], str] = prompt_as_problem
 
     def stream(self, seed: int) -> Iterator[Task]:
-        return self._draw(Random(f"{self.name}/{seed}"), held_out=False)
+        return self._draw_part(seed, held_out=False)
 
     def heldout(self, number: int) -> list[Task]:
-        drawn = self._draw(Random(f"{self.name}/{_HELD_OUT_SEED}"), held_out=True)
-        return _different(drawn, number, self.problem, self.name)
+        tasks = self._draw_part(_HELD_OUT_SEED, held_out=True)
+        return _first_different(tasks, number, self.problem, self.name)
 
-    def _draw(self, rng: Random, *, held_out: bool) -> Iterator[Task]:
+    def _draw_part(self, seed: int, *, held_out: bool) -> Iterator[Task]:
+        rng = Random(f"{self.name}/{seed}")
         for number in count():
             prompt, example = self.draw(rng)
             task = Task(id=f"{self.name}/{number}", prompt=prompt, example=example)
@@ -106,101 +111,88 @@ class GeneratedTasks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpisodeTasks:
-    """The tasks of another source, each played in an environment that `build` makes for it."""
-
-    source: TaskSource
-    build: BuildEnv
-    reward: RewardFn | None = None
-
-    def stream(self, seed: int) -> Iterator[Task]:
-        return map(self._played, self.source.stream(seed))
-
-    def heldout(self, number: int) -> list[Task]:
-        return list(map(self._played, self.source.heldout(number)))
-
-    def _played(self, task: Task) -> Task:
-        draw = _FixedTask(task.prompt, task.example)
-        return replace(task, env=partial(self.build, draw, reward=self.reward))
-
-
-@dataclass(frozen=True, slots=True)
-class _FixedTask:
-    """Draws the same task every time."""
-
-    prompt: Prompt
-    example: Mapping[str, Any]
-
-    def __call__(self, rng: Random) -> tuple[Prompt, Mapping[str, Any]]:
-        return self.prompt, self.example
-
-
-@dataclass(frozen=True, kw_only=True)
 class GymnasiumTasks:
-    """Tasks that are seeds of a Gymnasium environment: what it opens with is the prompt."""
+    """Tasks that are seeds of a Gymnasium environment. Its first observation is the prompt."""
 
     name: str
     make_env: Callable[[], gym.Env[Any, Any]]
 
     def stream(self, seed: int) -> Iterator[Task]:
-        return self._draw(Random(f"{self.name}/{seed}"), held_out=False)
+        return self._draw_part(seed, held_out=False)
 
     def heldout(self, number: int) -> list[Task]:
-        drawn = self._draw(Random(f"{self.name}/{_HELD_OUT_SEED}"), held_out=True)
-        return _different(drawn, number, lambda task: str(task.seed), self.name)
+        tasks = self._draw_part(_HELD_OUT_SEED, held_out=True)
+        return _first_different(tasks, number, lambda task: str(task.seed), self.name)
 
-    def _draw(self, rng: Random, *, held_out: bool) -> Iterator[Task]:
+    def _draw_part(self, seed: int, *, held_out: bool) -> Iterator[Task]:
+        rng = Random(f"{self.name}/{seed}")
         while True:
-            seed = rng.randrange(2**31)
-            if _is_held_out(str(seed)) == held_out:
-                yield self._task(seed)
+            env_seed = rng.randrange(2**31)
+            if _is_held_out(str(env_seed)) == held_out:
+                yield self._task(env_seed)
 
     def _task(self, seed: int) -> Task:
         env = self.make_env()
-        prompt, info = opening_prompt(*env.reset(seed=seed), self.name)
+        observation, info = env.reset(seed=seed)
         env.close()
         return Task(
             id=f"{self.name}/{seed}",
-            prompt=prompt,
+            prompt=opening_prompt(observation, info, self.name),
             example=info.get("example", {}),
             env=self.make_env,
             seed=seed,
         )
 
 
-def opening_prompt(
-    observation: Any, info: dict[str, Any], name: str
-) -> tuple[Prompt, dict[str, Any]]:
-    """What an environment opens with: `info["messages"]` if it has them, else the observation."""
+@dataclass(frozen=True, kw_only=True)
+class EpisodeTasks:
+    """The tasks of another split, each with an environment that `build` makes for it alone."""
+
+    source: TaskSplit
+    build: BuildEnv
+    reward: RewardFn | None = None
+
+    def stream(self, seed: int) -> Iterator[Task]:
+        return map(self._with_env, self.source.stream(seed))
+
+    def heldout(self, number: int) -> list[Task]:
+        return list(map(self._with_env, self.source.heldout(number)))
+
+    def _with_env(self, task: Task) -> Task:
+        draw = partial(_same_task, task.prompt, task.example)
+        return replace(task, env=partial(self.build, draw, reward=self.reward))
+
+
+def opening_prompt(observation: Any, info: dict[str, Any], name: str) -> Prompt:
+    """Return the prompt that `reset` gave: `info["messages"]` if there are any, or the observation.
+
+    Raise `TaskError` if the observation is not text.
+    """
     if messages := info.get("messages"):
-        return list(messages), info
+        return list(messages)
     if not isinstance(observation, str):
         raise TaskError(
-            f"environment {name} opened with {observation!r:.60} ({type(observation).__name__}); "
-            "expected text. Wrap it so that observations and actions are strings"
+            f"environment {name} starts with {observation!r:.60} ({type(observation).__name__}); "
+            "expected text. Wrap the environment so that observations and actions are strings"
         )
-    return observation, info
+    return observation
 
 
-def question_and_answer(
+def from_function(
     name: str,
     draw: DrawFn,
     reward: RewardFn | Rewards,
     *,
-    tasks: TaskSource | None = None,
+    tasks: TaskSplit | None = None,
     gold: GoldFn | None = None,
     max_tokens: int = 256,
 ) -> Environment:
-    """Tasks that a function draws, each answered once; or those of `tasks`, if it is given."""
-
-    def make_env(reward: RewardFn | Rewards) -> SingleTurnEnv:
-        return SingleTurnEnv(draw, reward, gold)
-
+    """Return an environment of one turn, whose tasks `draw` makes. `tasks` replaces the tasks."""
     return Environment(
         name=name,
         tasks=tasks or GeneratedTasks(name=name, draw=draw),
         max_tokens=max_tokens,
-        make_env=make_env,
+        make_env=lambda reward: ChatEnv(draw, _no_reply, reward, gold=gold, max_turns=1),
         reward=reward,
         gold=gold,
     )
@@ -213,8 +205,8 @@ def from_dataset(
     gold: GoldFn | None = None,
     max_tokens: int = 256,
 ) -> Environment:
-    """The rows of a dataset, each answered once."""
-    return question_and_answer(
+    """Return an environment of one turn, whose tasks are the rows of a dataset."""
+    return from_function(
         dataset.name, dataset.draw, reward, tasks=dataset, gold=gold, max_tokens=max_tokens
     )
 
@@ -222,7 +214,10 @@ def from_dataset(
 def from_gymnasium(
     env: str | Callable[[], gym.Env[Any, Any]], *, name: str | None = None, max_tokens: int = 256
 ) -> Environment:
-    """Any Gymnasium environment of text, by its id or by what makes one; seeds are its tasks."""
+    """Return an environment from a Gymnasium environment of text.
+
+    `env` is its id or a function that makes it. Each seed of the Gymnasium environment is a task.
+    """
     make_env = partial(gym.make, env, disable_env_checker=True) if isinstance(env, str) else env
     name = name or (env if isinstance(env, str) else env.__name__)
     return Environment(
@@ -233,18 +228,32 @@ def from_gymnasium(
     )
 
 
-def _different(
+def _same_task(
+    prompt: Prompt, example: Mapping[str, Any], rng: Random
+) -> tuple[Prompt, Mapping[str, Any]]:
+    return prompt, example
+
+
+def _no_reply(answers: Sequence[str], example: Mapping[str, Any]) -> None:
+    return None
+
+
+def _first_different(
     tasks: Iterator[Task], number: int, problem: Callable[[Task], str], name: str
 ) -> list[Task]:
+    draws = _DRAWS_PER_HELD_OUT_TASK * number
     found: dict[str, Task] = {}
-    for task in islice(tasks, 20 * number):
+    for task in islice(tasks, draws):
         found.setdefault(problem(task), task)
         if len(found) == number:
             break
     if not found:
-        raise TaskError(f"{name} has no held-out task among {20 * number} that were drawn")
+        raise TaskError(
+            f"environment {name} has no held-out task: none of {draws} drawn tasks has a problem "
+            "that is held out. Draw from more problems"
+        )
     return list(found.values())
 
 
 def _is_held_out(problem: str) -> bool:
-    return blake2b(problem.encode(), digest_size=1).digest()[0] < _HELD_OUT
+    return blake2b(problem.encode(), digest_size=1).digest()[0] < _HELD_OUT_BELOW

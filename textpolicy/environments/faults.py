@@ -1,4 +1,4 @@
-"""The boundary to tools and to environments of others: what they raise goes on as text or ours."""
+"""Broad excepts around tools, verifiers and environments, which are code of users and libraries."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from textpolicy.errors import RewardError, TaskError, TextPolicyError
 
 
 def call_tool(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[str, bool]:
-    """What the tool returned, as text, and True; or the error that it raised, and False."""
+    """Return the tool's result as text and True, or the error that the tool raised and False."""
     try:
         return str(tool(**arguments)), True
     except Exception as error:
@@ -16,7 +16,7 @@ def call_tool(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[s
 
 
 def verify_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str, Any]) -> float:
-    """What a verifier of another library says of the answer; 0 if it cannot even read it."""
+    """Return the score of another library's verifier, or 0 if the verifier raises an error."""
     try:
         return float(verify(answer, example))
     except Exception:
@@ -25,7 +25,7 @@ def verify_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str
 
 @contextmanager
 def environment_errors(name: str, where: str) -> Generator[None, None, None]:
-    """Inside the block, an exception becomes a `TaskError` naming the environment and `where`."""
+    """Turn an exception inside the block into a `TaskError` with the environment and `where`."""
     try:
         yield
     except RewardError:

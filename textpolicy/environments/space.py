@@ -1,4 +1,4 @@
-"""The space of all strings, which is what language models observe and do."""
+"""AnyText: the Gymnasium space of all strings."""
 
 from string import ascii_letters, digits, punctuation
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 from gymnasium import Space
 
 _SAMPLED = ascii_letters + digits + punctuation + " \n" + "äß漢字🙂"
-_LONGEST_SAMPLE = 64
+_MAX_SAMPLE_LENGTH = 64
 
 
 class AnyText(Space[str]):
-    """Contains every string: empty, of any script, of any length.
+    """Contains every string: the empty string, any script and any length.
 
-    Gymnasium's own `Text` contains letters and digits only, unless it is given all characters
-    there are, which takes seconds.
+    Gymnasium's own `Text` contains only letters and digits unless it gets a character set, and a
+    set of all characters takes seconds to build.
     """
 
     def __init__(self, seed: int | np.random.Generator | None = None) -> None:
@@ -28,11 +28,9 @@ class AnyText(Space[str]):
         return isinstance(x, str)
 
     def sample(self, mask: Any | None = None, probability: Any | None = None) -> str:
-        """Up to 64 characters of several scripts."""
-        length = int(self.np_random.integers(_LONGEST_SAMPLE + 1))
-        return "".join(
-            str(character) for character in self.np_random.choice(list(_SAMPLED), length)
-        )
+        """Return at most 64 random characters of several scripts."""
+        length = int(self.np_random.integers(_MAX_SAMPLE_LENGTH + 1))
+        return "".join(map(str, self.np_random.choice(list(_SAMPLED), length)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AnyText)

@@ -1,4 +1,4 @@
-"""Tools as models see them: schemas from signatures, calls found in text, arguments checked."""
+"""Tools for models: their JSON schemas, the calls in an answer, and a check of their arguments."""
 
 import ast
 import inspect
@@ -13,9 +13,10 @@ from textpolicy.errors import TaskError
 
 Tool = Callable[..., Any]
 
+# Models read the errors of calls, so a new wording changes learning results.
 _MAX_CALL_CHARACTERS = 4000
 MAX_CALLS_PER_ANSWER = 16
-_KINDS = {
+_JSON_TYPES = {
     str: "string",
     int: "integer",
     float: "number",
@@ -29,7 +30,7 @@ _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call as the model wrote it. `error` says why it cannot be made, if it cannot."""
+    """One call as the model wrote it. `error` is the reason if the call cannot be read."""
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -37,13 +38,13 @@ class ToolCall:
 
 
 ParseCalls = Callable[[str, Mapping[str, Tool]], list[ToolCall]]
-"""The calls in an answer; none means that the answer is the final one."""
+"""Returns the calls in an answer. An answer without calls is the final answer."""
 
 
 def tool_schema(tool: Tool) -> dict[str, Any]:
-    """The tool's JSON schema, in the form that chat models are trained on.
+    """Return the tool's JSON schema, in the form that chat models are trained on.
 
-    The description is the docstring; types come from annotations, and every parameter needs one.
+    The docstring is the description. Every parameter needs an annotation, which gives its type.
     """
     hints = get_type_hints(tool)
     properties: dict[str, Any] = {}
@@ -54,8 +55,8 @@ def tool_schema(tool: Tool) -> dict[str, Any]:
             parameter.KEYWORD_ONLY,
         ):
             raise TaskError(
-                f"tool {tool.__name__}: parameter {name!r} has no annotation, or cannot be given "
-                "by name; expected one such as `a: int`, from which the model is told its type"
+                f"tool {tool.__name__}: parameter {name!r} has no annotation, or cannot be passed "
+                "by name. The model is told the type of each parameter: write it as in `a: int`"
             )
         properties[name] = _schema(hints[name], f"tool {tool.__name__}: parameter {name!r}")
         if parameter.default is parameter.empty:
@@ -74,26 +75,24 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
     origin = get_origin(hint) or hint
     if origin in (Union, UnionType):
         return {"anyOf": [_schema(part, where) for part in get_args(hint)]}
-    if origin not in _KINDS:
+    if origin not in _JSON_TYPES:
         raise TaskError(
-            f"{where} is annotated {hint!r}; expected one of {[k.__name__ for k in _KINDS]}"
+            f"{where} has the type {hint!r}; expected one of {[k.__name__ for k in _JSON_TYPES]}"
         )
     items = get_args(hint)
     if origin is list and items:
         return {"type": "array", "items": _schema(items[0], where)}
-    return {"type": _KINDS[origin]}
+    return {"type": _JSON_TYPES[origin]}
 
 
 def parse_tagged_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
-    """Calls as Qwen, Hermes and others write them: JSON between <tool_call> and </tool_call>."""
-    return [_tagged_call(found) for found in _TAGGED.findall(text)]
+    """Return calls as Qwen and Hermes write them: JSON between <tool_call> and </tool_call>."""
+    return [_parse_tagged_call(call) for call in _TAGGED.findall(text)]
 
 
-def _tagged_call(text: str) -> ToolCall:
+def _parse_tagged_call(text: str) -> ToolCall:
     if len(text) > _MAX_CALL_CHARACTERS:
-        return ToolCall(
-            "", error=f"a call of {len(text)} characters; at most {_MAX_CALL_CHARACTERS}"
-        )
+        return _too_long_call("", text)
     try:
         call = json.loads(text)
         return ToolCall(call["name"], dict(call.get("arguments", {})))
@@ -103,24 +102,22 @@ def _tagged_call(text: str) -> ToolCall:
 
 
 def parse_python_calls(text: str, tools: Mapping[str, Tool]) -> list[ToolCall]:
-    """Calls as Python writes them, `name(1, b="x")`, one a line, of the tools' names only.
+    """Return calls as Python writes them, one a line: `name(1, b="x")` with the name of a tool.
 
-    Arguments are literals: nothing is evaluated.
+    Arguments must be literals, because no code of the model is evaluated.
     """
     lines = [line.strip() for line in text.splitlines()]
     return [
-        _written_call(line, tools[name])
+        _parse_python_call(line, tools[name])
         for line in lines
         if (name := line.partition("(")[0]) in tools and "(" in line
     ]
 
 
-def _written_call(line: str, tool: Tool) -> ToolCall:
+def _parse_python_call(line: str, tool: Tool) -> ToolCall:
     name = tool.__name__
     if len(line) > _MAX_CALL_CHARACTERS:
-        return ToolCall(
-            name, error=f"a call of {len(line)} characters; at most {_MAX_CALL_CHARACTERS}"
-        )
+        return _too_long_call(name, line)
     try:
         call = ast.parse(line, mode="eval").body
         if not isinstance(call, ast.Call):
@@ -133,8 +130,13 @@ def _written_call(line: str, tool: Tool) -> ToolCall:
     return ToolCall(name, bound.arguments)
 
 
-def check_arguments(call: ToolCall, tools: Mapping[str, Tool]) -> str | None:
-    """What is wrong with the call, for the model to read; None if it can be made."""
+def _too_long_call(name: str, text: str) -> ToolCall:
+    error = f"a call of {len(text)} characters; at most {_MAX_CALL_CHARACTERS}"
+    return ToolCall(name, error=error)
+
+
+def problem_with_call(call: ToolCall, tools: Mapping[str, Tool]) -> str | None:
+    """Return a message to the model about what is wrong with the call, or None if it is valid."""
     if call.error:
         return call.error
     if call.name not in tools:
@@ -147,22 +149,22 @@ def check_arguments(call: ToolCall, tools: Mapping[str, Tool]) -> str | None:
     for name, value in call.arguments.items():
         if name not in properties:
             return f"{call.name} has no {name!r}; it has {', '.join(properties) or 'none'}"
-        if not _fits(value, properties[name]):
-            return f"{name} is {value!r:.60}; expected {_in_words(properties[name])}"
+        if not _matches(value, properties[name]):
+            return f"{name} is {value!r:.60}; expected {_types_in_words(properties[name])}"
     return None
 
 
-def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+def _matches(value: Any, schema: Mapping[str, Any]) -> bool:
     if options := schema.get("anyOf"):
-        return any(_fits(value, option) for option in options)
+        return any(_matches(value, option) for option in options)
     kind = schema["type"]
     if kind == "number":
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "array" and isinstance(value, list) and "items" in schema:
-        return all(_fits(item, schema["items"]) for item in value)
-    return _KINDS.get(type(value)) == kind
+        return all(_matches(item, schema["items"]) for item in value)
+    return _JSON_TYPES.get(type(value)) == kind
 
 
-def _in_words(schema: Mapping[str, Any]) -> str:
+def _types_in_words(schema: Mapping[str, Any]) -> str:
     options: Sequence[Mapping[str, Any]] = schema.get("anyOf", [schema])
     return " or ".join(str(option["type"]) for option in options)

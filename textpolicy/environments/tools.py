@@ -1,43 +1,36 @@
-"""Tool use: the model calls Python functions and reads what they return, until it answers."""
+"""ToolEnv: an episode in which the model calls Python functions until it gives its answer."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 
-from textpolicy.environments.chat import TurnRewardFn
+from textpolicy.environments.chat import ChatEnv, TurnRewardFn
 from textpolicy.environments.faults import call_tool
-from textpolicy.environments.single_turn import (
-    DrawFn,
-    GoldFn,
-    draw_task,
-    gold_for_turn,
-    prompt_text,
-    reset_info,
-)
 from textpolicy.environments.space import AnyText
+from textpolicy.environments.task_parts import DrawFn, GoldFn
 from textpolicy.environments.tool_calls import (
     MAX_CALLS_PER_ANSWER,
     ParseCalls,
     Tool,
     ToolCall,
-    check_arguments,
     parse_tagged_calls,
+    problem_with_call,
     tool_schema,
 )
-from textpolicy.rewards import Rewards, score
+from textpolicy.rewards import Rewards
 from textpolicy.types import Message, RewardFn
 
 _MAX_OUTPUT_CHARACTERS = 4000
 
 
 class ToolEnv(gym.Env[str, str]):
-    """An answer with calls is answered by one tool message for each; one without ends the episode.
+    """Each call in an answer gets one tool message. An answer without a call ends the episode.
 
-    A call that cannot be made, or a tool that raises, is answered by the error. `info["metrics"]`
-    counts calls and errors. Rewards are those of `ChatEnv`.
+    If a call is not valid or its tool raises, the message is the error. `info["metrics"]` counts
+    calls and errors. Rewards are as in `ChatEnv`.
     """
 
     def __init__(
@@ -55,56 +48,48 @@ class ToolEnv(gym.Env[str, str]):
         self.action_space = AnyText()
         self.tools = {tool.__name__: tool for tool in tools}
         self.schemas = [tool_schema(tool) for tool in tools]
-        self._draw = draw
-        self._reward = reward
         self._parse = parse
-        self._turn_reward = turn_reward
-        self._gold = gold
-        self._max_turns = max_turns
+        self._chat = ChatEnv(
+            draw, self._reply, reward, turn_reward=turn_reward, gold=gold, max_turns=max_turns
+        )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
-        self._answers: list[str] = []
         self._calls = self._errors = 0
-        self._prompt, self._example = draw_task(self._draw, self.np_random)
-        info = reset_info(self._prompt, self._example) | {"tools": deepcopy(self.schemas)}
-        return prompt_text(self._prompt), info | self._info()
+        observation, info = self._chat.reset(seed=seed)
+        return observation, info | {"tools": deepcopy(self.schemas), "metrics": self._metrics()}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        self._answers.append(action)
-        calls = self._parse(action, self.tools)
-        outputs = [self._answer(call) for call in calls[:MAX_CALLS_PER_ANSWER]]
-        truncated = bool(calls) and len(self._answers) >= self._max_turns
-        earned = self._turn_reward(self._answers, self._example) if self._turn_reward else 0.0
-        if self._reward and (truncated or not calls):
-            earned += score(self._reward, prompt_text(self._prompt), action, self._example) or 0.0
-        messages = [{"role": "tool", "content": output} for output in outputs]
-        info = self._info() | {"messages": messages}
-        return "\n".join(outputs), earned, not calls, truncated, info
+        self._outputs: list[str] = []
+        observation, value, terminated, truncated, info = self._chat.step(action)
+        messages = [{"role": "tool", "content": output} for output in self._outputs]
+        info |= {"messages": messages, "metrics": self._metrics()}
+        return observation, value, terminated, truncated, info
 
-    def _answer(self, call: ToolCall) -> str:
+    def _reply(self, answers: Sequence[str], example: Mapping[str, Any]) -> str | None:
+        calls = self._parse(answers[-1], self.tools)
+        self._outputs = [self._run(call) for call in calls[:MAX_CALLS_PER_ANSWER]]
+        return "\n".join(self._outputs) if calls else None
+
+    def _run(self, call: ToolCall) -> str:
         self._calls += 1
-        if wrong := check_arguments(call, self.tools):
+        if problem := problem_with_call(call, self.tools):
             self._errors += 1
-            return f"error: {wrong}"
+            return f"error: {problem}"
         output, returned = call_tool(self.tools[call.name], call.arguments)
         self._errors += not returned
         if len(output) > _MAX_OUTPUT_CHARACTERS:
             return f"{output[:_MAX_OUTPUT_CHARACTERS]}… ({len(output)} characters, cut)"
         return output
 
-    def _info(self) -> dict[str, Any]:
-        metrics = {"tool_calls": float(self._calls), "tool_errors": float(self._errors)}
-        info: dict[str, Any] = {"metrics": metrics}
-        if self._gold:
-            info["gold"] = gold_for_turn(self._gold(self._example), len(self._answers))
-        return info
+    def _metrics(self) -> dict[str, float]:
+        return {"tool_calls": float(self._calls), "tool_errors": float(self._errors)}
 
 
 def tool_prompt(tools: Sequence[Tool], text: str) -> list[Message]:
-    """The question, after a system message that tells of the tools as Qwen's own template does."""
+    """Return the question after a system message with the tools, written as Qwen's template."""
     schemas = "\n".join(json.dumps(tool_schema(tool)) for tool in tools)
     call = '{"name": <function-name>, "arguments": <args-json-object>}'
     system = (

@@ -1,4 +1,4 @@
-"""Held-out tasks: how good a policy is, and whether another is better."""
+"""Evaluation on held-out tasks: the reward of a policy, and a comparison of two policies."""
 
 from textpolicy.evaluation.compare import Comparison, TaskDifference, compare
 from textpolicy.evaluation.evaluate import Evaluation, Evaluator, HeldOut, evaluate, evaluate_greedy

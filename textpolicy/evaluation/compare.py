@@ -1,11 +1,11 @@
-"""Two policies on the same tasks: by how much one is better, how sure that is, and where."""
+"""Compare two policies on the same tasks: the mean gain, its interval, and where answers differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from textpolicy.environments.single_turn import prompt_text
+from textpolicy.environments.task_parts import prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.evaluation.evaluate import Evaluation
 from textpolicy.types import Task
@@ -15,7 +15,7 @@ _RESAMPLES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class TaskDifference:
-    """A task whose greedy answers earned different rewards."""
+    """A task on which the greedy answers of the two policies have different rewards."""
 
     prompt: str
     before: str
@@ -25,16 +25,16 @@ class TaskDifference:
 
     @property
     def gain(self) -> float:
-        """What the second policy earned more."""
+        """The reward of the second policy minus the reward of the first."""
         return self.reward_after - self.reward_before
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The mean gain over `count` tasks, between `low` and `high` with 95 % confidence.
+    """The mean gain over `count` tasks, with a 95 % interval from `low` to `high`.
 
-    The interval is a paired bootstrap: each task's gain is one observation, the tasks are drawn
-    again with replacement `_RESAMPLES` times, and the middle 95 % of the means are kept.
+    The interval is a paired bootstrap: it draws the tasks 10,000 times with replacement, and keeps
+    the middle 95 % of the mean gains.
     """
 
     gain: float
@@ -45,12 +45,12 @@ class Comparison:
 
     @property
     def better(self) -> int:
-        """On how many tasks the second policy earned more."""
+        """The number of tasks on which the second policy has the higher reward."""
         return sum(difference.gain > 0 for difference in self.differences)
 
     @property
     def worse(self) -> int:
-        """On how many tasks it earned less."""
+        """The number of tasks on which the second policy has the lower reward."""
         return len(self.differences) - self.better
 
     def __str__(self) -> str:
@@ -58,30 +58,31 @@ class Comparison:
 
 
 def compare(tasks: Sequence[Task], before: Evaluation, after: Evaluation) -> Comparison:
-    """The greedy answers of two evaluations on the same tasks, largest differences first.
+    """Compare the greedy answers of two evaluations on the same tasks.
 
-    Tasks that either was not scored on are left out.
+    Differences are sorted by size, the largest first. A task is left out if its reward is None in
+    one of the evaluations.
     """
-    pairs = [
-        (task, one, other, one.reward, other.reward)
-        for task, one, other in zip(tasks, before.greedy, after.greedy, strict=True)
-    ]
     scored = [
         TaskDifference(
             prompt=prompt_text(task.prompt),
             before=one.completion,
             after=other.completion,
-            reward_before=had,
-            reward_after=has,
+            reward_before=one.reward,
+            reward_after=other.reward,
         )
-        for task, one, other, had, has in pairs
-        if had is not None and has is not None
+        for task, one, other in zip(tasks, before.greedy, after.greedy, strict=True)
+        if one.reward is not None and other.reward is not None
     ]
     if not scored:
-        raise ConfigError("no task was scored under both policies: there is nothing to compare")
-    low, high = bootstrap_interval([difference.gain for difference in scored])
+        raise ConfigError(
+            "there is nothing to compare: no task has a reward under both policies. Use a reward "
+            "function that returns a number"
+        )
+    gains = [difference.gain for difference in scored]
+    low, high = bootstrap_interval(gains)
     return Comparison(
-        gain=float(np.mean([difference.gain for difference in scored])),
+        gain=float(np.mean(gains)),
         low=low,
         high=high,
         count=len(scored),
@@ -93,10 +94,10 @@ def compare(tasks: Sequence[Task], before: Evaluation, after: Evaluation) -> Com
 
 
 def bootstrap_interval(gains: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """The middle 95 % of the means of `gains` drawn again with replacement."""
+    """Return the 95 % interval of the mean of `gains`, by drawing them with replacement."""
     values, counts = np.unique(np.asarray(gains, dtype=np.float64), return_counts=True)
     shares = counts / len(gains)
-    # How often each distinct gain is drawn: the same means, without drawing task by task.
+    # Drawing how often each different gain occurs gives the same means as drawing task by task.
     drawn = np.random.default_rng(seed).multinomial(len(gains), shares, size=_RESAMPLES)
     means = drawn @ values / len(gains)
     low, high = np.quantile(means, [0.025, 0.975])

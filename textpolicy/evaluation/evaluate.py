@@ -1,4 +1,4 @@
-"""One look at a policy: what it answers to held-out tasks, greedily and in several samples."""
+"""Evaluate a policy on held-out tasks, with one greedy answer and several samples for each task."""
 
 import time
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from textpolicy.rewards import Scorer
 from textpolicy.rollout.worker import collect
 from textpolicy.types import Metrics, Rollout, RolloutGroup, Sampling, StopReason, Task
 
-# The same for every evaluation, so that two of one policy are equal.
+# All evaluations use the same seed, so that two evaluations of one policy are equal.
 _SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Held-out tasks of an environment, and what scores them; `max_tokens` bounds an answer."""
+    """The held-out tasks of an environment and their scorer. `max_tokens` limits an answer."""
 
     name: str
     tasks: Sequence[Task]
@@ -29,9 +29,9 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a policy said to each task: one greedy rollout, and a group of samples, if asked for.
+    """The answers of a policy: one greedy rollout a task, and a group of samples a task if asked.
 
-    A sample whose reward is at least `good` is right.
+    A sample is right if its reward is at least `good`.
     """
 
     greedy: Sequence[Rollout]
@@ -40,41 +40,42 @@ class Evaluation:
 
     @property
     def greedy_reward(self) -> MeanReward:
-        """Of the greedy answers."""
+        """The mean reward of the greedy answers. Raise `RewardError` if all rewards are None."""
         rewards = [rollout.reward for rollout in self.greedy if rollout.reward is not None]
         if not rewards:
             raise RewardError(
-                f"the reward declined to score each of {len(self.greedy)} held-out completions"
+                f"the reward function returned None for each of {len(self.greedy)} held-out "
+                "completions; expected a number for at least one"
             )
         return MeanReward.of(rewards)
 
     def metrics(self, prefix: str = "eval/") -> Metrics:
-        """Everything, under names that begin so."""
-        score = self.greedy_reward
+        """Return all numbers of the evaluation, with `prefix` before their names."""
+        mean = self.greedy_reward
         lengths = [sum(rollout.mask) for rollout in self.greedy]
         cut = [rollout.stop_reason is StopReason.LENGTH for rollout in self.greedy]
         metrics = {
-            "reward": score.reward,
-            "standard_error": score.standard_error,
+            "reward": mean.reward,
+            "standard_error": mean.standard_error,
             "mean_length": float(np.mean(lengths)),
             "clipped_ratio": float(np.mean(cut)),
         }
-        return {f"{prefix}{name}": value for name, value in (metrics | self._sampled()).items()}
+        return {f"{prefix}{k}": v for k, v in (metrics | self._sample_metrics()).items()}
 
-    def _sampled(self) -> Metrics:
-        """Over the tasks of which every sample was scored, so that each has as many."""
+    def _sample_metrics(self) -> Metrics:
+        """Return avg@n and pass@k, over the tasks of which every sample has a reward."""
         rewards_G = [
             [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
             for group in self.sampled
         ]
         count = max(map(len, rewards_G), default=0)
-        whole = [rewards for rewards in rewards_G if len(rewards) == count]
         if not count:
             return {}
+        whole = [rewards for rewards in rewards_G if len(rewards) == count]
         right = [sum(reward >= self.good for reward in rewards) for rewards in whole]
         return {f"avg@{count}": float(np.mean(whole))} | {
             f"pass@{k}": float(np.mean([pass_at_k(count, number, k) for number in right]))
-            for k in _sizes(count)
+            for k in _sample_counts(count)
         }
 
 
@@ -86,28 +87,28 @@ def evaluate(
     temperature: float = 1.0,
     good: float = 0.5,
 ) -> Evaluation:
-    """Ask the policy's model, as it is now, for one greedy answer and `samples` others.
+    """Return one greedy answer and `samples` sampled answers of the policy's model to each task.
 
-    Answers are the same for every call with the same model: two evaluations differ by it alone.
+    Every call with the same weights returns the same answers.
     """
 
-    def ask(temperature: float, count: int) -> list[RolloutGroup]:
+    def answer(temperature: float, count: int) -> list[RolloutGroup]:
         sampling = Sampling(max_tokens=heldout.max_tokens, temperature=temperature)
-        asked = ModelPolicy(policy.model, policy.tokenizer, sampling)
-        return collect(heldout.tasks, asked, heldout.scorer, group_size=count, seed=_SEED)
+        copy = ModelPolicy(policy.model, policy.tokenizer, sampling)
+        return collect(heldout.tasks, copy, heldout.scorer, group_size=count, seed=_SEED)
 
     return Evaluation(
-        greedy=[group.rollouts[0] for group in ask(0, 1)],
-        sampled=ask(temperature, samples) if samples else [],
+        greedy=[group.rollouts[0] for group in answer(0, 1)],
+        sampled=answer(temperature, samples) if samples else [],
         good=good,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Evaluates a policy again and again in the same way, on one environment and on `others`.
+    """Evaluates a policy with the same options in every call, on `heldout` and on `others`.
 
-    A call returns the greedy score on the one, and the metrics of all.
+    A call returns the greedy reward on `heldout`, and the metrics of all held-out tasks.
     """
 
     policy: ModelPolicy
@@ -136,13 +137,12 @@ class Evaluator:
 
 
 def evaluate_greedy(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) -> MeanReward:
-    """The greedy score alone, with answers as long as the policy's own."""
-    max_tokens = policy.sampling.max_tokens
-    return evaluate(
-        policy, HeldOut(name="", tasks=tasks, scorer=scorer, max_tokens=max_tokens)
-    ).greedy_reward
+    """Return the mean reward of greedy answers, limited by the policy's own `max_tokens`."""
+    limit = policy.sampling.max_tokens
+    heldout = HeldOut(name="", tasks=tasks, scorer=scorer, max_tokens=limit)
+    return evaluate(policy, heldout).greedy_reward
 
 
-def _sizes(count: int) -> list[int]:
-    """1, 2, 4, ... below `count`, and `count` itself."""
+def _sample_counts(count: int) -> list[int]:
+    """Return the `k` of pass@k: 1, 2, 4, ... below `count`, and `count` itself."""
     return [*(2**power for power in range((count - 1).bit_length())), count]

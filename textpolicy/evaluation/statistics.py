@@ -1,4 +1,4 @@
-"""Numbers of an evaluation: a mean with its error, and how often one of k answers is right."""
+"""Statistics of an evaluation: the mean reward with its standard error, and pass@k."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class MeanReward:
 
     @classmethod
     def of(cls, rewards: Sequence[float]) -> "MeanReward":
-        """Of at least one reward."""
+        """Return the mean of at least one reward."""
         return cls(
             reward=float(np.mean(rewards)),
             standard_error=float(np.std(rewards) / np.sqrt(len(rewards))),
@@ -29,9 +29,9 @@ class MeanReward:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that one of `k` answers is right, when `right` of `samples` answers were.
+    """Return the probability that at least one of `k` answers is right.
 
-    The unbiased estimator of Chen et al. 2021, arXiv:2107.03374: the share of all choices of k
-    among the samples that hold a right one.
+    This is the unbiased estimator of Chen et al. 2021, arXiv:2107.03374: of all choices of `k`
+    among `samples` answers, of which `right` are right, the share with a right answer.
     """
     return 1 - comb(samples - right, k) / comb(samples, k)

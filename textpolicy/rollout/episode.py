@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from textpolicy.environments.check_env import check_step_result
 from textpolicy.environments.environment import opening_prompt
 from textpolicy.environments.faults import environment_errors
+from textpolicy.environments.play import check_step_result
 from textpolicy.errors import TaskError
 from textpolicy.types import Completion, Message, StopReason, Task, Turn
 
@@ -25,7 +25,7 @@ class Episode:
         self._max_turns = max_turns
         with environment_errors(task.id, "reset"):
             self._env = task.env()
-            prompt, _ = opening_prompt(*self._env.reset(seed=task.seed), task.id)
+            prompt = opening_prompt(*self._env.reset(seed=task.seed), task.id)
         if prompt != task.prompt:
             raise TaskError(
                 f"the environment of task {task.id!r} opens with {prompt!r:.60} for seed "

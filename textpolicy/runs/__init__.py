@@ -1,4 +1,4 @@
-"""The directory of a run."""
+"""The directory of a run: its files, and the lock that allows only one writer."""
 
 from textpolicy.runs.directory import RunDirectory, claim, new_directory
 

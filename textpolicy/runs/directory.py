@@ -1,86 +1,84 @@
-"""All that a run leaves behind, by file name, and a lock that keeps a second writer out."""
+"""The files of a run by name, and the lock that allows only one process to write them."""
 
 import fcntl
 import os
 import re
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from textpolicy.adapters.files.adapter_file import peek_version
 from textpolicy.adapters.files.tensor_file import atomic_replace, remove_partial_files
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, DataError
 
 _SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The parts of a run in `path`.
-
-    `latest` and `best` are adapters that are also in `adapters` under their version, as far as
-    that version was kept; policies follow `latest`.
-    """
+    """The files of a run in the folder `path`."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """Every option of the run, given or not."""
+        """All options of the run, with the defaults that it used."""
         return self.path / "config.toml"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a step."""
+        """The metrics: one JSON object a step."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """One JSON object a completion."""
+        """The completions: one JSON object each."""
         return self.path / "samples.jsonl"
 
     @property
     def adapters(self) -> Path:
-        """The folder of adapter files."""
+        """The folder of the adapter files."""
         return self.path / "adapters"
 
     @property
     def latest(self) -> Path:
-        """The adapter of the last update."""
+        """The adapter of the last update. Policies reload this file."""
         return self.adapters / f"latest{_SUFFIX}"
 
     @property
     def best(self) -> Path:
-        """The adapter that did best so far."""
+        """The best adapter so far."""
         return self.adapters / f"best{_SUFFIX}"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of what the run can be gone on with from."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def rejected_batches(self) -> Path:
-        """The folder of batches whose gradient was not finite."""
+        """The folder of the batches whose gradient was not finite."""
         return self.path / "rejected"
 
     @property
     def report(self) -> Path:
-        """The run as a page to look at."""
+        """The HTML report of the run."""
         return self.path / "report.html"
 
     @property
     def exists(self) -> bool:
-        """Whether a run is here: its config is written before its first step."""
+        """Whether the folder holds a run. A run writes its config before its first step."""
         return self.config.is_file()
 
     @property
     def is_running(self) -> bool:
-        """Whether a process holds the lock at this moment."""
+        """Whether a process holds the lock now."""
         if not self._lock.exists():
             return False
         try:
@@ -91,8 +89,10 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Generator[None]:
-        """Be the only writer inside the block; an error if another process is. A killed process
-        holds nothing."""
+        """Hold the lock inside the block. Raise `ConfigError` if another process holds the lock.
+
+        The system releases the lock of a process that was killed.
+        """
         file = self._lock.open("a+")
         with file:
             try:
@@ -100,8 +100,8 @@ class RunDirectory:
             except BlockingIOError as error:
                 file.seek(0)
                 raise ConfigError(
-                    f"the run {self.path} is being written by process {file.read().strip()}: wait "
-                    "for it to end, or stop it (a first Ctrl-C makes a checkpoint)"
+                    f"process {file.read().strip()} is writing the run {self.path}. Wait until the "
+                    "process ends, or stop it: a first Ctrl-C saves a checkpoint"
                 ) from error
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -112,51 +112,61 @@ class RunDirectory:
     def _lock(self) -> Path:
         return self.path / ".lock"
 
+    def read_settings(self) -> dict[str, dict[str, Any]]:
+        """Return the config by section. The config may be of another version of TextPolicy."""
+        try:
+            content = tomllib.loads(self.config.read_text("utf-8"))
+        except ValueError as error:
+            raise DataError(f"{self.config} is not TOML: {error}") from error
+        return {name: value for name, value in content.items() if isinstance(value, dict)}
+
     def write_config(self, text: str) -> None:
-        """Keep the config; a kill leaves the one of before or this one, never half of one, which
-        would be taken for a config with other options."""
+        """Write the config atomically. Half a config would be read as one with other options."""
         with atomic_replace(self.config) as temporary:
             temporary.write_text(text, "utf-8")
 
     def keep_adapter(self, adapter: Path, name: str | None = None) -> Path:
-        """Keep an adapter file under its version, or a name such as "best"; returns the new path.
+        """Copy an adapter file to its version, or to a name such as "best". Return the new path.
 
-        The file shares the bytes of `adapter`, which later versions replace and never change.
+        The copy is a hard link: later versions replace the file `adapter` and never change it.
         """
         target = self.adapters / f"{name or f'{peek_version(adapter):08d}'}{_SUFFIX}"
         with atomic_replace(target) as temporary:
             try:
                 os.link(adapter, temporary)
             except OSError:
-                # Some file systems know no links.
+                # Some file systems have no hard links.
                 shutil.copyfile(adapter, temporary)
         return target
 
     def keep_latest_adapter(self) -> None:
-        """Keep the latest adapter under its version too, if there is one yet."""
+        """Copy the latest adapter to its version, if there is a latest adapter."""
         if self.latest.exists():
             self.keep_adapter(self.latest)
 
     def remove_partial_files(self) -> None:
-        """Remove what a killed process was writing; to be called by the holder of the lock."""
+        """Remove files that a killed process left unfinished. The caller must hold the lock."""
         for folder in (self.path, self.adapters, self.checkpoints):
             remove_partial_files(folder)
 
 
 def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:
-    """A directory for a run of this name that no earlier run has taken."""
+    """Return a directory for a run of this name, numbered so that it does not exist yet."""
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     numbered = (parent / (f"{plain}-{number}" if number > 1 else plain) for number in count(1))
     return RunDirectory(next(folder for folder in numbered if not folder.exists()))
 
 
 def claim(directory: RunDirectory) -> None:
-    """Make the directory and see that it can be written to, before a model is loaded for it."""
-    # A run that failed before it had anything to lose is no hindrance.
+    """Make the directory and test that it is writable, before a run loads a model.
+
+    Raise `ConfigError` if the directory holds an earlier run, or cannot be written to.
+    """
+    # A run that failed before its first adapter and checkpoint may be overwritten.
     if directory.latest.exists() or any(directory.checkpoints.glob(f"*{_SUFFIX}")):
         raise ConfigError(
-            f"{directory.path} holds an earlier run: choose another folder, or go on with that run "
-            f"by --resume {directory.path}"
+            f"{directory.path} holds an earlier run. Choose another folder, or resume the run: "
+            f"--resume {directory.path}"
         )
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
@@ -164,6 +174,6 @@ def claim(directory: RunDirectory) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"cannot write to the output folder {directory.path}: {error.strerror}; expected a "
-            "folder that is yours, or a path where one can be made"
+            f"cannot write to the output folder {directory.path}: {error.strerror}. Choose a "
+            "folder that you may write to"
         ) from error

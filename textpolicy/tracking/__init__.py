@@ -1,1 +1,1 @@
-"""What a run reports: names, files, terminals and services."""
+"""Tracking: metrics and samples of a run, in files, in the console, in services and as a report."""

@@ -1,4 +1,4 @@
-"""Live progress of a run: a panel redrawn in place on a terminal, a line a step elsewhere."""
+"""Console: progress of a run, as a panel on a terminal and as one line a step elsewhere."""
 
 import os
 import time
@@ -12,14 +12,14 @@ from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
 
 _SECONDS_BETWEEN_SAMPLES = 10.0
-_LONGEST = 60
-# Control, format (bidirectional overrides among them), surrogate and private-use characters.
-_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn"}
+_MAX_SAMPLE_CHARACTERS = 60
+# Control, format (as bidirectional overrides), surrogate, private-use and unassigned characters.
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
 @runtime_checkable
 class TextStream(Protocol):
-    """Where progress goes: any text file."""
+    """A text file to write progress to."""
 
     def write(self, text: str, /) -> int: ...
     def flush(self) -> None: ...
@@ -28,25 +28,17 @@ class TextStream(Protocol):
 
 @runtime_checkable
 class ProgressView(Protocol):
-    """A way to show a history."""
+    """Shows the last step and a new sample, and writes notes that stay, until `close`."""
 
-    def show(self, history: RunHistory, sample: str | None) -> None:
-        """Show the last step of it, and a sample if there is a new one."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Write a line that stays."""
-        ...
-
-    def close(self) -> None:
-        """Nothing follows for now."""
-        ...
+    def show(self, history: RunHistory, sample: str | None) -> None: ...
+    def note(self, text: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class Console:
-    """Shows each step of a run on `stream`, and a sample every ten seconds; `close` ends the view.
+    """Shows each step of a run on `stream`, and one sample every ten seconds.
 
-    Text of models is made safe to show; the caller of `note` sees to that of its own.
+    Control characters in samples are escaped. The caller of `note` escapes the text of a note.
     """
 
     def __init__(
@@ -54,96 +46,97 @@ class Console:
     ) -> None:
         self._history = RunHistory(steps)
         self._clock = clock
-        self._sampled: float | None = None
-        self._view = _view_on(stream)
+        self._last_sample = float("-inf")
+        self._view = _view_for(stream)
 
     def show(self, step: int, metrics: Metrics, samples: Sequence[SampleRow] = ()) -> None:
-        """Report the finished step `step`, counted from 0."""
+        """Show the finished step `step`, which is counted from 0."""
         now = self._clock()
         self._history.add(step, metrics, now)
         sample = None
-        if samples and (self._sampled is None or now - self._sampled >= _SECONDS_BETWEEN_SAMPLES):
-            self._sampled = now
+        if samples and now - self._last_sample >= _SECONDS_BETWEEN_SAMPLES:
+            self._last_sample = now
             sample = sample_line(samples[step % len(samples)])
         self._view.show(self._history, sample)
 
     def note(self, text: str) -> None:
-        """Write a line that stays, above what is redrawn."""
+        """Write a line that stays, above the panel if there is one."""
         self._view.note(text)
 
     def close(self) -> None:
-        """Leave what is shown as it is; what is written next begins a new line."""
+        """Leave the last view on the screen. Later output begins on a new line."""
         self._view.close()
 
 
 class LineView:
-    """A line a step, for files, pipes and terminals that cannot redraw."""
+    """Writes one line a step, to files, pipes and terminals that cannot redraw."""
 
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream
 
     def show(self, history: RunHistory, sample: str | None) -> None:
-        """Write the step's line, and the sample's."""
-        self.note(_line(history))
+        """Write the line of the step, and the line of the sample."""
+        self.note(_step_line(history))
         if sample:
             self.note(f"sample  {sample}")
 
     def note(self, text: str) -> None:
         """Write a line."""
-        # A reader that is gone, as `head` is after its lines, ends no run that goes on overnight.
+        # A closed pipe, as `head` leaves after its lines, must not end a long run.
         with suppress(BrokenPipeError):
             self._stream.write(text + "\n")
             self._stream.flush()
 
     def close(self) -> None:
-        """Every line has ended."""
+        """Do nothing, because every line has ended."""
 
 
-def _view_on(stream: TextStream) -> ProgressView:
+def _view_for(stream: TextStream) -> ProgressView:
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return LineView(stream)
-    # Only terminals need rich, and its import takes a tenth of a second.
+    # Only terminals need rich, whose import takes a tenth of a second.
     from textpolicy.tracking.live_view import LiveView
 
     return LiveView(stream)
 
 
-def _line(history: RunHistory) -> str:
+def _step_line(history: RunHistory) -> str:
     metrics = history.metrics
     shares = time_shares(metrics).items()
     fields = [
-        f"step {history.done:>{len(str(history.steps))}}/{history.steps}",
+        f"step {history.steps_done:>{len(str(history.steps))}}/{history.steps}",
         f"reward {metrics.get('reward', float('nan')):.3f}",
         f"length {metrics.get('completions/mean_length', 0):.1f}",
         f"{metrics.get('tokens_per_second', 0):,.0f} tokens/s",
         f"{metrics.get('time/step', 0):.2f} s/step",
         *([", ".join(f"{name} {share:.0%}" for name, share in shares)] if shares else []),
-        f"{format_duration(history.remaining)} left",
+        f"{format_duration(history.seconds_left)} left",
     ]
     return "  ".join(fields)
 
 
 def sample_line(sample: SampleRow) -> str:
-    """A sample on one safe line; the end of what is longer is left out."""
+    """Return a sample as one line that is safe on a terminal. Long texts are cut."""
     prompt, reward = sample["prompt"], sample["reward"]
-    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    worth = "no reward" if reward is None else f"reward {reward:.3g}"
-    return f"{_short(asked)} → {_short(sample['completion'])}  ({worth})"
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    reward_text = "no reward" if reward is None else f"reward {reward:.3g}"
+    return f"{_cut(text)} → {_cut(sample['completion'])}  ({reward_text})"
 
 
-def _short(text: str) -> str:
+def _cut(text: str) -> str:
     line = terminal_safe(text).replace("\n", "⏎").replace("\t", " ")
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+    limit = _MAX_SAMPLE_CHARACTERS
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def terminal_safe(text: str) -> str:
-    """Text that is safe on a terminal: what could move the cursor or hide is spelled as \\x1b.
+    """Return the text with an escape such as \\x1b for each character that is unsafe to print.
 
-    Line breaks and tabs stay.
+    Such characters could move the cursor or hide text. Line breaks and tabs stay.
     """
     return "".join(
         char
-        if char in "\n\t" or unicodedata.category(char) not in _UNSAFE
+        if char in "\n\t" or unicodedata.category(char) not in _UNSAFE_CATEGORIES
         else char.encode("unicode_escape").decode()
         for char in text
     )

@@ -1,10 +1,10 @@
-"""The one place where what goes wrong in a sink becomes a sentence instead of the end of a run."""
+"""Broad excepts around sinks, which are code and networks of others and must not end a run."""
 
 from collections.abc import Callable
 
 
 def attempt(action: Callable[[], None]) -> str | None:
-    """Do it; what went wrong in one line, or None. Sinks are other people's code and networks."""
+    """Run the action. Return the error that the action raised, in one line, or None."""
     try:
         action()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The record every run keeps: one JSON object a line, in files that need no account to read."""
+"""RunFiles: a sink that writes metrics and samples as JSON lines. Also reads these files."""
 
 import json
 import os
@@ -16,10 +16,10 @@ _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 
 class RunFiles:
-    """Appends to `metrics`, and to `samples` if given; each line is whole when `write` returns.
+    """Appends whole lines to the file `metrics`, and to the file `samples` if there is one.
 
-    Rows of `resume_step` and later steps are dropped first: a run that goes on from a checkpoint
-    writes them again, and a new run begins with none.
+    Rows of step `resume_step` and later steps are dropped first, because a resumed run writes them
+    again. A new run drops all rows.
     """
 
     def __init__(self, metrics: Path, samples: Path | None = None, *, resume_step: int = 0) -> None:
@@ -27,12 +27,12 @@ class RunFiles:
         self._samples = _LineFile(samples, resume_step) if samples else None
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Append `metrics` as a line of `step`."""
+        """Append `metrics` as one line."""
         finite = {name: to_json_number(value) for name, value in metrics.items()}
         self._metrics.append([{"step": step, **finite}])
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
-        """Append a line for each completion."""
+        """Append one line for each completion."""
         if self._samples:
             self._samples.append(samples)
 
@@ -51,34 +51,34 @@ class _LineFile:
         self.close = self._file.close
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        # ASCII escapes keep lone surrogates and line separators of model text in one whole line.
+        # json.dumps escapes all but ASCII, so lone surrogates and line separators break no line.
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         self._file.write("".join(lines))
         self._file.flush()
 
 
 def drop_rows_from(path: Path, step: int) -> None:
-    """Drop the rows of `step` and later, and a line that a killed run left unfinished.
+    """Drop the rows of `step` and later steps, and a last line that a killed run left unfinished.
 
-    One truncation: a reader, or another kill, finds the old file or the new one. A damaged line
-    that others follow is no kill's, and an error: what follows is not to be lost.
+    Raise `DataError` if rows follow a damaged line: a kill cannot do this, and truncating would
+    lose the rows. The file is truncated once, so that another kill leaves no third state.
     """
     if not path.exists():
         return
-    earlier = [n for n, _ in takewhile(lambda line: line[1]["step"] < step, _lines(path))]
+    kept = [size for size, _ in takewhile(lambda line: line[1]["step"] < step, _lines(path))]
     with path.open("rb") as file:
-        file.seek(sum(earlier))
+        file.seek(sum(kept))
         line = file.readline()
-        if _row(line) is None and file.read(1):
+        if _parse_row(line) is None and file.read(1):
             raise DataError(
-                f"{path} is damaged: its line {len(earlier) + 1} is no row with a step, and others "
-                "follow. Put the file back as it was, or take that line out"
+                f"{path} is damaged: its line {len(kept) + 1} is not a row with a step, but other "
+                "rows follow. Restore the file, or delete this line"
             )
-    os.truncate(path, sum(earlier))
+    os.truncate(path, sum(kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file, those of one step made one; what is not finite is read back."""
+    """Return one row a step from a metrics file. Rows of the same step are merged."""
     by_step: dict[int, dict[str, float]] = {}
     for row in read_rows(path):
         numbers = {name: float(value) for name, value in row.items() if _is_number(value)}
@@ -87,20 +87,21 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, as far as they are whole; none if it is not there."""
+    """Yield the rows of a file up to the first line that is not whole. No file has no rows."""
     return (row for _, row in _lines(path)) if path.exists() else iter(())
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Length in bytes and content of each line, up to one that is not whole."""
+    """Yield the size in bytes and the row of each line, up to the first that is not whole."""
     with path.open("rb") as file:
         for line in file:
-            if (row := _row(line)) is None:
+            if (row := _parse_row(line)) is None:
                 return
             yield len(line), row
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return the row, or None if the line is not a whole JSON object with a step."""
     try:
         row = json.loads(line)
     except ValueError:

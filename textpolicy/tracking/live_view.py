@@ -1,7 +1,7 @@
-"""What a terminal shows of a run while it goes on: one panel, redrawn in place by rich."""
+"""LiveView: a panel on the terminal that rich redraws in place while a run goes on."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import IO, cast
 
 from rich.console import Console, RenderableType
@@ -27,10 +27,10 @@ _COLOURS = ("cyan", "yellow", "magenta", "green", "blue")
 
 
 class LiveView:
-    """Draws on `stream`, which must be a terminal, at most five times a second."""
+    """Draws the panel on `stream`, which must be a terminal, at most five times a second."""
 
     def __init__(self, stream: object) -> None:
-        # What a reward function writes to standard output is no business of this terminal's.
+        # Standard output is left alone: reward functions may print there.
         self._live = Live(
             console=Console(file=cast(IO[str], stream), highlight=False),
             auto_refresh=False,
@@ -38,16 +38,16 @@ class LiveView:
         )
         self._history: RunHistory | None = None
         self._sample: str | None = None
-        self._drawn = float("-inf")
+        self._last_frame = float("-inf")
 
     def show(self, history: RunHistory, sample: str | None) -> None:
-        """Draw the history so far, and the sample or the one before it."""
+        """Draw the history so far, with the sample or else the last sample."""
         if self._history is None:
             self._live.start()
         self._history, self._sample = history, sample or self._sample
         now = time.monotonic()
-        if now - self._drawn >= _SECONDS_BETWEEN_FRAMES:
-            self._drawn = now
+        if now - self._last_frame >= _SECONDS_BETWEEN_FRAMES:
+            self._last_frame = now
             self._live.update(panel(history, self._sample), refresh=True)
 
     def note(self, text: str) -> None:
@@ -55,7 +55,7 @@ class LiveView:
         self._live.console.print(Text(text))
 
     def close(self) -> None:
-        """Leave the panel as it came to be, and give the cursor back."""
+        """Draw the panel for the last time and show the cursor again."""
         if self._history:
             self._live.update(panel(self._history, self._sample))
             self._live.stop()
@@ -63,7 +63,7 @@ class LiveView:
 
 
 def panel(history: RunHistory, sample: str | None) -> RenderableType:
-    """The last step in numbers, and the way there as spark lines."""
+    """Return the panel: the numbers of the last step, and spark lines of the steps before it."""
     metrics = history.metrics
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
@@ -78,23 +78,23 @@ def panel(history: RunHistory, sample: str | None) -> RenderableType:
     rows.add_row("groups", _groups(metrics))
     speed = f"tokens/s   {metrics.get('time/step', 0):.2f} s a step"
     rows.add_row("speed", _spark(history, "tokens_per_second", speed))
-    rows.add_row("time", _time(metrics))
+    rows.add_row("time", _time_bar(time_shares(metrics)))
     if sample:
         rows.add_row("sample", Text(sample, style="italic"))
-    title = f"step {history.done}/{history.steps}"
-    # A bar ends no line by itself: it needs a row of its own.
+    title = f"step {history.steps_done}/{history.steps}"
+    # The bar has no line end of its own, so it gets a row of its own.
     whole = Table.grid(expand=True)
-    whole.add_row(ProgressBar(total=history.steps, completed=history.done))
+    whole.add_row(ProgressBar(total=history.steps, completed=history.steps_done))
     whole.add_row(rows)
-    left = f"{format_duration(history.remaining)} left"
+    left = f"{format_duration(history.seconds_left)} left"
     return Panel(whole, title=title, subtitle=left, title_align="left")
 
 
-def _spark(history: RunHistory, name: str, beside: str) -> Text:
+def _spark(history: RunHistory, name: str, note: str) -> Text:
     line = spark_line(history.values(name), _SPARK_WIDTH)
     last = history.last(name)
     value = f"{last:,.0f}" if abs(last) >= 1000 else f"{last:.3f}"
-    return Text.assemble((f"{line:<{_SPARK_WIDTH}}", "cyan"), f"  {value:>8}  ", (beside, "dim"))
+    return Text.assemble((f"{line:<{_SPARK_WIDTH}}", "cyan"), f"  {value:>8}  ", (note, "dim"))
 
 
 def _groups(metrics: Metrics) -> Text:
@@ -102,17 +102,8 @@ def _groups(metrics: Metrics) -> Text:
     return Text("   ".join(f"{share:.0%} {n.replace('_', ' ')}" for n, share in shares.items()))
 
 
-def _time(metrics: Metrics) -> Text:
-    shares = time_shares(metrics)
-    bar = [
-        (BLOCKS[-1] * round(share * _BAR_WIDTH), _COLOURS[number % len(_COLOURS)])
-        for number, share in enumerate(shares.values())
-    ]
-    return Text.assemble(*bar, "  ", *_legend(list(shares.items())))
-
-
-def _legend(shares: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    return [
-        (f"{name} {share:.0%}  ", _COLOURS[number % len(_COLOURS)])
-        for number, (name, share) in enumerate(shares)
-    ]
+def _time_bar(shares: Mapping[str, float]) -> Text:
+    coloured = list(zip(shares.items(), _COLOURS, strict=False))
+    bar = [(BLOCKS[-1] * round(share * _BAR_WIDTH), colour) for (_, share), colour in coloured]
+    legend = [(f"{name} {share:.0%}  ", colour) for (name, share), colour in coloured]
+    return Text.assemble(*bar, "  ", *legend)

@@ -1,7 +1,7 @@
-"""The tracker of a run directory: its files, and the services that were asked for."""
+"""Open the tracker of a run: its files, and the services that the user asked for."""
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,20 +17,19 @@ from textpolicy.tracking.tracker import CLOSING_SHARE, PATIENCE, Tracker
 from textpolicy.tracking.trackio_run import TrackioRun
 from textpolicy.tracking.wandb_run import WandbRun
 
-_TENSORBOARD_FOLDER = "tensorboard"
 _ID_FILE = ".tracking-id"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions:
-    """What a run is logged to beside its files."""
+    """The services that a run logs to beside its files."""
 
     wandb: str | None = None
     """A project of Weights & Biases."""
     wandb_artifacts: bool = False
     """Whether the latest and the best adapter are uploaded at the end."""
     tensorboard: bool = False
-    """Whether event files are written into the run's directory."""
+    """Whether the run's directory gets TensorBoard event files."""
     trackio: str | None = None
     """A project of trackio."""
 
@@ -45,29 +44,28 @@ def open_tracker(
     sample_groups: int | None = None,
     patience: float = PATIENCE,
 ) -> Tracker:
-    """Begin to record, or go on: rows of `resume_step` and later steps are written anew.
+    """Return the tracker of a new run, or of a run that resumes at `resume_step`.
 
-    Of each step's samples the first `sample_groups` groups are kept, all unless said otherwise; 0
-    leaves the file out. `notice` gets a line for people when a sink has something to say.
-    The run waits for no service but at its end, and then for `patience` seconds; one whose package
-    is missing is an error.
+    Samples of the first `sample_groups` groups of each step are written, or of all groups. With 0
+    there is no samples file. `notice` gets the messages of sinks. Services delay the end of the
+    run by at most `patience` seconds. Raise `ConfigError` if the package of a service is missing.
     """
     _check_installed(services)
-    # What is there from before loses its rows of later steps even if none are added.
+    # A samples file of an earlier process must lose its later rows even if none are added.
     wanted = sample_groups != 0 or directory.samples.exists()
     samples = directory.samples if wanted else None
     files = RunFiles(directory.metrics, samples, resume_step=resume_step)
-    makers = _makers(directory, services, config, resume_step, patience)
+    openers = _openers(directory, services, config, resume_step, patience)
     return Tracker(
         [files],
-        [BackgroundSink(name, make) for name, make in makers.items()],
+        [BackgroundSink(name, open_sink) for name, open_sink in openers.items()],
         notice=notice,
         patience=patience,
         sample_groups=sample_groups,
     )
 
 
-def _makers(
+def _openers(
     directory: RunDirectory,
     services: ServiceOptions,
     config: Mapping[str, Any],
@@ -75,47 +73,41 @@ def _makers(
     patience: float,
 ) -> dict[str, Callable[[Notify], Sink]]:
     folder, run_id = directory.path, tracking_id(directory.path)
-    makers: dict[str, Callable[[Notify], Sink]] = {}
+    openers: dict[str, Callable[[Notify], Sink]] = {}
     if (project := services.wandb) is not None:
-        adapters: Sequence[Path] = (directory.latest, directory.best)
-        makers["W&B"] = lambda say: WandbRun(
+        openers["W&B"] = lambda notify: WandbRun(
             project,
             run_id=run_id,
             folder=folder,
             config=config,
-            notice=say,
-            artifacts=adapters if services.wandb_artifacts else (),
-            # A server that never answers leaves time to write an offline run. One that falls silent
-            # is waited for at the end, and W&B does so again when the process ends.
+            notice=notify,
+            artifacts=(directory.latest, directory.best) if services.wandb_artifacts else (),
+            # Leaves time to write an offline run if the server never answers. W&B waits again for
+            # a silent server when the process ends.
             init_seconds=patience * 0.3,
             close_seconds=patience * CLOSING_SHARE * 0.9,
         )
     if services.tensorboard:
-        makers["TensorBoard"] = lambda say: TensorBoardRun(
-            folder / _TENSORBOARD_FOLDER, resume_step=resume_step
-        )
+        events = folder / "tensorboard"
+        openers["TensorBoard"] = lambda notify: TensorBoardRun(events, resume_step=resume_step)
     if (name := services.trackio) is not None:
-        makers["trackio"] = lambda say: TrackioRun(
-            name, name=f"{folder.name}-{run_id}", config=config
-        )
-    return makers
+        run_name = f"{folder.name}-{run_id}"
+        openers["trackio"] = lambda notify: TrackioRun(name, name=run_name, config=config)
+    return openers
 
 
 def tracking_id(folder: Path) -> str:
-    """What services know the run in this folder by: made once, and kept there."""
+    """Return the id by which services know the run in this folder. The folder keeps the id."""
     file = folder / _ID_FILE
-    # A process that was killed before it had written leaves an empty one.
+    # A killed process can leave an empty file.
     if not (file.is_file() and file.stat().st_size):
         file.write_text(secrets.token_hex(4), encoding="utf-8")
     return file.read_text(encoding="utf-8")
 
 
 def _check_installed(services: ServiceOptions) -> None:
-    wanted = {
-        "wandb": (services.wandb is not None, "wandb"),
-        "tensorboardX": (services.tensorboard, "textpolicy[tensorboard]"),
-        "trackio": (services.trackio is not None, "textpolicy[trackio]"),
-    }
-    for module, (asked, package) in wanted.items():
+    needed = {"tensorboardX": services.tensorboard, "trackio": services.trackio is not None}
+    for module, asked in needed.items():
         if asked and find_spec(module) is None:
-            raise ConfigError(f"{module} is not installed: pip install '{package}'")
+            extra = module.removesuffix("X")
+            raise ConfigError(f"{module} is not installed: pip install 'textpolicy[{extra}]'")

@@ -1,4 +1,4 @@
-"""What rollouts say about a run: rewards, useless groups, lengths. Names are in docs/metrics.md."""
+"""Metrics of rollouts: rewards, shares of groups, lengths. Their names are in docs/metrics.md."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,12 +6,12 @@ import numpy as np
 
 from textpolicy.types import Metrics, Rollout, RolloutGroup, StopReason
 
-# Between 0, all that most rewards give to a wrong answer, and 1, what they give to a right one.
-_GOOD = 0.5
+# Most rewards give 0 to a wrong answer and 1 to a right one.
+_GOOD_REWARD = 0.5
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
-    """Means over scored rollouts and over groups. Lengths count sampled tokens."""
+    """Return means over rollouts with a reward, and over groups. Lengths count sampled tokens."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards_G = [
         [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
@@ -19,7 +19,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
     ]
     return (
         _reward_metrics(rewards_G)
-        | _part_metrics(rollouts)
+        | _reward_function_metrics(rollouts)
         | _length_metrics(rollouts)
         | {
             "reward/errors": float(np.mean([rollout.error is not None for rollout in rollouts])),
@@ -29,18 +29,18 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
 
 
 def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> Metrics:
-    """By how many versions these groups are older than the weights that now learn from them."""
+    """Return how many versions old the groups are when weights of `version` train on them."""
     ages = [version - group.version for group in groups]
     return {"staleness/mean": float(np.mean(ages)), "staleness/max": float(max(ages))}
 
 
 def _reward_metrics(rewards_G: Sequence[Sequence[float]]) -> Metrics:
-    """Nothing, where nothing was scored: a mean of no rewards is no number."""
+    """Return no metrics if there is no reward, because a mean of no rewards is not a number."""
     scored = [rewards for rewards in rewards_G if rewards]
     if not scored:
         return {}
     equal = [rewards[0] for rewards in scored if np.ptp(rewards) == 0]
-    good = sum(reward >= _GOOD for reward in equal)
+    good = sum(reward >= _GOOD_REWARD for reward in equal)
     return {
         "reward": float(np.concatenate(scored).mean()),
         "reward_std": float(np.mean([np.std(rewards) for rewards in scored])),
@@ -55,22 +55,24 @@ def _length_metrics(rollouts: Sequence[Rollout]) -> Metrics:
     lengths = [sum(rollout.mask) for rollout in rollouts]
     cut = [rollout.stop_reason is StopReason.LENGTH for rollout in rollouts]
     ended = [length for length, is_cut in zip(lengths, cut, strict=True) if not is_cut]
-    metrics = {
-        "completions/mean_length": float(np.mean(lengths)),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": float(np.mean(cut)),
-        "num_tokens": float(sum(lengths)),
+    metrics = _length_spread(lengths, "length")
+    metrics["completions/clipped_ratio"] = float(np.mean(cut))
+    metrics["num_tokens"] = float(sum(lengths))
+    return metrics | _length_spread(ended, "terminated_length")
+
+
+def _length_spread(lengths: Sequence[int], name: str) -> Metrics:
+    if not lengths:
+        return {}
+    return {
+        f"completions/mean_{name}": float(np.mean(lengths)),
+        f"completions/min_{name}": float(min(lengths)),
+        f"completions/max_{name}": float(max(lengths)),
     }
-    if ended:
-        metrics["completions/mean_terminated_length"] = float(np.mean(ended))
-        metrics["completions/min_terminated_length"] = float(min(ended))
-        metrics["completions/max_terminated_length"] = float(max(ended))
-    return metrics
 
 
-def _part_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """Each reward function's own mean and spread, and the means of what else was reported."""
+def _reward_function_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """Return mean and spread of each reward function, and means of the other reported numbers."""
     metrics: Metrics = {}
     for name, values in _by_name([rollout.rewards for rollout in rollouts]).items():
         metrics[f"rewards/{name}/mean"] = float(np.mean(values))
@@ -81,6 +83,6 @@ def _part_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def _by_name(numbers: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Each name's values, of the rollouts that have one."""
+    """Return the values of each name, from the rollouts that have one."""
     names = dict.fromkeys(name for mapping in numbers for name in mapping)
     return {name: [mapping[name] for mapping in numbers if name in mapping] for name in names}

@@ -1,4 +1,4 @@
-"""How a run has gone so far, for whoever shows it: numbers, the way there, and the time left."""
+"""RunHistory: the metrics of a run so far and the time left. Formats both for the console."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,61 +10,61 @@ _TIMES = ("generate", "reward", "train", "reload", "checkpoint")
 
 
 class RunHistory:
-    """Takes in finished steps. The clock is in seconds, and need not begin at 0."""
+    """Collects the metrics of finished steps, and estimates the seconds that are left."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.done = 0
-        self.remaining = 0.0
+        self.steps_done = 0
+        self.seconds_left = 0.0
         self.metrics: Metrics = {}
-        self._history: dict[str, list[float]] = {}
+        self._values: dict[str, list[float]] = {}
         self._started: float | None = None
-        self._seen = 0
+        self._added = 0
 
     def add(self, step: int, metrics: Metrics, now: float) -> None:
-        """Take in the finished step `step`, counted from 0."""
+        """Add the finished step `step`, which is counted from 0. `now` is a clock in seconds."""
         for name, value in metrics.items():
-            self._history.setdefault(name, []).append(value)
+            self._values.setdefault(name, []).append(value)
         if self._started is None:
-            # The first step began before its report; loading the model came before both.
+            # The time of the first step counts, the time to load the model before it does not.
             self._started = now - metrics.get("time/step", 0)
-        self._seen += 1
-        self.metrics, self.done = metrics, step + 1
-        self.remaining = (now - self._started) / self._seen * (self.steps - self.done)
+        self._added += 1
+        self.metrics, self.steps_done = metrics, step + 1
+        self.seconds_left = (now - self._started) / self._added * (self.steps - self.steps_done)
 
     def values(self, name: str) -> Sequence[float]:
-        """A metric at the steps that had it."""
-        return self._history.get(name, ())
+        """Return the values of a metric at the steps that reported the metric."""
+        return self._values.get(name, ())
 
     def last(self, name: str) -> float:
-        """A metric where it was last reported, NaN if never."""
+        """Return the last reported value of a metric, or NaN."""
         values = self.values(name)
         return values[-1] if values else float("nan")
 
 
 def time_shares(metrics: Metrics) -> dict[str, float]:
-    """The parts of the step's time that are at least a hundredth of it."""
+    """Return the parts of the step's time that take at least a hundredth of it."""
     total = metrics.get("time/step", 0) or 1.0
     shares = {name: metrics.get(f"time/{name}", 0) / total for name in _TIMES}
     return {name: share for name, share in shares.items() if share >= 0.01}
 
 
 def spark_line(values: Sequence[float], width: int) -> str:
-    """The history of `values` between their lowest and highest, in at most `width` characters.
+    """Return `values` as a line of at most `width` block characters, from lowest to highest.
 
-    Each character is the mean of its stretch.
+    Each character shows the mean of several consecutive values.
     """
     if not values:
         return ""
-    stretches = min(width, len(values))
-    edges = [i * len(values) // stretches for i in range(stretches + 1)]
+    count = min(width, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, span = min(means), max(means) - min(means) or 1.0
     return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1))] for mean in means)
 
 
 def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds as a clock shows them."""
+    """Return seconds as M:SS, or as H:MM:SS from one hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,24 +1,22 @@
-"""What the policy said in a step and what came of it, one row a completion."""
+"""Sample rows: one row for each completion of a step, with its reward and its advantage."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Rollout, RolloutGroup
 
-_Advantages = Sequence[Sequence[float | None]]
-"""By group and member; None for a completion that was not learned from."""
-
 
 def sample_rows(
-    step: int, groups: Sequence[RolloutGroup], advantages: _Advantages
+    step: int, groups: Sequence[RolloutGroup], advantages: Sequence[Sequence[float | None]]
 ) -> list[SampleRow]:
-    """A row for each completion of the groups that `step` learned from; texts exactly as they are.
+    """Return a row for each completion of the groups that `step` was trained on.
 
-    `group` and `member` are places in the step. `turns` is there for episodes of several turns,
-    `error` where the reward function failed.
+    `advantages` has the index of the group and then of the member; None stands for a completion
+    that was not trained on. A row has `turns` in an episode of several turns, and `error` if the
+    reward function failed.
     """
     return [
         {"step": step, "group": g, "member": m, **_row(group, rollout, advantages[g][m])}
@@ -28,20 +26,13 @@ def sample_rows(
 
 
 def first_whole_groups(samples: Sequence[SampleRow], rows: int) -> list[SampleRow]:
-    """The first groups of a step that have at most `rows` completions together."""
-    counts: dict[int, int] = {}
-    for sample in samples:
-        counts[sample["group"]] = counts.get(sample["group"], 0) + 1
-    return list(
-        islice(samples, max((total for total in _totals(counts) if total <= rows), default=0))
-    )
-
-
-def _totals(counts: Mapping[int, int]) -> Iterator[int]:
-    total = 0
-    for count in counts.values():
-        total += count
-        yield total
+    """Return the first groups of a step that together have at most `rows` completions."""
+    kept = 0
+    for size in Counter(sample["group"] for sample in samples).values():
+        if kept + size > rows:
+            break
+        kept += size
+    return list(samples[:kept])
 
 
 def _row(group: RolloutGroup, rollout: Rollout, advantage: float | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where a run's numbers and samples go: files always, services if asked."""
+"""Sink: the protocol of files and services that record metrics and samples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -6,25 +6,25 @@ from typing import Any, Protocol, runtime_checkable
 from textpolicy.types import Metrics
 
 SampleRow = Mapping[str, Any]
-"""One completion and what became of it, in types that JSON has; see `samples.sample_rows`."""
+"""One completion with its reward and advantage, as JSON values. See `samples.sample_rows`."""
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes what each step reports until it is closed.
+    """Records what each step reports, until `close`.
 
-    A step's samples come before its metrics. A step may be written more than once, with other
-    metrics each time; steps never go back.
+    The samples of a step come before its metrics. A step may be written several times, with other
+    metrics each time. Step numbers never decrease.
     """
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Record `metrics` as those of `step`, counted from 0."""
+        """Record `metrics` of the step `step`, which is counted from 0."""
         ...
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
-        """Record completions that `step` learned from."""
+        """Record completions that step `step` was trained on."""
         ...
 
     def close(self) -> None:
-        """Nothing follows: hand over what is left."""
+        """Write what is left and close the sink. No calls may follow."""
         ...

@@ -1,4 +1,4 @@
-"""A run in TensorBoard's event files: each metric a scalar under its own name."""
+"""TensorBoardRun: a sink that writes TensorBoard event files."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,9 +10,9 @@ from textpolicy.types import Metrics
 
 
 class TensorBoardRun:
-    """Writes to `folder`, which `tensorboard --logdir` shows while the run goes on.
+    """Writes to `folder`, which `tensorboard --logdir` can show during the run.
 
-    Rows that an earlier process wrote for `resume_step` and later steps are hidden.
+    A viewer hides what an earlier process wrote for step `resume_step` and later steps.
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
@@ -20,14 +20,14 @@ class TensorBoardRun:
         self._writer = tensorboard.SummaryWriter(str(folder), purge_step=resume_step or None)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Write `metrics` at `step`; a viewer finds them within seconds."""
+        """Write each metric as a scalar under its own name."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
-        """Nothing: event files have no tables, and samples.jsonl has every completion."""
+        """Write nothing, because event files have no tables. The samples are in samples.jsonl."""
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the event file."""
         self._writer.close()

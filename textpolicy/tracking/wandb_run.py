@@ -1,4 +1,4 @@
-"""A run on Weights & Biases: the same metrics under the same names, with explicit steps."""
+"""WandbRun: a sink for Weights & Biases, with the metric names of this library."""
 
 import json
 import netrc
@@ -13,7 +13,7 @@ from textpolicy.tracking.background_sink import BackgroundSink
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
 
-# Every row is kept by the browser: a table is for looking at, samples.jsonl has them all.
+# The browser keeps every row of a table in memory. samples.jsonl has all samples.
 _MAX_TABLE_ROWS = 5000
 _COLUMNS = (
     *("step", "group", "member", "version", "prompt", "completion"),
@@ -22,12 +22,11 @@ _COLUMNS = (
 
 
 class WandbRun:
-    """Logs to `project`: online where an API key is at hand, into `folder` without network if not.
+    """Logs to `project`: online if there is an API key, and offline into `folder` if not.
 
-    `WANDB_MODE` decides if it is set. Where no server answers in `init_seconds` the run is kept
-    offline too, and `notice` hears of it; `wandb sync` uploads such runs later. A known `run_id`
-    is gone on with. `artifacts` are uploaded by `close`, as far as they are there; it takes at
-    most `close_seconds`.
+    The variable `WANDB_MODE` overrides this rule. If no server answers in `init_seconds`, the run
+    is offline and `notice` gets a message; `wandb sync` uploads the run later. A run with a known
+    `run_id` is resumed. `close` uploads the `artifacts` that exist, in at most `close_seconds`.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class WandbRun:
         init_seconds: float = 15.0,
         close_seconds: float = 30.0,
     ) -> None:
-        # The import takes more than a second, and most runs do without.
+        # The import takes more than a second, and most runs do not use wandb.
         import wandb
         import wandb.errors
 
@@ -61,44 +60,47 @@ class WandbRun:
             ),
         }
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        sync = f"to upload it: wandb sync {self._folder}/offline-run-*"
+        sync = f"upload it later: wandb sync {self._folder}/offline-run-*"
         if mode == "offline":
-            notice(f"kept offline; {sync}")
+            notice(f"the run is offline; {sync}")
         wandb.setup(options["settings"])
         try:
             self._run = wandb.init(mode=cast(Any, mode), **options)
         except wandb.errors.CommError as error:
-            notice(f"no server answered, so the run is kept offline ({_first_line(error)}); {sync}")
-            # The service holds the id of a run that failed to begin.
+            reason = str(error).splitlines()[0]
+            notice(f"no server answered, so the run is offline ({reason}); {sync}")
+            # The wandb service still holds the id of the run that failed to start.
             wandb.teardown()
             wandb.setup(options["settings"])
             self._run = wandb.init(mode="offline", **options)
         uploads = _Uploads(self._run, artifacts)
-        self._uploads = BackgroundSink("uploads", lambda say: uploads)
+        self._uploads = BackgroundSink("uploads", lambda notify: uploads)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Log `metrics` at `step`."""
         self._run.log(metrics, step=step)
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
-        """Add rows to the table `samples`, which takes `_MAX_TABLE_ROWS` in all."""
+        """Add rows to the table `samples`, up to `_MAX_TABLE_ROWS` rows in all."""
         self._uploads.write_samples(step, samples)
 
     def close(self) -> None:
-        """Upload the artifacts and finish the run, within a bounded time."""
+        """Upload the artifacts and finish the run, within `close_seconds`."""
         self._uploads.end()
         self._uploads.join(time.monotonic() + self._upload_seconds)
         if fault := self._uploads.fault:
-            self._notice(f"samples and adapters are not all uploaded: {fault}")
+            self._notice(f"some samples or adapters are not uploaded: {fault}")
         try:
             self._run.finish()
         except TimeoutError:
-            self._notice(f"not all was uploaded; to do so: wandb sync {self._folder}/run-*")
+            self._notice(f"a part is not uploaded; upload it: wandb sync {self._folder}/run-*")
 
 
 class _Uploads:
-    """What W&B sends by itself waits for nobody; tables and files ask the server first, without
-    limit, so they have a thread of their own."""
+    """Uploads tables and files in a thread of its own, because wandb waits for the server for each.
+
+    wandb sends metrics without waiting.
+    """
 
     def __init__(self, run: Any, artifacts: Sequence[Path]) -> None:
         import wandb
@@ -107,14 +109,14 @@ class _Uploads:
         self._run = run
         self._artifacts = artifacts
         self._rows = 0
-        # An immutable table keeps its first rows only, a mutable one is sent whole each time.
+        # An immutable table keeps only its first rows, and a mutable one is sent whole each time.
         self._table: Any = wandb.Table(columns=list(_COLUMNS), log_mode="INCREMENTAL")
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Nothing: metrics go straight to the run."""
+        """Do nothing, because metrics go directly to the run."""
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
-        """Log the rows beside whatever step the metrics have come to; each names its own."""
+        """Log the rows at the current step of the metrics. Each row names its own step."""
         samples = samples[: _MAX_TABLE_ROWS - self._rows]
         for sample in samples:
             self._table.add_data(*(_cell(sample.get(column)) for column in _COLUMNS))
@@ -123,7 +125,7 @@ class _Uploads:
             self._run.log({"samples": self._table}, commit=False)
 
     def close(self) -> None:
-        """Upload the files that are there."""
+        """Upload the files that exist."""
         if files := [path for path in self._artifacts if path.is_file()]:
             artifact = self._wandb.Artifact(f"adapters-{self._run.id}", type="model")
             for path in files:
@@ -132,14 +134,10 @@ class _Uploads:
 
 
 def _cell(value: object) -> object:
-    """Columns of one type each: what JSON nests, or has no value, is text."""
+    """Return a value that keeps its column of one type: other values than numbers are text."""
     if isinstance(value, str | int | float):
         return value
     return "" if value is None else json.dumps(value)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def _has_key() -> bool:

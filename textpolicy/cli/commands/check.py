@@ -10,7 +10,7 @@ from textpolicy.config import TrainConfig
 from textpolicy.config.sections import TaskOptions
 from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.environment import sum_turn_rewards
-from textpolicy.environments.single_turn import gold_for_turn, prompt_text
+from textpolicy.environments.task_parts import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.threads import use_threads

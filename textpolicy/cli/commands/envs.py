@@ -1,4 +1,4 @@
-"""`textpolicy envs`: what there is to train on, and whether one keeps the contract."""
+"""`textpolicy envs`: list the environments, or check one and show a task of it."""
 
 from argparse import Namespace
 from importlib import import_module
@@ -7,12 +7,12 @@ from inspect import getdoc
 
 from textpolicy.cli.answer import Report, table
 from textpolicy.environments import check_env, gold_answers, load, ready_names
-from textpolicy.environments.single_turn import prompt_text
+from textpolicy.environments.task_parts import prompt_text
 from textpolicy.tracking.console import terminal_safe
 
 _LIBRARIES = {
-    "reasoning_gym:NAME": ("reasoning_gym", "reasoning-gym", "its tasks, such as basic_arithmetic"),
-    "textarena:NAME": ("textarena", "textarena", "its games, such as TicTacToe-v0"),
+    "reasoning_gym:NAME": ("reasoning_gym", "reasoning-gym", "a task, such as basic_arithmetic"),
+    "textarena:NAME": ("textarena", "textarena", "a game, such as TicTacToe-v0"),
 }
 
 
@@ -26,15 +26,16 @@ def _list() -> Report:
         "FILE.py[:NAME]": "a file of yours; see docs/environments.md",
         "gymnasium:ID": "any Gymnasium environment of text",
     }
-    for spec, (module, extra, what) in _LIBRARIES.items():
-        absent = "" if find_spec(module) else f"; needs: pip install 'textpolicy[{extra}]'"
-        others[spec] = what + absent
+    for spec, (module, extra, text) in _LIBRARIES.items():
+        missing = "" if find_spec(module) else f"; needs: pip install 'textpolicy[{extra}]'"
+        others[spec] = text + missing
     return Report(
         data={"ready": ready, "others": others}, text=table([*ready.items(), *others.items()])
     )
 
 
 def _summary(name: str) -> str:
+    """Return the first paragraph of the docstring of a ready environment."""
     text = getdoc(import_module(f"textpolicy_envs.{name}")) or ""
     return text.partition("\n\n")[0].replace("\n", " ")
 
@@ -43,11 +44,11 @@ def _show(spec: str, data: str | None) -> Report:
     environment = load(spec, data)
     check_env(environment, 20)
     (task,) = environment.heldout(1)
-    known = environment.gold is not None or "gold" in environment.make().reset(seed=task.seed)[1]
-    gold = gold_answers(environment, task) if known else []
+    has_gold = environment.gold is not None or "gold" in environment.make().reset(seed=task.seed)[1]
+    gold = gold_answers(environment, task) if has_gold else []
     prompt = prompt_text(task.prompt)
     rows = [("name", environment.name), ("prompt", terminal_safe(prompt))]
     rows += [("gold answer", terminal_safe(answer)) for answer in gold]
-    rows += [("max tokens", f"{environment.max_tokens}"), ("contract", "kept")]
-    found = {"env": environment.name, "prompt": prompt, "gold": gold}
-    return Report(data=found | {"max_tokens": environment.max_tokens}, text=table(rows))
+    rows += [("max tokens", f"{environment.max_tokens}"), ("check", "passed")]
+    data_found = {"env": environment.name, "prompt": prompt, "gold": gold}
+    return Report(data=data_found | {"max_tokens": environment.max_tokens}, text=table(rows))

@@ -1,4 +1,4 @@
-"""`textpolicy eval`: what a model earns on held-out tasks, and what its adapters change."""
+"""`textpolicy eval`: evaluate a model on held-out tasks, with and without its adapters."""
 
 from argparse import Namespace
 from contextlib import nullcontext
@@ -19,8 +19,7 @@ from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, scorer_of
 from textpolicy.tracking.console import terminal_safe
 
-_WIDTH = 200
-"""Characters of a prompt or an answer that are shown."""
+_MAX_SHOWN_CHARACTERS = 200
 
 
 def run(options: Namespace) -> Report:
@@ -30,18 +29,18 @@ def run(options: Namespace) -> Report:
     tasks = [find_task(task) for task in (config.task, *others)]
     start, dtype = config.adapter.start, dtype_of(config.model)
     model, tokenizer = load_model(config.model.name, start, dtype=dtype)
-    found = [
+    results = [
         _evaluate(config, ModelPolicy(model, tokenizer, sampling_of(config, task[0])), *task)
         for task in tasks
     ]
-    own, *rest = map(_data, found)
-    lines = [line for one in found for line in _lines(one, config.model.name, options.show)]
+    own, *rest = map(_data, results)
+    lines = [line for one in results for line in _lines(one, config.model.name, options.show)]
     return Report(data=own | {"others": rest}, text="\n".join(lines))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
-    """The base model's answers to the same tasks, and with adapters theirs."""
+class _Result:
+    """Evaluations of the base model, and of the model with adapters if there are any."""
 
     heldout: HeldOut
     evaluations: dict[str, Evaluation]
@@ -55,50 +54,50 @@ class _Found:
 
 def _evaluate(
     config: TrainConfig, policy: ModelPolicy, environment: Environment, rewards: Rewards
-) -> _Found:
-    asked, adapters = config.evaluation, AdapterContainer.of(policy.model)
+) -> _Result:
+    settings, adapters = config.evaluation, AdapterContainer.of(policy.model)
     with scorer_of(rewards) as scorer:
         heldout = HeldOut(
             name=environment.name,
-            tasks=environment.heldout(asked.count),
+            tasks=environment.heldout(settings.count),
             scorer=scorer,
             max_tokens=policy.sampling.max_tokens,
         )
 
-        def answered() -> Evaluation:
+        def evaluate_now() -> Evaluation:
             return evaluate(
                 policy,
                 heldout,
-                samples=asked.samples,
-                temperature=asked.temperature,
-                good=asked.good,
+                samples=settings.samples,
+                temperature=settings.temperature,
+                good=settings.good,
             )
 
         with adapters.disabled() if adapters else nullcontext():
-            evaluations = {"base": answered()}
+            evaluations = {"base": evaluate_now()}
         if adapters:
-            evaluations["adapter"] = answered()
-    return _Found(heldout=heldout, evaluations=evaluations)
+            evaluations["adapter"] = evaluate_now()
+    return _Result(heldout=heldout, evaluations=evaluations)
 
 
-def _data(found: _Found) -> dict[str, Any]:
-    evaluations, comparison = found.evaluations, found.comparison
-    scores = {name: asdict(evaluation.greedy_reward) for name, evaluation in evaluations.items()}
+def _data(result: _Result) -> dict[str, Any]:
+    evaluations, comparison = result.evaluations, result.comparison
+    rewards = {name: asdict(evaluation.greedy_reward) for name, evaluation in evaluations.items()}
     metrics = {name: evaluation.metrics("") for name, evaluation in evaluations.items()}
-    data = {"env": found.heldout.name, **scores, "metrics": metrics}
+    data = {"env": result.heldout.name, **rewards, "metrics": metrics}
     return data | ({"comparison": asdict(comparison)} if comparison else {})
 
 
-def _lines(found: _Found, model: str, show: int) -> list[str]:
-    heldout, comparison = found.heldout, found.comparison
+def _lines(result: _Result, model: str, show: int) -> list[str]:
+    heldout, comparison = result.heldout, result.comparison
     return [
         f"{model} on {len(heldout.tasks)} held-out tasks of {heldout.name}",
-        *_scores(found.evaluations),
-        *(_compared(comparison, show) if comparison else []),
+        *_reward_lines(result.evaluations),
+        *(_comparison_lines(comparison, show) if comparison else []),
     ]
 
 
-def _scores(evaluations: dict[str, Evaluation]) -> list[str]:
+def _reward_lines(evaluations: dict[str, Evaluation]) -> list[str]:
     rows: list[tuple[str, str]] = []
     for name, evaluation in evaluations.items():
         sampled = {k: v for k, v in evaluation.metrics("").items() if "@" in k}
@@ -107,18 +106,18 @@ def _scores(evaluations: dict[str, Evaluation]) -> list[str]:
     return [table(rows)]
 
 
-def _compared(comparison: Comparison, show: int) -> list[str]:
+def _comparison_lines(comparison: Comparison, show: int) -> list[str]:
     lines = [
         f"gain  {comparison} (paired bootstrap over tasks)",
         f"{comparison.better} tasks better, {comparison.worse} worse, "
         f"{comparison.count - len(comparison.differences)} equal",
     ]
     for difference in comparison.differences[:show]:
-        lines += ["", *_shown(difference)]
+        lines += ["", *_difference_lines(difference)]
     return lines
 
 
-def _shown(difference: TaskDifference) -> list[str]:
+def _difference_lines(difference: TaskDifference) -> list[str]:
     rows = [
         ("prompt", difference.prompt),
         (f"base {difference.reward_before:g}", difference.before),
@@ -128,5 +127,6 @@ def _shown(difference: TaskDifference) -> list[str]:
 
 
 def _cut(text: str) -> str:
-    shown = terminal_safe(text).replace("\n", "\\n")
-    return shown if len(shown) <= _WIDTH else f"{shown[:_WIDTH]} ..."
+    line = terminal_safe(text).replace("\n", "\\n")
+    limit = _MAX_SHOWN_CHARACTERS
+    return line if len(line) <= limit else f"{line[:limit]} ..."

@@ -1,4 +1,4 @@
-"""`textpolicy report`: runs as a page to look at."""
+"""`textpolicy report`: write an HTML page about one or several runs."""
 
 from argparse import Namespace
 

@@ -1,6 +1,5 @@
-"""`textpolicy runs`: what runs there are and how far they came, or where several of them differ."""
+"""`textpolicy runs`: list runs and how far they got, or compare several of them."""
 
-import tomllib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +12,13 @@ from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import terminal_safe
 from textpolicy.tracking.jsonl import read_metrics
 
-# Of the numbers of a run, those that are compared beside its evaluations.
+# The metrics that a comparison shows beside those of evaluations.
 _COMPARED = ("reward", "loss", "validation/loss", "entropy", "completions/mean_length", "time/step")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """One run as its files tell it. `best` is of evaluations: rewards, or validation losses."""
+    """One run, read from its files. `best` is its best evaluation reward or validation loss."""
 
     name: str
     task: str
@@ -32,38 +31,33 @@ class RunSummary:
 
 def run(options: Namespace) -> Report:
     paths: Sequence[Path] = options.paths or [Path("runs")]
-    found = [directory for path in paths for directory in _runs_in(path)]
+    directories = [directory for path in paths for directory in _runs_in(path)]
     if len(paths) > 1 and all(RunDirectory(path).exists for path in paths):
-        return _compare(found)
+        return _compare(directories)
     summaries = [
-        _summary(directory) if directory.path in paths else _among_others(directory)
-        for directory in found
+        _summary(directory) if directory.path in paths else _summary_or_unreadable(directory)
+        for directory in directories
     ]
     if not summaries:
         return Report(data={"runs": []}, text=f"no runs in {', '.join(map(str, paths))}")
-    return Report(data={"runs": [asdict(one) for one in summaries]}, text=_listed(summaries))
+    return Report(data={"runs": [asdict(one) for one in summaries]}, text=_table(summaries))
 
 
 def _runs_in(path: Path) -> list[RunDirectory]:
-    """The run that a folder is, or the runs that are in it."""
+    """Return the run that the folder is, or the runs inside the folder."""
     if RunDirectory(path).exists:
         return [RunDirectory(path)]
     if not path.is_dir():
-        raise ConfigError(f"{path} is no folder: name a run, or a folder of runs")
+        raise ConfigError(f"{path} is not a folder. Name a run, or a folder of runs")
     inside = [RunDirectory(folder) for folder in sorted(path.iterdir()) if folder.is_dir()]
     return [directory for directory in inside if directory.exists]
 
 
-def _config(directory: RunDirectory) -> dict[str, Any]:
-    """Settings by key, as they stand in the file: a run of another version can be read too."""
-    try:
-        content = tomllib.loads(directory.config.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{directory.config} is not TOML: {error}") from error
+def _settings(directory: RunDirectory) -> dict[str, Any]:
+    """Return the settings by key, such as "run.steps"."""
     return {
         f"{section}.{name}": value
-        for section, settings in content.items()
-        if isinstance(settings, dict)
+        for section, settings in directory.read_settings().items()
         for name, value in settings.items()
     }
 
@@ -72,8 +66,8 @@ def _rows(directory: RunDirectory) -> list[dict[str, Any]]:
     return read_metrics(directory.metrics) if directory.metrics.is_file() else []
 
 
-def _among_others(directory: RunDirectory) -> RunSummary:
-    """One that cannot be read hides no other; named by itself it is told why."""
+def _summary_or_unreadable(directory: RunDirectory) -> RunSummary:
+    """Return the summary of a run in a list, where one damaged run must not hide the others."""
     try:
         return _summary(directory)
     except DataError:
@@ -89,16 +83,17 @@ def _among_others(directory: RunDirectory) -> RunSummary:
 
 
 def _summary(directory: RunDirectory) -> RunSummary:
-    config, rows = _config(directory), _rows(directory)
-    supervised = "data.source" in config
-    planned = config.get("trainer.iterations", 0) if supervised else config.get("run.steps", 0)
+    settings, rows = _settings(directory), _rows(directory)
+    supervised = "data.source" in settings
+    planned = settings.get("trainer.iterations" if supervised else "run.steps", 0)
     done = max((row["step"] + ("reward" in row) for row in rows), default=0)
     evaluated = _values(rows, "validation/loss" if supervised else "eval/reward")
     state = "running" if directory.is_running else "finished" if done >= planned else "stopped"
+    task = settings.get("task.env") or settings.get("task.data") or settings.get("data.source")
     return RunSummary(
         name=directory.path.name,
-        task=str(config.get("task.env") or config.get("task.data") or config.get("data.source")),
-        algorithm="sft" if supervised else str(config.get("algorithm.name")),
+        task=str(task),
+        algorithm="sft" if supervised else str(settings.get("algorithm.name")),
         steps=done,
         planned=planned,
         best=(min if supervised else max)(evaluated) if evaluated else None,
@@ -110,7 +105,7 @@ def _values(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-def _listed(summaries: Sequence[RunSummary]) -> str:
+def _table(summaries: Sequence[RunSummary]) -> str:
     head = ("run", "task", "algorithm", "steps", "best", "state")
     cells = [
         (
@@ -128,19 +123,17 @@ def _listed(summaries: Sequence[RunSummary]) -> str:
 
 def _compare(directories: Sequence[RunDirectory]) -> Report:
     names = [directory.path.name for directory in directories]
-    config = _differing([_config(directory) for directory in directories])
-    config.pop("run.output", None)
-    metrics = _differing([_final(_rows(directory)) for directory in directories])
-    rows = [
-        (key, *(_shown(value) for value in values)) for key, values in (config | metrics).items()
-    ]
+    settings = _differing([_settings(directory) for directory in directories])
+    settings.pop("run.output", None)
+    metrics = _differing([_final_metrics(_rows(directory)) for directory in directories])
+    rows = [(key, *map(_to_text, values)) for key, values in (settings | metrics).items()]
     data = {"runs": [str(directory.path) for directory in directories]}
     text = _columns([("", *names), *rows]) if rows else "these runs do not differ"
-    return Report(data=data | {"config": config, "metrics": metrics}, text=text)
+    return Report(data=data | {"config": settings, "metrics": metrics}, text=text)
 
 
-def _final(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last value of each number worth comparing, and the best evaluation."""
+def _final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the last value of each compared metric, and the best evaluation reward."""
     last: dict[str, Any] = {}
     for row in rows:
         last |= {k: v for k, v in row.items() if k.startswith("eval/") or k in _COMPARED}
@@ -149,12 +142,13 @@ def _final(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _differing(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the keys whose values differ, each with the value in every mapping."""
     keys = dict.fromkeys(key for mapping in mappings for key in mapping)
     values = {key: [mapping.get(key) for mapping in mappings] for key in keys}
     return {key: found for key, found in values.items() if any(one != found[0] for one in found)}
 
 
-def _shown(value: Any) -> str:
+def _to_text(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,1 +1,1 @@
-"""Environments of other libraries; each is imported when one of its names is asked for."""
+"""Environments of other libraries. A bridge is imported when an environment of it is loaded."""

@@ -1,7 +1,7 @@
-"""Tasks of reasoning-gym by name, made without end and scored by its own verifiers.
+"""Tasks of the reasoning-gym library, scored by the library's verifiers.
 
-Some of those verifiers evaluate the answer as Python or hand it to sympy's parser, which does. What
-they are given is checked first: text of a model never runs.
+Some verifiers evaluate an answer as Python, or pass it to sympy's parser, which evaluates it. Each
+answer is checked before a verifier gets it, so that no text of a model is executed.
 """
 
 import ast
@@ -14,12 +14,12 @@ from importlib import import_module
 from random import Random
 from typing import Any
 
-from textpolicy.environments.environment import Environment, question_and_answer
+from textpolicy.environments.environment import Environment, from_function
 from textpolicy.environments.faults import environment_errors, verify_or_zero
 from textpolicy.errors import ConfigError, TaskError
 
 _MAX_TOKENS = 512
-# These evaluate answers: as Python literals, as sympy expressions.
+# Tasks whose verifiers evaluate answers, as Python literals and as sympy expressions.
 LITERAL_TASKS = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 EXPRESSION_TASKS = {
     "countdown",
@@ -31,23 +31,23 @@ EXPRESSION_TASKS = {
 _MAX_CHARACTERS = 10_000
 _MAX_EXPRESSION_CHARACTERS = 300
 _MAX_POWER = 1000
-# Tasks are picked by number from this many; a few kinds prepare all of theirs beforehand.
-_TASKS = 10**9
-_FEW_TASKS = 10_000
-_PREPARED = {"acre", "gsm_symbolic", "list_functions", "word_ladder"}
+# A task is drawn by its number. A few datasets make all their tasks first, so they get fewer.
+_SIZE = 10**9
+_SMALL_SIZE = 10_000
+_SMALL_DATASETS = {"acre", "gsm_symbolic", "list_functions", "word_ladder"}
 _REQUEST = "\n\nEnd with the answer alone, between <answer> and </answer>."
 _NAMES = {"sin", "cos", "tan", "exp", "log", "sqrt", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
 _WORD = re.compile(r"[A-Za-z]+")
 _EXPRESSION = re.compile(r"[A-Za-z0-9+\-*/(). ^]*")
 _POWER = re.compile(r"\*\*|\^")
-# A plain number or fraction, and no power of a power.
+# A whole number or a fraction, which is not itself raised to a power.
 _EXPONENT = re.compile(
     r" *(?:\( *-?([0-9]{1,3}) *(?:/ *[0-9]{1,3} *)?\)|-?([0-9]{1,3}))(?! *(?:\*\*|\^|[0-9.]))"
 )
 
 
 def load(name: str, **options: Any) -> Environment:
-    """The task of that name; `options` are those of its configuration, such as a difficulty."""
+    """Return the environment of a task. `options` go to its configuration, as a difficulty does."""
     try:
         known: Any = import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
@@ -58,10 +58,11 @@ def load(name: str, **options: Any) -> Environment:
     if name == "composite" or name not in known:
         near = get_close_matches(name, list(known), n=3)
         raise TaskError(
-            f"reasoning-gym has no single task {name!r}; the nearest of its {len(known)}: {near}"
+            f"reasoning-gym has no single task {name!r}; the nearest names among its {len(known)} "
+            f"are {near}"
         )
     task = ReasoningTask(name, options)
-    return question_and_answer(
+    return from_function(
         f"reasoning_gym:{name}",
         task.draw,
         task.reward,
@@ -72,8 +73,10 @@ def load(name: str, **options: Any) -> Environment:
 
 @dataclass(frozen=True)
 class ReasoningTask:
-    """One kind of task. Its reward is the library's score of what stands between answer tags, or
-    of the whole completion where there are none.
+    """One task of the library, made without end.
+
+    The reward is the library's score of the text between the answer tags, or of the whole
+    completion if there are no tags.
     """
 
     name: str
@@ -87,7 +90,7 @@ class ReasoningTask:
 
     @property
     def has_gold(self) -> bool:
-        """Whether the library knows an answer, and not only what is right of one."""
+        """Return whether the library gives an answer. Some tasks only have a verifier."""
         return isinstance(self._dataset[0]["answer"], str)
 
     def gold(self, example: Mapping[str, Any]) -> str:
@@ -102,7 +105,7 @@ class ReasoningTask:
 
     @property
     def _size(self) -> int:
-        return self.options.get("size", _FEW_TASKS if self.name in _PREPARED else _TASKS)
+        return self.options.get("size", _SMALL_SIZE if self.name in _SMALL_DATASETS else _SIZE)
 
     @cached_property
     def _dataset(self) -> Any:
@@ -111,7 +114,7 @@ class ReasoningTask:
 
 
 def is_safe_to_verify(answer: str, name: str) -> bool:
-    """Whether the verifier of that task may see the answer: nothing in it can run, or for long."""
+    """Return whether the task's verifier may get the answer: it executes no code and stays fast."""
     if name in LITERAL_TASKS:
         return len(answer) <= _MAX_CHARACTERS and _is_literal(answer)
     if name in EXPRESSION_TASKS:
@@ -129,7 +132,7 @@ def _is_literal(text: str) -> bool:
 
 
 def _is_expression(text: str, names: Set[str]) -> bool:
-    """Numbers, single letters and functions of a short list; all powers together stay small."""
+    """Return whether the text has only numbers, letters, the functions `names` and small powers."""
     if not _EXPRESSION.fullmatch(text):
         return False
     if any(len(word) > 1 and word not in names for word in _WORD.findall(text)):

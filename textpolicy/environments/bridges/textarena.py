@@ -1,4 +1,4 @@
-"""Games of TextArena by name, against a seeded opponent where they need one."""
+"""Games of the TextArena library, for one player or against an opponent with a seed."""
 
 import random
 import re
@@ -19,28 +19,30 @@ from textpolicy.environments.space import AnyText
 from textpolicy.errors import ConfigError, TaskError
 
 _MAX_TOKENS = 256
-# Games fall over numbers of thousands of digits; no move is nearly as long.
-_MAX_CHARACTERS = 1000
+# Games raise errors on numbers of thousands of digits, and no legal move is this long.
+_MAX_MOVE_CHARACTERS = 1000
 Opponent = Callable[[str, Random], str]
-"""Given what the other player sees and a generator: that player's move."""
+"""Takes the opponent's observation and a random generator; returns the opponent's move."""
 _MOVE = re.compile(r"\[[^\[\]\s]+\]")
 
 
 def load(name: str, opponent: Opponent | None = None) -> Environment:
-    """The game of that id, such as "TicTacToe-v0"; we are player 0.
+    """Return the environment of a game, such as "TicTacToe-v0". The model is player 0.
 
-    The default opponent draws one of the moves that the game lists in brackets.
+    The default opponent plays a random move of those that the game lists in brackets.
     """
-    known = _games()
+    known = _game_names()
     if name not in known:
         near = get_close_matches(name, known, n=3)
-        raise TaskError(f"TextArena has no game {name!r}; the nearest of its {len(known)}: {near}")
+        raise TaskError(
+            f"TextArena has no game {name!r}; the nearest names among its {len(known)} are {near}"
+        )
     make = partial(TextArenaEnv, name, opponent or random_listed_move)
     return from_gymnasium(make, name=f"textarena:{name}", max_tokens=_MAX_TOKENS)
 
 
 def random_listed_move(observation: str, rng: Random) -> str:
-    """One of the bracketed moves of the last line that has any."""
+    """Return a random move in brackets from the last line that has one, or "" without a move."""
     for line in reversed(observation.splitlines()):
         if moves := _MOVE.findall(line):
             return rng.choice(moves)
@@ -48,9 +50,10 @@ def random_listed_move(observation: str, rng: Random) -> str:
 
 
 class TextArenaEnv(gym.Env[str, str]):
-    """A fresh game at each `reset`; observations hold what is new since the last.
+    """A game against `opponent`. An observation is the text that is new since the last one.
 
-    The reward is the game's for player 0, at its end. The game reads 1,000 characters of an answer.
+    The reward comes at the end and is the game's reward of player 0. The game gets at most 1,000
+    characters of an answer.
     """
 
     def __init__(self, name: str, opponent: Opponent = random_listed_move) -> None:
@@ -67,41 +70,41 @@ class TextArenaEnv(gym.Env[str, str]):
         self._rng = Random(number)
         self._states = (Random(number).getstate(), np.random.RandomState(number).get_state())
         self._seen = ""
-        with self._alone():
+        with self._own_random_state():
             self._game = _start(self._name, number)
             self._over = False
-            self._oppose()
-            return self._news(""), {}
+            self._play_opponent()
+            return self._new_text(""), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        with self._alone():
-            self._over, _ = self._game.step(action[:_MAX_CHARACTERS])
-            self._oppose()
+        with self._own_random_state():
+            self._over, _ = self._game.step(action[:_MAX_MOVE_CHARACTERS])
+            self._play_opponent()
             if not self._over:
-                return self._news(action), 0.0, False, False, {}
+                return self._new_text(action), 0.0, False, False, {}
             rewards, infos = self._game.close()
         return str(infos[0].get("reason", "")), float(rewards.get(0, 0)), True, False, {}
 
-    def _oppose(self) -> None:
+    def _play_opponent(self) -> None:
         while not self._over:
             player, observation = self._game.get_observation()
             if player == 0:
                 return
             self._over, _ = self._game.step(self._opponent(str(observation), self._rng))
 
-    def _news(self, action: str) -> str:
-        """What player 0 has not seen yet: the game repeats itself, and our own move."""
+    def _new_text(self, action: str) -> str:
+        """Return what player 0 has not seen: the game repeats earlier text and the last action."""
         _, observation = self._game.get_observation()
         seen, self._seen = self._seen, str(observation)
-        news = self._seen.removeprefix(seen)
-        before, said, after = news.partition(action) if action else ("", "", news)
-        return after if said and "\n" not in before.strip() else news
+        text = self._seen.removeprefix(seen)
+        before, repeated, after = text.partition(action) if action else ("", "", text)
+        return after if repeated and "\n" not in before.strip() else text
 
     @contextmanager
-    def _alone(self) -> Generator[None, None, None]:
-        """Games draw from Python's and numpy's global generators: give them those of this game.
+    def _own_random_state(self) -> Generator[None, None, None]:
+        """Set Python's and numpy's global generators to this game's own states inside the block.
 
-        Otherwise what one episode draws would depend on which others are played beside it.
+        Games draw from the global generators, so parallel episodes would change each other.
         """
         outer = (random.getstate(), np.random.get_state())
         random.setstate(self._states[0])
@@ -121,8 +124,8 @@ def _start(name: str, seed: int) -> Any:
         game = library.make(name)
     except LookupError as error:
         raise TaskError(
-            f"TextArena's {name} needs word lists that are not on this machine; with a network, "
-            f"its first use fetches them: {str(error).strip().splitlines()[0]}"
+            f"TextArena's {name} needs word lists that are not on this machine and could not be "
+            f"downloaded: {str(error).strip().splitlines()[0]}"
         ) from error
     for players in (1, 2):
         try:
@@ -131,10 +134,10 @@ def _start(name: str, seed: int) -> Any:
             game = library.make(name)
         else:
             return game
-    raise TaskError(f"TextArena's {name} is for more than 2 players; expected 1 or 2")
+    raise TaskError(f"TextArena's {name} has more than 2 players; expected 1 or 2")
 
 
-def _games() -> list[str]:
+def _game_names() -> list[str]:
     try:
         registration: Any = import_module("textarena.envs.registration")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A run, or several beside each other, as one HTML file that needs nothing else."""
+"""The HTML report of one or several runs, in a single file that loads nothing else."""
 
 from textpolicy.tracking.report.page import write_report
 

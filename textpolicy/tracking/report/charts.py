@@ -1,13 +1,13 @@
-"""Which numbers are drawn together, and in what order people look at them."""
+"""The charts of the report: which metrics share a chart, and the order of the charts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Line:
-    """One metric in a chart. What is shaded is `spread` above and below it, or `low` to `high`."""
+    """One metric in a chart. The shaded band is `spread` around the line, or `low` to `high`."""
 
     metric: str
     label: str
@@ -18,35 +18,29 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Metrics over one pair of axes; `note` says what a reader would ask."""
+    """Metrics over one pair of axes. `note` is a short explanation for the reader."""
 
     title: str
     lines: Sequence[Line]
     note: str = ""
     kind: Literal["lines", "stack"] = "lines"
     zero: bool = False
-    """Whether the axis begins at 0, for shares and amounts."""
+    """Whether the vertical axis begins at 0, as for shares and amounts."""
 
 
 _LENGTH = "completions/{}_length"
-_SAMPLING = "sampling/"
+_TIMES = ("generate", "reward", "score", "update", "publish", "reload", "evaluate", "checkpoint")
 _REWARD = Chart(
     "Reward",
     [Line("reward", "mean reward", spread="reward_std")],
     "shaded: the spread inside a group",
 )
-_SUPERVISED = [
-    Chart("Loss", [Line("loss", "training"), Line("validation/loss", "validation")]),
-]
+_LOSS = Chart("Loss", [Line("loss", "training"), Line("validation/loss", "validation")])
 _CHARTS = [
     Chart(
         "Groups",
-        [
-            Line("frac_mixed", "mixed"),
-            Line("frac_all_bad", "all bad"),
-            Line("frac_all_good", "all good"),
-        ],
-        "mixed groups are what is learned from",
+        [Line(f"frac_{name}", name.replace("_", " ")) for name in ("mixed", "all_bad", "all_good")],
+        "only mixed groups have a gradient",
         zero=True,
     ),
     Chart(
@@ -78,27 +72,18 @@ _CHARTS = [
     Chart(
         "Sampler and trainer",
         [
-            Line(f"{_SAMPLING}sampling_logp_difference/mean", "difference of log-probabilities"),
-            Line(f"{_SAMPLING}mismatch_kl", "divergence"),
+            Line("sampling/sampling_logp_difference/mean", "difference of log-probabilities"),
+            Line("sampling/mismatch_kl", "divergence"),
         ],
-        "nats a token; rounding, as long as it is tiny",
+        "nats a token; tiny values are rounding",
     ),
     Chart("Gradient norm", [Line("grad_norm", "before clipping")], zero=True),
     Chart("Learning rate", [Line("learning_rate", "learning rate")], zero=True),
-    Chart("Adapters", [Line("adapters/delta_norm", "norm of what they add")], zero=True),
+    Chart("Adapters", [Line("adapters/delta_norm", "norm of their change")], zero=True),
     Chart(
         "Time in a step",
-        [
-            Line("time/generate", "generate"),
-            Line("time/reward", "reward"),
-            Line("time/score", "score"),
-            Line("time/update", "update"),
-            Line("time/publish", "publish"),
-            Line("time/reload", "reload"),
-            Line("time/evaluate", "evaluate"),
-            Line("time/checkpoint", "checkpoint"),
-        ],
-        "seconds, one on top of the other",
+        [Line(f"time/{name}", name) for name in _TIMES],
+        "seconds, stacked",
         kind="stack",
         zero=True,
     ),
@@ -108,34 +93,34 @@ _CHARTS = [
 STACKED_METRICS = frozenset(
     line.metric for chart in _CHARTS if chart.kind == "stack" for line in chart.lines
 )
-"""Metrics that are drawn on top of each other, so that each needs a value wherever one has."""
+"""Metrics of stacked charts. A step needs a value for each of them, or the stack has gaps."""
 _NOT_DRAWN = ("version", "sink_errors", "num_tokens", "time/train", "time/step", "alarm/")
 
 
 def charts_for(metrics: Mapping[str, bool]) -> list[dict[str, Any]]:
-    """The charts of these metrics, each with whether it is ever anything but 0.
+    """Return the charts of these metrics. `metrics` says of each if it is ever anything but 0.
 
-    Charts that are only 0, and of metrics that have no place, come last and are marked as `more`.
+    Charts with only zeros, and charts of metrics without a place of their own, come last and have
+    the mark `more`.
     """
     names = list(metrics)
-    first = [_REWARD] if "reward" in names else _SUPERVISED
-    chosen = [*first, *_evaluation(names), *_parts(names), *_CHARTS]
-    drawn = [chart for chart in (_with_data(chart, set(names)) for chart in chosen) if chart.lines]
-    used = {metric for chart in drawn for line in chart.lines for metric in asdict(line).values()}
+    main = _REWARD if "reward" in names else _LOSS
+    candidates = [main, *_evaluation_charts(names), *_reward_function_charts(names), *_CHARTS]
+    kept = [
+        replace(chart, lines=[line for line in chart.lines if line.metric in metrics])
+        for chart in candidates
+    ]
+    charts = [chart for chart in kept if chart.lines]
+    used = {metric for chart in charts for line in chart.lines for metric in asdict(line).values()}
     others = [n for n in names if n not in used and not n.startswith(_NOT_DRAWN)]
-    alive = [chart for chart in drawn if any(metrics[line.metric] for line in chart.lines)]
-    more = [chart for chart in drawn if chart not in alive]
+    nonzero = [chart for chart in charts if any(metrics[line.metric] for line in chart.lines)]
+    more = [chart for chart in charts if chart not in nonzero]
     more += [Chart(name, [Line(name, name)]) for name in sorted(others)]
-    return [asdict(chart) | {"more": chart in more} for chart in [*alive, *more]]
+    return [asdict(chart) | {"more": chart in more} for chart in [*nonzero, *more]]
 
 
-def _with_data(chart: Chart, names: set[str]) -> Chart:
-    lines = [line for line in chart.lines if line.metric in names]
-    return Chart(chart.title, lines, chart.note, chart.kind, chart.zero)
-
-
-def _evaluation(names: Sequence[str]) -> list[Chart]:
-    """One chart for each environment that was evaluated."""
+def _evaluation_charts(names: Sequence[str]) -> list[Chart]:
+    """Return one chart for each evaluated environment."""
     folders = dict.fromkeys(n.rpartition("/")[0] for n in names if n.startswith("eval/"))
     return [
         Chart(
@@ -154,8 +139,8 @@ def _evaluation(names: Sequence[str]) -> list[Chart]:
     ]
 
 
-def _parts(names: Sequence[str]) -> list[Chart]:
-    """The means of several reward functions; of one alone, it is the reward again."""
+def _reward_function_charts(names: Sequence[str]) -> list[Chart]:
+    """Return a chart of the means of several reward functions. One mean equals the reward."""
     means = [n for n in names if n.startswith("rewards/") and n.endswith("/mean")]
     lines = [Line(name, name.split("/")[1], spread=f"{name[:-5]}/std") for name in means]
     return [Chart("Reward functions", lines)] if len(lines) > 1 else []

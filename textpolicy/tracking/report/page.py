@@ -1,4 +1,4 @@
-"""The page itself: one file, no network, and no script or style but its own."""
+"""Write the HTML page of the report. The page loads nothing and runs only its own script."""
 
 import json
 import re
@@ -18,17 +18,17 @@ _SCRIPTS = ("elements.js", "charts.js", "samples.js", "page.js")
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write the runs as a page, into the first of them if `output` is None; returns where it is.
+    """Write the page of the runs to `output`, or into the first run. Return the page's path.
 
-    Whatever the runs hold, it is shown as text: the page's content policy lets nothing run but the
-    script that is part of it, and nothing load.
+    The content of the runs is shown as text. The page's content security policy allows only the
+    page's own script and style, and loads nothing.
     """
     shown = [read_run(path, sample_bytes=SAMPLE_BYTES // len(runs)) for path in runs]
-    alive: dict[str, bool] = {}
+    nonzero: dict[str, bool] = {}
     for name, points in (item for run in shown for item in run["metrics"].items()):
-        alive[name] = alive.get(name, False) or any(value for _, value in points)
+        nonzero[name] = nonzero.get(name, False) or any(value for _, value in points)
     title = " and ".join(run["name"] for run in shown)
-    data = {"title": title, "runs": shown, "charts": charts_for(alive)}
+    data = {"title": title, "runs": shown, "charts": charts_for(nonzero)}
     target = output or RunDirectory(runs[0]).report
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.write_text(_page(title, data), encoding="utf-8")
@@ -36,25 +36,20 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def _page(title: str, data: object) -> str:
-    style = _part("page.css")
-    script = "\n".join(_part(name) for name in _SCRIPTS)
-    # In a script element only "<" could end it or open a comment; as an escape it is the same JSON.
+    style = _read_resource("page.css")
+    script = "\n".join(map(_read_resource, _SCRIPTS))
+    # Only "<" could end the script element or begin a comment. The escape is equal JSON.
     content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    parts = {
-        "POLICY": policy,
-        "TITLE": escape(title),
-        "STYLE": style,
-        "DATA": content,
-        "SCRIPT": script,
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], _part("page.html"))
+    parts = {"POLICY": policy, "TITLE": escape(title), "STYLE": style, "DATA": content}
+    parts["SCRIPT"] = script
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read_resource("page.html"))
 
 
-def _part(name: str) -> str:
+def _read_resource(name: str) -> str:
     return files("textpolicy.tracking.report").joinpath(name).read_text("utf-8")
 
 

@@ -1,7 +1,6 @@
-"""What a page shows of a run: its curves, its settings, its numbers in short."""
+"""Read a run for the report: its curves, settings, samples and main numbers."""
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,112 +14,14 @@ from textpolicy.tracking.report.samples import choose_samples
 
 # A chart is some hundreds of pixels wide.
 _MAX_POINTS = 400
-_DIGITS = 5
 
 _Rows = Sequence[Mapping[str, float]]
 _Points = list[tuple[float, float]]
-
-
-def read_run(path: Path, *, sample_bytes: int) -> dict[str, Any]:
-    """Everything that the page knows of the run in `path`."""
-    directory = RunDirectory(path)
-    if not directory.metrics.is_file():
-        raise DataError(
-            f"{path} holds no {directory.metrics.name}: expected the directory of a run, such as "
-            "runs/add; `textpolicy runs` lists them"
-        )
-    rows = read_metrics(directory.metrics)
-    config = _config(directory.config)
-    samples, total = choose_samples(directory.samples, sample_bytes)
-    names = dict.fromkeys(name for row in rows for name in row if name != "step")
-    return {
-        "name": path.resolve().name,
-        "config": config,
-        "facts": [*_settings(config), *_facts(rows)],
-        "metrics": {name: _thinned(_drawn(rows, name)) for name in names},
-        "samples": samples,
-        "samples_total": total,
-    }
-
-
-def _drawn(rows: _Rows, name: str) -> _Points:
-    if name not in STACKED_METRICS:
-        return _points(rows, name)
-    # What a step did not do took no time in it.
-    return [(row["step"], row.get(name, 0.0)) for row in rows if "time/step" in row]
-
-
-def _points(rows: _Rows, name: str) -> _Points:
-    return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-
-
-def _thinned(points: _Points) -> _Points:
-    """At most `_MAX_POINTS` points: the means of as many stretches, where there are more."""
-    size = max(1, math.ceil(len(points) / _MAX_POINTS))
-    stretches = [points[start : start + size] for start in range(0, len(points), size)]
-    return [
-        (stretch[len(stretch) // 2][0], _rounded(sum(value for _, value in stretch) / len(stretch)))
-        for stretch in stretches
-    ]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
-
-
-def _config(path: Path) -> dict[str, dict[str, str]]:
-    """Settings by section, in words; nothing, where the run was begun without the command."""
-    if not path.is_file():
-        return {}
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not TOML: {error}") from error
-    return {
-        section: {name: f"{value}" for name, value in settings.items()}
-        for section, settings in content.items()
-        if isinstance(settings, dict) and settings
-    }
-
-
-def _facts(rows: _Rows) -> list[tuple[str, str]]:
-    """The run in a few numbers, as far as it has them."""
-    # A row without the time of a step is of its end: an evaluation, a report of several updates.
-    done = max((row["step"] + ("time/step" in row) for row in rows), default=0)
-    facts = [("steps", f"{done:,.0f}")]
-    for name, title in _COURSES.items():
-        if (points := _points(rows, name)) and not (name == "loss" and "reward" in rows[0]):
-            facts.append((title, _course([value for _, value in points])))
-    for name, (title, pattern) in _TOTALS.items():
-        if points := _points(rows, name):
-            facts.append((title, pattern.format(sum(value for _, value in points))))
-    fired = [(row["step"], name) for row in rows for name in row if _fires(row, name)]
-    first = {name: step for step, name in reversed(fired)}
-    facts += [(name.replace("/", ": "), f"at step {step:g}") for name, step in first.items()]
-    return facts
-
-
-def _course(values: Sequence[float]) -> str:
-    """From the mean of the first tenth to that of the last: single steps are noise."""
-    count = max(1, len(values) // 10)
-    return f"{fmean(values[:count]):.3g} → {fmean(values[-count:]):.3g}"
-
-
-def _settings(config: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
-    """What was done, in a few words."""
-    found = [(title, config.get(s, {}).get(name)) for title, s, name in _TITLES]
-    return [(title, value) for title, value in found if value]
-
-
-def _fires(row: Mapping[str, float], name: str) -> bool:
-    return name.startswith("alarm/") and row[name] > 0
-
-
-_TITLES = [
+_SETTINGS = [
     *[("task", "task", "env"), ("data", "task", "data"), ("data", "data", "source")],
     *[("algorithm", "algorithm", "name"), ("model", "model", "name")],
 ]
-_COURSES = {
+_CHANGES = {
     "reward": "reward",
     "eval/reward": "greedy, held out",
     "validation/loss": "validation loss",
@@ -132,3 +33,83 @@ _TOTALS = {
     "num_tokens": ("tokens sampled", "{:,.0f}"),
     "time/step": ("seconds in steps", "{:,.1f}"),
 }
+
+
+def read_run(path: Path, *, sample_bytes: int) -> dict[str, Any]:
+    """Return the report's data of the run in `path`, with about `sample_bytes` of samples."""
+    directory = RunDirectory(path)
+    if not directory.metrics.is_file():
+        raise DataError(
+            f"{path} has no {directory.metrics.name}; expected the directory of a run, such as "
+            "runs/add. `textpolicy runs` lists the runs"
+        )
+    rows = read_metrics(directory.metrics)
+    # A run that was not started by the command has no config.
+    settings = directory.read_settings() if directory.config.is_file() else {}
+    config = {
+        section: {name: f"{value}" for name, value in values.items()}
+        for section, values in settings.items()
+        if values
+    }
+    samples, total = choose_samples(directory.samples, sample_bytes)
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    return {
+        "name": path.resolve().name,
+        "config": config,
+        "facts": [*_main_settings(config), *_main_numbers(rows)],
+        "metrics": {name: _thin_out(_drawn_points(rows, name)) for name in names},
+        "samples": samples,
+        "samples_total": total,
+    }
+
+
+def _drawn_points(rows: _Rows, name: str) -> _Points:
+    if name not in STACKED_METRICS:
+        return _points(rows, name)
+    # A step that did not do this took no time for it.
+    return [(row["step"], row.get(name, 0.0)) for row in rows if "time/step" in row]
+
+
+def _points(rows: _Rows, name: str) -> _Points:
+    return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+
+
+def _thin_out(points: _Points) -> _Points:
+    """Return at most `_MAX_POINTS` points, each the mean of several points if there are more."""
+    size = max(1, math.ceil(len(points) / _MAX_POINTS))
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [
+        (part[len(part) // 2][0], float(f"{sum(value for _, value in part) / len(part):.5g}"))
+        for part in parts
+    ]
+
+
+def _main_settings(config: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
+    found = [(title, config.get(section, {}).get(name)) for title, section, name in _SETTINGS]
+    return [(title, value) for title, value in found if value]
+
+
+def _main_numbers(rows: _Rows) -> list[tuple[str, str]]:
+    """Return steps, changes, totals and alarms of a run as pairs of title and value."""
+    # A row without the time of a step comes after the last step, as a last evaluation does.
+    done = max((row["step"] + ("time/step" in row) for row in rows), default=0)
+    numbers = [("steps", f"{done:,.0f}")]
+    for name, title in _CHANGES.items():
+        if (points := _points(rows, name)) and not (name == "loss" and "reward" in rows[0]):
+            numbers.append((title, _change([value for _, value in points])))
+    for name, (title, pattern) in _TOTALS.items():
+        if points := _points(rows, name):
+            numbers.append((title, pattern.format(sum(value for _, value in points))))
+    first: dict[str, float] = {}
+    for row in rows:
+        for name in row:
+            if name.startswith("alarm/") and row[name] > 0:
+                first.setdefault(name, row["step"])
+    numbers += [(name.replace("/", ": "), f"at step {step:g}") for name, step in first.items()]
+    return numbers
+
+
+def _change(values: Sequence[float]) -> str:
+    """Return the mean of the first and of the last tenth, because single steps are noise."""
+    count = max(1, len(values) // 10)
+    return f"{fmean(values[:count]):.3g} → {fmean(values[-count:]):.3g}"

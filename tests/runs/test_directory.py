@@ -30,7 +30,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     with holder, holder.stdout:
         assert holder.stdout.readline() == "held\n"
         assert directory.is_running
-        refused = pytest.raises(ConfigError, match=f"written by process {holder.pid}")
+        refused = pytest.raises(ConfigError, match=f"process {holder.pid} is writing the run")
         with refused, directory.lock():
             pass
         holder.send_signal(signal.SIGKILL)
