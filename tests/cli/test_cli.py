@@ -400,7 +400,7 @@ def test_a_reward_that_returns_a_string_is_shown_with_it(
 
 def test_a_reward_that_never_scores_is_an_error_and_not_a_zero(failure, rewards):
     argv = ["eval", "--env", "add", "--reward", rewards("decline"), "--count", "4"]
-    assert "declined" in failure(*argv)
+    assert "returned None for each of 4 held-out completions" in failure(*argv)
 
 
 def test_an_adapter_file_that_is_missing_is_named(failure):
