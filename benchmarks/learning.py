@@ -20,7 +20,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import partial, wraps
 from itertools import islice, product
@@ -38,12 +37,12 @@ from textpolicy.algorithms import Algorithm
 from textpolicy.config import ALGORITHMS, DEMO, TrainConfig, changed
 from textpolicy.environments import gold_answers
 from textpolicy.experiment.assembly import Experiment, find_algorithm
-from textpolicy.experiment.rl_run import run_experiment
+from textpolicy.experiment.events import Reporter, RunEvent, RunResult
+from textpolicy.experiment.reinforcement import train_policy
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.console import Console
 from textpolicy.training.sft import Demonstration, SFTParameters, train_sft
 from textpolicy.types import AdvantageFn, Batch, LossFn
 
@@ -113,15 +112,16 @@ def prepared(config: TrainConfig, *, control: bool) -> Algorithm:
 
 def teacher(config: TrainConfig) -> nn.Module:
     """The embedded model with what a run of GRPO taught it."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(Console(sys.stderr, config.run.steps)) as console,
-    ):
-        grpo = changed(config, {"algorithm.name": "grpo"})
+    with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))
-        run_experiment(grpo, directory, console)
+        train_policy(changed(config, {"algorithm.name": "grpo"}), directory, Reporter(show))
         model, _ = load_model(config.model.name, directory.latest)
     return model
+
+
+def show(event: RunEvent) -> None:
+    """Print an event where it is in no one's way."""
+    print(event, file=sys.stderr)
 
 
 def misheard(policy_loss: LossFn, seed: int) -> LossFn:
@@ -142,31 +142,27 @@ def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
     """One run from the embedded model, as a record of what it gained and what it took."""
     env = str(config.task.env)
     algorithm = prepared(config, control=control)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(Console(sys.stderr, config.run.steps)) as console,
-    ):
-        prepare = partial(warm_up, env=env, seed=config.run.seed)
-        outcome = run_experiment(
+    with tempfile.TemporaryDirectory() as folder:
+        result: RunResult = train_policy(
             config,
             RunDirectory(Path(folder)),
-            console,
-            algorithm,
-            prepare if env in WARM_UPS else lambda experiment: None,
+            Reporter(show),
+            algorithm=algorithm,
+            prepare=partial(warm_up, env=env, seed=config.run.seed) if env in WARM_UPS else None,
         )
-    assert outcome.after
-    gain = outcome.after.reward - outcome.before.reward
+    assert result.before and result.after
+    gain = result.after.value - result.before.value
     return {
         "env": env,
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,
         "control": control,
-        "before": round(outcome.before.reward, 4),
-        "after": round(outcome.after.reward, 4),
+        "before": round(result.before.value, 4),
+        "after": round(result.after.value, 4),
         "gain": round(gain, 4),
         "as_expected": gain < MARGIN if control else gain > MARGIN,
-        "steps": outcome.steps,
-        "seconds": round(outcome.seconds, 1),
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
     }
 
 

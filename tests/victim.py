@@ -167,11 +167,12 @@ def _limit_files(size: int) -> None:
 
 
 def train_stoppably(folder: Path, options: Mapping[str, Any], hold: bool, said: Connection) -> None:
-    """Says how many steps are done, what signals lead to, and how to go on.
+    """Says how many steps are done and what signals lead to.
 
     The first reward of the third step waits for a word; with `hold` it then takes minutes in C.
     """
-    from textpolicy.experiment.signals import stopping
+    from textpolicy.cli.signals import stopping
+    from textpolicy.types import Progress
 
     rewards = count()
 
@@ -185,15 +186,18 @@ def train_stoppably(folder: Path, options: Mapping[str, Any], hold: bool, said: 
     # A shell may have started the tests with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with stopping(said.send) as request:
-        observe = request.heeded(lambda report: said.send(report.step + 1))
+
+        def observe(report: Any) -> Any:
+            said.send(report.step + 1)
+            return Progress.STOP if request.signal else Progress.MORE
+
         train(folder, options, observe, before_reward)
-    said.send(request.farewell(folder))
     raise SystemExit(request.exit_code)
 
 
 def wait_without_a_terminal(said: Connection) -> None:
     """Waits for signals; what they would say cannot be said."""
-    from textpolicy.experiment.signals import stopping
+    from textpolicy.cli.signals import stopping
 
     def announce(line: str) -> None:
         said.send(line)

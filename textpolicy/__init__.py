@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from textpolicy.adapters.config.rules import LoRARule
     from textpolicy.adapters.container import AdapterContainer
     from textpolicy.buffer import Buffer
+    from textpolicy.config import SFTConfig, TrainConfig
+    from textpolicy.experiment import Measurement, RunEvent, RunResult, run
     from textpolicy.generation.mlx_generation import create_policy, load_model
     from textpolicy.generation.model_files import tiny_model
     from textpolicy.loop import StepReport, train_rl
@@ -44,11 +46,15 @@ __all__ = [
     "Buffer",
     "Completion",
     "LoRARule",
+    "Measurement",
     "Policy",
     "Progress",
     "Rewards",
     "Rollout",
     "RolloutGroup",
+    "RunEvent",
+    "RunResult",
+    "SFTConfig",
     "SFTParameters",
     "Sample",
     "Sampling",
@@ -56,6 +62,7 @@ __all__ = [
     "StepReport",
     "StopReason",
     "Task",
+    "TrainConfig",
     "Trainer",
     "check_reward",
     "collect",
@@ -64,6 +71,7 @@ __all__ = [
     "load_model",
     "plan_memory",
     "reward",
+    "run",
     "tiny_model",
     "train_rl",
     "train_sft",
@@ -76,6 +84,12 @@ _HOME = {
     "LoRARule": "textpolicy.adapters.config.rules",
     "plan_memory": "textpolicy.planning.memory_plan",
     "Buffer": "textpolicy.buffer",
+    "Measurement": "textpolicy.experiment",
+    "RunEvent": "textpolicy.experiment",
+    "RunResult": "textpolicy.experiment",
+    "SFTConfig": "textpolicy.config",
+    "TrainConfig": "textpolicy.config",
+    "run": "textpolicy.experiment",
     "Rewards": "textpolicy.rewards",
     "SFTParameters": "textpolicy.training.sft",
     "Sample": "textpolicy.rewards",

@@ -444,7 +444,7 @@ def test_a_run_without_any_signal_says_so_and_leaves_adapters_that_change_nothin
 ):
     argv = ["train", *SMALL_RUN, "--steps", "2", "--reward", rewards("flat")]
     assert main([*argv, "--output", str(tmp_path / "run")]) == 0
-    assert "no update was made" in capsys.readouterr().out
+    assert "No update was made" in capsys.readouterr().out
     adapter = str(tmp_path / "run" / "adapters" / "latest.safetensors")
     task = ["--env", "add", "--count", "4", "--reward", rewards("checksum")]
     report = answer("eval", *task, "--adapter", adapter)

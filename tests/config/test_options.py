@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -19,26 +18,27 @@ from textpolicy.algorithms.parts import averages
 from textpolicy.algorithms.parts.kl import k2
 from textpolicy.algorithms.parts.ratio_levels import SEQUENCE
 from textpolicy.algorithms.parts.token_weights import off_policy_mask
-from textpolicy.cli.commands.sft import data_of, parameters_of
 from textpolicy.config import SFTConfig, TrainConfig, changed, read_toml, settings_of
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.experiment.assembly import (
     Experiment,
     adapter_config,
+    apply_thread_option,
     assemble,
+    checkpoints_of,
     dtype_of,
     find_algorithm,
+    load_sft_data,
     optimizer_of,
+    plain_settings,
+    sft_parameters,
 )
 from textpolicy.experiment.assembly import adapt as adapt_model
-from textpolicy.experiment.recording import plain
-from textpolicy.experiment.rl_run import checkpoints_of, run_experiment
+from textpolicy.experiment.run import run
 from textpolicy.experiment.tasks import find_task
-from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import tiny_model
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.console import Console
 from textpolicy.tracking.jsonl import read_rows
 from textpolicy.tracking.open import ServiceOptions
 
@@ -122,21 +122,22 @@ def test_threads_are_those_of_the_matrix_products():
     if before is None:
         pytest.skip("the threads of this BLAS cannot be set")
     options = changed(DEFAULTS, {"model.threads": 2}).model
-    use_threads(options)
+    apply_thread_option(options)
     assert fast_cpu.enable().threads == 2
-    use_threads(DEFAULTS.model)
+    apply_thread_option(DEFAULTS.model)
     assert fast_cpu.enable().threads == 1
     fast_cpu.set_threads(before)
 
 
 def test_fresh_adapters_are_what_the_words_say(assembled):
-    adapters = assembled(
+    experiment = assembled(
         adapter__kind="dora",
         adapter__rank=3,
         adapter__scale=1.5,
         adapter__num_layers=1,
         adapter__keys=("self_attn.q_proj",),
-    ).adapters
+    )
+    adapters = experiment.adapters
     (rule,) = adapters.config.rules
     assert (rule.kind, rule.rank, rule.scale) == ("dora", 3, 1.5)
     assert [path.rpartition("layers.")[2] for path in adapters.layers()] == [
@@ -183,7 +184,7 @@ def test_training_goes_on_from_the_adapters_of_a_file(assembled, tmp_path):
     assert second.version == first.version
     for name, value in first.parameters().items():
         assert mx.array_equal(second.parameters()[name], value)
-    with pytest.raises(ConfigError, match="leave out --quantize"):
+    with pytest.raises(ConfigError, match="Leave out --quantize"):
         assembled(adapter__start=tmp_path / "first.safetensors", model__quantize=4)
 
 
@@ -276,7 +277,7 @@ def test_overlong_cache_takes_reward_off_the_last_tokens(assembled):
     advantages = trainer.advantage_fn(mx.zeros((1, 3)), lengths=mx.array([[4.0, 8.0, 10.0]]))
     first, second, third = advantages[0].tolist()
     assert first > second > third
-    with pytest.raises(ConfigError, match="gdpo looks at"):
+    with pytest.raises(ConfigError, match="gdpo also reads"):
         assembled(algorithm__name="gdpo", algorithm__overlong_cache=4)
 
 
@@ -327,7 +328,8 @@ def test_refill_rounds_are_those_of_the_algorithm_or_those_asked_for(assembled):
 
 
 def test_the_seed_draws_the_adapters(assembled):
-    first, again, other = (assembled(run__seed=seed).adapters.parameters() for seed in (1, 1, 2))
+    experiments = [assembled(run__seed=seed) for seed in (1, 1, 2)]
+    first, again, other = (experiment.adapters.parameters() for experiment in experiments)
     name = next(name for name in first if name.endswith("lora_a"))
     assert mx.array_equal(first[name], again[name])
     assert not mx.array_equal(first[name], other[name])
@@ -361,13 +363,8 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
         "run.output": tmp_path / "run",
     }
     config, folder = changed(DEFAULTS, values), tmp_path / "run"
-    with (
-        (tmp_path / "console.txt").open("w") as stream,
-        closing(Console(stream, config.run.steps)) as console,
-    ):
-        directory = RunDirectory(folder)
-
-        outcome = run_experiment(config, directory, console)
+    with (tmp_path / "events.txt").open("w") as stream:
+        outcome = run(config, on_event=lambda event: print(event, file=stream))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert outcome.before.count == outcome.after.count == 5
@@ -388,7 +385,7 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
         "best.safetensors",
         "latest.safetensors",
     ]
-    assert "step 2" in (tmp_path / "console.txt").read_text()
+    assert "step 2" in (tmp_path / "events.txt").read_text()
 
 
 def test_a_service_whose_package_is_missing_stops_a_run_before_its_first_step(
@@ -397,14 +394,9 @@ def test_a_service_whose_package_is_missing_stops_a_run_before_its_first_step(
     # None is what Python itself keeps for a package that must not be imported.
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = changed(DEFAULTS, {"task.env": "add", "tracking.trackio": "project"})
-    directory = RunDirectory(tmp_path)
-    with (
-        (tmp_path / "out.txt").open("w") as out,
-        closing(Console(out, 3)) as console,
-        pytest.raises(ConfigError, match="trackio is not installed"),
-    ):
-        run_experiment(config, directory, console)
-    assert not directory.metrics.exists()
+    with pytest.raises(ConfigError, match="trackio is not installed"):
+        run(config, output=tmp_path)
+    assert not RunDirectory(tmp_path).metrics.exists()
 
 
 def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp_path):
@@ -424,8 +416,7 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
         "evaluation.every": 1,
         "run.steps": 3,
     }
-    with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 3)) as console:
-        run_experiment(changed(DEFAULTS, values), RunDirectory(tmp_path), console)
+    run(changed(DEFAULTS, values), output=tmp_path)
     assert peek_version(RunDirectory(tmp_path).best) == 1
 
 
@@ -437,9 +428,7 @@ def test_of_each_step_a_run_keeps_so_many_groups_of_samples(tmp_path):
         "run.steps": 1,
         "run.sample_groups": 2,
     }
-    directory = RunDirectory(tmp_path)
-    with (tmp_path / "out.txt").open("w") as out, closing(Console(out, 1)) as console:
-        run_experiment(changed(DEFAULTS, values), directory, console)
+    directory = run(changed(DEFAULTS, values), output=tmp_path).directory
     assert [row["group"] for row in read_rows(directory.samples)] == [0, 0, 1, 1]
 
 
@@ -459,7 +448,7 @@ def test_services_are_those_of_the_options(config):
 
 def test_checkpoints_are_made_and_kept_as_the_options_say(tmp_path):
     config = changed(DEFAULTS, {"run.checkpoint_every": 3, "run.keep_checkpoints": 5})
-    checkpoints = checkpoints_of(RunDirectory(tmp_path), config)
+    checkpoints = checkpoints_of(config, RunDirectory(tmp_path))
     assert checkpoints.keep == 5
     assert [checkpoints.due(step) for step in range(1, 7)] == [False, False, True] * 2
 
@@ -490,14 +479,14 @@ SFT_PARAMETERS = {
 
 def test_each_number_of_a_supervised_run_is_what_its_option_says(load_tiny, sft_data, tmp_path):
     _, tokenizer = load_tiny()
-    config = changed(SFTConfig(), SFT_PARAMETERS)
-    data = data_of(config, sft_data, tokenizer)
-    parameters = parameters_of(config, RunDirectory(tmp_path), data)
+    config = changed(SFTConfig(), SFT_PARAMETERS | {"data.source": sft_data})
+    data = load_sft_data(config, tokenizer)
+    parameters = sft_parameters(config, RunDirectory(tmp_path), data)
     for key, value in SFT_PARAMETERS.items():
         assert getattr(parameters, key.partition(".")[2]) == value
     epochs = changed(SFTConfig(), {"trainer.epochs": 2, "trainer.batch_size": 4})
     # A tenth of the 40 rows is kept to validate on.
-    assert parameters_of(epochs, RunDirectory(tmp_path), data).iterations == 2 * 36 // 4
+    assert sft_parameters(epochs, RunDirectory(tmp_path), data).iterations == 2 * 36 // 4
     with pytest.raises(ConfigError, match="expected one of them"):
         changed(epochs, {"trainer.iterations": 5, "trainer.epochs": 2})
     # What is given takes the place of what was given before.
@@ -511,7 +500,7 @@ def test_learn_system_and_validation_share_decide_what_is_learned(load_tiny, sft
 
     def read(**options: Any) -> Any:
         values = {key.replace("__", "."): value for key, value in options.items()}
-        return data_of(changed(SFTConfig(), values), sft_data, tokenizer)
+        return load_sft_data(changed(SFTConfig(), values | {"data.source": sft_data}), tokenizer)
 
     usual = read()
     everything, spoken = read(data__learn="everything"), read(data__system="Add.")
@@ -542,7 +531,7 @@ def test_the_optimizer_of_a_supervised_run_is_what_its_options_say():
 
 def test_what_is_logged_of_a_config_can_be_written_as_json(tmp_path):
     config = changed(DEFAULTS, {"run.output": tmp_path, "adapter.keys": ("a", "b")})
-    values = json.loads(json.dumps(plain(config)))
+    values = json.loads(json.dumps(plain_settings(config)))
     assert values["run.output"] == str(tmp_path) and values["adapter.keys"] == ["a", "b"]
 
 

@@ -14,6 +14,7 @@ import textpolicy as tp
 from tests.memory import peak_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.errors import DataError
+from textpolicy.training.checkpoint import Checkpoints
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
     SaveReport,
@@ -134,14 +135,21 @@ def test_the_answer_stop_halts_training_after_that_event(prepared, tmp_path, kin
         return Progress.STOP if isinstance(event, kind) else Progress.MORE
 
     parameters = small(adapter_path=path)
-    optimizer = optim.Adam(1e-3)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     result = train_sft(
-        model, TRAIN, VALID, optimizer, tokenizer=tokenizer, parameters=parameters, on_progress=stop
+        model,
+        TRAIN,
+        VALID,
+        optim.Adam(1e-3),
+        tokenizer=tokenizer,
+        parameters=parameters,
+        checkpoints=checkpoints,
+        on_progress=stop,
     )
     assert isinstance(seen[-1], kind)
     assert result.ended == "stopped" and result.iteration < 8
     assert AdapterContainer.from_directory(path).version == result.iteration
-    assert parameters.checkpoint_file and parameters.checkpoint_file.exists()
+    assert checkpoints.newest().step == result.iteration
 
 
 def test_data_is_one_example_a_line_of_text_or_of_json(tmp_path):

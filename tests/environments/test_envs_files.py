@@ -222,10 +222,13 @@ def test_rows_and_a_reward_train_from_an_empty_folder(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "there is nothing to train on"),
-        (["--data", "rows.jsonl"], "the rows of rows.jsonl come without a reward"),
+        ([], "no task is given"),
+        (["--data", "rows.jsonl"], "the rows of rows.jsonl are given without a reward"),
         (["--data", "rows.jsonl", "--env", "sort"], "environment sort makes its tasks itself"),
-        (["--env", "sort", "--prompt", "{x}"], "environment sort writes its prompts itself"),
+        (
+            ["--env", "sort", "--prompt", "{x}"],
+            "the environment sort, which writes its prompts itself",
+        ),
         (
             ["--data", "rows.jsonl", "--prompt", "{question}", "--reward", "my_reward.py"],
             "the prompt template names the column {question}, but the columns of the rows are "

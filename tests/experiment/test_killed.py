@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from itertools import count
-from pathlib import Path
 from queue import Queue
 from random import Random
 
@@ -16,12 +15,10 @@ import pytest
 from tests import victim
 from tests.test_resume import MODES
 from tests.victim import STEPS, context, end_of, start
-from textpolicy.experiment.signals import STOPPING, stopping
-from textpolicy.loop import StepReport
+from textpolicy.cli.signals import STOPPING, stopping
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoints
-from textpolicy.types import Progress
 
 CLOCKS = ("time/", "memory/", "tokens_per_second")
 KILLS = 20
@@ -200,12 +197,11 @@ class Stoppable:
 def test_a_first_signal_ends_the_run_after_the_step_in_flight(straight, tmp_path, number, code):
     run = Stoppable(tmp_path / "my run").send(number)
     assert run.hear() == (
-        f"{number.name}: the run stops after this step, with a checkpoint; once more leaves at once"
+        f"{number.name}: the run stops after this step and saves a checkpoint. "
+        "A second signal ends it at once"
     )
     run.go_on()
     assert run.hear() == 3
-    farewell = f"stopped by {number.name}; go on with: textpolicy train --resume '{run.folder}'"
-    assert run.hear() == farewell
     assert end_of(run.process) == code
     assert Checkpoints(RunDirectory(run.folder).checkpoints).newest().step == 3
     goes_on_to_the_same_numbers(run.folder, straight, "on policy")
@@ -216,7 +212,7 @@ def test_a_second_signal_leaves_at_once_even_out_of_a_long_computation(straight,
     run = Stoppable(tmp_path / "run", hold=True)
     run.go_on()
     run.send(signal.SIGTERM)
-    assert "once more leaves at once" in run.hear()
+    assert "A second signal ends it at once" in run.hear()
     # Python's own handlers wait for the computation; one signal ends nothing.
     run.process.join(0.5)
     assert run.process.exitcode is None
@@ -240,15 +236,11 @@ def test_a_second_signal_leaves_where_the_first_could_not_be_announced():
 def test_a_signal_is_noted_and_announced_and_the_handlers_of_before_come_back():
     before = [signal.getsignal(number) for number in STOPPING]
     heard = Queue()
-    report = StepReport(0, 1, {}, (), (), ())
     with stopping(heard.put) as request:
         assert (request.signal, request.exit_code) == (None, 0)
-        assert request.farewell(Path("run")) == "go on with: textpolicy train --resume run"
-        assert request.heeded(lambda step: Progress.MORE)(report) is Progress.MORE
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard.get(timeout=10).startswith("SIGTERM: the run stops after this step")
         assert (request.signal, request.exit_code) == (signal.SIGTERM, 143)
-        assert request.heeded(lambda step: None)(report) is Progress.STOP
     assert [signal.getsignal(number) for number in STOPPING] == before
     assert signal.set_wakeup_fd(-1) == -1
 

@@ -102,7 +102,7 @@ def test_a_run_that_a_signal_ends_goes_on_to_the_same_directory(tmp_path, whole,
     out, _ = process.communicate(timeout=120)
     assert process.returncode == code
     if number != signal.SIGKILL:
-        assert f"go on with: textpolicy train --resume {directory.path}" in out
+        assert f"resume with: textpolicy train --resume {directory.path}" in out
     assert len(rows(directory)) < len(rows(whole))
     assert main(["train", "--resume", str(directory.path)]) == 0
     same_end(directory, whole)
@@ -116,7 +116,7 @@ def test_a_signal_in_the_first_evaluation_leaves_a_run_to_go_on_with(tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert "go on with: textpolicy train --resume" in out
+    assert "resume with: textpolicy train --resume" in out
     assert [row["step"] for row in rows(RunDirectory(tmp_path / "run"))] == [0]
 
 
@@ -167,7 +167,7 @@ def test_a_run_goes_on_where_it_lies_and_is_not_taken_elsewhere(tmp_path, capsys
     begun.rename(moved)
     resume = ["train", "--resume", str(moved)]
     assert main([*resume, "--output", str(elsewhere)]) == 2
-    assert "goes on in that folder" in capsys.readouterr().err
+    assert "is resumed in that folder" in capsys.readouterr().err
     assert main([*resume, "--output", str(moved)]) == 0
     assert main(resume) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
@@ -175,7 +175,7 @@ def test_a_run_goes_on_where_it_lies_and_is_not_taken_elsewhere(tmp_path, capsys
 
 def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):
     assert main(["train", "--resume", str(tmp_path)]) == 2
-    assert "holds no run to go on with" in capsys.readouterr().err
+    assert "holds no run to resume" in capsys.readouterr().err
 
 
 def test_forcing_goes_on_with_the_new_options(tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_lost_numbers_are_told_and_a_run_whose_beginning_is_lost_is_refused(tmp_
 
     directory.metrics.write_text(lines[0])
     assert main(resume) == 0
-    assert "has no rows of 2 steps, from 1 on" in capsys.readouterr().err
+    assert "has no rows of 2 steps, from step 1 on" in capsys.readouterr().err
 
     for content in ("", lines[1]):
         directory.metrics.write_text(content)
@@ -242,6 +242,6 @@ def test_a_run_that_the_disk_ends_says_how_it_goes_on(tmp_path):
     full = [sys.executable, "-c", FULL_DISK, *more]
     ended = subprocess.run(full, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 75
-    assert f"go on with: textpolicy train --resume {path}" in ended.stderr
+    assert f"resume it with: textpolicy train --resume {path}" in ended.stderr
     assert main(more) == 0
     assert [row["step"] for row in rows(RunDirectory(tmp_path / "run"))] == [0, 1, 2, 3, 4]

@@ -10,10 +10,8 @@ import pytest
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.adapters.files.adapter_file import read_adapter_file
 from textpolicy.cli import main
-from textpolicy.cli.commands.train import describe
-from textpolicy.evaluation import MeanReward
-from textpolicy.experiment.rl_run import Outcome
-from textpolicy.experiment.signals import StopRequest
+from textpolicy.cli.commands.train import describe_result
+from textpolicy.experiment import Measurement, RunResult
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor
 from textpolicy.tracking.best import BestAdapter
@@ -154,26 +152,28 @@ def test_the_best_adapter_is_the_one_that_sampled_the_best_steps(load_tiny, tmp_
         best.see({"reward": reward})
     # The rolling means are .4, .45, .6, .4 and .05; version 2 sampled what was rewarded with .7.
     kept = read_adapter_file(best.path)
-    assert (best.version, best.reward, kept.version) == (2, pytest.approx(0.6), 2)
+    assert (best.version, best.value, kept.version) == (2, pytest.approx(0.6), 2)
     for name, value in sampled[2].items():
         assert mx.array_equal(kept.arrays[name], value).item()
 
 
 def test_the_summary_says_which_adapters_a_stopped_run_ends_with():
-    score = MeanReward(reward=0.5, standard_error=0.1, count=9)
-    outcome = Outcome(
-        before=score,
-        after=score,
+    score = Measurement(name="greedy reward", value=0.5, standard_error=0.1, count=9, step=17)
+    result = RunResult(
+        directory=RunDirectory(Path("run")),
+        ended="alarm",
         steps=17,
         updates=17,
         seconds=1.0,
-        directory=RunDirectory(Path("run")),
+        before=score,
+        after=score,
+        best=score,
         alarms=("alarm at step 17",),
-        kept=3,
-        request=StopRequest(),
+        facts={"kept": 3},
     )
-    assert "stopped by an alarm; the adapters are again those of version 3" in describe(outcome)
-    assert "stopped" not in describe(replace(outcome, kept=None))
+    told = describe_result(result)
+    assert "An alarm stopped the run. The adapters are again those of version 3" in told
+    assert "stopped" not in describe_result(replace(result, ended="finished", facts={}))
 
 
 def collapsing(output, *options):

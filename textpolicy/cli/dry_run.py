@@ -15,10 +15,10 @@ from textpolicy.experiment.assembly import (
     adapter_config,
     dtype_of,
     find_algorithm,
+    plain_settings,
     quantization_of,
     sampling_of,
 )
-from textpolicy.experiment.recording import plain
 from textpolicy.experiment.tasks import find_task
 from textpolicy.generation.model_files import find_model
 from textpolicy.generation.prompts import encode_prompt
@@ -37,7 +37,7 @@ def show_plan(config: TrainConfig) -> Report:
     rows = [("prompt", f"up to {prompt_tokens} tokens in {_SEEN} held-out tasks")]
     rows.append(("completion", f"up to {sampling.max_tokens} tokens"))
     data: dict[str, Any] = {
-        "config": plain(config),
+        "config": plain_settings(config),
         **lengths,
     }
     try:

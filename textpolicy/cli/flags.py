@@ -13,7 +13,7 @@ from argparse import (
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
 from textpolicy.config.toml import NAMES_ELSEWHERE, nearest, read_toml
@@ -139,6 +139,18 @@ def configured(defaults: C, options: Namespace) -> C:
         defaults = read_toml(given["config"], defaults)
     known = [setting.key for setting in settings_of(defaults)]
     return changed(defaults, {key: given[key] for key in known if key in given})
+
+
+def configured_to_resume(defaults: C, options: Namespace) -> C:
+    """Return the config of the run that --resume names, changed by the flags that were given."""
+    # Only commands that resume runs need the run's files.
+    from textpolicy.experiment.resuming import check_kind, read_started_config
+    from textpolicy.runs import RunDirectory
+
+    directory = RunDirectory(options.resume)
+    started = read_started_config(directory)
+    check_kind(started, defaults, directory)
+    return configured(cast(C, started), options)
 
 
 def _assignment(settings: Sequence[Setting]) -> type[Action]:

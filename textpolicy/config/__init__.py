@@ -3,7 +3,7 @@
 from textpolicy.config.sections import ALGORITHMS, DYNAMIC_ROUNDS
 from textpolicy.config.settings import changed, settings_of
 from textpolicy.config.sft import SFTConfig
-from textpolicy.config.toml import read_toml, to_toml
+from textpolicy.config.toml import config_from, read_toml, to_toml
 from textpolicy.config.train import DEMO, TrainConfig
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "SFTConfig",
     "TrainConfig",
     "changed",
+    "config_from",
     "read_toml",
     "settings_of",
     "to_toml",

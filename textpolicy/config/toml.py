@@ -38,13 +38,18 @@ def read_toml(path: Path, defaults: C) -> C:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
+    return config_from(content, defaults, str(path))
+
+
+def config_from(content: Mapping[str, Any], defaults: C, origin: str) -> C:
+    """Return `defaults` changed by sections of settings; one error lists all that is wrong."""
     found = _Reading.of(content, settings_of(defaults))
     if found.problems:
-        raise ConfigError("\n  ".join([f"{path} cannot be used:", *found.problems]))
+        raise ConfigError("\n  ".join([f"{origin} cannot be used:", *found.problems]))
     try:
         return changed(defaults, found.values)
     except ConfigError as error:
-        raise ConfigError(f"{path} cannot be used: {error}") from error
+        raise ConfigError(f"{origin} cannot be used: {error}") from error
 
 
 # What a person may know a setting by from elsewhere.

@@ -1,26 +1,29 @@
-"""From the config of a run to its parts.
+"""The parts of a run, each made from its section of the config.
 
-`assemble` is the place to look for how a model, its adapters, a policy and a trainer fit together;
-`textpolicy.loop` turns them round.
+`assemble` shows how a model, its adapters, a policy and a trainer fit together in reinforcement
+learning; `textpolicy.loop` turns them round. What a config says is read here and nowhere else.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy import algorithms
+from textpolicy import algorithms, fast_cpu
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization.quantize import quantize
 from textpolicy.adapters.shared_copy import shared_copy
 from textpolicy.algorithms import Algorithm
 from textpolicy.algorithms.parts.overlong import with_penalty
-from textpolicy.config import DYNAMIC_ROUNDS, TrainConfig
+from textpolicy.config import DYNAMIC_ROUNDS, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.sections import (
     WORDS,
     AdapterOptions,
@@ -31,16 +34,24 @@ from textpolicy.config.sections import (
 from textpolicy.config.sft import SFTTrainerOptions
 from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError
+from textpolicy.evaluation import Evaluator, HeldOut
+from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
-from textpolicy.rewards import Rewards
+from textpolicy.rewards import Incident, Rewards, Scorer
 from textpolicy.runs import RunDirectory
+from textpolicy.tracking.open import ServiceOptions, open_tracker
+from textpolicy.tracking.tracker import Tracker
 from textpolicy.training.advantages import requested_keywords
+from textpolicy.training.checkpoint import Checkpoints
 from textpolicy.training.optimizer import build_optimizer
+from textpolicy.training.sft import Encoding, SFTData, SFTParameters, iterations_of, load_data
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import AdvantageFn, Sampling
 
+RunConfig = TrainConfig | SFTConfig
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_SFT_ITERATIONS = 1000
 
 # Settings of their own that are options of the loss too.
 _LOSS_SETTINGS = ("average", "ratio_level", "kl", "weights", "beta")
@@ -48,7 +59,7 @@ _LOSS_SETTINGS = ("average", "ratio_level", "kl", "weights", "beta")
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that a run needs, ready to go round."""
+    """The parts of a run of reinforcement learning, ready for `train_rl`."""
 
     environment: Environment
     adapters: AdapterContainer
@@ -59,7 +70,7 @@ class Experiment:
 
 
 def find_algorithm(options: AlgorithmOptions) -> Algorithm:
-    """Return the algorithm of a name or of a file, with its options bound."""
+    """Return the algorithm that the options name, with the algorithm's own options bound."""
     settings = {name: vars(options)[name] for name in _LOSS_SETTINGS}
     given = {name: value for name, value in settings.items() if value}
     return algorithms.get(options.name, **{**(options.options or {}), **given})
@@ -72,13 +83,13 @@ def assemble(
     algorithm: Algorithm,
     directory: RunDirectory,
 ) -> Experiment:
-    """Trainer and policy on shared copies of one model: they share its base and nothing else.
+    """Load the model and build trainer and policy on two copies of it that share the base arrays.
 
-    Adapters are published as the latest of `directory`.
+    The trainer publishes its adapters as the latest ones of `directory`.
     """
     sampling = sampling_of(config, environment)
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
-    # What a warm start left out of its inputs, the sampler does not: policy gradients have none.
+    # Sampler and trainer must compute the same network, so adapters of a warm start lose dropout.
     adapters = adapt(model, config.adapter, config.model, config.run.seed, dropout_of_start=0.0)
     adapters.publish_path = directory.latest
     dynamic = DYNAMIC_ROUNDS if algorithm.declaration.dynamic_sampling else 1
@@ -95,7 +106,7 @@ def assemble(
 
 
 def sampling_of(config: TrainConfig, environment: Environment) -> Sampling:
-    """How completions are drawn; the environment knows how long its answers are."""
+    """Return how completions are sampled; the environment knows how long its answers are."""
     return Sampling(
         max_tokens=config.sampling.max_tokens or environment.max_tokens,
         temperature=config.sampling.temperature,
@@ -103,12 +114,12 @@ def sampling_of(config: TrainConfig, environment: Environment) -> Sampling:
 
 
 def dtype_of(options: ModelOptions) -> mx.Dtype | None:
-    """None is what `load_model` has."""
+    """Return the dtype of unquantized weights, or None for the default of `load_model`."""
     return DTYPES[options.dtype] if options.dtype else None
 
 
 def quantization_of(options: ModelOptions) -> dict[str, Any] | None:
-    """The arguments of `quantize`, if there is anything to quantize."""
+    """Return the arguments of `quantize`, or None if the base is not to be quantized."""
     if options.quantize is None:
         return None
     return {
@@ -126,16 +137,16 @@ def adapt(
     *,
     dropout_of_start: float | None = None,
 ) -> AdapterContainer:
-    """Fresh adapters on the model, quantized first if that is asked for, or those of a file.
+    """Put adapters on the model: those of a file, or fresh ones over a base quantized as asked.
 
-    `dropout_of_start` is that of a file's adapters from now on; None leaves them their own.
+    `dropout_of_start` replaces the dropout of adapters from a file; None keeps theirs.
     """
     quantization = quantization_of(base)
     if start := options.start:
         if quantization:
             raise ConfigError(
-                f"the model is to be quantized, and the adapters of {start} bring the base that "
-                "they were made over; leave out --quantize"
+                f"--quantize is given together with the adapters of {start}. These adapters belong "
+                "to the base model that they were trained on. Leave out --quantize"
             )
         return AdapterContainer.from_directory(start).load(model, dropout=dropout_of_start)
     if quantization:
@@ -144,7 +155,7 @@ def adapt(
 
 
 def adapter_config(options: AdapterOptions) -> AdapterConfig:
-    """From a file, or from the words given; the options themselves refuse both at once."""
+    """Return the adapter config of the file named in the options, or of the options themselves."""
     if options.config:
         return read_config(options.config)
     words = {name: getattr(options, name) for name in WORDS}
@@ -154,7 +165,7 @@ def adapter_config(options: AdapterOptions) -> AdapterConfig:
     if names is None:
         return config
     (rule,) = config.rules
-    # PEFT's way to name modules has its own reading, which knows alpha and no scale.
+    # Only PEFT's form selects modules by these names, and it takes alpha instead of a scale.
     return AdapterConfig.from_dict(
         {
             "target_modules": list(names),
@@ -167,20 +178,22 @@ def adapter_config(options: AdapterOptions) -> AdapterConfig:
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """The adapter config in a JSON file, in any form that `AdapterConfig.from_dict` knows."""
+    """Read an adapter config from a JSON file, in any form that `AdapterConfig.from_dict` reads."""
     try:
         data = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+        raise ConfigError(f"the adapter config {path} is not JSON: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}; expected a JSON object")
+        raise ConfigError(
+            f"the adapter config {path} holds a {type(data).__name__}; expected a JSON object"
+        )
     return AdapterConfig.from_dict(data)
 
 
 def build_trainer(
     model: nn.Module, config: TrainConfig, algorithm: Algorithm, max_tokens: int, rejected: Path
 ) -> Trainer:
-    """The trainer as the algorithm has it, where the config does not say otherwise."""
+    """Return the trainer with the algorithm's keywords, replaced where the config gives its own."""
     options = config.trainer
     known: dict[str, Any] = {
         "mini_batches": options.mini_batches,
@@ -192,12 +205,12 @@ def build_trainer(
     }
     chosen = dict(algorithm.trainer) | {n: value for n, value in known.items() if value is not None}
     if chosen.get("reward_kl") == 0 and "reward_kl" in algorithm.trainer:
-        # The algorithm's own reference is there for the divergence alone.
+        # The algorithm asks for its reference only to measure the KL divergence.
         chosen["reference"] = known["reference"]
     if algorithm.declaration.needs_teacher and "reference" not in chosen:
         raise ConfigError(
-            f"{algorithm.name} learns from a teacher; name a model of the same vocabulary, "
-            "--reference NAME"
+            f"the algorithm {algorithm.name} needs a teacher, and no reference model is given. "
+            "Name a model with the same vocabulary by --reference NAME"
         )
     updates = config.run.steps * chosen.get("epochs", 1) * chosen.get("mini_batches", 1)
     return Trainer(
@@ -215,7 +228,7 @@ def build_trainer(
 
 
 def optimizer_of(options: TrainerOptions | SFTTrainerOptions, updates: int) -> optim.Optimizer:
-    """Adam on the schedule of the options, over so many updates."""
+    """Return Adam with the learning-rate schedule of the options over `updates` updates."""
     return build_optimizer(
         options.lr,
         schedule=options.schedule,
@@ -232,14 +245,147 @@ def _advantages(options: AlgorithmOptions, algorithm: Algorithm, max_tokens: int
         return compute
     if asked := requested_keywords(compute):
         raise ConfigError(
-            f"overlong_cache takes a penalty off one reward, and {algorithm.name} looks at "
-            f"{sorted(asked)} too; expected an algorithm of the reward alone, such as grpo or dapo"
+            f"overlong_cache subtracts a penalty from the reward, and {algorithm.name} also reads "
+            f"{sorted(asked)}. Choose an algorithm that reads the reward alone, such as "
+            "grpo or dapo, or leave out overlong_cache"
         )
     return with_penalty(compute, max_tokens=max_tokens, cache=options.overlong_cache)
 
 
 def _reference(options: AlgorithmOptions) -> nn.Module | Literal["base"] | None:
-    """None leaves it to the algorithm."""
+    """Return the reference policy that the options ask for, or None for the algorithm's own."""
     if options.reference not in (None, "base"):
         return load_model(options.reference)[0]
     return "base" if options.reference or options.beta or options.reward_kl else None
+
+
+def build_evaluator(
+    experiment: Experiment,
+    scorer: Scorer,
+    config: TrainConfig,
+    opened: ExitStack,
+    note: Callable[[str], None],
+) -> Evaluator:
+    """Return the evaluator of held-out tasks, of the run's environment and of others by name."""
+    environment, options = experiment.environment, config.evaluation
+    return Evaluator(
+        policy=experiment.policy,
+        heldout=HeldOut(
+            name=environment.name,
+            tasks=environment.heldout(options.count),
+            scorer=scorer,
+            max_tokens=experiment.policy.sampling.max_tokens,
+        ),
+        others=[_heldout_of(name, config, opened, note) for name in options.envs or ()],
+        samples=options.samples,
+        temperature=options.temperature,
+        good=options.good,
+    )
+
+
+def _heldout_of(
+    name: str, config: TrainConfig, opened: ExitStack, note: Callable[[str], None]
+) -> HeldOut:
+    environment, rewards = find_task(with_environment(config.task, name))
+    return HeldOut(
+        name=environment.name,
+        tasks=environment.heldout(config.evaluation.count),
+        scorer=open_scorer(rewards, opened, note),
+        max_tokens=sampling_of(config, environment).max_tokens,
+    )
+
+
+def open_scorer(
+    rewards: Rewards,
+    opened: ExitStack,
+    note: Callable[[str], None],
+    *,
+    kind: type[Scorer] = Scorer,
+) -> Scorer:
+    """Return a scorer that passes its incidents to `note` and is closed with `opened`."""
+
+    def on_incident(incident: Incident) -> None:
+        note(str(incident))
+
+    return opened.enter_context(closing(kind(rewards, on_incident=on_incident)))
+
+
+def open_run_tracker(
+    config: RunConfig,
+    directory: RunDirectory,
+    note: Callable[[str], None],
+    *,
+    resume_step: int = 0,
+    sample_groups: int | None = None,
+) -> Tracker:
+    """Return the tracker of a run, which drops the rows of `resume_step` and later steps."""
+    return open_tracker(
+        directory,
+        ServiceOptions(**asdict(config.tracking)),
+        plain_settings(config),
+        notice=note,
+        resume_step=resume_step,
+        sample_groups=sample_groups,
+    )
+
+
+def plain_settings(config: RunConfig) -> dict[str, Any]:
+    """Return every setting by its key, as values that JSON can hold."""
+    values = {setting.key: setting.default for setting in settings_of(config)}
+    return {k: str(value) if isinstance(value, Path) else value for k, value in values.items()}
+
+
+def checkpoints_of(config: RunConfig, directory: RunDirectory) -> Checkpoints:
+    """Return the checkpoints of a run."""
+    if isinstance(config, SFTConfig):
+        return Checkpoints(directory.checkpoints, every=config.run.save_every)
+    run = config.run
+    return Checkpoints(directory.checkpoints, keep=run.keep_checkpoints, every=run.checkpoint_every)
+
+
+def load_sft_data(config: SFTConfig, tokenizer: TokenizerWrapper) -> SFTData:
+    """Return the demonstrations of a supervised run as tokens: train, valid and test."""
+    assert config.data.source
+    encoding = Encoding(
+        tokenizer=tokenizer,
+        learn=config.data.learn,
+        system=config.data.system,
+        max_length=config.data.max_length,
+    )
+    share = config.data.validation_share
+    return load_data(config.data.source, encoding, validation_share=share)
+
+
+def sft_parameters(config: SFTConfig, directory: RunDirectory, data: SFTData) -> SFTParameters:
+    """Return the numbers of a supervised run; epochs become updates on these data."""
+    trainer, run = config.trainer, config.run
+
+    def with_iterations(iterations: int) -> SFTParameters:
+        return SFTParameters(
+            batch_size=trainer.batch_size,
+            iterations=iterations,
+            steps_per_report=run.steps_per_report,
+            steps_per_eval=run.steps_per_eval,
+            validation_batches=run.validation_batches,
+            save_every=run.save_every,
+            adapter_path=directory.latest,
+            best_path=directory.best,
+            accumulation=trainer.accumulation,
+            packing=config.data.packing,
+            max_length=config.data.max_length,
+            checkpoint_gradients=trainer.checkpoint_gradients,
+            patience=trainer.patience,
+            seed=run.seed,
+        )
+
+    if trainer.epochs is None:
+        return with_iterations(trainer.iterations or _SFT_ITERATIONS)
+    return with_iterations(iterations_of(trainer.epochs, data.train, with_iterations(0)))
+
+
+def apply_thread_option(options: ModelOptions) -> None:
+    """Set the threads of matrix products; the embedded model's are too small for more than one."""
+    if options.threads:
+        fast_cpu.set_threads(options.threads)
+    elif options.name == "tiny" and fast_cpu.enable().threads:
+        fast_cpu.set_threads(1)

@@ -1,30 +1,31 @@
-"""What watches a training run from the command line: files, console, alarms, the best adapter."""
+"""Watches the steps of a run: files, alarms, evaluations and the best adapter."""
 
 from collections.abc import Iterable, Mapping
 
-from textpolicy.evaluation import Evaluator, MeanReward
+from textpolicy.evaluation import Evaluator
+from textpolicy.experiment.events import Measurement, Reporter
 from textpolicy.loop import StepReport
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarms import Alarm, AlarmMonitor
 from textpolicy.tracking.best import BestAdapter
-from textpolicy.tracking.console import Console
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.types import Metrics, Progress
 
 
-class Observer:
-    """Takes each step's report, and stops the run at the first alarm if that was asked for.
+class StepObserver:
+    """Takes the report of each step, and stops the run at the first alarm if that is asked for.
 
-    Every `every` steps it evaluates: the numbers stand in the row of the step that follows, whose
-    adapters they are of. The best adapter is then the best evaluated one.
+    Every `every` steps it evaluates the policy. The numbers are in the row of the step that
+    follows, because that step samples with the evaluated adapters, and the best adapter is then the
+    best evaluated one. Without `every`, the best adapter is the one of the best training reward.
     """
 
     def __init__(
         self,
         directory: RunDirectory,
         tracker: Tracker,
-        console: Console,
+        report: Reporter,
         best: BestAdapter,
         evaluator: Evaluator,
         *,
@@ -33,7 +34,7 @@ class Observer:
     ) -> None:
         self._directory = directory
         self._tracker = tracker
-        self._console = console
+        self._report = report
         self._best = best
         self._evaluator = evaluator
         self._every = every
@@ -41,62 +42,81 @@ class Observer:
         self._monitor = AlarmMonitor()
         self._evaluated: Metrics = {}
         self.alarms: list[Alarm] = []
-        self.steps = 0
-        self.stopped = False
+        self.best_step = 0
+        """How many steps were finished when the best adapter sampled, or was measured."""
+        self.stopped_by_alarm = False
 
-    def go_on(self, rows: Iterable[Mapping[str, float]], steps: int) -> None:
-        """Take up a run whose first `steps` steps wrote these rows."""
+    @property
+    def steps(self) -> int:
+        """How many steps are finished."""
+        return self._report.step
+
+    def replay(self, rows: Iterable[Mapping[str, float]], steps: int) -> None:
+        """Continue a run whose first `steps` steps wrote these rows in an earlier process."""
         for row in rows:
             metrics = {name: value for name, value in row.items() if name != "step"}
             self.alarms += self._monitor.check(int(row["step"]), metrics)
-            self._best.replay(metrics, evaluated=self._every is not None)
-        self.steps = steps
+            if self._best.replay(metrics, evaluated=self._every is not None):
+                self.best_step = int(row["step"])
+        self._report.step = steps
         if self._every and steps % self._every == 0:
-            # What was measured for the row that follows was not in any row yet.
+            # The evaluation after the last step belongs to a row that was not written.
             self.evaluate(f"step {steps}")
 
-    def score_in(self, row: Mapping[str, float]) -> MeanReward:
-        """The greedy score that a row holds."""
-        return MeanReward(
-            reward=row["eval/reward"],
+    def measurement_in(self, row: Mapping[str, float]) -> Measurement:
+        """Return the evaluation of held-out tasks that a row of metrics holds."""
+        return Measurement(
+            name="greedy reward",
+            value=row["eval/reward"],
             standard_error=row["eval/standard_error"],
             count=len(self._evaluator.heldout.tasks),
+            step=int(row["step"]),
         )
 
-    def evaluate(self, when: str) -> MeanReward:
-        """Measure the policy as it is now, for the next row."""
+    def evaluate(self, when: str) -> Measurement:
+        """Measure the policy as it is now, for the row of the next step."""
         score, self._evaluated = self._evaluator()
-        if self._every:
-            self._best.measured(score.reward)
+        if self._every and self._best.measured(score.reward):
+            self.best_step = self.steps
         self._directory.keep_latest_adapter()
-        note = f"{when}  {score}  greedy reward on {score.count} held-out tasks"
-        self._console.note(note)
-        return score
+        self._report(
+            "measurement",
+            f"{when}  {score}  greedy reward on {score.count} held-out tasks",
+            metrics=self._evaluated,
+        )
+        return self.measurement_in(self._evaluated | {"step": self.steps})
 
-    def see(self, report: StepReport) -> Progress:
-        self.steps = report.step + 1
-        new = self._monitor.check(report.step, report.metrics)
+    def see(self, step: StepReport) -> Progress:
+        """Record a finished step; return STOP if the listener or an alarm ends the run."""
+        new = self._monitor.check(step.step, step.metrics)
         self.alarms += new
-        samples = sample_rows(report.step, report.trained, report.advantages)
-        self._tracker.write_samples(report.step, samples)
-        metrics = report.metrics | self._evaluated
-        self._write(report.step, report.metrics | self._monitor.metrics())
-        self._console.show(report.step, metrics, samples)
+        samples = sample_rows(step.step, step.trained, step.advantages)
+        self._tracker.write_samples(step.step, samples)
+        metrics = step.metrics | self._evaluated
+        self._write(step.step, step.metrics | self._monitor.metrics())
+        self._report.step = step.step + 1
+        self._report("step", _line(step), metrics=metrics, samples=samples)
         for alarm in new:
-            self._console.note(str(alarm))
-        if not self._every:
-            self._best.see(report.metrics)
-        elif self.steps % self._every == 0 and self.steps < report.steps:
+            self._report("alarm", str(alarm))
+        if not self._every and self._best.see(step.metrics):
+            self.best_step = step.step
+        elif self._every and self.steps % self._every == 0 and self.steps < step.steps:
             self.evaluate(f"step {self.steps}")
-        self.stopped = bool(new) and self._stop_on_alarm
-        return Progress.STOP if self.stopped else Progress.MORE
+        self.stopped_by_alarm = bool(new) and self._stop_on_alarm
+        stop = self.stopped_by_alarm or self._report.stop_requested
+        return Progress.STOP if stop else Progress.MORE
 
-    def finish(self, version: int) -> MeanReward:
-        """Measure the last adapters, which no step follows: they get a row of their own."""
-        score = self.evaluate("after ")
+    def finish(self, version: int) -> Measurement:
+        """Measure the last adapters and write a row for them, because no step follows."""
+        measured = self.evaluate("after ")
         self._write(self.steps, {"version": float(version)})
-        return score
+        return measured
 
     def _write(self, step: int, metrics: Metrics) -> None:
         self._tracker.write(step, metrics | self._evaluated)
         self._evaluated = {}
+
+
+def _line(step: StepReport) -> str:
+    reward = step.metrics.get("reward", float("nan"))
+    return f"step {step.step + 1}/{step.steps}: reward {reward:.3f}"

@@ -1,4 +1,4 @@
-"""What a run is about: the environment and the reward that the options of a task name."""
+"""The environment and the reward that the task section of a config names."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +12,10 @@ from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scor
 
 
 def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
-    """The environment, with its own reward or the one of a file ("FILE.py:FUNCTION").
+    """Return the environment and its reward, or the reward of the file that the options name.
 
-    Without an environment, the rows of `data` are one. What the options say of time limits and
-    failures goes before what the file itself says of them.
+    Without an environment, the rows of `data` become one. Time limits and error policies of the
+    options replace those that the reward's file sets.
     """
     given = load_reward(options.reward) if options.reward else None
     environment = _environment(options, given)
@@ -25,17 +25,17 @@ def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
     if options.on_reward_error is not None:
         rewards = replace(rewards, on_error=options.on_reward_error)
     if options.reward:
-        _try(rewards, environment)
+        _try_reward(rewards, environment)
     return environment, rewards
 
 
-def elsewhere(options: TaskOptions, env: str) -> TaskOptions:
-    """The same for another environment, with the tasks and the reward of its own."""
+def with_environment(options: TaskOptions, env: str) -> TaskOptions:
+    """Return the options for another environment, with that environment's tasks and reward."""
     return replace(options, env=env, data=None, prompt=None, reward=None)
 
 
-def _try(rewards: Rewards, environment: Environment) -> None:
-    """Score one answer now: what cannot score is found out before a model loads."""
+def _try_reward(rewards: Rewards, environment: Environment) -> None:
+    """Score one answer, so that a reward that cannot score fails before a model is loaded."""
     (task,) = environment.heldout(1)
     gold = gold_for_turn(environment.gold(task.example), -1) if environment.gold else ""
     with scorer_of(replace(rewards, on_error="fail")) as scorer:
@@ -46,17 +46,19 @@ def _environment(options: TaskOptions, reward: Callable[..., Any] | Rewards | No
     if options.env:
         if options.prompt:
             raise ConfigError(
-                f"environment {options.env} writes its prompts itself; --prompt goes with --data"
+                f"--prompt is given with the environment {options.env}, which writes its prompts "
+                "itself. Leave out --prompt, or use --data with --prompt"
             )
         return load(options.env, options.data)
     if options.data is None:
         raise ConfigError(
-            "there is nothing to train on: name an environment, --env sort (`textpolicy envs` "
-            "lists them), or rows and a reward, --data rows.jsonl --reward my_reward.py"
+            "no task is given. Name an environment, for example --env sort (`textpolicy envs` "
+            "lists the environments), or give rows and a reward: --data rows.jsonl --reward "
+            "my_reward.py"
         )
     if reward is None:
         raise ConfigError(
-            f"the rows of {options.data} come without a reward: name the file of yours, --reward "
-            "my_reward.py, or an environment that knows such rows, --env gsm8k"
+            f"the rows of {options.data} are given without a reward. Name the file of your reward, "
+            "--reward my_reward.py, or an environment that reads such rows, --env gsm8k"
         )
     return from_dataset(Dataset.load(options.data, options.prompt), reward)

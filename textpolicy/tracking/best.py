@@ -1,4 +1,4 @@
-"""The best adapter of a run so far, in a file of its own: by evaluation, or by what it sampled."""
+"""The best adapter of a run so far, in a file of its own."""
 
 from collections import deque
 from pathlib import Path
@@ -11,10 +11,12 @@ from textpolicy.types import Metrics
 
 
 class BestAdapter:
-    """Keeps in `path` the adapter that sampled the last step of the best rolling mean reward.
+    """Keeps in `path` the adapter with the highest value: measured, or sampled in training.
 
-    An update is judged by what is sampled with it, a step later: at the first sign of ruin, the
-    adapter of the step before is still the one to keep.
+    `measured` takes a value of the adapter as it is now. `see` takes the training reward instead:
+    its mean over the last `window` steps, for the adapter that sampled the last of them. An update
+    is judged one step later, by what it samples, so at the first sign of collapse the adapter of
+    the step before is kept.
     """
 
     def __init__(self, adapters: AdapterContainer, path: Path, window: int = 10) -> None:
@@ -22,36 +24,44 @@ class BestAdapter:
         self._sampled_with = adapters.adapter()
         self._rewards: deque[float] = deque(maxlen=window)
         self.path = path
-        self.reward = float("-inf")
+        self.value = float("-inf")
         self.version = self._sampled_with.version
         if not path.exists():
-            # A run that goes on has one.
+            # A resumed run has one.
             write_adapter_file(path, self._sampled_with)
         self._replayed = 0.0
 
-    def replay(self, metrics: Metrics, *, evaluated: bool) -> None:
-        """Take the row of a step that an earlier process made, whose best file is there."""
+    def restore(self, value: float, version: int) -> None:
+        """Set the value of the adapter that an earlier process of the run left in the file."""
+        self.value, self.version = value, version
+
+    def replay(self, metrics: Metrics, *, evaluated: bool) -> bool:
+        """Take the row of a step that an earlier process wrote; return whether it is the best."""
         if evaluated:
             reward = metrics.get("eval/reward", float("-inf"))
         else:
             self._rewards += [metrics[REWARD]] if REWARD in metrics else []
             reward = fmean(self._rewards) if REWARD in metrics else float("-inf")
-        if reward > self.reward:
-            self.reward, self.version = reward, int(self._replayed)
+        if better := reward > self.value:
+            self.restore(reward, int(self._replayed))
         self._replayed = metrics.get("version", self._replayed)
+        return better
 
-    def see(self, metrics: Metrics) -> None:
-        """To be called after each step, when its update is made."""
+    def see(self, metrics: Metrics) -> bool:
+        """Take the metrics of a step, after its update; return whether it sampled the best mean."""
+        better = False
         if REWARD in metrics:
             self._rewards.append(metrics[REWARD])
-            if (mean := fmean(self._rewards)) > self.reward:
-                self.reward, self.version = mean, self._sampled_with.version
+            if better := (mean := fmean(self._rewards)) > self.value:
+                self.restore(mean, self._sampled_with.version)
                 write_adapter_file(self.path, self._sampled_with)
         self._sampled_with = self._adapters.adapter()
+        return better
 
-    def measured(self, reward: float) -> None:
-        """To be called with what the adapter earned as it is now, where runs are evaluated."""
-        if reward > self.reward:
+    def measured(self, value: float) -> bool:
+        """Take a value of the adapter as it is now; return whether it is the best so far."""
+        if better := value > self.value:
             adapter = self._adapters.adapter()
-            self.reward, self.version = reward, adapter.version
+            self.restore(value, adapter.version)
             write_adapter_file(self.path, adapter)
+        return better

@@ -524,7 +524,7 @@ def test_texts_and_rows_are_read_with_the_tokenizer(load_tiny):
     assert evaluate_sft(model, data[:1], tokenizer=tokenizer) == evaluate_sft(
         model, data[1:2], tokenizer=tokenizer
     )
-    with pytest.raises(ConfigError, match="pass the tokenizer"):
+    with pytest.raises(ConfigError, match="Pass the tokenizer"):
         train_sft(model, data, [], optim.SGD(0.1))
 
 
@@ -550,7 +550,7 @@ def test_nothing_to_train_on_is_refused():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    with pytest.raises(TrainingError, match="lower the learning rate"):
+    with pytest.raises(TrainingError, match="Lower the learning rate"):
         train_sft(
             Bigram(),
             RAGGED,
@@ -584,7 +584,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run():
 
 
 def test_patience_without_validation_is_refused():
-    with pytest.raises(ConfigError, match="patience is 3, and there is nothing to validate on"):
+    with pytest.raises(ConfigError, match="patience is 3, and there is no validation data"):
         train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), parameters=SFTParameters(patience=3))
 
 
@@ -593,7 +593,6 @@ def test_paths_may_be_strings(tmp_path):
     AdapterContainer.from_model(model, AdapterConfig(rank=2))
     names = {name: str(tmp_path / f"{name}.safetensors") for name in ("adapter", "best")}
     paths = {f"{name}_path": path for name, path in names.items()}
-    paths["checkpoint_path"] = str(tmp_path / "further" / "c.safetensors")
     parameters = SFTParameters(iterations=1, **paths)
     train_sft(model, texts(4), texts(2), optim.SGD(0.1), parameters=parameters)
     found = {str(path) for path in tmp_path.rglob("*.safetensors")}
@@ -620,8 +619,10 @@ def test_a_demonstration_must_have_something_to_learn(mask):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"validation_batches": -1}, "validation_batches is -1"),
         ({"patience": 0}, "patience is 0"),
-        ({"checkpoint_path": "c.safetensors"}, "checkpoint_path is .*; give adapter_path too"),
-        ({"completed_iterations": 7, "iterations": 5}, "completed_iterations is 7 of 5"),
+        (
+            {"completed_iterations": 7, "iterations": 5},
+            "completed_iterations is 7, and iterations is 5",
+        ),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(options, message):
@@ -682,7 +683,9 @@ def test_a_loss_that_counts_no_tokens_is_refused(validate):
     def loss(model, inputs, targets, lengths, *, mask):
         return sft_loss(model, inputs, targets, lengths, mask=mask)[0], mx.array(0)
 
-    with pytest.raises(TrainingError, match="the loss is the mean of 0 tokens; expected at least"):
+    with pytest.raises(
+        TrainingError, match="the loss reports a mean over 0 tokens; at least 1 is expected"
+    ):
         train_sft(Bigram(), RAGGED, validate, optim.SGD(learning_rate=0.1), loss=loss)
 
 

@@ -21,6 +21,7 @@ from textpolicy.adapters.files.tensor_file import write_tensors
 from textpolicy.cli import main
 from textpolicy.config import SFTConfig, TrainConfig, read_toml, to_toml
 from textpolicy.errors import AdapterError, ConfigError, TrainingError
+from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import (
     BatchStream,
@@ -30,7 +31,6 @@ from textpolicy.training.sft import (
     ValidationReport,
     train_sft,
 )
-from textpolicy.training.sft.checkpoint import checkpoint_iteration
 from textpolicy.types import Progress
 
 PARAMETERS = SFTParameters(
@@ -50,6 +50,7 @@ class Trial:
 
     def __init__(self, path, *, rank=2, rate=1e-2, warmup=3):
         self.parameters = replace(PARAMETERS, adapter_path=path)
+        self.checkpoints = Checkpoints(path.parent / f"{path.stem}-checkpoints", every=2)
         self.model = qwen3_model()
         config = AdapterConfig(rank=rank, dropout=0.2)
         self.adapters = AdapterContainer.from_model(self.model, config)
@@ -71,7 +72,8 @@ class Trial:
             texts(6, seed=1),
             self.optimizer,
             parameters=parameters,
-            resume=parameters.checkpoint_file if resume else None,
+            checkpoints=self.checkpoints,
+            resume=self.checkpoints.newest() if resume else None,
             on_progress=note,
         )
 
@@ -139,7 +141,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_iterations(tmp_path, whole
     trial.run()
     again = Trial(tmp_path / "a.safetensors")
     assert again.run(resume=True, iterations=12).iteration == 12
-    assert checkpoint_iteration(trial.parameters.checkpoint_file) == 12
+    assert trial.checkpoints.newest().step == 12
     assert again.run(resume=True, iterations=12).iteration == 12
 
 
@@ -164,9 +166,9 @@ def test_a_stream_goes_on_where_it_was(tmp_path):
         ({"max_length": 30}, "row: 24 there, 30 now"),
         (
             {"train": texts(20, seed=4)},
-            "data: the demonstrations are others than those there, or in another order",
+            "data: the demonstrations differ, or their order does",
         ),
-        ({"completed_iterations": 3}, "completed_iterations is 3, and .* was written after 0"),
+        ({"completed_iterations": 3}, "completed_iterations is 3, and .* saved after 0"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_data_or_settings(tmp_path, changes, message):
@@ -187,11 +189,13 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, other):
     assert all(array is before[name] for name, array in trial.adapters.parameters().items())
 
 
-def test_there_has_to_be_a_checkpoint(tmp_path):
+def test_a_checkpoint_of_another_kind_or_format_is_refused(tmp_path):
     trial = Trial(tmp_path / "a.safetensors")
-    with pytest.raises(TrainingError, match=r"no checkpoint .* to go on from"):
+    assert trial.checkpoints.newest() is None
+    trial.checkpoints.save(Checkpoint(step=1, arrays={"a": mx.zeros(1)}, facts={"trainer": {}}))
+    with pytest.raises(TrainingError, match="is of a run of reinforcement learning"):
         trial.run(resume=True)
-    write_tensors(trial.parameters.checkpoint_file, {"a": mx.zeros(1)}, {})
+    write_tensors(trial.checkpoints.folder / "00000001.safetensors", {"a": mx.zeros(1)}, {})
     with pytest.raises(TrainingError, match="is no checkpoint that this release reads"):
         trial.run(resume=True)
 
@@ -232,11 +236,11 @@ def test_iterations_take_the_place_of_epochs_when_a_run_is_forced_to_go_on(tmp_p
     told = capsys.readouterr().err
     assert "trainer.iterations: not given there, 3 now" in told
     assert "trainer.epochs: 1 there, not given now" in told
-    assert "\nLeave out trainer.iterations, or go on with that all the same by --force" in told
+    assert "\nLeave out trainer.iterations, or add --force to resume with the new value" in told
     assert main([*resume, "--iterations", "3", "--force"]) == 0
     trainer = read_toml(folder / "config.toml", SFTConfig()).trainer
     assert (trainer.iterations, trainer.epochs) == (3, None)
-    assert checkpoint_iteration(folder / "checkpoints" / "latest.safetensors") == 3
+    assert Checkpoints(folder / "checkpoints").newest().step == 3
     # As long as it is told in the same words, a run may be made longer.
     assert main([*resume, "--iterations", "4"]) == 0
 
@@ -249,39 +253,40 @@ def test_force_is_advised_only_where_it_helps(tmp_path, capsys):
         return capsys.readouterr().err
 
     bound = told("--batch-size", "2", "--seed", "1")
-    assert "is bound to trainer.batch_size and run.seed, and --force changes nothing" in bound
-    assert "by --force" not in bound
-    assert "With other data.source, --force goes on only if the rows come out the same" in told(
+    assert "is bound to trainer.batch_size and run.seed, and --force does not change that" in bound
+    assert "add --force" not in bound
+    assert "With another data.source, --force resumes only if the rows stay the same" in told(
         "--data", str(tmp_path / "other.jsonl")
     )
     both = told("--lr", "0.1", "--batch-size", "2")
     assert "is bound to trainer.batch_size, and" in both
-    assert "Leave out trainer.lr, or go on with that all the same by --force" in both
+    assert "Leave out trainer.lr, or add --force to resume with the new value" in both
     for checkpoint in (folder / "checkpoints").iterdir():
         checkpoint.unlink()
-    assert "Leave out trainer.batch_size, or go on with" in told("--batch-size", "2")
+    assert "Leave out trainer.batch_size, or add --force" in told("--batch-size", "2")
 
 
 def test_a_run_of_another_command_is_gone_on_with_by_that_command(tmp_path, capsys):
     folder, _ = begin(tmp_path, "--iterations", "1")
     assert main(["train", "--resume", str(folder)]) == 2
     told = capsys.readouterr().err
-    assert f"go on with it by textpolicy sft --resume {folder}" in told
+    assert f"Resume it with: textpolicy sft --resume {folder}" in told
     assert "is no setting" not in told
     (folder / "config.toml").write_text(to_toml(TrainConfig()))
     assert main(["sft", "--resume", str(folder)]) == 2
     told = capsys.readouterr().err
-    assert f"go on with it by textpolicy train --resume {folder}" in told
+    assert f"Resume it with: textpolicy train --resume {folder}" in told
     assert "is no setting" not in told
 
 
 def test_a_run_that_diverges_leaves_what_was_saved_before(tmp_path):
     trial = Trial(tmp_path / "a.safetensors", rate=1e-2)
     trial.run(iterations=2)
-    file, checkpoint = trial.parameters.adapter_file, trial.parameters.checkpoint_file
+    file = trial.parameters.adapter_file
+    (checkpoint,) = trial.checkpoints.folder.iterdir()
     saved = file.read_bytes(), checkpoint.read_bytes()
     again = Trial(tmp_path / "a.safetensors", rate=1e30, warmup=0)
-    with pytest.raises(TrainingError, match=r"is (nan|inf) after \d iterations: lower the"):
+    with pytest.raises(TrainingError, match=r"is (nan|inf) after \d iterations. Lower the"):
         again.run(resume=True, save_every=100, steps_per_report=100, steps_per_eval=100)
     assert (file.read_bytes(), checkpoint.read_bytes()) == saved
     arrays = read_adapter_file(file).arrays.values()
@@ -331,7 +336,7 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert checkpoint_iteration(killed / "checkpoints" / "latest.safetensors") < 250
+    assert Checkpoints(killed / "checkpoints").newest().step < 250
     # What the kill may have left of a line is not a row.
     metrics.write_text(metrics.read_text() + '{"step": 1')
     subprocess.run([*command[:4], "--resume", str(killed)], check=True, **quiet)

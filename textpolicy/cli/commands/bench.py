@@ -30,10 +30,14 @@ from textpolicy.cli.probes import blas_speeds, product_speeds, width_speeds
 from textpolicy.cli.timed_steps import TimedSteps
 from textpolicy.config import TrainConfig, changed
 from textpolicy.errors import ModelError
-from textpolicy.experiment.assembly import Experiment, assemble, find_algorithm
-from textpolicy.experiment.rl_run import open_scorer
+from textpolicy.experiment.assembly import (
+    Experiment,
+    apply_thread_option,
+    assemble,
+    find_algorithm,
+    open_scorer,
+)
 from textpolicy.experiment.tasks import find_task
-from textpolicy.experiment.threads import use_threads
 from textpolicy.loop import train_rl
 from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
 from textpolicy.runs import RunDirectory
@@ -56,7 +60,7 @@ def run(options: Namespace) -> Report:
     config = changed(configured(TrainConfig(), options), _FIXED)
     if config.task.env is None and config.task.data is None:
         config = changed(config, {"task.env": "add"})
-    use_threads(config.model)
+    apply_thread_option(config.model)
     with TemporaryDirectory() as folder, closing(Console(sys.stderr, _MANY)) as console:
         measured = measure(config, RunDirectory(Path(folder)), console, options.seconds)
     found = advice_of(measured)
@@ -74,7 +78,7 @@ def measure(
     environment, rewards = find_task(config.task)
     experiment = assemble(config, environment, rewards, algorithm, directory)
     with ExitStack() as opened:
-        scorer = open_scorer(opened, experiment.reward, console, kind=SignalScorer)
+        scorer = open_scorer(experiment.reward, opened, console.note, kind=SignalScorer)
         started = time.perf_counter()
         steps = TimedSteps(
             _FOR_STEPS * seconds,

@@ -8,8 +8,7 @@ from textpolicy.cli.answer import Report
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.errors import PromptError
-from textpolicy.experiment.assembly import dtype_of
-from textpolicy.experiment.threads import use_threads
+from textpolicy.experiment.assembly import apply_thread_option, dtype_of
 from textpolicy.generation.mlx_generation import load_model, stream_answer
 from textpolicy.tracking.console import terminal_safe
 from textpolicy.types import Message, Sampling
@@ -19,7 +18,7 @@ _HELP = "/reset begins anew, /quit ends, and so does Ctrl-D"
 
 def run(options: Namespace) -> Report:
     config = configured(TrainConfig(), options)
-    use_threads(config.model)
+    apply_thread_option(config.model)
     sampling = Sampling(
         max_tokens=options.max_tokens,
         temperature=options.temperature,

@@ -12,8 +12,8 @@ from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.environment import sum_turn_rewards
 from textpolicy.environments.task_parts import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError
+from textpolicy.experiment.assembly import apply_thread_option
 from textpolicy.experiment.tasks import find_task
-from textpolicy.experiment.threads import use_threads
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import as_rewards, load_reward
@@ -23,7 +23,7 @@ from textpolicy.types import Sampling
 
 def run(options: Namespace) -> Report:
     config = configured(TrainConfig(), options)
-    use_threads(config.model)
+    apply_thread_option(config.model)
     if not (config.task.env or config.task.data):
         raise ConfigError("name what to try the reward on: --data rows.jsonl, or --env NAME")
     sample = _Sampler(config, options.sample) if options.sample else None

@@ -11,9 +11,8 @@ from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
 from textpolicy.evaluation import Comparison, Evaluation, HeldOut, TaskDifference, compare, evaluate
-from textpolicy.experiment.assembly import dtype_of, sampling_of
-from textpolicy.experiment.tasks import elsewhere, find_task
-from textpolicy.experiment.threads import use_threads
+from textpolicy.experiment.assembly import apply_thread_option, dtype_of, sampling_of
+from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, scorer_of
@@ -24,8 +23,8 @@ _MAX_SHOWN_CHARACTERS = 200
 
 def run(options: Namespace) -> Report:
     config = configured(TrainConfig(), options)
-    use_threads(config.model)
-    others = [elsewhere(config.task, name) for name in config.evaluation.envs or ()]
+    apply_thread_option(config.model)
+    others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
     tasks = [find_task(task) for task in (config.task, *others)]
     start, dtype = config.adapter.start, dtype_of(config.model)
     model, tokenizer = load_model(config.model.name, start, dtype=dtype)

@@ -22,8 +22,7 @@ from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.config.sections import ModelOptions
 from textpolicy.errors import AdapterError, ConfigError, ModelError
-from textpolicy.experiment.assembly import DTYPES, dtype_of
-from textpolicy.experiment.threads import use_threads
+from textpolicy.experiment.assembly import DTYPES, apply_thread_option, dtype_of
 from textpolicy.generation.lora import adapters_of
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import find_model
@@ -33,7 +32,7 @@ _COPIED = ("generation_config.json",)
 
 def run(options: Namespace) -> Report:
     config = configured(TrainConfig(), options)
-    use_threads(config.model)
+    apply_thread_option(config.model)
     start, output = config.adapter.start, options.output
     if start is None:
         raise ConfigError("name the adapters to fuse: --adapter PATH")

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from textpolicy.cli.answer import Report
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
-from textpolicy.experiment.assembly import dtype_of
-from textpolicy.experiment.threads import use_threads
+from textpolicy.experiment.assembly import apply_thread_option, dtype_of
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.tracking.console import terminal_safe
@@ -16,7 +15,7 @@ from textpolicy.types import Sampling
 
 def run(options: Namespace) -> Report:
     config = configured(TrainConfig(), options)
-    use_threads(config.model)
+    apply_thread_option(config.model)
     sampling = Sampling(
         max_tokens=options.max_tokens,
         temperature=options.temperature,

@@ -5,8 +5,8 @@ from textpolicy.training.sft.data import SFTData, load_data, load_examples
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 from textpolicy.training.sft.events import (
-    Event,
     SaveReport,
+    SFTEvent,
     TrainReport,
     ValidationReport,
 )
@@ -18,8 +18,8 @@ __all__ = [
     "BatchStream",
     "Demonstration",
     "Encoding",
-    "Event",
     "SFTData",
+    "SFTEvent",
     "SFTParameters",
     "SFTResult",
     "SaveReport",

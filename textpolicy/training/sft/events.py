@@ -1,4 +1,4 @@
-"""What a run of supervised training tells while it goes, and what it is answered."""
+"""The events that supervised training reports to its callback."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport:
-    """Since the last report: mean loss over learned tokens, and rates of this process.
+    """The mean loss over learned tokens since the last report, and the speed of this process.
 
-    `iteration` counts finished updates. The rates are those of the updates alone, without what
-    validation and saving took; `tokens_per_second` counts tokens that were learned.
+    `iteration` counts finished updates. The speed leaves out the time of validation and saving;
+    `tokens_per_second` counts learned tokens.
     """
 
     iteration: int
@@ -28,7 +28,7 @@ class TrainReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationReport:
-    """The mean loss over the tokens of the validation data, and how long it took."""
+    """The mean loss over the tokens of the validation data, and the seconds that it took."""
 
     iteration: int
     loss: float
@@ -40,7 +40,7 @@ class ValidationReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveReport:
-    """The adapters were written to `path`, and the state to go on from beside them."""
+    """The adapters were written to `path`."""
 
     iteration: int
     path: Path
@@ -49,4 +49,4 @@ class SaveReport:
         return f"iteration {self.iteration}: saved {self.path}"
 
 
-Event = TrainReport | ValidationReport | SaveReport
+SFTEvent = TrainReport | ValidationReport | SaveReport

@@ -1,4 +1,4 @@
-"""The numbers of a run of supervised training."""
+"""The settings of supervised training from Python."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from textpolicy.types import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class SFTParameters:
-    """`iterations` are updates in all, `completed_iterations` those of them that lie behind."""
+    """`iterations` counts all updates, `completed_iterations` those that are already done."""
 
     batch_size: int = 4
     """Rows in memory at once."""
@@ -17,25 +17,24 @@ class SFTParameters:
     steps_per_report: int = 10
     steps_per_eval: int = 100
     validation_batches: int = 10
-    """How many batches of the validation data to look at; 0 is all of it."""
+    """Batches of the validation data to measure; 0 is all."""
     save_every: int = 100
     adapter_path: Path | str | None = None
-    """A .safetensors file for the adapters. The best ones and the state to go on from are kept
-    beside it, or where the next two say."""
+    """A .safetensors file for the adapters, written every `save_every` updates and at the end."""
     best_path: Path | str | None = None
-    checkpoint_path: Path | str | None = None
+    """A file for the adapters of the lowest validation loss; None is a file beside the first."""
     completed_iterations: int = 0
-    """Data begins after these, as if they had been trained on. With a checkpoint it is known."""
+    """Training starts after these updates, with the data that follows. A checkpoint knows them."""
     accumulation: int = 1
-    """Batches whose gradients are one update: the update of one batch as large as all of them."""
+    """Batches that make one update: the same update as that of one batch of all their rows."""
     packing: bool = False
-    """Several demonstrations to a row of `max_length` tokens, kept apart."""
+    """Put several demonstrations into a row of `max_length` tokens; none sees another."""
     max_length: int = 2048
-    """Tokens of a packed row, and where texts that are given as text are cut."""
+    """Tokens of a packed row, and the length at which texts are cut."""
     checkpoint_gradients: bool = False
-    """Compute activations again in the backward pass: less memory, more time, the same update."""
+    """Recompute activations in the backward pass: less memory, more time, the same update."""
     patience: int | None = None
-    """Validations in a row without a better loss after which training ends; None is never."""
+    """Validations in a row without a lower loss that end training; None is no limit."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,7 +51,6 @@ class SFTParameters:
             save_every=count,
             adapter_path=path,
             best_path=path,
-            checkpoint_path=path,
             completed_iterations=natural,
             accumulation=count,
             max_length=(int, lambda x: x >= 2, "a whole number, at least 2"),
@@ -60,34 +58,24 @@ class SFTParameters:
         )
         if self.completed_iterations > self.iterations:
             raise ConfigError(
-                f"completed_iterations is {self.completed_iterations} of {self.iterations} "
-                "iterations in all; expected no more than those"
-            )
-        if self.checkpoint_path is not None and self.adapter_path is None:
-            raise ConfigError(
-                f"checkpoint_path is {self.checkpoint_path}, and checkpoints are written when "
-                "adapters are saved; give adapter_path too"
+                f"completed_iterations is {self.completed_iterations}, and iterations is "
+                f"{self.iterations}; expected at most as many completed iterations"
             )
 
     @property
     def adapter_file(self) -> Path | None:
-        """Where adapters go."""
+        """The file of the adapters."""
         return _path(self.adapter_path)
 
     @property
     def best_file(self) -> Path | None:
-        """Where the adapters with the lowest validation loss go."""
-        return _path(self.best_path) or _beside(self.adapter_file, "best")
-
-    @property
-    def checkpoint_file(self) -> Path | None:
-        """Where the state to go on from goes."""
-        return _path(self.checkpoint_path) or _beside(self.adapter_file, "checkpoint")
+        """The file of the adapters with the lowest validation loss."""
+        return _path(self.best_path) or _best_beside(self.adapter_file)
 
 
 def _path(given: Path | str | None) -> Path | None:
     return None if given is None else Path(given).expanduser()
 
 
-def _beside(path: Path | None, what: str) -> Path | None:
-    return path and path.with_name(f"{path.stem}.{what}{path.suffix}")
+def _best_beside(path: Path | None) -> Path | None:
+    return path and path.with_name(f"{path.stem}.best{path.suffix}")

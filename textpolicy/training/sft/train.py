@@ -1,32 +1,33 @@
 """Supervised fine-tuning: raise the log-probability of demonstrated tokens.
 
-Prompt and padding are read but never predicted; the stop token that ends an answer is. Whatever
-the model leaves trainable is trained: adapters, or every weight.
+The loss counts the tokens of answers and their stop tokens, never the prompt or the padding. All
+trainable weights of the model are trained: its adapters, or every weight.
 """
 
 import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import islice
-from pathlib import Path
 from random import Random
 from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import prepare_adapter_path
 from textpolicy.errors import ConfigError, DataError, TrainingError
-from textpolicy.training.checkpointing import recompute_activations
+from textpolicy.tracking.best import BestAdapter
+from textpolicy.training.checkpoint import Checkpoint, Checkpoints
+from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.sft.batches import (
     BatchStream,
     Epochs,
@@ -34,13 +35,13 @@ from textpolicy.training.sft.batches import (
     batches_by_length,
     make_sft_batch,
 )
-from textpolicy.training.sft.checkpoint import restore_progress, save_progress
+from textpolicy.training.sft.checkpoint import restore_progress, snapshot_progress
 from textpolicy.training.sft.data import demonstration_digest
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.training.sft.encoding import Encoding
 from textpolicy.training.sft.events import (
-    Event,
     SaveReport,
+    SFTEvent,
     TrainReport,
     ValidationReport,
 )
@@ -51,18 +52,19 @@ from textpolicy.types import Progress, asks_to_stop
 
 Example = Demonstration | str | Mapping[str, Any]
 """Tokens, a text, or a row in one of the forms that `Encoding` knows."""
-Ended = Literal["finished", "stopped", "early"]
+SFTEnd = Literal["finished", "stopped", "early"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTResult:
-    """`iteration` updates lie behind. `ended` is "stopped" by a callback, "early" for patience.
+    """`iteration` updates are finished. `ended` is "stopped" by a callback, "early" for patience.
 
+    `validation_loss` is None if the last update was not followed by a validation.
     `best_iteration` had the lowest validation loss; its adapters are in the parameters' best file.
     """
 
     iteration: int
-    ended: Ended
+    ended: SFTEnd
     validation_loss: float | None
     best_loss: float | None
     best_iteration: int | None
@@ -77,16 +79,18 @@ def train_sft(
     parameters: SFTParameters | None = None,
     tokenizer: TokenizerWrapper | None = None,
     loss: SFTLoss | None = None,
-    resume: str | Path | None = None,
-    on_progress: Callable[[Event], Progress | None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: Checkpoint | None = None,
+    on_progress: Callable[[SFTEvent], Progress | None] | None = None,
 ) -> SFTResult:
-    """Update the trainable weights until all iterations are done, or a callback's STOP.
+    """Update the trainable weights until all iterations are done or `on_progress` returns STOP.
 
-    Data are a list, or anything else of a known length that can be read again and again.
-
-    Validation comes before the first update, every so often, and after the last. However training
-    ends, the adapters and a checkpoint to go on from are saved if there is a path for them.
-    `resume` is such a checkpoint; model, data and settings are then given as they were.
+    Data is a list, or another collection with a length that can be read more than once.
+    Validation happens before the first update, every `steps_per_eval` updates and after the last.
+    However training ends, the adapters are saved to `adapter_path` and the state to `checkpoints`,
+    where these are given. `resume` is one of these checkpoints, for example
+    `checkpoints.newest()`: training continues to the same numbers, given the same model, data and
+    settings.
     """
     fast_cpu.enable()
     parameters = parameters or SFTParameters()
@@ -102,8 +106,8 @@ def train_sft(
     validation = _encoded(validate, parameters, tokenizer)
     if parameters.patience and not validation:
         raise ConfigError(
-            f"patience is {parameters.patience}, and there is nothing to validate on: give "
-            "validation data, or leave patience out"
+            f"patience is {parameters.patience}, and there is no validation data. Give validation "
+            "data, or leave out patience"
         )
     run = _Run(
         model=model,
@@ -111,10 +115,11 @@ def train_sft(
         parameters=parameters,
         validation=validation,
         loss=make_batch_loss(model, loss),
-        course=_course(source, parameters),
+        data_order=_data_order(source, parameters),
+        checkpoints=checkpoints,
     )
     if resume is not None:
-        run.restore(Path(resume))
+        run.restore(resume)
     with _in_mode(model, training=True):
         for event in run.events(source.updates(run.iteration)):
             if on_progress is not None and asks_to_stop(on_progress(event)):
@@ -134,7 +139,7 @@ def evaluate_sft(
     tokenizer: TokenizerWrapper | None = None,
     max_length: int = 2048,
 ) -> float:
-    """The mean loss over the learned tokens of all data, or of so many batches of it."""
+    """Return the mean loss over the learned tokens of the data, or of `batches` batches of it."""
     parameters = SFTParameters(
         batch_size=batch_size, validation_batches=batches, max_length=max_length
     )
@@ -148,14 +153,14 @@ def evaluate_sft(
 def iterations_of(
     epochs: int, demonstrations: Sequence[Demonstration], parameters: SFTParameters
 ) -> int:
-    """How many updates so many epochs of the data take."""
+    """Return the number of updates that `epochs` epochs of the data take."""
     source = _epochs(demonstrations, parameters, None)
     return sum(len(source.epoch(number)) for number in range(epochs))
 
 
 @dataclass(kw_only=True)
-class _Window:
-    """Since the last report: loss and tokens, and of this process alone, updates and seconds."""
+class _ReportWindow:
+    """Sums since the last report; updates, tokens and seconds with a clock are of this process."""
 
     loss: float = 0.0
     tokens: int = 0
@@ -181,8 +186,8 @@ class _Window:
 
 
 @dataclass(kw_only=True)
-class _Validated:
-    """How validation has gone so far."""
+class _ValidationHistory:
+    """The last and the best validation, and how many in a row were not better."""
 
     last: float | None = None
     last_iteration: int | None = None
@@ -190,47 +195,50 @@ class _Validated:
     best_iteration: int | None = None
     worse: int = 0
 
-    def add(self, loss: float, iteration: int) -> bool:
-        """Whether this is the best so far."""
+    def add(self, loss: float, iteration: int) -> None:
         self.last, self.last_iteration = loss, iteration
+        self.worse += 1
         if self.best is None or loss < self.best:
             self.best, self.best_iteration, self.worse = loss, iteration, 0
-            return True
-        self.worse += 1
-        return False
 
 
 @dataclass(kw_only=True)
 class _Run:
-    """One run: the events of its course, and the state that they leave."""
+    """One call of `train_sft`: its events in order, and the state between them."""
 
     model: nn.Module
     optimizer: Optimizer
     parameters: SFTParameters
     validation: Sequence[Demonstration]
     loss: BatchLoss
-    course: Mapping[str, Any]
-    ended: Ended = "finished"
-    window: _Window = field(default_factory=_Window)
-    validated: _Validated = field(default_factory=_Validated)
+    data_order: Mapping[str, Any]
+    checkpoints: Checkpoints | None
+    ended: SFTEnd = "finished"
+    window: _ReportWindow = field(default_factory=_ReportWindow)
+    validated: _ValidationHistory = field(default_factory=_ValidationHistory)
     saved: int | None = None
+    checkpointed: int | None = None
 
     def __post_init__(self) -> None:
         self.iteration = self.parameters.completed_iterations
         self.adapters = AdapterContainer.of(self.model)
-        self._value_and_grad = nn.value_and_grad(self.model, self.loss)
         self._checked = False
+        self._best: BestAdapter | None = None
+        best_file = self.parameters.best_file
+        if self.adapters and best_file and self.validation:
+            self._best = BestAdapter(self.adapters, best_file)
         if self.parameters.adapter_file is None:
             return
         prepare_adapter_path(self.parameters.adapter_file)
         if self.adapters is None:
             raise ConfigError(
                 f"adapter_path is {self.parameters.adapter_path}, and the model has no adapters to "
-                "save there: attach some, or save the weights yourself when training is done"
+                "save. Attach adapters, or leave out adapter_path and save the weights after "
+                "training"
             )
 
-    def events(self, updates: Iterator[Sequence[PackedRow]]) -> Generator[Event]:
-        """Train, and yield what happens as it happens; whoever stops listening stops the run."""
+    def events(self, updates: Iterator[Sequence[PackedRow]]) -> Generator[SFTEvent]:
+        """Train and yield each event; the run stops when the caller stops iterating."""
         yield from self._due()
         for rows in islice(updates, self.parameters.iterations - self.iteration):
             if self._out_of_patience():
@@ -242,11 +250,10 @@ class _Run:
             yield self._report()
         if self.validation and self.validated.last_iteration != self.iteration:
             yield self._validate()
-        if self.parameters.adapter_file and self.saved != self.iteration:
-            yield self._save()
+        yield from self._save_rest()
 
-    def _due(self) -> Generator[Event]:
-        """What falls on this iteration and has not been done."""
+    def _due(self) -> Generator[SFTEvent]:
+        """Yield the events that are due at this iteration and have not happened."""
         now, parameters, validated = self.iteration, self.parameters, self.validated
         falls = now % parameters.steps_per_report == 0 or now == parameters.iterations
         if falls and self.window.timed_updates:
@@ -254,54 +261,64 @@ class _Run:
         falls = now % parameters.steps_per_eval == 0 or validated.last is None
         if self.validation and falls and validated.last_iteration != now:
             yield self._validate()
+        if self.checkpoints and now > 0 and self.checkpoints.due(now):
+            self._save_checkpoint()
         falls = now % parameters.save_every == 0 and now > 0
         if parameters.adapter_file and falls and self.saved != now:
-            yield self._save()
+            yield self._save_adapters()
 
     def _out_of_patience(self) -> bool:
         patience = self.parameters.patience
         return patience is not None and self.validated.worse >= patience
 
     def finish(self) -> None:
-        """Save what a callback's STOP left unsaved."""
+        """Save what is not saved because a callback stopped the run."""
+        for _ in self._save_rest():
+            pass
+
+    def _save_rest(self) -> Generator[SFTEvent]:
+        self._save_checkpoint()
         if self.parameters.adapter_file and self.saved != self.iteration:
-            self._save()
+            yield self._save_adapters()
 
     def result(self) -> SFTResult:
+        validated = self.validated
         return SFTResult(
             iteration=self.iteration,
             ended=self.ended,
-            validation_loss=self.validated.last,
-            best_loss=self.validated.best,
-            best_iteration=self.validated.best_iteration,
+            validation_loss=validated.last if validated.last_iteration == self.iteration else None,
+            best_loss=validated.best,
+            best_iteration=validated.best_iteration,
         )
 
-    def restore(self, path: Path) -> None:
-        """Take up the run where the checkpoint left it."""
-        iteration, progress = restore_progress(path, self.model, self.optimizer, self.course)
-        begun = self.parameters.completed_iterations
-        if begun not in (0, iteration):
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore the state of the run in which the checkpoint was saved."""
+        given = self.parameters.completed_iterations
+        if given not in (0, checkpoint.step):
             raise ConfigError(
-                f"completed_iterations is {begun}, and {path} was written after {iteration}; with "
-                "a checkpoint, leave it out"
+                f"completed_iterations is {given}, and the checkpoint was saved after "
+                f"{checkpoint.step} iterations. Leave out completed_iterations with a checkpoint"
             )
-        self.iteration = self.saved = iteration
-        self.window = _Window(**progress["window"])
-        self.validated = _Validated(**progress["validated"])
+        progress = restore_progress(checkpoint, self.model, self.optimizer, self.data_order)
+        self.iteration = self.checkpointed = checkpoint.step
+        self.window = _ReportWindow(**progress["window"])
+        self.validated = _ValidationHistory(**progress["validated"])
         if self.adapters:
             self.adapters.version = progress["version"]
+        if self._best and self.validated.best is not None:
+            self._best.restore(-self.validated.best, self.validated.best_iteration or 0)
         self._checked = self.iteration > 0
 
     def _update(self, rows: Sequence[PackedRow]) -> None:
         started = time.perf_counter()
         loss, tokens, gradient = self._gradient(rows)
-        size = _largest(gradient)
+        size = _largest_magnitude(gradient)
         _check_finite(self.iteration, "loss", loss)
         _check_finite(self.iteration, "gradient", size)
         if size == 0 and not self._checked:
             raise TrainingError(
-                "the gradient of the first update is exactly zero: the loss does not depend on the "
-                "trainable weights. Is it computed from what the model returns?"
+                "the gradient of the first update is exactly zero, so the loss does not depend on "
+                "the trainable weights. Compute the loss from the output of the model"
             )
         self._checked = True
         self.optimizer.update(self.model, gradient)
@@ -312,62 +329,58 @@ class _Run:
         self.window.add(loss, tokens, time.perf_counter() - started)
 
     def _gradient(self, rows: Sequence[PackedRow]) -> tuple[float, int, Any]:
-        """Mean loss, learned tokens and gradient of an update, one batch in memory at a time."""
+        """Return mean loss, learned tokens and gradient, with one batch in memory at a time."""
         size = self.parameters.batch_size
-        # A stream's batches are as large as whoever draws them wants, in equal shares.
         parts = [rows[at : at + size] for at in range(0, len(rows), size)]
-        sums: list[tuple[float, int]] = []
-        total: Any = None
-        for part in parts:
-            loss, tokens, gradient = self._batch_gradient(part)
-            if len(parts) > 1:
-                gradient = tree_map(lambda g, n=tokens: g * n, gradient)
-                gradient = gradient if total is None else tree_map(mx.add, total, gradient)
-                mx.eval(gradient)
-            total = gradient
-            sums.append((loss * tokens, tokens))
-        tokens = sum(count for _, count in sums)
-        _check_counted(tokens)
-        if len(parts) > 1:
-            total = tree_map(lambda g: g / tokens, total)
-        return sum(value for value, _ in sums) / tokens, tokens, total
-
-    def _batch_gradient(self, rows: Sequence[PackedRow]) -> tuple[float, int, Any]:
-        again = self.parameters.checkpoint_gradients
-        with recompute_activations(self.model) if again else nullcontext():
-            (loss, tokens), gradient = self._value_and_grad(make_sft_batch(rows))
-        mx.eval(loss, tokens, gradient)
-        return float(loss), int(tokens), gradient
+        gradient, values = accumulate_gradient(
+            self.model,
+            lambda part: self.loss(make_sft_batch(part)),
+            parts,
+            checkpoint=self.parameters.checkpoint_gradients,
+            weight=lambda value: value[1],
+        )
+        counts = [int(tokens) for _, tokens in values]
+        _check_counted(sum(counts))
+        total = sum(float(loss) * count for (loss, _), count in zip(values, counts, strict=True))
+        return total / sum(counts), sum(counts), gradient
 
     def _report(self) -> TrainReport:
         report = self.window.report(self.iteration, float(self.optimizer.learning_rate))
-        self.window = _Window()
+        self.window = _ReportWindow()
         return report
 
     def _validate(self) -> ValidationReport:
         started = time.perf_counter()
         loss = _evaluate(self.model, self.validation, self.loss, self.parameters)
         _check_finite(self.iteration, "validation loss", loss)
-        best = self.validated.add(loss, self.iteration)
-        if best and self.adapters and self.parameters.best_file:
-            self.adapters.publish(self.parameters.best_file)
+        self.validated.add(loss, self.iteration)
+        if self._best:
+            self._best.measured(-loss)
         seconds = time.perf_counter() - started
         return ValidationReport(iteration=self.iteration, loss=loss, seconds=seconds)
 
-    def _save(self) -> SaveReport:
-        path, checkpoint = self.parameters.adapter_file, self.parameters.checkpoint_file
-        assert path and checkpoint and self.adapters
+    def _save_adapters(self) -> SaveReport:
+        path = self.parameters.adapter_file
+        assert path and self.adapters
         self.adapters.publish(path)
-        past = {"timed_updates": 0, "timed_tokens": 0, "seconds": 0.0}
-        progress = {
-            "course": self.course,
-            "version": self.adapters.version,
-            "window": asdict(self.window) | past,
-            "validated": asdict(self.validated),
-        }
-        save_progress(checkpoint, self.iteration, self.model, self.optimizer, progress)
         self.saved = self.iteration
         return SaveReport(iteration=self.iteration, path=path)
+
+    def _save_checkpoint(self) -> None:
+        if self.checkpoints is None or self.checkpointed == self.iteration:
+            return
+        # The seconds of this process mean nothing to the process that resumes.
+        unmeasured = {"timed_updates": 0, "timed_tokens": 0, "seconds": 0.0}
+        progress = {
+            "data_order": self.data_order,
+            "version": self.adapters.version if self.adapters else 0,
+            "window": asdict(self.window) | unmeasured,
+            "validated": asdict(self.validated),
+        }
+        self.checkpoints.save(
+            snapshot_progress(self.iteration, self.model, self.optimizer, progress)
+        )
+        self.checkpointed = self.iteration
 
 
 def _evaluate(
@@ -378,7 +391,7 @@ def _evaluate(
 ) -> float:
     size, count = parameters.batch_size, parameters.validation_batches
     if count:
-        # The first of a fixed shuffle, since data is often sorted by something.
+        # A fixed shuffle, because data is often sorted.
         number = min(count * size, len(demonstrations))
         demonstrations = Random(0).sample(demonstrations, number)
     total, tokens = 0.0, 0
@@ -394,8 +407,8 @@ def _evaluate(
 def _check_counted(tokens: int) -> None:
     if tokens < 1:
         raise TrainingError(
-            f"the loss is the mean of {tokens} tokens; expected at least 1. Let it return how many "
-            "targets it takes the mean of, such as mask.sum()"
+            f"the loss reports a mean over {tokens} tokens; at least 1 is expected. Return the "
+            "number of targets that the mean is taken over, such as mask.sum()"
         )
 
 
@@ -409,18 +422,18 @@ def _in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
         model.train(before)
 
 
-def _largest(gradient: Any) -> float:
-    """The largest number in it, without sign; not finite where any number is not."""
+def _largest_magnitude(gradient: Any) -> float:
+    """Return the largest magnitude in the gradient; NaN or infinite if any number is."""
     arrays = cast(list[tuple[str, mx.array]], tree_flatten(gradient))
     return float(mx.stack([mx.abs(array).max().astype(mx.float32) for _, array in arrays]).max())
 
 
 def _check_finite(iteration: int, what: str, value: float) -> None:
-    # Before anything is updated or saved: what was saved is still good to go on from.
+    # Checked before anything is updated or saved, so that the last save can still be resumed.
     if not math.isfinite(value):
         raise TrainingError(
-            f"the {what} is {value} after {iteration} iterations: lower the learning rate, or "
-            "compute in float32. What was saved before is as it was"
+            f"the {what} is {value} after {iteration} iterations. Lower the learning rate, or "
+            "compute in float32. The files saved before are unchanged"
         )
 
 
@@ -436,13 +449,13 @@ def _epochs(
 
 
 def _check_data(name: str, data: object) -> None:
-    """Refuse what would be read as something else than rows, or could be read only once."""
-    # Not only sequences: data sets of other libraries have a length and are read by number.
+    """Raise DataError for data that is one row, or that can be read only once."""
+    # Datasets of other libraries are not sequences, but have a length.
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Sized):
         raise DataError(
             f"{name} is {data!r:.60}; expected a list of demonstrations, texts or rows. Put a "
-            "single one into a list, make a list of what a generator gives, and leave a list "
-            "empty for no data. What a file has is read by load_data"
+            "single row into a list, turn a generator into a list, and pass an empty list for no "
+            "data. Read files with load_data"
         )
 
 
@@ -454,19 +467,21 @@ def _encoded(
         return ready
     if ready:
         raise DataError(
-            f"{len(ready)} of {len(data)} rows are demonstrations, and the others texts or rows; "
-            "expected one kind: encode the others with Encoding"
+            f"{len(ready)} of {len(data)} rows are demonstrations, and the others are texts or "
+            "rows; expected one kind. Encode the other rows with Encoding"
         )
     placed = [(f"row {n}", _row(n, one)) for n, one in enumerate(data, start=1)]
     if tokenizer is None:
-        raise ConfigError("the data has texts or rows; pass the tokenizer that they are read with")
+        raise ConfigError(
+            "the data holds texts or rows. Pass the tokenizer of the model: tokenizer=..."
+        )
     encoding = Encoding(tokenizer=tokenizer, max_length=parameters.max_length)
     found = encoding.encode(placed)
     if found.truncated or found.dropped:
         warnings.warn(
             f"of {len(data)} texts, {found.truncated} are longer than {parameters.max_length} "
-            f"tokens and are cut there, and {found.dropped} more have no answer within that: split "
-            "them before, or raise max_length",
+            f"tokens and are cut, and {found.dropped} more are left out because their answer lies "
+            "beyond that. Split them, or raise max_length",
             stacklevel=3,
         )
     return found.demonstrations
@@ -477,19 +492,19 @@ def _row(number: int, one: object) -> Mapping[str, Any]:
         return {"text": one}
     if not isinstance(one, Mapping):
         raise DataError(
-            f"row {number} is {one!r:.60}; expected a Demonstration, a text, or a mapping with its "
+            f"row {number} is {one!r:.60}; expected a Demonstration, a text, or a mapping of "
             "columns"
         )
     return cast(Mapping[str, Any], one)
 
 
-def _course(source: Epochs | BatchStream, parameters: SFTParameters) -> dict[str, Any]:
-    """What decides the order of updates: a run is taken up only where all of it is the same."""
+def _data_order(source: Epochs | BatchStream, parameters: SFTParameters) -> dict[str, Any]:
+    """Return all that decides which rows each update gets; a resumed run must have the same."""
     names = ["batch_size", "accumulation", "packing", "seed"]
-    course: dict[str, Any] = {name: getattr(parameters, name) for name in names}
+    order: dict[str, Any] = {name: getattr(parameters, name) for name in names}
     if isinstance(source, BatchStream):
-        return course | {"data": "a stream"}
+        return order | {"data": "a stream"}
     content = blake2b(
         b"".join(map(demonstration_digest, source.demonstrations)), digest_size=16
     ).hexdigest()
-    return course | {"data": content, "row": source.packed}
+    return order | {"data": content, "row": source.packed}

@@ -1,0 +1,144 @@
+"""`tp.run` and the commands start the same runs and leave the same directory."""
+
+import json
+
+import pytest
+
+import textpolicy as tp
+from textpolicy.adapters.files.adapter_file import read_adapter_file
+from textpolicy.cli import main
+from textpolicy.config import TrainConfig, changed, read_toml
+from textpolicy.errors import ConfigError
+from textpolicy.runs import RunDirectory
+
+SMALL = ["--groups-per-step", "2", "--group-size", "2", "--count", "4", "--eval-every", "1"]
+SMALL_CONFIG = {
+    "task": {"env": "add"},
+    "rollout": {"groups_per_step": 2, "group_size": 2},
+    "evaluation": {"count": 4, "every": 1},
+}
+CLOCKS = ("time/", "memory/", "tokens_per_second", "iterations_per_second")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of demonstrations."""
+    path = tmp_path / "rows.jsonl"
+    pairs = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(10, 30)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    return str(path)
+
+
+def names(directory):
+    return sorted(path.relative_to(directory.path).as_posix() for path in directory.path.rglob("*"))
+
+
+def metrics(directory):
+    """The rows of a run's metrics without clocks and memory."""
+    lines = map(json.loads, directory.metrics.read_text().splitlines())
+    return [{n: v for n, v in row.items() if not n.startswith(CLOCKS)} for row in lines]
+
+
+def settings(directory):
+    """The text of a run's config without the folder that it lies in."""
+    text = directory.config.read_text()
+    return [line for line in text.splitlines() if not line.startswith("output = ")]
+
+
+def assert_same_run(one, other):
+    assert names(one) == names(other)
+    assert metrics(one) == metrics(other)
+    assert settings(one) == settings(other)
+    for name in ("latest", "best"):
+        arrays, others = (read_adapter_file(getattr(run, name)).arrays for run in (one, other))
+        assert all((array == others[key]).all().item() for key, array in arrays.items())
+
+
+def test_a_run_from_python_leaves_the_same_directory_as_the_command(tmp_path):
+    result = tp.run(SMALL_CONFIG | {"run": {"steps": 2}}, output=tmp_path / "python")
+    command = RunDirectory(tmp_path / "command")
+    assert (
+        main(["train", "--env", "add", "--steps", "2", *SMALL, "--output", str(command.path)]) == 0
+    )
+    assert_same_run(result.directory, command)
+    assert (result.ended, result.steps, result.after.count) == ("finished", 2, 4)
+    assert result.after.value == metrics(command)[-1]["eval/reward"]
+
+
+def test_a_supervised_run_from_python_leaves_the_same_directory_as_the_command(tmp_path, rows):
+    config = {"data": {"source": rows}, "trainer": {"iterations": 3}, "run": {"steps_per_eval": 2}}
+    result = tp.run(config, output=tmp_path / "python")
+    command = RunDirectory(tmp_path / "command")
+    options = ["--data", rows, "--iterations", "3", "--steps-per-eval", "2"]
+    assert main(["sft", *options, "--output", str(command.path)]) == 0
+    assert_same_run(result.directory, command)
+    assert (result.ended, result.steps, result.after.name) == ("finished", 3, "validation loss")
+
+
+def test_both_kinds_of_run_have_one_layout(tmp_path, rows):
+    config = {"data": {"source": rows}, "trainer": {"iterations": 2}}
+    supervised = tp.run(config, output=tmp_path / "sft").directory
+    learned = tp.run(SMALL_CONFIG | {"run": {"steps": 2}}, output=tmp_path / "rl").directory
+    common = {"config.toml", "metrics.jsonl", "report.html", "checkpoints/00000002.safetensors"}
+    common |= {"adapters/latest.safetensors", "adapters/best.safetensors"}
+    assert common <= set(names(supervised)) and common <= set(names(learned))
+
+
+def test_events_tell_the_run_in_order_and_a_listener_may_stop_it(tmp_path):
+    events = []
+
+    def listen(event):
+        events.append((event.kind, event.step))
+        return tp.Progress.STOP if event.kind == "step" else tp.Progress.MORE
+
+    result = tp.run(SMALL_CONFIG | {"run": {"steps": 3}}, output=tmp_path / "run", on_event=listen)
+    assert (result.ended, result.steps, result.after) == ("stopped", 1, None)
+    told = [("start", 0), ("measurement", 0), ("step", 1), ("measurement", 1)]
+    assert [event for event in events if event[0] != "note"] == told
+
+
+def test_a_stopped_run_is_resumed_to_the_same_directory(tmp_path):
+    whole = tp.run(SMALL_CONFIG | {"run": {"steps": 3}}, output=tmp_path / "whole").directory
+    stop = lambda event: tp.Progress.STOP if event.kind == "step" else None  # noqa: E731
+    config = SMALL_CONFIG | {"run": {"steps": 3}}
+    first = tp.run(config, output=tmp_path / "stopped", on_event=stop)
+    assert first.ended == "stopped"
+    second = tp.run(resume=tmp_path / "stopped")
+    assert second.ended == "finished"
+    assert_same_run(second.directory, whole)
+
+
+def test_a_mapping_changes_a_resumed_run_and_a_change_of_numbers_needs_force(tmp_path):
+    folder = tmp_path / "run"
+    tp.run(SMALL_CONFIG | {"run": {"steps": 1}}, output=folder)
+    with pytest.raises(ConfigError, match=r"trainer\.lr: 0\.0005 there, 0\.001 now"):
+        tp.run({"trainer": {"lr": 1e-3}}, resume=folder)
+    assert tp.run({"run": {"steps": 2}}, resume=folder, force=True).steps == 2
+    assert read_toml(RunDirectory(folder).config, TrainConfig()).run.steps == 2
+
+
+def test_a_config_may_be_an_object_or_a_file(tmp_path):
+    values = {"task.env": "add", "run.steps": 1, "evaluation.count": 4, "rollout.group_size": 2}
+    config = changed(TrainConfig(), values | {"rollout.groups_per_step": 2})
+    first = tp.run(config, output=tmp_path / "object").directory
+    second = tp.run(first.config, output=tmp_path / "file").directory
+    assert_same_run(first, second)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"no config is given.*run\(resume='runs/sort'\)"),
+        ({}, "no task is given"),
+        ({"data": {}}, "no data is given"),
+        ({"tsak": {"env": "add"}}, r"tsak\.env is no setting; did you mean task\.env"),
+        ({"run": {"steps": 0}}, "run.steps is 0; expected"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, config, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        tp.run(config)
+    assert not any(tmp_path.rglob("*.toml"))

@@ -1,0 +1,55 @@
+"""Shows the events of a run in the terminal, and turns signals into a stop after the step."""
+
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack, closing, contextmanager
+
+from textpolicy.cli.signals import StopRequest, stopping
+from textpolicy.experiment import RunEvent, RunResult
+from textpolicy.tracking.console import Console, terminal_safe
+from textpolicy.types import Progress
+
+
+class TerminalListener:
+    """The listener of a run that a command started. Made by `listening`."""
+
+    def __init__(self, steps: int, opened: ExitStack, *, panel: bool) -> None:
+        self._steps = steps
+        self._opened = opened
+        self._panel = panel
+        self._console = opened.enter_context(closing(Console(sys.stderr, steps)))
+        self._request = StopRequest()
+
+    def note(self, text: str) -> None:
+        """Write a line, with characters that could control the terminal spelled out."""
+        self._console.note(terminal_safe(text))
+
+    def __call__(self, event: RunEvent) -> Progress:
+        if event.kind == "start":
+            # Before, a signal ends the process at once: there is nothing to save.
+            self._request = self._opened.enter_context(stopping(self.note))
+            if event.step:
+                self.note(event.text)
+        elif event.kind == "step" and self._panel:
+            self._console.show(event.step - 1, event.metrics, event.samples)
+            if event.step == self._steps:
+                self._console.close()
+        else:
+            self.note(event.text)
+        return Progress.STOP if self._request.signal else Progress.MORE
+
+    def exit_code(self, result: RunResult) -> int:
+        """Return 0, or the code that a shell expects of a command that a signal stopped."""
+        return self._request.exit_code if result.ended == "stopped" else 0
+
+    def stopped(self, resume_line: str) -> str:
+        """Return the line for people whose run was stopped: by which signal, and how to resume."""
+        by = f"stopped by {self._request.signal.name}; " if self._request.signal else ""
+        return f"{by}resume with: {resume_line}"
+
+
+@contextmanager
+def listening(steps: int, *, panel: bool = True) -> Generator[TerminalListener]:
+    """Make a listener that shows a run of `steps` steps: as a panel, or a line for each event."""
+    with ExitStack() as opened:
+        yield TerminalListener(steps, opened, panel=panel)

@@ -1,0 +1,180 @@
+"""A run of reinforcement learning: measured before and after, tracked, watched and resumable."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from textpolicy.algorithms import Algorithm
+from textpolicy.backend import versions
+from textpolicy.config import TrainConfig, to_toml
+from textpolicy.environments import Environment
+from textpolicy.errors import DataError
+from textpolicy.experiment.assembly import (
+    Experiment,
+    assemble,
+    build_evaluator,
+    checkpoints_of,
+    find_algorithm,
+    open_run_tracker,
+    open_scorer,
+)
+from textpolicy.experiment.events import Measurement, Reporter, RunResult
+from textpolicy.experiment.observer import StepObserver
+from textpolicy.experiment.tasks import find_task
+from textpolicy.loop import train_rl
+from textpolicy.rewards import Rewards
+from textpolicy.runs import RunDirectory
+from textpolicy.tracking.best import BestAdapter
+from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.training.checkpoint import Checkpoint, Checkpoints
+
+
+def train_policy(
+    config: TrainConfig,
+    directory: RunDirectory,
+    report: Reporter,
+    *,
+    task: tuple[Environment, Rewards] | None = None,
+    force: bool = False,
+    algorithm: Algorithm | None = None,
+    prepare: Callable[[Experiment], None] | None = None,
+) -> RunResult:
+    """Measure, train, measure again; start from the newest checkpoint if there is one.
+
+    With `force`, a checkpoint is resumed although the tasks differ from those it was made with.
+    `task` and `algorithm` replace those that the config names, and `prepare` may change the parts
+    of the run before it starts.
+    """
+
+    def note(text: str) -> None:
+        report("note", text)
+
+    algorithm = algorithm or find_algorithm(config.algorithm)
+    environment, reward = task or find_task(config.task)
+    with ExitStack() as opened:
+        experiment = assemble(config, environment, reward, algorithm, directory)
+        first_version = experiment.trainer.version
+        if prepare:
+            prepare(experiment)
+        checkpoints = checkpoints_of(config, directory)
+        resume = _newest_checkpoint(checkpoints, note)
+        if resume and force:
+            resume.facts["tasks"].pop("seen", None)
+        if resume:
+            _restore_adapters(experiment, resume)
+        # A checkpoint that does not fit must leave the config as it was.
+        directory.write_config(to_toml(config))
+        scorer = open_scorer(experiment.reward, opened, note)
+        tracker = open_run_tracker(
+            config,
+            directory,
+            note,
+            resume_step=resume.step if resume else 0,
+            sample_groups=config.run.sample_groups,
+        )
+        best = BestAdapter(experiment.adapters, directory.best)
+        observer = StepObserver(
+            directory,
+            opened.enter_context(tracker),
+            report,
+            best,
+            build_evaluator(experiment, scorer, config, opened, note),
+            every=config.evaluation.every,
+            stop_on_alarm=config.run.stop_on_collapse,
+        )
+        started = time.perf_counter()
+        report.step = resume.step if resume else 0
+        report("start", f"resuming after step {resume.step}" if resume else "training starts")
+        before = _measure_before(observer, directory, resume, note)
+        train_rl(
+            tasks=experiment.environment.stream(config.run.seed),
+            reward=scorer,
+            policy=experiment.policy,
+            trainer=experiment.trainer,
+            steps=config.run.steps,
+            groups_per_step=config.rollout.groups_per_step,
+            group_size=config.rollout.group_size,
+            steps_per_generation=config.rollout.steps_per_generation,
+            refill_rounds=experiment.refill_rounds,
+            seed=config.run.seed,
+            on_step=observer.see,
+            checkpoints=checkpoints,
+            resume=resume,
+        )
+        updates = experiment.trainer.version - first_version
+        if observer.stopped_by_alarm:
+            _restore_best(best, experiment)
+        elif updates == 0:
+            # Each update publishes; without one, `textpolicy eval` still needs the file.
+            experiment.adapters.publish()
+        finished = observer.steps >= config.run.steps
+        measured = observer.stopped_by_alarm or finished
+        after = observer.finish(experiment.policy.version) if measured else None
+    return RunResult(
+        directory=directory,
+        ended="alarm" if observer.stopped_by_alarm else "finished" if finished else "stopped",
+        steps=observer.steps,
+        updates=updates,
+        seconds=time.perf_counter() - started,
+        before=before,
+        after=after,
+        best=_best_measurement(best, observer, config),
+        alarms=tuple(map(str, observer.alarms)),
+        facts={"kept": best.version} if observer.stopped_by_alarm else {},
+    )
+
+
+def _newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) -> Checkpoint | None:
+    found = checkpoints.newest()
+    for damage in checkpoints.damaged:
+        note(f"A damaged checkpoint was passed over: {damage}")
+    if found:
+        for package, now in versions().items():
+            if (then := found.facts["versions"][package]) != now:
+                note(f"{package} was {then} and is {now}: numbers may differ in their last digits")
+    return found
+
+
+def _restore_adapters(experiment: Experiment, checkpoint: Checkpoint) -> None:
+    """Restore the adapters, which are measured before the loop restores everything."""
+    experiment.trainer.restore(checkpoint.arrays, checkpoint.facts["trainer"])
+    experiment.policy.reload(experiment.trainer.published)
+
+
+def _measure_before(
+    observer: StepObserver,
+    directory: RunDirectory,
+    resume: Checkpoint | None,
+    note: Callable[[str], None],
+) -> Measurement:
+    """Return the measurement before the first step: a new one, or that of the run's first row."""
+    if resume is None:
+        return observer.evaluate("before")
+    rows = read_metrics(directory.metrics)
+    if not rows or "eval/reward" not in rows[0]:
+        raise DataError(
+            f"{directory.metrics} has no row of the first step, which holds the measurement before "
+            "training. Restore the file, or start a new run from the adapters with: --adapter "
+            f"{directory.latest}"
+        )
+    if lost := set(range(resume.step)) - {int(row["step"]) for row in rows}:
+        # A full disk or a power failure loses rows.
+        note(f"{directory.metrics} has no rows of {len(lost)} steps, from step {min(lost)} on")
+    observer.replay(rows, resume.step)
+    return observer.measurement_in(rows[0])
+
+
+def _restore_best(best: BestAdapter, experiment: Experiment) -> None:
+    """Make the best adapter the final one in the trainer, the published file and the policy."""
+    experiment.adapters.swap(best.path)
+    experiment.adapters.publish()
+    experiment.policy.reload(experiment.trainer.published)
+
+
+def _best_measurement(
+    best: BestAdapter, observer: StepObserver, config: TrainConfig
+) -> Measurement | None:
+    if best.value == float("-inf"):
+        return None
+    name = "greedy reward" if config.evaluation.every else "mean training reward"
+    return Measurement(name=name, value=best.value, step=observer.best_step)

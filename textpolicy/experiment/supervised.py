@@ -1,0 +1,152 @@
+"""A run of supervised training: data, adapters, checkpoints, tracking, and the result."""
+
+import time
+
+import mlx.core as mx
+
+from textpolicy.config import SFTConfig, to_toml
+from textpolicy.experiment.assembly import (
+    adapt,
+    checkpoints_of,
+    dtype_of,
+    load_sft_data,
+    open_run_tracker,
+    optimizer_of,
+    sft_parameters,
+)
+from textpolicy.experiment.events import EventKind, Measurement, Reporter, RunResult
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.runs import RunDirectory
+from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.tracking.tracker import Tracker
+from textpolicy.training.sft import (
+    SaveReport,
+    SFTData,
+    SFTEvent,
+    SFTResult,
+    TrainReport,
+    ValidationReport,
+    evaluate_sft,
+    train_sft,
+)
+from textpolicy.types import Metrics, Progress
+
+_LOSS = "validation/loss"
+_KINDS: dict[type[SFTEvent], EventKind] = {
+    TrainReport: "step",
+    ValidationReport: "measurement",
+    SaveReport: "saved",
+}
+
+
+def train_supervised(config: SFTConfig, directory: RunDirectory, report: Reporter) -> RunResult:
+    """Train adapters on rows of text, starting from the newest checkpoint if there is one."""
+    started = time.perf_counter()
+    model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
+    data = load_sft_data(config, tokenizer)
+    report("note", str(data))
+    adapt(model, config.adapter, config.model, config.run.seed)
+    parameters = sft_parameters(config, directory, data)
+    checkpoints = checkpoints_of(config, directory)
+    resume = checkpoints.newest()
+    report.step = first = resume.step if resume else 0
+    optimizer = optimizer_of(config.trainer, parameters.iterations)
+    mx.random.seed(config.run.seed)
+    mx.reset_peak_memory()
+    if resume is None:
+        directory.write_config(to_toml(config))
+    report("start", f"resuming after update {first}" if resume else "training starts")
+    tracking = open_run_tracker(
+        config,
+        directory,
+        lambda text: report("note", text),
+        resume_step=first + 1 if resume else 0,
+        sample_groups=0,
+    )
+    with tracking as tracker:
+        result = train_sft(
+            model,
+            data.train,
+            data.valid,
+            optimizer,
+            parameters=parameters,
+            checkpoints=checkpoints,
+            resume=resume,
+            on_progress=_Recorder(config, directory, tracker, report),
+        )
+    report.step = result.iteration
+    test = None
+    if data.test:
+        loss = evaluate_sft(model, data.test, batch_size=config.trainer.batch_size)
+        test = Measurement(name="test loss", value=loss, step=result.iteration)
+    return _result(result, directory, data, test, first, time.perf_counter() - started)
+
+
+class _Recorder:
+    """Writes the events of `train_sft` to the tracker and passes them on as events of the run."""
+
+    def __init__(
+        self, config: SFTConfig, directory: RunDirectory, tracker: Tracker, report: Reporter
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._tracker = tracker
+        self._report = report
+        self._first = True
+
+    def __call__(self, event: SFTEvent) -> Progress:
+        if self._first:
+            # The first event shows that a resumed checkpoint fits these options.
+            self._directory.write_config(to_toml(self._config))
+            self._first = False
+        metrics = _metrics(event)
+        if metrics:
+            self._tracker.write(event.iteration, metrics)
+        self._report.step = event.iteration
+        self._report(_KINDS[type(event)], str(event), metrics=metrics)
+        return Progress.STOP if self._report.stop_requested else Progress.MORE
+
+
+def _metrics(event: SFTEvent) -> Metrics:
+    match event:
+        case TrainReport():
+            return {
+                "loss": event.loss,
+                "learning_rate": event.learning_rate,
+                "iterations_per_second": event.iterations_per_second,
+                "tokens_per_second": event.tokens_per_second,
+                "memory/peak_gb": mx.get_peak_memory() / 1e9,
+            }
+        case ValidationReport():
+            return {_LOSS: event.loss, "time/validation": event.seconds}
+        case SaveReport():
+            return {}
+
+
+def _result(
+    result: SFTResult,
+    directory: RunDirectory,
+    data: SFTData,
+    test: Measurement | None,
+    first: int,
+    seconds: float,
+) -> RunResult:
+    # The first row is of the first process of the run; a full disk may have lost it.
+    rows = [row for row in read_metrics(directory.metrics) if _LOSS in row]
+    before = _loss(rows[0][_LOSS], int(rows[0]["step"])) if rows else None
+    return RunResult(
+        directory=directory,
+        ended=result.ended,
+        steps=result.iteration,
+        updates=result.iteration - first,
+        seconds=seconds,
+        before=before,
+        after=_loss(result.validation_loss, result.iteration) if result.iteration else None,
+        best=_loss(result.best_loss, result.best_iteration or 0),
+        test=test,
+        facts={"data": str(data), "truncated": data.truncated, "dropped": data.dropped},
+    )
+
+
+def _loss(value: float | None, step: int) -> Measurement | None:
+    return None if value is None else Measurement(name="validation loss", value=value, step=step)
