@@ -7,7 +7,6 @@ import sys
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 
 @cache
@@ -25,6 +24,9 @@ def missing_backend() -> str:
 
 def versions() -> dict[str, str | None]:
     """Return the version of each package that computes, or None if it is not installed."""
+    # `import textpolicy` reads this file, and importlib.metadata doubles the time of that import.
+    from importlib.metadata import PackageNotFoundError, version
+
     found: dict[str, str | None] = dict.fromkeys(("textpolicy", "mlx", "mlx-lm"))
     for package in found:
         with suppress(PackageNotFoundError):
