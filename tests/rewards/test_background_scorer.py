@@ -9,7 +9,7 @@ from tests.timing import least_seconds
 from textpolicy.errors import RewardError
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, Scorer, load_reward, sample_of
-from textpolicy.rewards.background_scorer import BackgroundScorer
+from textpolicy.rewards.scorer import BackgroundScorer
 from textpolicy.rollout.worker import collect
 from textpolicy.types import Sampling, Task
 

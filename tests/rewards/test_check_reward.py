@@ -172,8 +172,8 @@ def test_the_command_tries_an_environment_and_samples_from_a_model(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mine.py"], "name what to try the reward on"),
-        (["--data", "rows.jsonl"], "name the reward to try"),
+        (["mine.py"], "there is nothing to try the reward on: name rows"),
+        (["--data", "rows.jsonl"], "there is no reward to try on these rows: name it"),
     ],
 )
 def test_the_command_says_what_is_missing(arguments, message, capsys):

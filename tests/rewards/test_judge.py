@@ -12,7 +12,8 @@ from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, Scorer, sample_of
 from textpolicy.rewards.endpoint import Endpoint, JudgeReply
-from textpolicy.rewards.judge import LocalJudge, judge, read_grade
+from textpolicy.rewards.judge import judge, read_grade
+from textpolicy.rewards.local_judge import LocalJudge
 from textpolicy.types import Sampling
 
 RUBRIC = "10 for a polite answer, 0 for a rude one"

@@ -74,8 +74,8 @@ def child(completion):
 def greedy(completion):
     return float(len(bytearray(2 << 30)) if completion == "much" else 1)
 
-def deaf(completion):
-    return 1.0
+def process_id(completion):
+    return os.getpid()
 """
 HARMLESS = {"returns None": None, "prints a megabyte": 1.0}
 FAULTS = {
@@ -222,26 +222,27 @@ def test_what_a_killed_reward_has_started_is_killed_with_it(faulty):
     assert mark not in running
 
 
-def test_children_stay_warm_and_are_gone_when_the_scorer_is_closed(faulty):
-    scorer = Scorer(Rewards(faulty("deaf"), timeout=5, workers=2))
-    scorer.score(samples("a", "b", "c"))
-    first = scorer.process_ids
-    scorer.score(samples("a", "b", "c"))
-    assert scorer.process_ids == first
+def process_of(scorer):
+    """The process in which the reward `process_id` runs."""
+    (verdict,) = scorer.score(samples("x"))
+    return int(verdict.value)
+
+
+def test_a_process_stays_open_and_is_gone_when_the_scorer_is_closed(faulty):
+    scorer = Scorer(Rewards(faulty("process_id"), timeout=5, workers=1))
+    pid = process_of(scorer)
+    assert process_of(scorer) == pid != os.getpid()
     scorer.close()
-    for pid in first:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
-def test_a_child_killed_from_outside_is_replaced_and_no_sample_is_blamed(faulty):
-    with closing(Scorer(Rewards(faulty("deaf"), timeout=5, workers=1))) as scorer:
-        scorer.score(samples("a"))
-        (pid,) = scorer.process_ids
+def test_a_process_killed_from_outside_is_replaced_and_no_sample_is_blamed(faulty):
+    with closing(Scorer(Rewards(faulty("process_id"), timeout=5, workers=1))) as scorer:
+        pid = process_of(scorer)
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        (verdict,) = scorer.score(samples("b"))
-        assert (verdict.value, verdict.error) == (1.0, None)
+        assert process_of(scorer) != pid
 
 
 @pytest.mark.parametrize("on_error", ["skip", 0.0])
@@ -303,7 +304,7 @@ def test_a_function_that_no_other_process_could_find_is_refused_a_timeout():
 def test_rows_that_cannot_be_sent_to_another_process_are_an_error_that_says_so(faulty):
     unsendable = [sample_of("p", "c", {"answer": lambda: 1})]
     with (
-        closing(Scorer(Rewards(faulty("deaf"), timeout=5))) as scorer,
+        closing(Scorer(Rewards(faulty("process_id"), timeout=5))) as scorer,
         pytest.raises(RewardError, match="handing rows to another process raised"),
     ):
         scorer.score(unsendable)
@@ -365,9 +366,10 @@ def test_a_child_ends_by_itself_soon_after_its_deadline_when_its_parent_is_gone(
     program = (
         "import os\n"
         "from textpolicy.rewards import *\n"
-        "scorer = Scorer(Rewards(load_reward('faulty.py:odd'), timeout=1, workers=1))\n"
-        "scorer.score([sample_of('p', 'fine', {})])\n"
-        "print(scorer.process_ids[0], flush=True)\n"
+        "functions = [load_reward(f'faulty.py:{name}') for name in ('odd', 'process_id')]\n"
+        "scorer = Scorer(Rewards(functions, timeout=1, workers=1))\n"
+        "(verdict,) = scorer.score([sample_of('p', 'fine', {})])\n"
+        "print(int(verdict.parts['process_id']), flush=True)\n"
         "scorer.score([sample_of('p', 'spins in C', {})])\n"
     )
     parent = subprocess.Popen(

@@ -13,7 +13,7 @@ from textpolicy.errors import RewardError
 from textpolicy.rewards.reward_function import Reward, Sample, Score
 from textpolicy.user_code import raise_user_errors_as
 
-MAX_CONCURRENT_AWAITS = 16
+MAX_CONCURRENT = 16
 """How many calls of an `async def` reward are in flight together."""
 _MAX_EXCERPT = 60
 
@@ -53,15 +53,6 @@ def call_reward(
             on_result(position, _call_once(reward, sample))
 
 
-def report_batch_failure(
-    positions: Sequence[int], error: str, seconds: float, on_result: OnResult
-) -> None:
-    """Pass the same error on for each sample of one failed call."""
-    for position in positions:
-        first = position == positions[0]
-        on_result(position, RewardResult(error=error, seconds=seconds, counts=first))
-
-
 def timeout_message(reward: Reward, timeout: float, sample: str) -> str:
     """Return the error of a call that was stopped at its deadline."""
     return f"reward {reward.name} took longer than {timeout} s and was stopped\n  {sample}"
@@ -81,9 +72,8 @@ def describe_batch(samples: Sequence[Sample]) -> str:
 def _call_once(reward: Reward, sample: Sample) -> RewardResult:
     started = time.perf_counter()
     try:
-        args, kwargs = reward.arguments(sample)
         with _errors_of(reward, describe_sample(sample)):
-            answer = reward(*args, **kwargs)
+            answer = reward.call(sample)
             if inspect.iscoroutine(answer):
                 # A partial of an async function does not look like an async function.
                 answer = _await(answer)
@@ -99,7 +89,9 @@ def _call_batch(reward: Reward, samples: Sequence[Sample], on_result: OnResult) 
         answers = _batch_answers(reward, samples)
     except RewardError as error:
         seconds = time.perf_counter() - started
-        report_batch_failure(range(len(samples)), str(error), seconds, on_result)
+        for position in range(len(samples)):
+            failed = RewardResult(error=str(error), seconds=seconds, counts=position == 0)
+            on_result(position, failed)
         return
     seconds = (time.perf_counter() - started) / len(samples)
     for position, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
@@ -111,13 +103,12 @@ def _call_batch(reward: Reward, samples: Sequence[Sample], on_result: OnResult) 
 
 
 def _batch_answers(reward: Reward, samples: Sequence[Sample]) -> list[Any]:
-    args, kwargs = reward.batch_arguments(samples)
     batch = describe_batch(samples)
     with _errors_of(reward, batch):
-        answers = reward(*args, **kwargs)
+        answers = reward.call_batch(samples)
         if inspect.iscoroutine(answers):
             answers = _await(answers)
-        values = list(answers) if _is_list(answers) else None
+        values = list(answers) if _is_ordered(answers) else None
     if values is None or len(values) != len(samples):
         got = _excerpt(answers) if values is None else f"{len(values)} values"
         raise RewardError(
@@ -132,7 +123,7 @@ async def _call_concurrently(
 ) -> None:
     import asyncio  # Importing asyncio takes as long as all the rest, and few rewards need it.
 
-    semaphore = asyncio.Semaphore(MAX_CONCURRENT_AWAITS)
+    semaphore = asyncio.Semaphore(MAX_CONCURRENT)
 
     async def call(position: int, sample: Sample) -> None:
         async with semaphore:
@@ -146,12 +137,11 @@ async def _call_concurrently(
 async def _await_once(reward: Reward, sample: Sample, await_limit: float | None) -> RewardResult:
     import asyncio
 
-    args, kwargs = reward.arguments(sample)
     deadline = asyncio.timeout(await_limit)
     try:
         with _errors_of(reward, describe_sample(sample)):
             async with deadline:
-                answer = await reward(*args, **kwargs)
+                answer = await reward.call(sample)
         return _result_of(reward, answer, sample)
     except RewardError as error:
         if await_limit is None or not deadline.expired():
@@ -167,12 +157,12 @@ def _errors_of(reward: Reward, sample: str) -> AbstractContextManager[None]:
 
 def _result_of(reward: Reward, answer: Any, sample: Sample) -> RewardResult:
     """Return the checked answer; raise `RewardError` for what is not a finite number or None."""
-    has_metrics = isinstance(answer, Score)
-    value = answer.value if has_metrics else answer
-    metrics = dict(answer.metrics) if has_metrics else {}
+    value, metrics = answer, dict[str, Any]()
+    if isinstance(answer, Score):
+        value, metrics = answer.value, dict(answer.metrics)
+    numbers = {name: _finite(reward, number, sample) for name, number in metrics.items()}
     return RewardResult(
-        value=None if value is None else _finite(reward, value, sample),
-        metrics={name: _finite(reward, number, sample) for name, number in metrics.items()},
+        value=None if value is None else _finite(reward, value, sample), metrics=numbers
     )
 
 
@@ -200,8 +190,8 @@ def _to_float(value: Any) -> float:
         return math.inf
 
 
-def _is_list(answers: Any) -> bool:
-    """Return whether the answers have a length and an order: lists, tuples, arrays."""
+def _is_ordered(answers: Any) -> bool:
+    """Return whether the answers have a length and an order, as lists, tuples and arrays have."""
     return isinstance(answers, Sized) and not isinstance(answers, str | bytes | Mapping | Set)
 
 

@@ -1,4 +1,4 @@
-"""A server that answers questions over HTTP, and every way in which it may not."""
+"""`Endpoint`: a server that answers a judge's questions over HTTP, with retries."""
 
 import json
 import os
@@ -11,24 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
-from urllib.request import (
-    HTTPDefaultErrorHandler,
-    HTTPErrorProcessor,
-    HTTPHandler,
-    HTTPSHandler,
-    ProxyHandler,
-)
 
 from textpolicy.errors import ConfigError
 
-ANSWER_BYTES = 1 << 22
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
-_LONGEST_WAIT = 30.0
+_MAX_ANSWER_BYTES = 1 << 22
+_RETRIED_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
+_MAX_WAIT_SECONDS = 30.0
+# Without a handler for redirections: the key would be sent to wherever a redirection leads.
+_HANDLERS = (
+    urllib.request.ProxyHandler,
+    urllib.request.HTTPHandler,
+    urllib.request.HTTPSHandler,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.HTTPErrorProcessor,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeReply:
-    """What a judge said to one question and what that took; `error` instead if it said nothing."""
+    """The answer to one question and its cost; `error` says why if there is no answer."""
 
     text: str = ""
     prompt_tokens: int = 0
@@ -41,10 +42,10 @@ class JudgeReply:
 class Endpoint:
     """A server with OpenAI's /chat/completions below `url`, such as "http://127.0.0.1:8080/v1".
 
-    The key is read from the environment variable `key_from` when a question is asked, and is kept
-    nowhere. What fails for reasons that may pass (no connection, no answer within `timeout`
-    seconds, status 429 or 5xx, an answer that is none) is tried `retries` times more, after a wait
-    that doubles from `wait` seconds.
+    Each question reads the key from the environment variable `key_from`; the key is stored nowhere.
+    A temporary failure is retried up to `retries` times, after a wait that starts at `wait` seconds
+    and doubles. Temporary failures are: no connection, no answer within `timeout` seconds, status
+    429 or 5xx, and an answer that is not a chat completion.
     """
 
     url: str
@@ -68,62 +69,53 @@ class Endpoint:
         return f"{self.url} {self.model} {self.temperature} {self.max_tokens}"
 
     def __call__(self, questions: Sequence[str]) -> list[JudgeReply]:
+        """Return the replies to the questions, in order."""
         with ThreadPoolExecutor(self.concurrency) as threads:
             return list(threads.map(self._ask, questions))
 
     def _ask(self, question: str) -> JudgeReply:
-        for attempt in range(self.retries + 1):
+        attempt = 0
+        while True:
             try:
                 return self._ask_once(question, attempt)
-            except _Passing as error:
+            except _TemporaryError as error:
                 if attempt == self.retries:
                     tried = f"{attempt + 1} times" if attempt else "once"
                     return JudgeReply(retries=attempt, error=f"{error} (tried {tried})")
-                # Uneven, so that questions that failed together do not come back together.
+                # A random wait, so that questions that failed together are not retried together.
                 pause = self.wait * 2**attempt * (0.5 + secrets.randbelow(1000) / 1000)
-                time.sleep(min(_LONGEST_WAIT, max(pause, error.wait)))
-        raise AssertionError("the last attempt returns")
+                time.sleep(min(_MAX_WAIT_SECONDS, max(pause, error.wait)))
+            attempt += 1
 
     def _ask_once(self, question: str, attempt: int) -> JudgeReply:
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions",
-            data=json.dumps(self._body(question)).encode(),
-            headers=self._headers(),
-        )
         deadline = time.monotonic() + self.timeout
+        opener = urllib.request.OpenerDirector()
+        for handler in _HANDLERS:
+            opener.add_handler(handler())
         try:
-            with _opener().open(request, timeout=self.timeout) as response:
-                return _read_reply(_read_until(response, deadline), attempt)
+            with opener.open(self._request(question), timeout=self.timeout) as response:
+                return _parse_reply(_read_body(response, deadline), attempt)
         except urllib.error.HTTPError as error:
             raise _status_error(error, self.url) from error
         except (OSError, HTTPException) as error:
-            raise _Passing(f"{self.url} did not answer: {error}") from error
+            raise _TemporaryError(f"{self.url} did not answer: {error}") from error
 
-    def _body(self, question: str) -> dict[str, Any]:
-        return {
+    def _request(self, question: str) -> urllib.request.Request:
+        body = {
             "model": self.model,
             "messages": [{"role": "user", "content": question}],
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
         }
-
-    def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self.key_from)
-        authorization = {"Authorization": f"Bearer {key}"} if key else {}
-        return {"Content-Type": "application/json", **authorization}
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Follows no redirections: the key would go along to wherever they lead."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (ProxyHandler, HTTPHandler, HTTPSHandler, HTTPDefaultErrorHandler):
-        opener.add_handler(handler())
-    opener.add_handler(HTTPErrorProcessor())
-    return opener
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.key_from):
+            headers["Authorization"] = f"Bearer {key}"
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        return urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
 
 
-class _Passing(Exception):
-    """A failure that may pass; `wait` is how many seconds the server asked for."""
+class _TemporaryError(Exception):
+    """A failure after which a retry may succeed, in `wait` seconds if the server asked for them."""
 
     def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -132,39 +124,38 @@ class _Passing(Exception):
 
 def _status_error(error: urllib.error.HTTPError, url: str) -> Exception:
     with error:
-        said = error.read(500).decode(errors="replace").strip()
-    message = f"{url} answered with status {error.code}: {said}"
-    if error.code not in _RETRIED:
+        body = error.read(500).decode(errors="replace").strip()
+    message = f"{url} answered with status {error.code}: {body}"
+    if error.code not in _RETRIED_STATUSES:
         return ConfigError(f"{message}; check the url, the model's name and the key")
     wait = error.headers.get("Retry-After", "")
-    return _Passing(message, float(wait) if wait.isdecimal() else 0.0)
+    return _TemporaryError(message, float(wait) if wait.isdecimal() else 0.0)
 
 
-def _read_until(response: Any, deadline: float) -> bytes:
-    """The body, unless it takes longer: the socket's timeout alone starts anew with each byte."""
+def _read_body(response: Any, deadline: float) -> bytes:
+    """Return the body; raise if the body is too long or arrives too late.
+
+    The socket's timeout does not bound the time, because it starts again with each read.
+    """
     body = b""
     while chunk := response.read1(1 << 16):
         body += chunk
-        if len(body) > ANSWER_BYTES:
-            raise _Passing(f"the answer is longer than {ANSWER_BYTES} bytes")
+        if len(body) > _MAX_ANSWER_BYTES:
+            raise _TemporaryError(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
         if time.monotonic() > deadline:
-            raise TimeoutError("the answer went on too long")
+            raise TimeoutError("the answer took too long")
     return body
 
 
-def _read_reply(body: bytes, attempt: int) -> JudgeReply:
+def _parse_reply(body: bytes, attempt: int) -> JudgeReply:
     try:
         answer: Any = json.loads(body)
         text: Any = answer["choices"][0]["message"]["content"]
         usage: Any = answer.get("usage") or {}
         if not isinstance(text, str):
             raise TypeError(f"content is {text!r}")
-        return JudgeReply(
-            text,
-            int(usage.get("prompt_tokens", 0)),
-            int(usage.get("completion_tokens", 0)),
-            retries=attempt,
-        )
+        prompt_tokens = int(usage.get("prompt_tokens", 0))
+        return JudgeReply(text, prompt_tokens, int(usage.get("completion_tokens", 0)), attempt)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         shown = body[:80].decode(errors="replace")
-        raise _Passing(f"the answer is no chat completion ({error}): {shown!r}") from error
+        raise _TemporaryError(f"the answer is no chat completion ({error}): {shown!r}") from error

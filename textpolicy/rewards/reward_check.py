@@ -1,32 +1,33 @@
-"""A reward tried before a run: what it does to right, wrong and empty answers."""
+"""`check_reward`: try a reward on right, wrong and empty answers before a run."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
+from math import nan
 from statistics import median
 from typing import Any, Literal
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.reward_function import Sample, sample_of
-from textpolicy.rewards.scorer import Scorer, Verdict
+from textpolicy.rewards.reward_function import sample_of
+from textpolicy.rewards.scorer import Scorer, Verdict, scorer_of
 from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
 
-PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "input")
-GOLD_COLUMNS = ("gold", "answer", "solution", "target", "completion", "output")
-DEFAULT_ROWS = 64
-"""How many rows are tried unless asked for more."""
+_PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "input")
+_GOLD_COLUMNS = ("gold", "answer", "solution", "target", "completion", "output")
+_DEFAULT_ROWS = 64
 _SLOW_SECONDS = 0.1
-_NOISE = "I am not sure, but it could be 3, or (B), or perhaps something else entirely."
+_RIGHT, _EMPTY, _OTHER_ROW = "the right answer", "no answer", "another row's answer"
+_GUESSES = "I am not sure, but it could be 3, or (B), or perhaps something else entirely."
 
-Column = str | Callable[[Mapping[str, Any]], Any] | None
-Sampler = Callable[[Sequence[str]], Sequence[Sequence[str]]]
-"""Prompts to a group of completions for each: what a policy would say now."""
+RowColumn = str | Callable[[Mapping[str, Any]], Any] | None
+"""A column of the rows, or a function of a row."""
+CompletionSampler = Callable[[Sequence[str]], Sequence[Sequence[str]]]
+"""Takes prompts and returns a group of completions of the policy for each prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of a check. A warning is nothing that training could not go on with."""
+    """One line of a check. Training is possible despite a warning."""
 
     name: str
     verdict: Literal["ok", "warning", "FAILED", "not checked"]
@@ -35,7 +36,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class RewardCheck:
-    """What was found; `str()` of it is a table."""
+    """All findings about one reward; `str()` of this is a table."""
 
     title: str
     findings: Sequence[Finding]
@@ -51,8 +52,8 @@ class RewardCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """A prompt with its row, and a right answer if one is known."""
+class CheckedRow:
+    """A prompt with its row, and the right answer if it is known."""
 
     prompt: str
     example: Mapping[str, Any]
@@ -63,200 +64,179 @@ def check_reward(
     reward: Callable[..., Any] | Rewards,
     rows: Iterable[Mapping[str, Any]],
     *,
-    prompt: Column = None,
-    gold: Column = None,
-    sample: Sampler | None = None,
-    limit: int = DEFAULT_ROWS,
+    prompt: RowColumn = None,
+    gold: RowColumn = None,
+    sample: CompletionSampler | None = None,
+    limit: int = _DEFAULT_ROWS,
 ) -> RewardCheck:
-    """Try a reward on up to `limit` rows: `print(check_reward(close, rows))`.
+    """Return what a trial on up to `limit` rows found: `print(check_reward(close, rows))`.
 
-    `prompt` and `gold` are columns, or functions of a row; left out, the first of PROMPT_COLUMNS
-    and of GOLD_COLUMNS that the rows have. `sample` adds how often a policy would see a difference.
+    `prompt` and `gold` are columns or functions of a row. By default they are the first of the
+    usual names, such as "question" and "answer", that the rows have. With `sample`, the check also
+    tells how often the rewards of a group of sampled completions differ.
     """
     chosen = [row for _, row in zip(range(limit), rows, strict=False)]
     if not chosen:
         raise ConfigError("there are no rows to try the reward on; expected at least one")
-    prompt = prompt or _first_of(PROMPT_COLUMNS, chosen[0])
-    gold = gold or _first_of(GOLD_COLUMNS, chosen[0])
-    cases = [
-        Case(_text(row, prompt) or "", row, None if gold is None else _text(row, gold))
-        for row in chosen
+    prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in chosen[0]), None)
+    gold = gold or next((name for name in _GOLD_COLUMNS if name in chosen[0]), None)
+    checked = [
+        CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold)) for row in chosen
     ]
-    return check_cases(reward, cases, sample=sample)
+    return check_reward_on(reward, checked, sample=sample)
 
 
-def check_cases(
-    reward: Callable[..., Any] | Rewards, cases: Sequence[Case], *, sample: Sampler | None = None
+def check_reward_on(
+    reward: Callable[..., Any] | Rewards,
+    rows: Sequence[CheckedRow],
+    *,
+    sample: CompletionSampler | None = None,
 ) -> RewardCheck:
-    """`check_reward` for prompts and right answers that come from elsewhere than from columns."""
-    # Every fault is to be seen, so none may end the check.
+    """Return what `check_reward` finds, for prompts and right answers that are not columns."""
+    # The check shows all errors, and no error may end the check.
     rewards = replace(as_rewards(reward), on_error="skip", max_error_rate=1.0)
-    with closing(Scorer(rewards)) as scorer:
-        trials = [_Trial.of(scorer, cases, number) for number in range(len(cases))]
+    with scorer_of(rewards) as scorer:
+        trials = [_try_answers(scorer, rows, number) for number in range(len(rows))]
         findings = [
-            _finite(trials),
-            _deterministic(trials),
-            *_gold_findings(trials),
-            _speed(trials),
-            _signal(scorer, cases, sample),
+            _check_finite(trials),
+            _check_deterministic(trials),
+            *_check_gold(trials),
+            _check_speed(trials),
+            _check_signal(scorer, rows, sample),
         ]
     names = " + ".join(member.name for member in rewards.members)
-    return RewardCheck(f"reward {names} on {len(cases)} rows", findings)
+    return RewardCheck(f"reward {names} on {len(rows)} rows", findings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """A row with the answers that were tried on it, by what they are, and their verdicts."""
+    """The answers that were tried on one row, with the verdicts of two calls, by kind of answer."""
 
     number: int
-    samples: Mapping[str, Sample]
     verdicts: Mapping[str, Verdict]
-    again: Sequence[Verdict]
+    repeated: Sequence[Verdict]
     seconds: float
 
-    @classmethod
-    def of(cls, scorer: Scorer, cases: Sequence[Case], number: int) -> "_Trial":
-        case = cases[number]
-        others = [other.gold for other in (*cases[number + 1 :], *cases[:number])]
-        other = next((gold for gold in others if gold is not None and gold != case.gold), None)
-        texts = {
-            "the right answer": case.gold,
-            "no answer": "",
-            "another row's answer": other,
-            "the prompt again": case.prompt,
-            "a guess at everything": _NOISE,
-        }
-        samples = {
-            what: replace(sample_of(case.prompt, text, case.example), id=f"row {number}")
-            for what, text in texts.items()
-            if text is not None
-        }
-        verdicts = scorer.score(list(samples.values()))
-        # The second time tells the time: the first may have started processes.
-        before = scorer.seconds
-        again = scorer.score(list(samples.values()))
-        seconds = (scorer.seconds - before) / len(samples)
-        return cls(number, samples, dict(zip(samples, verdicts, strict=True)), again, seconds)
-
-    def value(self, what: str) -> float | None:
-        verdict = self.verdicts.get(what)
-        return verdict.value if verdict else None
+    def value(self, kind: str) -> float:
+        """Return the reward of this kind of answer, or NaN without one: comparisons are False."""
+        value = self.verdicts[kind].value if kind in self.verdicts else None
+        return nan if value is None else value
 
 
-def _finite(trials: Sequence[_Trial]) -> Finding:
+def _try_answers(scorer: Scorer, rows: Sequence[CheckedRow], number: int) -> _Trial:
+    row = rows[number]
+    other_golds = [other.gold for other in (*rows[number + 1 :], *rows[:number])]
+    texts = {
+        _RIGHT: row.gold,
+        _EMPTY: "",
+        _OTHER_ROW: next((gold for gold in other_golds if gold not in (None, row.gold)), None),
+        "the prompt again": row.prompt,
+        "a guess at everything": _GUESSES,
+    }
+    samples = {
+        kind: replace(sample_of(row.prompt, text, row.example), id=f"row {number}")
+        for kind, text in texts.items()
+        if text is not None
+    }
+    verdicts = scorer.score(list(samples.values()))
+    # Only the second call is timed, because the first may have started processes.
+    before = scorer.seconds
+    repeated = scorer.score(list(samples.values()))
+    seconds = (scorer.seconds - before) / len(samples)
+    return _Trial(number, dict(zip(samples, verdicts, strict=True)), repeated, seconds)
+
+
+def _check_finite(trials: Sequence[_Trial]) -> Finding:
     verdicts = [verdict for trial in trials for verdict in trial.verdicts.values()]
     errors = [verdict.error for verdict in verdicts if verdict.error]
+    unscored = sum(verdict.value is None for verdict in verdicts)
     if errors:
         return Finding("finite", "FAILED", f"{len(errors)} of {len(verdicts)} calls: {errors[0]}")
-    declined = sum(verdict.value is None for verdict in verdicts)
-    if declined == len(verdicts):
+    if unscored == len(verdicts):
         return Finding(
-            "finite", "FAILED", f"None for each of {declined} answers: nothing is scored"
+            "finite", "FAILED", f"None for each of {unscored} answers: nothing is scored"
         )
-    detail = f"{len(verdicts)} calls" + (f", {declined} of them None" if declined else "")
+    detail = f"{len(verdicts)} calls" + (f", {unscored} of them None" if unscored else "")
     return Finding("finite", "ok", detail)
 
 
-def _deterministic(trials: Sequence[_Trial]) -> Finding:
+def _check_deterministic(trials: Sequence[_Trial]) -> Finding:
     for trial in trials:
-        for (what, first), second in zip(trial.verdicts.items(), trial.again, strict=True):
+        for (kind, first), second in zip(trial.verdicts.items(), trial.repeated, strict=True):
             if first.value != second.value:
-                detail = f"row {trial.number}, {what}: {first.value}, then {second.value}"
+                detail = f"row {trial.number}, {kind}: {first.value}, then {second.value}"
                 return Finding("deterministic", "warning", detail)
-    return Finding("deterministic", "ok", "the same again the second time")
+    return Finding("deterministic", "ok", "the second call returned the same values")
 
 
-def _gold_findings(trials: Sequence[_Trial]) -> list[Finding]:
-    known = [trial for trial in trials if "the right answer" in trial.samples]
+def _check_gold(trials: Sequence[_Trial]) -> list[Finding]:
+    known = [trial for trial in trials if _RIGHT in trial.verdicts]
     if not known:
-        detail = f"no right answers: name their column; looked for {', '.join(GOLD_COLUMNS)}"
+        detail = f"no right answers: name their column; looked for {', '.join(_GOLD_COLUMNS)}"
         return [Finding(name, "not checked", detail) for name in ("gold highest", "empty low")]
-    return [_gold_highest(known), _empty_low(known)]
+    return [_check_gold_highest(known), _check_empty_low(known)]
 
 
-def _gold_highest(trials: Sequence[_Trial]) -> Finding:
-    unscored = [trial for trial in trials if trial.value("the right answer") is None]
-    beaten = [(trial, what) for trial in trials if (what := _beats_gold(trial))]
+def _check_gold_highest(trials: Sequence[_Trial]) -> Finding:
+    higher = [[k for k in t.verdicts if t.value(k) > t.value(_RIGHT)] for t in trials]
+    beaten = [(trial, kinds[0]) for trial, kinds in zip(trials, higher, strict=True) if kinds]
     if beaten:
-        trial, what = beaten[0]
+        first, kind = beaten[0]
         detail = (
-            f"{len(beaten)} of {len(trials)} rows: in row {trial.number} {what} scores "
-            f"{trial.value(what):g}, the right answer {trial.value('the right answer'):g}"
+            f"{len(beaten)} of {len(trials)} rows: in row {first.number} {kind} scores "
+            f"{first.value(kind):g}, the right answer {first.value(_RIGHT):g}"
         )
         return Finding("gold highest", "FAILED", detail)
-    rivals = [trial for trial in trials if "another row's answer" in trial.samples]
-    if rivals and all(_ties_gold(trial) for trial in rivals):
+    compared = [trial for trial in trials if _OTHER_ROW in trial.verdicts]
+    if compared and all(trial.value(_OTHER_ROW) == trial.value(_RIGHT) for trial in compared):
         detail = "another row's answer always scores the same: right and wrong look alike"
         return Finding("gold highest", "warning", detail)
-    detail = f"in {len(trials) - len(unscored)} of {len(trials)} rows"
-    return Finding("gold highest", "warning" if unscored else "ok", detail)
+    scored = sum(trial.verdicts[_RIGHT].value is not None for trial in trials)
+    detail = f"in {scored} of {len(trials)} rows"
+    return Finding("gold highest", "ok" if scored == len(trials) else "warning", detail)
 
 
-def _beats_gold(trial: _Trial) -> str | None:
-    gold = trial.value("the right answer")
-    if gold is None:
-        return None
-    values = {what: trial.value(what) for what in trial.samples}
-    return next(
-        (what for what, value in values.items() if value is not None and value > gold), None
-    )
-
-
-def _ties_gold(trial: _Trial) -> bool:
-    return trial.value("another row's answer") == trial.value("the right answer")
-
-
-def _empty_low(trials: Sequence[_Trial]) -> Finding:
-    high = [
-        trial
-        for trial in trials
-        if (empty := trial.value("no answer")) is not None
-        and (gold := trial.value("the right answer")) is not None
-        and empty >= gold
-    ]
+def _check_empty_low(trials: Sequence[_Trial]) -> Finding:
+    high = [trial for trial in trials if trial.value(_EMPTY) >= trial.value(_RIGHT)]
     if high:
-        value = high[0].value("no answer")
         detail = (
             f"{len(high)} of {len(trials)} rows: in row {high[0].number} no answer at all scores "
-            f"{value:g}, as much as the right one"
+            f"{high[0].value(_EMPTY):g}, as much as the right one"
         )
         return Finding("empty low", "FAILED", detail)
-    values = Counter(trial.value("no answer") for trial in trials)
-    return Finding("empty low", "ok", f"mostly {values.most_common(1)[0][0]}")
+    usual = Counter(trial.verdicts[_EMPTY].value for trial in trials).most_common(1)[0][0]
+    return Finding("empty low", "ok", f"mostly {usual}")
 
 
-def _speed(trials: Sequence[_Trial]) -> Finding:
+def _check_speed(trials: Sequence[_Trial]) -> Finding:
     slowest = max(trials, key=lambda trial: trial.seconds)
     usual = median(trial.seconds for trial in trials)
     detail = f"{1e3 * usual:.2g} ms a call, {1e3 * slowest.seconds:.2g} ms in row {slowest.number}"
     return Finding("speed", "warning" if slowest.seconds > _SLOW_SECONDS else "ok", detail)
 
 
-def _signal(scorer: Scorer, cases: Sequence[Case], sample: Sampler | None) -> Finding:
+def _check_signal(
+    scorer: Scorer, rows: Sequence[CheckedRow], sample: CompletionSampler | None
+) -> Finding:
     if sample is None:
         return Finding("signal", "not checked", "no policy to sample from")
     differ, values = 0, list[float]()
-    groups = sample([case.prompt for case in cases])
-    for case, texts in zip(cases, groups, strict=True):
-        verdicts = scorer.score([sample_of(case.prompt, text, case.example) for text in texts])
+    groups = sample([row.prompt for row in rows])
+    for row, texts in zip(rows, groups, strict=True):
+        verdicts = scorer.score([sample_of(row.prompt, text, row.example) for text in texts])
         scored = [verdict.value for verdict in verdicts if verdict.value is not None]
         values += scored
         differ += len(set(scored)) > 1
     mean = f"{sum(values) / len(values):.3g}" if values else "none"
-    detail = f"{differ} of {len(cases)} groups of {len(groups[0])} differ; mean reward {mean}"
+    detail = f"{differ} of {len(rows)} groups of {len(groups[0])} differ; mean reward {mean}"
     return Finding("signal", "ok" if differ else "warning", detail)
 
 
-def _first_of(names: Sequence[str], row: Mapping[str, Any]) -> str | None:
-    return next((name for name in names if name in row), None)
-
-
-def _text(row: Mapping[str, Any], column: Column) -> str | None:
+def _column_text(row: Mapping[str, Any], column: RowColumn) -> str | None:
     if column is None:
         return None
     if not isinstance(column, str):
         return str(column(row))
     if column not in row:
         raise ConfigError(f"no column {column!r}; the rows have {', '.join(row)}")
-    value = row[column]
-    return value if isinstance(value, str) else str(value)
+    return str(row[column])

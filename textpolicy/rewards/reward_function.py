@@ -105,21 +105,20 @@ class Reward:
         """The parameters to fill; raises `ConfigError` if the completion is not among them."""
         return _read_parameters(self)
 
-    def arguments(self, sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the positional and the named arguments of a call for one sample."""
+    def call(self, sample: Sample) -> Any:
+        """Call the function for one sample, with the arguments that it asks for."""
         first = (sample.prompt, sample.completion, sample.example)
-        return self.parameters.fill(first, sample.example, sample.context)
+        args, kwargs = self.parameters.fill(first, sample.example, sample.context)
+        return self.function(*args, **kwargs)
 
-    def batch_arguments(self, samples: Sequence[Sample]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of one call for all samples: each argument is a list."""
+    def call_batch(self, samples: Sequence[Sample]) -> Any:
+        """Call the function once for all samples; each argument is a list."""
+        prompts, completions = [s.prompt for s in samples], [s.completion for s in samples]
         examples = [sample.example for sample in samples]
-        first = (
-            [sample.prompt for sample in samples],
-            [sample.completion for sample in samples],
-            examples,
-        )
         context = _lists_by_name([sample.context for sample in samples])
-        return self.parameters.fill(first, _lists_by_name(examples), context)
+        first = (prompts, completions, examples)
+        args, kwargs = self.parameters.fill(first, _lists_by_name(examples), context)
+        return self.function(*args, **kwargs)
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Raise `ConfigError` if the function needs a column that the rows do not have."""

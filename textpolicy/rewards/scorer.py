@@ -1,16 +1,16 @@
-"""`Scorer`: samples in, one verdict for each sample out."""
+"""`Scorer`: samples in, one verdict for each sample out, also while a model still decodes."""
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from textpolicy.errors import RewardError
 from textpolicy.rewards.call_reward import (
-    MAX_CONCURRENT_AWAITS,
+    MAX_CONCURRENT,
     RewardResult,
     call_reward,
     describe_sample,
@@ -71,16 +71,8 @@ class Scorer:
         self.seconds = 0.0
         self._members = rewards.members
         self._names = [member.name for member in self._members]
-        self._interrupted = threading.Event()
-        self._pool: WorkerPool | None = None
-        if rewards.timeout is not None:
-            self._pool = WorkerPool(
-                self._members,
-                timeout=rewards.timeout,
-                workers=rewards.workers,
-                memory=None if rewards.memory_gb is None else int(rewards.memory_gb * 1e9),
-                interrupted=self._interrupted,
-            )
+        timeout = rewards.timeout
+        self._pool = None if timeout is None else WorkerPool(rewards, timeout)
         self._on_incident = on_incident
         self._last_calls_failed: deque[bool] = deque(maxlen=_ERROR_WINDOW)
         self._incidents: dict[tuple[int, bool], Incident] = {}
@@ -93,13 +85,8 @@ class Scorer:
     @property
     def parallel_samples(self) -> int:
         """The number of samples that keep all worker processes busy."""
-        waits = any(member.is_async for member in self._members)
-        return self.rewards.workers * (MAX_CONCURRENT_AWAITS if waits else 1)
-
-    @property
-    def process_ids(self) -> list[int]:
-        """The worker processes; none if the rewards run in this process."""
-        return self._pool.process_ids if self._pool else []
+        is_async = any(member.is_async for member in self._members)
+        return self.rewards.workers * (MAX_CONCURRENT if is_async else 1)
 
     def state(self) -> list[bool]:
         """Return which of the last calls failed, for a checkpoint: the error rate depends on it."""
@@ -122,9 +109,9 @@ class Scorer:
         for columns in dict.fromkeys(frozenset(row) for row in rows):
             for member in self._members:
                 member.check_columns(sorted(columns))
-        self._interrupted.clear()
         self._incidents.clear()
         if self._pool:
+            self._pool.interrupted.clear()
             self._pool.start(len(rows))
 
     def score(self, samples: Sequence[Sample]) -> list[Verdict]:
@@ -153,7 +140,8 @@ class Scorer:
 
     def interrupt(self) -> None:
         """Make `score_prepared` in another thread raise `RewardError`, and kill its calls."""
-        self._interrupted.set()
+        if self._pool:
+            self._pool.interrupted.set()
 
     def _call(self, index: int, samples: Sequence[Sample]) -> list[RewardResult]:
         """Return one function's results, in order; raise if the errors must end the run."""
@@ -220,6 +208,58 @@ class Scorer:
             metrics={f"{name}/{key}": x for name, r in named for key, x in r.metrics.items()},
             error=errors[0] if errors else None,
         )
+
+
+_Key = TypeVar("_Key")
+
+
+class BackgroundScorer(Generic[_Key]):
+    """Scores samples in a thread, as soon as there are enough to keep the scorer's processes busy.
+
+    The scorer must be prepared and must be able to overlap decoding. Only the time that `verdicts`
+    waits counts as the scorer's `seconds`.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self._waiting: deque[tuple[_Key, Sample]] = deque()
+        self._calls: deque[Future[None]] = deque()
+        self._verdicts: dict[_Key, Verdict] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+
+    def add(self, key: _Key, sample: Sample) -> None:
+        """Add a sample to score; raise the error with which an earlier sample ended the run."""
+        while self._calls and self._calls[0].done():
+            self._calls.popleft().result()
+        self._waiting.append((key, sample))
+        if len(self._waiting) >= self._scorer.parallel_samples:
+            self._calls.append(self._thread.submit(self._score_waiting))
+
+    def verdicts(self) -> dict[_Key, Verdict]:
+        """Wait for the last sample and return the verdicts of all, by their keys."""
+        started = time.perf_counter()
+        self._calls.append(self._thread.submit(self._score_waiting))
+        while self._calls:
+            self._calls.popleft().result()
+        self._scorer.report_incidents()
+        self._scorer.seconds += time.perf_counter() - started
+        return self._verdicts
+
+    def close(self) -> None:
+        """Start no further call, and interrupt the calls that are not finished."""
+        if self._calls:
+            self._scorer.interrupt()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _score_waiting(self) -> None:
+        keys: list[_Key] = []
+        samples: list[Sample] = []
+        while self._waiting:
+            key, sample = self._waiting.popleft()
+            keys.append(key)
+            samples.append(sample)
+        if samples:
+            self._verdicts |= zip(keys, self._scorer.score_prepared(samples), strict=True)
 
 
 RewardLike = Callable[..., Any] | Rewards | Scorer

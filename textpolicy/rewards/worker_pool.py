@@ -15,21 +15,20 @@ from typing import Any
 
 from textpolicy.errors import RewardError
 from textpolicy.rewards.call_reward import (
-    MAX_CONCURRENT_AWAITS,
+    MAX_CONCURRENT,
     OnResult,
     RewardResult,
     describe_batch,
     describe_sample,
-    report_batch_failure,
     timeout_message,
 )
 from textpolicy.rewards.reward_function import Reward, Sample
+from textpolicy.rewards.weighted_rewards import Rewards
 from textpolicy.rewards.worker_process import (
     STARTUP_SECONDS,
     WorkerCall,
     WorkerProcess,
-    check_main_script,
-    check_portable,
+    check_can_isolate,
 )
 
 _AWAIT_SLACK = 0.2
@@ -39,30 +38,19 @@ _POLL_SECONDS = 0.1
 
 
 class WorkerPool:
-    """Calls rewards in up to `workers` processes, with `timeout` seconds for each sample."""
+    """Calls `rewards` in up to `rewards.workers` processes, with `timeout` seconds for each sample.
 
-    def __init__(
-        self,
-        rewards: Sequence[Reward],
-        *,
-        timeout: float,
-        workers: int,
-        memory: int | None = None,
-        interrupted: threading.Event | None = None,
-    ) -> None:
-        check_main_script()
-        for reward in rewards:
-            check_portable(reward)
-        self._rewards = rewards
+    Another thread can set `interrupted`: then `run` kills its calls and raises `RewardError`.
+    """
+
+    def __init__(self, rewards: Rewards, timeout: float) -> None:
+        self._rewards = rewards.members
+        check_can_isolate(self._rewards)
         self._timeout = timeout
-        self._max_workers = workers
-        self._memory = memory
-        self._interrupted = interrupted or threading.Event()
+        self._max_workers = rewards.workers
+        self._memory = None if rewards.memory_gb is None else int(rewards.memory_gb * 1e9)
         self._workers: list[WorkerProcess] = []
-
-    @property
-    def process_ids(self) -> list[int]:
-        return [worker.process.pid for worker in self._workers]
+        self.interrupted = threading.Event()
 
     def start(self, count: int) -> None:
         """Start processes until there are `count`, or as many as allowed; do not wait for them."""
@@ -76,7 +64,7 @@ class WorkerPool:
         self.start(len(waiting))
         try:
             while waiting or any(worker.call for worker in self._workers):
-                if self._interrupted.is_set():
+                if self.interrupted.is_set():
                     raise RewardError("the scoring of a step was interrupted")
                 for worker in self._workers:
                     if waiting and worker.ready and not worker.call:
@@ -99,7 +87,7 @@ class WorkerPool:
             size = len(samples)
         elif reward.is_async:
             size = math.ceil(len(samples) / self._max_workers)
-            rounds = math.ceil(size / MAX_CONCURRENT_AWAITS)
+            rounds = math.ceil(size / MAX_CONCURRENT)
             seconds = self._timeout * rounds + _AWAIT_SLACK
         for first in range(0, len(samples), size):
             yield WorkerCall(
@@ -134,22 +122,23 @@ class WorkerPool:
         if not worker.ready:
             self._workers.remove(worker)
             worker.kill()
-            raise RewardError(_startup_error(ending, self._rewards))
+            names = ", ".join(reward.name for reward in self._rewards)
+            late = f"took longer than {STARTUP_SECONDS:.0f} s to import them"
+            how = late if ending is None else f"was not ready when it {ending}"
+            raise RewardError(f"the process of {names} {how}")
         call, seconds = worker.call, time.monotonic() - worker.started
         self._replace(worker)
         if call is None:
             # An idle process was killed from outside: no sample is to blame.
             return
-        reward, places = self._rewards[call.index], sorted(worker.unanswered)
-        if reward.batched:
-            error = _call_error(reward, describe_batch(call.samples), ending, self._timeout)
-            positions = [call.first + place for place in places]
-            report_batch_failure(positions, error, seconds, on_result)
-            return
-        for place in places:
-            sample = describe_sample(call.samples[place])
-            error = _call_error(reward, sample, ending, self._timeout)
-            on_result(call.first + place, RewardResult(error=error, seconds=seconds))
+        reward = self._rewards[call.index]
+        for number, place in enumerate(sorted(worker.unanswered)):
+            sample = call.samples[place]
+            what = describe_batch(call.samples) if reward.batched else describe_sample(sample)
+            error = _call_error(reward, what, ending, self._timeout)
+            counts = number == 0 or not reward.batched
+            result = RewardResult(error=error, seconds=seconds, counts=counts)
+            on_result(call.first + place, result)
 
     def _replace(self, worker: WorkerProcess) -> None:
         worker.kill()
@@ -171,13 +160,5 @@ def _call_error(reward: Reward, sample: str, ending: str | None, timeout: float)
     if ending is None:
         return timeout_message(reward, timeout, sample)
     how, *printed = ending.splitlines()
-    return "\n".join(
-        [f"reward {reward.name} ended its process, which {how}", f"  {sample}", *printed]
-    )
-
-
-def _startup_error(ending: str | None, rewards: Sequence[Reward]) -> str:
-    names = ", ".join(reward.name for reward in rewards)
-    if ending is None:
-        return f"the process of {names} took longer than {STARTUP_SECONDS:.0f} s to import them"
-    return f"the process of {names} was not ready when it {ending}"
+    lines = [f"reward {reward.name} ended its process, which {how}", f"  {sample}", *printed]
+    return "\n".join(lines)

@@ -151,20 +151,8 @@ class WorkerProcess:
             self.connection.send_bytes(data)
 
 
-def check_portable(reward: Reward) -> None:
-    """Raise `ConfigError` if another process could not find the function by its name in a file."""
-    named: Any = reward.function if reward.file else type(reward.function)
-    module = sys.modules.get(named.__module__)
-    if "<" in named.__qualname__ or module is None or not vars(module).get("__file__"):
-        raise ConfigError(
-            f"reward {reward.name} ({named.__qualname__}) cannot run with a timeout: a timeout "
-            "needs another process, and that process has to find the function by its name. Move "
-            "the function to the top level of a file"
-        )
-
-
-def check_main_script() -> None:
-    """Raise `ConfigError` if this is a worker that runs the main script without a guard."""
+def check_can_isolate(rewards: Sequence[Reward]) -> None:
+    """Raise `ConfigError` if another process could not load the functions by their names."""
     # multiprocessing gives the main script both names. In a worker the names differ while it runs.
     if sys.modules.get(_SCRIPT_MODULE) is not sys.modules["__main__"]:
         raise ConfigError(
@@ -172,6 +160,15 @@ def check_main_script() -> None:
             'put the code that starts the run under `if __name__ == "__main__":`, or the rewards '
             "in a file of their own"
         )
+    for reward in rewards:
+        named: Any = reward.function if reward.file else type(reward.function)
+        module = sys.modules.get(named.__module__)
+        if "<" in named.__qualname__ or module is None or not vars(module).get("__file__"):
+            raise ConfigError(
+                f"reward {reward.name} ({named.__qualname__}) cannot run with a timeout: a timeout "
+                "needs another process, and that process has to find the function by its name. "
+                "Move the function to the top level of a file"
+            )
 
 
 def _worker_program(descriptor: int, lifeline: int) -> str:
@@ -201,9 +198,6 @@ def _kill_process_group(
     connection.close()
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-# From here on: what runs in the worker.
 
 
 def run_worker(descriptor: int, lifeline: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from textpolicy.environments.task_parts import prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.rewards import RewardLike, Sample, Scorer, Verdict, append_completion, scorer_of
-from textpolicy.rewards.background_scorer import BackgroundScorer
+from textpolicy.rewards.scorer import BackgroundScorer
 from textpolicy.rollout.episode import Episode
 from textpolicy.types import (
     Completion,

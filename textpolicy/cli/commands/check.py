@@ -1,4 +1,4 @@
-"""`textpolicy check`: a reward tried on rows, before anything is trained on it."""
+"""`textpolicy check`: try a reward on rows or on an environment's tasks before training on it."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,24 +17,38 @@ from textpolicy.experiment.tasks import find_task
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import as_rewards, load_reward
-from textpolicy.rewards.reward_check import Case, RewardCheck, check_cases, check_reward
+from textpolicy.rewards.reward_check import (
+    CheckedRow,
+    RewardCheck,
+    check_reward,
+    check_reward_on,
+)
 from textpolicy.types import Sampling
+
+_DEFAULT_MAX_TOKENS = 256
 
 
 def run(options: Namespace) -> Report:
     config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
     if not (config.task.env or config.task.data):
-        raise ConfigError("name what to try the reward on: --data rows.jsonl, or --env NAME")
+        raise ConfigError(
+            "there is nothing to try the reward on: name rows with --data rows.jsonl, or an "
+            "environment with --env NAME"
+        )
     sample = _Sampler(config, options.sample) if options.sample else None
-    check = (_on_environment if config.task.env else _on_rows)(config.task, options, sample)
+    check = (_check_on_environment if config.task.env else _check_on_rows)(
+        config.task, options, sample
+    )
     data = asdict(check) | {"ok": check.ok}
     return Report(data=data, text=str(check), exit_code=0 if check.ok else 1)
 
 
-def _on_rows(task: TaskOptions, options: Namespace, sample: "_Sampler | None") -> RewardCheck:
+def _check_on_rows(task: TaskOptions, options: Namespace, sample: "_Sampler | None") -> RewardCheck:
     if not task.reward:
-        raise ConfigError("name the reward to try on these rows: FILE.py or FILE.py:FUNCTION")
+        raise ConfigError(
+            "there is no reward to try on these rows: name it as FILE.py or FILE.py:FUNCTION"
+        )
     rewards = as_rewards(load_reward(task.reward))
     if task.reward_timeout:
         rewards = replace(rewards, timeout=task.reward_timeout)
@@ -48,42 +62,44 @@ def _on_rows(task: TaskOptions, options: Namespace, sample: "_Sampler | None") -
     )
 
 
-def _on_environment(
+def _check_on_environment(
     task: TaskOptions, options: Namespace, sample: "_Sampler | None"
 ) -> RewardCheck:
     environment, rewards = find_task(task)
     if environment.reward is sum_turn_rewards and not task.reward:
         raise ConfigError(
-            f"environment {task.env} is worth what its turns earn, which single answers do not "
-            "show; play it with textpolicy.environments.check_env, or name a reward of your own"
+            f"environment {task.env} rewards each turn of an episode, and a single answer cannot "
+            "show that; check it with textpolicy.environments.check_env, or name a reward of your "
+            "own"
         )
     gold = environment.gold
-    cases = [
-        Case(
-            prompt_text(row.prompt),
-            row.example,
-            gold_for_turn(gold(row.example), -1) if gold else None,
+    rows = [
+        CheckedRow(
+            prompt_text(task.prompt),
+            task.example,
+            gold_for_turn(gold(task.example), -1) if gold else None,
         )
-        for row in environment.heldout(options.rows)
+        for task in environment.heldout(options.rows)
     ]
-    return check_cases(rewards, cases, sample=sample and sample.up_to(environment.max_tokens))
+    if sample:
+        sample = replace(sample, default_max_tokens=environment.max_tokens)
+    return check_reward_on(rewards, rows, sample=sample)
 
 
 @dataclass(frozen=True)
 class _Sampler:
-    """Groups of completions of the model that a config names, loaded when they are wanted."""
+    """Samples `count` completions for each prompt from the config's model, which a call loads.
+
+    `default_max_tokens` applies if the config does not say how long a completion may be.
+    """
 
     config: TrainConfig
     count: int
-    usual_tokens: int = 256
-
-    def up_to(self, usual_tokens: int) -> "_Sampler":
-        """The same, with completions as long as an environment has them."""
-        return replace(self, usual_tokens=usual_tokens)
+    default_max_tokens: int = _DEFAULT_MAX_TOKENS
 
     def __call__(self, prompts: Sequence[str]) -> list[list[str]]:
         model, tokenizer = load_model(self.config.model.name)
-        sampling = Sampling(max_tokens=self.config.sampling.max_tokens or self.usual_tokens)
-        policy = ModelPolicy(model, tokenizer, sampling)
+        max_tokens = self.config.sampling.max_tokens or self.default_max_tokens
+        policy = ModelPolicy(model, tokenizer, Sampling(max_tokens=max_tokens))
         groups = policy.generate(prompts, n=self.count, seed=0)
         return [[completion.text for completion in group] for group in groups]

@@ -1,4 +1,4 @@
-"""Checks to build rewards from. None runs code or hangs, whatever a model writes.
+"""Checks to build rewards from. None of them runs code of the model or takes long, for any text.
 
 from textpolicy.rewards.verifiers import math_equal
 
@@ -6,17 +6,12 @@ def reward(completion, answer):
     return float(math_equal(completion, answer))
 """
 
-from textpolicy.rewards.verifiers.answer_in_text import (
-    final_answer,
-    last_boxed,
-    last_number,
-    tagged,
-)
+from textpolicy.rewards.verifiers.answer_in_text import final_answer, last_boxed, last_number
 from textpolicy.rewards.verifiers.code_tests import CodeRun, code_share, python_in, run_code
 from textpolicy.rewards.verifiers.json_schema import json_match, json_problems, read_json
 from textpolicy.rewards.verifiers.math_answers import math_equal, number_equal, number_in
 from textpolicy.rewards.verifiers.regular_expressions import pattern_match
-from textpolicy.rewards.verifiers.tags import has_layout, tag_share
+from textpolicy.rewards.verifiers.tags import has_layout, tag_share, tagged
 from textpolicy.rewards.verifiers.text_answers import (
     choice_in,
     choice_match,

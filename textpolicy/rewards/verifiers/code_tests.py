@@ -1,12 +1,12 @@
-"""Tests of code that a model wrote, run where it can do no harm.
+"""Run tests of code that a model wrote, isolated from this machine.
 
-Nothing here runs unless you call it. The code runs in a process of its own under bubblewrap
-(Linux): no network, no files but Python's, nothing to write to, no environment, and processes that
-all end with it; memory, time and output have limits. Where bubblewrap is not installed this
-refuses, unless `unsafe=True` says that a plain process with the limits alone will do.
+Nothing runs unless a reward calls `code_share` or `run_code`. The code runs in a process of its own
+under bubblewrap (Linux): no network, no files except Python's, no writable folder, no environment.
+All its processes end with it, and memory, time and output are limited. Without bubblewrap the call
+is refused, unless `unsafe=True` allows a plain process with the limits alone.
 
-A policy that sets out to can still fool tests that share its process, with objects that equal
-everything. Ending early and printing what success looks like does not help it.
+A policy can still deceive tests that share its process, with objects that equal everything. Ending
+early, or printing what a success prints, deceives no test.
 """
 
 import os
@@ -24,7 +24,7 @@ from typing import IO
 
 from textpolicy.errors import ConfigError
 
-OUTPUT_BYTES = 1 << 20
+_MAX_OUTPUT_BYTES = 1 << 20
 _BOX = "/box"
 _HARNESS = """\
 import resource, sys
@@ -51,7 +51,7 @@ sys.__stderr__.flush()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeRun:
-    """How one run ended: `passed` if it came to its end, else what was last said on stderr."""
+    """How one run ended: `passed` if it ran to its end; otherwise `error` is the end of stderr."""
 
     passed: bool
     output: str
@@ -61,9 +61,10 @@ class CodeRun:
 def code_share(
     completion: str, tests: Sequence[str], *, seconds: float = 4.0, unsafe: bool = False
 ) -> float:
-    """Which part of `tests`, such as "assert add(1, 2) == 3", the Python code passes.
+    """Return the share of `tests`, such as "assert add(1, 2) == 3", that the Python code passes.
 
-    Each test has a process and `seconds` of its own. A fence of ``` around the code is taken off.
+    Each test runs in a process of its own for up to `seconds`. A fence of ``` around the code is
+    removed.
     """
     code = python_in(completion)
     runs = [run_code(code, test, seconds=seconds, unsafe=unsafe) for test in tests]
@@ -73,7 +74,7 @@ def code_share(
 def run_code(
     code: str, test: str = "", *, seconds: float = 4.0, memory: int = 1 << 29, unsafe: bool = False
 ) -> CodeRun:
-    """Run Python code, then a test of it, with `memory` bytes and `seconds` of wall time."""
+    """Run Python code and then a test, with up to `memory` bytes and `seconds` of wall time."""
     nonce = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
         (Path(folder) / "solution.py").write_text(code, encoding="utf-8", errors="replace")
@@ -81,21 +82,21 @@ def run_code(
         harness = _HARNESS.format(
             memory=memory,
             cpu=int(seconds) + 1,
-            output=OUTPUT_BYTES,
+            output=_MAX_OUTPUT_BYTES,
             folder=folder if unsafe else _BOX,
             test=test,
             nonce=nonce,
         )
         with tempfile.TemporaryFile() as output:
-            _run(command, harness, output, errors, seconds)
+            _run_process(command, harness, output, errors, seconds)
             printed = _read(output)
-        said = _read(errors)
-    passed = said.endswith(nonce)
-    return CodeRun(passed=passed, output=printed, error="" if passed else said[-2000:])
+        stderr = _read(errors)
+    passed = stderr.endswith(nonce)
+    return CodeRun(passed=passed, output=printed, error="" if passed else stderr[-2000:])
 
 
 def python_in(completion: str) -> str:
-    """The last fenced block of a completion; all of it where there is none."""
+    """Return the last fenced block of a completion, or the whole completion if there is none."""
     _, opening, rest = completion.rpartition("```python\n")
     return rest.partition("```")[0] if opening else completion
 
@@ -107,12 +108,12 @@ def _command(folder: str, *, unsafe: bool) -> list[str]:
     bubblewrap = shutil.which("bwrap")
     if bubblewrap is None:
         raise ConfigError(
-            "running model-written code needs bubblewrap to lock it in, and there is no `bwrap` "
-            "here; install it (Debian, Ubuntu: apt install bubblewrap), or pass unsafe=True to "
-            "run it as a plain process that can read and delete what you can"
+            "running model-written code needs bubblewrap to isolate the code, and the command "
+            "`bwrap` is not installed; install it (Debian, Ubuntu: apt install bubblewrap), or "
+            "pass unsafe=True to run the code as a plain process that can delete your files"
         )
     readable = ["/usr", "/lib", "/lib64", "/bin", sys.base_prefix, sys.prefix]
-    # What surrounds the process is a mount of its own: nothing else of this machine is there.
+    # The process sees only these folders, read-only, and nothing else of this machine.
     binds = [part for path in readable for part in ("--ro-bind-try", path, path)]
     return [
         *(bubblewrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"),
@@ -122,7 +123,7 @@ def _command(folder: str, *, unsafe: bool) -> list[str]:
     ]
 
 
-def _run(
+def _run_process(
     command: Sequence[str], program: str, output: IO[bytes], errors: IO[bytes], seconds: float
 ) -> None:
     process = subprocess.Popen(
@@ -145,4 +146,4 @@ def _run(
 
 def _read(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read(OUTPUT_BYTES).decode(errors="replace")
+    return file.read(_MAX_OUTPUT_BYTES).decode(errors="replace")

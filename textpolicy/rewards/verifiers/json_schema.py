@@ -1,15 +1,15 @@
-"""JSON in completions: read strictly, and held to a schema.
+"""Read JSON in completions strictly, and check JSON against a schema.
 
-The schema language is a bounded part of JSON Schema, of our own rather than the `jsonschema`
-package: that follows references to other documents, runs `pattern` in an engine that can hang, and
-brings four packages. A keyword that is not known here is an error, never passed over.
+The schema language is a bounded part of JSON Schema. The package `jsonschema` is not used, because
+it follows references to other documents, runs `pattern` in an engine that can hang, and needs four
+more packages. A keyword that is not known here is an error.
 """
 
 import json
 import math
+import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from textpolicy.errors import ConfigError
@@ -29,36 +29,41 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "null": (type(None),),
 }
 _ANNOTATIONS = {"$schema", "$id", "$comment", "title", "description", "default", "examples"}
+_NESTED = {"properties", "required", "additionalProperties", "items", "allOf"}
 
 
 def read_json(text: str) -> Any:
-    """The value of a JSON text, a fence of ``` around it aside; raises ValueError.
+    """Return the value of a JSON text, which may have a fence of ``` around it; raise ValueError.
 
-    Stricter than the standard library: no NaN or infinity, no key twice, at most _MAX_DEPTH levels.
+    NaN, infinity, a repeated key in an object, and more than 64 levels of nesting are refused.
     """
-    text = _unfenced(text.strip())
+    text = _remove_fence(text.strip())
     if len(text) > _MAX_LENGTH:
-        raise ValueError(f"longer than {_MAX_LENGTH} characters")
-    if _depth(text) > _MAX_DEPTH:
+        raise ValueError(f"the text is longer than {_MAX_LENGTH} characters")
+    if _nesting_depth(text) > _MAX_DEPTH:
         raise ValueError(f"nested more than {_MAX_DEPTH} deep")
     return json.loads(
-        text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_without_twins
+        text,
+        parse_constant=_refuse_constant,
+        parse_float=_parse_finite,
+        object_pairs_hook=_make_object,
     )
 
 
 def json_match(completion: str, schema: Schema) -> bool:
-    """Whether the completion is JSON that fits the schema."""
+    """Return whether the completion is JSON that fits the schema."""
     return next(json_problems(completion, schema), None) is None
 
 
 def json_problems(completion: str, schema: Schema) -> Iterator[str]:
-    """What keeps the completion from fitting the schema, each with its place; nothing if it does.
+    """Yield each reason why the completion does not fit the schema, with its place in the JSON.
 
-    Known are: type, enum, const, properties, required, additionalProperties, minProperties,
-    maxProperties, items, minItems, maxItems, uniqueItems, minLength, maxLength, pattern, minimum,
-    maximum, exclusiveMinimum, exclusiveMaximum, multipleOf, allOf, anyOf, oneOf and not.
+    The known keywords are type, enum, const, properties, required, additionalProperties,
+    minProperties, maxProperties, items, minItems, maxItems, uniqueItems, minLength, maxLength,
+    pattern, minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf, allOf, anyOf, oneOf
+    and not.
     """
-    check_schema(schema)
+    _check_keywords(schema)
     try:
         value = read_json(completion)
     except ValueError as error:
@@ -67,150 +72,102 @@ def json_problems(completion: str, schema: Schema) -> Iterator[str]:
     yield from _problems(value, schema, "$")
 
 
-def check_schema(schema: Schema, depth: int = 0) -> None:
-    """Raise `ConfigError` for a keyword that is not known here."""
+def _check_keywords(schema: Schema, depth: int = 0) -> None:
+    """Raise `ConfigError` for an unknown keyword, or for a schema that is nested too deep."""
     if isinstance(schema, bool):
         return
-    unknown = sorted(set(schema) - set(_KEYWORDS) - _ANNOTATIONS - {"additionalProperties"})
-    if unknown or depth > _MAX_DEPTH:
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"the schema is nested too deep; expected at most {_MAX_DEPTH} levels")
+    unknown = sorted(set(schema) - set(_LIMITS) - _NESTED - _ANNOTATIONS)
+    if unknown:
         raise ConfigError(
-            f"the schema uses {', '.join(unknown) or f'more than {_MAX_DEPTH} levels'}; "
-            f"known keywords are {', '.join(sorted(_KEYWORDS))}, additionalProperties"
+            f"the schema has the unknown keywords {', '.join(unknown)}; "
+            f"known keywords are {', '.join(sorted(_NESTED | set(_LIMITS)))}"
         )
-    for keyword, inner in schema.items():
-        for below in _schemas_in(keyword, inner):
-            check_schema(below, depth + 1)
-
-
-def _schemas_in(keyword: str, inner: Any) -> list[Schema]:
-    if keyword in ("items", "not", "additionalProperties"):
-        return [inner]
-    if keyword in ("allOf", "anyOf", "oneOf"):
-        return list(inner)
-    return list(inner.values()) if keyword == "properties" else []
+    inner: list[Schema] = [*schema.get("properties", {}).values()]
+    inner += [s for key in ("allOf", "anyOf", "oneOf") for s in schema.get(key, ())]
+    inner += [schema[key] for key in ("items", "not", "additionalProperties") if key in schema]
+    for subschema in inner:
+        _check_keywords(subschema, depth + 1)
 
 
 def _problems(value: Any, schema: Schema, place: str) -> Iterator[str]:
+    """Yield each reason why the value at `place` does not fit the schema."""
     if isinstance(schema, bool):
         if not schema:
             yield f"{place}: nothing is allowed here"
         return
     for keyword, limit in schema.items():
-        if keyword in _KEYWORDS:
-            yield from _KEYWORDS[keyword](value, limit, place)
-    if isinstance(value, dict) and "additionalProperties" in schema:
-        for name in value.keys() - schema.get("properties", {}).keys():
-            yield from _problems(value[name], schema["additionalProperties"], f"{place}.{name}")
+        if keyword in _LIMITS:
+            types, is_within = _LIMITS[keyword]
+            limited = types is None or (isinstance(value, types) and not isinstance(value, bool))
+            if limited and not is_within(value, limit):
+                yield f"{place}: {_shown(value)} violates {keyword} {_shown(limit)}"
+    for inner in schema.get("allOf", ()):
+        yield from _problems(value, inner, place)
+    yield from _member_problems(value, schema, place)
 
 
-def _holds(
-    kinds: tuple[type, ...], holds: Callable[[Any, Any], bool]
-) -> Callable[[Any, Any, str], Iterator[str]]:
-    """A keyword that says something of values of these kinds, and nothing of others."""
-
-    def check(value: Any, limit: Any, place: str) -> Iterator[str]:
-        relevant = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
-        if relevant and not holds(value, limit):
-            yield f"{place}: {_shown(value)} breaks {_shown(limit)}"
-
-    return check
-
-
-def _type(value: Any, names: Any, place: str) -> Iterator[str]:
-    names = [names] if isinstance(names, str) else names
-    if not any(_is_of(value, name) for name in names):
-        yield f"{place}: {_shown(value)} is not of type {' or '.join(names)}"
-
-
-def _is_of(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return name == "boolean"
-    return isinstance(value, _TYPES[name]) or (
-        name == "integer" and isinstance(value, float) and value.is_integer()
-    )
-
-
-def _enum(value: Any, choices: Any, place: str) -> Iterator[str]:
-    if not any(_same(value, choice) for choice in choices):
-        yield f"{place}: {_shown(value)} is not one of {_shown(choices)}"
-
-
-def _required(value: Any, names: Any, place: str) -> Iterator[str]:
-    missing = [name for name in names if name not in value] if isinstance(value, dict) else []
-    yield from (f"{place}: {name!r} is missing" for name in missing)
-
-
-def _properties(value: Any, schemas: Any, place: str) -> Iterator[str]:
+def _member_problems(value: Any, schema: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Yield each reason why what an object or array holds does not fit the schema."""
     if isinstance(value, dict):
-        for name, schema in schemas.items():
-            if name in value:
-                yield from _problems(value[name], schema, f"{place}.{name}")
-
-
-def _items(value: Any, schema: Any, place: str) -> Iterator[str]:
-    if isinstance(value, list):
+        missing = [name for name in schema.get("required", ()) if name not in value]
+        yield from (f"{place}: {name!r} is missing" for name in missing)
+        properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        for name, item in value.items():
+            yield from _problems(item, properties.get(name, others), f"{place}.{name}")
+    if isinstance(value, list) and "items" in schema:
         for number, item in enumerate(value):
-            yield from _problems(item, schema, f"{place}[{number}]")
+            yield from _problems(item, schema["items"], f"{place}[{number}]")
 
 
-def _fitting(value: Any, schemas: Any) -> int:
+def _has_type(value: Any, names: str | Sequence[str]) -> bool:
+    for name in [names] if isinstance(names, str) else names:
+        whole = name == "integer" and isinstance(value, float) and value.is_integer()
+        # Python's bool is an int, and JSON's true is not an integer.
+        if whole or (
+            isinstance(value, _TYPES[name]) and isinstance(value, bool) == (name == "boolean")
+        ):
+            return True
+    return False
+
+
+def _count_fitting(value: Any, schemas: Sequence[Schema]) -> int:
     return sum(next(_problems(value, schema, ""), None) is None for schema in schemas)
 
 
-def _all_of(value: Any, schemas: Any, place: str) -> Iterator[str]:
-    for schema in schemas:
-        yield from _problems(value, schema, place)
-
-
-def _some_of(words: str, enough: Callable[[int], bool]) -> Callable[..., Iterator[str]]:
-    def check(value: Any, schemas: Any, place: str) -> Iterator[str]:
-        if not enough(_fitting(value, schemas)):
-            yield f"{place}: {_shown(value)} fits {_fitting(value, schemas)} of them, not {words}"
-
-    return check
-
-
-def _not(value: Any, schema: Any, place: str) -> Iterator[str]:
-    if _fitting(value, [schema]):
-        yield f"{place}: {_shown(value)} fits what it must not"
-
-
-def _same(left: Any, right: Any) -> bool:
-    """Equal as JSON: true is not 1."""
+def _is_same_json(left: Any, right: Any) -> bool:
+    """Return whether the two are equal as JSON, where true is not 1."""
     return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
 
 
-def _unique(value: Any, wanted: Any) -> bool:
-    keys = sorted(json.dumps(item, sort_keys=True) for item in value)
-    return not wanted or all(left != right for left, right in pairwise(keys))
+def _has_unique_items(value: Any, wanted: bool) -> bool:
+    return not wanted or len({json.dumps(item, sort_keys=True) for item in value}) == len(value)
 
 
 _NUMBER, _TEXT, _LIST, _OBJECT = (int, float), (str,), (list,), (dict,)
-_KEYWORDS: dict[str, Callable[[Any, Any, str], Iterator[str]]] = {
-    "type": _type,
-    "enum": _enum,
-    "const": lambda value, constant, place: _enum(value, [constant], place),
-    "required": _required,
-    "properties": _properties,
-    "items": _items,
-    "allOf": _all_of,
-    "anyOf": _some_of("at least one", lambda count: count >= 1),
-    "oneOf": _some_of("exactly one", lambda count: count == 1),
-    "not": _not,
-    "minProperties": _holds(_OBJECT, lambda value, limit: len(value) >= limit),
-    "maxProperties": _holds(_OBJECT, lambda value, limit: len(value) <= limit),
-    "minItems": _holds(_LIST, lambda value, limit: len(value) >= limit),
-    "maxItems": _holds(_LIST, lambda value, limit: len(value) <= limit),
-    "uniqueItems": _holds(_LIST, _unique),
-    "minLength": _holds(_TEXT, lambda value, limit: len(value) >= limit),
-    "maxLength": _holds(_TEXT, lambda value, limit: len(value) <= limit),
-    "pattern": _holds(_TEXT, lambda value, pattern: pattern_match(value, pattern)),
-    "minimum": _holds(_NUMBER, lambda value, limit: value >= limit),
-    "maximum": _holds(_NUMBER, lambda value, limit: value <= limit),
-    "exclusiveMinimum": _holds(_NUMBER, lambda value, limit: value > limit),
-    "exclusiveMaximum": _holds(_NUMBER, lambda value, limit: value < limit),
-    "multipleOf": _holds(_NUMBER, lambda value, step: math.remainder(value, step) == 0),
+_LIMITS: dict[str, tuple[tuple[type, ...] | None, Callable[[Any, Any], bool]]] = {
+    "type": (None, _has_type),
+    "enum": (None, lambda value, choices: any(_is_same_json(value, one) for one in choices)),
+    "const": (None, _is_same_json),
+    "anyOf": (None, lambda value, schemas: _count_fitting(value, schemas) >= 1),
+    "oneOf": (None, lambda value, schemas: _count_fitting(value, schemas) == 1),
+    "not": (None, lambda value, schema: _count_fitting(value, [schema]) == 0),
+    "minProperties": (_OBJECT, lambda value, limit: len(value) >= limit),
+    "maxProperties": (_OBJECT, lambda value, limit: len(value) <= limit),
+    "minItems": (_LIST, lambda value, limit: len(value) >= limit),
+    "maxItems": (_LIST, lambda value, limit: len(value) <= limit),
+    "uniqueItems": (_LIST, _has_unique_items),
+    "minLength": (_TEXT, lambda value, limit: len(value) >= limit),
+    "maxLength": (_TEXT, lambda value, limit: len(value) <= limit),
+    "pattern": (_TEXT, lambda value, pattern: pattern_match(value, pattern)),
+    "minimum": (_NUMBER, operator.ge),
+    "maximum": (_NUMBER, operator.le),
+    "exclusiveMinimum": (_NUMBER, operator.gt),
+    "exclusiveMaximum": (_NUMBER, operator.lt),
+    "multipleOf": (_NUMBER, lambda value, step: math.remainder(value, step) == 0),
 }
+"""Each keyword with the types of values that it limits (None: all) and a test of one value."""
 
 
 def _shown(value: Any) -> str:
@@ -218,13 +175,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _unfenced(text: str) -> str:
+def _remove_fence(text: str) -> str:
     fence = re.match(r"```[a-z]*\n", text)
     return text[fence.end() : -3].strip() if fence and text.endswith("```") else text
 
 
-def _depth(text: str) -> int:
-    """How deep the brackets nest, strings aside; a parser would find out by recursion."""
+def _nesting_depth(text: str) -> int:
+    """Return how deep the brackets outside strings nest, without the recursion of a parser."""
     deepest = depth = 0
     inside = escaped = False
     for char in text:
@@ -242,18 +199,18 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _refuse(constant: str) -> float:
+def _refuse_constant(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is beyond what a number can hold")
+        raise ValueError(f"{text[:20]} is larger than any float")
     return number
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError("a key occurs twice in one object")

@@ -1,19 +1,12 @@
-"""Whether two mathematical answers have the same value.
+"""Compare the values of mathematical answers.
 
-Rational answers are compared exactly. With roots, logarithms, pi or variables in them, both are
-computed to 60 digits, at a few fixed values of the variables, and have to agree in 40. Every size
-is known before a power is computed. Text that is no mathematics is compared as text.
+Rational answers are compared exactly. Answers with roots, logarithms, pi or variables are computed
+to 60 digits at a few fixed values of the variables, and must agree in 40 digits. The size of a
+power is known before the power is computed. Text that is not mathematics is compared as text.
 """
 
 from collections.abc import Callable, Mapping
-from decimal import (
-    Context,
-    Decimal,
-    DivisionByZero,
-    InvalidOperation,
-    Overflow,
-    localcontext,
-)
+from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, localcontext
 from fractions import Fraction
 from math import isqrt
 
@@ -27,19 +20,18 @@ from textpolicy.rewards.verifiers.math_grammar import (
     UnreadableAnswerError,
     parse_answer,
 )
-from textpolicy.rewards.verifiers.text_answers import normalised
+from textpolicy.rewards.verifiers.text_answers import normalise_text
 
 _MAX_BITS = 2048
-"""The largest numerator or denominator that is computed."""
-_AGREE = Decimal("1e-40")
-_CONTEXT = Context(
-    prec=60, Emax=9999, Emin=-9999, traps=[DivisionByZero, InvalidOperation, Overflow]
-)
+"""The most bits of a numerator or denominator that is computed."""
+_TOLERANCE = Decimal("1e-40")
+_UNDEFINED = (DivisionByZero, InvalidOperation, Overflow)
+_DECIMALS = Context(prec=60, Emax=9999, Emin=-9999, traps=[*_UNDEFINED])
 _CONSTANTS = {
     "pi": Decimal("3.14159265358979323846264338327950288419716939937510582097494"),
     "e": Decimal("2.71828182845904523536028747135266249775724709369995957496697"),
 }
-_OPERATORS: dict[str, Callable[..., Decimal]] = {
+_DECIMAL_OPERATORS: dict[str, Callable[..., Decimal]] = {
     "+": Decimal.__add__,
     "-": Decimal.__sub__,
     "*": Decimal.__mul__,
@@ -52,14 +44,16 @@ _OPERATORS: dict[str, Callable[..., Decimal]] = {
     "exp": Decimal.exp,
     "abs": Decimal.copy_abs,
 }
-# Fixed, so that equal answers always get equal rewards; of no simple relation to each other.
-_POINTS = (Decimal("0.7390851332151606"), Decimal("2.2360679774997896"), Decimal("-1.3247179572"))
+# Fixed, so that equal answers always get equal rewards, and without a simple relation.
+_VARIABLE_VALUES = tuple(
+    map(Decimal, ("0.7390851332151606", "2.2360679774997896", "-1.3247179572"))
+)
 
 
 def math_equal(completion: str, answer: object) -> bool:
-    """Whether the final answer of `completion` has the value of `answer`, a text or a number.
+    """Return whether the final answer of `completion` has the value of `answer`, a text or number.
 
-    Percent signs divide by 100; units in \\text{} are left out; lists without brackets are sets.
+    A percent sign divides by 100. Units in \\text{} are ignored. A list without brackets is a set.
     """
     given, wanted = final_answer(completion), str(answer)
     if given is None:
@@ -69,18 +63,17 @@ def math_equal(completion: str, answer: object) -> bool:
     try:
         right = parse_answer(wanted)
     except UnreadableAnswerError:
-        return bool(wanted.strip()) and normalised(given) == normalised(wanted)
+        return bool(wanted.strip()) and normalise_text(given) == normalise_text(wanted)
     try:
-        return same_value(parse_answer(given), right)
+        return _same_value(parse_answer(given), right)
     except UnreadableAnswerError:
         return False
 
 
 def number_equal(completion: str, answer: float | str, *, tolerance: float = 0.0) -> bool:
-    """Whether the last number of `completion` is within `tolerance` (relative) of `answer`."""
+    """Return whether the number in `completion` is within a relative `tolerance` of `answer`."""
     try:
-        given = number_in(completion)
-        wanted = exact(parse_answer(str(answer)))
+        given, wanted = number_in(completion), _exact_value(parse_answer(str(answer)))
     except UnreadableAnswerError:
         return False
     if given is None or wanted is None:
@@ -89,10 +82,10 @@ def number_equal(completion: str, answer: float | str, *, tolerance: float = 0.0
 
 
 def number_in(text: str) -> Fraction | None:
-    """The exact value of the final answer or last number of a text; None where there is none."""
-    for found in (final_answer(text), last_number(text)):
+    """Return the exact value of a text's final answer, else of its last number, else None."""
+    for answer in (final_answer(text), last_number(text)):
         try:
-            value = exact(parse_answer(found)) if found is not None else None
+            value = _exact_value(parse_answer(answer)) if answer is not None else None
         except UnreadableAnswerError:
             continue
         if value is not None:
@@ -100,53 +93,49 @@ def number_in(text: str) -> Fraction | None:
     return None
 
 
-def same_value(left: AnswerTree, right: AnswerTree) -> bool:
-    """Whether two trees stand for the same value; raises `UnreadableAnswerError` if not."""
+def _same_value(left: AnswerTree, right: AnswerTree) -> bool:
+    """Return whether two trees have the same value; raise `UnreadableAnswerError` if not known."""
+    if isinstance(left, ListNode) and isinstance(right, ListNode):
+        return _same_items(left, right)
     if isinstance(left, ListNode) or isinstance(right, ListNode):
-        return (
-            isinstance(left, ListNode) and isinstance(right, ListNode) and _same_items(left, right)
-        )
-    values = exact(left), exact(right)
-    if values[0] is not None and values[1] is not None:
+        return False
+    values = _exact_value(left), _exact_value(right)
+    if None not in values:
         return values[0] == values[1]
-    return _agree(left, right)
+    return _agree_numerically(left, right)
 
 
-def exact(tree: AnswerTree) -> Fraction | None:
-    """The value as a fraction; None where it is none, as for roots of 2 and for variables."""
-    if isinstance(tree, NumberNode):
-        return _bounded(tree.value)
+def _same_items(left: ListNode, right: ListNode) -> bool:
+    if left.brackets != right.brackets or len(left.items) != len(right.items):
+        return False
+    if left.brackets != "{}":
+        return all(map(_same_value, left.items, right.items))
+    rest = list(right.items)
+    for item in left.items:
+        match = next((other for other in rest if _same_value(item, other)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return True
+
+
+def _exact_value(tree: AnswerTree) -> Fraction | None:
+    """Return the value as a fraction, or None if it is irrational or depends on variables."""
+    if isinstance(tree, ListNode):
+        raise UnreadableAnswerError("expected a number, found a list")
     if isinstance(tree, NameNode):
         return None
-    if isinstance(tree, ListNode):
-        raise UnreadableAnswerError("a list where a number should be")
-    operands = [exact(operand) for operand in tree.operands]
+    if isinstance(tree, NumberNode):
+        return _bounded(tree.value)
+    operands = [_exact_value(operand) for operand in tree.operands]
     known = [operand for operand in operands if operand is not None]
-    if len(known) < len(operands):
+    if len(known) < len(operands) or tree.operator not in _EXACT_OPERATORS:
         return None
-    return _exact_apply(tree.operator, *known)
-
-
-def _exact_apply(operator: str, left: Fraction, right: Fraction = Fraction(0)) -> Fraction | None:
-    match operator:
-        case "+":
-            return _bounded(left + right)
-        case "-":
-            return _bounded(left - right)
-        case "*":
-            return _bounded(left * right)
-        case "/":
-            if right == 0:
-                raise UnreadableAnswerError("division by zero")
-            return _bounded(left / right)
-        case "^":
-            return _exact_power(left, right)
-        case "sqrt":
-            return _exact_root(left)
-        case "abs":
-            return abs(left)
-        case _:
-            return None
+    try:
+        value = _EXACT_OPERATORS[tree.operator](*known)
+    except ZeroDivisionError as error:
+        raise UnreadableAnswerError("division by zero") from error
+    return None if value is None else _bounded(value)
 
 
 def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
@@ -154,9 +143,7 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
         return _exact_root(base) if exponent == Fraction(1, 2) else None
     size = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(exponent) * size > _MAX_BITS:
-        raise UnreadableAnswerError("a power too large")
-    if base == 0 and exponent < 0:
-        raise UnreadableAnswerError("division by zero")
+        raise UnreadableAnswerError("a power is too large")
     return base**exponent.numerator
 
 
@@ -168,69 +155,67 @@ def _exact_root(value: Fraction) -> Fraction | None:
     return Fraction(top, bottom) if is_square else None
 
 
+_EXACT_OPERATORS: dict[str, Callable[..., Fraction | None]] = {
+    "+": Fraction.__add__,
+    "-": Fraction.__sub__,
+    "*": Fraction.__mul__,
+    "/": Fraction.__truediv__,
+    "^": _exact_power,
+    "sqrt": _exact_root,
+    "abs": Fraction.__abs__,
+}
+
+
 def _bounded(value: Fraction) -> Fraction:
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
-        raise UnreadableAnswerError("a number too large")
+        raise UnreadableAnswerError("a number is too large")
     return value
 
 
-def _same_items(left: ListNode, right: ListNode) -> bool:
-    if left.brackets != right.brackets or len(left.items) != len(right.items):
-        return False
-    if left.brackets != "{}":
-        return all(map(same_value, left.items, right.items))
-    rest = list(right.items)
-    for item in left.items:
-        match = next((other for other in rest if same_value(item, other)), None)
-        if match is None:
-            return False
-        rest.remove(match)
-    return True
-
-
-def _agree(left: AnswerTree, right: AnswerTree) -> bool:
-    names = sorted(_names(left) | _names(right))
+def _agree_numerically(left: AnswerTree, right: AnswerTree) -> bool:
+    names = sorted(_variables(left) | _variables(right))
     compared = 0
-    with localcontext(_CONTEXT):
-        for shift, point in enumerate(_POINTS):
+    with localcontext(_DECIMALS):
+        for shift, point in enumerate(_VARIABLE_VALUES):
             values = {name: point + shift + place for place, name in enumerate(names, start=1)}
-            pair = _defined(left, values), _defined(right, values)
-            if pair == (None, None):
+            first, second = _decimal_value(left, values), _decimal_value(right, values)
+            if first is None and second is None:
                 continue
-            if pair[0] is None or pair[1] is None:
+            if first is None or second is None:
                 return False
-            if abs(pair[0] - pair[1]) > _AGREE * max(abs(pair[0]), abs(pair[1])):
+            if abs(first - second) > _TOLERANCE * max(abs(first), abs(second)):
                 return False
             compared += 1
     if not compared:
-        raise UnreadableAnswerError("no value anywhere")
+        raise UnreadableAnswerError("neither answer has a value")
     return True
 
 
-def _names(tree: AnswerTree) -> set[str]:
+def _variables(tree: AnswerTree) -> set[str]:
     if isinstance(tree, NameNode):
         return {tree.name} - set(_CONSTANTS)
     operands = tree.operands if isinstance(tree, OperationNode) else ()
-    return {name for operand in operands for name in _names(operand)}
+    return {name for operand in operands for name in _variables(operand)}
 
 
-def _defined(tree: AnswerTree, values: Mapping[str, Decimal]) -> Decimal | None:
+def _decimal_value(tree: AnswerTree, values: Mapping[str, Decimal]) -> Decimal | None:
+    """Return the value at these values of the variables, or None if it is undefined."""
     try:
-        value = _numeric(tree, values)
+        value = _compute_decimal(tree, values)
         return value if value.is_finite() else None
-    except (DivisionByZero, InvalidOperation, Overflow):
+    except _UNDEFINED:
         return None
 
 
-def _numeric(tree: AnswerTree, values: Mapping[str, Decimal]) -> Decimal:
-    """In the current decimal context, whose precision and exponents bound every operation."""
+def _compute_decimal(tree: AnswerTree, values: Mapping[str, Decimal]) -> Decimal:
+    """Return the value in the current decimal context, which bounds precision and exponents."""
     if isinstance(tree, NumberNode):
         return Decimal(tree.value.numerator) / Decimal(tree.value.denominator)
     if isinstance(tree, NameNode):
         return _CONSTANTS.get(tree.name) or values[tree.name]
     if isinstance(tree, ListNode):
-        raise UnreadableAnswerError("a list where a number should be")
-    operands = [_numeric(operand, values) for operand in tree.operands]
-    if tree.operator not in _OPERATORS:
+        raise UnreadableAnswerError("expected a number, found a list")
+    operands = [_compute_decimal(operand, values) for operand in tree.operands]
+    if tree.operator not in _DECIMAL_OPERATORS:
         raise UnreadableAnswerError(f"no operator {tree.operator!r}")
-    return _OPERATORS[tree.operator](*operands)
+    return _DECIMAL_OPERATORS[tree.operator](*operands)

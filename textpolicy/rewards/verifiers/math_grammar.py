@@ -1,16 +1,15 @@
-"""A small grammar of mathematical answers: text to a tree, and nothing is ever evaluated as code.
+"""Parse mathematical answers into trees. No text is ever evaluated as code.
 
     answer  = item {"," item}
     item    = [name "="] sum
     sum     = ["+" | "-"] product {("+" | "-") product}
-    product = power {["*" | "/"] power}            2x, 2(3) and 3 1/2 too
+    product = power {["*" | "/"] power}            also 2x, 2(3) and 3 1/2
     power   = atom ["^" signed] {"%"}
     atom    = number | name | function atom | "(" answer ")" | "[" answer "]" | "{" answer "}"
 
-Numbers may have thousands separators (1,234) and exponents (1e-3). The LaTeX that answers are
-written in is read: \\frac, \\sqrt, \\cdot, \\pi, \\pm, \\text and so on. All is bounded
-before it is computed: _MAX_LENGTH characters, _MAX_DEPTH levels of brackets, _MAX_HEIGHT operations
-on top of each other, _MAX_ITEMS items in a list, _MAX_EXPONENT_DIGITS digits after the e.
+Numbers may have thousands separators (1,234) and exponents (1e-3). The parser reads the LaTeX of
+answers: \\frac, \\sqrt, \\cdot, \\pi, \\pm, \\text and so on. The constants below bound each size
+before anything is computed.
 """
 
 import re
@@ -18,11 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-_MAX_LENGTH = 256
-_MAX_DEPTH = 24
-_MAX_HEIGHT = 64
-_MAX_ITEMS = 24
-_MAX_EXPONENT_DIGITS = 3
+_MAX_LENGTH = 256  # characters
+_MAX_DEPTH = 24  # levels of brackets
+_MAX_HEIGHT = 64  # operations on top of each other
+_MAX_ITEMS = 24  # items in a list
+_MAX_EXPONENT_DIGITS = 3  # digits after the e
 _FUNCTIONS = ("sqrt", "root", "frac", "ln", "log", "exp", "abs")
 
 _SPELLINGS = [
@@ -59,7 +58,7 @@ _CLOSING = {"(": ")]", "[": ")]", "{": "}"}
 
 
 class UnreadableAnswerError(ValueError):
-    """Text that is no answer in this grammar, or one beyond its bounds."""
+    """The text is not an answer in this grammar, or exceeds a bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class NameNode:
 
 @dataclass(frozen=True, slots=True)
 class OperationNode:
-    """An operator or function and what it is applied to."""
+    """An operator or function with its operands."""
 
     operator: str
     operands: "tuple[NumberNode | NameNode | OperationNode | ListNode, ...]"
@@ -83,7 +82,7 @@ class OperationNode:
 
 @dataclass(frozen=True, slots=True)
 class ListNode:
-    """Items between brackets: "()", "[)" and so on in order, "{}" (or no brackets) a set."""
+    """Items in brackets: "{}" (or no brackets) is a set; the order counts in other brackets."""
 
     brackets: str
     items: "tuple[NumberNode | NameNode | OperationNode | ListNode, ...]"
@@ -94,26 +93,26 @@ AnswerTree = NumberNode | NameNode | OperationNode | ListNode
 
 
 def parse_answer(text: str) -> AnswerTree:
-    """The tree of an answer; raises `UnreadableAnswerError`."""
+    """Return the tree of an answer, or raise `UnreadableAnswerError`."""
     if len(text) > _MAX_LENGTH:
-        raise UnreadableAnswerError(f"longer than {_MAX_LENGTH} characters")
+        raise UnreadableAnswerError(f"the answer is longer than {_MAX_LENGTH} characters")
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     if text.count("\\pm") + text.count("±") == 1:
         text = ",".join(re.sub(r"\\pm|±", sign, text) for sign in "+-")
     if not re.search(r"[0-9]|[^a-zA-Z\s]", text) and len(text.strip()) > 1 and "pi" not in text:
-        raise UnreadableAnswerError("words")
+        raise UnreadableAnswerError("the answer is words")
     if not re.search(r"[(\[{]", text):
         text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     return _Parser(_tokens(text)).answer()
 
 
-def _apply(operator: str, *operands: AnswerTree) -> OperationNode:
+def _operation(operator: str, *operands: AnswerTree) -> OperationNode:
     return OperationNode(operator, operands, _height_over(operands))
 
 
 def _height_over(trees: Sequence[AnswerTree]) -> int:
-    """One more than the highest: what walks a tree by recursion needs it bounded."""
+    """Return the height of a node above these trees; recursion over a tree needs a bound on it."""
     height = 1 + max(
         0 if isinstance(tree, NumberNode | NameNode) else tree.height for tree in trees
     )
@@ -139,12 +138,12 @@ def _tokens(text: str) -> list[str | NumberNode]:
 
 def _number(digits: str, exponent: str) -> NumberNode:
     if len(exponent.lstrip("eE+-")) > _MAX_EXPONENT_DIGITS:
-        raise UnreadableAnswerError("exponent too large")
+        raise UnreadableAnswerError("the exponent is too large")
     return NumberNode(Fraction(digits) * Fraction(10) ** int(exponent[1:] or "0"))
 
 
 def _names(word: str) -> list[str]:
-    """`2ab` is a product of letters; a longer run of them is a word."""
+    """Return a function's name, or the letters of a product; refuse longer words."""
     if word in (*_FUNCTIONS, "pi") or word.startswith("\\"):
         return [word]
     if len(word) > 3:
@@ -153,7 +152,7 @@ def _names(word: str) -> list[str]:
 
 
 class _Parser:
-    """Reads tokens from left to right, one ahead."""
+    """A recursive descent parser that looks one token ahead."""
 
     def __init__(self, tokens: Sequence[str | NumberNode]) -> None:
         self._tokens = tokens
@@ -163,7 +162,7 @@ class _Parser:
     def answer(self) -> AnswerTree:
         tree = self._items("", "")
         if self._next is not None:
-            raise UnreadableAnswerError(f"{self._next!r} is left over")
+            raise UnreadableAnswerError(f"the answer continues with {self._next!r}")
         return tree
 
     @property
@@ -173,12 +172,12 @@ class _Parser:
     def _take(self, expected: str = "") -> str | NumberNode:
         token = self._next
         if token is None or (expected and token not in list(expected)):
-            raise UnreadableAnswerError(f"expected {expected or 'more'}, got {token!r}")
+            raise UnreadableAnswerError(f"expected {expected or 'more'}, found {token!r}")
         self._place += 1
         return token
 
     def _items(self, opening: str, closings: str) -> AnswerTree:
-        """Comma-separated items up to a closing bracket, which is taken, or to the end."""
+        """Parse items separated by commas up to and including a closing bracket, or to the end."""
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise UnreadableAnswerError(f"nested more than {_MAX_DEPTH} deep")
@@ -193,7 +192,7 @@ class _Parser:
         inner = [item for item in items if isinstance(item, ListNode)]
         nested = any(isinstance(below, ListNode) for item in inner for below in item.items)
         if nested or len(items) > _MAX_ITEMS:
-            raise UnreadableAnswerError(f"more than {_MAX_ITEMS} items, or lists of lists of lists")
+            raise UnreadableAnswerError(f"more than {_MAX_ITEMS} items, or lists nested three deep")
         brackets = "{}" if opening in ("", "{") else opening + closing
         return ListNode(brackets, tuple(items), _height_over(items))
 
@@ -208,7 +207,7 @@ class _Parser:
         tree = self._signed(self._product)
         while self._next in ("+", "-"):
             operator = str(self._take())
-            tree = _apply(operator, tree, self._product())
+            tree = _operation(operator, tree, self._product())
         return tree
 
     def _signed(self, rest: Callable[[], AnswerTree]) -> AnswerTree:
@@ -216,47 +215,47 @@ class _Parser:
         while self._next in ("+", "-"):
             negative ^= self._take() == "-"
         tree = rest()
-        return _apply("-", NumberNode(Fraction(0)), tree) if negative else tree
+        return _operation("-", NumberNode(Fraction(0)), tree) if negative else tree
 
     def _product(self) -> AnswerTree:
         tree = self._power()
         while (token := self._next) is not None:
             if token in ("*", "/"):
                 operator = str(self._take())
-                tree = _apply(operator, tree, self._signed(self._power))
+                tree = _operation(operator, tree, self._signed(self._power))
             elif isinstance(token, NumberNode) or token == "frac":
                 tree = self._mixed(tree)
             elif token in ("(", "[", "{") or str(token)[0].isalpha() or str(token)[0] == "\\":
-                tree = _apply("*", tree, self._power())
+                tree = _operation("*", tree, self._power())
             else:
                 break
         return tree
 
     def _mixed(self, whole: AnswerTree) -> AnswerTree:
-        """`3 1/2` and `3\\frac{1}{2}` are three and a half; `x \\frac{1}{2}` is a product."""
+        """Parse `3 1/2` and `3\\frac{1}{2}` as a sum, but `x \\frac{1}{2}` as a product."""
         simple = isinstance(whole, NumberNode) and whole.value.denominator == 1
         if self._next == "frac":
-            return _apply("+" if simple else "*", whole, self._power())
+            return _operation("+" if simple else "*", whole, self._power())
         top = self._take()
         if not simple or self._next != "/":
-            raise UnreadableAnswerError("two numbers side by side")
+            raise UnreadableAnswerError("two numbers stand side by side")
         self._take("/")
         bottom = self._take()
         if not isinstance(top, NumberNode) or not isinstance(bottom, NumberNode):
-            raise UnreadableAnswerError("half a fraction")
-        return _apply("+", whole, _apply("/", top, bottom))
+            raise UnreadableAnswerError("a fraction is incomplete")
+        return _operation("+", whole, _operation("/", top, bottom))
 
     def _power(self) -> AnswerTree:
         tree = self._atom()
         if self._next == "^":
             self._take()
-            # A minus binds to the exponent, and 2^3^2 is 2^(3^2).
+            # A minus belongs to the exponent, and 2^3^2 is 2^(3^2).
             self._depth += 1
-            tree = _apply("^", tree, self._signed(self._power))
+            tree = _operation("^", tree, self._signed(self._power))
             self._depth -= 1
         while self._next == "%":
             self._take()
-            tree = _apply("/", tree, NumberNode(Fraction(100)))
+            tree = _operation("/", tree, NumberNode(Fraction(100)))
         return tree
 
     def _atom(self) -> AnswerTree:
@@ -272,7 +271,7 @@ class _Parser:
             self._depth += 1
             operands = tuple(self._atom() for _ in range(arity))
             self._depth -= 1
-            return _apply("/" if token == "frac" else token, *operands)
+            return _operation("/" if token == "frac" else token, *operands)
         if token[0].isalpha() or token[0] == "\\":
             return NameNode(token)
-        raise UnreadableAnswerError(f"{token!r} where a value should be")
+        raise UnreadableAnswerError(f"expected a value, found {token!r}")

@@ -11,6 +11,7 @@ from functools import cache
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.call_reward import RewardResult
 from textpolicy.rewards.reward_function import Reward, Sample
+from textpolicy.rewards.weighted_rewards import Rewards
 from textpolicy.rewards.worker_pool import WorkerPool
 
 
@@ -38,6 +39,6 @@ def _matches(completion: str, pattern: str, whole: bool) -> bool:
 @cache
 def _worker_pool(seconds: float) -> WorkerPool:
     # With two processes, one is ready while the other is replaced.
-    pool = WorkerPool([Reward(_matches, "pattern_match")], timeout=seconds, workers=2)
+    pool = WorkerPool(Rewards(Reward(_matches, "pattern_match"), workers=2), timeout=seconds)
     pool.start(2)
     return pool

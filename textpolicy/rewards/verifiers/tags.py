@@ -1,10 +1,10 @@
-"""The form of an answer, whatever it says: tags, in order, once each."""
+"""Tags in a completion, such as <think> and <answer>: their order and what they enclose."""
 
 from collections.abc import Sequence
 
 
 def has_layout(text: str, tags: Sequence[str] = ("think", "answer")) -> bool:
-    """Whether the text is nothing but these tags, each opened and closed once, in this order."""
+    """Return whether the text is only these tags, each opened and closed once, in this order."""
     rest = text.strip()
     for tag in tags:
         opening, closing = f"<{tag}>", f"</{tag}>"
@@ -18,6 +18,17 @@ def has_layout(text: str, tags: Sequence[str] = ("think", "answer")) -> bool:
 
 
 def tag_share(text: str, tags: Sequence[str] = ("think", "answer")) -> float:
-    """Which part of the opening and closing tags the text has exactly once: a first foothold."""
+    """Return the share of opening and closing tags that occur exactly once in the text.
+
+    A model that never writes the whole layout can still learn from this number.
+    """
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
     return sum(text.count(mark) == 1 for mark in marks) / len(marks)
+
+
+def tagged(text: str, tag: str) -> str | None:
+    """Return the content of the last complete <tag>...</tag>, or None if there is none."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    end = text.rfind(closing)
+    start = text.rfind(opening, 0, end) if end >= 0 else -1
+    return text[start + len(opening) : end].strip() if start >= 0 else None
