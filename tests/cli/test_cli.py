@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from textpolicy.cli import main
-from textpolicy.cli.flags import ELSEWHERE
+from textpolicy.cli.flags import FLAGS_OF_OTHER_LIBRARIES
 from textpolicy.cli.parser import build_parser, commands_of
 from textpolicy.config import TrainConfig, read_toml
 
@@ -166,8 +166,8 @@ def test_names_from_elsewhere_and_other_spellings_are_known_by(flag, meant, caps
 
 def test_names_from_elsewhere_are_no_flags_of_ours_and_mean_one():
     ours = subcommands()["train"]._option_string_actions
-    assert not ELSEWHERE.keys() & ours.keys()
-    assert set(ELSEWHERE.values()) <= ours.keys()
+    assert not FLAGS_OF_OTHER_LIBRARIES.keys() & ours.keys()
+    assert set(FLAGS_OF_OTHER_LIBRARIES.values()) <= ours.keys()
 
 
 @pytest.mark.parametrize(

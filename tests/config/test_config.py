@@ -108,14 +108,14 @@ def test_a_wrong_assignment_is_refused_with_what_would_do(argument, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[trainer]\nlrr = 1", ["trainer.lrr is no setting", "did you mean trainer.lr?"]),
+        ("[trainer]\nlrr = 1", ["trainer.lrr is not a setting", "did you mean trainer.lr?"]),
         ("[trainer]\ngroup_size = 4", ["did you mean rollout.group_size?"]),
         ("[optimizer]\nlr = 1e-3", ["optimizer.lr", "did you mean trainer.lr?"]),
         ("[trainer]\nlearning_rate = 1", ["did you mean trainer.lr?"]),
         ("num_generations = 4", ["did you mean rollout.group_size?"]),
-        ("[trainr]", ["trainr is no setting"]),
-        ("lr = 1e-3", ["lr is no setting", "did you mean trainer.lr?"]),
-        ("trainer = 5", ["trainer is no setting"]),
+        ("[trainr]", ["trainr is not a setting"]),
+        ("lr = 1e-3", ["lr is not a setting", "did you mean trainer.lr?"]),
+        ("trainer = 5", ["trainer is not a setting"]),
         ("[trainer]\nlr = 'fast'", ["trainer.lr is 'fast'; expected a number above 0"]),
         ("[trainer]\nlr = 0", ["trainer.lr is 0; expected a number above 0"]),
         ("[trainer]\nlr = nan", ["trainer.lr is nan"]),
@@ -132,9 +132,9 @@ def test_a_wrong_assignment_is_refused_with_what_would_do(argument, words):
         ("[task]\non_reward_error = inf", ["on_reward_error is inf"]),
         ("[algorithm]\noptions = 5", ["expected a table"]),
         ("[trainer", ["not TOML"]),
-        ("[model]\nquantize_mode = 'mxfp4'", ["nothing is quantized"]),
-        ("[adapter]\nconfig = 'a.json'\nrank = 3", ["beside ['rank']"]),
-        ("[adapter]\nstart = 'a'\nrank = 3", ["bring their own config"]),
+        ("[model]\nquantize_mode = 'mxfp4'", ["without quantize. Add quantize"]),
+        ("[adapter]\nconfig = 'a.json'\nrank = 3", ["given together with ['rank']"]),
+        ("[adapter]\nstart = 'a'\nrank = 3", ["have their own config; leave out"]),
     ],
 )
 def test_a_file_with_a_mistake_is_named_with_what_was_got_and_what_is_expected(
@@ -150,7 +150,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(refusal):
 
 
 def test_a_file_that_is_not_there_is_named():
-    with pytest.raises(ConfigError, match=r"cannot read the config /no/run\.toml"):
+    with pytest.raises(ConfigError, match=r"the config /no/run\.toml cannot be read"):
         read_toml(Path("/no/run.toml"), DEFAULTS)
 
 
@@ -314,5 +314,5 @@ def test_the_page_of_options_says_what_the_configs_say():
 
 
 def test_artifacts_need_a_project_to_go_to():
-    with pytest.raises(ConfigError, match="nothing is logged there; name a project, wandb"):
+    with pytest.raises(ConfigError, match="without a project of Weights & Biases. Name one"):
         changed(SFTConfig(), {"tracking.wandb_artifacts": True})

@@ -131,7 +131,7 @@ def test_a_config_may_be_an_object_or_a_file(tmp_path):
         (None, r"no config is given.*run\(resume='runs/sort'\)"),
         ({}, "no task is given"),
         ({"data": {}}, "no data is given"),
-        ({"tsak": {"env": "add"}}, r"tsak\.env is no setting; did you mean task\.env"),
+        ({"tsak": {"env": "add"}}, r"tsak\.env is not a setting; did you mean task\.env"),
         ({"run": {"steps": 0}}, "run.steps is 0; expected"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a command answers with."""
+"""The answer of a command, as data and as text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One answer in two forms: `data` for machines (--json), `text` for people."""
+    """The answer of a command: `data` for --json, `text` for people."""
 
     data: Mapping[str, Any]
     text: str
@@ -15,6 +15,6 @@ class Report:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and values in two aligned columns."""
+    """Return names and values as two aligned columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,4 +1,4 @@
-"""The parser as `shtab` makes tab completion from it: names of files where a path belongs."""
+"""The parser from which `shtab` makes tab completion, with file names where a path belongs."""
 
 from argparse import ArgumentParser
 
@@ -10,12 +10,12 @@ _COMPLETED = {"FILE": FILE, "PATH": FILE, "DIR": DIRECTORY, "RUN": DIRECTORY}
 
 
 def parser() -> ArgumentParser:
-    """Every command, with `complete` set on what takes a path."""
+    """Return the parser of all commands, with `complete` set on options that take a path."""
     whole = build_parser()
     for command in commands_of(whole).values():
         for action in command._actions:
             kind = str(action.metavar).partition(".")[0]
             if kind in _COMPLETED:
-                # argparse does not know this attribute; shtab looks for it.
+                # shtab reads this attribute, which argparse does not know.
                 vars(action)["complete"] = _COMPLETED[kind]
     return whole

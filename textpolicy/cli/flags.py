@@ -1,4 +1,4 @@
-"""Settings as flags of a command, and the flags that were given as a config again."""
+"""Flags of commands, made from the settings of a config, and the config that given flags make."""
 
 import re
 from argparse import (
@@ -16,23 +16,25 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
-from textpolicy.config.toml import NAMES_ELSEWHERE, nearest, read_toml
+from textpolicy.config.toml import NAMES_IN_OTHER_LIBRARIES, read_toml, suggestion_for
 from textpolicy.errors import ConfigError
 
-C = TypeVar("C")
+_C = TypeVar("_C")
 
 
 def _flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-ELSEWHERE = {_flag_of(name): _flag_of(ours) for name, ours in NAMES_ELSEWHERE.items()}
+FLAGS_OF_OTHER_LIBRARIES = {
+    _flag_of(name): _flag_of(ours) for name, ours in NAMES_IN_OTHER_LIBRARIES.items()
+}
 
 
-class Parser(ArgumentParser):
-    """Answers a flag that does not exist with the nearest that does, before anything else."""
+class FlagParser(ArgumentParser):
+    """Answers an unknown flag with the most similar known flag before any other error."""
 
-    # The stub has overloads that no single signature is compatible with.
+    # No single signature is compatible with the overloads of the stub.
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
@@ -40,30 +42,33 @@ class Parser(ArgumentParser):
         end = given.index("--") if "--" in given else len(given)
         for flag in map(_flag_in, given[:end]):
             if flag and not self._knows(flag):
-                self.error(f"unknown flag {flag}{self._meant(flag)}")
+                self.error(f"unknown flag {flag}{self._suggestion(flag)}")
         return super().parse_known_args(args, namespace)
 
     def _knows(self, flag: str) -> bool:
-        # A short flag may be followed by its value at once.
+        # The value of a short flag may follow without a space.
         return any(form in self._option_string_actions for form in (flag, flag[:2]))
 
-    def _meant(self, flag: str) -> str:
+    def _suggestion(self, flag: str) -> str:
         flags = {known: known for known in self._option_string_actions}
-        known = {name: mine for name, mine in ELSEWHERE.items() if mine in flags} | flags
+        known = {
+            name: mine for name, mine in FLAGS_OF_OTHER_LIBRARIES.items() if mine in flags
+        } | flags
         near = get_close_matches(flag, known, n=1)
         return f"; did you mean {known[near[0]]}?" if near else "; --help lists them"
 
 
 def _flag_in(text: str) -> str | None:
-    """The flag that argparse would see: negative numbers and texts with spaces are values."""
+    """Return the flag that argparse would read; negative numbers and texts with spaces are none."""
     if not text.startswith("-") or " " in text or re.fullmatch(r"-|-\d+|-\d*\.\d+", text):
         return None
     return text.partition("=")[0]
 
 
 def add_settings(parser: ArgumentParser, config: Any, only: Collection[str] = ()) -> None:
-    """A flag for each setting of `config`, in groups by section, or for those whose keys are in
-    `only`. What is not given leaves no trace in the namespace.
+    """Add a flag for each setting of `config`, or for the keys in `only`, in groups by section.
+
+    A flag that is not given adds nothing to the namespace.
     """
     settings = [one for one in settings_of(config) if not only or one.key in only]
     for section, about in sections_of(config).items():
@@ -74,7 +79,7 @@ def add_settings(parser: ArgumentParser, config: Any, only: Collection[str] = ()
 
 
 def add_setting(parser: Any, setting: Setting, **rest: Any) -> None:
-    """The flag of one setting."""
+    """Add the flag of one setting."""
     shape: dict[str, Any] = {"action": BooleanOptionalAction}
     if setting.annotation is not bool:
         shape = {"type": converter(setting.parse), "metavar": setting.metavar}
@@ -83,12 +88,12 @@ def add_setting(parser: Any, setting: Setting, **rest: Any) -> None:
 
 
 def help_of(setting: Setting) -> str:
-    """The line of a setting in the help."""
+    """Return the help line of a setting."""
     return f"{setting.option.help} (default: {setting.shown_default})".replace("%", "%%")
 
 
 def converter(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A `type` for argparse, whose message for a wrong value is that of `parse`."""
+    """Return a `type` for argparse that reports wrong values with the message of `parse`."""
 
     def convert(text: str) -> Any:
         try:
@@ -100,40 +105,39 @@ def converter(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def add_config_file(parser: ArgumentParser, config: Any) -> None:
-    """--config and --set, for commands that take all of a config."""
+    """Add --config and --set, for commands that take a whole config."""
     parser.add_argument(
         "--config",
         metavar="FILE.toml",
         type=Path,
-        help="settings from a TOML file; flags and --set go before it (default: none)",
+        help="TOML file of settings; flags and --set override it (default: none)",
     )
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
         action=_assignment(settings_of(config)),
         default=SUPPRESS,
-        help="a setting by its name in the file, such as trainer.lr=1e-5; may be given several "
-        "times (default: none)",
+        help="one setting by its key, such as trainer.lr=1e-5; may be repeated (default: none)",
     )
 
 
 def add_resume(parser: ArgumentParser) -> None:
-    """--resume and --force."""
+    """Add --resume and --force."""
     parser.add_argument(
         "--resume",
         metavar="RUN",
         type=Path,
-        help="go on with the run in this directory from its last checkpoint (default: a new run)",
+        help="resume the run in this directory from its last checkpoint (default: a new run)",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="go on although options differ from those that the run was begun with",
+        help="resume although options differ from those that the run was started with",
     )
 
 
-def configured(defaults: C, options: Namespace) -> C:
-    """`defaults`, over them the file of --config, over both the flags and --set."""
+def configured(defaults: _C, options: Namespace) -> _C:
+    """Return `defaults` changed by the file of --config, and then by flags and --set."""
     given = vars(options)
     if given.get("config") is not None:
         defaults = read_toml(given["config"], defaults)
@@ -141,7 +145,7 @@ def configured(defaults: C, options: Namespace) -> C:
     return changed(defaults, {key: given[key] for key in known if key in given})
 
 
-def configured_to_resume(defaults: C, options: Namespace) -> C:
+def configured_to_resume(defaults: _C, options: Namespace) -> _C:
     """Return the config of the run that --resume names, changed by the flags that were given."""
     # Only commands that resume runs need the run's files.
     from textpolicy.experiment.resuming import check_kind, read_started_config
@@ -150,14 +154,14 @@ def configured_to_resume(defaults: C, options: Namespace) -> C:
     directory = RunDirectory(options.resume)
     started = read_started_config(directory)
     check_kind(started, defaults, directory)
-    return configured(cast(C, started), options)
+    return configured(cast(_C, started), options)
 
 
 def _assignment(settings: Sequence[Setting]) -> type[Action]:
     known = {setting.key: setting for setting in settings}
 
     class Assignment(Action):
-        """Stores what `key=value` says where the key's own flag would, in the order given."""
+        """Stores the value of `key=value` as the flag of the key would."""
 
         def __call__(
             self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None
@@ -174,7 +178,7 @@ def _assignment(settings: Sequence[Setting]) -> type[Action]:
 def _assigned(text: str, known: dict[str, Setting], given: dict[str, Any]) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"{text!r}; expected KEY=VALUE, such as trainer.lr=1e-5")
+        raise ConfigError(f"{text!r}; expected KEY=VALUE, for example trainer.lr=1e-5")
     if key in known:
         try:
             return key, known[key].parse(value)
@@ -184,4 +188,4 @@ def _assigned(text: str, known: dict[str, Setting], given: dict[str, Any]) -> tu
     if table in known and known[table].metavar == "TABLE":
         entry = known[table].parse(f"{{{name} = {value}}}")
         return table, (given.get(table) or {}) | entry
-    raise ConfigError(f"{key} is no setting{nearest(key, list(known))}")
+    raise ConfigError(f"{key} is not a setting{suggestion_for(key, list(known))}")

@@ -1,4 +1,4 @@
-"""The `textpolicy` command: what was asked, the answer on stdout, and one message if it failed."""
+"""The `textpolicy` command: runs a command, prints its answer, or one error message."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from textpolicy.errors import ConfigError, RunInterruptedError, TextPolicyError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 is done, 1 failed, 2 misused, 75 a run to go on with, 130 and 143 ended by a signal.
+    0: done. 1: failed. 2: wrong usage. 75: the run can be resumed. 130, 143: ended by a signal.
     """
     given = sys.argv[1:] if argv is None else argv
     options = build_parser(next(iter(given), "")).parse_args(given)
@@ -39,7 +39,7 @@ def _answer(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # A reader such as `head` has seen enough; Python would try again at its end.
+        # A reader such as `head` closed the pipe; Python would write again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

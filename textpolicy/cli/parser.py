@@ -1,4 +1,4 @@
-"""What can be asked of the command. Imports nothing heavy, so that `--help` answers at once."""
+"""The commands and their options. Imports nothing heavy, so that `--help` answers at once."""
 
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from textpolicy.cli.flags import Parser, add_config_file, add_resume, add_setting, add_settings
+from textpolicy.cli.flags import FlagParser, add_config_file, add_resume, add_setting, add_settings
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import SEED, Limit, Option, Setting, above, at_least
 
-DEFAULTS = TrainConfig()
-_SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
+_DEFAULTS = TrainConfig()
+_SETTINGS = {setting.key: setting for setting in settings_of(_DEFAULTS)}
 _TASK = tuple(key for key in _SETTINGS if key.startswith("task."))
 _PLAIN_MODEL = ("model.name", "model.threads")
 _UNTIMED = (
@@ -19,12 +19,12 @@ _UNTIMED = (
     *(f"trainer.{name}" for name in ("lr", "schedule", "warmup", "final_lr", "weight_decay")),
     *("trainer.max_grad_norm", "rollout.steps_per_generation", "rollout.refill_rounds"),
 )
-"""Sections and settings that do not change how long a step takes, or that `bench` does without."""
+"""Sections and settings that `bench` leaves out, because they do not change the time of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: `module` is the file in this folder that runs it."""
+    """One command; `module` is the file in `cli/commands` that runs it."""
 
     module: str
     summary: str
@@ -33,8 +33,9 @@ class Command:
 
 
 def build_parser(only: str | None = None) -> ArgumentParser:
-    """The parser of every command; with `only`, the others are known by name and have no options,
-    which takes a tenth of the time.
+    """Return the parser of all commands.
+
+    With `only`, the other commands have no options, which takes a tenth of the time.
     """
     parser = ArgumentParser(
         prog="textpolicy",
@@ -42,7 +43,7 @@ def build_parser(only: str | None = None) -> ArgumentParser:
         epilog="start with:  textpolicy demo",
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+        dest="command", required=True, metavar="COMMAND", parser_class=FlagParser
     )
     for name, command in COMMANDS.items():
         lines = "\n".join(f"  {example}" for example in command.examples)
@@ -59,13 +60,15 @@ def build_parser(only: str | None = None) -> ArgumentParser:
             command.add_options(sub)
         sub.usage = _usage(sub)
         sub.add_argument(
-            "--json", action="store_true", help="answer with one JSON object, the last line"
+            "--json",
+            action="store_true",
+            help="print the result as one JSON object on the last line",
         )
     return parser
 
 
 def _usage(parser: ArgumentParser) -> str:
-    """One line: there may be a hundred options, which the help explains."""
+    """Return a usage line without the options, of which there may be a hundred."""
     forms = {"None": "{0}", "?": "[{0}]", "*": "[{0} ...]", "+": "{0} [{0} ...]"}
     needed = [
         f"{action.option_strings[0]} {action.metavar}"
@@ -78,12 +81,12 @@ def _usage(parser: ArgumentParser) -> str:
 
 
 def commands_of(parser: ArgumentParser) -> dict[str, ArgumentParser]:
-    """The parser of each command."""
+    """Return the parser of each command."""
     (commands,) = (action.choices for action in parser._actions if action.dest == "command")
     return dict(cast(Mapping[str, ArgumentParser], commands))
 
 
-def _own(
+def _add_flag(
     parser: ArgumentParser,
     name: str,
     annotation: Any,
@@ -94,7 +97,7 @@ def _own(
     limit: Limit | None = None,
     **rest: Any,
 ) -> None:
-    """A flag that belongs to one command and to no config."""
+    """Add a flag that belongs to this command and is no setting of a config."""
     known = {key: rest.pop(key) for key in ("flag", "metavar") if key in rest}
     option = Option(help=text, unset=unset, limit=limit, **known)
     setting = Setting(key=name, annotation=annotation, default=default, option=option)
@@ -104,16 +107,16 @@ def _own(
 
 
 def _run(parser: ArgumentParser) -> None:
-    add_config_file(parser, DEFAULTS)
+    add_config_file(parser, _DEFAULTS)
     add_resume(parser)
-    _dry_run(parser, "show the settings and the memory of the run, and start nothing")
-    add_settings(parser, DEFAULTS)
+    _dry_run(parser, "show the settings and the estimated memory of the run, and start nothing")
+    add_settings(parser, _DEFAULTS)
 
 
 def _sft(parser: ArgumentParser) -> None:
     add_config_file(parser, SFTConfig())
     add_resume(parser)
-    _dry_run(parser, "show the settings that the run would have, and start nothing")
+    _dry_run(parser, "show the settings of the run, and start nothing")
     add_settings(parser, SFTConfig())
 
 
@@ -126,80 +129,82 @@ def _demo(parser: ArgumentParser) -> None:
 
 
 def _evaluate(parser: ArgumentParser) -> None:
-    add_config_file(parser, DEFAULTS)
-    text = "tasks to show on which base and adapters earn most differently"
-    _own(parser, "show", int, 5, text, limit=at_least(0))
+    add_config_file(parser, _DEFAULTS)
+    text = "tasks to show, those with the largest difference between base and adapters"
+    _add_flag(parser, "show", int, 5, text, limit=at_least(0))
     asked = ("count", "samples", "temperature", "good", "envs")
     keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
-    add_settings(parser, DEFAULTS, (*_TASK, *_PLAIN_MODEL, "model.dtype", *keys))
+    add_settings(parser, _DEFAULTS, (*_TASK, *_PLAIN_MODEL, "model.dtype", *keys))
 
 
 def _plan(parser: ArgumentParser) -> None:
     keys = [key for key in _SETTINGS if key.startswith(("model.", "adapter."))]
-    # What does not change the plan.
+    # These settings do not change the plan.
     idle = {"model.threads", "adapter.start", "adapter.dropout"}
-    add_config_file(parser, DEFAULTS)
-    add_settings(parser, DEFAULTS, [key for key in keys if key not in idle])
+    add_config_file(parser, _DEFAULTS)
+    add_settings(parser, _DEFAULTS, [key for key in keys if key not in idle])
 
 
 def _generate(parser: ArgumentParser) -> None:
-    add_settings(parser, DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
-    _own(parser, "prompt", str, None, "what to say to the model", required=True)
-    _own(parser, "n", int, 1, "completions to sample", flag="-n", limit=at_least(1))
-    _drawing(parser)
-    text = "end at this text; may be given several times"
-    _own(parser, "stop", str, None, text, action="append")
+    add_settings(parser, _DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
+    _add_flag(parser, "prompt", str, None, "text for the model", required=True)
+    _add_flag(parser, "n", int, 1, "number of completions", flag="-n", limit=at_least(1))
+    _add_sampling_flags(parser)
+    text = "stop at this text; may be repeated"
+    _add_flag(parser, "stop", str, None, text, action="append")
 
 
 def _chat(parser: ArgumentParser) -> None:
-    add_settings(parser, DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
-    _own(parser, "system", str | None, None, "what the model is told before you")
-    _drawing(parser)
+    add_settings(parser, _DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
+    _add_flag(parser, "system", str | None, None, "system message")
+    _add_sampling_flags(parser)
 
 
-def _drawing(parser: ArgumentParser) -> None:
-    _own(parser, "max_tokens", int, 256, "longest completion", limit=at_least(1))
-    _own(parser, "temperature", float, 1.0, "randomness; 0 is greedy", limit=at_least(0))
-    text = "draw from the likeliest tokens with this much probability together"
-    _own(parser, "top_p", float, 1.0, text, limit=above(0))
-    text = "draw from this many likeliest tokens; 0 is all"
-    _own(parser, "top_k", int, 0, text, limit=at_least(0))
-    text = "draw from tokens at least this probable, relative to the likeliest"
-    _own(parser, "min_p", float, 0.0, text, limit=at_least(0))
-    _own(
+def _add_sampling_flags(parser: ArgumentParser) -> None:
+    _add_flag(parser, "max_tokens", int, 256, "most tokens of a completion", limit=at_least(1))
+    _add_flag(
+        parser, "temperature", float, 1.0, "sampling temperature; 0 is greedy", limit=at_least(0)
+    )
+    text = "sample from the most likely tokens whose probabilities sum to this"
+    _add_flag(parser, "top_p", float, 1.0, text, limit=above(0))
+    text = "sample from this many most likely tokens; 0 is all"
+    _add_flag(parser, "top_k", int, 0, text, limit=at_least(0))
+    text = "sample from tokens with at least this share of the highest probability"
+    _add_flag(parser, "min_p", float, 0.0, text, limit=at_least(0))
+    _add_flag(
         parser,
         "seed",
         int | None,
         None,
-        "makes what is sampled repeatable",
+        "seed of sampling; the same seed repeats the completions",
         unset="random",
         limit=SEED,
     )
 
 
 def _fuse(parser: ArgumentParser) -> None:
-    add_settings(parser, DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
-    _own(parser, "output", Path, None, "folder to write the model to", required=True, metavar="DIR")
-    text = "write a quantized base in floats, which keeps all of the update"
+    add_settings(parser, _DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
+    _add_flag(parser, "output", Path, None, "folder for the model", required=True, metavar="DIR")
+    text = "write a quantized base as floats, which keeps the whole update"
     parser.add_argument("--dequantize", action="store_true", help=text)
-    text = "refuse where rounding leaves less than this share of the update"
-    _own(parser, "min_survival", float, 0.9, text, limit=at_least(0))
+    text = "refuse if rounding leaves less than this share of the update"
+    _add_flag(parser, "min_survival", float, 0.9, text, limit=at_least(0))
 
 
 def _check(parser: ArgumentParser) -> None:
-    text = "the reward to try (default: the one of --env)"
+    text = "the reward to check (default: the reward of --env)"
     parser.add_argument(
         "task.reward", help=text, nargs="?", default=SUPPRESS, metavar="FILE.py[:NAME]"
     )
-    text, known = "column of right answers", "gold, answer, solution, ... what there is"
-    _own(parser, "gold_column", str | None, None, text, unset=known, metavar="NAME")
-    text, known = "column of prompts", "prompt, question, problem, ... what there is"
-    _own(parser, "prompt_column", str | None, None, text, unset=known, metavar="NAME")
-    _own(parser, "rows", int, 64, "how many rows to try", limit=at_least(1))
-    text = "sample this many completions a row, to see how often rewards differ"
-    _own(parser, "sample", int | None, None, text, limit=at_least(2))
+    text, known = "column of right answers", "the first of gold, answer, solution, ... that exists"
+    _add_flag(parser, "gold_column", str | None, None, text, unset=known, metavar="NAME")
+    text, known = "column of prompts", "the first of prompt, question, problem, ... that exists"
+    _add_flag(parser, "prompt_column", str | None, None, text, unset=known, metavar="NAME")
+    _add_flag(parser, "rows", int, 64, "number of rows to check", limit=at_least(1))
+    text = "completions to sample for each row, to see how often rewards differ"
+    _add_flag(parser, "sample", int | None, None, text, limit=at_least(2))
     keys = ("task.env", "task.data", "task.reward_timeout", "sampling.max_tokens")
-    add_settings(parser, DEFAULTS, (*keys, *_PLAIN_MODEL))
+    add_settings(parser, _DEFAULTS, (*keys, *_PLAIN_MODEL))
 
 
 def _inspect(parser: ArgumentParser) -> None:
@@ -208,46 +213,54 @@ def _inspect(parser: ArgumentParser) -> None:
 
 
 def _envs(parser: ArgumentParser) -> None:
-    text = "an environment to check and show, as --env takes it (default: list all)"
+    text = "environment to check and show, as for --env (default: list all)"
     parser.add_argument("env", nargs="?", help=text, metavar="ENV")
-    _own(parser, "data", str | None, None, "rows for it", unset="its own", metavar="FILE")
+    _add_flag(
+        parser,
+        "data",
+        str | None,
+        None,
+        "rows for the environment",
+        unset="its own rows",
+        metavar="FILE",
+    )
 
 
 def _runs(parser: ArgumentParser) -> None:
-    text = "folders of runs to list, or two runs and more to compare (default: runs)"
+    text = "folders of runs to list, or two or more runs to compare (default: runs)"
     parser.add_argument("paths", nargs="*", type=Path, help=text, metavar="PATH")
 
 
 def _report(parser: ArgumentParser) -> None:
-    text = "the directory of a run; several are laid over each other"
+    text = "directory of a run; the curves of several runs share the charts"
     parser.add_argument("paths", nargs="+", help=text, type=Path, metavar="RUN")
-    text, unset = "the page to write", "report.html in the first run"
-    _own(parser, "output", Path | None, None, text, unset=unset, metavar="FILE")
+    text, unset = "file of the page", "report.html in the first run"
+    _add_flag(parser, "output", Path | None, None, text, unset=unset, metavar="FILE")
 
 
 def _bench(parser: ArgumentParser) -> None:
     text = "seconds that it may take once the model is loaded; a step that is begun is finished"
-    _own(parser, "seconds", float, 60.0, text, limit=above(0))
-    add_config_file(parser, DEFAULTS)
+    _add_flag(parser, "seconds", float, 60.0, text, limit=above(0))
+    add_config_file(parser, _DEFAULTS)
     sections = {setting.key: setting.section for setting in _SETTINGS.values()}
     timed = [key for key, of in sections.items() if key not in _UNTIMED and of not in _UNTIMED]
-    add_settings(parser, DEFAULTS, timed)
+    add_settings(parser, _DEFAULTS, timed)
 
 
 def _doctor(parser: ArgumentParser) -> None:
-    """It has no options."""
+    """Add nothing: the command has no options."""
 
 
 COMMANDS = {
     "demo": Command(
         module="demo",
-        summary="watch the embedded model learn addition",
+        summary="train the embedded model on addition and show the accuracy before and after",
         examples=("textpolicy demo",),
         add_options=_demo,
     ),
     "train": Command(
         module="train",
-        summary="train adapters by reinforcement learning, so that a reward goes up",
+        summary="train adapters by reinforcement learning on your reward",
         examples=(
             "textpolicy train --env sort --steps 100 --output runs/sort",
             "textpolicy train --data rows.jsonl --reward my_reward.py --model Qwen/Qwen3-0.6B",
@@ -257,7 +270,7 @@ COMMANDS = {
     ),
     "sft": Command(
         module="sft",
-        summary="train adapters on demonstrations: texts, completions of prompts, or conversations",
+        summary="train adapters on demonstrations: texts, prompt and completion, or conversations",
         examples=("textpolicy sft --data my_data --epochs 3 --output runs/mine",),
         add_options=_sft,
     ),
@@ -272,7 +285,7 @@ COMMANDS = {
     ),
     "chat": Command(
         module="chat",
-        summary="talk with a model",
+        summary="chat with a model",
         examples=(
             "textpolicy chat --adapter runs/mine/adapters/latest.safetensors --temperature 0.7",
         ),
@@ -280,7 +293,7 @@ COMMANDS = {
     ),
     "fuse": Command(
         module="fuse",
-        summary="write a model with its adapters added into the weights, for mlx-lm to load",
+        summary="write a model with its adapters merged into the weights, for mlx-lm to load",
         examples=("textpolicy fuse --adapter runs/add/adapters/latest.safetensors --output fused",),
         add_options=_fuse,
     ),
@@ -296,13 +309,13 @@ COMMANDS = {
     ),
     "runs": Command(
         module="runs",
-        summary="list runs and how far they came, or show where several differ",
+        summary="list runs and their progress, or show how several runs differ",
         examples=("textpolicy runs", "textpolicy runs runs/add runs/add-2"),
         add_options=_runs,
     ),
     "plan": Command(
         module="plan",
-        summary="show which layers an adapter config would train, and the bytes they take",
+        summary="show which layers an adapter config trains, and their bytes",
         examples=(
             "textpolicy plan --model tiny --rank 8 --keys self_attn.q_proj,self_attn.v_proj",
         ),
@@ -310,19 +323,19 @@ COMMANDS = {
     ),
     "check": Command(
         module="check",
-        summary="try a reward on right, wrong and empty answers before training on it",
+        summary="check a reward on right, wrong and empty answers before training on it",
         examples=("textpolicy check my_reward.py --data rows.jsonl",),
         add_options=_check,
     ),
     "inspect": Command(
         module="inspect",
-        summary="show what an adapter is: modules, ranks, scales, version, base",
+        summary="show the contents of an adapter: modules, ranks, scales, version, base",
         examples=("textpolicy inspect runs/sort/adapters/latest.safetensors",),
         add_options=_inspect,
     ),
     "report": Command(
         module="report",
-        summary="write runs as a page: curves, samples and settings in one HTML file",
+        summary="write curves, samples and settings of runs to one HTML file",
         examples=("textpolicy report runs/add", "textpolicy report runs/add runs/add-2"),
         add_options=_report,
     ),
@@ -344,7 +357,7 @@ COMMANDS = {
     ),
     "doctor": Command(
         module="doctor",
-        summary="report what this installation runs on",
+        summary="show what this installation runs on",
         examples=("textpolicy doctor",),
         add_options=_doctor,
     ),

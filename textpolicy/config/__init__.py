@@ -1,4 +1,4 @@
-"""Every option of a run, said once: defaults, checks, help, TOML. Imports nothing heavy."""
+"""Every option of a run, declared once: default, check, help, TOML. Imports nothing heavy."""
 
 from textpolicy.config.sections import ALGORITHMS, DYNAMIC_ROUNDS
 from textpolicy.config.settings import changed, settings_of

@@ -1,4 +1,4 @@
-"""What a text, or a value of a TOML file, becomes by the type of its field."""
+"""Reads values of options from command-line text and from TOML, by the type of the field."""
 
 import math
 import re
@@ -13,12 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 Table = Mapping[str, Any]
 UNSET = "none"
-"""What stands for no value on the command line; in a file the line is left out."""
+"""The word for "no value" on the command line; a TOML file leaves the line out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
-    """How values of one type are read. Both functions raise `ValueError` for what is none."""
+class OptionType:
+    """How values of one type are read. Both functions raise ValueError for other values."""
 
     words: str
     from_text: Callable[[str], Any]
@@ -27,51 +27,51 @@ class Kind:
 
 
 def from_text(annotation: Any, text: str) -> Any:
-    """The value that a text of the command line means; of several types, the first that fits."""
-    for kind in _kinds_of(annotation):
+    """Return the value of command-line text; of several types, the first that fits is taken."""
+    for option_type in _types_of(annotation):
         try:
-            return kind.from_text(text)
+            return option_type.from_text(text)
         except ValueError:
             continue
     raise ValueError(text)
 
 
 def from_toml(annotation: Any, value: Any) -> Any:
-    """The value that a TOML value means: whole numbers are numbers too, texts can be paths."""
-    for kind in _kinds_of(annotation):
+    """Return the value of a TOML value; a whole number fits a number, and text fits a path."""
+    for option_type in _types_of(annotation):
         try:
-            return kind.from_toml(value)
+            return option_type.from_toml(value)
         except ValueError:
             continue
     raise ValueError(value)
 
 
 def words_of(annotation: Any) -> str:
-    """What a value must be, for people."""
-    return " or ".join(kind.words for kind in _kinds_of(annotation) if kind is not _NONE)
+    """Return in words what a value must be."""
+    return " or ".join(one.words for one in _types_of(annotation) if one is not _NONE)
 
 
 def metavar_of(annotation: Any) -> str:
-    """What stands for a value in the help."""
-    return "|".join(kind.metavar for kind in _kinds_of(annotation) if kind is not _NONE)
+    """Return the placeholder of a value in the help."""
+    return "|".join(one.metavar for one in _types_of(annotation) if one is not _NONE)
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, however deep."""
+    """Return the members of a union, also of nested ones."""
     if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
         return tuple(chain.from_iterable(map(alternatives, get_args(annotation))))
     return (annotation,)
 
 
 @cache
-def _kinds_of(annotation: Any) -> list[Kind]:
+def _types_of(annotation: Any) -> list[OptionType]:
     return [
-        _choice(get_args(member)) if get_origin(member) is Literal else _KINDS[member]
+        _choice(get_args(member)) if get_origin(member) is Literal else _TYPES[member]
         for member in sorted(alternatives(annotation), key=lambda member: member is not NoneType)
     ]
 
 
-def _choice(values: tuple[str | int, ...]) -> Kind:
+def _choice(values: tuple[str | int, ...]) -> OptionType:
     by_text = {str(value): value for value in values}
 
     def from_text(text: str) -> Any:
@@ -84,7 +84,7 @@ def _choice(values: tuple[str | int, ...]) -> Kind:
             raise ValueError(value)
         return value
 
-    return Kind(
+    return OptionType(
         words=f"one of {', '.join(by_text)}",
         from_text=from_text,
         from_toml=from_toml,
@@ -93,7 +93,7 @@ def _choice(values: tuple[str | int, ...]) -> Kind:
 
 
 def _exactly(*types: type) -> Callable[[Any], Any]:
-    """Values of these types as they are; `True` is no number here."""
+    """Return a function that accepts values of these types only; True is not a number."""
 
     def check(value: Any) -> Any:
         if type(value) not in types:
@@ -117,7 +117,7 @@ def _number(value: str | float) -> float:
 
 
 def _text(value: Any) -> str:
-    # A lone surrogate, from a file name in another encoding, cannot be written down again.
+    # A lone surrogate, from a file name in another encoding, cannot be written as UTF-8.
     return _exactly(str)(value).encode().decode()
 
 
@@ -138,27 +138,29 @@ def _table(text: str) -> Table:
     return _exactly(dict)(tomllib.loads(f"table = {text}")["table"])
 
 
-_NONE = Kind(words="none", from_text=_nothing, from_toml=_exactly(NoneType), metavar="none")
-_KINDS: dict[Any, Kind] = {
+_NONE = OptionType(words="none", from_text=_nothing, from_toml=_exactly(NoneType), metavar="none")
+_TYPES: dict[Any, OptionType] = {
     NoneType: _NONE,
-    bool: Kind(words="true or false", from_text=_truth, from_toml=_exactly(bool), metavar="BOOL"),
-    int: Kind(words="a whole number", from_text=int, from_toml=_exactly(int), metavar="N"),
-    float: Kind(
+    bool: OptionType(
+        words="true or false", from_text=_truth, from_toml=_exactly(bool), metavar="BOOL"
+    ),
+    int: OptionType(words="a whole number", from_text=int, from_toml=_exactly(int), metavar="N"),
+    float: OptionType(
         words="a number",
         from_text=_number,
         from_toml=lambda value: _number(_exactly(int, float)(value)),
         metavar="X",
     ),
-    str: Kind(words="text", from_text=_text, from_toml=_text, metavar="TEXT"),
-    Path: Kind(words="a path", from_text=_path, from_toml=_path, metavar="PATH"),
-    tuple[str, ...]: Kind(
+    str: OptionType(words="text", from_text=_text, from_toml=_text, metavar="TEXT"),
+    Path: OptionType(words="a path", from_text=_path, from_toml=_path, metavar="PATH"),
+    tuple[str, ...]: OptionType(
         words="a list of texts",
         # Commas inside brackets belong to one text: mask_tokens(low=0.5, high=5.0).
         from_text=lambda text: _names(re.split(r",(?![^()]*\))", text)),
         from_toml=_names,
         metavar="TEXT,...",
     ),
-    Table: Kind(
+    Table: OptionType(
         words="a table",
         from_text=_table,
         from_toml=_exactly(dict),

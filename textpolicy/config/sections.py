@@ -1,6 +1,6 @@
-"""The sections of a training run, each with its options. A default is said here and nowhere else.
+"""The sections of a training run and their options. Each default of a run is set here.
 
-Where a value is None, the part of the library that takes it decides; `unset` tells people how.
+None leaves the value to the part of the library that uses it; `unset` says in words what happens.
 """
 
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ ALGORITHMS = tuple(
     for module in iter_modules([str(Path(__file__).parents[1] / "algorithms")])
     if not module.ispkg
 )
-# Algorithms with dynamic sampling replace groups without signal in so many rounds.
+# Rounds in which algorithms with dynamic sampling replace groups without signal.
 DYNAMIC_ROUNDS = 10
 
-# What several commands say of an option, with its default where they share that too.
+# Help texts, and defaults, of options that several commands have.
 LR = "learning rate of Adam"
-SCHEDULE = ("constant", "how the learning rate falls by the end, if it does")
-WARMUP = (0, "updates over which the learning rate rises at the start")
-FINAL_LR = (0.0, "learning rate at the end of a falling schedule")
-WEIGHT_DECAY = (0.0, "share of each weight, times the learning rate, that an update takes off")
+SCHEDULE = ("constant", "how the learning rate falls over the run")
+WARMUP = (0, "updates at the start over which the learning rate rises")
+FINAL_LR = (0.0, "learning rate at the end of the schedule linear or cosine")
+WEIGHT_DECAY = (0.0, "weight decay of AdamW")
 CHECKPOINT_GRADIENTS = (
     False,
-    "compute activations again in the backward pass: less memory, more time",
+    "recompute activations in the backward pass: less memory, more time",
 )
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -38,39 +38,39 @@ Bits = Literal[2, 3, 4, 5, 6, 8]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What is trained on, and what scores it."""
+    """The tasks to train on, and the reward."""
 
     env: str | None = option(
         None,
-        "a name that `textpolicy envs` lists, or FILE.py[:NAME]",
-        unset="--data's rows alone",
+        "environment: a name that `textpolicy envs` lists, or FILE.py[:NAME]",
+        unset="none; --data has the tasks",
         metavar="NAME",
     )
     data: str | None = option(
         None,
-        "rows: a .jsonl, .csv or .parquet file, a saved dataset, hf:NAME",
-        unset="--env's",
+        "rows of tasks: a .jsonl, .csv or .parquet file, a saved dataset, or hf:NAME",
+        unset="those of --env",
         metavar="FILE",
     )
     prompt: str | None = option(
-        None, "template of the prompt over the columns of --data", unset="the column 'prompt'"
+        None, "template of the prompt with columns of --data in braces", unset="the column 'prompt'"
     )
     reward: str | None = option(
         None,
-        "your reward function, in place of the environment's own",
+        "your reward function; it replaces the reward of the environment",
         unset="the environment's",
         metavar="FILE.py[:NAME]",
     )
     reward_timeout: float | None = option(
         None,
-        "seconds after which a reward is killed, in a process of its own",
+        "seconds after which a reward call is killed; rewards then run in another process",
         unset="no limit",
         metavar="SECONDS",
         limit=above(0),
     )
     on_reward_error: Literal["fail", "skip"] | float | None = option(
         None,
-        "when a reward fails: fail, skip the sample, or a number to score it",
+        "when a reward call fails: fail ends the run, skip drops the sample, a number is its score",
         unset="fail",
         metavar="POLICY",
         limit=FINITE,
@@ -82,28 +82,33 @@ class TaskOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The language model under the adapters, which stays as it is."""
+    """The base model, which is not changed."""
 
     name: str = option(
-        "tiny", "'tiny' (the embedded model), a folder, or a hub id", flag="--model", metavar="NAME"
+        "tiny",
+        "base model: 'tiny' (the embedded model), a folder, or a hub id",
+        flag="--model",
+        metavar="NAME",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "of weights that are not quantized", unset="float32 on a CPU, else as stored"
+        None, "dtype of weights that are not quantized", unset="float32 on a CPU, else as stored"
     )
-    quantize: Bits | None = option(None, "bits to quantize the weights to, QLoRA", unset="no")
+    quantize: Bits | None = option(
+        None, "quantize the base to this many bits (QLoRA)", unset="no quantization"
+    )
     quantize_mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4", "nf4"] | None = option(
-        None, "number format of quantized weights, beside --quantize", unset="affine"
+        None, "number format of quantized weights, with --quantize", unset="affine"
     )
     quantize_group: int | None = option(
         None,
-        "weights that share a scale, beside --quantize",
-        unset="what the format has",
+        "weights that share one scale, with --quantize",
+        unset="the default of the format",
         limit=at_least(1),
     )
 
     threads: int | None = option(
         None,
-        "CPU threads of matrix products",
+        "CPU threads for matrix products",
         unset="all cores; 1 for 'tiny'",
         limit=at_least(1),
     )
@@ -112,81 +117,80 @@ class ModelOptions:
         check(self)
         if self.quantize is None and (self.quantize_mode or self.quantize_group):
             raise ConfigError(
-                "quantize_mode and quantize_group say how to quantize, and nothing is quantized; "
-                "add quantize, such as --quantize 4"
+                "quantize_mode or quantize_group is given without quantize. Add quantize, for "
+                "example --quantize 4"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """What is trained."""
+    """The adapters to train."""
 
     start: Path | None = option(
         None,
-        "adapters to go on training: a file, or a folder of mlx-lm or PEFT",
-        unset="fresh ones",
+        "adapters to continue training: a file, or a folder of mlx-lm or PEFT",
+        unset="fresh adapters",
         flag="--adapter",
     )
     config: Path | None = option(
         None,
-        "JSON of adapter options: rules, or those of mlx-lm or PEFT; not beside those below",
+        "JSON file of adapter options: rules, or a config of mlx-lm or PEFT",
         unset="the options below",
         flag="--adapter-config",
         metavar="FILE",
     )
-    kind: Literal["lora", "dora"] | None = option(None, "what stands beside a layer", unset="lora")
+    kind: Literal["lora", "dora"] | None = option(None, "type of adapter", unset="lora")
     rank: int | None = option(None, "rank of the low-rank product", unset="16", limit=at_least(1))
-    scale: float | None = option(
-        None, "what multiplies the low-rank product", unset="2", limit=above(0)
-    )
+    scale: float | None = option(None, "factor of the low-rank product", unset="2", limit=above(0))
     alpha: float | None = option(
         None,
-        "rank times the scale, as PEFT gives it; not beside scale",
-        unset="by the scale",
+        "scale times rank, as in PEFT; instead of scale",
+        unset="from the scale",
         limit=above(0),
     )
     num_layers: int | None = option(
-        None, "adapt this many blocks from the end", unset="all", limit=at_least(1)
+        None, "number of last blocks to adapt", unset="all blocks", limit=at_least(1)
     )
     keys: tuple[str, ...] | None = option(
         None,
-        "paths of layers inside a block, such as self_attn.q_proj,mlp.up_proj",
+        "layers to adapt, by path inside a block, such as self_attn.q_proj,mlp.up_proj",
         unset="every linear layer",
         metavar="PATHS",
     )
     target_modules: tuple[str, ...] | None = option(
         None,
-        "names of layers as PEFT has them, such as q_proj,v_proj; not beside keys",
+        "layers to adapt, by name as in PEFT, such as q_proj,v_proj; instead of keys",
         unset="every linear layer",
         metavar="NAMES",
     )
     dropout: float | None = option(
         None,
-        "share of inputs that is left out in supervised training; 0 in reinforcement learning",
+        "adapter dropout in supervised training; reinforcement learning needs 0",
         unset="0",
         limit=at_least(0),
     )
 
     def __post_init__(self) -> None:
         check(self)
-        words = [name for name in WORDS if getattr(self, name) is not None]
+        words = [name for name in FRESH_ADAPTER_FIELDS if getattr(self, name) is not None]
         if self.config and words:
             raise ConfigError(
-                f"an adapter config is given beside {words}; put them in {self.config}"
+                f"an adapter config is given together with {words}. Set these options in "
+                f"{self.config} instead"
             )
         if self.target_modules and (self.keys or self.num_layers):
             raise ConfigError(
-                "target_modules is given beside keys or num_layers; each says what to adapt, and "
-                "expected is one of them"
+                "target_modules is given together with keys or num_layers. Both choose the layers "
+                "to adapt; give one of them"
             )
         if self.start and (self.config or words):
             raise ConfigError(
-                f"adapters to go on training are given beside {words or ['config']}; those of "
-                f"{self.start} bring their own config"
+                f"the adapters of {self.start} are given together with {words or ['config']}. "
+                "Adapters from a file have their own config; leave out the other options"
             )
 
 
-WORDS = (
+FRESH_ADAPTER_FIELDS = (
     "kind",
     "rank",
     "scale",
@@ -196,17 +200,17 @@ WORDS = (
     "target_modules",
     "dropout",
 )
-"""The fields of `AdapterOptions` that say what fresh adapters are like."""
+"""The fields of `AdapterOptions` that describe fresh adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How completions are drawn while training."""
+    """How completions are sampled in training."""
 
     max_tokens: int | None = option(
-        None, "longest completion", unset="what the task needs", limit=at_least(1)
+        None, "most tokens of a completion", unset="what the task needs", limit=at_least(1)
     )
-    temperature: float = option(1.0, "randomness of the sampled completions", limit=above(0))
+    temperature: float = option(1.0, "sampling temperature", limit=above(0))
 
     def __post_init__(self) -> None:
         check(self)
@@ -298,7 +302,7 @@ class AlgorithmOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
-    """How the weights move."""
+    """Optimizer, updates and micro-batches."""
 
     lr: float = option(5e-4, LR, limit=above(0))
     schedule: Schedule = option(*SCHEDULE)
@@ -307,24 +311,24 @@ class TrainerOptions:
     weight_decay: float = option(*WEIGHT_DECAY, limit=at_least(0))
     max_grad_norm: float = option(
         1.0,
-        "norm that longer gradients are shortened to; inf is no limit",
+        "gradients are clipped to this norm; inf is no limit",
         limit=above(0, infinite=True),
     )
     mini_batches: int | None = option(
         None,
-        "updates that a step's tasks are dealt to",
+        "updates of each step; its tasks are divided among them",
         unset="the algorithm's, mostly 1",
         limit=at_least(1),
     )
     epochs: int | None = option(
         None,
-        "times that a step goes through its rollouts",
+        "passes through the rollouts of each step",
         unset="the algorithm's, mostly 1",
         limit=at_least(1),
     )
     micro_batch_size: int | None = option(
         None,
-        "rollouts in memory at once while training",
+        "rollouts in memory at once in an update",
         unset="whole groups, as many as have 1024 tokens",
         limit=at_least(1),
     )
@@ -336,18 +340,18 @@ class TrainerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
-    """What is sampled in each step."""
+    """How many completions each step samples."""
 
     group_size: int = option(
-        8, "completions of each task, compared with each other", limit=at_least(2)
+        8, "completions of each task, whose rewards are compared", limit=at_least(2)
     )
-    groups_per_step: int = option(16, "tasks in each step", limit=at_least(1))
+    groups_per_step: int = option(16, "tasks of each step", limit=at_least(1))
     steps_per_generation: int = option(
-        1, "steps whose rollouts are sampled at once", limit=at_least(1)
+        1, "steps that train on rollouts sampled at once", limit=at_least(1)
     )
     refill_rounds: int | None = option(
         None,
-        "rounds of sampling in which groups without signal are replaced; 1 is no replacement",
+        "rounds of sampling that replace groups of equal rewards; 1 replaces none",
         unset=f"1, and {DYNAMIC_ROUNDS} with dapo",
         limit=at_least(1),
     )
@@ -358,34 +362,34 @@ class RolloutOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What is measured on held-out tasks."""
+    """How the policy is measured on held-out tasks."""
 
-    count: int = option(512, "held-out tasks to measure on", limit=at_least(2))
+    count: int = option(512, "number of held-out tasks", limit=at_least(2))
     every: int | None = option(
         None,
-        "steps from one evaluation to the next; the best adapter is then the best evaluated",
-        unset="only before and after the run",
+        "steps between two evaluations; the best adapter is then the best evaluated one",
+        unset="before and after the run only",
         flag="--eval-every",
         limit=at_least(1),
     )
     samples: int = option(
         0,
-        "completions of each task beside the greedy one, for pass@k and avg@k",
+        "sampled completions of each task, for pass@k and avg@k",
         flag="--eval-samples",
         limit=at_least(0),
     )
     temperature: float = option(
-        1.0, "randomness of those completions", flag="--eval-temperature", limit=above(0)
+        1.0, "temperature of --eval-samples", flag="--eval-temperature", limit=above(0)
     )
     good: float = option(
         0.5,
-        "reward from which on a completion counts as right, for pass@k",
+        "lowest reward that counts as right, for pass@k",
         flag="--eval-good",
         limit=FINITE,
     )
     envs: tuple[str, ...] | None = option(
         None,
-        "other environments to evaluate on too, with commas between",
+        "other environments to evaluate on, separated by commas",
         unset="none",
         flag="--eval-envs",
         metavar="NAMES",
@@ -397,19 +401,19 @@ class EvaluationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingOptions:
-    """Where the numbers go, beside the files of the run."""
+    """Services that get the metrics, beside the files of the run."""
 
     wandb: str | None = option(
         None,
-        "log to this project of Weights & Biases too; offline without an API key",
+        "log to this project of Weights & Biases; offline without an API key",
         unset="no",
         metavar="PROJECT",
     )
     tensorboard: bool = option(
-        False, "log to event files of TensorBoard too, in the folder tensorboard of the run"
+        False, "log to TensorBoard event files in the folder tensorboard of the run"
     )
     trackio: str | None = option(
-        None, "log to this project of trackio too", unset="no", metavar="PROJECT"
+        None, "log to this project of trackio", unset="no", metavar="PROJECT"
     )
     wandb_artifacts: bool = option(
         False, "upload the latest and the best adapter to Weights & Biases at the end"
@@ -419,33 +423,33 @@ class TrackingOptions:
         check(self)
         if self.wandb_artifacts and self.wandb is None:
             raise ConfigError(
-                "wandb_artifacts uploads adapters to Weights & Biases, and nothing is logged "
-                "there; name a project, wandb"
+                "wandb_artifacts is given without a project of Weights & Biases. Name one, for "
+                "example --wandb PROJECT"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How long it goes, from which seed, and where it is kept."""
+    """Length, seed, output folder and checkpoints of the run."""
 
     output: Path | None = option(
         None,
         "folder for the adapters, config and metrics",
-        unset="a new one in runs",
+        unset="a new folder in runs",
         metavar="DIR",
     )
-    steps: int = option(200, "rounds of sampling and training", limit=at_least(1))
-    seed: int = option(0, "makes the run repeatable", limit=SEED)
-    checkpoint_every: int = option(1, "steps from one checkpoint to the next", limit=at_least(1))
-    keep_checkpoints: int = option(2, "checkpoints that are kept", limit=at_least(1))
+    steps: int = option(200, "number of steps: sample, score, update", limit=at_least(1))
+    seed: int = option(0, "seed of all random numbers; the same seed repeats the run", limit=SEED)
+    checkpoint_every: int = option(1, "steps between two checkpoints", limit=at_least(1))
+    keep_checkpoints: int = option(2, "number of checkpoints to keep", limit=at_least(1))
     sample_groups: int | None = option(
         None,
-        "groups of each step whose completions are kept in samples.jsonl; 0 is none",
+        "groups of each step to write to samples.jsonl; 0 writes none",
         unset="all",
         limit=at_least(0),
     )
     stop_on_collapse: bool = option(
-        False, "end the run at the first alarm, and keep the best adapter"
+        False, "stop the run at the first alarm and keep the best adapter"
     )
 
     def __post_init__(self) -> None:

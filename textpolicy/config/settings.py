@@ -1,7 +1,7 @@
-"""One option of a command: its field says everything, and everything else is derived from it.
+"""Options of a command, each declared once as a field of a config.
 
-A config is a frozen dataclass whose fields are made by `option`, or sections that are such
-dataclasses themselves. Help, flags, files, checks and documentation all read `settings_of`.
+A config is a frozen dataclass. Its fields are made by `option`, or are sections, which are such
+dataclasses too. Help, flags, TOML files, checks and documentation all read `settings_of`.
 """
 
 import math
@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 from textpolicy.config.option_types import alternatives, from_text, from_toml, metavar_of, words_of
 from textpolicy.errors import ConfigError
 
-C = TypeVar("C")
+_C = TypeVar("_C")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """What a value must satisfy beside its type, and how that is said after the type's words."""
+    """A condition on a value beside its type; `words` say it after the words of the type."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -28,26 +28,26 @@ FINITE = Limit(holds=math.isfinite, words="")
 
 
 def at_least(low: float) -> Limit:
-    """Finite numbers from `low` on."""
+    """Return the limit for finite numbers that are not below `low`."""
     return Limit(holds=lambda x: low <= x < math.inf, words=f", at least {low}")
 
 
 def above(low: float, *, infinite: bool = False) -> Limit:
-    """Numbers greater than `low`."""
+    """Return the limit for numbers greater than `low`."""
     return Limit(holds=lambda x: x > low and (infinite or x < math.inf), words=f" above {low}")
 
 
-# What a random key of mlx is made from.
+# mlx makes a random key from a seed of 64 bits.
 SEED = Limit(holds=lambda x: 0 <= x < 2**64, words=" from 0 to 2^64 - 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """What a field says of itself beside its name, type and default.
+    """What a field declares beside its name, type and default.
 
-    `unset` tells what happens where the default is None. `flag` is the field's name unless said
-    otherwise; a `positional` one has none. An option that is given takes the place of `instead_of`,
-    another of its section, where that was given before.
+    `unset` says in words what None means. `flag` replaces the flag made from the field's name; a
+    `positional` option has no flag. An option that is given replaces `instead_of`, another option
+    of its section, if that was given before.
     """
 
     help: str
@@ -61,7 +61,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """An option in its place: `key` is "trainer.lr", or "prompt" in a config without sections."""
+    """An option of a config: `key` is "trainer.lr", or "prompt" in a config without sections."""
 
     key: str
     annotation: Any
@@ -70,45 +70,45 @@ class Setting:
 
     @property
     def section(self) -> str:
-        """The part of the key before the dot."""
+        """Return the part of the key before the dot."""
         return self.key.rpartition(".")[0]
 
     @property
     def name(self) -> str:
-        """The field."""
+        """Return the name of the field."""
         return self.key.rpartition(".")[2]
 
     @property
     def flag(self) -> str:
-        """How the command line calls it."""
+        """Return the flag on the command line."""
         return self.option.flag or f"--{self.name.replace('_', '-')}"
 
     @property
     def metavar(self) -> str:
-        """What stands for its value in the help."""
+        """Return the placeholder of the value in the help."""
         return self.option.metavar or metavar_of(self.annotation)
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words."""
+        """Return in words what a value must be."""
         return words_of(self.annotation) + (self.option.limit.words if self.option.limit else "")
 
     @property
     def optional(self) -> bool:
-        """Whether it may be left unset."""
+        """Return whether the value may be None."""
         return NoneType in alternatives(self.annotation)
 
     @property
     def shown_default(self) -> str:
-        """The default, for people."""
+        """Return the default in words."""
         return self.option.unset if self.default is None else shown(self.default)
 
     def parse(self, text: str) -> Any:
-        """The value that a text of the command line means."""
+        """Return the value of command-line text; raise ConfigError if the text is not allowed."""
         return self._checked(from_text, text)
 
     def accept(self, value: Any) -> Any:
-        """The value that a value of a file, or of a program, means."""
+        """Return the value of a TOML or Python value; raise ConfigError if it is not allowed."""
         return self._checked(from_toml, value)
 
     def _checked(self, read: Callable[[Any, Any], Any], given: Any) -> Any:
@@ -117,7 +117,7 @@ class Setting:
         except ValueError as error:
             raise ConfigError(f"{given!r}; expected {self.expected}") from error
         limit = self.option.limit
-        # Words beside a number, such as "fail", are not measured by its limit.
+        # The limit is for numbers; an option may also take words, such as "fail".
         if limit and isinstance(value, int | float) and not limit.holds(value):
             raise ConfigError(f"{given!r}; expected {self.expected}")
         return value
@@ -134,7 +134,7 @@ def option(
     positional: bool = False,
     instead_of: str | None = None,
 ) -> Any:
-    """A field with its default and all that is known of it."""
+    """Return a dataclass field with its default and its declaration as an option."""
     known = Option(
         help=help,
         unset=unset,
@@ -148,7 +148,7 @@ def option(
 
 
 def settings_of(config: Any) -> list[Setting]:
-    """Every setting of a config (an instance, whose values are the defaults), sections in order."""
+    """Return every setting of a config in order; the values of the instance are the defaults."""
     return [
         Setting(
             key=key,
@@ -170,7 +170,7 @@ def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def sections_of(config: Any) -> dict[str, str]:
-    """What each section is about: the first line of its docstring."""
+    """Return what each section is about: the first line of its docstring."""
     return {
         known.name: (type(value).__doc__ or "").partition("\n")[0].rstrip(".")
         for known in fields(config)
@@ -179,7 +179,7 @@ def sections_of(config: Any) -> dict[str, str]:
 
 
 def check(section: Any) -> None:
-    """Raise `ConfigError` for values that their fields do not allow; for `__post_init__`."""
+    """Raise ConfigError with all values of a section that their fields do not allow."""
     wrong: list[str] = []
     for setting in settings_of(section):
         try:
@@ -190,8 +190,8 @@ def check(section: Any) -> None:
         raise ConfigError("\n".join(wrong))
 
 
-def changed(config: C, values: Mapping[str, Any]) -> C:
-    """The config with other values, by their keys."""
+def changed(config: _C, values: Mapping[str, Any]) -> _C:
+    """Return the config with other values, given by key."""
     whole = {key: value for key, value in values.items() if "." not in key}
     for section in dict.fromkeys(key.partition(".")[0] for key in values if "." in key):
         own = {
@@ -201,20 +201,20 @@ def changed(config: C, values: Mapping[str, Any]) -> C:
         }
         before = getattr(config, section)
         try:
-            whole[section] = replace(before, **(_replaced(before, own) | own))
+            whole[section] = replace(before, **(_options_given_up(before, own) | own))
         except ConfigError as error:
             raise ConfigError(f"[{section}] {error}") from error
     return replace(config, **whole)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def _replaced(section: Any, own: Mapping[str, Any]) -> dict[str, None]:
-    """What of a section gives way to its other values."""
+def _options_given_up(section: Any, own: Mapping[str, Any]) -> dict[str, None]:
+    """Return the options of a section that the new values replace, set to None."""
     given = [one for one in settings_of(section) if own.get(one.name) is not None]
     return {one.option.instead_of: None for one in given if one.option.instead_of}
 
 
 def shown(value: Any) -> str:
-    """A value in the words of the command line."""
+    """Return a value in the words of the command line."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -22,29 +22,30 @@ from textpolicy.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What is learned."""
+    """The rows of text to learn from."""
 
     source: str | None = option(
         None,
-        "a folder with train, valid and test as .jsonl or .txt, one file of rows, or hf:NAME",
-        unset="none, and it has to be given",
+        "rows of text: a folder with train, valid and test as .jsonl or .txt, one file, or hf:NAME",
+        unset="none; it is required",
         flag="--data",
         metavar="DIR",
     )
-    learn: Literal["answers", "everything"] = option("answers", "what of a row is learned")
-    system: str | None = option(None, "system message of conversations that have none")
+    learn: Literal["answers", "everything"] = option("answers", "the part of a row that is learned")
+    system: str | None = option(None, "system message for conversations without one")
     max_length: int = option(
         2048,
-        "tokens at which a row is cut, which is reported, and the length of packed rows",
+        "tokens after which a row is cut, and the length of packed rows; cut rows are reported",
         limit=at_least(2),
     )
     validation_share: float = option(
         0.1,
-        "share of the rows to validate on where the data has no valid part; 0 is none",
+        "share of the rows to validate on if the data has no valid part; 0 is none",
         limit=at_least(0),
     )
     packing: bool = option(
-        False, "fill rows of --max-length tokens with several demonstrations, kept apart"
+        False,
+        "fill rows of --max-length tokens with several demonstrations, which do not see each other",
     )
 
     def __post_init__(self) -> None:
@@ -53,24 +54,24 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTTrainerOptions:
-    """How the weights move."""
+    """Length, batches and learning rate of training."""
 
     iterations: int | None = option(
         None,
-        "updates to take in all",
+        "number of updates",
         unset="1000",
         limit=at_least(1),
         instead_of="epochs",
     )
     epochs: int | None = option(
         None,
-        "times to go through the data; not beside iterations",
-        unset="as --iterations has it",
+        "passes through the data, instead of --iterations",
+        unset="as many as --iterations needs",
         limit=at_least(1),
         instead_of="iterations",
     )
     batch_size: int = option(4, "rows in memory at once", limit=at_least(1))
-    accumulation: int = option(1, "batches whose gradients make one update", limit=at_least(1))
+    accumulation: int = option(1, "batches that make one update", limit=at_least(1))
     lr: float = option(2e-4, LR, limit=above(0))
     schedule: Schedule = option(*SCHEDULE)
     warmup: int = option(*WARMUP, limit=at_least(0))
@@ -79,7 +80,7 @@ class SFTTrainerOptions:
     checkpoint_gradients: bool = option(*CHECKPOINT_GRADIENTS)
     patience: int | None = option(
         None,
-        "validations in a row without a better loss that end the run",
+        "validations in a row without a lower loss after which the run ends",
         unset="no limit",
         limit=at_least(1),
     )
@@ -87,24 +88,30 @@ class SFTTrainerOptions:
     def __post_init__(self) -> None:
         check(self)
         if self.iterations and self.epochs:
-            raise ConfigError("both iterations and epochs are given; expected one of them")
+            raise ConfigError(
+                "both iterations and epochs are given; expected one of them. Leave out one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTRunOptions:
-    """From which seed it goes, what it tells on the way, and where it is kept."""
+    """Seed, output folder, and how often the run reports, validates and saves."""
 
     output: Path | None = option(
         None,
-        "folder for the adapters, checkpoint, metrics and report",
-        unset="a new one in runs",
+        "folder for the adapters, checkpoints, metrics and report",
+        unset="a new folder in runs",
         metavar="DIR",
     )
-    seed: int = option(0, "makes the run repeatable", limit=SEED)
-    steps_per_report: int = option(10, "updates in a report", limit=at_least(1))
-    steps_per_eval: int = option(100, "updates from one validation to the next", limit=at_least(1))
-    validation_batches: int = option(10, "batches to validate on; 0 is all", limit=at_least(0))
-    save_every: int = option(100, "updates from one save to the next", limit=at_least(1))
+    seed: int = option(0, "seed of all random numbers; the same seed repeats the run", limit=SEED)
+    steps_per_report: int = option(10, "updates between two reports", limit=at_least(1))
+    steps_per_eval: int = option(100, "updates between two validations", limit=at_least(1))
+    validation_batches: int = option(
+        10, "batches to validate on; 0 is all of them", limit=at_least(0)
+    )
+    save_every: int = option(
+        100, "updates between two saves of adapters and checkpoint", limit=at_least(1)
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,4 +1,4 @@
-"""Configs as TOML: the file that a person writes, and the one that a run keeps."""
+"""Configs as TOML: reading the file that a person writes, and writing the one of a run."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
 from textpolicy.errors import ConfigError
 
-C = TypeVar("C")
+_C = TypeVar("_C")
 
 
 def to_toml(config: Any) -> str:
-    """Every setting of a config; what is unset stands in a comment, with what that means."""
+    """Return a config as TOML; a comment says what happens for each unset setting."""
     lines: list[str] = []
     section = ""
     for setting in settings_of(config):
@@ -30,18 +30,18 @@ def to_toml(config: Any) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def read_toml(path: Path, defaults: C) -> C:
-    """`defaults` with what the file says. All that is wrong with it is told at once."""
+def read_toml(path: Path, defaults: _C) -> _C:
+    """Return `defaults` changed by the file; one error lists all that is wrong in it."""
     try:
         content = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+        raise ConfigError(f"the config {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     return config_from(content, defaults, str(path))
 
 
-def config_from(content: Mapping[str, Any], defaults: C, origin: str) -> C:
+def config_from(content: Mapping[str, Any], defaults: _C, origin: str) -> _C:
     """Return `defaults` changed by sections of settings; one error lists all that is wrong."""
     found = _Reading.of(content, settings_of(defaults))
     if found.problems:
@@ -52,8 +52,8 @@ def config_from(content: Mapping[str, Any], defaults: C, origin: str) -> C:
         raise ConfigError(f"{origin} cannot be used: {error}") from error
 
 
-# What a person may know a setting by from elsewhere.
-NAMES_ELSEWHERE = {
+# Names of settings in other libraries.
+NAMES_IN_OTHER_LIBRARIES = {
     "learning_rate": "lr",
     "num_generations": "group_size",
     "num_iterations": "epochs",
@@ -67,13 +67,13 @@ NAMES_ELSEWHERE = {
 }
 
 
-def nearest(key: str, known: list[str]) -> str:
-    """A question that ends a message about an unknown key, or nothing if none is like it.
+def suggestion_for(key: str, known: list[str]) -> str:
+    """Return "; did you mean ...?" for an unknown key, or an empty text if no key is similar.
 
-    The same word in another section comes before words that are spelled alike.
+    The same name in another section is preferred to names with a similar spelling.
     """
     word = key.rpartition(".")[2]
-    word = NAMES_ELSEWHERE.get(word, word)
+    word = NAMES_IN_OTHER_LIBRARIES.get(word, word)
     alike = [other for other in known if other.rpartition(".")[2] == word]
     if not alike:
         words = {other.rpartition(".")[2]: other for other in reversed(known)}
@@ -84,7 +84,7 @@ def nearest(key: str, known: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What of a file could be used, by key, and what could not."""
+    """The valid values of a file by key, and the problems of the others."""
 
     values: dict[str, Any]
     problems: list[str]
@@ -98,12 +98,12 @@ class _Reading:
             if value == {} and key in sections:
                 continue
             if key in known:
-                reading._see(known[key], value)
+                reading._take(known[key], value)
             else:
-                reading.problems.append(f"{key} is no setting{nearest(key, list(known))}")
+                reading.problems.append(f"{key} is not a setting{suggestion_for(key, list(known))}")
         return reading
 
-    def _see(self, setting: Setting, value: Any) -> None:
+    def _take(self, setting: Setting, value: Any) -> None:
         try:
             self.values[setting.key] = setting.accept(value)
         except ConfigError as error:
@@ -111,7 +111,7 @@ class _Reading:
 
 
 def _flat(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Values by "section.name"; what is in no section, or an empty one, by its own name."""
+    """Yield values by "section.name"; values outside a section, and empty sections, by name."""
     for name, value in content.items():
         if isinstance(value, dict) and value:
             yield from ((f"{name}.{inner}", part) for inner, part in value.items())
@@ -137,5 +137,5 @@ def _key(name: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's, but for the one control character that JSON leaves as it is.
+    # TOML reads the escapes of JSON, but must escape one control character that JSON does not.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

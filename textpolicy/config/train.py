@@ -1,4 +1,4 @@
-"""The config of a training run, and the one of the demonstration."""
+"""The config of a run of reinforcement learning, and the config of the demo."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from textpolicy.config.sections import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """One run of reinforcement learning."""
 
     task: TaskOptions = field(default_factory=TaskOptions)
     model: ModelOptions = field(default_factory=ModelOptions)

@@ -25,7 +25,7 @@ from textpolicy.algorithms import Algorithm
 from textpolicy.algorithms.parts.overlong import with_penalty
 from textpolicy.config import DYNAMIC_ROUNDS, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.sections import (
-    WORDS,
+    FRESH_ADAPTER_FIELDS,
     AdapterOptions,
     AlgorithmOptions,
     ModelOptions,
@@ -158,7 +158,7 @@ def adapter_config(options: AdapterOptions) -> AdapterConfig:
     """Return the adapter config of the file named in the options, or of the options themselves."""
     if options.config:
         return read_config(options.config)
-    words = {name: getattr(options, name) for name in WORDS}
+    words = {name: getattr(options, name) for name in FRESH_ADAPTER_FIELDS}
     given = {name: value for name, value in words.items() if value is not None}
     names = given.pop("target_modules", None)
     config = AdapterConfig(**given)

@@ -271,12 +271,12 @@ def test_a_run_of_another_command_is_gone_on_with_by_that_command(tmp_path, caps
     assert main(["train", "--resume", str(folder)]) == 2
     told = capsys.readouterr().err
     assert f"Resume it with: textpolicy sft --resume {folder}" in told
-    assert "is no setting" not in told
+    assert "is not a setting" not in told
     (folder / "config.toml").write_text(to_toml(TrainConfig()))
     assert main(["sft", "--resume", str(folder)]) == 2
     told = capsys.readouterr().err
     assert f"Resume it with: textpolicy train --resume {folder}" in told
-    assert "is no setting" not in told
+    assert "is not a setting" not in told
 
 
 def test_a_run_that_diverges_leaves_what_was_saved_before(tmp_path):
