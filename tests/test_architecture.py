@@ -59,6 +59,7 @@ CONTRACTS = {
     "run": "textpolicy.cli.commands",
     "compute_advantages": "textpolicy.algorithms",
     "policy_loss": "textpolicy.algorithms",
+    "DECLARATION": "textpolicy.algorithms",
     "load": "textpolicy.environments.bridges",
 }
 PACKAGE = ("textpolicy", "envs")
