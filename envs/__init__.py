@@ -1,17 +1,18 @@
-"""Ready tasks, one module each. The name of a module is what `--env` takes.
+"""Ready environments, one module each. `--env` takes the name of a module.
 
-A module holds four things and imports nothing but the standard library:
+A module of one turn has four parts and imports only the standard library:
 
     make(rng) -> (prompt, example)
-        One task drawn from a `random.Random`: the text the model sees, and the columns that the
-        reward needs. Equal generator states give equal tasks. The prompt decides the problem:
-        one problem has one prompt, so that holding out prompts holds out problems.
+        Draws one task from a `random.Random`: the prompt, and the columns that the reward needs.
+        Equal generator states give equal tasks. Each problem has one prompt, so that a held-out
+        prompt is a held-out problem.
     reward(prompt, completion, example) -> float
-        1.0 for a right answer, 0.0 for anything else, the empty completion included.
+        Returns 1.0 for a right answer, and at most 0.1 for the empty completion.
     gold(example) -> str
-        An answer that scores 1.0: what supervised warm-up imitates.
+        Returns an answer whose reward is 1.0. Supervised warm-up trains on gold answers.
     MAX_TOKENS
-        Enough for every gold answer and its stop token.
+        The limit of an answer, with room for every gold answer and its stop token.
 
-`textpolicy.environments.load(name)` reads a module; `check` tests that it keeps this contract.
+docs/environments.md has the further parts of several turns, tools and rows of data.
+`textpolicy.environments.load(name)` loads a module, and `check_env` tests this contract.
 """

@@ -1,4 +1,4 @@
-"""Add two three-digit numbers: `347+185=` is answered by `532`."""
+"""Add two numbers of three digits: the answer to `347+185=` is `532`."""
 
 from collections.abc import Mapping
 from random import Random

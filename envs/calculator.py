@@ -1,6 +1,6 @@
-"""Tool use: `47*83= with add(a,b) sub(a,b) mul(a,b)` is answered by a call, and that by its result.
+"""Call a tool, then answer: for `47*83= with add(a,b) sub(a,b) mul(a,b)`, `mul(47,83)` and `3901`.
 
-A call stands alone on a line, as Python writes it. An answer without a call is the final one.
+A call is a line of its own, written as in Python. An answer without a call is the final answer.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,7 @@
-"""Reach a target with three numbers: `make 13 from 2 3 5` is answered by `3*5-2`.
+"""Reach a target with three numbers: an answer to `make 13 from 2 3 5` is `3*5-2`.
 
-Any expression of + - * / and parentheses that uses each number once and hits the target scores.
+An expression of + - * / and parentheses is right if it uses each number once and has the target
+as its value.
 """
 
 import re
@@ -12,10 +13,10 @@ from typing import Any
 
 LARGEST_NUMBER = 12
 LARGEST_TARGET = 99
-# Sums and differences are more frequent than products; a quotient is never needed, but counts.
+# Tasks have more sums and differences than products. No task needs a quotient.
 OPERATORS = "++--*"
 MAX_TOKENS = 12
-# Far more than any answer needs, and little enough to parse in no time.
+# Longer than any right answer, and short enough to be parsed at once.
 LONGEST = 100
 
 
@@ -46,7 +47,7 @@ def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
 
 
 def value(expression: str) -> Fraction | None:
-    """What the expression is worth; None if it is not one, is too long, or divides by zero."""
+    """Return the value of the expression, or None if it is malformed, too long or divides by 0."""
     if len(expression) > LONGEST or re.search(r"[^0-9+*/() -]|[0-9]\s+[0-9]", expression.strip()):
         return None
     tokens = iter([*re.findall(r"[0-9]+|[-+*/()]", expression), "end"])

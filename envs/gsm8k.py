@@ -1,7 +1,7 @@
-"""Word problems with a number as the answer, in the form of GSM8K, from a file of yours.
+"""Solve word problems whose answer is a number, from your own file in the form of GSM8K.
 
-`--data FILE` takes rows with `question` and `answer`, where the number follows `####`, as in the
-published files. The rows below are our own and few: enough to try things out.
+`--data FILE` takes rows with `question` and `answer`, in which the number follows `####`, as in the
+published files. The few rows below are written for this project, for a first try.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 PROMPT = "{question}\nReason step by step, and end with the number alone after ####."
 MAX_TOKENS = 512
-# A number is never longer; more digits are not worth reading.
+# Characters of the number that are read. No right answer is longer.
 LONGEST = 40
 _NUMBER = re.compile(r"-?\$?[0-9][0-9,]*(?:\.[0-9]+)?")
 
@@ -44,7 +44,7 @@ def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
 
 
 def number_in(text: str) -> Fraction | None:
-    """The number after the last ####; None without one."""
+    """Return the number after the last ####, or None if there is none."""
     _, found, after = text.rpartition("####")
     match = _NUMBER.match(after.strip()[:LONGEST]) if found else None
     return Fraction(match.group().replace(",", "").replace("$", "")) if match else None

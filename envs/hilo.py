@@ -1,6 +1,7 @@
-"""Several turns: find three digits in four guesses, each told to go up, down or stay.
+"""Find three hidden digits in four guesses, with a hint for each digit after each guess.
 
-After `guess 3 digits`, the guess `555` for 274 is answered by `-+-`: lower, higher, lower.
+The hints are `+` for higher, `-` for lower and `=` for right: if the digits are 274, the hint to
+`555` is `-+-`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def reply(completions: Sequence[str], example: Mapping[str, Any]) -> str | None:
 
 
 def gold(example: Mapping[str, Any]) -> list[str]:
-    """Halving what is left of each digit's range finds every number in four guesses."""
+    """Guess the middle of each digit's range, which finds every number in four guesses."""
     ranges = [(0, 9)] * LENGTH
     guesses: list[str] = []
     while not guesses or guesses[-1] != example["digits"]:

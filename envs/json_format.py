@@ -1,6 +1,7 @@
-"""Facts as JSON: `as JSON with name, age, city: Ada, 36, lives in Rome` and the object for it.
+"""Write facts as a JSON object: `as JSON with name, age, city: Ada, 36, lives in Rome`.
 
-An object scores 0.2, one with the right keys 0.5, one with the right values too 1.
+The reward is 0.2 for an object, 0.5 for an object with the right keys, and 1 if the values are
+right too.
 """
 
 import json
@@ -25,7 +26,7 @@ NAMES = [
 CITIES = ["Accra", "Berlin", "Cairo", "Delhi", "Lagos", "Lima", "Oslo", "Paris", "Quito", "Rome"]
 KEYS = ["name", "age", "city"]
 MAX_TOKENS = 64
-# Far longer than any right answer.
+# Longer than any right answer.
 LONGEST = 1000
 
 
@@ -48,6 +49,6 @@ def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
         return 0.0
     if set(answer) != set(KEYS):
         return 0.2
-    # 36 and 36.0 are equal in Python, and not what was asked for.
+    # 36 and 36.0 are equal in Python, but only 36 is right, so the texts are compared.
     same = json.dumps(answer, sort_keys=True) == json.dumps(dict(example), sort_keys=True)
     return 1.0 if same else 0.5

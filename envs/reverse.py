@@ -1,4 +1,4 @@
-"""Write eight letters backwards: `reverse KQZAWMTB` is answered by `BTMWAZQK`."""
+"""Write eight letters backwards: the answer to `reverse KQZAWMTB` is `BTMWAZQK`."""
 
 from collections.abc import Mapping
 from random import Random

@@ -1,4 +1,4 @@
-"""Sort eight digits: `sort 83120475` is answered by `01234578`."""
+"""Sort eight digits: the answer to `sort 83120475` is `01234578`."""
 
 from collections.abc import Mapping
 from random import Random

@@ -1,7 +1,7 @@
-"""Noughts and crosses against an opponent that takes a win when it sees one, and else guesses.
+"""Play tic-tac-toe against an opponent that wins if it can and otherwise plays a random move.
 
-A class, as any Gymnasium environment is. You are X and name a free cell, 1 to 9. A win earns 1, a
-draw 0.5, a loss or a move that is none 0.
+This environment is a Gymnasium class. The model is X and names a free cell from 1 to 9. The reward
+is 1 for a win, 0.5 for a draw, and 0 for a loss or an illegal move.
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ Step = tuple[str, float, bool, bool, dict[str, Any]]
 
 
 class TicTacToe(gym.Env[str, str]):
-    """The seed of `reset` decides who begins and how the opponent guesses."""
+    """The seed of `reset` decides who begins, and the opponent's random moves."""
 
     observation_space = Text(200, charset=printable)
     action_space = Text(1, charset="123456789")
@@ -28,7 +28,7 @@ class TicTacToe(gym.Env[str, str]):
         super().reset(seed=seed)
         self.cells = "." * 9
         if self.np_random.random() < 0.5:
-            self._oppose()
+            self._play_opponent()
         return f"You are X. Name a free cell, 1 to 9:\n{self._board()}", self._info()
 
     def step(self, action: str) -> Step:
@@ -37,7 +37,7 @@ class TicTacToe(gym.Env[str, str]):
             return self._end("no free cell", 0.0)
         self.cells = _played(self.cells, int(cell) - 1, "X")
         if not _won(self.cells, "X") and "." in self.cells:
-            self._oppose()
+            self._play_opponent()
         if _won(self.cells, "X"):
             return self._end("you win", 1.0)
         if _won(self.cells, "O"):
@@ -46,7 +46,7 @@ class TicTacToe(gym.Env[str, str]):
             return self._end("a draw", 0.5)
         return self._board(), 0.0, False, False, self._info()
 
-    def _oppose(self) -> None:
+    def _play_opponent(self) -> None:
         free = _free(self.cells)
         wins = [cell for cell in free if _won(_played(self.cells, cell, "O"), "O")]
         cell = wins[0] if wins else int(self.np_random.choice(free))
@@ -77,7 +77,7 @@ def _won(cells: str, mark: str) -> bool:
 
 @cache
 def _value(cells: str, mark: str) -> int:
-    """1 if whoever moves next, with `mark`, wins by force, 0 for a draw, -1 for a loss."""
+    """Return 1 if the player `mark`, who moves next, can force a win, 0 for a draw, else -1."""
     other = "O" if mark == "X" else "X"
     if _won(cells, other):
         return -1

@@ -1,7 +1,7 @@
-"""Several turns: find a word of five letters in six guesses.
+"""Find a hidden word of five letters in six guesses, with a hint for each letter.
 
-Each guess is answered letter by letter: the letter itself where it stands right, `?` where it
-stands elsewhere in the word, `.` where it is not in it.
+The hint is the letter itself if the letter is in the right place, `?` if the letter is in another
+place of the word, and `.` if the word does not have the letter.
 """
 
 from collections import Counter
@@ -74,14 +74,16 @@ def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
 
 
 def mark(guess: str, word: str) -> str:
-    """What a guess is told. A letter is marked `?` no more often than it still stands elsewhere."""
-    elsewhere = Counter(hidden for said, hidden in zip(guess, word, strict=True) if said != hidden)
+    """Return the hint to a guess. A letter gets `?` at most as often as it is in other places."""
+    unplaced = Counter(
+        hidden for letter, hidden in zip(guess, word, strict=True) if letter != hidden
+    )
     marks = ""
-    for said, hidden in zip(guess, word, strict=True):
-        if said == hidden:
-            marks += said
-        elif elsewhere[said]:
-            elsewhere[said] -= 1
+    for letter, hidden in zip(guess, word, strict=True):
+        if letter == hidden:
+            marks += letter
+        elif unplaced[letter]:
+            unplaced[letter] -= 1
             marks += "?"
         else:
             marks += "."
