@@ -1,6 +1,6 @@
 const WIDTH = 400, HEIGHT = 190, LEFT = 48, RIGHT = 8, TOP = 8, BOTTOM = 22;
 
-/** A chart of the shown runs, or null where they have no data for it. */
+/** Returns a chart of the shown runs, or null if no run has data for the chart. */
 function chart(spec, runs, smoothing, onStep) {
   const series = runs.flatMap((run) => seriesOf(spec, run, runs.length > 1));
   if (!series.length) return null;
@@ -18,8 +18,8 @@ function chart(spec, runs, smoothing, onStep) {
     cursor,
   );
   const legend = element("ul", { class: "legend", "aria-live": "off" });
-  const show = (step) => readOut(legend, series, step);
-  follow(svg, cursor, steps, x, show, onStep);
+  const show = (step) => writeLegend(legend, series, step);
+  handleCursor(svg, cursor, steps, x, show, onStep);
   show(null);
   const notes = spec.note ? [element("span", { class: "note" }, spec.note)] : [];
   const title = element("h3", {}, spec.title, ...notes);
@@ -47,7 +47,7 @@ function bandOf(line, run, points) {
   return points.filter(([s]) => low.has(s) && high.has(s)).map(([s]) => [s, low.get(s), high.get(s)]);
 }
 
-/** Each run's parts on top of each other: `drawn` is the upper edge, `band` the area. */
+/** Stacks the parts of each run: `area` holds the lower and upper edges, `drawn` the upper edge. */
 function stack(series) {
   const heights = new Map();
   for (const one of series) {
@@ -62,7 +62,7 @@ function stack(series) {
   }
 }
 
-/** An exponential average that does not begin at 0. */
+/** Returns the exponential average of points, without a bias to 0 at the start. */
 function smoothed(points, weight) {
   let sum = 0, total = 0;
   return points.map(([step, value]) => {
@@ -81,11 +81,11 @@ function valueRange(spec, series) {
   const low = values.reduce((a, b) => Math.min(a, b));
   const high = values.reduce((a, b) => Math.max(a, b));
   const bottom = spec.zero ? Math.min(0, low) : low;
-  // Some room above, so that no line runs along the edge.
+  // Room above, so that no line touches the edge.
   return [bottom, high + (high - bottom) * 0.06];
 }
 
-/** From values to places, with about four round values to write beside them. */
+/** Returns a function from values to pixels, and about four round values for the labels. */
 function axis(low, high, start, end) {
   if (low === high) [low, high] = low === 0 ? [0, 1] : [Math.min(low, 0), Math.max(high, 0)];
   const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
@@ -124,8 +124,8 @@ function path(points, x, y) {
   return points.map(([s, v], n) => `${n ? "L" : "M"}${x.at(s).toFixed(1)},${y.at(v).toFixed(1)}`).join("");
 }
 
-/** Names and values: those at `step`, or the last. */
-function readOut(legend, series, step) {
+/** Writes the name of each line and its value at `step`, or its last value, into the legend. */
+function writeLegend(legend, series, step) {
   const rows = series.map((one) => {
     const values = one.area ? one.points : one.drawn;
     const point = step === null ? values.at(-1) : values.findLast((p) => p[0] <= step);
@@ -135,8 +135,8 @@ function readOut(legend, series, step) {
   legend.replaceChildren(...rows, ...(step === null ? [] : [element("li", { class: "note" }, `step ${step}`)]));
 }
 
-/** The cursor goes with the pointer and the arrow keys; Enter or a click shows the step's samples. */
-function follow(svg, cursor, steps, x, show, onStep) {
+/** Moves the cursor with the pointer and the arrow keys. Enter or a click shows the samples of a step. */
+function handleCursor(svg, cursor, steps, x, show, onStep) {
   let at = null;
   const go = (place) => {
     at = place === null ? null : Math.max(0, Math.min(steps.length - 1, place));

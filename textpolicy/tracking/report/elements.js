@@ -1,10 +1,11 @@
 "use strict";
 
-/** An element with attributes and children. Strings become text nodes, and nothing else does. */
+/** Returns an HTML element with attributes and children. A string child becomes a text node. */
 function element(name, attributes = {}, ...children) {
   return fill(document.createElement(name), attributes, children);
 }
 
+/** Returns an SVG element with attributes and children. */
 function drawing(name, attributes = {}, ...children) {
   return fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
 }
@@ -17,19 +18,19 @@ function fill(node, attributes, children) {
 
 const byId = (id) => document.getElementById(id);
 
-/** Text as nodes in which nothing can hide: control and format characters are spelled out. */
+/** Returns text as nodes, in which control and format characters are written as escapes. */
 function visible(text) {
   const parts = text.split(/([^\P{C}\n\t])/gu);
-  return parts.map((part, at) => (at % 2 ? element("span", { class: "code" }, spelled(part)) : part));
+  return parts.map((part, at) => (at % 2 ? element("span", { class: "code" }, escaped(part)) : part));
 }
 
-function spelled(character) {
+function escaped(character) {
   const code = character.codePointAt(0).toString(16);
   if (code.length <= 2) return "\\x" + code.padStart(2, "0");
   return code.length <= 4 ? "\\u" + code.padStart(4, "0") : "\\u{" + code + "}";
 }
 
-/** A number as people read it: four digits that matter. */
+/** Returns a number with four significant digits. */
 function short(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);

@@ -1,4 +1,4 @@
-/** Which runs are shown: one box for each, where there are several. */
+/** Adds a box for each run to show or hide it, if there are several runs. */
 function runBoxes(runs, onChange) {
   if (runs.length === 1) return;
   for (const run of runs) {
@@ -21,7 +21,7 @@ function drawCharts(data, onStep) {
   byId("more-charts").replaceChildren(...more);
 }
 
-/** Parts of one run are stacked, so each run has a chart of its own. */
+/** Adds the name of the run to the title of a stacked chart, because each run has its own. */
 function titled(spec, runs, shown) {
   return spec.kind === "stack" && shown.length > 1 ? { ...spec, title: `${spec.title}: ${runs[0].name}` } : spec;
 }
@@ -35,7 +35,7 @@ function showFacts(runs) {
   byId("facts").append(...lists);
 }
 
-/** The settings of all runs side by side; those that differ are marked. */
+/** Shows the settings of all runs side by side, and marks settings that differ. */
 function showSettings(runs) {
   const sections = [...new Set(runs.flatMap((run) => Object.keys(run.config)))];
   if (!sections.length) byId("settings").remove();

@@ -1,6 +1,6 @@
 const GROUPS_A_PAGE = 10;
 
-/** The browser of samples: filters above, groups below, some at a time. */
+/** Builds the samples section: filters above, one page of groups below. Returns a function that shows a step. */
 function sampleBrowser(runs) {
   const all = runs.flatMap((run) => run.samples.map((sample) => ({ ...sample, run })));
   if (!all.length) {
@@ -12,7 +12,7 @@ function sampleBrowser(runs) {
   let page = 0;
   const draw = () => {
     const found = all.filter((sample) => matches(sample, controls));
-    const groups = arranged(found, controls.order.value);
+    const groups = sortedGroups(found, controls.order.value);
     const last = Math.max(0, Math.ceil(groups.length / GROUPS_A_PAGE) - 1);
     page = Math.min(page, last);
     const here = groups.slice(page * GROUPS_A_PAGE, (page + 1) * GROUPS_A_PAGE);
@@ -74,25 +74,25 @@ function matches(sample, { run, step, least, most, stop, text }) {
   );
 }
 
-/** Samples of one group together, groups in the order asked for, the best of each group first. */
-function arranged(samples, order) {
+/** Returns the groups of samples in the chosen order, each with its best sample first. */
+function sortedGroups(samples, order) {
   const groups = new Map();
   for (const sample of samples) {
     const key = `${sample.run.number} ${sample.step} ${sample.group}`;
     groups.set(key, [...(groups.get(key) ?? []), sample]);
   }
   const found = [...groups.values()];
-  for (const group of found) group.sort((a, b) => worth(b) - worth(a));
+  for (const group of found) group.sort((a, b) => rewardOf(b) - rewardOf(a));
   const orders = {
     first: (a, b) => a[0].step - b[0].step || a[0].group - b[0].group,
     last: (a, b) => b[0].step - a[0].step || a[0].group - b[0].group,
-    best: (a, b) => worth(b[0]) - worth(a[0]),
-    worst: (a, b) => worth(a.at(-1)) - worth(b.at(-1)),
+    best: (a, b) => rewardOf(b[0]) - rewardOf(a[0]),
+    worst: (a, b) => rewardOf(a.at(-1)) - rewardOf(b.at(-1)),
   };
   return found.sort(orders[order]);
 }
 
-const worth = (sample) => sample.reward ?? -Infinity;
+const rewardOf = (sample) => sample.reward ?? -Infinity;
 
 function foundText(found, kept, runs) {
   const total = runs.reduce((sum, run) => sum + run.samples_total, 0);
