@@ -1,4 +1,4 @@
-"""`textpolicy fuse`: adapters added into the weights, as a model that mlx-lm loads."""
+"""`textpolicy fuse`: add adapters into the weights and write a model that mlx-lm loads."""
 
 import json
 import os
@@ -35,17 +35,19 @@ def run(options: Namespace) -> Report:
     apply_thread_option(config.model)
     start, output = config.adapter.start, options.output
     if start is None:
-        raise ConfigError("name the adapters to fuse: --adapter PATH")
+        raise ConfigError("no adapters were named; name the adapters to fuse: --adapter PATH")
     if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"{output} is not empty; name a folder that is yet to be made")
+        raise ConfigError(
+            f"the folder {output} is not empty; name a folder that does not exist yet"
+        )
     folder = find_model(config.model.name)
     architecture = json.loads((folder / "config.json").read_text("utf-8"))
     model, tokenizer = load_model(
         config.model.name, start, dtype=_dtype(config.model, architecture)
     )
-    fused = _fuse(model, dequantized=options.dequantize, min_survival=options.min_survival)
-    written = _with_quantization(architecture, model)
-    _write(output, model, tokenizer, written, folder)
+    fused = _fuse(model, to_float=options.dequantize, min_survival=options.min_survival)
+    written = _fused_config(architecture, model)
+    _write_model(output, model, tokenizer, written, folder)
     data = {
         "output": str(output),
         "survival": fused.survival,
@@ -53,59 +55,62 @@ def run(options: Namespace) -> Report:
         "modules": [asdict(module) for module in fused.modules],
         "quantization": written.get("quantization"),
     }
-    return Report(data=data, text=_text(fused, output))
+    return Report(data=data, text=_report_text(fused, output))
 
 
 def _dtype(options: ModelOptions, architecture: dict[str, Any]) -> mx.Dtype | None:
-    """What was asked for, or what the checkpoint is in: fusing is no reason to change it."""
+    """Return the dtype of the options, or the dtype of the checkpoint."""
     stored = str(architecture.get("dtype") or architecture.get("torch_dtype"))
     return dtype_of(options) or DTYPES.get(stored)
 
 
-def _fuse(model: nn.Module, *, dequantized: bool, min_survival: float) -> FuseReport:
+def _fuse(model: nn.Module, *, to_float: bool, min_survival: float) -> FuseReport:
     adapters = adapters_of(model)
-    packed = any(is_quantized(module) for module in model.modules())
-    again = SAME if packed and not dequantized else None
+    requantize = SAME if _has_quantized_weights(model) and not to_float else None
     try:
-        report = adapters.fuse(qtype=again, min_survival=min_survival)
+        report = adapters.fuse(qtype=requantize, min_survival=min_survival)
     except AdapterError as error:
         raise AdapterError(
-            f"{error}\nOn the command line: --dequantize, --dtype float32 or --min-survival 0"
+            f"{error}\nOn the command line, pass --dequantize, --dtype float32 or --min-survival 0"
         ) from error
-    if dequantized and any(is_quantized(module) for module in model.modules()):
+    if to_float and _has_quantized_weights(model):
         dequantize(model)
     return report
 
 
-def _with_quantization(architecture: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The config of the model as it is now."""
+def _has_quantized_weights(model: nn.Module) -> bool:
+    return any(is_quantized(module) for module in model.modules())
+
+
+def _fused_config(architecture: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the checkpoint's config with the quantization that the fused model has."""
     plain = {
         name: value
         for name, value in architecture.items()
         if name not in ("quantization", "quantization_config")
     }
-    if not any(is_quantized(module) for module in model.modules()):
+    if not _has_quantized_weights(model):
         return plain
     quantization = model_quantization(model)
     if quantization is None or quantization["mode"] == "nf4":
         raise ModelError(
-            "the base is quantized in a way that mlx-lm cannot load: NF4, or several formats at "
-            "once; write it in floats, --dequantize"
+            "mlx-lm cannot load the quantization of this base model: it is NF4, or several "
+            "formats in one model; write the weights as floats: --dequantize"
         )
     return plain | {"quantization": quantization}
 
 
-def _write(
+def _write_model(
     output: Path,
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     config: dict[str, Any],
     source: Path,
 ) -> None:
-    """The whole folder, or nothing: it gets its name when it is complete."""
+    """Write the folder under a temporary name, and rename it when it is complete."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fuse-") as kept:
-        folder = Path(kept) / output.name
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fuse-") as temporary:
+        folder = Path(temporary) / output.name
         save_model(folder, model)
         save_config(dict(config), folder / "config.json")
         tokenizer.save_pretrained(folder)
@@ -115,7 +120,7 @@ def _write(
         os.replace(folder, output)
 
 
-def _text(fused: FuseReport, output: Path) -> str:
+def _report_text(fused: FuseReport, output: Path) -> str:
     worst = fused.worst
     rows = [
         ("model", f"{output}"),

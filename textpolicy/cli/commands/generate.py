@@ -1,7 +1,10 @@
-"""`textpolicy generate`: completions of one prompt."""
+"""`textpolicy generate`: sample completions of one prompt."""
 
 from argparse import Namespace
 from dataclasses import asdict
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.cli.answer import Report
 from textpolicy.cli.flags import configured
@@ -14,23 +17,30 @@ from textpolicy.types import Sampling
 
 
 def run(options: Namespace) -> Report:
-    config = configured(TrainConfig(), options)
-    apply_thread_option(config.model)
-    sampling = Sampling(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        stop=tuple(options.stop or ()),
-    )
-    model, tokenizer = load_model(
-        config.model.name, config.adapter.start, dtype=dtype_of(config.model)
-    )
-    policy = ModelPolicy(model, tokenizer, sampling)
+    sampling = sampling_from_flags(options, stop=tuple(options.stop or ()))
+    policy = ModelPolicy(*load_sampling_model(options), sampling)
     (completions,) = policy.generate([options.prompt], n=options.n, seed=options.seed)
     texts = [terminal_safe(completion.text) for completion in completions]
     if len(texts) > 1:
         texts = [f"[{number}] {text}" for number, text in enumerate(texts, start=1)]
     data = {"prompt": options.prompt, "completions": [asdict(c) for c in completions]}
     return Report(data=data, text="\n".join(texts))
+
+
+def sampling_from_flags(options: Namespace, stop: tuple[str, ...] = ()) -> Sampling:
+    """Return how `generate` and `chat` sample tokens."""
+    return Sampling(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        stop=stop,
+    )
+
+
+def load_sampling_model(options: Namespace) -> tuple[nn.Module, TokenizerWrapper]:
+    """Return the model and the tokenizer that `generate` and `chat` sample with."""
+    config = configured(TrainConfig(), options)
+    apply_thread_option(config.model)
+    return load_model(config.model.name, config.adapter.start, dtype=dtype_of(config.model))

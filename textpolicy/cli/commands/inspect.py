@@ -1,4 +1,4 @@
-"""`textpolicy inspect`: what an adapter on disk is, told without its model."""
+"""`textpolicy inspect`: describe an adapter on disk without loading its model."""
 
 from argparse import Namespace
 from dataclasses import asdict
