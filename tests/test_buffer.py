@@ -7,7 +7,7 @@ def group(version: int) -> RolloutGroup:
     return RolloutGroup(task=Task(id=str(version), prompt="p"), rollouts=[rollout(version=version)])
 
 
-def test_taking_returns_fresh_groups_in_order_and_counts_the_stale_ones():
+def test_take_returns_fresh_groups_in_order_and_counts_the_stale_ones():
     buffer = Buffer(max_staleness=1)
     buffer.extend([group(3), group(4), group(5)])
     assert [g.version for g in buffer.take(version=5)] == [4, 5]
@@ -15,7 +15,7 @@ def test_taking_returns_fresh_groups_in_order_and_counts_the_stale_ones():
     assert len(buffer) == 0
 
 
-def test_a_limit_leaves_the_rest_for_later():
+def test_take_leaves_the_groups_above_the_limit_in_the_buffer():
     buffer = Buffer()
     buffer.extend([group(0), group(0), group(0)])
     assert len(buffer.take(version=0, limit=2)) == 2

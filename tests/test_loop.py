@@ -1,4 +1,4 @@
-"""The circle: versions advance, the sampler follows, and what is reported is documented."""
+"""The training loop: versions advance, the policy reloads, and reports hold what was trained on."""
 
 import itertools
 
@@ -18,8 +18,8 @@ from textpolicy.training.trainer import Trainer
 from textpolicy.types import Completion, Progress, RolloutGroup, Sampling, StopReason, Task
 
 
-class Scripted:
-    """A policy that answers from a list."""
+class ListPolicy:
+    """A policy that returns the texts of a list in turn."""
 
     def __init__(self, texts: list[str], version: int = 0) -> None:
         self.texts = itertools.cycle(texts)
@@ -64,12 +64,12 @@ def circle(load_tiny, tmp_path, **options):
     return policy, trainer
 
 
-def test_collecting_keeps_what_was_sampled_and_scores_it_with_its_own_example():
+def test_collect_keeps_the_sampled_tokens_and_scores_them_with_their_own_example():
     """
     tokens  A : x 0      prompt "A:" of task A, sampled "x" and the stop token 0
     mask    . . x x
     """
-    policy = Scripted(["x", "yy", "x", "yy"], version=3)
+    policy = ListPolicy(["x", "yy", "x", "yy"], version=3)
     seen = []
 
     def reward(prompt, completion, example):
@@ -102,7 +102,7 @@ def test_each_generation_uses_the_latest_weights(load_tiny, tmp_path):
     )
     assert [report.metrics["version"] for report in reports] == [1, 2, 3]
     assert [{g.version for g in report.groups} for report in reports] == [{0}, {1}, {2}]
-    # A sampler left behind by a version would disagree with the trainer from the second step on.
+    # A policy with stale weights would disagree with the trainer from the second step on.
     for report in reports:
         assert report.metrics["sampling/sampling_logp_difference/mean"] < 1e-4
     sampled, trained = AdapterContainer.of(policy.model), trainer.adapters
@@ -111,7 +111,7 @@ def test_each_generation_uses_the_latest_weights(load_tiny, tmp_path):
         assert (sampled.parameters()[name] == value).all().item()
 
 
-def test_a_step_reports_what_it_learned_from_with_the_advantages_it_had(load_tiny, tmp_path):
+def test_a_step_reports_the_groups_it_trained_on_with_their_advantages(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     reports = []
     train_rl(
@@ -137,7 +137,7 @@ def test_a_step_reports_what_it_learned_from_with_the_advantages_it_had(load_tin
                 assert advantage is None if score is None else abs(advantage - value) < 1e-6
 
 
-def test_a_completion_that_is_not_learned_from_has_no_advantage(load_tiny, tmp_path):
+def test_a_completion_that_is_not_trained_on_has_no_advantage(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path, truncated="mask")
     groups = collect(
         list(itertools.islice(tasks(), 4)),
@@ -152,7 +152,7 @@ def test_a_completion_that_is_not_learned_from_has_no_advantage(load_tiny, tmp_p
     assert [a is None for group in trainer.advantages for a in group] == cut
 
 
-def test_a_run_ends_early_when_its_watcher_says_so(load_tiny, tmp_path):
+def test_a_run_ends_early_if_its_callback_returns_stop(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     seen = []
     numbers = itertools.count()
@@ -193,10 +193,10 @@ def test_the_same_seed_gives_the_same_run(load_tiny, tmp_path):
     assert runs[0] == runs[1]
 
 
-def test_a_policy_that_does_not_follow_stops_the_run(load_tiny, tmp_path):
+def test_a_policy_that_does_not_reload_is_an_error(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
 
-    class Deaf:
+    class StalePolicy:
         version = 0
 
         def generate(self, prompts, *, n=1, seed=None):
@@ -206,17 +206,19 @@ def test_a_policy_that_does_not_follow_stops_the_run(load_tiny, tmp_path):
             return 0
 
     with pytest.raises(TrainingError, match="still generates with version 0"):
-        train_rl(tasks=tasks(), reward=digits, policy=Deaf(), trainer=trainer, steps=2)
+        train_rl(tasks=tasks(), reward=digits, policy=StalePolicy(), trainer=trainer, steps=2)
 
 
-def test_a_shared_copy_cannot_follow_a_trainer_that_publishes_nothing(load_tiny, tmp_path):
+def test_a_trainer_that_publishes_no_adapters_is_an_error_if_the_policy_must_reload(
+    load_tiny, tmp_path
+):
     policy, trainer = circle(load_tiny, tmp_path)
     trainer.adapters.publish_path = None
     with pytest.raises(ConfigError, match="publishes no adapters"):
         train_rl(tasks=tasks(), reward=digits, policy=policy, trainer=trainer, steps=1)
 
 
-def test_a_list_of_tasks_is_gone_through_once_and_its_end_is_an_error(load_tiny, tmp_path):
+def test_a_list_of_tasks_is_used_once_and_its_end_is_an_error(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     seen = []
     with pytest.raises(TaskError, match="2 more were needed after 4, but only 1 were left"):
@@ -232,7 +234,7 @@ def test_a_list_of_tasks_is_gone_through_once_and_its_end_is_an_error(load_tiny,
     assert seen == ["0", "1", "2", "3"]
 
 
-def test_full_weights_on_a_shared_copy_are_noticed_because_the_sampler_stays_behind(load_tiny):
+def test_training_all_weights_is_an_error_if_the_policy_samples_from_a_shared_copy(load_tiny):
     model, tokenizer = load_tiny()
     trainer = Trainer(model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-2))
     options = {"reward": digits, "trainer": trainer, "steps": 4, "groups_per_step": 4}
@@ -242,7 +244,7 @@ def test_full_weights_on_a_shared_copy_are_noticed_because_the_sampler_stays_beh
     train_rl(tasks=tasks(), policy=create_policy(model, tokenizer, {"max_tokens": 6}), **options)
 
 
-def test_a_step_without_rewards_is_a_step_without_an_update(load_tiny, tmp_path):
+def test_a_step_without_rewards_makes_no_update(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     options = {"policy": policy, "trainer": trainer, "groups_per_step": 1, "group_size": 2}
     metrics = train_rl(tasks=tasks(), reward=lambda p, c, e: None, steps=3, **options)
@@ -253,7 +255,7 @@ def test_a_step_without_rewards_is_a_step_without_an_update(load_tiny, tmp_path)
         train_rl(tasks=tasks(), reward=lambda p, c, e: None, steps=11, **options)
 
 
-def test_rollout_metrics_by_hand():
+def test_rollout_metrics_equal_numbers_computed_by_hand():
     cut = {"stop_reason": StopReason.LENGTH, "reward": 0.0}
     groups = [
         RolloutGroup(task=Task(id="a", prompt="a"), rollouts=[rollout(), rollout(**cut)]),

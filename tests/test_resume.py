@@ -1,4 +1,4 @@
-"""A run that was stopped and gone on with comes to the numbers of one that never was."""
+"""A run that was stopped and resumed computes the numbers of an uninterrupted run."""
 
 import json
 from itertools import count
@@ -29,7 +29,7 @@ MODES = {
 
 
 class Run:
-    """A run of a few steps in a folder; `rows` are its metrics that no clock has a part in."""
+    """A run of a few steps in a folder; `rows` are its metrics without times and memory."""
 
     def __init__(self, load_tiny, folder, *, rank=2, **options):
         model, tokenizer = load_tiny()
@@ -48,10 +48,10 @@ class Run:
         )
         self.rows, self.times = {}, {}
 
-    def go(self, *, until=STEPS, tasks=None, resume=None, reward=None):
+    def train(self, *, until=STEPS, tasks=None, resume=None, reward=None):
         environment = load("add")
 
-        def see(report):
+        def record(report):
             timed = ("time/", "memory/", "tokens_per_second")
             row = {n: v for n, v in report.metrics.items() if not n.startswith(timed)}
             self.rows[report.step] = row
@@ -70,7 +70,7 @@ class Run:
             group_size=4,
             steps_per_generation=self.per_generation,
             seed=3,
-            on_step=see,
+            on_step=record,
             checkpoints=self.checkpoints,
             resume=resume,
         )
@@ -86,31 +86,31 @@ def same(one, other):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("until", [2, 5])
-def test_a_run_that_goes_on_comes_to_the_same_numbers(load_tiny, tmp_path, mode, until):
-    straight = Run(load_tiny, tmp_path / "straight", **MODES[mode]).go()
-    stopped = Run(load_tiny, tmp_path / "stopped", **MODES[mode]).go(until=until)
+def test_a_resumed_run_computes_the_same_numbers(load_tiny, tmp_path, mode, until):
+    straight = Run(load_tiny, tmp_path / "straight", **MODES[mode]).train()
+    stopped = Run(load_tiny, tmp_path / "stopped", **MODES[mode]).train(until=until)
     mx.random.seed(99)
     resumed = Run(load_tiny, tmp_path / "stopped", **MODES[mode])
-    resumed.go(resume=resumed.checkpoints.newest())
+    resumed.train(resume=resumed.checkpoints.newest())
     assert stopped.rows | resumed.rows == straight.rows
     assert min(resumed.rows) == until
     assert resumed.trainer.version == straight.trainer.version
     assert same(resumed.weights(), straight.weights())
-    # A check that sees equality everywhere would see it here.
+    # The comparison must be able to fail.
     assert not same(resumed.weights(), stopped.weights())
 
 
 def test_rollouts_of_several_steps_are_sampled_at_once_and_trained_on_in_turn(load_tiny, tmp_path):
-    run = Run(load_tiny, tmp_path, steps_per_generation=3).go()
+    run = Run(load_tiny, tmp_path, steps_per_generation=3).train()
     assert [step for step, row in run.rows.items() if "reward" in row] == [0, 3]
     assert run.rows[0]["refill/rounds"] == 1
-    # The first slice is of the version that is trained, those after it are older by one and two.
+    # The rollouts of the second and third step of a generation are stale by one and two versions.
     moved = [row["sampling/sampling_logp_difference/mean"] for row in run.rows.values()]
     assert max(moved[0], moved[3]) < 1e-4
     assert min(moved[1], moved[2], moved[4], moved[5]) > 1e-3
 
 
-def test_failures_of_the_reward_before_a_checkpoint_count_after_it(load_tiny, tmp_path):
+def test_reward_failures_before_a_checkpoint_count_after_the_resume(load_tiny, tmp_path):
     calls = count()
 
     def fails_at_times(completion):
@@ -118,23 +118,23 @@ def test_failures_of_the_reward_before_a_checkpoint_count_after_it(load_tiny, tm
             raise ValueError("again")
         return len(completion) / 4
 
-    # Three of the sixteen samples of a step fail: twelve after four steps, more than a tenth of the
-    # window that is looked at.
+    # Three of the sixteen samples of a step fail: after four steps, twelve failures are more than a
+    # tenth of the samples that the limit looks at.
     rewards = Rewards(fails_at_times, on_error="skip", max_error_rate=0.1)
     with pytest.raises(RewardError, match="11 of the last"):
-        Run(load_tiny, tmp_path / "straight").go(reward=rewards)
+        Run(load_tiny, tmp_path / "straight").train(reward=rewards)
     calls = count()
-    Run(load_tiny, tmp_path / "stopped").go(reward=rewards, until=2)
+    Run(load_tiny, tmp_path / "stopped").train(reward=rewards, until=2)
     resumed = Run(load_tiny, tmp_path / "stopped")
     with pytest.raises(RewardError, match="11 of the last"):
-        resumed.go(reward=rewards, resume=resumed.checkpoints.newest())
+        resumed.train(reward=rewards, resume=resumed.checkpoints.newest())
     assert max(resumed.rows) == 2
 
 
-def test_the_time_of_a_checkpoint_is_part_of_the_step_that_follows_it(load_tiny, tmp_path):
+def test_the_time_to_save_a_checkpoint_is_part_of_the_next_step(load_tiny, tmp_path):
     run = Run(load_tiny, tmp_path)
     run.checkpoints.every = 2
-    run.go()
+    run.train()
     saved = [step for step, times in run.times.items() if "time/checkpoint" in times]
     assert saved == [2, 4]
     for times in run.times.values():
@@ -142,33 +142,33 @@ def test_the_time_of_a_checkpoint_is_part_of_the_step_that_follows_it(load_tiny,
         parts = [times.get(f"time/{name}", 0) for name in laps]
         assert all(seconds >= 0 for seconds in parts)
         assert sum(parts) == pytest.approx(times["time/step"])
-    resumed = Run(load_tiny, tmp_path).go(resume=run.checkpoints.newest())
+    resumed = Run(load_tiny, tmp_path).train(resume=run.checkpoints.newest())
     assert not resumed.times
 
 
-def test_what_was_published_after_the_checkpoint_is_taken_back(load_tiny, tmp_path):
-    run = Run(load_tiny, tmp_path).go(until=3)
+def test_adapters_published_after_the_checkpoint_are_replaced_on_resume(load_tiny, tmp_path):
+    run = Run(load_tiny, tmp_path).train(until=3)
     before = run.checkpoints.newest()
     run.trainer.adapters.advance()
     run.trainer.adapters.publish()
     resumed = Run(load_tiny, tmp_path)
-    resumed.go(resume=before, until=4)
+    resumed.train(resume=before, until=4)
     assert resumed.policy.version == resumed.trainer.version == 4
 
 
-def test_a_curriculum_goes_on_too(load_tiny, tmp_path):
+def test_a_curriculum_is_resumed_too(load_tiny, tmp_path):
     def tasks():
         return MixedTaskCurriculum(load("add").stream(0), share=0.5, seed=2)
 
-    straight = Run(load_tiny, tmp_path / "straight").go(tasks=tasks())
-    Run(load_tiny, tmp_path / "stopped").go(tasks=tasks(), until=3)
+    straight = Run(load_tiny, tmp_path / "straight").train(tasks=tasks())
+    Run(load_tiny, tmp_path / "stopped").train(tasks=tasks(), until=3)
     resumed = Run(load_tiny, tmp_path / "stopped")
-    resumed.go(tasks=tasks(), resume=resumed.checkpoints.newest())
+    resumed.train(tasks=tasks(), resume=resumed.checkpoints.newest())
     assert same(resumed.weights(), straight.weights())
 
 
-class Forgetful:
-    """A curriculum that cannot say where it is."""
+class CurriculumWithoutState:
+    """A curriculum without the methods state() and restore()."""
 
     def __init__(self):
         self.numbers = count()
@@ -183,41 +183,41 @@ class Forgetful:
         return
 
 
-def test_a_curriculum_that_cannot_go_on_is_an_error_where_checkpoints_are_asked_for(
-    load_tiny, tmp_path
-):
-    with pytest.raises(TrainingError, match="Forgetful cannot be saved in a checkpoint"):
-        Run(load_tiny, tmp_path).go(tasks=Forgetful())
+def test_a_curriculum_without_a_state_is_an_error_in_a_run_with_checkpoints(load_tiny, tmp_path):
+    with pytest.raises(
+        TrainingError, match="CurriculumWithoutState cannot be saved in a checkpoint"
+    ):
+        Run(load_tiny, tmp_path).train(tasks=CurriculumWithoutState())
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(load_tiny, tmp_path):
-    checkpoint = Run(load_tiny, tmp_path).go(until=1).checkpoints.newest()
+    checkpoint = Run(load_tiny, tmp_path).train(until=1).checkpoints.newest()
     other = Run(load_tiny, tmp_path / "other", rank=3)
     before = other.weights()
     with pytest.raises(TrainingError, match=r"lora_a.m: shape"):
-        other.go(resume=checkpoint)
+        other.train(resume=checkpoint)
     assert same(other.weights(), before)
 
 
 def test_a_checkpoint_of_another_base_is_refused(load_tiny, tmp_path):
-    checkpoint = Run(load_tiny, tmp_path).go(until=1).checkpoints.newest()
+    checkpoint = Run(load_tiny, tmp_path).train(until=1).checkpoints.newest()
     checkpoint.facts["trainer"]["base"] = "another"
     with pytest.raises(TrainingError, match="fingerprint another"):
-        Run(load_tiny, tmp_path / "other").go(resume=checkpoint)
+        Run(load_tiny, tmp_path / "other").train(resume=checkpoint)
 
 
-def test_a_run_goes_on_from_before_its_first_update(load_tiny, tmp_path):
+def test_a_run_resumes_from_a_state_before_its_first_update(load_tiny, tmp_path):
     fresh = Run(load_tiny, tmp_path / "fresh")
     trainer, state = fresh.trainer, fresh.trainer.state()
-    straight = fresh.go()
+    straight = fresh.train()
     resumed = Run(load_tiny, tmp_path / "resumed")
     resumed.trainer.restore(*state)
-    assert same(resumed.go().weights(), straight.weights())
+    assert same(resumed.train().weights(), straight.weights())
     assert trainer.version > 0
 
 
-def test_facts_are_what_json_can_hold(load_tiny, tmp_path):
-    run = Run(load_tiny, tmp_path, steps_per_generation=3).go(until=2)
+def test_json_can_hold_the_facts_of_a_checkpoint(load_tiny, tmp_path):
+    run = Run(load_tiny, tmp_path, steps_per_generation=3).train(until=2)
     facts = run.checkpoints.newest().facts
     assert json.loads(json.dumps(facts)) == facts
     assert len(facts["buffer"]["groups"]) == 12 - 2 * 4

@@ -39,12 +39,12 @@ def rollout(**changes) -> Rollout:
         ("stop", ("",)),
     ],
 )
-def test_sampling_names_the_option_it_refuses(option, value):
+def test_the_error_for_a_sampling_option_names_the_option(option, value):
     with pytest.raises(ConfigError, match=option):
         Sampling(**{option: value})
 
 
-def test_only_the_whole_distribution_at_a_positive_temperature_is_scorable():
+def test_only_samples_of_the_full_distribution_are_usable_for_training():
     assert Sampling(temperature=0.7).usable_for_training
     for off_policy in ({"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
         assert not Sampling(**off_policy).usable_for_training
@@ -56,14 +56,14 @@ def test_a_rollout_refuses_lists_of_unequal_length():
         rollout(mask=[False, True])
 
 
-def test_a_group_is_as_old_as_its_oldest_member():
+def test_the_version_of_a_group_is_that_of_its_oldest_rollout():
     group = RolloutGroup(
         task=Task(id="t", prompt="p"), rollouts=[rollout(version=4), rollout(version=2)]
     )
     assert group.version == 2
 
 
-def test_a_callback_ends_a_run_by_stop_goes_on_by_more_or_nothing_and_says_nothing_else():
+def test_a_callback_may_return_stop_or_more_or_none_and_nothing_else():
     answers = (Progress.STOP, Progress.MORE, None)
     assert [asks_to_stop(answer) for answer in answers] == [True, False, False]
     with pytest.raises(ConfigError, match="the callback returned True; return"):

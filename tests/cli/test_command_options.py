@@ -1,4 +1,4 @@
-"""What the options of the commands around a run do, each seen in what the command answers."""
+"""Each option of the commands around a run changes what the command returns."""
 
 import io
 import json
@@ -36,7 +36,7 @@ ROWS = [{"question": f"{n}+1=", "answer": str(n + 1)} for n in range(40)]
 
 @pytest.fixture
 def files(tmp_path):
-    """A folder with rows, demonstrations and rewards."""
+    """Make a folder with rows, demonstrations and rewards."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     shown = [{"prompt": row["question"], "completion": row["answer"]} for row in ROWS]
@@ -46,7 +46,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def answer(capsys):
-    """Runs a command with --json; returns its answer, having checked that it succeeded."""
+    """Return a function that runs a command with --json and returns its data."""
 
     def run(*argv: str) -> dict:
         capsys.readouterr()
@@ -58,12 +58,12 @@ def answer(capsys):
     return run
 
 
-# A model and its threads, in every command that loads one
+# Model and threads, in every command that loads a model
 
 
 @pytest.fixture
 def threads():
-    """A function that tells how many threads matrix products have; afterwards it is as before."""
+    """Return a function that returns the number of threads of matrix products; restore it later."""
     before = fast_cpu.enable().threads
     if before is None:
         pytest.skip("the threads of this BLAS cannot be set")
@@ -83,7 +83,7 @@ LOADING = {
 
 
 @pytest.mark.parametrize("command", LOADING)
-def test_the_model_that_is_named_is_looked_for_with_the_threads_asked_for(
+def test_a_command_looks_for_the_named_model_and_sets_the_threads(
     command, files, threads, monkeypatch, capsys
 ):
     monkeypatch.chdir(files)
@@ -94,12 +94,12 @@ def test_the_model_that_is_named_is_looked_for_with_the_threads_asked_for(
     assert threads() == wanted
 
 
-# Drawing
+# Sampling
 
 
 @pytest.fixture
-def say(answer, monkeypatch):
-    """What `generate`, or `chat`, says with these options: one sequence, or one line for each."""
+def sample(answer, monkeypatch):
+    """Return a function that returns the texts of `generate` or `chat` with these options."""
 
     def run(command: str, *options: str) -> list[str]:
         options = ("--max-tokens", "6", "--temperature", "3", *options)
@@ -115,21 +115,21 @@ def say(answer, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_what_may_be_drawn_can_be_narrowed_down_to_the_likeliest(command, say):
-    greedy = say(command, "--temperature", "0")
-    assert say(command) != greedy
-    assert say(command, "--top-k", "1") == greedy
-    assert say(command, "--top-p", "0.000001") == greedy
-    assert say(command, "--min-p", "0.999999") == greedy
+def test_truncation_to_the_likeliest_token_is_greedy_decoding(command, sample):
+    greedy = sample(command, "--temperature", "0")
+    assert sample(command) != greedy
+    assert sample(command, "--top-k", "1") == greedy
+    assert sample(command, "--top-p", "0.000001") == greedy
+    assert sample(command, "--min-p", "0.999999") == greedy
 
 
-def test_chat_and_generate_load_weights_of_the_dtype_asked_for(answer, say):
+def test_chat_and_generate_load_weights_of_the_chosen_dtype(answer, sample):
     def logprobs(dtype: str) -> list[float]:
         found = answer("generate", "--prompt", "12+30=", "--max-tokens", "6", "--dtype", dtype)
         return found["completions"][0]["logprobs"]
 
     def long(dtype: str) -> list[str]:
-        return say("chat", "--max-tokens", "200", "--dtype", dtype)
+        return sample("chat", "--max-tokens", "200", "--dtype", dtype)
 
     assert logprobs("bfloat16")[0] != logprobs("float32")[0]
     assert long("bfloat16") == long("bfloat16") != long("float32")
@@ -140,7 +140,7 @@ def test_chat_and_generate_load_weights_of_the_dtype_asked_for(answer, say):
 
 @pytest.fixture
 def evaluated(answer, files):
-    """What `eval` finds about the base model, with a reward of the file."""
+    """Return a function that returns the metrics of `eval` with a reward of the file."""
 
     def run(reward: str, *options: str) -> dict[str, float]:
         asked = ["--count", "4", "--reward", f"{files / 'rewards.py'}:{reward}", *options]
@@ -157,33 +157,33 @@ def test_eval_takes_its_settings_from_a_file_and_from_set(answer, tmp_path):
     assert answer(*asked, "--set", "evaluation.count=3")["base"]["count"] == 3
 
 
-def test_eval_asks_rows_of_a_file_by_a_template(evaluated, files):
+def test_eval_makes_prompts_from_rows_of_a_file_by_a_template(evaluated, files):
     rows = ["--data", str(files / "rows.jsonl")]
     asked = evaluated("sorting", *rows, "--prompt", "{question}")
     other = evaluated("sorting", *rows, "--prompt", "sort: {question}")
     assert (asked["reward"], other["reward"]) == (0, 1)
 
 
-def test_eval_bounds_answers_by_max_tokens(evaluated):
+def test_eval_limits_answers_to_max_tokens(evaluated):
     one = evaluated("checksum", "--env", "add", "--max-tokens", "1")
     assert (one["mean_length"], one["clipped_ratio"]) == (1, 1)
 
 
-def test_eval_stops_a_reward_that_hangs_and_scores_it_as_asked(evaluated, files):
+def test_eval_stops_a_reward_that_hangs_and_gives_it_the_chosen_reward(evaluated, files):
     rows = [{"prompt": f"{n}+10=", "answer": "right"} for n in (20, 30, 40, 50)]
     (files / "four.jsonl").write_text("\n".join(map(json.dumps, rows)))
     asked = ["--data", str(files / "four.jsonl"), "--reward-timeout", "0.5"]
     assert evaluated("hang_on_numbers", *asked, "--on-reward-error", "-3")["reward"] == -3
 
 
-def test_eval_draws_its_samples_at_the_temperature_asked_for(evaluated):
+def test_eval_samples_at_the_chosen_temperature(evaluated):
     asked = ["--env", "add", "--eval-samples", "2"]
     cold = evaluated("checksum", *asked, "--eval-temperature", "0.0001")
     hot = evaluated("checksum", *asked, "--eval-temperature", "5")
     assert cold["avg@2"] == cold["reward"] != hot["avg@2"]
 
 
-def test_eval_scores_other_environments_each_by_its_own_reward(answer, files):
+def test_eval_scores_each_environment_with_its_own_reward(answer, files):
     rows = ["--data", str(files / "rows.jsonl"), "--prompt", "{question}", "--count", "4"]
     reward = ["--reward", f"{files / 'rewards.py'}:length"]
     found = answer("eval", *rows, *reward, "--eval-envs", "sort,reverse")
@@ -193,13 +193,13 @@ def test_eval_scores_other_environments_each_by_its_own_reward(answer, files):
         assert other["metrics"] == alone["metrics"] and alone["others"] == []
 
 
-def test_eval_counts_as_right_what_earns_enough(evaluated):
+def test_eval_counts_rewards_above_the_threshold_as_correct(evaluated):
     asked = ["--env", "add", "--eval-samples", "2"]
     assert evaluated("length", *asked, "--eval-good", "0")["pass@1"] == 1
     assert evaluated("length", *asked, "--eval-good", "1000")["pass@1"] == 0
 
 
-def test_eval_loads_weights_of_the_dtype_asked_for(evaluated):
+def test_eval_loads_weights_of_the_chosen_dtype(evaluated):
     asked = ["--env", "add", "--eval-samples", "4", "--max-tokens", "64", "--eval-temperature", "3"]
     half = evaluated("checksum", *asked, "--dtype", "bfloat16")
     assert half == evaluated("checksum", *asked, "--dtype", "bfloat16")
@@ -211,7 +211,7 @@ def test_eval_loads_weights_of_the_dtype_asked_for(evaluated):
 
 @pytest.fixture
 def planned(answer):
-    """What `plan` foretells: layers that are adapted, by their path, and the sums."""
+    """Return a function that returns the adapted layers of `plan` by path, and the totals."""
 
     def run(*options: str) -> tuple[dict[str, dict], dict]:
         found = answer("plan", "--model", "tiny", *options)
@@ -228,7 +228,7 @@ def test_plan_takes_its_settings_from_a_file_and_from_set(planned, tmp_path):
     assert {row["rank"] for row in planned(*asked, "--set", "adapter.rank=5")[0].values()} == {5}
 
 
-def test_plan_adapts_the_layers_that_are_named_and_scales_them(planned):
+def test_plan_adapts_the_named_layers_with_the_chosen_scale(planned):
     last, _ = planned("--num-layers", "1", "--scale", "3")
     assert {path.split(".")[2] for path in last} == {"1"}
     assert {row["scale"] for row in last.values()} == {3}
@@ -237,7 +237,7 @@ def test_plan_adapts_the_layers_that_are_named_and_scales_them(planned):
     assert {row["scale"] for row in named.values()} == {1.5}
 
 
-def test_plan_counts_the_bytes_of_the_number_format(planned):
+def test_plan_counts_the_bytes_of_the_dtype(planned):
     def base(*options: str) -> int:
         return planned(*options)[1]["base_bytes"]
 
@@ -251,7 +251,7 @@ def test_plan_counts_the_bytes_of_the_number_format(planned):
 # check, envs, demo
 
 
-def test_check_reads_the_columns_that_are_named_and_stops_a_reward_that_hangs(files, capsys):
+def test_check_reads_the_named_columns_and_stops_a_reward_that_hangs(files, capsys):
     (files / "odd.jsonl").write_text('{"ask": "1+1=", "answer": "3", "truth": "2"}\n' * 3)
     (files / "mine.py").write_text(
         "def score(completion, prompt): return float(completion == '2' and prompt == '1+1=')\n"
@@ -275,7 +275,7 @@ def test_envs_shows_an_environment_with_rows_of_a_file(answer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_seed_makes_a_demo_another_one(answer):
+def test_another_seed_makes_another_demo(answer):
     one, other = (answer("demo", "--steps", "4", "--seed", seed) for seed in ("1", "2"))
     assert one["before"] == other["before"] and one["after"] != other["after"]
 
@@ -287,7 +287,7 @@ def learned(folder):
     return read_adapter_file(folder / "adapters" / "latest.safetensors")
 
 
-def test_sft_adapts_the_model_as_asked_and_goes_on_from_such_adapters(answer, files):
+def test_sft_adapts_the_model_as_configured_and_starts_from_such_adapters(answer, files):
     small = ["--data", str(files / "shown.jsonl"), "--iterations", "1", "--validation-share", "0"]
     form = ["--kind", "dora", "--rank", "2", "--scale", "1.5", "--num-layers", "1"]
     form += ["--keys", "self_attn.q_proj", "--quantize", "4", "--quantize-group", "32"]
@@ -308,7 +308,7 @@ def test_sft_adapts_the_model_as_asked_and_goes_on_from_such_adapters(answer, fi
     assert {name.split(".")[-2] for name in learned(files / "three").arrays} == {"up_proj"}
 
 
-def test_reinforcement_learning_goes_on_from_adapters_trained_with_dropout(answer, files):
+def test_reinforcement_learning_starts_from_adapters_trained_with_dropout(answer, files):
     shown = ["--data", str(files / "shown.jsonl"), "--iterations", "1", "--validation-share", "0"]
     answer("sft", *shown, "--dropout", "0.2", "--output", str(files / "warm"))
     assert learned(files / "warm").config.dropout == 0.2
@@ -320,7 +320,7 @@ def test_reinforcement_learning_goes_on_from_adapters_trained_with_dropout(answe
     assert learned(files / "rl").version > learned(files / "warm").version
 
 
-def test_a_refused_resume_leaves_the_options_of_the_run(files, capsys):
+def test_a_refused_resume_does_not_change_the_options_of_the_run(files, capsys):
     small = ["--env", "add", "--steps", "1", "--count", "4", "--groups-per-step", "2"]
     task = [*small, "--reward", f"{files / 'rewards.py'}:checksum", "--rank", "2"]
     assert main(["train", *task, "--output", str(files / "run")]) == 0

@@ -1,4 +1,4 @@
-"""Commands around a run: talking with a model, fusing adapters, listing and comparing runs."""
+"""The commands chat and fuse, and the commands that list and compare runs."""
 
 import io
 import json
@@ -23,7 +23,7 @@ GREEDY = {"max_tokens": 6, "temperature": 0}
 
 @pytest.fixture
 def answer(capsys):
-    """Runs a command with --json; returns its answer, having checked that it succeeded."""
+    """Return a function that runs a command with --json and returns its data."""
 
     def run(*argv: str) -> dict:
         capsys.readouterr()
@@ -37,7 +37,7 @@ def answer(capsys):
 
 @pytest.fixture
 def failure(capsys):
-    """Runs a command that cannot be carried out; returns its one message."""
+    """Return a function that runs a command that must fail, and returns its message."""
 
     def run(*argv: str, code: int) -> str:
         capsys.readouterr()
@@ -50,46 +50,46 @@ def failure(capsys):
 
 
 @pytest.fixture
-def talk(monkeypatch, capsys):
-    """Pipes lines to `textpolicy chat`; returns what it said and the conversation that stands."""
+def chat(monkeypatch, capsys):
+    """Return a function that pipes lines to `textpolicy chat` and returns answers and messages."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[list[str], list[dict]]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         capsys.readouterr()
         argv = ["chat", "--temperature", "0", "--max-tokens", "6", *options, "--json"]
         assert main(argv) == 0
-        *said, data = capsys.readouterr().out.splitlines()
-        return said, json.loads(data)["messages"]
+        *answers, data = capsys.readouterr().out.splitlines()
+        return answers, json.loads(data)["messages"]
 
     return run
 
 
-def test_chat_says_what_the_model_says_to_the_whole_conversation(talk, load_tiny):
-    said, messages = talk("12+30=", "", "sort: 3 1 2")
+def test_chat_prints_the_answers_to_the_whole_conversation(chat, load_tiny):
+    answers, messages = chat("12+30=", "", "sort: 3 1 2")
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     policy = create_policy(*load_tiny(), GREEDY)
-    assert policy(messages[:1]).text == messages[1]["content"] == said[0]
-    assert policy(messages[:3]).text == messages[3]["content"] == said[1]
+    assert policy(messages[:1]).text == messages[1]["content"] == answers[0]
+    assert policy(messages[:3]).text == messages[3]["content"] == answers[1]
 
 
-def test_reset_forgets_and_quit_ends_and_a_system_message_stays(talk):
-    said, messages = talk(
+def test_reset_keeps_only_the_system_message_and_quit_ends_the_chat(chat):
+    answers, messages = chat(
         "1+1=", "/reset", "2+2=", "/quit", "3+3=", options=("--system", "Be brief.")
     )
-    assert len(said) == 2
+    assert len(answers) == 2
     assert [message["content"] for message in messages[:2]] == ["Be brief.", "2+2="]
     assert len(messages) == 3
 
 
-def test_a_line_that_does_not_fit_into_the_context_leaves_the_conversation_as_it_was(talk, capsys):
-    said, messages = talk("1+1=", "9" * 2000, "2+2=")
-    assert len(said) == 2 and len(messages) == 4
+def test_a_line_that_does_not_fit_into_the_context_does_not_change_the_conversation(chat, capsys):
+    answers, messages = chat("1+1=", "9" * 2000, "2+2=")
+    assert len(answers) == 2 and len(messages) == 4
     assert all(len(message["content"]) < 100 for message in messages)
 
 
-def test_a_seed_makes_a_conversation_repeatable(talk):
+def test_a_seed_makes_a_conversation_repeatable(chat):
     def once(seed: str) -> list[str]:
-        return talk("1+1=", "2+2=", options=("--temperature", "2", "--seed", seed))[0]
+        return chat("1+1=", "2+2=", options=("--temperature", "2", "--seed", seed))[0]
 
     assert once("1") == once("1") != once("2")
 
@@ -110,7 +110,7 @@ def test_chat_works_in_a_pipe_and_answers_line_by_line():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Adapters of the embedded model that change what it says, in a file."""
+    """Return a function that writes adapters which change the embedded model's answers."""
 
     def save(bits: int | None, size: float) -> str:
         model, _ = load_model("tiny")
@@ -131,9 +131,9 @@ def trained(tmp_path_factory):
     return save
 
 
-def test_chat_says_what_the_adapters_say(talk, trained):
-    (base,), _ = talk("12+30=")
-    (adapted,), _ = talk("12+30=", options=("--adapter", trained(None, 0.2)))
+def test_chat_answers_with_the_adapters(chat, trained):
+    (base,), _ = chat("12+30=")
+    (adapted,), _ = chat("12+30=", options=("--adapter", trained(None, 0.2)))
     assert adapted != base
 
 
@@ -142,9 +142,7 @@ def said_by(model, tokenizer) -> list[str]:
     return [policy(prompt).text for prompt in ("12+30=", "sort: 3 1 2", "reverse: abc")]
 
 
-def test_a_fused_model_is_loaded_by_mlx_lm_and_says_what_the_adapters_said(
-    trained, answer, tmp_path
-):
+def test_mlx_lm_loads_a_fused_model_and_it_answers_as_with_the_adapters(trained, answer, tmp_path):
     adapter = trained(None, 0.2)
     report = answer(
         "fuse", "--adapter", adapter, "--output", str(tmp_path / "f"), "--dtype", "float32"
@@ -156,14 +154,16 @@ def test_a_fused_model_is_loaded_by_mlx_lm_and_says_what_the_adapters_said(
     assert not [name for name, _ in model.named_modules() if "lora" in name.lower()]
 
 
-def test_fusing_keeps_the_number_format_of_the_checkpoint(trained, answer, tmp_path):
+def test_fusing_keeps_the_dtype_of_the_checkpoint(trained, answer, tmp_path):
     report = answer("fuse", "--adapter", trained(None, 0.2), "--output", str(tmp_path / "f"))
     assert {module["dtype"] for module in report["modules"]} == {"bfloat16"}
     weights = mx.load(str(tmp_path / "f" / "model.safetensors"))
     assert {weight.dtype for weight in weights.values()} == {mx.bfloat16}
 
 
-def test_a_quantized_base_stays_quantized_where_enough_survives(trained, answer, tmp_path):
+def test_a_quantized_base_stays_quantized_if_enough_of_the_update_survives(
+    trained, answer, tmp_path
+):
     adapter = trained(8, 0.1)
     report = answer("fuse", "--adapter", adapter, "--output", str(tmp_path / "f"))
     assert report["quantization"] == {"bits": 8, "group_size": 64, "mode": "affine"}
@@ -173,13 +173,13 @@ def test_a_quantized_base_stays_quantized_where_enough_survives(trained, answer,
     adapted, _ = load_model("tiny", adapter)
     base, _ = load_model("tiny")
     expected, moved = adapted(tokens), adapted(tokens) - base(tokens)
-    # Rounding the sum to 8 bits costs a small part of what the adapters do.
+    # Rounding to 8 bits loses a small part of the update.
     assert mx.linalg.norm((model(tokens) - expected).flatten()) < 0.2 * mx.linalg.norm(
         moved.flatten()
     )
 
 
-def test_dequantized_a_quantized_base_is_all_float(trained, answer, tmp_path):
+def test_dequantize_makes_every_weight_of_a_quantized_base_a_float(trained, answer, tmp_path):
     adapter = trained(4, 0.3)
     argv = ["fuse", "--adapter", adapter, "--output", str(tmp_path / "f"), "--dequantize"]
     assert answer(*argv, "--dtype", "float32")["survival"] == pytest.approx(1)
@@ -189,7 +189,7 @@ def test_dequantized_a_quantized_base_is_all_float(trained, answer, tmp_path):
     assert said_by(model, tokenizer) == said_by(*load_model("tiny", adapter))
 
 
-def test_an_update_that_rounding_would_erase_is_not_fused_unless_that_is_accepted(
+def test_an_update_that_rounding_would_erase_is_fused_only_with_min_survival_zero(
     trained, failure, answer, tmp_path
 ):
     adapter, output = trained(4, 1e-3), str(tmp_path / "f")
@@ -199,20 +199,20 @@ def test_an_update_that_rounding_would_erase_is_not_fused_unless_that_is_accepte
     assert answer("fuse", "--adapter", adapter, "--output", output, "--min-survival", "0")
 
 
-def test_a_folder_that_holds_something_is_not_written_over(trained, failure, tmp_path):
+def test_fusing_into_a_folder_with_files_is_an_error(trained, failure, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     argv = ["fuse", "--adapter", trained(None, 0.1), "--output", str(tmp_path)]
     assert "not empty" in failure(*argv, code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_fusing_nothing_is_refused(failure, tmp_path):
+def test_fusing_without_adapters_is_an_error(failure, tmp_path):
     assert "--adapter PATH" in failure("fuse", "--output", str(tmp_path / "f"), code=2)
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """A folder with three runs: finished, stopped, supervised."""
+    """Make a folder with three runs: a finished run, a stopped run and a supervised run."""
 
     def make(name, config, rows):
         folder = tmp_path / "runs" / name
@@ -234,7 +234,7 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
-def test_runs_are_listed_with_how_far_they_came(runs, answer, capsys):
+def test_runs_are_listed_with_their_state_and_their_steps(runs, answer, capsys):
     found = {one["name"]: one for one in answer("runs", str(runs))["runs"]}
     assert {name: one["state"] for name, one in found.items()} == {
         "finished": "finished",
@@ -248,14 +248,14 @@ def test_runs_are_listed_with_how_far_they_came(runs, answer, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
-def test_a_run_that_cannot_be_read_hides_no_other_and_is_told_of_when_named(runs, answer, failure):
+def test_a_damaged_run_hides_no_other_run_and_is_an_error_if_it_is_named(runs, answer, failure):
     (runs / "stopped" / "config.toml").write_text("[run\n")
     states = {one["name"]: one["state"] for one in answer("runs", str(runs))["runs"]}
     assert states == {"finished": "finished", "stopped": "unreadable", "taught": "finished"}
     assert "is not TOML" in failure("runs", str(runs / "stopped"), code=1)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(runs):
+def test_a_reader_that_closes_the_pipe_early_causes_no_error(runs):
     command = [*COMMAND, "runs", str(runs)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stderr
@@ -265,7 +265,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(runs):
     assert process.wait(60) == 0
 
 
-def test_a_run_goes_on_when_the_reader_of_its_progress_is_gone(tmp_path):
+def test_a_run_continues_after_the_reader_of_its_output_has_closed_the_pipe(tmp_path):
     small = ["--steps", "3", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
     argv = ["train", "--env", "add", *small, "--output", str(tmp_path / "run")]
     process = subprocess.Popen(
@@ -286,7 +286,7 @@ def test_a_run_whose_lock_is_held_is_running(runs, answer):
     assert one["state"] == "running"
 
 
-def test_two_runs_are_compared_by_what_differs_and_nothing_else(runs, answer, capsys):
+def test_comparing_two_runs_shows_only_what_differs(runs, answer, capsys):
     paths = [str(runs / "finished"), str(runs / "stopped")]
     report = answer("runs", *paths)
     assert report["config"] == {"algorithm.name": ["grpo", "dapo"], "trainer.lr": [5e-4, 1e-5]}
@@ -299,6 +299,8 @@ def test_two_runs_are_compared_by_what_differs_and_nothing_else(runs, answer, ca
     assert "do not differ" in capsys.readouterr().out
 
 
-def test_a_folder_without_runs_says_so_and_none_at_all_is_refused(answer, failure, tmp_path):
+def test_a_folder_without_runs_is_an_empty_list_and_a_missing_folder_is_an_error(
+    answer, failure, tmp_path
+):
     assert answer("runs", str(tmp_path)) == {"runs": []}
     assert "/no/such" in failure("runs", "/no/such", code=2)

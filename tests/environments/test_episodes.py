@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.generation.test_architectures import FAMILIES, build
-from tests.generation.test_generation import Counting
+from tests.generation.test_generation import PositionCounter
 from tests.logprobs import token_logprobs
 from tests.training.test_logprobs import batch_for
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -228,7 +228,7 @@ def test_an_episode_does_not_depend_on_how_many_are_played_beside_it(load_tiny):
 def test_no_position_goes_through_the_model_twice(load_tiny):
     model, tokenizer = load_tiny()
     prompt = encode_prompt(tokenizer, "A prompt of some length: 123456789")
-    counting = Counting(model)
+    counting = PositionCounter(model)
     (rows,) = decode(
         counting,
         [prompt],

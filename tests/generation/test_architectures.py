@@ -1,4 +1,4 @@
-"""Other architectures than the embedded one: batching and sharing give what single rows give."""
+"""Batched decoding and shared prompts give the results of single rows, for many architectures."""
 
 import mlx.core as mx
 import pytest
@@ -48,7 +48,7 @@ LATENT = {
 
 
 def build(name: str):
-    """A random model of two layers, its weights large enough for mistakes to show."""
+    """Return a random model of two layers; its weights are large enough to show mistakes."""
     mx.random.seed(3)
     kinds = {
         "llama": (llama, COMMON),
@@ -99,9 +99,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("prompts", [[[1, 2, 3, 4, 5, 6, 7], [9], [10, 11, 12]], [[1, 2], [9]]])
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
-def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(
-    name, batches, shares, prompts
-):
+def test_the_recorded_logprobs_equal_those_of_a_forward_pass(name, batches, shares, prompts):
     model = build(name)
     assert can_decode_together(model) is batches
     rows = decode(
@@ -121,8 +119,8 @@ def test_what_is_recorded_while_decoding_is_what_a_forward_pass_gives(
 
 
 @pytest.mark.parametrize("name", ["llama", "llama with a window", "gemma3_text"])
-def test_long_prompts_are_read_in_pieces(name):
-    """Of 600 prompts three positions go at once: a longest of 2 x 3 + 1 would leave one alone."""
+def test_long_prompts_are_processed_in_chunks(name):
+    """Chunks of 600 prompts have 3 positions, so a length of 2 x 3 + 1 would leave a chunk of 1."""
     model = build(name)
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8]] + [[9, 10, 11]] * 599
     rows = decode(
@@ -140,7 +138,7 @@ def test_long_prompts_are_read_in_pieces(name):
 
 
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
-def test_scores_of_a_ragged_batch_are_those_of_single_rows(name, batches, shares):
+def test_the_logprobs_of_a_ragged_batch_equal_those_of_single_rows(name, batches, shares):
     model = build(name)
     read = ModelLogprobs.of(model)
     assert read.share_prompts is shares

@@ -1,4 +1,4 @@
-"""Sampling: what is recorded is what was drawn, and a batch is exactly its members."""
+"""Sampling records what it drew, and a row gives the same result alone and in a batch."""
 
 import math
 import shutil
@@ -28,14 +28,14 @@ def loaded(load_tiny):
     return load_tiny()
 
 
-def recomputed(model, completion) -> list[float]:
+def recomputed_logprobs(model, completion) -> list[float]:
     tokens = mx.array([completion.prompt_tokens + completion.tokens])
     logp, _ = token_logprobs(model, tokens, mx.array([completion.sampling.temperature]))
     return logp[0, len(completion.prompt_tokens) :].tolist()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_recorded_logprobs_are_those_the_trainer_computes(loaded, temperature):
+def test_recorded_logprobs_equal_those_that_the_trainer_computes(loaded, temperature):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"temperature": temperature, "max_tokens": 20})
     groups = policy.generate(RAGGED, n=4, seed=1)
@@ -43,20 +43,22 @@ def test_recorded_logprobs_are_those_the_trainer_computes(loaded, temperature):
         abs(recorded - other)
         for group in groups
         for completion in group
-        for recorded, other in zip(completion.logprobs, recomputed(model, completion), strict=True)
+        for recorded, other in zip(
+            completion.logprobs, recomputed_logprobs(model, completion), strict=True
+        )
     ]
     assert len(differences) > 40
     assert np.mean(differences) < 1e-4
 
 
-def test_greedy_batches_equal_one_by_one_token_for_token(loaded):
+def test_greedy_decoding_gives_the_same_tokens_in_a_batch_and_alone(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"temperature": 0, "max_tokens": 24})
     together = [group[0].tokens for group in policy.generate(RAGGED)]
     assert together == [policy(prompt).tokens for prompt in RAGGED]
 
 
-def test_a_row_does_not_depend_on_how_many_decode_beside_it(loaded):
+def test_a_row_does_not_depend_on_the_number_of_rows_beside_it(loaded):
     model, tokenizer = loaded
     prompts = [encode_prompt(tokenizer, prompt) for prompt in RAGGED]
     sampling = Sampling(max_tokens=12)
@@ -79,8 +81,8 @@ def test_a_row_does_not_depend_on_how_many_decode_beside_it(loaded):
     assert len({len(tokens) for tokens in at_once}) > 1
 
 
-class Counting(nn.Module):
-    """A model that counts the positions it is run on."""
+class PositionCounter(nn.Module):
+    """A model that counts the positions that it processes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -99,7 +101,7 @@ class Counting(nn.Module):
 def test_the_prompt_of_a_group_is_prefilled_once(loaded):
     model, tokenizer = loaded
     prompt = encode_prompt(tokenizer, "A prompt of some length: 123456789")
-    counting = Counting(model)
+    counting = PositionCounter(model)
     decode(
         counting,
         [prompt],
@@ -113,7 +115,7 @@ def test_the_prompt_of_a_group_is_prefilled_once(loaded):
 
 
 @pytest.mark.parametrize("ends", ["together", "apart"])
-def test_memory_does_not_grow_with_the_groups_that_wait(loaded, ends):
+def test_memory_does_not_grow_with_the_number_of_waiting_groups(loaded, ends):
     def stop(tokens):
         early = ends == "apart" and len(tokens) > 8 and sum(tokens) % 9 == 0
         return StopReason.STOP_TOKEN if early else None
@@ -123,11 +125,11 @@ def test_memory_does_not_grow_with_the_groups_that_wait(loaded, ends):
         limits = {"sampling": Sampling(max_tokens=40), "max_rows": 8}
         return peak_of(lambda: decode(loaded[0], prompts, n=4, stop=stop, seed=0, **limits))
 
-    # What is still being computed when something is freed differs a little from run to run.
+    # The peak differs a little from run to run, because the device computes while arrays are freed.
     assert min(peak(16), peak(16)) < 1.15 * max(peak(2), peak(2), peak(2))
 
 
-def test_the_stop_token_is_kept_and_scored(loaded):
+def test_the_stop_token_is_kept_with_its_logprob(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"max_tokens": 16})
     completions = policy.generate(["347+285="] * 4, n=4, seed=0)
@@ -136,11 +138,13 @@ def test_the_stop_token_is_kept_and_scored(loaded):
     for completion in stopped:
         assert completion.tokens[-1] in tokenizer.eos_token_ids
         assert len(completion.tokens) == len(completion.logprobs)
-        assert completion.logprobs[-1] == pytest.approx(recomputed(model, completion)[-1], abs=1e-3)
+        assert completion.logprobs[-1] == pytest.approx(
+            recomputed_logprobs(model, completion)[-1], abs=1e-3
+        )
         assert "<|im_end|>" not in completion.text
 
 
-def test_max_tokens_cuts_off_and_says_so(loaded):
+def test_max_tokens_cuts_a_completion_off_with_stop_reason_length(loaded):
     model, tokenizer = loaded
     free = create_policy(model, tokenizer, {"max_tokens": 8, "temperature": 0})("347+285=")
     assert len(free.tokens) > 2
@@ -149,7 +153,7 @@ def test_max_tokens_cuts_off_and_says_so(loaded):
     assert cut.stop_reason is StopReason.LENGTH
 
 
-def test_one_stop_string_is_not_its_letters(loaded):
+def test_a_stop_string_is_one_string_and_not_a_list_of_letters(loaded):
     policy = create_policy(*loaded, {"max_tokens": 8, "temperature": 0, "stop": "0123456789"})
     assert policy.sampling.stop == ("0123456789",)
     assert policy("347+285=").stop_reason is StopReason.STOP_TOKEN
@@ -180,19 +184,19 @@ def test_a_seed_repeats_the_sequence_of_generations(loaded):
     assert len({tuple(tokens) for tokens in first}) > 1
 
 
-def test_draws_follow_the_distribution_they_report():
+def test_tokens_follow_the_distribution_of_the_recorded_logprobs():
     logits = mx.log(mx.array([0.5, 0.3, 0.15, 0.05]))
     keys = mx.array(random_keys(3, [(0, member) for member in range(4000)]))
     tokens, logprobs = draw_tokens(mx.broadcast_to(logits, (4000, 4)), keys, Sampling())
     share = Counter(tokens.tolist())
-    # Four standard errors of a share of one half over 4000 draws are 0.032.
+    # 0.032 is four standard errors of a share of one half over 4000 draws.
     for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
         assert share[token] / 4000 == pytest.approx(probability, abs=0.032)
     assert mx.allclose(logprobs, logits[tokens], atol=1e-6)
 
 
-def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
-    # Not a whole number of blocks, and one token in three can never be drawn.
+def test_rare_tokens_of_a_large_vocabulary_have_their_exact_chance():
+    # 1000 is not a whole number of blocks. One token in three has a chance of 0.
     weights = np.arange(1, 1001, dtype=np.float64) ** 3 * (np.arange(1000) % 3 > 0)
     expected = weights / weights.sum()
     logits = mx.broadcast_to(mx.log(mx.array(weights.astype(np.float32))), (20_000, 1000))
@@ -201,14 +205,14 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
     drawn = np.array(tokens)
     assert not (drawn % 3 == 0).any()
     assert np.allclose(np.exp(np.array(logprobs)), expected[drawn], rtol=1e-5)
-    # Shares of a hundred neighbours each, whose chances go from 1e-4 to 0.34.
+    # The ten hundreds of tokens have chances from 1e-4 to 0.34.
     shares = np.bincount(drawn // 100, minlength=10) / 20_000
     chances = expected.reshape(10, 100).sum(axis=1)
     assert (np.abs(shares - chances) < 4 * np.sqrt(chances / 20_000)).all()
 
 
 @pytest.mark.parametrize("max_rows", [4, 64])
-def test_a_step_in_advance_changes_nothing(loaded, max_rows):
+def test_launching_the_next_step_ahead_changes_no_result(loaded, max_rows):
     model, tokenizer = loaded
     prompts = [encode_prompt(tokenizer, prompt) for prompt in RAGGED]
 
@@ -232,7 +236,7 @@ def test_a_step_in_advance_changes_nothing(loaded, max_rows):
         assert np.allclose(row.logprobs, other.logprobs, atol=1e-4)
 
 
-def test_a_mask_is_laid_only_where_a_row_is_padded(loaded):
+def test_the_cache_builds_a_mask_only_if_a_row_is_padded(loaded):
     model, _ = loaded
 
     def mask_after(*prompts: list[int]):
@@ -257,7 +261,7 @@ def test_a_mask_is_laid_only_where_a_row_is_padded(loaded):
         ({"min_p": 0.5}, [0.625, 0.375]),
     ],
 )
-def test_a_changed_distribution_is_the_one_recorded(options, recorded):
+def test_logprobs_include_temperature_and_truncation(options, recorded):
     logits = mx.broadcast_to(mx.log(mx.array([0.5, 0.3, 0.15, 0.05])), (400, 4))
     keys = mx.array(random_keys(0, [(0, member) for member in range(400)]))
     tokens, logprobs = draw_tokens(logits, keys, Sampling(**options))
@@ -280,19 +284,19 @@ def test_a_repetition_penalty_makes_repeats_rarer(loaded):
     assert repeats[3.0] < repeats[1.0]
 
 
-def test_no_prompts_give_no_completions_and_no_completions_are_refused(loaded):
+def test_no_prompts_give_no_completions_and_n_of_zero_is_an_error(loaded):
     policy = create_policy(*loaded)
     assert policy.generate([]) == []
     with pytest.raises(ConfigError, match="n is 0"):
         policy.generate(["1+1="], n=0)
 
 
-def test_an_unknown_option_names_the_nearest(loaded):
+def test_the_error_for_an_unknown_option_names_the_nearest_option(loaded):
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         create_policy(*loaded, {"temprature": 1.0})
 
 
-def test_prompts_the_model_cannot_take_are_refused(loaded):
+def test_a_prompt_longer_than_the_context_is_an_error(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"max_tokens": 8})
     with pytest.raises(PromptError, match="exceed the model's context"):
@@ -302,15 +306,15 @@ def test_prompts_the_model_cannot_take_are_refused(loaded):
 
 
 @pytest.mark.parametrize("option", [{"temperature": "hot"}, {"max_tokens": 2.5}, {"seed": "x"}])
-def test_an_option_of_the_wrong_type_is_named(loaded, option):
-    # The shape checks of these tests may refuse it before the option is looked at.
+def test_the_error_for_a_value_of_the_wrong_type_names_the_option(loaded, option):
+    # The shape checks of these tests may raise before the library checks the value.
     (name,) = option
     with pytest.raises((ConfigError, TypeCheckError), match=name):
         create_policy(*loaded, option)
 
 
 @pytest.mark.parametrize("prompt", ["", [], [{"content": "no role"}], [{"role": "user"}]])
-def test_an_empty_or_malformed_prompt_is_refused(loaded, prompt):
+def test_an_empty_or_malformed_prompt_is_an_error(loaded, prompt):
     with pytest.raises(PromptError, match=r"empty|chat template"):
         create_policy(*loaded, {"max_tokens": 4})(prompt)
 
@@ -325,7 +329,7 @@ def test_an_empty_or_malformed_prompt_is_refused(loaded, prompt):
         ({"tokenizer.json": None}, "has no tokenizer"),
     ],
 )
-def test_a_broken_model_folder_is_one_clear_error(tiny, tmp_path, change, message):
+def test_a_broken_model_folder_is_a_model_error(tiny, tmp_path, change, message):
     shutil.copytree(tiny, tmp_path / "model")
     for name, content in change.items():
         (tmp_path / "model" / name).unlink()
@@ -335,7 +339,7 @@ def test_a_broken_model_folder_is_one_clear_error(tiny, tmp_path, change, messag
         load_model(tmp_path / "model")
 
 
-def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
+def test_the_error_for_a_missing_model_says_what_is_expected(tmp_path):
     with pytest.raises(ModelError, match="expected 'tiny', a folder"):
         load_model(tmp_path / "nothing" / "here")
     (tmp_path / "empty").mkdir()
@@ -361,10 +365,12 @@ def test_a_checkpoint_that_asks_to_run_code_is_refused(tmp_path):
         ([5] * 1024, 1, "1024 prompt tokens"),
     ],
 )
-def test_tokens_that_would_read_past_the_model_are_refused(loaded, tokens, max_tokens, message):
+def test_token_ids_outside_the_vocabulary_or_the_context_are_an_error(
+    loaded, tokens, max_tokens, message
+):
     with pytest.raises(PromptError, match=message):
         check_prompt(loaded[0], tokens, max_tokens)
 
 
-def test_the_longest_prompt_that_leaves_room_is_taken(loaded):
+def test_the_longest_prompt_that_leaves_room_for_an_answer_is_accepted(loaded):
     check_prompt(loaded[0], [5] * 1000, 24)
