@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from textpolicy.errors import RewardError
@@ -75,7 +76,8 @@ class Scorer:
         self._pool = None if timeout is None else WorkerPool(rewards, timeout)
         self._on_incident = on_incident
         self._last_calls_failed: deque[bool] = deque(maxlen=_ERROR_WINDOW)
-        self._incidents: dict[tuple[int, bool], Incident] = {}
+        # By the index of the function, and whether the calls were slow; the other calls failed.
+        self._to_report: dict[tuple[int, bool], list[tuple[Sample, RewardResult]]] = {}
 
     @property
     def can_overlap_decoding(self) -> bool:
@@ -109,7 +111,7 @@ class Scorer:
         for columns in dict.fromkeys(frozenset(row) for row in rows):
             for member in self._members:
                 member.check_columns(sorted(columns))
-        self._incidents.clear()
+        self._to_report.clear()
         if self._pool:
             self._pool.interrupted.clear()
             self._pool.start(len(rows))
@@ -133,10 +135,19 @@ class Scorer:
 
     def report_incidents(self) -> None:
         """Pass the incidents since `prepare` to `on_incident`."""
-        for key in sorted(self._incidents):
+        for (index, slow), calls in sorted(self._to_report.items(), key=itemgetter(0)):
+            slowest = max(calls, key=lambda call: call[1].seconds)
+            sample, result = slowest if slow else calls[0]
             if self._on_incident:
-                self._on_incident(self._incidents[key])
-        self._incidents.clear()
+                incident = Incident(
+                    reward=self._names[index],
+                    sample=describe_sample(sample),
+                    seconds=result.seconds,
+                    error=result.error,
+                    more=len(calls) - 1,
+                )
+                self._on_incident(incident)
+        self._to_report.clear()
 
     def interrupt(self) -> None:
         """Make `score_prepared` in another thread raise `RewardError`, and kill its calls."""
@@ -155,9 +166,11 @@ class Scorer:
             self._pool.run(index, samples, on_result)
         else:
             call_reward(self._members[index], samples, on_result)
-        ordered = [results[position] for position in range(len(samples))]
-        self._note_incidents(index, samples, ordered)
-        return ordered
+        for position, result in sorted(results.items()):
+            if result.error or result.seconds > self.rewards.slow:
+                key = (index, result.error is None)
+                self._to_report.setdefault(key, []).append((samples[position], result))
+        return [results[position] for position in range(len(samples))]
 
     def _check_error_rate(self, result: RewardResult) -> None:
         if result.counts:
@@ -171,26 +184,6 @@ class Scorer:
             raise RewardError(
                 f"{failed} of the last {len(self._last_calls_failed)} calls of rewards failed, "
                 f"more than {rate:.0%} of {_ERROR_WINDOW}; the last: {result.error}"
-            )
-
-    def _note_incidents(
-        self, index: int, samples: Sequence[Sample], results: Sequence[RewardResult]
-    ) -> None:
-        for result, sample in zip(results, samples, strict=True):
-            if result.error is None and result.seconds <= self.rewards.slow:
-                continue
-            key = (index, result.error is None)
-            before = self._incidents.get(key)
-            # The first failure and the slowest call are kept.
-            if before and (result.error or before.seconds >= result.seconds):
-                self._incidents[key] = replace(before, more=before.more + 1)
-                continue
-            self._incidents[key] = Incident(
-                reward=self._names[index],
-                sample=describe_sample(sample),
-                seconds=result.seconds,
-                error=result.error,
-                more=before.more + 1 if before else 0,
             )
 
     def _verdict(self, results: Sequence[RewardResult]) -> Verdict:

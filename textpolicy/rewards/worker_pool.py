@@ -22,7 +22,7 @@ from textpolicy.rewards.call_reward import (
     describe_sample,
     timeout_message,
 )
-from textpolicy.rewards.reward_function import Reward, Sample
+from textpolicy.rewards.reward_function import Sample
 from textpolicy.rewards.weighted_rewards import Rewards
 from textpolicy.rewards.worker_process import (
     STARTUP_SECONDS,
@@ -111,7 +111,7 @@ class WorkerPool:
             except EOFError:
                 self._handle_end(worker, worker.kill_and_describe(), on_result)
             else:
-                if worker.is_late:
+                if time.monotonic() >= worker.deadline:
                     self._handle_end(worker, None, on_result)
 
     def _handle_end(self, worker: WorkerProcess, ending: str | None, on_result: OnResult) -> None:
@@ -135,7 +135,11 @@ class WorkerPool:
         for number, place in enumerate(sorted(worker.unanswered)):
             sample = call.samples[place]
             what = describe_batch(call.samples) if reward.batched else describe_sample(sample)
-            error = _call_error(reward, what, ending, self._timeout)
+            error = timeout_message(reward, self._timeout, what)
+            if ending is not None:
+                how, *printed = ending.splitlines()
+                ended = f"reward {reward.name} ended its process, which {how}"
+                error = "\n".join([ended, f"  {what}", *printed])
             counts = number == 0 or not reward.batched
             result = RewardResult(error=error, seconds=seconds, counts=counts)
             on_result(call.first + place, result)
@@ -154,11 +158,3 @@ def _handle_message(worker: WorkerProcess, message: Mapping[str, Any], on_result
         on_result(worker.call.first + place, RewardResult(**message["result"]))
     else:
         worker.finish_call()
-
-
-def _call_error(reward: Reward, sample: str, ending: str | None, timeout: float) -> str:
-    if ending is None:
-        return timeout_message(reward, timeout, sample)
-    how, *printed = ending.splitlines()
-    lines = [f"reward {reward.name} ended its process, which {how}", f"  {sample}", *printed]
-    return "\n".join(lines)

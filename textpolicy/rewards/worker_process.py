@@ -71,8 +71,13 @@ class WorkerProcess:
         lifeline, held_lifeline = os.pipe()
         self.output, worker_output = os.pipe()
         os.set_blocking(self.output, False)
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}\n"
+            "from textpolicy.rewards.worker_process import run_worker\n"
+            f"run_worker({worker_socket.fileno()}, {lifeline})"
+        )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _worker_program(worker_socket.fileno(), lifeline)],
+            [sys.executable, "-c", program],
             pass_fds=[worker_socket.fileno(), lifeline],
             stdin=subprocess.DEVNULL,
             stdout=worker_output,
@@ -84,7 +89,8 @@ class WorkerProcess:
         os.close(lifeline)
         self.connection = Connection(own_socket.detach())
         descriptors = [self.output, held_lifeline]
-        self._kill = weakref.finalize(
+        # Called at the latest when this object is collected; further calls have no effect.
+        self.kill = weakref.finalize(
             self, _kill_process_group, self.process, self.connection, descriptors
         )
         self.output_is_open = True
@@ -96,10 +102,6 @@ class WorkerProcess:
         self.deadline = self.started + STARTUP_SECONDS
         self._send("the names of files", (_files_to_run(rewards), memory))
         self._send("the reward functions", list(rewards))
-
-    @property
-    def is_late(self) -> bool:
-        return time.monotonic() >= self.deadline
 
     def start_call(self, call: WorkerCall) -> None:
         """Send a call to the process; the call's deadline counts from now."""
@@ -128,10 +130,6 @@ class WorkerProcess:
                 data = os.read(self.output, 1 << 16)
                 self.output_is_open = bool(data)
                 self._last_output = (self._last_output + data)[-_KEPT_OUTPUT_BYTES:]
-
-    def kill(self) -> None:
-        """End the process and all that it has started."""
-        self._kill()
 
     def kill_and_describe(self) -> str:
         """End the process and return how it ended, with the last lines that it printed."""
@@ -171,14 +169,6 @@ def check_can_isolate(rewards: Sequence[Reward]) -> None:
             )
 
 
-def _worker_program(descriptor: int, lifeline: int) -> str:
-    return (
-        f"import sys; sys.path[:] = {sys.path!r}\n"
-        "from textpolicy.rewards.worker_process import run_worker\n"
-        f"run_worker({descriptor}, {lifeline})"
-    )
-
-
 def _files_to_run(rewards: Sequence[Reward]) -> dict[str, str]:
     """Return the files that no import could find, by the names of their modules."""
     functions: list[Any] = [reward.function for reward in rewards]
@@ -192,6 +182,7 @@ def _files_to_run(rewards: Sequence[Reward]) -> dict[str, str]:
 def _kill_process_group(
     process: subprocess.Popen[bytes], connection: Connection, descriptors: Sequence[int]
 ) -> None:
+    """End the process and all that it has started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,9 +1,6 @@
-"""Checks to build rewards from. None of them runs code of the model or takes long, for any text.
+"""Checks to build rewards from: `float(math_equal(completion, answer))`.
 
-from textpolicy.rewards.verifiers import math_equal
-
-def reward(completion, answer):
-    return float(math_equal(completion, answer))
+Only `code_share` and `run_code` run what a model wrote. No check takes long, whatever the text.
 """
 
 from textpolicy.rewards.verifiers.answer_in_text import final_answer, last_boxed, last_number

@@ -37,7 +37,9 @@ def read_json(text: str) -> Any:
 
     NaN, infinity, a repeated key in an object, and more than 64 levels of nesting are refused.
     """
-    text = _remove_fence(text.strip())
+    text = text.strip()
+    if (fence := re.match(r"```[a-z]*\n", text)) and text.endswith("```"):
+        text = text[fence.end() : -3].strip()
     if len(text) > _MAX_LENGTH:
         raise ValueError(f"the text is longer than {_MAX_LENGTH} characters")
     if _nesting_depth(text) > _MAX_DEPTH:
@@ -173,11 +175,6 @@ _LIMITS: dict[str, tuple[tuple[type, ...] | None, Callable[[Any, Any], bool]]] =
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _remove_fence(text: str) -> str:
-    fence = re.match(r"```[a-z]*\n", text)
-    return text[fence.end() : -3].strip() if fence and text.endswith("```") else text
 
 
 def _nesting_depth(text: str) -> int:

@@ -14,8 +14,6 @@ from textpolicy.rewards.verifiers.answer_in_text import final_answer, last_numbe
 from textpolicy.rewards.verifiers.math_grammar import (
     AnswerTree,
     ListNode,
-    NameNode,
-    NumberNode,
     OperationNode,
     UnreadableAnswerError,
     parse_answer,
@@ -123,10 +121,10 @@ def _exact_value(tree: AnswerTree) -> Fraction | None:
     """Return the value as a fraction, or None if it is irrational or depends on variables."""
     if isinstance(tree, ListNode):
         raise UnreadableAnswerError("expected a number, found a list")
-    if isinstance(tree, NameNode):
+    if isinstance(tree, str):
         return None
-    if isinstance(tree, NumberNode):
-        return _bounded(tree.value)
+    if isinstance(tree, Fraction):
+        return _bounded(tree)
     operands = [_exact_value(operand) for operand in tree.operands]
     known = [operand for operand in operands if operand is not None]
     if len(known) < len(operands) or tree.operator not in _EXACT_OPERATORS:
@@ -192,8 +190,8 @@ def _agree_numerically(left: AnswerTree, right: AnswerTree) -> bool:
 
 
 def _variables(tree: AnswerTree) -> set[str]:
-    if isinstance(tree, NameNode):
-        return {tree.name} - set(_CONSTANTS)
+    if isinstance(tree, str):
+        return {tree} - set(_CONSTANTS)
     operands = tree.operands if isinstance(tree, OperationNode) else ()
     return {name for operand in operands for name in _variables(operand)}
 
@@ -209,10 +207,10 @@ def _decimal_value(tree: AnswerTree, values: Mapping[str, Decimal]) -> Decimal |
 
 def _compute_decimal(tree: AnswerTree, values: Mapping[str, Decimal]) -> Decimal:
     """Return the value in the current decimal context, which bounds precision and exponents."""
-    if isinstance(tree, NumberNode):
-        return Decimal(tree.value.numerator) / Decimal(tree.value.denominator)
-    if isinstance(tree, NameNode):
-        return _CONSTANTS.get(tree.name) or values[tree.name]
+    if isinstance(tree, Fraction):
+        return Decimal(tree.numerator) / Decimal(tree.denominator)
+    if isinstance(tree, str):
+        return _CONSTANTS.get(tree) or values[tree]
     if isinstance(tree, ListNode):
         raise UnreadableAnswerError("expected a number, found a list")
     operands = [_compute_decimal(operand, values) for operand in tree.operands]

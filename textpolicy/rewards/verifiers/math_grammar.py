@@ -62,21 +62,11 @@ class UnreadableAnswerError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class NumberNode:
-    value: Fraction
-
-
-@dataclass(frozen=True, slots=True)
-class NameNode:
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
 class OperationNode:
     """An operator or function with its operands."""
 
     operator: str
-    operands: "tuple[NumberNode | NameNode | OperationNode | ListNode, ...]"
+    operands: "tuple[Fraction | str | OperationNode | ListNode, ...]"
     height: int
 
 
@@ -85,11 +75,12 @@ class ListNode:
     """Items in brackets: "{}" (or no brackets) is a set; the order counts in other brackets."""
 
     brackets: str
-    items: "tuple[NumberNode | NameNode | OperationNode | ListNode, ...]"
+    items: "tuple[Fraction | str | OperationNode | ListNode, ...]"
     height: int
 
 
-AnswerTree = NumberNode | NameNode | OperationNode | ListNode
+AnswerTree = Fraction | str | OperationNode | ListNode
+"""A number, the name of a variable or constant, or a node above other trees."""
 
 
 def parse_answer(text: str) -> AnswerTree:
@@ -113,16 +104,14 @@ def _operation(operator: str, *operands: AnswerTree) -> OperationNode:
 
 def _height_over(trees: Sequence[AnswerTree]) -> int:
     """Return the height of a node above these trees; recursion over a tree needs a bound on it."""
-    height = 1 + max(
-        0 if isinstance(tree, NumberNode | NameNode) else tree.height for tree in trees
-    )
+    height = 1 + max(0 if isinstance(tree, Fraction | str) else tree.height for tree in trees)
     if height > _MAX_HEIGHT:
         raise UnreadableAnswerError(f"more than {_MAX_HEIGHT} operations on top of each other")
     return height
 
 
-def _tokens(text: str) -> list[str | NumberNode]:
-    tokens: list[str | NumberNode] = []
+def _tokens(text: str) -> list[str | Fraction]:
+    tokens: list[str | Fraction] = []
     place, end = 0, len(text.rstrip())
     while place < end:
         match = _TOKEN.match(text, place)
@@ -130,16 +119,13 @@ def _tokens(text: str) -> list[str | NumberNode]:
             raise UnreadableAnswerError(f"cannot read {text[place : place + 10]!r}")
         place = match.end()
         if match["number"]:
-            tokens.append(_number(match["number"], match["exponent"] or ""))
+            exponent = match["exponent"] or ""
+            if len(exponent.lstrip("eE+-")) > _MAX_EXPONENT_DIGITS:
+                raise UnreadableAnswerError("the exponent is too large")
+            tokens.append(Fraction(match["number"]) * Fraction(10) ** int(exponent[1:] or "0"))
         else:
             tokens.extend(_names(match["name"]) if match["name"] else [match["sign"]])
     return tokens
-
-
-def _number(digits: str, exponent: str) -> NumberNode:
-    if len(exponent.lstrip("eE+-")) > _MAX_EXPONENT_DIGITS:
-        raise UnreadableAnswerError("the exponent is too large")
-    return NumberNode(Fraction(digits) * Fraction(10) ** int(exponent[1:] or "0"))
 
 
 def _names(word: str) -> list[str]:
@@ -154,7 +140,7 @@ def _names(word: str) -> list[str]:
 class _Parser:
     """A recursive descent parser that looks one token ahead."""
 
-    def __init__(self, tokens: Sequence[str | NumberNode]) -> None:
+    def __init__(self, tokens: Sequence[str | Fraction]) -> None:
         self._tokens = tokens
         self._place = 0
         self._depth = 0
@@ -166,10 +152,10 @@ class _Parser:
         return tree
 
     @property
-    def _next(self) -> str | NumberNode | None:
+    def _next(self) -> str | Fraction | None:
         return self._tokens[self._place] if self._place < len(self._tokens) else None
 
-    def _take(self, expected: str = "") -> str | NumberNode:
+    def _take(self, expected: str = "") -> str | Fraction:
         token = self._next
         if token is None or (expected and token not in list(expected)):
             raise UnreadableAnswerError(f"expected {expected or 'more'}, found {token!r}")
@@ -198,7 +184,7 @@ class _Parser:
 
     def _item(self) -> AnswerTree:
         tree = self._sum()
-        if self._next == "=" and isinstance(tree, NameNode):
+        if self._next == "=" and isinstance(tree, str):
             self._take()
             tree = self._sum()
         return tree
@@ -215,7 +201,7 @@ class _Parser:
         while self._next in ("+", "-"):
             negative ^= self._take() == "-"
         tree = rest()
-        return _operation("-", NumberNode(Fraction(0)), tree) if negative else tree
+        return _operation("-", Fraction(0), tree) if negative else tree
 
     def _product(self) -> AnswerTree:
         tree = self._power()
@@ -223,7 +209,7 @@ class _Parser:
             if token in ("*", "/"):
                 operator = str(self._take())
                 tree = _operation(operator, tree, self._signed(self._power))
-            elif isinstance(token, NumberNode) or token == "frac":
+            elif isinstance(token, Fraction) or token == "frac":
                 tree = self._mixed(tree)
             elif token in ("(", "[", "{") or str(token)[0].isalpha() or str(token)[0] == "\\":
                 tree = _operation("*", tree, self._power())
@@ -233,7 +219,7 @@ class _Parser:
 
     def _mixed(self, whole: AnswerTree) -> AnswerTree:
         """Parse `3 1/2` and `3\\frac{1}{2}` as a sum, but `x \\frac{1}{2}` as a product."""
-        simple = isinstance(whole, NumberNode) and whole.value.denominator == 1
+        simple = isinstance(whole, Fraction) and whole.denominator == 1
         if self._next == "frac":
             return _operation("+" if simple else "*", whole, self._power())
         top = self._take()
@@ -241,7 +227,7 @@ class _Parser:
             raise UnreadableAnswerError("two numbers stand side by side")
         self._take("/")
         bottom = self._take()
-        if not isinstance(top, NumberNode) or not isinstance(bottom, NumberNode):
+        if not isinstance(top, Fraction) or not isinstance(bottom, Fraction):
             raise UnreadableAnswerError("a fraction is incomplete")
         return _operation("+", whole, _operation("/", top, bottom))
 
@@ -255,14 +241,14 @@ class _Parser:
             self._depth -= 1
         while self._next == "%":
             self._take()
-            tree = _operation("/", tree, NumberNode(Fraction(100)))
+            tree = _operation("/", tree, Fraction(100))
         return tree
 
     def _atom(self) -> AnswerTree:
         if self._depth > _MAX_DEPTH:
             raise UnreadableAnswerError(f"nested more than {_MAX_DEPTH} deep")
         token = self._take()
-        if isinstance(token, NumberNode):
+        if isinstance(token, Fraction):
             return token
         if token in _CLOSING:
             return self._items(token, _CLOSING[token])
@@ -273,5 +259,5 @@ class _Parser:
             self._depth -= 1
             return _operation("/" if token == "frac" else token, *operands)
         if token[0].isalpha() or token[0] == "\\":
-            return NameNode(token)
+            return token
         raise UnreadableAnswerError(f"expected a value, found {token!r}")
