@@ -1,16 +1,18 @@
 """One file is one checkpoint: whole or refused, the newest whole one found, the others removed."""
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import pytest
 
 from textpolicy.errors import AdapterError, ConfigError, TrainingError
 from textpolicy.training.checkpoint import (
     Checkpoint,
     Checkpoints,
-    check_tensors_fit,
     random_state,
     read_checkpoint,
     restore_random_state,
+    restore_training_tensors,
     write_checkpoint,
 )
 
@@ -86,7 +88,7 @@ def test_where_none_is_whole_it_is_an_error_and_where_none_is_there_it_is_none(t
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.newest() is None
     checkpoints.save(checkpoint(1)).write_bytes(b"nothing")
-    with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(TrainingError, match=r"every checkpoint in .* is damaged"):
         checkpoints.newest()
 
 
@@ -118,13 +120,25 @@ def test_facts_may_be_larger_than_the_largest_header_that_mlx_reads(tmp_path):
 
 def test_facts_that_json_cannot_hold_are_an_error_that_says_where_they_come_from(tmp_path):
     facts = {"tasks": {"seen": {1, 2}}}
-    with pytest.raises(TrainingError, match=r"after step 7: .*set .*\. What a curriculum says"):
+    with pytest.raises(
+        TrainingError, match=r"after step 7: .*set .*\. The state\(\) of a curriculum"
+    ):
         Checkpoints(tmp_path).save(Checkpoint(step=7, arrays={"a": mx.zeros(1)}, facts=facts))
 
 
+class Weight(nn.Module):
+    """A model of one weight in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = mx.zeros(1, mx.bfloat16)
+
+
 def test_tensors_of_another_type_do_not_fit():
-    with pytest.raises(TrainingError, match=r"a: mlx\.core\.float32, here mlx\.core\.bfloat16"):
-        check_tensors_fit({"a": mx.zeros(1)}, {"a": mx.zeros(1, mx.bfloat16)})
+    with pytest.raises(
+        TrainingError, match=r"weights\.a: mlx\.core\.float32, here mlx\.core\.bfloat16"
+    ):
+        restore_training_tensors({"weights.a": mx.zeros(1)}, Weight(), optim.SGD(0.1))
 
 
 @pytest.mark.parametrize("option", ["keep", "every"])

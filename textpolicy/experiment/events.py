@@ -81,6 +81,10 @@ class Reporter:
         if self._listener and asks_to_stop(self._listener(event)):
             self.stop_requested = True
 
+    def note(self, text: str) -> None:
+        """Report a line for people."""
+        self("note", text)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:

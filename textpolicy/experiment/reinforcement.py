@@ -22,7 +22,7 @@ from textpolicy.experiment.events import Measurement, Reporter, RunResult
 from textpolicy.experiment.observer import StepObserver
 from textpolicy.experiment.tasks import find_task
 from textpolicy.loop import train_rl
-from textpolicy.rewards import Rewards
+from textpolicy.rewards import Rewards, Scorer
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.jsonl import read_metrics
@@ -45,49 +45,34 @@ def train_policy(
     `task` and `algorithm` replace those that the config names, and `prepare` may change the parts
     of the run before it starts.
     """
-
-    def note(text: str) -> None:
-        report("note", text)
-
     algorithm = algorithm or find_algorithm(config.algorithm)
-    environment, reward = task or find_task(config.task)
-    with ExitStack() as opened:
-        experiment = assemble(config, environment, reward, algorithm, directory)
-        first_version = experiment.trainer.version
-        if prepare:
-            prepare(experiment)
-        checkpoints = checkpoints_of(config, directory)
-        resume = _newest_checkpoint(checkpoints, note)
-        if resume and force:
+    environment, rewards = task or find_task(config.task)
+    experiment = assemble(config, environment, rewards, algorithm, directory)
+    first_version = experiment.trainer.version
+    if prepare:
+        prepare(experiment)
+    checkpoints = checkpoints_of(config, directory)
+    resume = _newest_checkpoint(checkpoints, report.note)
+    if resume:
+        if force:
             resume.facts["tasks"].pop("seen", None)
-        if resume:
-            _restore_adapters(experiment, resume)
-        # A checkpoint that does not fit must leave the config as it was.
-        directory.write_config(to_toml(config))
-        scorer = open_scorer(experiment.reward, opened, note)
-        tracker = open_run_tracker(
-            config,
-            directory,
-            note,
-            resume_step=resume.step if resume else 0,
-            sample_groups=config.run.sample_groups,
-        )
-        best = BestAdapter(experiment.adapters, directory.best)
-        observer = StepObserver(
-            directory,
-            opened.enter_context(tracker),
-            report,
-            best,
-            build_evaluator(experiment, scorer, config, opened, note),
-            every=config.evaluation.every,
-            stop_on_alarm=config.run.stop_on_collapse,
+        # The adapters are measured before the loop restores everything.
+        experiment.trainer.restore(resume.arrays, resume.facts["trainer"])
+        experiment.policy.reload(experiment.trainer.published)
+    # A checkpoint that does not fit must leave the config as it was.
+    directory.write_config(to_toml(config))
+    best = BestAdapter(experiment.adapters, directory.best)
+    report.step = resume.step if resume else 0
+    with ExitStack() as opened:
+        scorer = open_scorer(experiment.reward, opened, report.note)
+        observer = _open_observer(
+            experiment, config, opened, report, directory=directory, scorer=scorer, best=best
         )
         started = time.perf_counter()
-        report.step = resume.step if resume else 0
         report("start", f"resuming after step {resume.step}" if resume else "training starts")
-        before = _measure_before(observer, directory, resume, note)
+        before = _measure_before(observer, directory, resume, report.note)
         train_rl(
-            tasks=experiment.environment.stream(config.run.seed),
+            tasks=environment.stream(config.run.seed),
             reward=scorer,
             policy=experiment.policy,
             trainer=experiment.trainer,
@@ -102,14 +87,8 @@ def train_policy(
             resume=resume,
         )
         updates = experiment.trainer.version - first_version
-        if observer.stopped_by_alarm:
-            _restore_best(best, experiment)
-        elif updates == 0:
-            # Each update publishes; without one, `textpolicy eval` still needs the file.
-            experiment.adapters.publish()
-        finished = observer.steps >= config.run.steps
-        measured = observer.stopped_by_alarm or finished
-        after = observer.finish(experiment.policy.version) if measured else None
+        after = _measure_after(observer, experiment, best, config, directory)
+    finished = observer.steps >= config.run.steps
     return RunResult(
         directory=directory,
         ended="alarm" if observer.stopped_by_alarm else "finished" if finished else "stopped",
@@ -124,6 +103,34 @@ def train_policy(
     )
 
 
+def _open_observer(
+    experiment: Experiment,
+    config: TrainConfig,
+    opened: ExitStack,
+    report: Reporter,
+    *,
+    directory: RunDirectory,
+    scorer: Scorer,
+    best: BestAdapter,
+) -> StepObserver:
+    tracker = open_run_tracker(
+        config,
+        directory,
+        report.note,
+        resume_step=report.step,
+        sample_groups=config.run.sample_groups,
+    )
+    return StepObserver(
+        directory,
+        opened.enter_context(tracker),
+        report,
+        best,
+        build_evaluator(experiment, scorer, config, opened, report.note),
+        every=config.evaluation.every,
+        stop_on_alarm=config.run.stop_on_collapse,
+    )
+
+
 def _newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) -> Checkpoint | None:
     found = checkpoints.newest()
     for damage in checkpoints.damaged:
@@ -133,12 +140,6 @@ def _newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) ->
             if (then := found.facts["versions"][package]) != now:
                 note(f"{package} was {then} and is {now}: numbers may differ in their last digits")
     return found
-
-
-def _restore_adapters(experiment: Experiment, checkpoint: Checkpoint) -> None:
-    """Restore the adapters, which are measured before the loop restores everything."""
-    experiment.trainer.restore(checkpoint.arrays, checkpoint.facts["trainer"])
-    experiment.policy.reload(experiment.trainer.published)
 
 
 def _measure_before(
@@ -164,11 +165,28 @@ def _measure_before(
     return observer.measurement_in(rows[0])
 
 
-def _restore_best(best: BestAdapter, experiment: Experiment) -> None:
-    """Make the best adapter the final one in the trainer, the published file and the policy."""
-    experiment.adapters.swap(best.path)
-    experiment.adapters.publish()
-    experiment.policy.reload(experiment.trainer.published)
+def _measure_after(
+    observer: StepObserver,
+    experiment: Experiment,
+    best: BestAdapter,
+    config: TrainConfig,
+    directory: RunDirectory,
+) -> Measurement | None:
+    """Return the measurement of the final adapters, or None if a listener stopped the run.
+
+    The final adapters are the last ones, or the best ones after an alarm.
+    """
+    adapters, policy = experiment.adapters, experiment.policy
+    if observer.stopped_by_alarm:
+        adapters.swap(best.path)
+        adapters.publish()
+        policy.reload(experiment.trainer.published)
+    elif not directory.latest.exists():
+        # Each update publishes; without one, `textpolicy eval` still needs the file.
+        adapters.publish()
+    if observer.stopped_by_alarm or observer.steps >= config.run.steps:
+        return observer.finish(policy.version)
+    return None
 
 
 def _best_measurement(

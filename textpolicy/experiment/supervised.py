@@ -44,7 +44,7 @@ def train_supervised(config: SFTConfig, directory: RunDirectory, report: Reporte
     started = time.perf_counter()
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
     data = load_sft_data(config, tokenizer)
-    report("note", str(data))
+    report.note(str(data))
     adapt(model, config.adapter, config.model, config.run.seed)
     parameters = sft_parameters(config, directory, data)
     checkpoints = checkpoints_of(config, directory)
@@ -59,7 +59,7 @@ def train_supervised(config: SFTConfig, directory: RunDirectory, report: Reporte
     tracking = open_run_tracker(
         config,
         directory,
-        lambda text: report("note", text),
+        report.note,
         resume_step=first + 1 if resume else 0,
         sample_groups=0,
     )

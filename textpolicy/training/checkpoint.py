@@ -1,8 +1,7 @@
-"""One file holds all that a run is made of at one moment: what goes on from it comes to the same
-numbers as what was never stopped.
+"""Checkpoints: files from which a run is resumed to the same numbers as without a stop.
 
-The file appears under its name in one step, and a hash over its content tells a whole one from a
-damaged one: the newest whole one is found by looking, no pointer says which it is.
+A checkpoint file appears under its name in one step, and a hash over its content shows damage. The
+newest undamaged file is found by reading the files; no pointer names it.
 """
 
 import hashlib
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -22,13 +23,14 @@ from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, Traini
 _FORMAT = "textpolicy.checkpoint"
 _FORMAT_VERSION = "3"
 _SUFFIX = ".safetensors"
-# A tensor, since mlx reads no file whose header is over 100 MB, and rollouts can be more than that.
+# A tensor, because mlx reads no header over 100 MB, and rollouts can be larger.
 _CONTENT = "content.json"
+_WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A run after `step` steps: tensors by name, and facts that JSON can hold."""
+    """The state of a run after `step` steps: tensors by name, and facts that JSON can hold."""
 
     step: int
     arrays: Mapping[str, mx.array]
@@ -36,7 +38,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run, in a folder. One is saved every `every` steps."""
+    """The last `keep` checkpoints of a run in a folder, one every `every` steps."""
 
     def __init__(self, folder: Path, *, keep: int = 2, every: int = 1) -> None:
         for name, value in (("keep", keep), ("every", every)):
@@ -46,25 +48,25 @@ class Checkpoints:
         self.keep = keep
         self.every = every
         self.damaged: list[str] = []
-        """What `newest` had to pass over, and why."""
+        """The damaged checkpoints that `newest` passed over, and why."""
 
     def due(self, step: int) -> bool:
-        """Whether one is to be saved after `step` steps."""
+        """Return whether a checkpoint is due after `step` steps."""
         return step % self.every == 0
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write one more, and only then remove what is no longer among the last."""
+        """Write a checkpoint, then remove those that are no longer among the last."""
         path = self.folder / f"{checkpoint.step:08d}{_SUFFIX}"
         remove_partial_files(self.folder)
         write_checkpoint(path, checkpoint)
-        # A run that went on from an older one leaves newer ones behind: those of another course.
-        course = [p for p in self._paths() if p.stem <= path.stem]
-        for other in set(self._paths()) - set(course[-self.keep :]):
+        # A run that was resumed from an older checkpoint must not keep the newer ones.
+        kept = [p for p in self._paths() if p.stem <= path.stem]
+        for other in set(self._paths()) - set(kept[-self.keep :]):
             other.unlink()
         return path
 
     def newest(self) -> Checkpoint | None:
-        """The newest that is whole, or None where there is none at all."""
+        """Return the newest undamaged checkpoint, or None if the folder has none."""
         self.damaged = []
         for path in reversed(self._paths()):
             try:
@@ -73,8 +75,9 @@ class Checkpoints:
                 self.damaged.append(str(error))
         if self.damaged:
             raise TrainingError(
-                f"no checkpoint in {self.folder} is whole:\n  " + "\n  ".join(self.damaged) + "\n"
-                "Start the run again from its beginning"
+                f"every checkpoint in {self.folder} is damaged:\n  "
+                + "\n  ".join(self.damaged)
+                + "\nStart the run again from its beginning"
             )
         return None
 
@@ -84,7 +87,7 @@ class Checkpoints:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Replace the file at `path` in one step."""
+    """Replace the file at `path` by this checkpoint in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
     metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "sha256": _digest(arrays)}
@@ -92,57 +95,67 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         write_tensors(path, arrays, metadata)
     except AdapterError as error:
         raise TrainingError(
-            f"no checkpoint was saved after step {checkpoint.step}; an earlier one is still as it "
-            f"was\n{error}"
+            f"no checkpoint was saved after step {checkpoint.step}; earlier checkpoints are "
+            f"unchanged\n{error}"
         ) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a file, if it is whole to the last bit."""
+    """Read a checkpoint; raise TrainingError if the file is damaged or of another format."""
     arrays, metadata = read_tensors(path)
     found = metadata.get("format"), metadata.get("format_version")
     if found != (_FORMAT, _FORMAT_VERSION):
         raise TrainingError(
-            f"{path} is no checkpoint that this release reads: its format is {found}, expected "
-            f"{(_FORMAT, _FORMAT_VERSION)}"
+            f"{path} is not a checkpoint of this release: its format is {found}, expected "
+            f"{(_FORMAT, _FORMAT_VERSION)}. Resume it with the release that wrote it"
         )
     if _digest(arrays) != metadata.get("sha256"):
-        raise TrainingError(f"{path} is damaged: its content is not what was written")
+        raise TrainingError(f"{path} is damaged: its content differs from what was written")
     content = json.loads(bytes(_bytes(arrays.pop(_CONTENT))))
     return Checkpoint(arrays=arrays, **content)
 
 
-def flatten_tree(prefix: str, tree: Any) -> dict[str, mx.array]:
-    """The arrays of a tree of parameters or optimizer state, by names that begin with `prefix`."""
+def training_tensors(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """Return the trainable weights and the optimizer state by name."""
+    weights = model.trainable_parameters()
+    # Creates the optimizer state before the first update; an existing state is not changed.
+    optimizer.init(weights)
+    return _flatten(_WEIGHTS, weights) | _flatten(_OPTIMIZER, optimizer.state)
+
+
+def restore_training_tensors(
+    tensors: Mapping[str, mx.array], model: nn.Module, optimizer: optim.Optimizer
+) -> None:
+    """Set weights and optimizer state; change nothing if the tensors are of another model."""
+    if problems := sorted(_misfits(tensors, training_tensors(model, optimizer))):
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise TrainingError(
+            "a checkpoint does not fit this model and optimizer:\n  "
+            + "\n  ".join(problems[:8] + more)
+            + "\nMake both as they were when the run was started"
+        )
+    model.update(_unflatten(_WEIGHTS, tensors))
+    optimizer.state = _unflatten(_OPTIMIZER, tensors)
+
+
+def _flatten(prefix: str, tree: Any) -> dict[str, mx.array]:
     return cast(dict[str, mx.array], {f"{prefix}{name}": a for name, a in tree_flatten(tree)})
 
 
-def unflatten_tree(prefix: str, arrays: Mapping[str, mx.array]) -> Any:
-    """The tree whose arrays `flat` named with this prefix."""
+def _unflatten(prefix: str, arrays: Mapping[str, mx.array]) -> Any:
     named = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
     return tree_unflatten(list(named.items()))
 
 
-def check_tensors_fit(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
-    """Refuse tensors that are not those of the model and the optimizer at hand."""
-    if problems := sorted(_misfits(found, expected)):
-        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise TrainingError(
-            "a checkpoint does not fit this model and optimizer\n  "
-            + "\n  ".join(problems[:8] + more)
-            + "\nMake both as they were when the run began"
-        )
-
-
 def random_state() -> list[int]:
-    """The state of mlx's own random numbers."""
+    """Return the state of mlx's random numbers."""
     return cast(Any, mx.random.state)[0].tolist()
 
 
 def restore_random_state(state: list[int]) -> None:
-    """Go on with mlx's random numbers from `random_state()`."""
+    """Restore a state that `random_state()` returned."""
     high, low = state
-    # The state cannot be assigned; a seed of 64 bits is all of it.
+    # The state cannot be assigned, but a seed of 64 bits is the whole state.
     mx.random.seed((high << 32) | low)
 
 
@@ -162,8 +175,8 @@ def _content(checkpoint: Checkpoint) -> mx.array:
         text = json.dumps({"step": checkpoint.step, "facts": checkpoint.facts})
     except TypeError as error:
         raise TrainingError(
-            f"no checkpoint can be made after step {checkpoint.step}: {error}. What a curriculum "
-            "says in state(), and what environments answer, has to be what JSON can hold"
+            f"no checkpoint can be made after step {checkpoint.step}: {error}. The state() of a "
+            "curriculum and the answers of environments must be values that JSON can hold"
         ) from error
     return mx.array(np.frombuffer(text.encode(), np.uint8))
 

@@ -28,7 +28,7 @@ from textpolicy.training.batch import (
     split_into_mini_batches,
     training_rows,
 )
-from textpolicy.training.checkpoint import check_tensors_fit, flatten_tree, unflatten_tree
+from textpolicy.training.checkpoint import restore_training_tensors, training_tensors
 from textpolicy.training.checks import SamplerCheck, StalledSteps, check_gradient, check_movement
 from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.logprobs import ModelLogprobs, add_logprobs
@@ -52,7 +52,6 @@ from textpolicy.types import (
 _MISMATCH = "sampling/sampling_logp_difference/mean"
 # Rows that show how far the first update moved log-probabilities.
 _MOVE_ROWS = 16
-_WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
 
 
 @dataclass(eq=False)
@@ -256,11 +255,7 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
         """Return what `restore` needs: tensors, and facts that JSON can hold."""
-        weights = self.model.trainable_parameters()
-        # Creates the optimizer state before the first update; an existing state is not changed.
-        self.optimizer.init(weights)
-        tensors = flatten_tree(_WEIGHTS, weights)
-        return tensors | flatten_tree(_OPTIMIZER, self.optimizer.state), {
+        return training_tensors(self.model, self.optimizer), {
             "base": self.adapters.fingerprint if self.adapters else None,
             "version": self.version,
             "updates": self._updates,
@@ -281,9 +276,7 @@ class Trainer:
                 f"model has fingerprint {base}. Resume with the model and the quantization that "
                 "the run began with"
             )
-        check_tensors_fit(tensors, self.state()[0])
-        self.model.update(unflatten_tree(_WEIGHTS, tensors))
-        self.optimizer.state = unflatten_tree(_OPTIMIZER, tensors)
+        restore_training_tensors(tensors, self.model, self.optimizer)
         self._updates = facts["updates"]
         version, words, gauss = facts["shuffle"]
         self._shuffle.setstate((version, tuple(words), gauss))

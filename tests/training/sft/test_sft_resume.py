@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_kind_or_format_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="is of a run of reinforcement learning"):
         trial.run(resume=True)
     write_tensors(trial.checkpoints.folder / "00000001.safetensors", {"a": mx.zeros(1)}, {})
-    with pytest.raises(TrainingError, match="is no checkpoint that this release reads"):
+    with pytest.raises(TrainingError, match="is not a checkpoint of this release"):
         trial.run(resume=True)
 
 

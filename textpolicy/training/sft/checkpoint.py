@@ -9,14 +9,12 @@ import mlx.optimizers as optim
 from textpolicy.errors import TrainingError
 from textpolicy.training.checkpoint import (
     Checkpoint,
-    check_tensors_fit,
-    flatten_tree,
     random_state,
     restore_random_state,
-    unflatten_tree,
+    restore_training_tensors,
+    training_tensors,
 )
 
-_WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
 _KIND = "supervised"
 
 
@@ -25,7 +23,7 @@ def snapshot_progress(
 ) -> Checkpoint:
     """Return the checkpoint after `iteration` updates; `progress` is what JSON can hold."""
     facts = {_KIND: dict(progress), "random": random_state()}
-    return Checkpoint(step=iteration, arrays=_arrays(model, optimizer), facts=facts)
+    return Checkpoint(step=iteration, arrays=training_tensors(model, optimizer), facts=facts)
 
 
 def restore_progress(
@@ -45,19 +43,9 @@ def restore_progress(
         )
     progress: dict[str, Any] = checkpoint.facts[_KIND]
     _check_data_order(progress["data_order"], data_order)
-    check_tensors_fit(checkpoint.arrays, _arrays(model, optimizer))
-    model.update(unflatten_tree(_WEIGHTS, checkpoint.arrays))
-    optimizer.state = unflatten_tree(_OPTIMIZER, checkpoint.arrays)
+    restore_training_tensors(checkpoint.arrays, model, optimizer)
     restore_random_state(checkpoint.facts["random"])
     return progress
-
-
-def _arrays(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
-    # `init` keeps optimizer state that is already there.
-    optimizer.init(model.trainable_parameters())
-    return flatten_tree(_WEIGHTS, model.trainable_parameters()) | flatten_tree(
-        _OPTIMIZER, optimizer.state
-    )
 
 
 def _check_data_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -6,11 +6,9 @@ trainable weights of the model are trained: its adapters, or every weight.
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from itertools import islice
 from random import Random
 from typing import Any, Literal, cast
@@ -24,34 +22,36 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from textpolicy import fast_cpu
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import prepare_adapter_path
-from textpolicy.errors import ConfigError, DataError, TrainingError
+from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.sft.batches import (
     BatchStream,
-    Epochs,
     PackedRow,
     batches_by_length,
     make_sft_batch,
 )
 from textpolicy.training.sft.checkpoint import restore_progress, snapshot_progress
-from textpolicy.training.sft.data import demonstration_digest
 from textpolicy.training.sft.demonstrations import Demonstration
-from textpolicy.training.sft.encoding import Encoding
 from textpolicy.training.sft.events import (
     SaveReport,
     SFTEvent,
     TrainReport,
     ValidationReport,
 )
+from textpolicy.training.sft.examples import (
+    Example,
+    check_examples,
+    data_order,
+    encode_examples,
+    epochs_of,
+)
 from textpolicy.training.sft.loss import BatchLoss, SFTLoss, make_batch_loss
 from textpolicy.training.sft.packing import check_packable
 from textpolicy.training.sft.parameters import SFTParameters
 from textpolicy.types import Progress, asks_to_stop
 
-Example = Demonstration | str | Mapping[str, Any]
-"""Tokens, a text, or a row in one of the forms that `Encoding` knows."""
 SFTEnd = Literal["finished", "stopped", "early"]
 
 
@@ -97,13 +97,13 @@ def train_sft(
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("the model has no trainable weights: attach adapters or unfreeze it")
     if not isinstance(train, BatchStream):
-        _check_data("train", train)
-    _check_data("validate", validate)
-    source = train if isinstance(train, BatchStream) else _epochs(train, parameters, tokenizer)
+        check_examples("train", train)
+    check_examples("validate", validate)
+    source = train if isinstance(train, BatchStream) else epochs_of(train, parameters, tokenizer)
     if parameters.packing:
         with _in_mode(model, training=False):
             check_packable(model)
-    validation = _encoded(validate, parameters, tokenizer)
+    validation = encode_examples(validate, parameters, tokenizer)
     if parameters.patience and not validation:
         raise ConfigError(
             f"patience is {parameters.patience}, and there is no validation data. Give validation "
@@ -115,7 +115,7 @@ def train_sft(
         parameters=parameters,
         validation=validation,
         loss=make_batch_loss(model, loss),
-        data_order=_data_order(source, parameters),
+        data_order=data_order(source, parameters),
         checkpoints=checkpoints,
     )
     if resume is not None:
@@ -143,8 +143,8 @@ def evaluate_sft(
     parameters = SFTParameters(
         batch_size=batch_size, validation_batches=batches, max_length=max_length
     )
-    _check_data("data", data)
-    demonstrations = _encoded(data, parameters, tokenizer)
+    check_examples("data", data)
+    demonstrations = encode_examples(data, parameters, tokenizer)
     if not demonstrations:
         raise TrainingError("there are no demonstrations to evaluate on")
     return _evaluate(model, demonstrations, make_batch_loss(model, loss), parameters)
@@ -154,7 +154,7 @@ def iterations_of(
     epochs: int, demonstrations: Sequence[Demonstration], parameters: SFTParameters
 ) -> int:
     """Return the number of updates that `epochs` epochs of the data take."""
-    source = _epochs(demonstrations, parameters, None)
+    source = epochs_of(demonstrations, parameters, None)
     return sum(len(source.epoch(number)) for number in range(epochs))
 
 
@@ -435,76 +435,3 @@ def _check_finite(iteration: int, what: str, value: float) -> None:
             f"the {what} is {value} after {iteration} iterations. Lower the learning rate, or "
             "compute in float32. The files saved before are unchanged"
         )
-
-
-def _epochs(
-    train: Sequence[Example], parameters: SFTParameters, tokenizer: TokenizerWrapper | None
-) -> Epochs:
-    return Epochs(
-        _encoded(train, parameters, tokenizer),
-        parameters.batch_size * parameters.accumulation,
-        parameters.seed,
-        parameters.max_length if parameters.packing else None,
-    )
-
-
-def _check_data(name: str, data: object) -> None:
-    """Raise DataError for data that is one row, or that can be read only once."""
-    # Datasets of other libraries are not sequences, but have a length.
-    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Sized):
-        raise DataError(
-            f"{name} is {data!r:.60}; expected a list of demonstrations, texts or rows. Put a "
-            "single row into a list, turn a generator into a list, and pass an empty list for no "
-            "data. Read files with load_data"
-        )
-
-
-def _encoded(
-    data: Sequence[Example], parameters: SFTParameters, tokenizer: TokenizerWrapper | None
-) -> list[Demonstration]:
-    ready = [one for one in data if isinstance(one, Demonstration)]
-    if len(ready) == len(data):
-        return ready
-    if ready:
-        raise DataError(
-            f"{len(ready)} of {len(data)} rows are demonstrations, and the others are texts or "
-            "rows; expected one kind. Encode the other rows with Encoding"
-        )
-    placed = [(f"row {n}", _row(n, one)) for n, one in enumerate(data, start=1)]
-    if tokenizer is None:
-        raise ConfigError(
-            "the data holds texts or rows. Pass the tokenizer of the model: tokenizer=..."
-        )
-    encoding = Encoding(tokenizer=tokenizer, max_length=parameters.max_length)
-    found = encoding.encode(placed)
-    if found.truncated or found.dropped:
-        warnings.warn(
-            f"of {len(data)} texts, {found.truncated} are longer than {parameters.max_length} "
-            f"tokens and are cut, and {found.dropped} more are left out because their answer lies "
-            "beyond that. Split them, or raise max_length",
-            stacklevel=3,
-        )
-    return found.demonstrations
-
-
-def _row(number: int, one: object) -> Mapping[str, Any]:
-    if isinstance(one, str):
-        return {"text": one}
-    if not isinstance(one, Mapping):
-        raise DataError(
-            f"row {number} is {one!r:.60}; expected a Demonstration, a text, or a mapping of "
-            "columns"
-        )
-    return cast(Mapping[str, Any], one)
-
-
-def _data_order(source: Epochs | BatchStream, parameters: SFTParameters) -> dict[str, Any]:
-    """Return all that decides which rows each update gets; a resumed run must have the same."""
-    names = ["batch_size", "accumulation", "packing", "seed"]
-    order: dict[str, Any] = {name: getattr(parameters, name) for name in names}
-    if isinstance(source, BatchStream):
-        return order | {"data": "a stream"}
-    content = blake2b(
-        b"".join(map(demonstration_digest, source.demonstrations)), digest_size=16
-    ).hexdigest()
-    return order | {"data": content, "row": source.packed}
