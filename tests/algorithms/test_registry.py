@@ -201,6 +201,7 @@ def test_a_function_of_a_file_is_named_and_takes_the_place_that_its_arguments_sa
         ("x = 1", "", {}, r"neither .*functions: none"),
         ("def ranks(rewards): ...", ":rnaks", {}, r"no function 'rnaks'.*mean 'ranks'"),
         (RANKS, "", {"spraed": 1}, r"mine.py has no option 'spraed'.*mean 'spread'"),
+        (LINEAR.replace("scale=1.0", "*, scale"), "", {}, r"cannot be called.*argument: 'scale'"),
         ("1 / 0", "", {}, r"importing .*mine.py raised ZeroDivisionError.*line 2"),
     ],
 )

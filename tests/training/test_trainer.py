@@ -165,6 +165,12 @@ def test_a_loss_that_ignores_the_model_is_an_error(load_tiny):
         trainer.train(groups)
 
 
+def test_a_loss_without_metrics_is_refused(load_tiny):
+    _, trainer, groups = setup(load_tiny, loss_fn=lambda logp, batch: logp.sum())
+    with pytest.raises(ConfigError, match=r"an object of type array; expected \(loss, metrics\)"):
+        trainer.train(groups)
+
+
 def test_a_learning_rate_of_zero_is_an_error(load_tiny):
     _, trainer, groups = setup(load_tiny, optimizer=optim.SGD(learning_rate=0.0))
     with pytest.raises(TrainingError, match="moved no weight"):

@@ -1,13 +1,12 @@
 """Direct Preference Optimization: Rafailov et al. 2023, arXiv:2305.18290, equation 7.
 
-    h(y) = log p(y) - log p_ref(y)
-    loss = -mean over pairs of log sigmoid(beta (h(chosen) - h(rejected)))
+    h(y) = beta (log p(y) - log p_ref(y))
+    loss = -mean over pairs of log sigmoid(h(chosen) - h(rejected))
 
 A group is a pair. Its advantages are +1 for the chosen and -1 for the rejected completion, so any
 two rewards that differ will do, and a pair with equal rewards teaches nothing. The reference is the
-trainer's, usually the model without its adapters. A micro-batch needs an even number of rows, so
-that pairs stay whole. Departure: `label_smoothing` of conservative DPO (Mitchell 2023), the chance
-that a label is wrong, is 0 unless given.
+trainer's, usually the model without its adapters. Micro-batches need an even number of rows.
+Departure: `label_smoothing`, the chance that a label is wrong, is that of Mitchell 2023; 0 is off.
 """
 
 import mlx.core as mx
@@ -52,9 +51,8 @@ def policy_loss(
     margin = chosen - rejected
     likelihood = (1 - label_smoothing) * nn.log_sigmoid(margin)
     likelihood = likelihood + label_smoothing * nn.log_sigmoid(-margin)
-    likelihood = likelihood * decided[::2]
     pairs = batch.rows / 2
-    return -likelihood.sum() / pairs, {
+    return -(likelihood * decided[::2]).sum() / pairs, {
         "rewards/chosen": chosen.sum() / pairs,
         "rewards/rejected": rejected.sum() / pairs,
         "rewards/margins": margin.sum() / pairs,

@@ -6,8 +6,7 @@ For K reward functions with weights w_k:
     A_i  = (sum_k w_k z_ik - mean over the batch) / (std over the batch + eps)
 
 If rewards are added before they are standardised, different mixtures of them look alike. Here each
-reward function keeps its own scale. The loss is GRPO's. Departures: std has n - 1 and eps is 1e-4,
-as for GRPO here.
+reward function keeps its own scale. The loss is GRPO's. Departures: std has n - 1; eps is 1e-4.
 """
 
 from collections.abc import Mapping

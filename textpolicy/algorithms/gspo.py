@@ -3,9 +3,8 @@
     ratio_i = exp( 1/|o_i| sum_t (logp_t - logp_old_t) )
     J = 1/G sum_i min(ratio_i A_i, clip(ratio_i, 1 - clip_low, 1 + clip_high) A_i)
 
-One ratio for a whole answer, so that a clip drops or keeps the whole answer. The mean over the
-length makes ratios of answers comparable, and the clips far narrower than those of tokens.
-Advantages are GRPO's.
+There is one ratio for a whole answer, so a clip drops or keeps all its tokens. The mean over the
+length makes ratios comparable, and the clips narrower than those of tokens. Advantages are GRPO's.
 """
 
 from typing import Unpack

@@ -5,8 +5,7 @@ arXiv:2508.08221, section 5: the group's mean and the batch's standard deviation
     ratio_t = exp(logp_t - logp_old_t)
     J = 1/sum_i |o_i| sum_i sum_t min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
 
-A group's own standard deviation is estimated from few samples, and its inverse is huge where nearly
-all rewards are equal.
+A group's own standard deviation is uncertain, and nearly 0 where nearly all rewards are equal.
 """
 
 from typing import Unpack

@@ -1,5 +1,4 @@
-"""REINFORCE with importance sampling: Williams 1992, Simple statistical gradient-following
-algorithms for connectionist reinforcement learning.
+"""REINFORCE with importance sampling: Williams 1992, doi:10.1007/BF00992696.
 
     A_i = R_i - mean(R)
     ratio_t = exp(logp_t - logp_old_t)

@@ -3,8 +3,7 @@
     B_i = R_i - mean(R of its group)
     A_i = (B_i - mean(B over all tokens of the batch)) / std(B over all tokens of the batch)
 
-The group's mean is subtracted before REINFORCE++ standardises over the batch. The loss is that of
-REINFORCE++.
+The group's mean is subtracted before REINFORCE++ standardises. The loss is that of REINFORCE++.
 """
 
 import mlx.core as mx

@@ -4,10 +4,9 @@
     ratio_i = exp(sum_t (logp_t - logp_old_t))
     J = 1/G sum_i ratio_i A_i
 
-A whole answer is one action. Its log-probability is the sum over its tokens, and every token of a
-long answer counts in full. The paper subtracts the KL divergence from the reward; the trainer's
-`reward_kl` does so here. Departure: the ratio is clipped as in PPO. This changes nothing in the
-first update on a batch, and the paper makes no second one.
+A whole answer is one action: its log-probability is the sum over its tokens. The paper subtracts
+the KL divergence from the reward; the trainer's `reward_kl` does so here. Departure: the ratio is
+clipped as in PPO, which changes nothing in the first update on a batch; the paper makes only one.
 """
 
 from typing import Unpack
@@ -23,9 +22,7 @@ from textpolicy.algorithms.parts.ratio_levels import WHOLE_SEQUENCE, RatioLevel
 from textpolicy.types import Batch
 
 DECLARATION = Declaration(
-    paper="2402.14740",
-    needs_advantages=True,
-    trainer={"reference": "base", "reward_kl": 0.05},
+    paper="2402.14740", needs_advantages=True, trainer={"reference": "base", "reward_kl": 0.05}
 )
 
 

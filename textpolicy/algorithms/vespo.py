@@ -53,9 +53,8 @@ def policy_loss(
             logs = mx.where(batch.mask, logs, 0)
         log_w = log_w + logs.sum(axis=1, keepdims=True)
     log_w = mx.clip(log_w, _LOWEST, _HIGHEST)
-    k, rate = (
-        mx.where(batch.advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True)
-    )
+    k = mx.where(batch.advantages >= 0, positive[0], negative[0])
+    rate = mx.where(batch.advantages >= 0, positive[1], negative[1])
     phi = mx.stop_gradient(mx.exp(k * log_w - rate * mx.expm1(log_w)))
     objective = phi * batch.advantages * mx.where(batch.mask, logp, 0)
     metrics = metrics | {"vespo/phi_seq_mean": row_means(phi, batch.mask).sum() / batch.rows}

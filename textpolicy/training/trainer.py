@@ -189,7 +189,13 @@ class Trainer:
 
     def _loss_and_metrics(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         logp, entropy = self._logprobs(batch)
-        loss, metrics = self.loss_fn(logp, replace(batch, entropy=entropy))
+        result: Any = self.loss_fn(logp, replace(batch, entropy=entropy))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ConfigError(
+                f"the loss function returned an object of type {type(result).__name__}; expected "
+                "(loss, metrics), where metrics is a dict that may be empty"
+            )
+        loss, metrics = result
         return loss, {"loss": loss} | policy_metrics(logp, entropy, batch) | metrics
 
     def _apply_gradient(

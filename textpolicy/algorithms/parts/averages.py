@@ -1,6 +1,6 @@
 """Averages: from the loss of each token to the loss of the batch.
 
-All divide by totals of the whole optimizer batch, so that the losses of micro-batches add up.
+All but the last divide by totals of the optimizer batch, whatever the size of a micro-batch is.
 """
 
 from collections.abc import Callable
@@ -40,9 +40,6 @@ def constant(loss: PerToken, batch: Batch, *, tokens: int) -> Float[mx.array, ""
 
 
 def micro_batch_token_mean(loss: PerToken, batch: Batch) -> Float[mx.array, ""]:
-    """Return the mean over the tokens of each micro-batch, weighted by its share of the rows.
-
-    This is the only average that depends on the micro-batch size. TRL calls it `bnpo`.
-    """
+    """Return the mean over the tokens of each micro-batch, weighted by its rows: TRL's `bnpo`."""
     tokens = mx.maximum(batch.mask.sum(), 1)
     return masked_sum(loss, batch.mask) / tokens * (batch.mask.shape[0] / batch.rows)

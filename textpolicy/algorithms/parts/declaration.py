@@ -12,8 +12,8 @@ class Declaration:
     paper: str = ""
     """The arXiv number of the paper, or its author and year."""
     needs_advantages: bool = False
-    """Whether the gradient of the loss is 0 where all advantages are 0, so that the trainer may
-    skip it. This is about the loss without a KL term and without an entropy bonus."""
+    """Whether the gradient of the loss, without KL term and entropy bonus, is 0 where all
+    advantages are 0. The trainer then skips backward passes."""
     needs_teacher: bool = False
     """Whether the loss needs another model as the trainer's `reference`."""
     dynamic_sampling: bool = False

@@ -1,4 +1,4 @@
-"""Names for functions that are options, such as `kl="k2"`, and the check of options by name.
+"""Options of functions, and options whose values are functions: `kl="k2"` names one.
 
 A name may bring numbers: `average="constant(tokens=64)"`, `weights=["truncate_tokens(cap=3)"]`.
 """
@@ -6,6 +6,7 @@ A name may bring numbers: `average="constant(tokens=64)"`, `weights=["truncate_t
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from inspect import isfunction, signature
@@ -14,6 +15,9 @@ from typing import Any, get_args
 
 from textpolicy.algorithms.parts import averages, kl, ratio_levels, token_weights
 from textpolicy.errors import ConfigError
+
+FROM_TRAINER = {"lengths", "parts"}
+"""Arguments of an advantage function that are no options: the trainer fills them in."""
 
 
 def _public(module: ModuleType) -> dict[str, Callable[..., Any]]:
@@ -83,20 +87,14 @@ def _function(option: str, value: Any) -> Any:
 
 def _parsed(option: str, text: str) -> tuple[str, dict[str, float]]:
     match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\((.*)\))?\s*", text)
-    try:
-        numbers = tomllib.loads(f"_ = {{{(match and match[2]) or ''}}}")["_"]
-    except tomllib.TOMLDecodeError:
-        match = numbers = None
-    if (
-        not match
-        or numbers is None
-        or any(type(number) not in (int, float) for number in numbers.values())
-    ):
-        raise ConfigError(
-            f"{option} is {text!r}; expected a name, with numbers in brackets if it takes any, "
-            "such as mask_tokens(low=0.5, high=5.0)"
-        )
-    return match[1], numbers
+    with suppress(tomllib.TOMLDecodeError):
+        numbers = tomllib.loads(f"_ = {{{match[2] or ''}}}")["_"] if match else {}
+        if match and all(type(number) in (int, float) for number in numbers.values()):
+            return match[1], numbers
+    raise ConfigError(
+        f"{option} is {text!r}; expected a name, with numbers in brackets if it takes any, "
+        "such as mask_tokens(low=0.5, high=5.0)"
+    )
 
 
 def option_names(function: Callable[..., Any]) -> set[str]:
@@ -107,16 +105,7 @@ def option_names(function: Callable[..., Any]) -> set[str]:
             found.update(*(typed.__annotations__ for typed in get_args(parameter.annotation)))
         elif parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not parameter.empty:
             found.add(parameter.name)
-    return found
-
-
-def check_options(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `ConfigError` if `owner` lacks one of the given options."""
-    if unknown := sorted(set(given) - set(known)):
-        raise ConfigError(
-            f"{owner} has no option {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'none'}"
-            f"{did_you_mean(unknown[0], known)}"
-        )
+    return found - FROM_TRAINER
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -2,8 +2,8 @@
 
     loss = average(weight_1 * ... * weight_k * token loss + beta * KL) - entropy_bonus * entropy
 
-Clipped losses have one bound more, under the names of two papers. Where A < 0, the surrogate is not
-bounded below, and a token with a large ratio could dominate the batch:
+The KL divergence is that from the reference; the entropy is the mean over all tokens. Clipped
+losses have a bound for tokens with A < 0, whose ratio the clip does not limit. Two papers name it:
 
     delta       surrogate >= delta * A      INTELLECT-2, arXiv:2505.07291, 3.4: two-sided clipping
     dual_clip   surrogate >= dual_clip * A  Ye et al. 2020, arXiv:1912.09729, equation 5
@@ -29,25 +29,19 @@ TokenWeight = Callable[[Float[mx.array, "batch time"], Batch], tuple[PerToken, d
 
 
 class LossOptions(TypedDict, total=False):
-    """The options of every policy loss."""
+    """The options of every policy loss, which `compose_loss` takes."""
 
     weights: Sequence[TokenWeight]
-    """Factors on the policy's part of the loss."""
     beta: float
-    """Weight of the KL divergence from the reference."""
     kl: KLEstimator
-    """Estimator of that divergence."""
     entropy_bonus: float
-    """Weight of the mean entropy over all tokens, which is subtracted from the loss."""
 
 
 class ClippedOptions(LossOptions, total=False):
     """The options of every clipped policy loss."""
 
     delta: float | None
-    """Two-sided clipping: a bound for tokens with a negative advantage."""
     dual_clip: float | None
-    """The same bound under the name of another paper."""
 
 
 def compose_loss(
@@ -65,7 +59,7 @@ def compose_loss(
     kl: KLEstimator = k3,
     entropy_bonus: float = 0.0,
 ) -> Loss:
-    """Return the loss of the batch and its metrics."""
+    """Return the loss of the batch and its metrics; `token_loss` is the negated surrogate."""
     metrics = metrics or {}
     for bound in (delta, dual_clip):
         if bound is not None:

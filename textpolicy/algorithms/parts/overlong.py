@@ -1,10 +1,8 @@
 """A penalty for completions near the length limit: DAPO, arXiv:2503.14476, section 3.4.
 
-    penalty = 0                                 |o| <= max_tokens - cache
-              (max_tokens - cache - |o|)/cache  up to max_tokens
-              -1                                beyond
-
-Lengths are counted in sampled tokens.
+penalty = 0                                 |o| <= max_tokens - cache sampled tokens
+          (max_tokens - cache - |o|)/cache  up to max_tokens
+          -1                                beyond
 """
 
 from collections.abc import Callable

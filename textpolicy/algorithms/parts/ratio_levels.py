@@ -13,12 +13,14 @@ Mask = Bool[mx.array, "batch time"]
 
 @dataclass(frozen=True)
 class RatioLevel:
-    """Turns log-ratios of tokens into log-ratios of this level: ratio = exp(level(...))."""
+    """Turns log-ratios of tokens into log-ratios of this level: ratio = exp(level(...)).
+
+    `reduce` gets log-ratios that are 0 outside the mask. With `by_sequence`, metrics count each
+    sequence once.
+    """
 
     reduce: Callable[[Float[mx.array, "batch time"], Mask], PerToken]
-    """From log-ratios that are 0 outside the mask."""
     by_sequence: bool
-    """Whether metrics count each sequence once."""
 
     def __call__(self, log_ratios: Float[mx.array, "batch time"], mask: Mask) -> PerToken:
         return self.reduce(mx.where(mask, log_ratios, 0), mask)

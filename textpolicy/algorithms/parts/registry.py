@@ -10,7 +10,7 @@ from typing import Any
 
 from textpolicy.algorithms.parts.declaration import Declaration
 from textpolicy.algorithms.parts.function_options import (
-    check_options,
+    FROM_TRAINER,
     did_you_mean,
     functions_for,
     option_names,
@@ -20,20 +20,16 @@ from textpolicy.errors import ConfigError
 from textpolicy.types import AdvantageFn, LossFn
 from textpolicy.user_code import load_python_file, split_file_and_name
 
-# Arguments of an advantage function that the trainer fills in.
-_FROM_TRAINER = {"lengths", "parts"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """Two functions with their options bound, and the keywords of `Trainer` that go with them."""
+    """Two functions with their options bound; `trainer` holds keywords of `Trainer` for them."""
 
     name: str
     compute_advantages: AdvantageFn
     policy_loss: LossFn
     declaration: Declaration
     trainer: Mapping[str, Any]
-    """The declared keywords, and whether the trainer may `skip_without_advantages`."""
 
 
 def names() -> list[str]:
@@ -59,8 +55,20 @@ def get(name: str, **options: Any) -> Algorithm:
             f"{did_you_mean(name, ALGORITHMS)}"
         )
     advantages, loss = contents["compute_advantages"], contents["policy_loss"]
-    check_options(name, options, _own_options(advantages) | _own_options(loss))
+    known = option_names(advantages) | option_names(loss)
+    if unknown := sorted(options.keys() - known):
+        raise ConfigError(
+            f"{name} has no option {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'none'}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
     options = functions_for(options)
+    try:
+        signature(_bound(loss, options)).bind("logp", "batch")
+    except TypeError as error:
+        raise ConfigError(
+            f"the loss of {name} cannot be called with (logp, batch): {error}. Give required "
+            "options by --algorithm-options"
+        ) from error
     # A KL term and an entropy bonus have a gradient without advantages.
     more_terms = options.get("beta") or options.get("entropy_bonus")
     skip = declaration.needs_advantages and not more_terms
@@ -73,12 +81,8 @@ def get(name: str, **options: Any) -> Algorithm:
     )
 
 
-def _own_options(function: Callable[..., Any]) -> set[str]:
-    return option_names(function) - _FROM_TRAINER
-
-
 def _bound(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    given = {name: options[name] for name in options.keys() & _own_options(function)}
+    given = {name: options[name] for name in options.keys() & option_names(function)}
     return partial(function, **given) if given else function
 
 
@@ -94,7 +98,7 @@ def _contents_of_file(path: Path, function: str) -> tuple[dict[str, Any], Declar
         )
     if function:
         parameters = signature(contents[function]).parameters.values()
-        required = [p for p in parameters if p.default is p.empty and p.name not in _FROM_TRAINER]
+        required = [p for p in parameters if p.default is p.empty and p.name not in FROM_TRAINER]
         role = "policy_loss" if len(required) == 2 else "compute_advantages"
         contents[role] = contents[function]
     if not {"compute_advantages", "policy_loss"} & contents.keys():

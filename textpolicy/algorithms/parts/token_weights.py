@@ -1,14 +1,12 @@
 """Token weights: factors on each token's loss that have no gradient, for the option `weights`.
 
-Corrections for a sampler that is not exactly the policy of the old log-probabilities:
+Corrections for a sampler whose probabilities differ from the trainer's old log-probabilities. rho
+is 1 unless the trainer computes fresh ones, because recorded ones are the sampler's own.
 
     rho_t = p_old(token) / p_sampled(token), or the product over a sequence
-
     truncate    min(rho, cap): truncated importance sampling (TIS), Yao et al. 2025, Your Efficient
                 RL Framework Secretly Brings You Off-Policy RL Training
     mask        rho inside [low, high], 0 outside (IcePop; masked importance sampling)
-
-rho is 1 unless the trainer computes fresh old log-probabilities: recorded ones are the sampler's.
 
 `off_policy_mask` is off-policy sequence masking (OPSM): DeepSeek-V3.2, arXiv:2512.02556, eq. 9.
 `top_entropy_tokens` is Beyond the 80/20 Rule: Wang et al. 2025, arXiv:2506.01939.
