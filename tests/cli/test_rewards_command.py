@@ -1,4 +1,4 @@
-"""Rewards of one's own from the shell: a file, a time limit, and what becomes of failures."""
+"""The command trains with a reward of the user: its file, its timeout and its failures."""
 
 import json
 
@@ -19,7 +19,7 @@ def fussy(completion, example):
 
 @pytest.fixture
 def train(tmp_path, capsys):
-    """Runs a small training with options; returns exit code, metrics of its step, and stderr."""
+    """A function that runs a small training and returns exit code, metrics of the step and stderr."""
     (tmp_path / "mine.py").write_text(SOURCE)
 
     def run(*options):
@@ -34,13 +34,13 @@ def train(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_own_reward_of_an_environment_runs_in_other_processes_too(train):
+def test_the_reward_of_an_environment_runs_in_other_processes_too(train):
     code, (metrics, _), _ = train("--reward-timeout", "20")
     assert code == 0 and metrics["reward/errors"] == 0
     assert metrics["rewards/reward/mean"] == metrics["reward"]
 
 
-def test_a_reward_that_hangs_is_told_before_a_model_is_loaded(train, tmp_path):
+def test_a_reward_that_hangs_is_an_error_before_a_model_is_loaded(train, tmp_path):
     (tmp_path / "mine.py").write_text(SOURCE.replace("completion[-1:]", '"2"'))
     options = ["--reward", f"{tmp_path}/mine.py", "--reward-timeout", "0.3"]
     code, metrics, stderr = train(*options, "--model", "no-such-model")
@@ -66,7 +66,7 @@ def test_samples_that_a_reward_hangs_on_are_skipped_and_shown(train, tmp_path):
     "options",
     [["--on-reward-error", "ignore"], ["--on-reward-error", "nan"], ["--reward-timeout", "0"]],
 )
-def test_a_policy_that_is_none_is_misuse(train, options, capsys):
+def test_an_unknown_policy_for_errors_is_misuse(train, options, capsys):
     with pytest.raises(SystemExit) as stopped:
         train(*options)
     assert stopped.value.code == 2 and "expected" in capsys.readouterr().err

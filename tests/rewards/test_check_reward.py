@@ -1,4 +1,4 @@
-"""`check_reward`: what it finds in rewards with each kind of mistake, and what the command says."""
+"""`check_reward` finds each kind of mistake in rewards, and the command prints the findings."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def test_a_sound_reward_passes_and_the_table_says_so():
     assert lines[1].split() == ["finite", "ok", "40", "calls"]
 
 
-def test_a_reward_that_fails_somewhere_is_shown_the_first_failure():
+def test_the_first_failure_of_a_reward_is_shown():
     def fragile(completion, answer):
         return float(int(completion) == int(answer))
 
@@ -57,7 +57,7 @@ def test_a_reward_that_scores_nothing_fails():
     assert verdicts(check_reward(lambda p, c, e: None, ROWS))["finite"] == "FAILED"
 
 
-def test_a_reward_by_chance_is_not_deterministic():
+def test_a_random_reward_is_not_deterministic():
     chance = random.Random(0)
     check = check_reward(lambda p, c, e: chance.random(), ROWS)
     assert verdicts(check)["deterministic"] == "warning"
@@ -70,19 +70,19 @@ def test_a_reward_that_prefers_something_else_to_the_right_answer_fails():
     assert detail(check, "gold highest").startswith("8 of 8 rows: in row 0 the prompt again")
 
 
-def test_a_reward_that_cannot_tell_right_from_wrong_is_warned_of():
+def test_a_reward_that_cannot_tell_right_from_wrong_gets_a_warning():
     check = check_reward(lambda p, c, e: float(c.isdecimal()), ROWS)
     assert verdicts(check)["gold highest"] == "warning"
     assert "right and wrong look alike" in detail(check, "gold highest")
 
 
-def test_a_reward_that_gives_nothing_its_due_fails():
+def test_a_reward_that_rewards_an_empty_answer_fails():
     check = check_reward(lambda p, c, e: float(c in ("", e["answer"])), ROWS)
     assert verdicts(check)["empty low"] == "FAILED"
     assert "no answer at all scores 1, as much as the right one" in detail(check, "empty low")
 
 
-def test_a_slow_reward_is_warned_of_with_its_row():
+def test_a_slow_reward_gets_a_warning_that_names_the_row():
     def slow(completion, answer):
         time.sleep(0.11 if answer == "4" else 0)
         return float(completion == answer)
@@ -113,7 +113,7 @@ def test_columns_are_found_named_or_missing():
         check_reward(right, [])
 
 
-def test_an_endless_source_of_rows_is_tried_up_to_the_limit():
+def test_endless_rows_are_tried_up_to_the_limit():
     assert str(check_reward(right, itertools.cycle(ROWS), limit=5)).startswith("reward right on 5")
 
 
@@ -147,7 +147,7 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_the_command_prints_the_table_and_exits_by_what_it_found(files, capsys):
+def test_the_command_prints_the_table_and_exits_with_a_code(files, capsys):
     data = ["--data", str(files / "rows.jsonl")]
     assert main(["check", f"{files}/mine.py:right", *data]) == 0
     assert capsys.readouterr().out.startswith("reward right on 8 rows\n  finite         ok")

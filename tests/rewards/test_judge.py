@@ -1,4 +1,4 @@
-"""Judges: against a local server that answers, fails, stalls and talks nonsense."""
+"""Judges against a local server that answers, fails, stalls and sends nonsense."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ RUBRIC = "10 for a polite answer, 0 for a rude one"
 
 
 class Server(ThreadingHTTPServer):
-    """Plays `script` in turn, one entry a request, and then answers well."""
+    """Handles one request for each entry of `script`, and answers well after that."""
 
     daemon_threads = True
 
@@ -130,7 +130,7 @@ def verdicts(reward, *completions):
         return scorer.score([sample_of("ask me", text, {}) for text in completions])
 
 
-def test_grades_become_rewards_from_0_to_1_and_show_what_they_took(server):
+def test_grades_become_rewards_from_0_to_1_and_report_their_cost(server):
     reward = judge(endpoint(server), RUBRIC, prices=(2.0, 10.0))
     kind, rude = verdicts(reward, "yes please", "no")
     assert (kind.value, rude.value) == (pytest.approx(0.9), pytest.approx(0.2))
@@ -151,7 +151,7 @@ def test_grades_become_rewards_from_0_to_1_and_show_what_they_took(server):
     "fault",
     ["error", "busy", "garbage", "nesting", "shapeless", "null", "hang_up", "stall", "drip"],
 )
-def test_what_may_pass_is_tried_again(server, fault):
+def test_a_temporary_failure_is_retried(server, fault):
     server.script = [fault]
     started = time.perf_counter()
     timeout = 0.3 if fault in ("stall", "drip") else 5.0
@@ -170,7 +170,7 @@ def test_a_server_that_stays_down_fails_the_call_after_its_retries(server):
         verdicts(judge(closed, RUBRIC), "x")
 
 
-def test_a_question_that_is_lost_leaves_out_its_sample_and_no_other(server):
+def test_a_question_without_an_answer_leaves_out_only_its_sample(server):
     server.script = ["error"]
     first, second = verdicts(
         judge(endpoint(server, retries=0, concurrency=1), RUBRIC), "yes please", "no"
@@ -180,7 +180,7 @@ def test_a_question_that_is_lost_leaves_out_its_sample_and_no_other(server):
 
 
 @pytest.mark.parametrize(("fault", "message"), [("refuse", "401: bad key"), ("redirect", "302")])
-def test_what_will_not_pass_ends_the_run_at_once(server, fault, message):
+def test_a_permanent_failure_ends_the_run_at_once(server, fault, message):
     server.script = [fault]
     with pytest.raises(ConfigError, match=message):
         verdicts(judge(endpoint(server), RUBRIC), "x")
@@ -201,7 +201,7 @@ def test_questions_are_asked_together_and_equal_ones_once(server):
     assert sum(verdict.metrics["judge/prompt_tokens"] for verdict in scored) == 200
 
 
-def test_answers_are_kept_on_disk_by_what_was_asked_and_whom(server, tmp_path):
+def test_answers_are_cached_by_question_and_model(server, tmp_path):
     def ask(rubric=RUBRIC, **options):
         server.seen.clear()
         reward = judge(endpoint(server, **options), rubric, cache=tmp_path / "cache")
@@ -220,7 +220,7 @@ def test_answers_are_kept_on_disk_by_what_was_asked_and_whom(server, tmp_path):
     assert ask() == (0, 1.0)
 
 
-def test_failures_are_not_kept(server, tmp_path):
+def test_failures_are_not_cached(server, tmp_path):
     reward = judge(endpoint(server, retries=0), RUBRIC, cache=tmp_path)
     server.script = ["error"]
     with pytest.raises(RewardError):
@@ -228,7 +228,7 @@ def test_failures_are_not_kept(server, tmp_path):
     assert verdicts(reward, "x")[0].value == pytest.approx(0.2)
 
 
-def test_the_key_is_sent_and_stands_in_no_error_and_no_file(server, tmp_path, monkeypatch):
+def test_the_key_is_sent_and_is_in_no_error_and_no_file(server, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sesame-12345")
     asked = endpoint(server, key_from="MY_KEY")
     assert "sesame" not in repr(asked)
@@ -269,18 +269,18 @@ def test_a_completion_cannot_close_its_own_marks(server):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_grade_is_the_last_that_is_given_and_in_range(text, grade):
+def test_the_last_grade_in_range_counts(text, grade):
     assert read_grade(text, 0, 10) == grade
 
 
-def test_a_judge_that_cannot_work_is_refused():
+def test_a_judge_with_impossible_options_is_refused():
     with pytest.raises(ConfigError, match="expected a range"):
         judge(Endpoint(url="http://x", model="m"), RUBRIC, low=1, high=1)
     with pytest.raises(ConfigError, match="expected http"):
         Endpoint(url="file:///etc/passwd", model="m")
 
 
-def test_a_judge_runs_in_a_process_of_its_own_too(server):
+def test_a_judge_runs_in_another_process_too(server):
     reward = judge(endpoint(server), RUBRIC)
     with closing(Scorer(Rewards(reward, timeout=5, workers=1))) as scorer:
         (verdict,) = scorer.score([sample_of("ask me", "yes please", {})])
@@ -304,7 +304,7 @@ def test_a_local_model_judges_all_questions_in_one_generation(load_tiny):
     assert first.metrics["tiny_judge/completion_tokens"] >= 1
 
 
-def test_whatever_answers_questions_can_judge():
+def test_any_object_that_answers_questions_can_judge():
     class Echo:
         name = "echo"
 

@@ -1,4 +1,4 @@
-"""Rewards that fail in every way user code can, under each policy: the step is over in time."""
+"""Rewards that raise, hang, crash or return nonsense, under each policy for errors."""
 
 import os
 import re
@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from random import Random
 
 import pytest
 
+from tests.rewards.scoring_calls import samples
 from tests.timing import least_seconds
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rewards import Rewards, Scorer, load_reward, sample_of
@@ -67,7 +67,7 @@ async def odd_await(completion):
 def imports(completion):
     return float(bool({"mlx", "mlx.core", "numpy"} & set(sys.modules)))
 
-def child(completion):
+def starts_a_process(completion):
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", completion])
     time.sleep(60)
 
@@ -94,7 +94,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
-    """From a name in the faulty file to the reward it holds."""
+    """A function that loads a reward of the faulty file by its name."""
     path = tmp_path_factory.mktemp("rewards") / "faulty.py"
     path.write_text(SOURCE)
     rewards = {}
@@ -109,7 +109,7 @@ def faulty(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scorers(faulty):
-    """One warm scorer for each policy, shared by all faults: each has to survive the others."""
+    """One scorer with running processes for each policy; it has to survive all faults."""
     functions = [faulty("odd"), faulty("counting")]
     opened = {
         policy: Scorer(Rewards(functions, timeout=TIMEOUT, on_error=policy, workers=2))
@@ -122,12 +122,8 @@ def scorers(faulty):
         scorer.close()
 
 
-def samples(*completions):
-    return [sample_of("the prompt", text, {}) for text in completions]
-
-
 def timed(scorer, *completions):
-    """The verdicts, and the seconds that they took."""
+    """The verdicts, and the seconds that the scoring took."""
     verdicts = []
 
     def score():
@@ -155,7 +151,7 @@ def test_a_fault_costs_its_sample_and_no_more_than_the_timeout(scorers, fault, p
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_ends_the_run_in_time_where_it_is_to_fail(scorers, fault):
+def test_a_fault_ends_the_run_in_time_if_on_error_is_fail(scorers, fault):
     def score():
         with pytest.raises(RewardError, match=FAULTS[fault]):
             scorers["fail"].score(samples("before", fault, "after"))
@@ -173,7 +169,7 @@ def test_none_and_much_output_are_no_faults(scorers, what, policy):
     assert middle.parts == {"counting": 1.0} | ({"odd": 1.0} if HARMLESS[what] else {})
 
 
-def test_after_a_fault_the_next_step_is_scored_as_if_nothing_had_been(scorers):
+def test_the_step_after_a_fault_is_scored_as_usual(scorers):
     with pytest.raises(RewardError):
         scorers["fail"].score(samples("segfaults"))
     scorers["skip"].score(samples("hangs", "segfaults"))
@@ -195,17 +191,17 @@ def test_batched_and_awaited_rewards_are_stopped_too(faulty, name):
         assert [v.value for v in hung] == [1.0 if name == "odd_await" else None, None]
         assert "took longer than 0.2 s" in hung[1].error
         stuck, seconds = timed(scorer, "fine", "spins in C")
-        assert seconds < ALLOWED + 0.2  # the one child may still have been starting
+        assert seconds < ALLOWED + 0.2  # the only process may still have been starting
         assert stuck[1].value is None and "took longer than 0.2 s" in stuck[1].error
 
 
-def test_a_child_imports_neither_mlx_nor_numpy(faulty):
+def test_a_worker_process_imports_neither_mlx_nor_numpy(faulty):
     with closing(Scorer(Rewards(faulty("imports"), timeout=5))) as scorer:
         assert scorer.score(samples("x"))[0].value == 0.0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit address space")
-def test_a_reward_that_takes_all_memory_is_refused_it(faulty):
+def test_a_reward_beyond_its_memory_limit_gets_a_memory_error(faulty):
     rewards = Rewards(faulty("greedy"), timeout=20, memory_gb=1, on_error="skip", workers=1)
     with closing(Scorer(rewards)) as scorer:
         much, little = scorer.score(samples("much", "little"))
@@ -213,9 +209,9 @@ def test_a_reward_that_takes_all_memory_is_refused_it(faulty):
     assert (much.value, little.value) == (None, 1.0)
 
 
-def test_what_a_killed_reward_has_started_is_killed_with_it(faulty):
+def test_a_process_that_a_killed_reward_started_is_killed_too(faulty):
     mark = f"orphan-{os.getpid()}"
-    rewards = Rewards(faulty("child"), timeout=TIMEOUT, on_error="skip")
+    rewards = Rewards(faulty("starts_a_process"), timeout=TIMEOUT, on_error="skip")
     with closing(Scorer(rewards)) as scorer:
         assert scorer.score(samples(mark))[0].value is None
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
@@ -255,7 +251,7 @@ def test_too_many_faults_end_the_run_with_the_last_of_them(on_error):
     with closing(Scorer(Rewards(often, on_error=on_error, max_error_rate=0.1))) as scorer:
         for _ in range(5):
             scorer.score(samples("bad", "bad", *["good"] * 18))
-        # Ten of a hundred are allowed; what is older than a hundred calls is forgotten.
+        # Ten of a hundred calls may fail, and older calls are forgotten.
         scorer.score(samples(*["good"] * 20, *["bad"] * 2))
         with pytest.raises(RewardError, match=r"(?s)11 of the last 100 .* more than 10%.*again"):
             scorer.score(samples("bad", "bad", "bad"))
@@ -361,7 +357,7 @@ def test_a_script_may_hold_its_rewards_if_its_main_part_is_guarded(tmp_path, las
 
 
 @pytest.mark.slow
-def test_a_child_ends_by_itself_soon_after_its_deadline_when_its_parent_is_gone(tmp_path):
+def test_a_worker_stuck_in_c_code_ends_soon_after_its_deadline_if_its_parent_was_killed(tmp_path):
     (tmp_path / "faulty.py").write_text(SOURCE)
     program = (
         "import os\n"
@@ -399,14 +395,14 @@ if os.getsid(0) == os.getpid() and {slow_import}:
 
 
 def _started_with(mark: str) -> set[int]:
-    """Processes that have this word in their environment."""
+    """The ids of the processes that have this text in their environment."""
     shown = subprocess.run(["ps", "eww", "-Ao", "pid=,stat=,command="], capture_output=True)
     lines = [line.split(maxsplit=2) for line in shown.stdout.decode(errors="replace").splitlines()]
     return {int(pid) for pid, state, rest in lines if mark in rest and state[0] != "Z"}
 
 
-def _outlives(mark: str, seconds: float) -> set[int]:
-    """Those of them that are still there some time later."""
+def _still_running_after(mark: str, seconds: float) -> set[int]:
+    """The ids of these processes that still run after some seconds."""
     deadline = time.monotonic() + seconds
     while (left := _started_with(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -415,7 +411,7 @@ def _outlives(mark: str, seconds: float) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["score", "waits", "starts", "imports"])
-def test_nothing_of_a_reward_outlives_a_killed_run_whatever_it_was_doing(tmp_path, what):
+def test_no_process_of_a_reward_outlives_a_killed_run_whatever_the_reward_was_doing(tmp_path, what):
     (tmp_path / "endless.py").write_text(ENDLESS.format(slow_import=what == "imports"))
     name = "score" if what == "imports" else what
     program = (
@@ -429,7 +425,7 @@ def test_nothing_of_a_reward_outlives_a_killed_run_whatever_it_was_doing(tmp_pat
         cwd=tmp_path,
         env=os.environ | {"RUN_TO_BE_KILLED": str(tmp_path)},
     )
-    # The run, two children, and what these may have started.
+    # The run, two workers, and the process that each worker may have started.
     wanted = 5 if what == "starts" else 3
     deadline = time.monotonic() + 30
     while len(_started_with(mark)) < wanted and time.monotonic() < deadline:
@@ -438,30 +434,33 @@ def test_nothing_of_a_reward_outlives_a_killed_run_whatever_it_was_doing(tmp_pat
     assert len(_started_with(mark)) >= min(wanted, 3)
     parent.kill()
     parent.wait()
-    assert not _outlives(mark, 5)
+    assert not _still_running_after(mark, 5)
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_training_run_that_is_killed_at_any_moment(tmp_path):
+@pytest.mark.parametrize("moment", ["workers start", "between steps"])
+def test_no_process_outlives_a_training_run_that_is_killed(tmp_path, moment):
     (tmp_path / "endless.py").write_text(ENDLESS.format(slow_import=False))
     command = [sys.executable, "-c", "from textpolicy.cli import main; raise SystemExit(main())"]
     command += ["train", "--env", "add", "--reward", "endless.py:score", "--reward-timeout", "20"]
-    command += ["--count", "4", "--groups-per-step", "2", "--group-size", "2", "--output"]
-    mark = f"RUN_TO_BE_KILLED={tmp_path}"
-    random = Random(0)
-    for number in range(4):
-        run = subprocess.Popen(
-            [*command, f"run-{number}"],
-            cwd=tmp_path,
-            env=os.environ | {"RUN_TO_BE_KILLED": str(tmp_path)},
-            stderr=subprocess.DEVNULL,
-        )
-        # Before the first child, while children load, and in the middle of steps.
-        time.sleep(random.uniform(1, 6))
-        assert run.poll() is None
-        run.kill()
-        run.wait()
-        assert not _outlives(mark, 5)
+    command += ["--count", "4", "--groups-per-step", "2", "--group-size", "2", "--output", "run"]
+    mark, metrics = f"RUN_TO_BE_KILLED={tmp_path}", tmp_path / "run" / "metrics.jsonl"
+    run = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"RUN_TO_BE_KILLED": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        steps = metrics.read_text().count("\n") if metrics.exists() else 0
+        if (len(_started_with(mark)) > 1) if moment == "workers start" else (steps > 1):
+            break
+        time.sleep(0.02)
+    assert run.poll() is None
+    run.kill()
+    run.wait()
+    assert not _still_running_after(mark, 5)
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Rewards: found by file and name, called in order, and held to a finite number."""
+"""Rewards are loaded by file and name, called in order, and must return finite numbers."""
 
 import asyncio
 import functools
@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from tests.rewards.scoring_calls import score_all
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rewards import (
@@ -21,27 +22,14 @@ from textpolicy.rewards import (
     reward,
     sample_of,
     score,
-    scorer_of,
 )
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.types import Task
 
 
-@pytest.fixture
-def file_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def write(source: str) -> str:
-        path = tmp_path / "mine.py"
-        path.write_text(source)
-        return str(path)
-
-    return write
-
-
-def test_a_function_in_a_file_is_found_by_name(file_of):
-    path = file_of("def good(prompt, completion, example):\n    return example['x'] + 0.5\n")
+def test_a_function_in_a_file_is_found_by_name(write_rewards):
+    path = write_rewards("def good(prompt, completion, example):\n    return example['x'] + 0.5\n")
     assert score(load_reward(f"{path}:good"), "p", "c", {"x": 1}) == 1.5
 
 
@@ -61,7 +49,7 @@ def test_a_function_in_a_file_is_found_by_name(file_of):
     ],
     ids=lambda value: str(value)[:9] if not isinstance(value, int) else "beyond a float",
 )
-def test_what_is_not_a_finite_number_is_refused_with_its_sample(value):
+def test_an_answer_that_is_not_a_finite_number_is_refused_with_its_sample(value):
     def odd(prompt, completion, example):
         return value
 
@@ -88,8 +76,8 @@ def test_numbers_booleans_and_none_are_rewards_and_come_back_as_floats(value, ex
     assert scored == expected and type(scored) is type(expected)
 
 
-def test_a_dataclass_with_postponed_annotations_may_stand_in_a_reward_file(file_of):
-    path = file_of(
+def test_a_reward_file_may_define_a_dataclass_with_postponed_annotations(write_rewards):
+    path = write_rewards(
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\n"
         "@dataclass\nclass Answer:\n    value: float\n"
@@ -98,30 +86,30 @@ def test_a_dataclass_with_postponed_annotations_may_stand_in_a_reward_file(file_
     assert score(load_reward(f"{path}:read"), "p", "c", {}) == 0.5
 
 
-def test_a_reward_file_imports_its_neighbours_at_once_and_later(file_of, tmp_path):
+def test_a_reward_file_can_import_the_files_beside_it_at_once_and_later(write_rewards, tmp_path):
     (tmp_path / "neighbour_now.py").write_text("half = 0.5\n")
     (tmp_path / "neighbour_later.py").write_text("half = 0.5\n")
-    path = file_of(
+    path = write_rewards(
         "from neighbour_now import half\n"
         "def both(p, c, e):\n    import neighbour_later\n    return half + neighbour_later.half\n"
     )
     assert score(load_reward(f"{path}:both"), "p", "c", {}) == 1.0
 
 
-def test_a_reward_file_named_as_a_known_module_does_not_take_its_place(tmp_path, monkeypatch):
+def test_a_reward_file_named_like_a_known_module_does_not_replace_the_module(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "json.py").write_text("def good(p, c, e):\n    return 1\n")
     load_reward(f"{tmp_path}/json.py:good")
     assert sys.modules["json"] is json
 
 
-def test_keyboard_interrupts_pass_through(file_of):
+def test_keyboard_interrupts_pass_through(write_rewards):
     with pytest.raises(KeyboardInterrupt):
-        load_reward(f"{file_of('raise KeyboardInterrupt')}:score")
+        load_reward(f"{write_rewards('raise KeyboardInterrupt')}:score")
 
 
-def test_an_exception_inside_names_function_line_and_sample(file_of):
-    path = file_of("def bad(prompt, completion, example):\n    return example['missing']\n")
+def test_an_exception_in_a_reward_names_function_line_and_sample(write_rewards):
+    path = write_rewards("def bad(prompt, completion, example):\n    return example['missing']\n")
     with pytest.raises(RewardError, match=r"reward bad raised KeyError: 'missing' \(.*line 2\)"):
         score(load_reward(f"{path}:bad"), "p", "c", {})
 
@@ -144,12 +132,12 @@ def test_long_samples_are_cut_in_messages():
         ("def (", "score", RewardError, "raised SyntaxError"),
     ],
 )
-def test_a_wrong_reward_file_says_what_is_wrong(file_of, source, name, error, message):
+def test_a_wrong_reward_file_says_what_is_wrong(write_rewards, source, name, error, message):
     with pytest.raises(error, match=message):
-        load_reward(f"{file_of(source)}:{name}")
+        load_reward(f"{write_rewards(source)}:{name}")
 
 
-def test_a_missing_file_and_a_missing_name_are_said(tmp_path):
+def test_a_missing_file_and_a_text_that_names_no_file_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_reward(f"{tmp_path}/none.py:score")
     with pytest.raises(ConfigError, match=r"expected FILE\.py or FILE\.py:FUNCTION"):
@@ -169,13 +157,13 @@ def test_arguments_are_filled_by_name_from_the_row_and_the_context():
     assert score(close, "p", "ab", {"answer": 3}, stop_reason="length") == 7.2
 
 
-def test_three_arguments_of_any_other_names_are_taken_by_position():
+def test_three_parameters_of_any_other_names_are_filled_by_position():
     assert call(lambda p, c, e: len(p + c) + e["x"], x=1) == 3
     assert call(lambda p, c, e, **context: len(context["turns"]), x=1) == 1
     assert call(lambda p, c, /, example: len(c) + example["x"], x=1) == 2
 
 
-def test_keyword_context_holds_everything_that_is_known_of_the_sampling():
+def test_keyword_context_holds_all_context_fields():
     seen = {}
 
     def look(completion, **context):
@@ -191,11 +179,11 @@ def test_keyword_context_holds_everything_that_is_known_of_the_sampling():
     }
 
 
-def test_the_context_goes_before_columns_of_the_same_name():
+def test_a_context_field_hides_a_column_of_the_same_name():
     assert call(lambda completion, turns, example: len(turns) + example["turns"], turns=5) == 6
 
 
-def test_columns_that_the_rows_lack_are_named_before_anything_is_called():
+def test_columns_that_the_rows_lack_are_named_before_a_function_is_called():
     def close(completion, answer):
         raise AssertionError("never called")
 
@@ -221,7 +209,7 @@ def test_a_function_that_would_not_see_the_completion_is_refused(function):
         Rewards(function)
 
 
-def test_async_rewards_are_awaited_together_but_not_all_at_once():
+def test_async_rewards_are_awaited_sixteen_at_a_time():
     running, most = 0, 0
 
     async def slow(completion):
@@ -244,7 +232,7 @@ def test_a_partial_of_an_async_reward_is_awaited():
     assert call(functools.partial(scaled, factor=2.0), "abc") == 6.0
 
 
-def test_async_rewards_run_inside_a_loop_too_as_in_a_notebook():
+def test_async_rewards_run_inside_the_event_loop_of_a_notebook_too():
     async def half(completion):
         return 0.5
 
@@ -288,7 +276,7 @@ def test_a_batched_async_reward_is_awaited():
         (iter([1.0, 2.0]), "list_iterator"),
     ],
 )
-def test_a_batched_reward_returns_a_list_with_one_value_for_each(answer, got):
+def test_a_batched_reward_must_return_a_list_with_one_value_for_each_sample(answer, got):
     @reward(batched=True)
     def odd(completions):
         return answer
@@ -297,7 +285,7 @@ def test_a_batched_reward_returns_a_list_with_one_value_for_each(answer, got):
         score_all(odd, "a", "b")
 
 
-def test_several_rewards_add_up_by_weight_and_each_keeps_its_own():
+def test_several_rewards_add_up_by_weight_and_each_part_is_kept():
     def right(completion):
         return float(completion == "yes")
 
@@ -311,7 +299,7 @@ def test_several_rewards_add_up_by_weight_and_each_keeps_its_own():
     assert good.metrics == {"brief/length": 3.0}
 
 
-def test_what_declines_is_left_out_of_the_sum_and_a_sample_that_all_decline_has_no_reward():
+def test_none_is_left_out_of_the_sum_and_a_sample_with_none_from_all_has_no_reward():
     def right(completion):
         return 1.0 if completion == "yes" else None
 
@@ -345,7 +333,7 @@ def test_what_declines_is_left_out_of_the_sum_and_a_sample_that_all_decline_has_
     ],
     ids=str,
 )
-def test_rewards_that_cannot_work_are_refused_when_they_are_put_together(options, message):
+def test_rewards_with_impossible_options_are_refused(options, message):
     def fine(completion):
         return 1.0
 
@@ -366,17 +354,17 @@ def test_a_decorated_function_is_still_callable_and_may_have_another_name():
     assert g("a") == 1.0 and (g.name, g.batched) == ("g", False)
 
 
-def test_a_file_with_one_function_needs_no_name(file_of):
+def test_a_file_with_one_function_needs_no_name(write_rewards):
     source = "import math\nfrom os.path import join\ndef _aid(x): ...\ndef mine(completion):\n"
-    assert call(load_reward(file_of(source + "    return 0.5\n"))) == 0.5
+    assert call(load_reward(write_rewards(source + "    return 0.5\n"))) == 0.5
     with pytest.raises(ConfigError, match=r"holds 2 functions \(a, b\); expected one.*py:a"):
-        load_reward(file_of("def a(completion): ...\ndef b(completion): ...\n"))
+        load_reward(write_rewards("def a(completion): ...\ndef b(completion): ...\n"))
     with pytest.raises(ConfigError, match=r"holds 0 functions \(none\)"):
-        load_reward(file_of("x = 1\n"))
+        load_reward(write_rewards("x = 1\n"))
 
 
-def test_a_file_may_hold_several_rewards_put_together(file_of):
-    path = file_of(
+def test_a_file_may_hold_a_weighted_sum_of_rewards(write_rewards):
+    path = write_rewards(
         "import textpolicy as tp\n"
         "def a(completion):\n    return 1.0\n"
         "def b(completion):\n    return 2.0\n"
@@ -386,7 +374,7 @@ def test_a_file_may_hold_several_rewards_put_together(file_of):
     assert verdict.value == 2.0
 
 
-def test_an_error_whose_message_cannot_be_shown_or_is_endless_is_reported():
+def test_an_error_with_a_broken_or_endless_message_is_reported():
     class Rude(Exception):
         def __str__(self):
             raise ValueError
@@ -445,8 +433,3 @@ def test_rollouts_carry_the_parts_the_metrics_and_the_errors_of_their_rewards(lo
     assert metrics["reward/errors"] == metrics["reward/unscored"] == 0.5
     assert metrics["rewards/brief/mean"] == 0.5 and metrics["rewards/brief/std"] == 0.0
     assert metrics["rewards/picky/seen"] == 2.0
-
-
-def score_all(rewards, *completions):
-    with scorer_of(rewards) as scorer:
-        return scorer.score([sample_of("p", text, {}) for text in completions])

@@ -1,4 +1,4 @@
-"""What a model may write to fool, hang or take over a verifier: a table, each row in 50 ms."""
+"""Texts with which a model could deceive, hang or take over a verifier; each check is fast."""
 
 import time
 from functools import partial
@@ -80,7 +80,7 @@ MATHS = {
 }
 
 
-# What else runs on the machine is no fault of the verifier's: its own time is what counts.
+# CPU time, because other programs on the machine also take time.
 def seconds(check, *arguments, **options):
     started = time.process_time()
     assert not check(*arguments, **options)
@@ -97,7 +97,7 @@ def test_no_attack_on_mathematics_is_right_or_slow(text, tmp_path):
 
 
 @pytest.mark.parametrize("text", MATHS.values(), ids=MATHS)
-def test_no_attack_is_slow_as_the_answer_of_a_row_either(text):
+def test_no_attack_is_slow_if_it_is_the_answer_of_a_row(text):
     started = time.process_time()
     math_equal("5", text)
     math_equal(text, text)
@@ -155,7 +155,7 @@ JSON = {
 
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
-def test_json_that_is_none_is_refused_in_time_with_a_value_error(text):
+def test_text_that_is_not_json_is_a_value_error_in_time(text):
     started = time.process_time()
     with pytest.raises(ValueError):
         read_json(text)
@@ -167,8 +167,8 @@ CATASTROPHES = ["(a+)+$", "(a|aa)+$", "(a|a)*$", "(.*a){20}$", "^(([a-z])+.)+[A-
 
 def test_patterns_that_explode_are_killed_on_time():
     def match(pattern):
-        assert not pattern_match("a" * 40 + "!", pattern, seconds=0.2)
+        assert not pattern_match("a" * 40 + "!", pattern, seconds=0.1)
 
     for pattern in CATASTROPHES:
         assert pattern_match("ready again", "again", seconds=5)
-        assert least_seconds(partial(match, pattern), below=0.7) < 0.7
+        assert least_seconds(partial(match, pattern), below=0.6) < 0.6

@@ -1,4 +1,4 @@
-"""Code that a model wrote: tested, and locked in whatever it tries."""
+"""Model-written code is tested, and is isolated whatever it tries."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def test_code_is_taken_from_the_last_fence():
 
 
 @pytest.mark.parametrize("unsafe", SAFETY)
-def test_a_failing_run_says_what_python_said(unsafe):
+def test_a_failing_run_returns_the_error_of_python(unsafe):
     run = run_code(ADD, "print(add(1, 2)); assert add(1, 2) == 4", unsafe=unsafe)
     assert (run.passed, run.output) == (False, "3\n")
     assert "AssertionError" in run.error
@@ -55,7 +55,7 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("code", FORGERIES.values(), ids=FORGERIES)
-def test_success_cannot_be_had_by_leaving_before_the_test(code):
+def test_code_that_ends_before_the_test_does_not_pass(code):
     assert not run_code(code, "assert add(1, 2) == 3", unsafe=True).passed
 
 
@@ -73,7 +73,7 @@ LIMITS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("unsafe", SAFETY)
 @pytest.mark.parametrize("code", LIMITS.values(), ids=LIMITS)
-def test_what_takes_too_much_is_stopped(code, unsafe):
+def test_code_that_exceeds_a_limit_is_stopped(code, unsafe):
     def run():
         stopped = run_code(code, seconds=0.7, unsafe=unsafe)
         assert not stopped.passed
@@ -83,7 +83,7 @@ def test_what_takes_too_much_is_stopped(code, unsafe):
 
 
 @boxed
-def test_processes_that_it_leaves_behind_end_with_it():
+def test_processes_that_the_code_leaves_behind_end_with_it():
     mark = f"left-behind-{os.getpid()}"
     code = (
         "import subprocess, sys\n"
@@ -102,7 +102,9 @@ def _is_running(mark: str) -> bool:
 
 
 @boxed
-def test_it_sees_no_files_but_pythons_no_network_and_no_environment(tmp_path, monkeypatch):
+def test_the_code_sees_only_the_files_of_python_no_network_and_no_environment(
+    tmp_path, monkeypatch
+):
     secret = tmp_path / "secret"
     secret.write_text("canary")
     monkeypatch.setenv("CANARY_TOKEN", "canary")
@@ -131,7 +133,7 @@ def test_it_sees_no_files_but_pythons_no_network_and_no_environment(tmp_path, mo
     assert secret.read_text() == "canary"
 
 
-def test_without_bubblewrap_it_refuses(monkeypatch):
+def test_without_bubblewrap_the_call_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"needs bubblewrap.*unsafe=True"):
         run_code(ADD)

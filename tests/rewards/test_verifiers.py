@@ -1,4 +1,4 @@
-"""Verifiers: what counts as the same answer, and what does not."""
+"""Verifiers tell the same answer from another one."""
 
 import math
 
@@ -137,7 +137,7 @@ def test_numbers_are_compared_exactly_or_within_a_relative_tolerance():
         ("", None),
     ],
 )
-def test_the_final_answer_is_found_in_what_surrounds_it(text, answer):
+def test_the_final_answer_is_found_in_the_text_around_it(text, answer):
     assert final_answer(text) == answer
 
 
@@ -259,7 +259,7 @@ SCHEMA = {
         ("", "not JSON"),
     ],
 )
-def test_json_is_held_to_a_schema_and_problems_have_a_place(text, problem):
+def test_json_is_checked_against_a_schema_and_each_problem_has_a_place(text, problem):
     problems = list(json_problems(text, SCHEMA))
     assert json_match(text, SCHEMA) == (problem is None) == (not problems)
     assert problem is None or problems[0].startswith(problem)
@@ -282,7 +282,7 @@ def test_json_is_held_to_a_schema_and_problems_have_a_place(text, problem):
         ({"exclusiveMinimum": 0}, ["1"], ["0"]),
     ],
 )
-def test_each_keyword_holds_what_it_says(schema, good, bad):
+def test_each_keyword_limits_values(schema, good, bad):
     assert all(json_match(text, schema) for text in good)
     assert not any(json_match(text, schema) for text in bad)
 
@@ -290,7 +290,7 @@ def test_each_keyword_holds_what_it_says(schema, good, bad):
 @pytest.mark.parametrize(
     "schema", [{"$ref": "#"}, {"items": {"format": "date"}}, {"properties": {"a": {"iff": 1}}}]
 )
-def test_a_keyword_that_is_not_known_is_an_error_and_not_passed_over(schema):
+def test_an_unknown_keyword_is_an_error(schema):
     with pytest.raises(ConfigError, match="known keywords are"):
         json_match("1", schema)
 
