@@ -19,7 +19,7 @@ def fussy(completion, example):
 
 @pytest.fixture
 def train(tmp_path, capsys):
-    """A function that runs a small training and returns exit code, metrics of the step and stderr."""
+    """A function that runs a small training; it returns exit code, metrics and stderr."""
     (tmp_path / "mine.py").write_text(SOURCE)
 
     def run(*options):
