@@ -78,34 +78,24 @@ __all__ = [
     "verifiers",
 ]
 
-_HOME = {
-    "AdapterConfig": "textpolicy.adapters.config.adapter_config",
-    "AdapterContainer": "textpolicy.adapters.container",
-    "LoRARule": "textpolicy.adapters.config.rules",
-    "plan_memory": "textpolicy.planning.memory_plan",
-    "Buffer": "textpolicy.buffer",
-    "Measurement": "textpolicy.experiment",
-    "RunEvent": "textpolicy.experiment",
-    "RunResult": "textpolicy.experiment",
-    "SFTConfig": "textpolicy.config",
-    "TrainConfig": "textpolicy.config",
-    "run": "textpolicy.experiment",
-    "Rewards": "textpolicy.rewards",
-    "SFTParameters": "textpolicy.training.sft",
-    "Sample": "textpolicy.rewards",
-    "Score": "textpolicy.rewards",
-    "StepReport": "textpolicy.loop",
-    "Trainer": "textpolicy.training.trainer",
-    "check_reward": "textpolicy.rewards.reward_check",
-    "collect": "textpolicy.rollout.worker",
-    "create_policy": "textpolicy.generation.mlx_generation",
-    "evaluate_sft": "textpolicy.training.sft",
-    "load_model": "textpolicy.generation.mlx_generation",
-    "reward": "textpolicy.rewards",
-    "tiny_model": "textpolicy.generation.model_files",
-    "train_rl": "textpolicy.loop",
-    "train_sft": "textpolicy.training.sft",
+_MODULES = {
+    "textpolicy.adapters.config.adapter_config": ["AdapterConfig"],
+    "textpolicy.adapters.config.rules": ["LoRARule"],
+    "textpolicy.adapters.container": ["AdapterContainer"],
+    "textpolicy.buffer": ["Buffer"],
+    "textpolicy.config": ["SFTConfig", "TrainConfig"],
+    "textpolicy.experiment": ["Measurement", "RunEvent", "RunResult", "run"],
+    "textpolicy.generation.mlx_generation": ["create_policy", "load_model"],
+    "textpolicy.generation.model_files": ["tiny_model"],
+    "textpolicy.loop": ["StepReport", "train_rl"],
+    "textpolicy.planning.memory_plan": ["plan_memory"],
+    "textpolicy.rewards": ["Rewards", "Sample", "Score", "reward"],
+    "textpolicy.rewards.reward_check": ["check_reward"],
+    "textpolicy.rollout.worker": ["collect"],
+    "textpolicy.training.sft": ["SFTParameters", "evaluate_sft", "train_sft"],
+    "textpolicy.training.trainer": ["Trainer"],
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -114,7 +104,7 @@ def __getattr__(name: str) -> Any:
     try:
         if name == "verifiers":
             return import_module("textpolicy.rewards.verifiers")
-        return getattr(import_module(_HOME.get(name, "textpolicy.types")), name)
+        return getattr(import_module(_MODULE_OF.get(name, "textpolicy.types")), name)
     except ImportError as error:
         if missing := missing_backend():
             raise ImportError(missing) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Answer:
     """The answer of a command: `data` for --json, `text` for people."""
 
     data: Mapping[str, Any]

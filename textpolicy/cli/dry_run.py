@@ -6,7 +6,7 @@ from typing import Any
 from mlx_lm.utils import load_tokenizer
 
 from textpolicy.adapters.quantization.number_formats import NumberFormat
-from textpolicy.cli.answer import Report, table
+from textpolicy.cli.answer import Answer, table
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.config.sections import ModelOptions
 from textpolicy.environments import Environment
@@ -28,7 +28,7 @@ _SEEN = 64
 """Held-out tasks whose prompts are measured."""
 
 
-def show_plan(config: TrainConfig) -> Report:
+def show_plan(config: TrainConfig) -> Answer:
     """The resolved settings, and what they would take. Nothing is started, no weight is read."""
     find_algorithm(config.algorithm)
     environment, _ = find_task(config.task)
@@ -51,7 +51,7 @@ def show_plan(config: TrainConfig) -> Report:
             rows.append(("turns", "memory is that of one turn; several are not planned"))
         data["estimated_training_bytes"] = planned.estimated_training_bytes
         data["estimated_generation_bytes"] = planned.estimated_generation_bytes
-    return Report(data=data, text=f"{to_toml(config)}\n{table(rows)}\nnothing was started")
+    return Answer(data=data, text=f"{to_toml(config)}\n{table(rows)}\nnothing was started")
 
 
 def architecture_of(options: ModelOptions) -> dict[str, Any]:

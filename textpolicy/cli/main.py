@@ -23,16 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{failed}{missing}", file=sys.stderr)
         return 1
     try:
-        report = import_module(f"textpolicy.cli.commands.{options.module}").run(options)
+        answer = import_module(f"textpolicy.cli.commands.{options.command}").run(options)
     except KeyboardInterrupt:
         print(f"{failed}interrupted", file=sys.stderr)
         return 130
     except (TextPolicyError, OSError) as error:
         print(f"{failed}{error}", file=sys.stderr)
         return _exit_code(error)
-    if text := json.dumps(report.data) if options.json else report.text:
+    if text := json.dumps(answer.data) if options.json else answer.text:
         _answer(text)
-    return report.exit_code
+    return answer.exit_code
 
 
 def _answer(text: str) -> None:

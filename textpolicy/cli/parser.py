@@ -1,8 +1,7 @@
 """The commands and their options. Imports nothing heavy, so that `--help` answers at once."""
 
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +21,15 @@ _UNTIMED = (
 """Sections and settings that `bench` leaves out, because they do not change the time of a step."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command; `module` is the file in `cli/commands` that runs it."""
+    """A command: what it does, its options and examples. `cli/commands/NAME.py` runs it."""
 
-    module: str
-    summary: str
-    examples: Sequence[str]
-    add_options: Callable[[ArgumentParser], None]
+    def __init__(
+        self, summary: str, add_options: Callable[[ArgumentParser], None], *examples: str
+    ) -> None:
+        self.summary = summary
+        self.add_options = add_options
+        self.examples = examples
 
 
 def build_parser(only: str | None = None) -> ArgumentParser:
@@ -55,7 +55,6 @@ def build_parser(only: str | None = None) -> ArgumentParser:
             formatter_class=RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.set_defaults(module=command.module)
         if only in (None, name):
             command.add_options(sub)
         sub.usage = _usage(sub)
@@ -106,7 +105,7 @@ def _add_flag(
     add_setting(parser, setting, default=default, **rest)
 
 
-def _run(parser: ArgumentParser) -> None:
+def _train(parser: ArgumentParser) -> None:
     add_config_file(parser, _DEFAULTS)
     add_resume(parser)
     _dry_run(parser, "show the settings and the estimated memory of the run, and start nothing")
@@ -128,7 +127,7 @@ def _demo(parser: ArgumentParser) -> None:
     add_settings(parser, DEMO, ("run.steps", "run.seed"))
 
 
-def _evaluate(parser: ArgumentParser) -> None:
+def _eval(parser: ArgumentParser) -> None:
     add_config_file(parser, _DEFAULTS)
     text = "tasks to show, those with the largest difference between base and adapters"
     _add_flag(parser, "show", int, 5, text, limit=at_least(0))
@@ -253,112 +252,81 @@ def _doctor(parser: ArgumentParser) -> None:
 
 COMMANDS = {
     "demo": Command(
-        module="demo",
-        summary="train the embedded model on addition and show the accuracy before and after",
-        examples=("textpolicy demo",),
-        add_options=_demo,
+        "train the embedded model on addition and show the accuracy before and after",
+        _demo,
+        "textpolicy demo",
     ),
     "train": Command(
-        module="train",
-        summary="train adapters by reinforcement learning on your reward",
-        examples=(
-            "textpolicy train --env sort --steps 100 --output runs/sort",
-            "textpolicy train --data rows.jsonl --reward my_reward.py --model Qwen/Qwen3-0.6B",
-            "textpolicy train --config run.toml --set trainer.lr=1e-5 --dry-run",
-        ),
-        add_options=_run,
+        "train adapters by reinforcement learning on your reward",
+        _train,
+        "textpolicy train --env sort --steps 100 --output runs/sort",
+        "textpolicy train --data rows.jsonl --reward my_reward.py --model Qwen/Qwen3-0.6B",
+        "textpolicy train --config run.toml --set trainer.lr=1e-5 --dry-run",
     ),
     "sft": Command(
-        module="sft",
-        summary="train adapters on demonstrations: texts, prompt and completion, or conversations",
-        examples=("textpolicy sft --data my_data --epochs 3 --output runs/mine",),
-        add_options=_sft,
+        "train adapters on demonstrations: texts, prompt and completion, or conversations",
+        _sft,
+        "textpolicy sft --data my_data --epochs 3 --output runs/mine",
     ),
     "generate": Command(
-        module="generate",
-        summary="sample completions of a prompt",
-        examples=(
-            "textpolicy generate --prompt '347+185=' --temperature 0",
-            "textpolicy generate --prompt '3+4=' -n 4 --adapter runs/add/adapters/best.safetensors",
-        ),
-        add_options=_generate,
+        "sample completions of a prompt",
+        _generate,
+        "textpolicy generate --prompt '347+185=' --temperature 0",
+        "textpolicy generate --prompt '3+4=' -n 4 --adapter runs/add/adapters/best.safetensors",
     ),
     "chat": Command(
-        module="chat",
-        summary="chat with a model",
-        examples=(
-            "textpolicy chat --adapter runs/mine/adapters/latest.safetensors --temperature 0.7",
-        ),
-        add_options=_chat,
+        "chat with a model",
+        _chat,
+        "textpolicy chat --adapter runs/mine/adapters/latest.safetensors --temperature 0.7",
     ),
     "fuse": Command(
-        module="fuse",
-        summary="write a model with its adapters merged into the weights, for mlx-lm to load",
-        examples=("textpolicy fuse --adapter runs/add/adapters/latest.safetensors --output fused",),
-        add_options=_fuse,
+        "write a model with its adapters merged into the weights, for mlx-lm to load",
+        _fuse,
+        "textpolicy fuse --adapter runs/add/adapters/latest.safetensors --output fused",
     ),
     "eval": Command(
-        module="evaluate",
-        summary="measure the reward on held-out tasks, without and with adapters",
-        examples=(
-            "textpolicy eval --env add --adapter runs/add/adapters/latest.safetensors",
-            "textpolicy eval --config runs/add/config.toml --eval-samples 8",
-            "textpolicy eval --env add --eval-envs sort,reverse --model Qwen/Qwen3-0.6B",
-        ),
-        add_options=_evaluate,
+        "measure the reward on held-out tasks, without and with adapters",
+        _eval,
+        "textpolicy eval --env add --adapter runs/add/adapters/latest.safetensors",
+        "textpolicy eval --config runs/add/config.toml --eval-samples 8",
+        "textpolicy eval --env add --eval-envs sort,reverse --model Qwen/Qwen3-0.6B",
     ),
     "runs": Command(
-        module="runs",
-        summary="list runs and their progress, or show how several runs differ",
-        examples=("textpolicy runs", "textpolicy runs runs/add runs/add-2"),
-        add_options=_runs,
+        "list runs and their progress, or show how several runs differ",
+        _runs,
+        "textpolicy runs",
+        "textpolicy runs runs/add runs/add-2",
     ),
     "plan": Command(
-        module="plan",
-        summary="show which layers an adapter config trains, and their bytes",
-        examples=(
-            "textpolicy plan --model tiny --rank 8 --keys self_attn.q_proj,self_attn.v_proj",
-        ),
-        add_options=_plan,
+        "show which layers an adapter config trains, and their bytes",
+        _plan,
+        "textpolicy plan --model tiny --rank 8 --keys self_attn.q_proj,self_attn.v_proj",
     ),
     "check": Command(
-        module="check",
-        summary="check a reward on right, wrong and empty answers before training on it",
-        examples=("textpolicy check my_reward.py --data rows.jsonl",),
-        add_options=_check,
+        "check a reward on right, wrong and empty answers before training on it",
+        _check,
+        "textpolicy check my_reward.py --data rows.jsonl",
     ),
     "inspect": Command(
-        module="inspect",
-        summary="show the contents of an adapter: modules, ranks, scales, version, base",
-        examples=("textpolicy inspect runs/sort/adapters/latest.safetensors",),
-        add_options=_inspect,
+        "show the contents of an adapter: modules, ranks, scales, version, base",
+        _inspect,
+        "textpolicy inspect runs/sort/adapters/latest.safetensors",
     ),
     "report": Command(
-        module="report",
-        summary="write curves, samples and settings of runs to one HTML file",
-        examples=("textpolicy report runs/add", "textpolicy report runs/add runs/add-2"),
-        add_options=_report,
+        "write curves, samples and settings of runs to one HTML file",
+        _report,
+        "textpolicy report runs/add",
+        "textpolicy report runs/add runs/add-2",
     ),
     "envs": Command(
-        module="envs",
-        summary="list the ready environments, or check and show one",
-        examples=("textpolicy envs calculator",),
-        add_options=_envs,
+        "list the ready environments, or check and show one", _envs, "textpolicy envs calculator"
     ),
     "bench": Command(
-        module="bench",
-        summary="take training steps for a minute: where their time goes, and what to change",
-        examples=(
-            "textpolicy bench",
-            "textpolicy bench --model Qwen/Qwen3-0.6B --env gsm8k --quantize 4",
-            "textpolicy bench --config run.toml --seconds 120",
-        ),
-        add_options=_bench,
+        "take training steps for a minute: where their time goes, and what to change",
+        _bench,
+        "textpolicy bench",
+        "textpolicy bench --model Qwen/Qwen3-0.6B --env gsm8k --quantize 4",
+        "textpolicy bench --config run.toml --seconds 120",
     ),
-    "doctor": Command(
-        module="doctor",
-        summary="show what this installation runs on",
-        examples=("textpolicy doctor",),
-        add_options=_doctor,
-    ),
+    "doctor": Command("show what this installation runs on", _doctor, "textpolicy doctor"),
 }

@@ -23,7 +23,7 @@ import mlx.core as mx
 from textpolicy import fast_cpu
 from textpolicy.algorithms import Algorithm
 from textpolicy.cli.advice import Measured, advice_of, shown
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import memory_of, plays
 from textpolicy.cli.flags import configured
 from textpolicy.cli.probes import blas_speeds, product_speeds, width_speeds
@@ -56,7 +56,7 @@ _FIXED = {
 }
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     config = changed(configured(TrainConfig(), options), _FIXED)
     if config.task.env is None and config.task.data is None:
         config = changed(config, {"task.env": "add"})
@@ -64,7 +64,7 @@ def run(options: Namespace) -> Report:
     with TemporaryDirectory() as folder, closing(Console(sys.stderr, _MANY)) as console:
         measured = measure(config, RunDirectory(Path(folder)), console, options.seconds)
     found = advice_of(measured)
-    return Report(
+    return Answer(
         data=asdict(measured) | {"shares": measured.shares, "advice": found},
         text=shown(measured, found),
     )

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.cli.commands.generate import load_sampling_model, sampling_from_flags
 from textpolicy.errors import PromptError
 from textpolicy.generation.mlx_generation import stream_answer
@@ -14,7 +14,7 @@ from textpolicy.types import Message
 _HELP = "/reset starts a new conversation; /quit or Ctrl-D ends the chat"
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     sampling = sampling_from_flags(options)
     model, tokenizer = load_sampling_model(options)
     beginning: list[Message] = (
@@ -38,7 +38,7 @@ def run(options: Namespace) -> Report:
             print(f"{error}\n{_HELP}", file=sys.stderr)
             continue
         messages = [*asked, {"role": "assistant", "content": answer}]
-    return Report(data={"messages": messages}, text="")
+    return Answer(data={"messages": messages}, text="")
 
 
 def _read_lines() -> Iterator[str]:

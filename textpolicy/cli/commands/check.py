@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.config.sections import TaskOptions
@@ -28,7 +28,7 @@ from textpolicy.types import Sampling
 _DEFAULT_MAX_TOKENS = 256
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
     if not (config.task.env or config.task.data):
@@ -41,7 +41,7 @@ def run(options: Namespace) -> Report:
         config.task, options, sample
     )
     data = asdict(check) | {"ok": check.ok}
-    return Report(data=data, text=str(check), exit_code=0 if check.ok else 1)
+    return Answer(data=data, text=str(check), exit_code=0 if check.ok else 1)
 
 
 def _check_on_rows(task: TaskOptions, options: Namespace, sample: "_Sampler | None") -> RewardCheck:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from tempfile import TemporaryDirectory
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.cli.commands.train import describe_result
 from textpolicy.cli.flags import configured
 from textpolicy.cli.listener import listening
@@ -11,7 +11,7 @@ from textpolicy.config import DEMO
 from textpolicy.experiment import run as run_config
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     """Train the embedded model on addition and show what the run gained."""
     config = configured(DEMO, options)
     steps, rollout = config.run.steps, config.rollout
@@ -22,11 +22,11 @@ def run(options: Namespace) -> Report:
         )
         result = run_config(config, output=folder, on_event=listener)
         if not (result.before and result.after):
-            return Report(data={}, text="stopped", exit_code=listener.exit_code(result))
+            return Answer(data={}, text="stopped", exit_code=listener.exit_code(result))
     data = {
         "before": result.before.value,
         "after": result.after.value,
         "seconds": round(result.seconds, 1),
         "steps": result.steps,
     }
-    return Report(data=data, text=describe_result(result))
+    return Answer(data=data, text=describe_result(result))

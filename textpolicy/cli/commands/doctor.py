@@ -11,12 +11,12 @@ from typing import Any
 import mlx.core as mx
 
 from textpolicy import backend, fast_cpu
-from textpolicy.cli.answer import Report, table
+from textpolicy.cli.answer import Answer, table
 
 _TINY = Path(backend.__file__).parent / "tiny" / "model.safetensors"
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     blas = fast_cpu.enable()
     data = {
         "python": platform.python_version(),
@@ -29,7 +29,7 @@ def run(options: Namespace) -> Report:
         "tiny_model": _TINY.is_file(),
     }
     data["usable"] = bool(data["mlx-lm"]) and data["tiny_model"]
-    return Report(data=data, text=_for_people(data), exit_code=0 if data["usable"] else 1)
+    return Answer(data=data, text=_for_people(data), exit_code=0 if data["usable"] else 1)
 
 
 def _for_people(data: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import getdoc
 
-from textpolicy.cli.answer import Report, table
+from textpolicy.cli.answer import Answer, table
 from textpolicy.environments import check_env, gold_answers, load, ready_names
 from textpolicy.environments.task_parts import prompt_text
 from textpolicy.tracking.console import terminal_safe
@@ -16,11 +16,11 @@ _LIBRARIES = {
 }
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     return _show(options.env, options.data) if options.env else _list()
 
 
-def _list() -> Report:
+def _list() -> Answer:
     ready = {name: _summary(name) for name in ready_names()}
     others = {
         "FILE.py[:NAME]": "a file of yours; see docs/environments.md",
@@ -29,7 +29,7 @@ def _list() -> Report:
     for spec, (module, extra, text) in _LIBRARIES.items():
         missing = "" if find_spec(module) else f"; needs: pip install 'textpolicy[{extra}]'"
         others[spec] = text + missing
-    return Report(
+    return Answer(
         data={"ready": ready, "others": others}, text=table([*ready.items(), *others.items()])
     )
 
@@ -40,7 +40,7 @@ def _summary(name: str) -> str:
     return text.partition("\n\n")[0].replace("\n", " ")
 
 
-def _show(spec: str, data: str | None) -> Report:
+def _show(spec: str, data: str | None) -> Answer:
     environment = load(spec, data)
     check_env(environment, 20)
     (task,) = environment.heldout(1)
@@ -51,4 +51,4 @@ def _show(spec: str, data: str | None) -> Report:
     rows += [("gold answer", terminal_safe(answer)) for answer in gold]
     rows += [("max tokens", f"{environment.max_tokens}"), ("check", "passed")]
     data_found = {"env": environment.name, "prompt": prompt, "gold": gold}
-    return Report(data=data_found | {"max_tokens": environment.max_tokens}, text=table(rows))
+    return Answer(data=data_found | {"max_tokens": environment.max_tokens}, text=table(rows))

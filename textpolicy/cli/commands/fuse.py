@@ -17,7 +17,7 @@ from mlx_lm.utils import save_config, save_model
 from textpolicy.adapters.fuse import SAME, FuseReport
 from textpolicy.adapters.quantization.quantize import dequantize, model_quantization
 from textpolicy.adapters.quantization.stored_weights import is_quantized
-from textpolicy.cli.answer import Report, table
+from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.config.sections import ModelOptions
@@ -30,7 +30,7 @@ from textpolicy.generation.model_files import find_model
 _COPIED = ("generation_config.json",)
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
     start, output = config.adapter.start, options.output
@@ -55,7 +55,7 @@ def run(options: Namespace) -> Report:
         "modules": [asdict(module) for module in fused.modules],
         "quantization": written.get("quantization"),
     }
-    return Report(data=data, text=_report_text(fused, output))
+    return Answer(data=data, text=_report_text(fused, output))
 
 
 def _dtype(options: ModelOptions, architecture: dict[str, Any]) -> mx.Dtype | None:

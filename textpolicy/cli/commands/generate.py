@@ -6,7 +6,7 @@ from dataclasses import asdict
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.experiment.assembly import apply_thread_option, dtype_of
@@ -16,7 +16,7 @@ from textpolicy.tracking.console import terminal_safe
 from textpolicy.types import Sampling
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     sampling = sampling_from_flags(options, stop=tuple(options.stop or ()))
     policy = ModelPolicy(*load_sampling_model(options), sampling)
     (completions,) = policy.generate([options.prompt], n=options.n, seed=options.seed)
@@ -24,7 +24,7 @@ def run(options: Namespace) -> Report:
     if len(texts) > 1:
         texts = [f"[{number}] {text}" for number, text in enumerate(texts, start=1)]
     data = {"prompt": options.prompt, "completions": [asdict(c) for c in completions]}
-    return Report(data=data, text="\n".join(texts))
+    return Answer(data=data, text="\n".join(texts))
 
 
 def sampling_from_flags(options: Namespace, stop: tuple[str, ...] = ()) -> Sampling:

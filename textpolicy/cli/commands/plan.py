@@ -3,7 +3,7 @@
 from argparse import Namespace
 from dataclasses import asdict
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import architecture_of
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
@@ -12,7 +12,7 @@ from textpolicy.planning.adapter_plan import plan_adapters
 from textpolicy.planning.unloaded_model import build_unloaded_model
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     model = build_unloaded_model(architecture_of(config.model), dtype_of(config.model))
     planned = plan_adapters(model, adapter_config(config.adapter))
@@ -22,4 +22,4 @@ def run(options: Namespace) -> Report:
         "adapter_bytes": planned.adapter_bytes,
         "trainable_parameters": planned.trainable_parameters,
     }
-    return Report(data=data, text=str(planned))
+    return Answer(data=data, text=str(planned))

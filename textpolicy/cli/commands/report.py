@@ -2,10 +2,10 @@
 
 from argparse import Namespace
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.tracking.report import write_report
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     path = write_report(options.paths, options.output)
-    return Report(data={"report": str(path)}, text=f"{path}")
+    return Answer(data={"report": str(path)}, text=f"{path}")

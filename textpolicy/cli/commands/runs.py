@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import terminal_safe
@@ -29,7 +29,7 @@ class RunSummary:
     state: Literal["running", "finished", "stopped", "unreadable"]
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     paths: Sequence[Path] = options.paths or [Path("runs")]
     directories = [directory for path in paths for directory in _runs_in(path)]
     if len(paths) > 1 and all(RunDirectory(path).exists for path in paths):
@@ -39,8 +39,8 @@ def run(options: Namespace) -> Report:
         for directory in directories
     ]
     if not summaries:
-        return Report(data={"runs": []}, text=f"no runs in {', '.join(map(str, paths))}")
-    return Report(data={"runs": [asdict(one) for one in summaries]}, text=_table(summaries))
+        return Answer(data={"runs": []}, text=f"no runs in {', '.join(map(str, paths))}")
+    return Answer(data={"runs": [asdict(one) for one in summaries]}, text=_table(summaries))
 
 
 def _runs_in(path: Path) -> list[RunDirectory]:
@@ -121,7 +121,7 @@ def _table(summaries: Sequence[RunSummary]) -> str:
     return _columns([head, *cells])
 
 
-def _compare(directories: Sequence[RunDirectory]) -> Report:
+def _compare(directories: Sequence[RunDirectory]) -> Answer:
     names = [directory.path.name for directory in directories]
     settings = _differing([_settings(directory) for directory in directories])
     settings.pop("run.output", None)
@@ -129,7 +129,7 @@ def _compare(directories: Sequence[RunDirectory]) -> Report:
     rows = [(key, *map(_to_text, values)) for key, values in (settings | metrics).items()]
     data = {"runs": [str(directory.path) for directory in directories]}
     text = _columns([("", *names), *rows]) if rows else "these runs do not differ"
-    return Report(data=data | {"config": settings, "metrics": metrics}, text=text)
+    return Answer(data=data | {"config": settings, "metrics": metrics}, text=text)
 
 
 def _final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Any
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import TerminalListener, listening
 from textpolicy.config import SFTConfig, to_toml
@@ -16,18 +16,18 @@ from textpolicy.tracking.console import terminal_safe
 _ENDS = {"finished": "", "stopped": " (stopped)", "early": " (out of patience)"}
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     """Train on rows of text, or show the settings."""
     if options.resume:
         config = configured_to_resume(SFTConfig(), options)
     else:
         config = configured(SFTConfig(), options)
     if options.dry_run:
-        return Report(data={"config": plain_settings(config)}, text=to_toml(config))
+        return Answer(data={"config": plain_settings(config)}, text=to_toml(config))
     with listening(config.trainer.iterations or 0, panel=False) as listener:
         result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
         text = _text(result, config, listener)
-        return Report(data=_data(result), text=text, exit_code=listener.exit_code(result))
+        return Answer(data=_data(result), text=text, exit_code=listener.exit_code(result))
 
 
 def _text(result: RunResult, config: SFTConfig, listener: TerminalListener) -> str:

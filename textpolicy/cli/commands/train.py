@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
-from textpolicy.cli.answer import Report
+from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import TerminalListener, listening
@@ -14,7 +14,7 @@ from textpolicy.experiment import run as run_config
 from textpolicy.experiment.resuming import resume_line
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     """Train, or show what training would take."""
     if options.resume:
         config = configured_to_resume(TrainConfig(), options)
@@ -25,7 +25,7 @@ def run(options: Namespace) -> Report:
     with listening(config.run.steps) as listener:
         result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
         text = _text(result, config, listener)
-        return Report(data=_data(result), text=text, exit_code=listener.exit_code(result))
+        return Answer(data=_data(result), text=text, exit_code=listener.exit_code(result))
 
 
 def describe_result(result: RunResult) -> str:

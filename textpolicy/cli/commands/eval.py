@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.cli.answer import Report, table
+from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
@@ -21,7 +21,7 @@ from textpolicy.tracking.console import terminal_safe
 _MAX_SHOWN_CHARACTERS = 200
 
 
-def run(options: Namespace) -> Report:
+def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
@@ -34,7 +34,7 @@ def run(options: Namespace) -> Report:
     ]
     own, *rest = map(_data, results)
     lines = [line for one in results for line in _lines(one, config.model.name, options.show)]
-    return Report(data=own | {"others": rest}, text="\n".join(lines))
+    return Answer(data=own | {"others": rest}, text="\n".join(lines))
 
 
 @dataclass(frozen=True, kw_only=True)
