@@ -1,4 +1,4 @@
-"""docs/metrics.md against what runs write: every number is documented, no other is."""
+"""docs/metrics.md lists every metric that runs write, and no other metric."""
 
 import json
 import re
@@ -22,13 +22,13 @@ SMALL = ["--groups-per-step", "2", "--group-size", "4", "--count", "4", "--steps
 
 
 def documented() -> set[str]:
-    """The names in the first column of each table."""
+    """Return the names in the first column of each table."""
     columns = re.findall(r"^\|([^|]+)\|", PAGE.read_text(), flags=re.MULTILINE)
     return {name for column in columns for name in re.findall(r"`([^`]+)`", column)}
 
 
 def pattern(name: str) -> re.Pattern[str]:
-    """What a documented name stands for: words in capitals are those of a run."""
+    """Return the pattern of a documented name: a word in capitals stands for any name."""
     parts = re.split(r"([A-Z]+|\.\.\.)", name)
     open_ = {"...": ".+"}
     return re.compile(
@@ -40,7 +40,7 @@ def pattern(name: str) -> re.Pattern[str]:
 
 
 def written(folder: Path) -> set[str]:
-    """The names in the rows of a run."""
+    """Return the names in the rows of a run."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {name for line in lines for name in json.loads(line)} - {"step"}
 
@@ -49,13 +49,13 @@ def measured(prompt, completion):
     return Score(sum(map(ord, completion)) % 10 / 10, {"length": float(len(completion))})
 
 
-# All weights of tokens, each of which reports something.
+# All weights of tokens. Each weight reports a metric.
 WEIGHTS = ("truncate_tokens", "mask_tokens", "off_policy_mask", "top_entropy_tokens")
 
 
 @pytest.fixture(scope="module")
 def of_algorithms(load_tiny, tmp_path_factory):
-    """What one step reports with the algorithms and options that report more than others."""
+    """Return the metrics of one step with the algorithms and options that have own metrics."""
     names: set[str] = set()
     for number, (algorithm, own, options) in enumerate(
         [
@@ -91,7 +91,7 @@ def of_algorithms(load_tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_commands(tmp_path_factory):
-    """What runs of `train`, with tools and without, and of `sft` write."""
+    """Return the metrics of runs of `train`, with and without tools, and of `sft`."""
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(20)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -106,6 +106,7 @@ def of_commands(tmp_path_factory):
     return {run: written(folder / run) for run in runs}
 
 
+@pytest.mark.slow
 def test_every_metric_is_documented(of_algorithms, of_commands):
     patterns = list(map(pattern, documented()))
     names = of_algorithms.union(*of_commands.values())
@@ -113,12 +114,13 @@ def test_every_metric_is_documented(of_algorithms, of_commands):
     assert not {name for name in names if not any(p.fullmatch(name) for p in patterns)}
 
 
+@pytest.mark.slow
 def test_every_documented_metric_is_reported(of_algorithms, of_commands):
     names = of_algorithms.union(*of_commands.values())
     assert not {known for known in documented() if not any(map(pattern(known).fullmatch, names))}
 
 
-def test_words_in_capitals_stand_for_what_a_run_names():
+def test_a_word_in_capitals_stands_for_any_name():
     assert pattern("rewards/NAME/mean").fullmatch("rewards/my-own/mean")
     assert not pattern("rewards/NAME/mean").fullmatch("rewards/a/b/mean")
     assert pattern("eval/pass@K").fullmatch("eval/pass@16")

@@ -1,4 +1,4 @@
-"""Environments of other libraries keep our contract, and cannot run what a model writes."""
+"""Environments of other libraries keep the contract, and never execute text of a model."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ needs_textarena = pytest.mark.skipif(
     not find_spec("textarena"),
     reason="the extra [textarena] is not installed",
 )
-# Each makes puzzles for many seconds; `composite` is no task but a mixture.
+# Each of these tasks makes puzzles for many seconds; `composite` is a mixture of tasks.
 SLOW_TASKS = {"composite", "futoshiki", "knight_swap", "puzzle24", "zebra_puzzles"}
 GAMES = [
     "Bandit-v0",
@@ -37,7 +37,7 @@ GAMES = [
 ]
 
 
-# In a process of its own: shape checks make it many times slower, and the library warns a lot.
+# A process of its own has no shape checks, which make it many times slower, and no warnings.
 CHECK_ALL = """
 import sys
 from textpolicy.environments import check_env, load
@@ -79,7 +79,7 @@ def test_every_verifier_that_evaluates_text_is_guarded():
 @pytest.mark.slow
 @needs_reasoning_gym
 @pytest.mark.parametrize("name", sorted(bridge.LITERAL_TASKS | bridge.EXPRESSION_TASKS))
-def test_an_answer_that_is_code_scores_nothing_and_does_not_run(name, tmp_path):
+def test_an_answer_that_is_code_earns_nothing_and_is_not_executed(name, tmp_path):
     environment = load(f"reasoning_gym:{name}")
     (task,) = islice(environment.stream(0), 1)
     canary = tmp_path / "canary"
@@ -114,18 +114,18 @@ def test_an_answer_that_is_code_scores_nothing_and_does_not_run(name, tmp_path):
         ("anything at all: open('x')", "word_sorting", True),
     ],
 )
-def test_what_reaches_a_verifier_is_checked_by_what_it_does(answer, name, harmless):
+def test_an_answer_reaches_a_verifier_only_if_it_is_safe(answer, name, harmless):
     assert bridge.is_safe_to_verify(answer, name) is harmless
 
 
-def test_an_answer_that_a_verifier_cannot_read_scores_nothing():
+def test_an_answer_that_a_verifier_cannot_read_earns_nothing():
     assert verify_or_zero(lambda answer, example: int(answer), "x", {}) == 0.0
     assert verify_or_zero(lambda answer, example: int(answer) / 2, "1", {}) == 0.5
 
 
 @needs_reasoning_gym
 @pytest.mark.slow
-def test_an_unknown_task_names_the_nearest():
+def test_an_unknown_task_is_an_error_with_the_nearest_names():
     with pytest.raises(
         TaskError, match=r"no single task 'basic_arithmetik'.*nearest names.*'basic_arithmetic'"
     ):
@@ -141,7 +141,7 @@ def test_a_game_of_textarena_keeps_the_contract(game):
 
 @pytest.mark.slow
 @needs_textarena
-def test_games_do_not_draw_from_each_other_nor_from_us():
+def test_games_neither_use_nor_change_other_random_states():
     moves = [f"[{cell}]" for cell in (4, 0, 8, 2, 6, 1, 3, 5, 7)]
 
     def play(beside):
@@ -164,7 +164,7 @@ def test_games_do_not_draw_from_each_other_nor_from_us():
 
 @pytest.mark.slow
 @needs_textarena
-def test_an_observation_holds_what_is_new_and_not_our_own_move():
+def test_an_observation_has_only_new_text_and_not_the_own_move():
     env = load("textarena:GuessTheNumber-v0").make()
     first, _ = env.reset(seed=0)
     second, *_ = env.step("[5]")

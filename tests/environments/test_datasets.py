@@ -1,4 +1,4 @@
-"""Rows, templates and splits: what is wrong is named by file and line, and nothing in data runs."""
+"""Rows, templates and splits. Errors name file and line, and no code in data is executed."""
 
 import json
 from itertools import islice
@@ -80,7 +80,7 @@ def test_a_bad_table_is_named_by_file_and_line(tmp_path, text, message):
         load_rows(write(tmp_path / "rows.csv", text))
 
 
-def test_a_file_that_is_not_there_or_of_no_known_kind_is_named(tmp_path):
+def test_a_missing_file_and_an_unknown_format_are_errors_with_the_name(tmp_path):
     with pytest.raises(DataError, match=r"'nowhere\.jsonl' does not exist"):
         load_rows("nowhere.jsonl")
     with pytest.raises(DataError, match=r"rows\.txt.*expected a file ending in \.jsonl, \.csv"):
@@ -113,7 +113,7 @@ def test_a_template_holds_names_and_no_code(template):
         fill_template(template, {"row": "x", "": "y", "0.x": "z"})
 
 
-def test_a_column_that_is_missing_is_named_with_those_there_are():
+def test_a_missing_column_is_an_error_with_the_columns_of_the_rows():
     with pytest.raises(
         DataError,
         match=r"names the column \{questoin\}, but the columns of the rows are \['question', 'an",
@@ -129,12 +129,12 @@ def test_a_column_that_is_missing_is_named_with_those_there_are():
         Dataset.from_rows([*ROWS, {"answer": 1}], "{question}")
 
 
-def test_a_value_that_is_no_text_is_not_written_into_a_prompt():
+def test_a_value_that_is_not_text_is_not_written_into_a_prompt():
     with pytest.raises(DataError, match=r"row 1: column 'question' holds \['x'\] \(list\)"):
         Dataset.from_rows([{"question": ["x"]}], "{question}")
 
 
-def test_prompts_may_be_messages_and_nothing_else():
+def test_a_prompt_is_text_or_messages():
     messages = [{"role": "user", "content": "2+2="}]
     data = Dataset.from_rows([{"prompt": messages}, {"prompt": "3+3="}])
     assert {str(task.prompt) for task in (*data.train, *data.held_out)} == {str(messages), "3+3="}
@@ -151,7 +151,7 @@ def test_held_out_rows_are_a_tenth_that_no_order_and_no_seed_changes():
     assert not heldout & {task.prompt for task in islice(data.stream(0), 300)}
 
 
-def test_a_prompt_that_occurs_twice_is_on_one_side():
+def test_a_prompt_that_occurs_twice_is_in_one_part_only():
     data = Dataset.from_rows(ROWS + ROWS, "{question}", held_out=0.5)
     train, heldout = ({task.prompt for task in part} for part in (data.train, data.held_out))
     assert len(data.train) == len(data.held_out) == 100

@@ -1,4 +1,4 @@
-"""Environments from files, rows and ids: what a newcomer types, and what is said to mistakes."""
+"""Environments from files, rows and ids, and the errors for wrong files and options."""
 
 import json
 from itertools import islice
@@ -106,7 +106,7 @@ def write(tmp_path):
     [(SINGLE, 0, 1.0), (CHAT, 2, 2.0), (TOOLS, 2, 1.0), (CLASS, 3, 3.0)],
     ids=["one turn", "chat", "tools", "gymnasium class"],
 )
-def test_an_environment_is_one_file_anywhere(write, load_tiny, text, turns, reward):
+def test_one_file_in_any_folder_is_an_environment(write, load_tiny, text, turns, reward):
     environment = load(write(text))
     check_env(environment, 20)
     tasks = list(islice(environment.stream(0), 4))
@@ -157,14 +157,14 @@ class Endless(gym.Env):
 
 
 class Picky(Endless):
-    """Falls over what it does not know."""
+    """Raises an error on some answers."""
 
     def step(self, action):
         return "x", float(len("abc".split(action)) > 1), True, False, {}
 
 
 class Forgetful(Endless):
-    """Opens differently every time."""
+    """Starts with another observation every time."""
 
     def reset(self, *, seed=None, options=None):
         return str(gym.utils.seeding.np_random()[0].integers(10**9)), {}
@@ -178,12 +178,12 @@ class Forgetful(Endless):
         (Forgetful, "gymnasium's check_env: AssertionError"),
     ],
 )
-def test_check_env_names_what_breaks(env, message):
+def test_check_env_names_the_broken_part_of_the_contract(env, message):
     with pytest.raises(TaskError, match=message):
         check_env(from_gymnasium(env))
 
 
-def test_an_environment_that_is_no_text_is_refused():
+def test_an_environment_without_text_is_refused():
     with pytest.raises(TaskError, match=r"CartPole-v1 starts with .*ndarray\); expected text"):
         load("gymnasium:CartPole-v1").heldout(1)
 
@@ -209,14 +209,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_rows_and_a_reward_train_from_an_empty_folder(folder, capsys):
     train = ["train", "--model", "tiny", "--data", "rows.jsonl", "--reward", "my_reward.py"]
     assert main([*train, "--steps", "2", "--group-size", "4", "--max-tokens", "6"]) == 0
     out = capsys.readouterr()
     assert "4 held-out tasks" in out.err
     assert "adapters in runs/rows/adapters/latest.safetensors" in out.out
-    assert main([*train, "--steps", "1", "--group-size", "2", "--max-tokens", "6"]) == 0
-    assert (folder / "runs" / "rows-2" / "adapters" / "latest.safetensors").is_file()
+    assert (folder / "runs" / "rows" / "adapters" / "latest.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,9 @@ def test_rows_and_a_reward_train_from_an_empty_folder(folder, capsys):
         ),
     ],
 )
-def test_what_does_not_go_together_is_said_before_a_model_loads(folder, capsys, options, message):
+def test_options_that_exclude_each_other_are_an_error_before_a_model_loads(
+    folder, capsys, options, message
+):
     assert main(["train", *options]) in (1, 2)
     assert message in capsys.readouterr().err
     assert not (folder / "runs").exists()

@@ -1,4 +1,4 @@
-"""Episodes of several turns: the trainer gets, id for id, what the sampler saw."""
+"""Episodes of several turns: the trainer gets exactly the token ids that the sampler had."""
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -8,7 +8,6 @@ import pytest
 from tests.generation.test_architectures import FAMILIES, build
 from tests.generation.test_generation import PositionCounter
 from tests.logprobs import token_logprobs
-from tests.training.test_logprobs import batch_for
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.environments import ChatEnv, ToolEnv, sum_turn_rewards
@@ -19,7 +18,6 @@ from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.generation.prompts import encode_prompt, encode_reply
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
-from textpolicy.training.logprobs import ModelLogprobs
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Sampling, StopReason, Task
 
@@ -40,7 +38,7 @@ def calculator(script=None):
 
 
 def guessing(turns, *, prompt="guess", reply="higher"):
-    """A game of so many turns in which nothing is right."""
+    """A game of `turns` turns in which no answer is right."""
     return ChatEnv(
         lambda rng: (prompt, {}),
         lambda answers, example: reply if len(answers) < turns else None,
@@ -55,7 +53,7 @@ def task_of(make, name="t"):
 
 
 def drawn(tokenizer, rollout):
-    """One line a turn: what was read, then what was said, each token on its own."""
+    """One line a turn: the prompt or reply, then each sampled token in brackets."""
     lines, line = [], ""
     for token, counts, before in zip(
         rollout.tokens, rollout.mask, [False, *rollout.mask], strict=False
@@ -68,7 +66,7 @@ def drawn(tokenizer, rollout):
 
 
 class Recording:
-    """A policy, and what it read and said at each turn: prompt, member, ids read, ids drawn."""
+    """A policy that records each turn: prompt, member, ids of the context, sampled ids."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -90,7 +88,7 @@ class Recording:
 
 
 def test_a_two_turn_tool_episode_is_trained_on_as_it_was_sampled(load_tiny):
-    """What is in brackets was sampled and counts; the rest was read, the tool's answer included."""
+    """Tokens in brackets are sampled and count for the loss; the tool's message does not count."""
     _, tokenizer = load_tiny()
     policy = ScriptedPolicy(tokenizer, [["mul(6,14)", "84"]])
     (group,) = collect([task_of(calculator)], policy, sum_turn_rewards, group_size=1, seed=0)
@@ -124,9 +122,9 @@ def test_a_five_turn_tool_episode_is_trained_on_as_it_was_sampled(load_tiny):
     assert rollout.metrics == {"env/turns": 5.0, "env/tool_calls": 5.0, "env/tool_errors": 2.0}
 
 
-@pytest.mark.parametrize("turns", [2, 5])
-def test_what_a_model_saw_is_what_it_is_trained_on(load_tiny, turns):
-    """Ids, mask and log-probabilities of ragged episodes, against a forward pass on the whole."""
+def test_a_model_is_trained_on_the_ids_that_it_saw(load_tiny):
+    """Ids, mask and log-probabilities of ragged episodes equal those of one forward pass."""
+    turns = 5
     model, tokenizer = load_tiny()
     policy = Recording(create_policy(model, tokenizer, {"max_tokens": 12}))
     tasks = [
@@ -149,37 +147,23 @@ def test_what_a_model_saw_is_what_it_is_trained_on(load_tiny, turns):
     assert len({len(rollout.tokens) for rollout in rollouts}) > 2
 
 
-def test_the_trainer_scores_every_turn_as_the_sampler_did(load_tiny):
+def test_the_trainer_recomputes_the_log_probabilities_that_the_sampler_recorded(load_tiny):
+    """A step on episodes and single answers, in micro-batches of ragged rows."""
     model, tokenizer = load_tiny()
+    AdapterContainer.from_model(model, AdapterConfig(rank=4))
+    trainer = Trainer(
+        model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-3), micro_batch_size=3
+    )
     policy = create_policy(model, tokenizer, {"max_tokens": 12})
     tasks = [task_of(lambda: guessing(3), "a"), Task(id="b", prompt="12+34=")]
     groups = collect(tasks, policy, lambda completion: float(len(completion)), group_size=4, seed=0)
-    for batch in batch_for(groups, size=3):
-        logp, _ = ModelLogprobs.of(model)(batch)
-        difference = mx.where(batch.mask, mx.abs(logp - batch.logp_old), 0.0)
-        assert float(difference.max()) < 1e-4
-
-
-def test_a_step_on_episodes_trains_nothing_that_was_only_read(load_tiny):
-    """Equal answers to all turns but other replies: the gradient sees them as context alone."""
-    model, tokenizer = load_tiny()
-    AdapterContainer.from_model(model, AdapterConfig(rank=4))
-    trainer = Trainer(model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-3))
-    policy = create_policy(model, tokenizer, {"max_tokens": 6})
-    groups = collect(
-        [task_of(lambda: guessing(3))],
-        policy,
-        lambda prompt, completion, example: float(len(completion)),
-        group_size=8,
-        seed=0,
-    )
     metrics = trainer.train(groups)
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
     assert metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
-def test_every_architecture_goes_on_from_its_cache(name, batches, shares):
+def test_every_architecture_continues_from_its_cache(name, batches, shares):
     model = build(name)
     turns = []
 
@@ -205,7 +189,7 @@ def test_every_architecture_goes_on_from_its_cache(name, batches, shares):
         assert float(difference.mean()) < 1e-4
 
 
-def test_an_episode_does_not_depend_on_how_many_are_played_beside_it(load_tiny):
+def test_an_episode_does_not_depend_on_the_number_of_parallel_episodes(load_tiny):
     model, tokenizer = load_tiny()
     prompts = [encode_prompt(tokenizer, "x" * n) for n in (1, 9, 4)]
 
@@ -218,7 +202,7 @@ def test_an_episode_does_not_depend_on_how_many_are_played_beside_it(load_tiny):
             stop=lambda tokens: StopReason.STOP_TOKEN if tokens[-1] % 3 == 0 else None,
             seed=1,
             max_rows=max_rows,
-            respond=lambda row: [5, 6] if len(row.context) < 30 else None,
+            respond=lambda row: [5, 6] if len(row.context) < 24 else None,
         )
         return [row.context + row.tokens for group in rows for row in group]
 
@@ -240,11 +224,11 @@ def test_no_position_goes_through_the_model_twice(load_tiny):
         respond=lambda row: [7, 8, 9, 10] if len(row.context) < len(prompt) + 14 else None,
     )
     assert {len(row.context + row.tokens) for row in rows} == {len(prompt) + 3 + 4 + 3 + 4 + 3}
-    # The prompt once for all eight; then each row's own tokens, all but the last one drawn.
+    # The prompt once for all eight rows, then all tokens of each row except the last sampled one.
     assert counting.positions == (len(prompt) - 1) + 8 * (3 + 4 + 3 + 4 + 3)
 
 
-def test_the_reply_is_what_the_template_writes_between_two_answers(load_tiny):
+def test_a_reply_has_the_tokens_that_the_template_writes_between_two_answers(load_tiny):
     _, tokenizer = load_tiny()
     messages = [
         {"role": "user", "content": "guess"},
@@ -255,7 +239,7 @@ def test_the_reply_is_what_the_template_writes_between_two_answers(load_tiny):
     first = encode_prompt(tokenizer, messages[:1]) + tokenizer.encode("500")
     end = tokenizer.eos_token_id
     assert [*first, end, *encode_reply(tokenizer, messages[2:], end)] == whole
-    # An answer that was ended by a stop string has no end of turn of its own.
+    # An answer that a stop string ended has no end-of-turn token.
     assert first + encode_reply(tokenizer, messages[2:], first[-1]) == whole
 
 
@@ -270,7 +254,7 @@ def test_a_reply_cannot_speak_for_the_model(load_tiny):
     assert attack in tokenizer.decode(ids)
 
 
-def test_a_template_that_leaves_out_a_role_says_so(load_tiny):
+def test_a_template_that_leaves_out_a_role_is_an_error(load_tiny):
     _, tokenizer = load_tiny()
     before = tokenizer._tokenizer.chat_template
     tokenizer._tokenizer.chat_template = before.replace(
@@ -303,7 +287,7 @@ def test_an_episode_without_room_for_another_answer_ends_as_cut_off(load_tiny):
     assert len(rollout.tokens) <= 1024
 
 
-def test_turns_are_limited_whatever_the_environment_says(load_tiny):
+def test_turns_are_limited_even_if_the_environment_never_ends(load_tiny):
     _, tokenizer = load_tiny()
     policy = ScriptedPolicy(tokenizer, [["x"]])
     (group,) = collect(
@@ -320,7 +304,7 @@ def test_turns_are_limited_whatever_the_environment_says(load_tiny):
     assert rollout.stop_reason is StopReason.LENGTH
 
 
-def test_a_reward_function_scores_the_whole_episode_in_place_of_its_turns(load_tiny):
+def test_a_reward_function_scores_the_whole_episode_instead_of_its_turns(load_tiny):
     _, tokenizer = load_tiny()
     policy = ScriptedPolicy(tokenizer, [["a", "bb"]])
     task = task_of(lambda: guessing(2))
@@ -344,7 +328,7 @@ def test_tasks_with_and_without_environments_are_collected_in_their_order(load_t
     assert [group.rollouts[1].completion for group in groups] == ["a", "b", "c", "d"]
 
 
-def test_a_policy_of_single_answers_is_refused_for_episodes():
+def test_a_policy_without_converse_is_refused_for_episodes():
     class Single:
         version = 0
 
@@ -359,7 +343,7 @@ def test_a_policy_of_single_answers_is_refused_for_episodes():
 
 
 class Faulty(ChatEnv):
-    """A guessing game that goes wrong in its second turn, in the way it is told."""
+    """A guessing game whose second step returns or raises what `fault` does."""
 
     def __init__(self, fault):
         super().__init__(lambda rng: ("x", {}), lambda answers, example: "y")

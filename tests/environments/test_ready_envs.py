@@ -1,4 +1,4 @@
-"""The ready tasks: gold scores, nothing else does, and held-out problems stay held out."""
+"""The ready environments: gold answers earn the reward, and held-out problems stay held out."""
 
 from dataclasses import replace
 from itertools import islice
@@ -14,7 +14,7 @@ NAMES = ready_names()
 
 
 def problem(task):
-    """What makes a task the problem that it is."""
+    """Text that differs between two problems."""
     return str((task.prompt, dict(task.example), task.seed))
 
 
@@ -33,7 +33,7 @@ def test_no_held_out_problem_is_ever_trained_on(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gold_answers_fit_in_the_tokens_they_are_given(name, load_tiny):
+def test_gold_answers_fit_in_the_limit_of_tokens(name, load_tiny):
     environment = load(name)
     _, tokenizer = load_tiny()
     for task in environment.heldout(50):
@@ -42,7 +42,7 @@ def test_gold_answers_fit_in_the_tokens_they_are_given(name, load_tiny):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gold_answers_earn_the_most_there_is(name, load_tiny):
+def test_gold_answers_earn_the_highest_reward(name, load_tiny):
     environment = load(name)
     _, tokenizer = load_tiny()
     tasks = environment.heldout(20)
@@ -51,7 +51,7 @@ def test_gold_answers_earn_the_most_there_is(name, load_tiny):
         tasks, ScriptedPolicy(tokenizer, script), environment.reward, group_size=1, seed=0
     )
     rewards = [group.rollouts[0].reward for group in groups]
-    # Against an opponent that guesses, a draw is sometimes the most there is.
+    # Against an opponent with random moves, a draw is sometimes the best result.
     assert set(rewards) <= ({0.5, 1.0} if name == "tictactoe" else {1.0})
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: estimators against counting, greedy against sampled, intervals that cover."""
+"""Evaluation: estimators equal counting, greedy equals cold sampling, intervals cover the mean."""
 
 from itertools import combinations
 
@@ -62,45 +62,48 @@ def test_the_numbers_of_an_evaluation_can_be_checked_by_hand():
     }
 
 
-def test_what_counts_as_right_is_a_matter_of_the_threshold():
+def test_a_sample_is_right_from_the_threshold_on():
     sampled = [[1, 0.4]]
     assert evaluation([1.0], sampled, good=0.4).metrics()["eval/pass@1"] == 1
     assert evaluation([1.0], sampled, good=0.5).metrics()["eval/pass@1"] == 0.5
 
 
-def test_tasks_with_a_sample_that_was_not_scored_are_left_out_of_pass_at_k():
+def test_tasks_with_a_sample_without_a_reward_are_left_out_of_pass_at_k():
     metrics = evaluation([1.0], [[1, 0], [None, 1]]).metrics()
     assert metrics["eval/pass@1"] == 0.5
 
 
-def test_an_evaluation_without_any_score_is_an_error_and_no_zero():
+def test_an_evaluation_without_any_reward_is_an_error():
     with pytest.raises(RewardError, match="returned None for each of 2"):
         evaluation([None, None]).metrics()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy(load_tiny):
     model, tokenizer = load_tiny()
     AdapterContainer.from_model(model, AdapterConfig(rank=2))
     return ModelPolicy(model, tokenizer, Sampling(max_tokens=6))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def heldout():
     environment = load("add")
     with scorer_of(as_rewards(environment.reward)) as scorer:
-        yield HeldOut(name="add", tasks=environment.heldout(16), scorer=scorer, max_tokens=6)
+        yield HeldOut(name="add", tasks=environment.heldout(8), scorer=scorer, max_tokens=6)
 
 
-def test_an_evaluation_repeats_itself_whatever_was_sampled_in_between(policy, heldout):
-    first = evaluate(policy, heldout, samples=3)
+@pytest.fixture(scope="module")
+def evaluated(policy, heldout):
+    return evaluate(policy, heldout, samples=3)
+
+
+def test_an_evaluation_is_repeatable_after_other_sampling(policy, heldout, evaluated):
     policy.generate(["1+1="], n=2)
-    again = evaluate(policy, heldout, samples=3)
-    assert first == again
-    assert {len(group.rollouts) for group in first.sampled} == {3}
+    assert evaluate(policy, heldout, samples=3) == evaluated
+    assert {len(group.rollouts) for group in evaluated.sampled} == {3}
 
 
-def test_samples_differ_and_at_almost_no_temperature_they_are_the_greedy_answer(policy, heldout):
+def test_samples_differ_and_equal_the_greedy_answer_at_a_temperature_near_0(policy, heldout):
     cold = evaluate(policy, heldout, samples=2, temperature=1e-4)
     for greedy, group in zip(cold.greedy, cold.sampled, strict=True):
         assert {one.completion for one in group.rollouts} == {greedy.completion}
@@ -108,10 +111,10 @@ def test_samples_differ_and_at_almost_no_temperature_they_are_the_greedy_answer(
     assert any(len({one.completion for one in group.rollouts}) > 1 for group in hot.sampled)
 
 
-def test_the_greedy_score_is_the_same_with_and_without_samples(policy, heldout):
-    with_samples = evaluate(policy, heldout, samples=2).greedy_reward
+def test_the_greedy_reward_is_the_same_with_and_without_samples(policy, heldout, evaluated):
+    with_samples = evaluated.greedy_reward
     assert with_samples == evaluate_greedy(policy, heldout.tasks, heldout.scorer)
-    assert isinstance(with_samples, MeanReward) and with_samples.count == 16
+    assert isinstance(with_samples, MeanReward) and with_samples.count == 8
 
 
 def test_a_comparison_names_the_tasks_that_differ_largest_gain_first():
@@ -125,14 +128,13 @@ def test_a_comparison_names_the_tasks_that_differ_largest_gain_first():
     assert comparison.low <= comparison.gain <= comparison.high
 
 
-def test_a_policy_beside_itself_gains_nothing_for_sure(policy, heldout):
-    same = evaluate(policy, heldout)
-    comparison = compare(heldout.tasks, same, same)
+def test_a_policy_compared_with_itself_gains_exactly_nothing(heldout, evaluated):
+    comparison = compare(heldout.tasks, evaluated, evaluated)
     assert (comparison.gain, comparison.low, comparison.high) == (0, 0, 0)
     assert not comparison.differences
 
 
-def test_policies_that_share_no_scored_task_are_not_compared():
+def test_policies_without_a_common_task_with_rewards_are_not_compared():
     tasks = [Task(id="0", prompt="p"), Task(id="1", prompt="q")]
     with pytest.raises(ConfigError, match="nothing to compare"):
         compare(tasks, evaluation([None, 1]), evaluation([1, None]))

@@ -1,4 +1,4 @@
-"""The directory of a run: one writer, adapters by version, nothing overwritten."""
+"""The directory of a run: one writer, adapters by version, and no run overwritten."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ with RunDirectory(Path(sys.argv[1])).lock():
 """
 
 
-def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
+def test_a_second_writer_is_refused_with_the_process_id_of_the_first(tmp_path):
     directory = RunDirectory(tmp_path)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -40,7 +40,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
         pass
 
 
-def test_asking_whether_a_run_is_running_leaves_no_trace(tmp_path):
+def test_asking_whether_a_run_is_running_writes_no_file(tmp_path):
     assert not RunDirectory(tmp_path).is_running
     assert not list(tmp_path.iterdir())
 
@@ -63,7 +63,7 @@ def test_kept_adapters_stay_what_they_were_when_the_latest_is_replaced(load_tiny
     ]
     versions = [AdapterContainer.from_directory(directory.adapters / n).version for n in names]
     assert versions == [1, 2, 2, 2]
-    # Two names of one file cost nothing.
+    # Hard links take no space.
     assert os.stat(directory.latest).st_ino == os.stat(directory.best).st_ino
 
 
@@ -79,7 +79,7 @@ def test_keeping_one_version_twice_leaves_no_other_name_behind(load_tiny, tmp_pa
     ]
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
     directory = RunDirectory(tmp_path)
     places = [directory.path, directory.adapters, directory.checkpoints]
     for place in places:
@@ -95,7 +95,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
 def test_a_config_is_replaced_whole_or_not_at_all(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.write_config("steps = 4\n")
-    # A text that no file can hold, found only when it is written.
+    # This text cannot be encoded, which only the write finds.
     with pytest.raises(UnicodeEncodeError):
         directory.write_config("steps = '\udc80'\n")
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
@@ -104,7 +104,7 @@ def test_a_config_is_replaced_whole_or_not_at_all(tmp_path):
     assert directory.config.read_text() == "steps = 5\n"
 
 
-def test_a_new_run_takes_no_directory_that_is_there(tmp_path):
+def test_a_new_run_never_takes_an_existing_directory(tmp_path):
     first = new_directory("hf:open/gsm8k", tmp_path)
     assert first.path.name == "hf-open-gsm8k"
     claim(first)

@@ -1,4 +1,4 @@
-"""Alarms go off where runs collapse and nowhere else; what was best is kept."""
+"""Alarms go off in runs that collapse and in no other run; the best adapter is kept."""
 
 import json
 from dataclasses import replace
@@ -17,8 +17,8 @@ from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor
 from textpolicy.tracking.best import BestAdapter
 
 RECORDED = Path(__file__).parents[1] / "golden" / "collapse"
-# Steps by which a run that goes wrong has to be noticed: the hot ones die at once, rewards dealt
-# to the wrong rollouts lead a policy astray slowly.
+# The step by which each collapse must set off an alarm. A high learning rate ruins a policy at
+# once, and rewards given to the wrong rollouts ruin it slowly.
 NOTICED = {
     "hot_full_add": 20,
     "hot_full_countdown": 20,
@@ -50,7 +50,7 @@ def recorded(name):
 
 
 def turning(steady=10, **changes):
-    """A steady run, and then 20 steps with these changes; `/` is written as `__`."""
+    """A steady run, then 20 steps with these changes. `__` in a name stands for `/`."""
     changed = {name.replace("__", "/"): value for name, value in changes.items()}
     return [STEADY] * steady + [STEADY | changed] * 20
 
@@ -118,7 +118,7 @@ def test_a_reward_that_varies_with_the_tasks_has_not_fallen():
     assert names(steps(*[0.6] * 20, *[0.5] * 20)) == {"reward"}
 
 
-def test_an_alarm_is_told_once_and_its_metric_stays_while_the_sign_does():
+def test_an_alarm_is_reported_once_and_its_metric_is_1_while_the_sign_is_present():
     monitor, told, metric = AlarmMonitor(), [], []
     for step, metrics in enumerate([*turning(entropy=1.0), *[STEADY] * 10, *turning(entropy=1.0)]):
         told += [alarm.step for alarm in monitor.check(step, metrics)]
@@ -127,11 +127,11 @@ def test_an_alarm_is_told_once_and_its_metric_stays_while_the_sign_does():
     assert metric[29] == 1 and metric[39] == 0 and metric[-1] == 1
 
 
-def test_steps_without_rewards_are_passed_over():
+def test_steps_without_rewards_are_ignored():
     assert alarms([{"entropy": 9.0}, *turning(), {"entropy": 9.0}]) == []
 
 
-def test_an_alarm_says_what_was_seen_what_was_expected_and_what_to_do():
+def test_an_alarm_says_what_was_found_what_was_expected_and_what_to_do():
     (alarm,) = alarms(turning(reward=0.1))
     assert alarm.name == "reward"
     assert str(alarm) == (
@@ -150,7 +150,7 @@ def test_the_best_adapter_is_the_one_that_sampled_the_best_steps(load_tiny, tmp_
         sampled[container.version] = container.parameters()
         container.swap({name: value + 1 for name, value in container.parameters().items()})
         best.see({"reward": reward})
-    # The rolling means are .4, .45, .6, .4 and .05; version 2 sampled what was rewarded with .7.
+    # The rolling means are .4, .45, .6, .4 and .05. Version 2 sampled the step with reward .7.
     kept = read_adapter_file(best.path)
     assert (best.version, best.value, kept.version) == (2, pytest.approx(0.6), 2)
     for name, value in sampled[2].items():
@@ -197,7 +197,7 @@ def test_a_run_that_collapses_is_stopped_and_ends_with_its_best_adapter(tmp_path
     assert [metrics["step"] for metrics in steps] == list(range(stopped["steps"]))
     assert sum(value for name, value in steps[-1].items() if "alarm/" in name) >= 1
     assert evaluation["step"] == stopped["steps"] and "eval/reward" in evaluation
-    # Whatever the adapter that was kept, it is not the ruin that the run had come to.
+    # The kept adapter is not a collapsed one.
     assert stopped["after"]["reward"] > 0.3
 
     assert main(collapsing(tmp_path / "on")) == 0

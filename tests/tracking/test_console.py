@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: on a real terminal, and where it is written to a file."""
+"""The console of a run: a panel on a real terminal, and lines in a file."""
 
 import io
 import os
@@ -26,9 +26,9 @@ METRICS = {
     "time/reload": 0.001,
 }
 SAMPLE = {"prompt": "2+3=", "completion": "5", "reward": 1.0}
-# Runs on a terminal: what a model says there is as hostile as it can be.
+# Runs on a terminal, with hostile text from a model.
 PROGRAM = r"""
-import sys, time
+import os, sys, time
 from textpolicy.tracking.console import Console
 console = Console(sys.stderr, 8)
 console.note("before [/bold] 0.5")
@@ -43,14 +43,14 @@ for step in range(4):
     console.show(step, metrics, [{"prompt": "2+3=", "completion": text, "reward": 1.0}])
     if step == 1:
         console.note("a note")
-    time.sleep(0.21)
+    time.sleep(0 if os.environ["TERM"] == "dumb" else 0.21)
 console.close()
 print("after", file=sys.stderr)
 """
 
 
 class Screen:
-    """As much of a terminal as rich uses: cursor up, erase line, carriage returns, colours."""
+    """The part of a terminal that rich uses: cursor up, erase line, carriage returns, colours."""
 
     def __init__(self, text):
         self.lines, self.row, self.column = [""], 0, 0
@@ -80,7 +80,7 @@ class Screen:
 
 @cache
 def on_terminal(*, width=100, **environment):
-    """What a terminal of this width was sent by the program."""
+    """Return what the program wrote to a terminal of this width."""
     ours, its = pty.openpty()
     ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
     inherited = {n: v for n, v in os.environ.items() if n not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -93,7 +93,7 @@ def on_terminal(*, width=100, **environment):
     )
     os.close(its)
     sent = b""
-    # Reading from a terminal that no process holds open any more is an error on Linux.
+    # On Linux, reading raises an error once no process holds the terminal open.
     try:
         while part := os.read(ours, 65536):
             sent += part
@@ -124,7 +124,7 @@ def test_a_terminal_gets_a_panel_that_is_redrawn_in_place_and_notes_above_it():
         *("reward", "eval", "length", "entropy", "groups", "speed", "time", "sample")
     ]
     assert re.search(r"▁\S+█ +0\.300 +± 0\.25", lines[4])
-    # Measured at every other step: the last one known stays.
+    # Measured at every other step, so the last value stays.
     assert re.search(r"▁█ +0\.500 +± 0\.03", lines[5])
     assert "75% mixed   25% all good   0% all bad" in lines[8]
     assert re.search(r"1,234 +tokens/s +1\.00 s a step", lines[9])
@@ -133,7 +133,7 @@ def test_a_terminal_gets_a_panel_that_is_redrawn_in_place_and_notes_above_it():
     assert lines[13:15] == ["after", ""]
 
 
-def test_what_a_model_says_cannot_move_the_cursor_or_become_markup():
+def test_text_of_a_model_neither_moves_the_cursor_nor_becomes_markup():
     sent = on_terminal()
     assert Screen(sent).unknown == []
     assert r"2+3= → 5\x1b[2J\x1b]0;taken\x07[/foo]\u202e⏎9  (reward 1)" in sent
@@ -141,7 +141,7 @@ def test_what_a_model_says_cannot_move_the_cursor_or_become_markup():
 
 
 def test_a_panel_never_wraps_and_the_cursor_comes_back():
-    sent = on_terminal(width=48)
+    sent = on_terminal(width=48, NO_COLOR="1")
     lines = [line for line in Screen(sent).lines if line.startswith(("│", "╭", "╰"))]
     assert len(lines) == 11
     assert {len(line) for line in lines} == {48}
@@ -150,7 +150,7 @@ def test_a_panel_never_wraps_and_the_cursor_comes_back():
 
 def test_no_color_is_honoured():
     assert re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal())
-    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal(NO_COLOR="1"))
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal(width=48, NO_COLOR="1"))
 
 
 def test_a_dumb_terminal_gets_plain_lines():
@@ -172,7 +172,7 @@ def test_a_pipe_gets_a_line_a_step_and_a_sample_every_ten_seconds(clock):
     assert lines[1] == "sample  2+3= → 5  (reward 1)"
 
 
-def test_a_line_says_step_reward_length_speed_where_time_goes_and_what_is_left(clock):
+def test_a_line_has_step_reward_length_speed_shares_of_time_and_time_left(clock):
     stream = io.StringIO()
     console = Console(stream, 4, clock=clock)
     clock.advance(500)  # loading the model is no part of any step
@@ -189,13 +189,13 @@ def test_a_line_says_step_reward_length_speed_where_time_goes_and_what_is_left(c
     ]
 
 
-def test_a_step_without_any_score_shows_no_reward_and_does_not_stop_the_run(clock):
+def test_a_step_without_rewards_shows_nan_and_does_not_stop_the_run(clock):
     stream = io.StringIO()
     Console(stream, 1, clock=clock).show(0, {"reward/unscored": 1.0})
     assert "reward nan" in stream.getvalue()
 
 
-def test_the_time_left_of_a_run_that_was_gone_on_with_is_reckoned_from_its_own_steps():
+def test_the_time_left_of_a_resumed_run_is_estimated_from_its_own_steps():
     history = RunHistory(100)
     for step, now in ((90, 10.0), (91, 12.0)):
         history.add(step, {"time/step": 2.0}, now)
@@ -203,7 +203,7 @@ def test_the_time_left_of_a_run_that_was_gone_on_with_is_reckoned_from_its_own_s
     assert [format_duration(seconds) for seconds in (16, 61, 3661)] == ["0:16", "1:01", "1:01:01"]
 
 
-def test_shares_of_time_leave_out_what_is_less_than_a_hundredth():
+def test_shares_of_time_leave_out_parts_below_a_hundredth():
     assert time_shares(METRICS) == {"generate": 0.12 / 0.3, "train": 0.17 / 0.3}
     assert time_shares({}) == {}
 
@@ -217,7 +217,7 @@ def test_a_sample_is_one_short_line():
     assert len(line) == len("2+3= → ") + 60 + len("  (reward 1)")
 
 
-def test_a_spark_line_rises_with_its_values_and_keeps_to_its_width():
+def test_a_spark_line_rises_with_its_values_and_keeps_its_width():
     assert spark_line([], 8) == ""
     assert spark_line([0.3, 0.3], 8) == "▁▁"
     assert spark_line([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"

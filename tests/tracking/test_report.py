@@ -1,4 +1,4 @@
-"""The page of a run: all that it shows is true to the files, and none of it can do anything."""
+"""The report of a run shows the content of its files, and executes none of it."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ CONFIG = '[task]\nenv = "add"\n[trainer]\nlr = {}\n[algorithm]\n'
 
 
 def make_run(folder, *, steps=40, lr="0.1", supervised=False, text="935"):
-    """A run with a bit of everything."""
+    """Write a run with every kind of content."""
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(CONFIG.format(lr))
     files = RunFiles(folder / "metrics.jsonl", None if supervised else folder / "samples.jsonl")
@@ -68,7 +68,7 @@ def data_in(page):
 
 @pytest.fixture(scope="module")
 def new_page(tmp_path_factory):
-    """A function that opens an empty page, in one browser for all tests."""
+    """Return a function that opens an empty page, in one browser for all tests."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
     with browsing(tmp_path_factory.mktemp("browser")) as open_page:
@@ -83,7 +83,7 @@ def page(new_page):
     assert opened.run("violations") == []
 
 
-def test_the_page_is_one_file_that_names_no_other_and_lies_in_the_run(tmp_path):
+def test_the_report_is_one_file_in_the_run_that_loads_nothing(tmp_path):
     path = write_report([make_run(tmp_path / "run")])
     assert path == tmp_path / "run" / "report.html"
     text = path.read_text()
@@ -94,7 +94,7 @@ def test_the_page_is_one_file_that_names_no_other_and_lies_in_the_run(tmp_path):
     assert "unsafe" not in policy
 
 
-def test_curves_have_every_step_of_the_metrics_file_and_what_is_not_finite_is_left_out(tmp_path):
+def test_curves_have_every_finite_value_of_the_metrics_file(tmp_path):
     (run,) = data_in(write_report([make_run(tmp_path / "run")]))["runs"]
     assert run["metrics"]["reward"] == [[step, step / 40] for step in range(40)]
     assert [step for step, _ in run["metrics"]["kl"]] == [s for s in range(40) if s != 3]
@@ -107,15 +107,13 @@ def test_curves_have_every_step_of_the_metrics_file_and_what_is_not_finite_is_le
 
 
 @pytest.mark.parametrize("steps", [20, 500])
-def test_what_a_step_did_not_do_took_no_time_so_that_parts_lie_on_top_of_each_other(
-    tmp_path, steps
-):
+def test_parts_of_time_that_a_step_lacks_are_0_in_the_stack(tmp_path, steps):
     files = RunFiles(tmp_path / "metrics.jsonl")
     for step in range(steps):
         row = {"reward": 1.0, "time/step": 3.0, "time/generate": 2.0}
         row |= {"time/checkpoint": 1.0} if step else {"time/evaluate": 8.0}
         files.write(step, row)
-    # The last evaluation is of no step.
+    # The last evaluation belongs to no step.
     files.write(steps, {"version": 1.0, "time/evaluate": 8.0})
     files.close()
     (run,) = data_in(write_report([tmp_path]))["runs"]
@@ -141,7 +139,7 @@ def test_a_long_run_is_drawn_by_means_and_its_samples_are_spread_over_it(tmp_pat
     assert run["samples_total"] == 4000
 
 
-def test_samples_come_in_whole_groups_and_no_more_bytes_than_asked(tmp_path):
+def test_samples_are_whole_groups_within_the_limit_of_bytes(tmp_path):
     folder = make_run(tmp_path / "run", text="x" * (MAX_TEXT_CHARACTERS + 5))
     rows, total = choose_samples(folder / "samples.jsonl", 400_000)
     assert total == 320
@@ -152,14 +150,14 @@ def test_samples_come_in_whole_groups_and_no_more_bytes_than_asked(tmp_path):
     assert all(text.endswith("[5 characters more in samples.jsonl]") for text in cut)
 
 
-def test_a_page_stays_a_few_megabytes_however_many_runs_are_on_it(tmp_path):
+def test_a_report_of_several_runs_stays_at_a_few_megabytes(tmp_path):
     runs = [make_run(tmp_path / name, text="y" * 4000) for name in "abc"]
     path = write_report(runs, tmp_path / "all.html")
     assert path.stat().st_size < SAMPLE_BYTES + 300_000
     assert all(run["samples"] for run in data_in(path)["runs"])
 
 
-def test_charts_are_those_that_have_data_and_no_metric_is_lost():
+def test_every_metric_with_data_has_a_chart():
     alive = {"reward": True, "reward_std": True, "kl": False, "my/own": True, "version": True}
     charts = charts_for(alive)
     assert [(chart["title"], chart["more"]) for chart in charts] == [
@@ -174,14 +172,14 @@ def test_charts_are_those_that_have_data_and_no_metric_is_lost():
     assert [chart["title"] for chart in evaluated] == ["Evaluation", "Evaluation of sort"]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     with pytest.raises(DataError, match=r"has no metrics\.jsonl; expected the directory of a run"):
         write_report([tmp_path])
     assert main(["report", str(tmp_path)]) == 1
     assert "has no metrics.jsonl" in capsys.readouterr().err
 
 
-def test_the_command_writes_where_it_is_told_and_says_where(tmp_path, capsys):
+def test_the_command_writes_to_the_given_path_and_prints_the_path(tmp_path, capsys):
     run, page = make_run(tmp_path / "run"), tmp_path / "page.html"
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
@@ -253,7 +251,7 @@ def test_samples_are_filtered_by_step_reward_end_and_words(tmp_path, page):
 
 
 @pytest.mark.slow
-def test_the_curves_are_walked_by_keys_and_lead_to_the_samples_of_a_step(tmp_path, page):
+def test_keys_move_along_the_curves_and_open_the_samples_of_a_step(tmp_path, page):
     page.open(write_report([make_run(tmp_path / "run")]))
     page.run("document.querySelector('[data-title=Reward] svg').focus()")
     for key in ("Home", "ArrowRight", "ArrowRight"):
@@ -266,7 +264,7 @@ def test_the_curves_are_walked_by_keys_and_lead_to_the_samples_of_a_step(tmp_pat
 
 
 @pytest.mark.slow
-def test_hostile_text_is_shown_as_text_and_nothing_of_it_runs(tmp_path, page):
+def test_hostile_text_is_shown_as_text_and_not_executed(tmp_path, page):
     folder = make_run(tmp_path / "<b>run", text=NASTY, steps=2)
     known = next(row for row in read_rows(folder / "samples.jsonl") if row["member"] == 1)
     assert known["completion"] == NASTY
@@ -285,7 +283,7 @@ def test_hostile_text_is_shown_as_text_and_nothing_of_it_runs(tmp_path, page):
 
 
 @pytest.mark.slow
-def test_several_runs_lie_over_each_other_and_can_be_hidden(tmp_path, page):
+def test_several_runs_share_a_chart_and_can_be_hidden(tmp_path, page):
     runs = [make_run(tmp_path / name, lr=lr) for name, lr in (("a", "0.1"), ("b", "0.2"))]
     page.open(write_report(runs, tmp_path / "both.html"))
     lines = "document.querySelectorAll('[data-title=Reward] path.line').length"

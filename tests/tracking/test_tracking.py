@@ -1,4 +1,4 @@
-"""What a run writes can be read back, and nothing that a sink does reaches the run."""
+"""Files of a run can be read back, and a failing sink does not change the run."""
 
 import json
 import struct
@@ -47,7 +47,7 @@ def group(*rollouts, prompt="2+3="):
 
 
 class Recorder:
-    """A sink that keeps what it is given, or does what it is told to do instead."""
+    """A sink that keeps its rows and samples, and calls `write` and `close` if given."""
 
     def __init__(self, write=lambda step: None, close=lambda: None):
         self.rows, self.samples, self.closed = {}, {}, False
@@ -99,7 +99,7 @@ def test_every_kind_of_number_becomes_a_float_and_the_rest_is_named():
     }
 
 
-def test_a_metrics_file_has_one_whole_line_a_step_while_the_run_goes_on(tmp_path):
+def test_a_metrics_file_has_one_whole_line_a_step_during_the_run(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     sink = RunFiles(path)
     assert isinstance(sink, Sink)
@@ -111,7 +111,7 @@ def test_a_metrics_file_has_one_whole_line_a_step_while_the_run_goes_on(tmp_path
     assert len(lines) == 2
 
 
-def test_what_is_not_finite_is_valid_json_and_is_read_back(tmp_path):
+def test_numbers_that_are_not_finite_are_valid_json_and_are_read_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = RunFiles(path)
     sink.write(0, {"nan": float("nan"), "up": INF, "down": -INF, "one": 1.0})
@@ -138,7 +138,7 @@ def test_rows_of_one_step_are_read_as_one(tmp_path):
 
 @pytest.mark.parametrize("tail", ["", '{"step": 1, "a', '{"step": 1, "a": 1}', "\x00\x00", "[]\n"])
 @pytest.mark.parametrize("step", [0, 1, 3, 9])
-def test_going_on_from_a_step_drops_its_rows_and_an_unfinished_line(tmp_path, step, tail):
+def test_resuming_at_a_step_drops_its_rows_and_an_unfinished_line(tmp_path, step, tail):
     metrics, samples = tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"
     for path in (metrics, samples):
         lines = [json.dumps({"step": s, "text": "é"}) + "\n" for s in (0, 1, 1, 2, 3)]
@@ -153,19 +153,19 @@ def test_going_on_from_a_step_drops_its_rows_and_an_unfinished_line(tmp_path, st
 
 
 @pytest.mark.parametrize("line", ["{garbage\n", '{"loss": 1}\n', '{"step": "1"}\n', "\x00\n"])
-def test_going_on_loses_no_rows_that_stand_behind_a_damaged_line(tmp_path, line):
+def test_resuming_keeps_rows_behind_a_damaged_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n' + line + '{"step": 2}\n')
     before = path.read_bytes()
     with pytest.raises(DataError, match=r"metrics\.jsonl is damaged: its line 2"):
         RunFiles(path, resume_step=3)
     assert path.read_bytes() == before
-    # Rows that are made again anyway may be anything.
+    # Rows that the run repeats anyway may be damaged.
     RunFiles(path, resume_step=0).close()
     assert path.read_bytes() == b""
 
 
-def test_a_sample_is_all_that_is_known_of_a_completion_and_its_text_is_exact(tmp_path):
+def test_a_sample_row_has_the_exact_text_of_a_completion_and_all_its_numbers(tmp_path):
     said = rollout(NASTY, rewards={"right": 0.0, "short": -INF}, reward=0.0, error="timeout")
     rows = sample_rows(7, [group(rollout(), said, prompt=NASTY)], [[0.5, None]])
     sink = RunFiles(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
@@ -204,7 +204,7 @@ def test_services_get_whole_groups_of_samples():
     assert first_whole_groups(samples, 3) == []
 
 
-def test_a_sink_that_fails_is_named_once_counted_and_left_alone_while_the_others_go_on():
+def test_a_failing_sink_is_named_once_counted_and_dropped_while_others_continue():
     said, good, bad = [], Recorder(), Recorder(write=failing)
     with Tracker([bad, good], notice=said.append) as tracker:
         for step, row in enumerate([*ROWS, {}]):
@@ -228,7 +228,7 @@ def test_a_service_that_fails_is_named_once_and_closed():
     assert [row["reward"] for row in good.rows.values()] == list(range(20))
 
 
-def test_a_service_that_cannot_open_is_switched_off_and_what_one_says_is_passed_on():
+def test_a_service_that_cannot_open_is_switched_off_after_its_messages_are_passed_on():
     said = []
 
     def open_sink(say):
@@ -257,7 +257,7 @@ def test_a_hanging_service_neither_slows_the_run_nor_its_end():
     let_go.set()
 
 
-def test_of_each_step_so_many_groups_of_samples_are_kept_and_none_needs_no_file(tmp_path):
+def test_the_first_groups_of_samples_are_written_and_without_groups_there_is_no_file(tmp_path):
     samples = [{"step": 0, "group": g, "member": m} for g in range(3) for m in range(2)]
     for groups, kept in ((None, samples), (2, samples[:4]), (0, [])):
         directory = RunDirectory(tmp_path / str(groups))
@@ -269,7 +269,7 @@ def test_of_each_step_so_many_groups_of_samples_are_kept_and_none_needs_no_file(
         assert directory.samples.exists() == bool(kept)
 
 
-def test_a_run_that_goes_on_without_samples_drops_those_of_the_steps_it_makes_again(tmp_path):
+def test_a_run_resumed_without_samples_drops_the_samples_of_repeated_steps(tmp_path):
     directory = RunDirectory(tmp_path)
     rows = [{"step": step, "group": 0, "member": 0} for step in range(3)]
     for groups, resume_step in ((None, 0), (0, 2)):
@@ -286,7 +286,7 @@ def test_a_run_that_goes_on_without_samples_drops_those_of_the_steps_it_makes_ag
     assert list(read_rows(directory.samples)) == rows[:2]
 
 
-def test_services_get_few_samples_and_the_files_all():
+def test_services_get_few_samples_and_files_get_all():
     file, service = Recorder(), Recorder()
     services = [BackgroundSink("service", lambda say: service)]
     with Tracker([file], services, notice=pytest.fail, samples_every=3, samples_rows=5) as tracker:
@@ -297,7 +297,7 @@ def test_services_get_few_samples_and_the_files_all():
     assert service.samples == dict.fromkeys((0, 3, 6), samples[:4])
 
 
-def test_a_metric_that_is_no_number_is_left_out_counted_and_named_once():
+def test_a_metric_that_is_not_a_number_is_left_out_counted_and_named_once():
     said, sink = [], Recorder()
     with Tracker([sink], notice=said.append) as tracker:
         tracker.write(0, {"a": 1, "b": "text"})
@@ -307,7 +307,7 @@ def test_a_metric_that_is_no_number_is_left_out_counted_and_named_once():
 
 
 def scalars(folder):
-    """(tag, step, value) of every scalar in the newest event file: length, crc, record, crc."""
+    """Yield tag, step and value of each scalar in an event file of (length, crc, record, crc)."""
     from tensorboardX.proto.event_pb2 import Event as Record
 
     (path,) = folder.glob("events.*")
@@ -333,7 +333,7 @@ def test_tensorboard_files_hold_every_metric(tmp_path):
 def test_a_service_whose_package_is_missing_is_an_error_before_anything_is_written(
     tmp_path, monkeypatch
 ):
-    # None is what Python itself keeps for a package that must not be imported.
+    # None in sys.modules makes the package impossible to import.
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     with pytest.raises(
         ConfigError, match=r"tensorboardX .* pip install 'textpolicy\[tensorboard\]"
@@ -344,12 +344,12 @@ def test_a_service_whose_package_is_missing_is_an_error_before_anything_is_writt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_keeps_the_id_that_services_know_it_by(tmp_path):
+def test_a_run_keeps_its_id_for_services(tmp_path):
     assert tracking_id(tmp_path) == tracking_id(tmp_path)
     (tmp_path / "other").mkdir()
     assert tracking_id(tmp_path / "other") != tracking_id(tmp_path)
 
 
-def test_a_process_killed_before_it_wrote_the_id_leaves_none_that_is_empty(tmp_path):
+def test_an_empty_id_file_of_a_killed_process_is_replaced(tmp_path):
     (tmp_path / ".tracking-id").touch()
     assert tracking_id(tmp_path) == tracking_id(tmp_path) != ""

@@ -1,4 +1,4 @@
-"""A run beside Weights & Biases in all its moods: the numbers of the run are always the same."""
+"""Whatever Weights & Biases or trackio does, the numbers of the run are the same."""
 
 import json
 import math
@@ -34,17 +34,17 @@ def no_account(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     yield
-    # Its service would keep this test's address and key for the next.
+    # The wandb service would keep this test's address and key for the next test.
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
 
 
-@pytest.fixture
-def train(load_tiny, tmp_path):
-    """A function that trains for some steps and returns what the end of the run took."""
+@pytest.fixture(scope="module")
+def train(load_tiny, tmp_path_factory):
+    """Return a function that trains a run, and returns its directory and the tracker's messages."""
 
     def go(name, services, *, on_step=lambda step: None):
-        directory = RunDirectory(tmp_path / name)
+        directory = RunDirectory(tmp_path_factory.mktemp("runs") / name)
         directory.adapters.mkdir(parents=True)
         model, tokenizer = load_tiny()
         adapters = AdapterContainer.from_model(model, AdapterConfig(rank=2), seed=1)
@@ -78,9 +78,9 @@ def train(load_tiny, tmp_path):
     return go
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plain(train):
-    """The rows of a run that nothing but its files looks at."""
+    """Return the rows of a run without services."""
     directory, said = train("plain", ServiceOptions())
     assert said == []
     rows = timeless(read_metrics(directory.metrics))
@@ -94,7 +94,7 @@ def timeless(rows):
 
 
 def logged(directory):
-    """The rows in the run's W&B file; its process may still be writing when `close` returns."""
+    """Return the W&B file of a run and its rows, which its process may still be writing."""
     (file,) = directory.path.glob("wandb/*run-*/run-*.wandb")
     deadline = time.monotonic() + 10
     while len(rows := history(file)) < STEPS and time.monotonic() < deadline:
@@ -112,16 +112,14 @@ def assert_same_rows(directory, rows):
 
 
 def samples_in(folder):
-    """The rows of the increments of a sample table, as its columns name them."""
+    """Yield the rows of the increments of a sample table by column."""
     for path in sorted(folder.glob("media/table/*.json"), key=lambda p: int(p.name.split("_")[1])):
         table = json.loads(path.read_text())
         yield from (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
 
 
 @pytest.mark.slow
-def test_without_a_key_a_run_is_kept_offline_and_every_row_is_that_of_the_metrics_file(
-    train, plain
-):
+def test_without_a_key_a_run_is_offline_and_has_every_row_of_the_metrics_file(train, plain):
     directory, said = train("offline", ServiceOptions(wandb="project"))
     folder = directory.path / "wandb"
     assert said == [f"W&B: the run is offline; upload it later: wandb sync {folder}/offline-run-*"]
@@ -157,7 +155,7 @@ def test_a_server_gets_every_row_the_table_and_the_adapters(train, plain, monkey
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_leaves_the_run_as_it_is_and_a_whole_file_to_upload(
+def test_a_server_that_dies_changes_no_row_and_leaves_a_whole_file_to_upload(
     train, plain, monkeypatch
 ):
     with serving() as server:
@@ -184,7 +182,7 @@ def test_a_server_that_dies_leaves_the_run_as_it_is_and_a_whole_file_to_upload(
 
 
 @pytest.mark.slow
-def test_an_address_where_nobody_answers_makes_an_offline_run(train, plain, monkeypatch):
+def test_an_address_without_an_answer_makes_an_offline_run(train, plain, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     directory, said = train("dead", ServiceOptions(wandb="project"))
@@ -195,7 +193,7 @@ def test_an_address_where_nobody_answers_makes_an_offline_run(train, plain, monk
 
 
 @pytest.mark.slow
-def test_trackio_gets_every_row(train, plain, tmp_path):
+def test_trackio_gets_every_row(tmp_path):
     pytest.importorskip("trackio")
     program = """
 import sys
