@@ -1,11 +1,12 @@
-"""Do the algorithms give the numbers of another library's own loss code?
+"""Compare losses and gradients of the algorithms with recorded numbers of TRL.
 
     python benchmarks/golden.py --data tests/golden
 
-A folder holds `golden.json` and `golden.npz`: arrays, and cases with their options, loss and
-gradient (TRL 1.16 in float64; see tests/golden/README.md). Each case is computed in float32 from
-the same arrays, by the functions that a user would pass to a trainer. The exit code is 1 if a loss
-or any element of a gradient differs by more than TOLERANCE, or if an option is not known.
+The folder holds `golden.json` and `golden.npz`: arrays, and cases with their options, loss and
+gradient, which TRL 1.16 computed in float64 (see tests/golden/README.md). This script computes each
+case in float32 from the same arrays, with the functions that a user passes to a trainer. The exit
+code is 1 if a loss or an element of a gradient differs by more than TOLERANCE, or if an option is
+unknown.
 """
 
 import argparse
@@ -54,14 +55,14 @@ ADVANTAGES = {
 }
 RATIO_LEVELS = {"token": TOKEN, "sequence": SEQUENCE}
 CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo", "luspo")
-# Options that say what the batch is; all others say what the loss is.
+# Options of a case: those that change the batch, the loss, or the clip of the loss.
 OF_THE_BATCH = {"use_old", "temp", "zero_row", "adv_scale"}
 OF_THE_LOSS = {"loss_type", "level", "beta", "bias_kl", "ent_coef", "opsm", "is_ratio"}
 OF_THE_CLIP = {"eps", "eps_high", "delta", "L_max"}
 
 
 class Golden:
-    """A folder of cases and the arrays that they share."""
+    """The cases of a folder, and the arrays that all cases share."""
 
     def __init__(self, folder: Path) -> None:
         record = json.loads((folder / "golden.json").read_text())
@@ -71,20 +72,20 @@ class Golden:
             self.arrays = dict(arrays)
 
     def floats(self, name: str) -> mx.array:
-        """An array of the folder in float32."""
+        """Return an array of the folder in float32."""
         return _float32(self.arrays[name])
 
     def compare(self, name: str) -> tuple[float, float]:
-        """How far a case's loss is off, and its gradient where that is farthest off."""
+        """Return the error of a case's loss, and the largest error of its gradient."""
         case = self.cases[name]
         options = case["kwargs"]
         if unknown := set(options) - OF_THE_BATCH - OF_THE_LOSS - OF_THE_CLIP:
-            raise ValueError(f"options {sorted(unknown)} are not known")
+            raise ValueError(f"options {sorted(unknown)} are unknown")
         batch = self.batch(options)
         loss_fn = self.loss(options)
 
         def loss_of(logits: mx.array) -> mx.array:
-            logp, entropy = self.scores(logits, options)
+            logp, entropy = self.logprobs_and_entropies(logits, options)
             seen = replace(batch, entropy=entropy)
             if not options.get("use_old", True):
                 seen = replace(seen, logp_old=mx.stop_gradient(logp))
@@ -94,23 +95,25 @@ class Golden:
         off = np.abs(np.array(gradient) - self.arrays[f"grad::{name}"]).max()
         return abs(float(loss) - case["loss"]), float(off)
 
-    def scores(self, logits: mx.array, options: Mapping[str, Any]) -> tuple[mx.array, mx.array]:
-        """Log-probabilities of the recorded tokens, and entropies."""
+    def logprobs_and_entropies(
+        self, logits: mx.array, options: Mapping[str, Any]
+    ) -> tuple[mx.array, mx.array]:
+        """Return the log-probabilities of the recorded tokens, and the entropies."""
         logits = logits / options.get("temp", 1.0)
-        # Counted from the largest: rounding is then that of small numbers.
+        # With the largest logit subtracted, rounding errors are those of small numbers.
         logits = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))
         logp = logits - mx.log(mx.exp(logits).sum(axis=-1, keepdims=True))
         ids = mx.array(self.arrays["ids"])[..., None]
         return mx.take_along_axis(logp, ids, axis=-1)[..., 0], -(mx.exp(logp) * logp).sum(-1)
 
     def recorded(self, name: str, options: Mapping[str, Any]) -> np.ndarray:
-        """Log-probabilities that a batch comes with, in float64."""
+        """Return the log-probabilities that a batch holds, in float64."""
         logits = self.arrays[name] / options.get("temp", 1.0)
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return np.take_along_axis(logp, self.arrays["ids"][..., None], -1)[..., 0]
 
     def batch(self, options: Mapping[str, Any]) -> Batch:
-        """The arrays that a loss sees, all but the current policy's."""
+        """Return the batch that the loss gets, without the current policy's entropy."""
         mask = self.arrays["mask"].astype(bool)
         if options.get("zero_row"):
             mask[2] = False
@@ -136,7 +139,7 @@ class Golden:
         )
 
     def loss(self, options: Mapping[str, Any]) -> LossFn:
-        """The policy loss that the options describe."""
+        """Return the policy loss that the options describe."""
         kind = options["loss_type"]
         terms: dict[str, Any] = {
             "ratio_level": RATIO_LEVELS[options.get("level", "token")],
@@ -174,7 +177,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a golden folder")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="folder of the cases"
+    )
     golden = Golden(parser.parse_args().data)
     failed = 0
     for name in golden.cases:
@@ -184,7 +189,7 @@ def main() -> int:
             failed += 1
             print(f"{name:<40} not supported: {error}")
             continue
-        # Not "greater than": a NaN is no agreement.
+        # Written with "<=" so that a NaN counts as a difference.
         agrees = loss <= TOLERANCE and gradient <= TOLERANCE
         failed += not agrees
         verdict = "ok" if agrees else "DIFFERS"

@@ -1,4 +1,4 @@
-"""What holds for every algorithm, whatever its paper."""
+"""Identities that hold for every algorithm."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from textpolicy.algorithms import reinforce_pp
 from textpolicy.algorithms.parts import averages, kl
 from textpolicy.errors import ConfigError
 
-# How each loss averages, on policy: its gradient is that of the average of -A logp.
+# The average of each loss on policy, where its gradient is that of the average of -A logp.
 AVERAGES = {
     "grpo": averages.sequence_mean,
     "dr_grpo": averages.length_limit,
@@ -29,7 +29,7 @@ AVERAGES = {
     "maxrl": averages.token_mean,
     "gdpo": averages.sequence_mean,
 }
-# Those whose scale is the batch's: one group's advantages depend on the others.
+# Algorithms in which one group's advantages depend on other groups, through the batch's scale.
 OVER_THE_BATCH = {"lite_ppo", "reinforce_pp", "reinforce_pp_baseline", "gdpo"}
 NAN = float("nan")
 TERMS = {

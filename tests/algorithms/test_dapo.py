@@ -1,4 +1,4 @@
-"""DAPO: every token weighs the same, and the upper clip is wider."""
+"""DAPO: every token of the batch has the same weight, and the upper clip is wider."""
 
 import mlx.core as mx
 import pytest

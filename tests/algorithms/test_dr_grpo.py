@@ -1,4 +1,4 @@
-"""Dr. GRPO: neither the group's deviation nor the answer's length divides."""
+"""Dr. GRPO: no division by the group's standard deviation or by the answer's length."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Another library's recorded numbers, through the benchmark that anyone can run."""
+"""Losses, advantages and KL estimates agree with recorded numbers of another library."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def test_every_case_agrees_to_the_seventh_digit():
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A folder with two of the cases, to be spoiled."""
+    """A copy of the folder with two of the cases, for tests that change it."""
     shutil.copy(GOLDEN / "golden.npz", tmp_path)
     record = json.loads((GOLDEN / "golden.json").read_text())
     keep = ("sapo|token|beta=0.04", "grpo|delta=1.5")
@@ -60,11 +60,11 @@ def test_one_element_of_a_gradient_that_is_off_fails(copy):
     assert golden(copy).returncode == 1
 
 
-def test_an_option_that_is_not_known_fails(copy):
+def test_an_unknown_option_fails(copy):
     edit(copy, lambda case: case["kwargs"].update(novelty=3))
     result = golden(copy)
     assert result.returncode == 1
-    assert "not supported: options ['novelty'] are not known" in result.stdout
+    assert "not supported: options ['novelty'] are unknown" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_kl_estimates_agree(name, estimator):
     mask = arrays["mask"].astype(bool)
 
     def logp(logits):
-        scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        return np.take_along_axis(scores, arrays["ids"][..., None], -1)[..., 0]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return np.take_along_axis(logprobs, arrays["ids"][..., None], -1)[..., 0]
 
     distance = mx.array(logp(arrays["ref_logits"]) - logp(arrays["logits"]), dtype=mx.float32)
     estimates = np.array(estimator(distance, mx.ones_like(distance)))

@@ -1,4 +1,6 @@
-"""GRPO: identities first, then numbers that a reader can check by hand, then the reference's."""
+"""GRPO: identities, then numbers that a reader can check by hand."""
+
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -89,3 +91,13 @@ def test_by_hand():
     batch = batch_of([[True, False], [True, True]], [[-1.0, 0], [-2.0, -3.0]], [1.0, -1.0])
     logp = mx.array([[-1.0 + np.log(2.0), 0], [-2.0, -3.0]])
     assert grpo.policy_loss(logp, batch)[0].item() == pytest.approx((-1.2 + 1.0) / 2)
+
+
+@pytest.mark.parametrize("bound", ["delta", "dual_clip"])
+def test_a_bound_limits_the_loss_of_tokens_with_a_negative_advantage_only(bound):
+    batch = batch_of([[True]] * 3, [[0.0]] * 3, [-1.0, -1.0, 1.0])
+    logp = mx.log(mx.array([[10.0], [2.0], [10.0]]))
+    loss = partial(grpo.policy_loss, batch=batch, **{bound: 3.0})
+    assert loss(logp)[0].item() == pytest.approx((3.0 + 2.0 - 1.2) / 3)
+    gradient = mx.grad(lambda x: loss(x)[0])(logp)
+    assert [value != 0 for (value,) in gradient.tolist()] == [False, True, False]

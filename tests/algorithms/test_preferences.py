@@ -1,4 +1,4 @@
-"""DPO and distillation: losses that look at a reference more than at rewards."""
+"""DPO and distillation, whose losses need the log-probabilities of a reference."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""RLOO: a baseline of the others."""
+"""RLOO: the baseline of a reward is the mean of the other rewards of its group."""
 
 import mlx.core as mx
 import pytest

@@ -1,4 +1,4 @@
-"""Weights for what a sampler got wrong, and for tokens that matter: by hand."""
+"""Token weights and the penalty near the length limit, on numbers computed by hand."""
 
 from dataclasses import replace
 from functools import partial

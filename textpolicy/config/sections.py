@@ -12,7 +12,7 @@ from textpolicy.config.option_types import Table
 from textpolicy.config.settings import FINITE, SEED, above, at_least, check, option
 from textpolicy.errors import ConfigError
 
-# Every file of the package's folder `algorithms` is one. Importing them would load mlx.
+# The names of the files in the package's folder `algorithms`. Importing them would load mlx.
 ALGORITHMS = tuple(
     module.name
     for module in iter_modules([str(Path(__file__).parents[1] / "algorithms")])

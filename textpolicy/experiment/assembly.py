@@ -53,7 +53,7 @@ RunConfig = TrainConfig | SFTConfig
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _SFT_ITERATIONS = 1000
 
-# Settings of their own that are options of the loss too.
+# Settings that are options of the loss.
 _LOSS_SETTINGS = ("average", "ratio_level", "kl", "weights", "beta")
 
 
@@ -215,7 +215,7 @@ def build_trainer(
     updates = config.run.steps * chosen.get("epochs", 1) * chosen.get("mini_batches", 1)
     return Trainer(
         model,
-        _advantages(config.algorithm, algorithm, max_tokens),
+        _advantage_function(config.algorithm, algorithm, max_tokens),
         algorithm.policy_loss,
         optimizer_of(options, updates),
         max_grad_norm=options.max_grad_norm,
@@ -239,7 +239,10 @@ def optimizer_of(options: TrainerOptions | SFTTrainerOptions, updates: int) -> o
     )
 
 
-def _advantages(options: AlgorithmOptions, algorithm: Algorithm, max_tokens: int) -> AdvantageFn:
+def _advantage_function(
+    options: AlgorithmOptions, algorithm: Algorithm, max_tokens: int
+) -> AdvantageFn:
+    """Return the algorithm's advantage function, with the penalty of `overlong_cache` if set."""
     compute = algorithm.compute_advantages
     if options.overlong_cache is None:
         return compute
