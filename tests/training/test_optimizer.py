@@ -65,7 +65,7 @@ def test_what_cannot_be_is_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"final_rate": 0.1}, "a constant one ends where it begins"),
+        ({"final_rate": 0.1}, "a constant learning rate does not decay"),
         ({"final_rate": -0.1, "schedule": "linear", "updates": 3}, "final_rate is -0.1"),
     ],
 )

@@ -24,11 +24,10 @@ def add_advantages(
     `keywords` are those that the advantage function requests. `reward_kl` times an estimate of the
     divergence from the reference, in nats, is subtracted from the reward of each rollout.
     """
-    table = _RowTable(rows)
-    rewards = table.array(lambda row: _penalised_reward(row, reward_kl))
+    rewards = _array_of(rows, lambda row: _penalised_reward(row, reward_kl))
     offered: dict[str, Callable[[], Any]] = {
-        "lengths": lambda: table.array(lambda row: sum(row.rollout.mask)),
-        "parts": table.reward_parts,
+        "lengths": lambda: _array_of(rows, lambda row: sum(row.rollout.mask)),
+        "parts": lambda: _reward_parts(rows),
     }
     advantages = np.array(advantage_fn(rewards, **{name: offered[name]() for name in keywords}))
     if advantages.shape != rewards.shape:
@@ -73,20 +72,18 @@ def _penalised_reward(row: TrainingRow, reward_kl: float) -> float | None:
     return reward - reward_kl * float((row.logp_old - row.logp_ref)[sampled].sum())
 
 
-class _RowTable:
-    """Arrays of the rows' values, by group and member. NaN marks a member without a row."""
+def _array_of(
+    rows: Sequence[TrainingRow], value: Callable[[TrainingRow], float | None]
+) -> mx.array:
+    """Return the values of the rows by group and member. NaN marks a member without a value."""
+    shape = (max(row.group for row in rows) + 1, max(row.member for row in rows) + 1)
+    array = np.full(shape, np.nan, np.float32)
+    for row in rows:
+        if (number := value(row)) is not None:
+            array[row.group, row.member] = number
+    return mx.array(array)
 
-    def __init__(self, rows: Sequence[TrainingRow]) -> None:
-        self._rows = rows
-        self._shape = (max(r.group for r in rows) + 1, max(r.member for r in rows) + 1)
 
-    def array(self, value: Callable[[TrainingRow], float | None]) -> mx.array:
-        table = np.full(self._shape, np.nan, np.float32)
-        for row in self._rows:
-            if (number := value(row)) is not None:
-                table[row.group, row.member] = number
-        return mx.array(table)
-
-    def reward_parts(self) -> Mapping[str, mx.array]:
-        names = dict.fromkeys(name for row in self._rows for name in row.rollout.rewards)
-        return {name: self.array(lambda row, n=name: row.rollout.rewards.get(n)) for name in names}
+def _reward_parts(rows: Sequence[TrainingRow]) -> Mapping[str, mx.array]:
+    names = dict.fromkeys(name for row in rows for name in row.rollout.rewards)
+    return {name: _array_of(rows, lambda row, n=name: row.rollout.rewards.get(n)) for name in names}

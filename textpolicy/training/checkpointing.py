@@ -1,9 +1,9 @@
-"""Gradient checkpointing: a block's activations are computed again instead of kept.
+"""Gradient checkpointing: the backward pass recomputes the activations of each block.
 
     Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
 
-Memory of the backward pass falls from every block's activations to every block's input, for one
-more forward pass. One model is changed and changed back: others of its class never notice.
+The backward pass keeps the input of each block instead of all activations of each block, and costs
+one more forward pass. One model is changed for a while; other models of its class are not.
 """
 
 from collections.abc import Generator
@@ -17,34 +17,34 @@ import mlx.nn as nn
 
 @contextmanager
 def recompute_activations(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, gradients through the model keep each block's input only."""
+    """Let gradients through the model keep each block's input only, inside a `with` block."""
     blocks = cast(list[nn.Module], model.layers)
-    kinds = [type(block) for block in blocks]
-    for block, kind in zip(blocks, kinds, strict=True):
-        block.__class__ = _recomputed(kind)
+    classes = [type(block) for block in blocks]
+    for block, plain in zip(blocks, classes, strict=True):
+        block.__class__ = _recomputing_class(plain)
     try:
         yield
     finally:
-        for block, kind in zip(blocks, kinds, strict=True):
-            block.__class__ = kind
+        for block, plain in zip(blocks, classes, strict=True):
+            block.__class__ = plain
 
 
 @cache
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class with a `__call__` that is a checkpoint; nothing else differs."""
+def _recomputing_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass whose `__call__` is an `mx.checkpoint`, and that is equal otherwise."""
 
     def __call__(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        # The gradient flows to what is passed in and from what is returned, and to nothing that
-        # the function merely sees: weights, array masks and cached keys are handed through.
+        # Gradients flow through arguments and results only, not through captured variables.
+        # Therefore weights, array masks and cached keys are arguments and results too.
         def run(weights: Any, x: mx.array, mask: Any, state: Any) -> tuple[mx.array, Any]:
             self.update(weights)
-            with draws:
+            with same_draws:
                 if cache is None:
-                    return kind.__call__(self, x, mask), None
+                    return plain.__call__(self, x, mask), None
                 cache.state = state
-                return kind.__call__(self, x, mask, cache), cache.state
+                return plain.__call__(self, x, mask, cache), cache.state
 
-        draws = _SameDraws()
+        same_draws = _SameDraws()
         weights = self.trainable_parameters()
         state = None if cache is None else cache.state
         y, state = mx.checkpoint(run)(weights, x, mask, state)
@@ -53,12 +53,13 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
             cache.state = state
         return y
 
-    return type(f"Recomputed{kind.__name__}", (kind,), {"__call__": __call__})
+    return type(f"Recomputed{plain.__name__}", (plain,), {"__call__": __call__})
 
 
 class _SameDraws:
-    """Random numbers of what is computed twice: the first time they are drawn as ever, so that the
-    global state moves by what was drawn; again, they are the same, and it stays where it is.
+    """Repeats the random numbers of the first computation in the second one.
+
+    The first computation moves mlx's random state as usual; the second one leaves the state as is.
     """
 
     def __init__(self) -> None:
@@ -78,5 +79,5 @@ class _SameDraws:
 
 
 def _random_state() -> mx.array:
-    # A container that cannot be assigned to; its array can be written to.
+    # The container cannot be assigned, but its array can be written to.
     return cast(Any, mx.random.state)[0]

@@ -1,4 +1,4 @@
-"""Adam with decoupled weight decay, its learning rate on one of mlx's schedules."""
+"""AdamW, with a schedule of its learning rate."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import mlx.optimizers as optim
 from textpolicy.errors import ConfigError
 
 RateSchedule = Literal["constant", "linear", "cosine"]
+_AT_LEAST_0 = "expected a number, 0 or more"
 LearningRate = float | Callable[[mx.array], mx.array]
 
 
@@ -22,23 +23,41 @@ def build_optimizer(
     final_rate: float = 0.0,
     weight_decay: float = 0.0,
 ) -> optim.Optimizer:
-    """An optimizer that warms up for `warmup` updates and decays to `final_rate` over the rest.
+    """Return AdamW that warms up for `warmup` updates, then decays to `final_rate`.
 
-    Adam's bias correction is on: mlx leaves it off, which makes its first steps three times the
-    rate. `updates` is the length of the whole run, needed where the rate decays.
+    `updates` is the number of updates in the whole run; "linear" and "cosine" need it. Adam's bias
+    correction is on. By default, mlx has it off, which makes the first steps three times as long.
     """
-    _check(learning_rate, schedule, warmup, updates, weight_decay)
-    _check_final(final_rate, schedule)
-    rate = _decay(learning_rate, schedule, (updates or 0) - warmup, final_rate)
+    for wrong, message in (
+        (not 0 <= learning_rate < math.inf, f"learning_rate is {learning_rate}; {_AT_LEAST_0}"),
+        (not 0 <= final_rate < math.inf, f"final_rate is {final_rate}; {_AT_LEAST_0}"),
+        (not weight_decay >= 0, f"weight_decay is {weight_decay}; {_AT_LEAST_0}"),
+        (
+            schedule != "constant" and updates is None,
+            f"schedule {schedule!r} needs the number of updates in the whole run. Pass updates=",
+        ),
+        (
+            warmup < 0 or (updates is not None and warmup >= updates),
+            f"warmup is {warmup} updates of {updates}; expected 0 or more, and fewer than all",
+        ),
+        (
+            final_rate > 0 and schedule == "constant",
+            f"final_rate is {final_rate}, and a constant learning rate does not decay. Choose the "
+            "schedule 'linear' or 'cosine', or leave out the final rate",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(message)
+    rate = _decaying_rate(learning_rate, schedule, (updates or 0) - warmup, final_rate)
     if warmup:
-        # From the first step above 0: a first update that moves nothing cannot be told from a bug.
+        # The first rate is above 0, because a first update that moves nothing is an error.
         rise = optim.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
-        rest = rate if callable(rate) else _constant(rate)
+        rest = rate if callable(rate) else lambda step: mx.array(learning_rate)
         rate = optim.join_schedules([rise, rest], [warmup])
     return optim.AdamW(rate, weight_decay=weight_decay, bias_correction=True)
 
 
-def _decay(start: float, schedule: RateSchedule, steps: int, end: float) -> LearningRate:
+def _decaying_rate(start: float, schedule: RateSchedule, steps: int, end: float) -> LearningRate:
     if schedule == "linear":
         return optim.linear_schedule(start, end, steps)
     if schedule == "cosine":
@@ -46,34 +65,3 @@ def _decay(start: float, schedule: RateSchedule, steps: int, end: float) -> Lear
     if schedule == "constant":
         return start
     raise ConfigError(f"schedule is {schedule!r}; expected 'constant', 'linear' or 'cosine'")
-
-
-def _constant(rate: float) -> Callable[[mx.array], mx.array]:
-    return lambda step: mx.array(rate)
-
-
-def _check(
-    rate: float, schedule: RateSchedule, warmup: int, updates: int | None, weight_decay: float
-) -> None:
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ConfigError(f"learning_rate is {rate}; expected a number, 0 or more")
-    if schedule != "constant" and updates is None:
-        raise ConfigError(
-            f"schedule {schedule!r} needs the number of updates in the whole run: pass updates="
-        )
-    if warmup < 0 or (updates is not None and warmup >= updates):
-        raise ConfigError(
-            f"warmup is {warmup} updates of {updates}; expected 0 or more, and fewer than all"
-        )
-    if not weight_decay >= 0:
-        raise ConfigError(f"weight_decay is {weight_decay}; expected 0 or more")
-
-
-def _check_final(rate: float, schedule: RateSchedule) -> None:
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ConfigError(f"final_rate is {rate}; expected a number, 0 or more")
-    if rate and schedule == "constant":
-        raise ConfigError(
-            f"the learning rate is to end at {rate}, and a constant one ends where it begins; "
-            "choose the schedule 'linear' or 'cosine', or leave the final rate out"
-        )

@@ -1,4 +1,4 @@
-"""Batches that were refused, kept for whoever wants to know why."""
+"""Files of batches whose gradient was not finite, for finding the reason."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from textpolicy.types import RolloutGroup
 
 
 def save_rejected_batch(groups: Sequence[RolloutGroup], folder: Path) -> Path:
-    """Write each rollout as a JSON line: its task, tokens, recorded log-probabilities, reward."""
+    """Write each rollout with its task as a JSON line, and return the path of the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"batch-{len(list(folder.iterdir())):04d}.jsonl"
     lines = (

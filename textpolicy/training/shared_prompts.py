@@ -1,7 +1,7 @@
-"""A group's prompt, run once for all its completions.
+"""Forward passes on batches: each group's prompt once, or each row with its prompt.
 
-Its keys and values, still differentiable, are prepended to those of every completion, so gradients
-are those of the plain forward pass on whole rows.
+Keys and values of a shared prompt are prepended to those of each completion. They are
+differentiable, so gradients equal those of the forward pass on whole rows.
 """
 
 from collections.abc import Callable
@@ -15,30 +15,30 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from textpolicy.types import Batch
 
-Reading = Float[mx.array, "batch time width"]
-"""What a network says where each token of a batch is predicted: hidden states, or logits."""
+TokenOutputs = Float[mx.array, "batch time width"]
+"""The hidden state, or the logits, at the position that predicts each token of a batch."""
 
 
 def run_with_shared_prompts(
     network: Callable[..., mx.array], model: nn.Module, batch: Batch
-) -> Reading:
-    """Each completion read after its prompt, each prompt read once."""
-    # The last prompt token is read with the completion, whose first token it predicts.
+) -> TokenOutputs:
+    """Return the network's outputs for all completions, with one forward pass for each prompt."""
+    # The last prompt token predicts the first token of a completion, so it is run with completions.
     length = batch.prompt_lengths[batch.owner] - 1
     cache = None
     if batch.prompts.shape[1] > 1:
-        recorded = [_PromptKeys() for _ in make_prompt_cache(model)]
+        recorded = [_PromptRecorder() for _ in make_prompt_cache(model)]
         network(batch.prompts[:, :-1], cache=recorded)
         width = batch.prompts.shape[1] - 1
         padded = bool((length < width).any())
-        cache = [_AfterPrompt(layer, batch.owner, length, padded) for layer in recorded]
+        cache = [_PromptPrefix(layer, batch.owner, length, padded) for layer in recorded]
     last = batch.prompts[batch.owner, length]
     inputs = mx.concatenate([last[:, None], batch.tokens[:, :-1]], axis=1)
     return network(inputs, cache=cache)
 
 
-def run_whole_rows(network: Callable[..., mx.array], batch: Batch) -> Reading:
-    """The plain way, for models whose state is more than keys and values."""
+def run_whole_rows(network: Callable[..., mx.array], batch: Batch) -> TokenOutputs:
+    """Return the network's outputs for models whose state is more than keys and values."""
     length = batch.prompt_lengths[batch.owner][:, None]
     width, time = batch.prompts.shape[1], batch.tokens.shape[1]
     position = mx.broadcast_to(mx.arange(width + time - 1), (len(length), width + time - 1))
@@ -49,8 +49,8 @@ def run_whole_rows(network: Callable[..., mx.array], batch: Batch) -> Reading:
     return mx.take_along_axis(outputs, window[..., None], axis=1)
 
 
-class _PromptKeys:
-    """Stands where a layer's cache would, and keeps the prompts' keys and values."""
+class _PromptRecorder:
+    """In place of a layer's KV cache: records the keys and values of all prompts."""
 
     offset = 0
     state: tuple[mx.array, mx.array] | None = None
@@ -65,12 +65,12 @@ class _PromptKeys:
         return "causal" if time > 1 else None
 
 
-class _AfterPrompt:
-    """Stands where a layer's cache would, and puts each row's prompt before its own tokens."""
+class _PromptPrefix:
+    """In place of a layer's KV cache: prepends the keys and values of each row's prompt."""
 
     def __init__(
         self,
-        prompts: _PromptKeys,
+        prompts: _PromptRecorder,
         owner: Int[mx.array, " batch"],
         length: Int[mx.array, " batch"],
         padded: bool,
@@ -89,7 +89,7 @@ class _AfterPrompt:
     def make_mask(
         self, time: int, *, return_array: bool = False, **_: Any
     ) -> Bool[mx.array, "batch 1 time all"] | str:
-        """By name where it needs no array, which grows with the square of the length."""
+        """Return "causal" if possible: an array grows with the square of the length."""
         if not (self._padded or return_array):
             return "causal"
         width = self.state[0].shape[2]

@@ -32,9 +32,9 @@ from textpolicy.training.sft import (
     sft_loss,
     train_sft,
 )
-from textpolicy.training.sft.batches import Epochs, make_sft_batch, pack_rows
+from textpolicy.training.sft.batches import Epochs, make_sft_batch
 from textpolicy.training.sft.loss import make_batch_loss
-from textpolicy.training.sft.packing import check_packable
+from textpolicy.training.sft.packing import check_packable, pack_rows
 from textpolicy.types import Progress
 
 VOCABULARY = 7

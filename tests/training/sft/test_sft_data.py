@@ -168,7 +168,7 @@ def test_a_template_that_takes_thoughts_out_of_the_last_answer_is_refused(tokeni
 
 def test_a_template_that_rewrites_what_was_read_is_refused(tokenizer):
     tokenizer.chat_template = COUNTING
-    with pytest.raises(DataError, match=r"row 1: .* before message 2 otherwise"):
+    with pytest.raises(DataError, match=r"row 1: .* before message 2 differently"):
         encode(tokenizer, {"messages": CHAT})
 
 
@@ -184,15 +184,18 @@ def test_a_template_without_stop_tokens_ends_the_last_answer_only(tokenizer):
     [
         ({"question": "1+1", "answer": "2"}, r"columns \['question', 'answer'\]; expected"),
         ({"prompt": "1+1=", "completion": 2}, "completion is 2; expected text"),
-        ({"text": ""}, "nothing to learn in it"),
+        ({"text": ""}, "nothing to learn"),
         ({"messages": []}, r"messages are \[\]"),
         ({"messages": "hello"}, "messages are 'hello'"),
         ({"messages": [{"role": "user"}]}, "a role and a content"),
         ({"messages": CHAT[:1]}, r"roles are \['user'\]; expected an assistant's answer"),
-        ({"messages": CHAT[1:]}, "expected an assistant's answer to something"),
+        ({"messages": CHAT[1:]}, "expected an assistant's answer to a message"),
         ({"messages": [*CHAT, CALL]}, "message 5 has 'tool_calls' beside its content"),
-        ({"messages": CHAT, "tools": [{"name": "add"}]}, "it has tools, which are not shown"),
-        ({"prompt": "a<|im_end|>", "completion": "b"}, "spells '<|im_end|>'"),
+        (
+            {"messages": CHAT, "tools": [{"name": "add"}]},
+            "the row has tools, which the model would not see",
+        ),
+        ({"prompt": "a<|im_end|>", "completion": "b"}, "contains the stop token '<|im_end|>'"),
     ],
 )
 def test_a_row_that_cannot_be_learned_says_why(tokenizer, row, message):
@@ -215,7 +218,7 @@ def test_jsonl_goes_before_txt(tmp_path, tokenizer):
     assert load_examples(tmp_path, "train") == [{"text": "sort 1"}, {"text": "sort 2"}]
     write(tmp_path / "train.jsonl", {"text": "sort 3"})
     assert load_examples(tmp_path, "train") == [{"text": "sort 3"}]
-    with pytest.raises(DataError, match=r"holds neither valid\.jsonl nor valid\.txt"):
+    with pytest.raises(DataError, match=r"has neither valid\.jsonl nor valid\.txt"):
         load_examples(tmp_path, "valid")
 
 
@@ -232,7 +235,7 @@ def test_a_validation_part_is_made_where_none_is_whatever_the_order(tmp_path, to
     rows = [{"text": f"sort {n}"} for n in range(50)]
     encoding = Encoding(tokenizer=tokenizer)
     data = load_data(write(tmp_path / "a.jsonl", *rows, *rows[:10]), encoding)
-    assert data.split_off and "taken from them" in str(data)
+    assert data.split_off and "split off from the training data" in str(data)
     assert len(data.train) + len(data.valid) == 60
     assert not [one for one in data.valid if one in data.train]
     again = load_data(write(tmp_path / "b.jsonl", *reversed(rows), *rows[:10]), encoding)
@@ -247,7 +250,7 @@ def test_a_validation_part_of_another_name_is_not_passed_over(tmp_path, tokenize
     encoding = Encoding(tokenizer=tokenizer)
     for part in ("train.jsonl", name):
         write(tmp_path / part, {"text": f"{part} 1"}, {"text": f"{part} 2"})
-    with pytest.raises(DataError, match=rf"{name} would not be read; call it valid\."):
+    with pytest.raises(DataError, match=rf"{name} would not be read. Rename the file to valid\."):
         load_data(tmp_path, encoding)
     write(tmp_path / "valid.jsonl", {"text": "sort 3"})
     assert len(load_data(tmp_path, encoding).valid) == 1
@@ -255,7 +258,7 @@ def test_a_validation_part_of_another_name_is_not_passed_over(tmp_path, tokenize
 
 def test_one_row_cannot_be_split(tokenizer):
     one = encode(tokenizer, {"text": "sort 31"})
-    with pytest.raises(DataError, match="1 different row: at least 2"):
+    with pytest.raises(DataError, match="1 distinct row; expected at least 2"):
         split_by_hash([one, one], 0.5)
 
 
@@ -270,9 +273,9 @@ def test_truncation_is_reported_and_rows_without_an_answer_are_left_out(tmp_path
     data = load_data(path, encoding, validation_share=0)
     assert (len(data.train), data.truncated, data.dropped) == (2, 1, 1)
     assert [len(one.tokens) for one in data.train] == [14, 16]
-    assert "1 are cut at the limit of 16 tokens" in str(data)
-    assert "1 have no answer within the limit of 16 tokens: left out" in str(data)
-    with pytest.raises(DataError, match="no answer is within the limit of 4 tokens"):
+    assert "1 rows are truncated at the limit of 16 tokens" in str(data)
+    assert "1 rows have no answer within the limit of 16 tokens and are left out" in str(data)
+    with pytest.raises(DataError, match="has no answer within the limit of 4 tokens"):
         load_data(path, Encoding(tokenizer=tokenizer, max_length=4))
 
 
@@ -295,7 +298,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, tokenizer, line, messa
 def test_a_bad_line_of_csv_is_named_too(tmp_path, tokenizer):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n"1+\n1=",2\n2+2=<|im_end|>,4\n')
-    with pytest.raises(DataError, match=r"rows\.csv, line 4: a message spells"):
+    with pytest.raises(DataError, match=r"rows\.csv, line 4: a message contains the stop token"):
         load_data(path, Encoding(tokenizer=tokenizer))
 
 
@@ -315,7 +318,7 @@ def test_hugging_face_data_sets_are_read_from_local_files(tmp_path, tokenizer):
     assert (data.train, data.valid, data.test) == (expected, expected[:2], expected[:1])
     bad = datasets.Dataset.from_list([*rows, {"prompt": "1+1=", "completion": None}])
     bad.save_to_disk(tmp_path / "bad")
-    with pytest.raises(DataError, match="bad, row 6: its completion is None"):
+    with pytest.raises(DataError, match="bad, row 6: the completion is None"):
         load_data(tmp_path / "bad", encoding)
 
 

@@ -1,5 +1,6 @@
-"""What is imitated: token ids, and which of them are learned."""
+"""Demonstrations: token ids, and which of them are learned."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from textpolicy.errors import TrainingError
@@ -7,7 +8,7 @@ from textpolicy.errors import TrainingError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demonstration:
-    """One sequence to imitate: `mask` is True on the answer, its stop token included."""
+    """One sequence to imitate. `mask` is True on the answer, stop token included."""
 
     tokens: list[int]
     mask: list[bool]
@@ -24,10 +25,14 @@ class Demonstration:
                 f"mask is {self.mask}"
             )
 
-    def cut(self, length: int) -> "Demonstration | None":
-        """Its first `length` tokens; None if nothing of what is learned is among them."""
+    def truncate(self, length: int) -> "Demonstration | None":
+        """Return the first `length` tokens, or None if none of them is learned."""
         if len(self.tokens) <= length:
             return self
         if not any(self.mask[:length]):
             return None
         return replace(self, tokens=self.tokens[:length], mask=self.mask[:length])
+
+
+PackedRow = Sequence[Demonstration]
+"""One row of a batch: one demonstration, or several packed one after another."""

@@ -1,10 +1,10 @@
-"""Rows to demonstrations: what is read, what is learned, and where an answer ends.
+"""Data rows become demonstrations: token ids, and which of them are learned.
 
-The prompt of a demonstration is, token for token, what a policy is fed when it samples
-(`textpolicy/chat_template.py` serves both), so that what is learned here is what is sampled later.
+The chat template is applied by the same function as in sampling (`textpolicy/chat_template.py`), so
+the prompt of a demonstration has exactly the tokens that a policy reads when it samples.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,33 +16,27 @@ from textpolicy.errors import ConfigError, DataError, PromptError
 from textpolicy.training.sft.demonstrations import Demonstration
 from textpolicy.types import Message
 
-_ROW_FORMATS = (
-    '{"text"}, {"prompt", "completion"}, {"messages"} or {"instruction", "input", "output"}, '
-    "where `input` may be missing"
-)
-
-
-# Where other libraries keep a part of what a message says.
-_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+# Keys in which other libraries keep a part of a message.
+_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """Demonstrations, and what became of rows that are longer than was allowed."""
+class EncodedRows:
+    """Demonstrations, and how many rows were longer than `max_length`."""
 
     demonstrations: list[Demonstration]
     truncated: int
-    """Rows that were cut at the limit, and still teach what is before it."""
+    """Rows that were truncated and still have tokens to learn."""
     dropped: int
-    """Rows of which nothing to learn was left."""
+    """Rows without any token to learn before the limit. They are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How rows become token ids.
+    """How data rows become token ids.
 
-    `learn` chooses between the answers (of a plain text, all of it) and everything that follows
-    the first token. `system` opens conversations that have no system message of their own.
+    `learn` is "answers" (of a plain text: the whole text) or "everything" (all tokens but the
+    first). `system` is the system message of conversations that have none.
     """
 
     tokenizer: TokenizerWrapper
@@ -56,141 +50,139 @@ class Encoding:
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; expected at least 2, or None")
 
-    def encode(self, rows: Iterable[tuple[str, DataRow]]) -> Encoded:
-        """The demonstrations of rows that each come with their place, for messages."""
-        whole = [self.demonstration(row, place) for place, row in rows]
-        if self.max_length is None:
-            return Encoded(demonstrations=whole, truncated=0, dropped=0)
-        cut = [one.cut(self.max_length) for one in whole]
-        kept = [one for one in cut if one is not None]
-        shorter = sum(a is not b for a, b in zip(whole, cut, strict=True))
+    def encode(self, rows: Iterable[tuple[str, DataRow]]) -> EncodedRows:
+        """Return the demonstrations of rows; each row comes with its location for messages."""
+        whole = [self.demonstration(row, location) for location, row in rows]
+        limit = self.max_length
+        short = whole if limit is None else [one.truncate(limit) for one in whole]
+        kept = [one for one in short if one is not None]
+        shortened = sum(a is not b for a, b in zip(whole, short, strict=True))
         dropped = len(whole) - len(kept)
-        return Encoded(demonstrations=kept, truncated=shorter - dropped, dropped=dropped)
+        return EncodedRows(demonstrations=kept, truncated=shortened - dropped, dropped=dropped)
 
-    def demonstration(self, row: DataRow, place: str) -> Demonstration:
-        """The whole of one row, however long."""
-        for columns, read in _READERS:
-            if all(column in row for column in columns):
-                try:
-                    tokens, mask = read(self, row)
-                except (DataError, PromptError) as error:
-                    raise DataError(f"{place}: {error}") from error
-                return self._checked(tokens, mask, place)
-        raise DataError(f"{place}: it has the columns {list(row)}; expected {_ROW_FORMATS}")
-
-    def _checked(self, tokens: list[int], mask: list[bool], place: str) -> Demonstration:
-        if self.learn == "everything":
-            mask = [False, *[True] * (len(tokens) - 1)]
-        if not any(mask):
-            raise DataError(f"{place}: there is nothing to learn in it, it is empty")
+    def demonstration(self, row: DataRow, location: str) -> Demonstration:
+        """Return the demonstration of one row, without truncation."""
+        try:
+            tokens, mask = self._encode_row(row)
+            if self.learn == "everything":
+                mask = [False, *[True] * (len(tokens) - 1)]
+            if not any(mask):
+                raise DataError("the row has nothing to learn, because its text is empty")
+        except (DataError, PromptError) as error:
+            raise DataError(f"{location}: {error}") from error
         return Demonstration(tokens=tokens, mask=mask)
 
-    def _text(self, row: DataRow) -> tuple[list[int], list[bool]]:
-        tokens = list(self.tokenizer.encode(_string(row, "text")))
-        tokens = _ended(self.tokenizer, tokens)
-        return tokens, [False, *[True] * (len(tokens) - 1)]
+    def _encode_row(self, row: DataRow) -> tuple[list[int], list[bool]]:
+        if "messages" in row:
+            return self._encode_messages(row)
+        if row.keys() >= {"prompt", "completion"}:
+            return self._encode_pair(row["prompt"], _text_of(row, "completion"))
+        if row.keys() >= {"instruction", "output"}:
+            extra = _text_of(row, "input") if row.get("input") else ""
+            request = "\n\n".join(part for part in (_text_of(row, "instruction"), extra) if part)
+            return self._encode_pair(request, _text_of(row, "output"))
+        if "text" in row:
+            tokens = self._end(list(self.tokenizer.encode(_text_of(row, "text"))))
+            return tokens, [False, *[True] * (len(tokens) - 1)]
+        raise DataError(
+            f'the row has the columns {list(row)}; expected {{"text"}}, {{"prompt", "completion"}},'
+            ' {"messages"} or {"instruction", "input", "output"}, of which "input" is optional'
+        )
 
-    def _pair(self, row: DataRow) -> tuple[list[int], list[bool]]:
-        prompt, completion = row["prompt"], _string(row, "completion")
-        if not isinstance(prompt, str):
-            return self._conversation([*_messages(prompt), _answer(completion)])
-        if self.tokenizer.has_chat_template:
-            return self._conversation([_user(prompt), _answer(completion)])
-        before = list(self.tokenizer.encode(prompt))
-        after = list(self.tokenizer.encode(completion, add_special_tokens=False))
-        after = _ended(self.tokenizer, after)
-        return before + after, [False] * len(before) + [True] * len(after)
-
-    def _instruction(self, row: DataRow) -> tuple[list[int], list[bool]]:
-        said = [_string(row, "instruction"), _string(row, "input") if row.get("input") else ""]
-        request = "\n\n".join(part for part in said if part)
-        return self._pair({"prompt": request, "completion": _string(row, "output")})
-
-    def _messages(self, row: DataRow) -> tuple[list[int], list[bool]]:
+    def _encode_messages(self, row: DataRow) -> tuple[list[int], list[bool]]:
         if row.get("tools"):
             raise DataError(
-                "it has tools, which are not shown to the model; write them into a system message "
-                "as the chat template would"
+                "the row has tools, which the model would not see. Describe the tools in a system "
+                "message, as the chat template would"
             )
-        return self._conversation(_messages(row["messages"]))
+        return self._encode_conversation(_check_messages(row["messages"]))
 
-    def _conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation up to its last answer; every answer in it is learned."""
+    def _encode_pair(self, prompt: Any, completion: str) -> tuple[list[int], list[bool]]:
+        answer = {"role": "assistant", "content": completion}
+        if not isinstance(prompt, str):
+            return self._encode_conversation([*_check_messages(prompt), answer])
+        if self.tokenizer.has_chat_template:
+            return self._encode_conversation([{"role": "user", "content": prompt}, answer])
+        before = list(self.tokenizer.encode(prompt))
+        after = self._end(list(self.tokenizer.encode(completion, add_special_tokens=False)))
+        return before + after, [False] * len(before) + [True] * len(after)
+
+    def _encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Return the tokens up to the last answer, and a mask that is True on every answer."""
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         _check_turns(self.tokenizer, messages)
-        whole = render_chat(self.tokenizer, messages, add_generation_prompt=False)
+        text = render_chat(self.tokenizer, messages, add_generation_prompt=False)
         answers = _answers(messages)
-        starts = [_opening(self.tokenizer, messages, n, whole) for n in answers]
-        for n, start, end in zip(answers, starts, [*starts[1:], None], strict=True):
-            _check_kept(messages[n], n, whole[start:end])
-        tokens = encode_rendered(self.tokenizer, whole[: starts[0]])
+        starts = [self._start_of_answer(messages, n, text) for n in answers]
+        spans = [*zip(answers, starts, [*starts[1:], None], strict=True)]
+        tokens = encode_rendered(self.tokenizer, text[: starts[0]])
         mask = [False] * len(tokens)
-        for start, end in zip(starts, [*starts[1:], None], strict=True):
-            answer = encode_rendered(self.tokenizer, whole[start:end])
-            learned = self._length_of_answer(answer, last=end is None)
+        for n, start, end in spans:
+            _check_content_kept(messages[n], n, text[start:end])
+            answer = encode_rendered(self.tokenizer, text[start:end])
+            learned = self._answer_length(answer, last=end is None)
             if end is None:
-                answer = _ended(self.tokenizer, answer[:learned])
+                answer = self._end(answer[:learned])
                 learned = len(answer)
             tokens += answer
             mask += [True] * learned + [False] * (len(answer) - learned)
         return tokens, mask
 
-    def _length_of_answer(self, tokens: Sequence[int], *, last: bool) -> int:
-        """How many tokens are said by the model: up to its stop token, and that one too."""
-        ends = self.tokenizer.eos_token_ids
-        found = next((n for n, token in enumerate(tokens, start=1) if token in ends), None)
+    def _start_of_answer(self, messages: Sequence[Message], n: int, text: str) -> int:
+        """Return where in the text of the whole conversation the answer in message `n` starts."""
+        before = render_chat(self.tokenizer, messages[:n], add_generation_prompt=True)
+        if not text.startswith(before):
+            raise DataError(
+                f"the chat template writes the conversation before message {n + 1} differently "
+                "when more messages follow, so the prompt of this answer is unknown. Make a row of "
+                "each answer"
+            )
+        return len(before)
+
+    def _answer_length(self, tokens: Sequence[int], *, last: bool) -> int:
+        """Return the number of tokens up to the stop token of an answer, stop token included."""
+        stops = self.tokenizer.eos_token_ids
+        found = next((n for n, token in enumerate(tokens, start=1) if token in stops), None)
         if found is None and not last:
             raise DataError(
-                "the chat template writes no stop token after an answer, so where it ends among "
-                "further messages is unknown; make a row of each answer"
+                "the chat template writes no stop token after an answer, so the end of an answer "
+                "with more messages after it is unknown. Make a row of each answer"
             )
         return found or len(tokens)
 
-
-_READERS: tuple[
-    tuple[tuple[str, ...], Callable[[Encoding, DataRow], tuple[list[int], list[bool]]]], ...
-] = (
-    (("messages",), Encoding._messages),  # pyright: ignore[reportPrivateUsage]
-    (("prompt", "completion"), Encoding._pair),  # pyright: ignore[reportPrivateUsage]
-    (("instruction", "output"), Encoding._instruction),  # pyright: ignore[reportPrivateUsage]
-    (("text",), Encoding._text),  # pyright: ignore[reportPrivateUsage]
-)
+    def _end(self, tokens: list[int]) -> list[int]:
+        """Return the tokens with a stop token at the end."""
+        if tokens and tokens[-1] in self.tokenizer.eos_token_ids:
+            return tokens
+        return [*tokens, self.tokenizer.eos_token_id]
 
 
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _answer(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-def _string(row: DataRow, column: str) -> str:
+def _text_of(row: DataRow, column: str) -> str:
     if not isinstance(value := row[column], str):
-        raise DataError(f"its {column} is {value!r:.60}; expected text")
+        raise DataError(f"the {column} is {value!r:.60}; expected text")
     return value
 
 
-def _messages(value: Any) -> list[Message]:
-    """The messages, if that is what they are."""
-    sound = isinstance(value, Sequence) and all(
+def _check_messages(value: Any) -> list[Message]:
+    """Return the messages with role and content only. Raise if `value` is anything else."""
+    valid = isinstance(value, Sequence) and all(
         isinstance(m, Mapping)
         and isinstance(m.get("role"), str)
         and isinstance(m.get("content"), str)
         for m in value
     )
-    if not value or isinstance(value, str) or not sound:
+    if not value or isinstance(value, str) or not valid:
         raise DataError(
-            f"its messages are {value!r:.60}; expected some, each with a role and a content of "
-            'text, such as [{"role": "user", "content": "2+2="}, '
+            f"the messages are {value!r:.60}; expected a list of messages with a role and a "
+            'content of text, such as [{"role": "user", "content": "2+2="}, '
             '{"role": "assistant", "content": "4"}]'
         )
     for number, message in enumerate(value, start=1):
-        if lost := [key for key in _BESIDE_CONTENT if message.get(key)]:
+        if lost := [key for key in _UNSUPPORTED_KEYS if message.get(key)]:
             raise DataError(
-                f"message {number} has {lost[0]!r} beside its content, which would not be learned; "
-                "write it into the content, as the model is to say it"
+                f"message {number} has {lost[0]!r} beside its content, and only the content is "
+                "learned. Write all that the model should say into the content"
             )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
@@ -202,44 +194,26 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 def _check_turns(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> None:
     if not tokenizer.has_chat_template:
         raise DataError(
-            "the tokenizer has no chat template to write messages with; expected plain prompts "
-            "and completions, or texts"
+            "the tokenizer has no chat template for messages; expected prompts and completions "
+            "that are plain text, or texts"
         )
     if not (answers := _answers(messages)) or answers[0] == 0:
         roles = [message["role"] for message in messages]
-        raise DataError(f"its roles are {roles}; expected an assistant's answer to something")
-    ends = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+        raise DataError(f"the roles are {roles}; expected an assistant's answer to a message")
+    stops = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
     for message in messages:
-        if spelled := [end for end in ends if end in message["content"]]:
+        if found := [stop for stop in stops if stop in message["content"]]:
             raise DataError(
-                f"a message spells {spelled[0]!r}, the stop token, which would end it there; "
-                "leave it out, the chat template writes it"
+                f"a message contains the stop token {found[0]!r}, which would end the message "
+                "there. Remove the stop token: the chat template writes it"
             )
 
 
-def _opening(tokenizer: TokenizerWrapper, messages: Sequence[Message], n: int, whole: str) -> int:
-    """Where in the whole text message `n` begins to be the model's own."""
-    opening = render_chat(tokenizer, messages[:n], add_generation_prompt=True)
-    if not whole.startswith(opening):
-        raise DataError(
-            f"the chat template writes the conversation before message {n + 1} otherwise once it "
-            "goes on, so what the model would have read there is unknown; make a row of each answer"
-        )
-    return len(opening)
-
-
-def _check_kept(message: Message, n: int, written: str) -> None:
-    """Templates take thoughts, or whole answers, out of all turns but the last."""
-    # What it adds and takes of white space, around thoughts for one, is its own.
+def _check_content_kept(message: Message, n: int, written: str) -> None:
+    """Raise if the template left out a part of a message, as some do with thoughts and answers."""
+    # Templates may add and remove white space, for example around thoughts.
     if "".join(message["content"].split()) not in "".join(written.split()):
         raise DataError(
-            f"the chat template leaves out a part of message {n + 1}, {message['content']!r:.60}; "
-            "if that is because the conversation goes on, make a row of each answer"
+            f"the chat template leaves out a part of message {n + 1}, {message['content']!r:.60}. "
+            "If the reason is that more messages follow, make a row of each answer"
         )
-
-
-def _ended(tokenizer: TokenizerWrapper, tokens: list[int]) -> list[int]:
-    """The tokens with a stop token last."""
-    if tokens and tokens[-1] in tokenizer.eos_token_ids:
-        return tokens
-    return [*tokens, tokenizer.eos_token_id]

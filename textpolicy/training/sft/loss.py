@@ -2,7 +2,7 @@
 
     loss = - sum of log p(token | tokens before it) / number of learned tokens
 
-The mean is over all learned tokens of a batch, however they lie in its rows. Padding is no target.
+The mean is over all learned tokens of a batch. Rows and padding do not matter.
 """
 
 import inspect
@@ -21,14 +21,12 @@ from textpolicy.training.sft.packing import separate_segments
 from textpolicy.training.softmax_logprobs import logprobs_from_logits
 
 LossAndTokens = tuple[Float[mx.array, ""], Int[mx.array, ""]]
-
-
+BatchLoss = Callable[[SFTBatch], LossAndTokens]
 SFTLoss = Callable[..., tuple[mx.array, mx.array]]
-"""(model, inputs, targets, lengths) to the mean loss of a batch and the tokens it is the mean of.
+"""Takes (model, inputs, targets, lengths); returns a mean loss and the number of tokens in it.
 
-Of the targets of row r, the first `lengths[r]` are real. A loss may ask for the keyword `mask`,
-True on the targets that are to be learned. Without it, it cannot tell prompts from answers, and is
-given data in which everything is learned.
+The first `lengths[r]` targets of row r are real. A loss may take the keyword `mask`, which is True
+on the targets to learn. A loss without `mask` is refused for data with unlearned prompts.
 """
 
 
@@ -40,7 +38,7 @@ def sft_loss(
     *,
     mask: Bool[mx.array, "batch time"] | None = None,
 ) -> LossAndTokens:
-    """The loss from all logits at once: to build others from, in the form that they have."""
+    """Return the loss from all logits at once, in the form that a custom loss has."""
     if mask is None:
         mask = mx.arange(inputs.shape[1])[None, :] < lengths[:, None]
     logits = model(inputs).astype(mx.float32)
@@ -48,23 +46,20 @@ def sft_loss(
     return mx.sum(nn.losses.cross_entropy(logits, targets) * mask) / count, count
 
 
-BatchLoss = Callable[[SFTBatch], LossAndTokens]
-
-
 def make_batch_loss(model: nn.Module, custom: SFTLoss | None) -> BatchLoss:
-    """The loss of whole batches: the user's, or one that makes logits for learned tokens only."""
+    """Return the user's loss, or else a loss that computes logits for learned tokens only."""
     if custom is not None:
-        asks_mask = "mask" in inspect.signature(custom).parameters
-        return _Custom(model, custom, asks_mask=asks_mask)
+        takes_mask = "mask" in inspect.signature(custom).parameters
+        return _CustomLoss(model, custom, takes_mask=takes_mask)
     was_training = model.training
     model.eval()
     head = find_output_head(model)
     model.train(was_training)
-    return _Lean(model, head)
+    return _LearnedTokensLoss(model, head)
 
 
 @dataclass(frozen=True)
-class _Lean:
+class _LearnedTokensLoss:
     model: nn.Module
     head: OutputHead | None
 
@@ -81,25 +76,27 @@ class _Lean:
 
 
 @dataclass(frozen=True)
-class _Custom:
+class _CustomLoss:
     model: nn.Module
     loss: SFTLoss
-    asks_mask: bool
+    takes_mask: bool
 
     def __call__(self, batch: SFTBatch) -> LossAndTokens:
-        asked = {"mask": batch.mask} if self.asks_mask else {}
-        if not self.asks_mask and len(batch.learned) < int(batch.lengths.sum()):
+        keywords = {"mask": batch.mask} if self.takes_mask else {}
+        if not self.takes_mask and len(batch.learned) < int(batch.lengths.sum()):
             raise ConfigError(
                 "the loss takes (model, inputs, targets, lengths), which do not tell prompts from "
-                "answers, and the data has both: learn everything (Encoding(learn='everything')), "
+                "answers, and the data has both. Learn everything (Encoding(learn='everything')), "
                 "or let the loss take the keyword `mask`"
             )
         network = separate_segments(self.model, self.model, batch.segments)
-        return _pair(self.loss(network, batch.inputs, batch.targets, batch.lengths, **asked))
+        return _check_loss_and_tokens(
+            self.loss(network, batch.inputs, batch.targets, batch.lengths, **keywords)
+        )
 
 
-def _pair(answer: object) -> tuple[mx.array, mx.array]:
-    """What a user's loss returned, if it is a mean and the tokens it is the mean of."""
+def _check_loss_and_tokens(answer: object) -> tuple[mx.array, mx.array]:
+    """Return what a user's loss returned. Raise if it is not a mean and a number of tokens."""
     parts = cast(tuple[object, ...], answer) if isinstance(answer, tuple) else ()
     loss, tokens = parts if len(parts) == 2 else (None, None)
     tokens = mx.array(tokens) if isinstance(tokens, int) else tokens
@@ -110,16 +107,16 @@ def _pair(answer: object) -> tuple[mx.array, mx.array]:
     ):
         return loss, tokens
     raise TrainingError(
-        f"the loss returned {_form(answer)}; expected a pair of scalars, the mean loss of the "
-        "batch and how many tokens it is the mean of: "
+        f"the loss returned {_describe(answer)}; expected a pair of scalars, the mean loss of the "
+        "batch and the number of tokens in this mean: "
         "`return (each * mask).sum() / mask.sum(), mask.sum()`"
     )
 
 
-def _form(value: object) -> str:
-    """What it is, in words that need no value: that of an array is not known yet."""
+def _describe(value: object) -> str:
+    """Return a description without values, because an array may not be evaluated yet."""
     if isinstance(value, mx.array):
         return f"an array of the shape {value.shape}"
     if isinstance(value, tuple):
-        return f"({', '.join(map(_form, cast(tuple[object, ...], value)))})"
+        return f"({', '.join(map(_describe, cast(tuple[object, ...], value)))})"
     return repr(value)[:60]
