@@ -121,11 +121,14 @@ def test_names_of_papers_are_known(synonym, name):
         ({"ratio_level": "answer"}, r"'answer'; known: token, sequence, whole_sequence"),
         ({"kl": "k9"}, r"kl is 'k9'; known: k1, k2, k3, unbiased_k3"),
         ({"weights": ["truncate"]}, r"weights is 'truncate'; known: truncate_tokens, "),
-        ({"average": "constant"}, r"missing a required.* 'tokens'.*numbers of constant: tokens"),
-        ({"weights": ["tis(capp=3)"]}, r"unexpected.* 'capp'.*numbers of truncate_tokens: cap"),
+        (
+            {"average": "constant"},
+            r"missing a required.* 'tokens'.*constant takes tokens; write constant\(tokens=2.0\)",
+        ),
+        ({"weights": ["tis(capp=3)"]}, r"unexpected.* 'capp'.*truncate_tokens takes cap;"),
         ({"weights": ["tis(cap='x')"]}, r"expected a name, with numbers in brackets"),
         ({"weights": ["tis(3)"]}, r"expected a name, with numbers in brackets"),
-        ({"kl": "k2(x=1)"}, r"unexpected.* 'x'.*numbers of k2: none"),
+        ({"kl": "k2(x=1)"}, r"unexpected.* 'x'.*k2 takes no numbers"),
     ],
 )
 def test_a_wrong_name_of_a_function_is_answered_with_the_known_ones(options, message):

@@ -78,10 +78,9 @@ def _function(option: str, value: Any) -> Any:
     try:
         signature(function).bind(None, None, **numbers)
     except TypeError as error:
-        raise ConfigError(
-            f"{option} is {value!r}: {error}; the numbers of {name}: "
-            f"{', '.join(sorted(option_names(function))) or 'none'}"
-        ) from error
+        takes = sorted(option_names(function))
+        form = f"{', '.join(takes)}; write {name}({takes[0]}=2.0)" if takes else "no numbers"
+        raise ConfigError(f"{option} is {value!r}: {error}. {name} takes {form}") from error
     return partial(function, **numbers) if numbers else function
 
 
