@@ -276,7 +276,7 @@ def test_the_last_grade_in_range_counts(text, grade):
 def test_a_judge_with_impossible_options_is_refused():
     with pytest.raises(ConfigError, match="expected a range"):
         judge(Endpoint(url="http://x", model="m"), RUBRIC, low=1, high=1)
-    with pytest.raises(ConfigError, match="expected http"):
+    with pytest.raises(ConfigError, match=r"expected http\(s\)"):
         Endpoint(url="file:///etc/passwd", model="m")
 
 

@@ -328,7 +328,7 @@ def test_none_is_left_out_of_the_sum_and_a_sample_with_none_from_all_has_no_rewa
         ({"on_error": float("nan")}, "on_error is nan; expected"),
         ({"max_error_rate": 2}, "max_error_rate is 2; expected a number from 0 to 1"),
         ({"workers": 0}, "workers is 0; expected at least 1"),
-        ({"memory_gb": 1}, "expected a timeout beside memory_gb"),
+        ({"memory_gb": 1}, "memory_gb is set without a timeout; expected a timeout too"),
         ({"timeout": 1, "memory_gb": 0}, "memory_gb is 0; expected more than 0"),
     ],
     ids=str,

@@ -11,12 +11,11 @@ from textpolicy.rewards.reward_function import (
     sample_of,
 )
 from textpolicy.rewards.scorer import Incident, RewardLike, Scorer, Verdict, score, scorer_of
-from textpolicy.rewards.weighted_rewards import OnError, Rewards, as_rewards
+from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
 
 __all__ = [
     "CONTEXT_FIELDS",
     "Incident",
-    "OnError",
     "Reward",
     "RewardLike",
     "Rewards",

@@ -43,9 +43,8 @@ class Endpoint:
     """A server with OpenAI's /chat/completions below `url`, such as "http://127.0.0.1:8080/v1".
 
     Each question reads the key from the environment variable `key_from`; the key is stored nowhere.
-    A temporary failure is retried up to `retries` times, after a wait that starts at `wait` seconds
-    and doubles. Temporary failures are: no connection, no answer within `timeout` seconds, status
-    429 or 5xx, and an answer that is not a chat completion.
+    No connection, no answer within `timeout` seconds, status 429 or 5xx, and an answer that is not
+    a chat completion are retried up to `retries` times, after `wait` seconds that double each time.
     """
 
     url: str
@@ -60,9 +59,7 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"the judge's url is {self.url!r}; expected http://... or https://..."
-            )
+            raise ConfigError(f"the judge's url is {self.url!r}; expected http(s)://...")
 
     @property
     def name(self) -> str:

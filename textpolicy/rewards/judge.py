@@ -1,9 +1,7 @@
-"""Rewards from a model: a rubric, a model that is asked, and a grade that is read from its answer.
+"""`judge`: a reward that asks a model to grade each completion by a rubric.
 
-`judge` makes a batched reward from a rubric and a model that answers questions: an `Endpoint`,
-which is any server with OpenAI's chat completions, or a `LocalJudge`, which is an MLX model.
-Answers are cached on disk by their question. Tokens, cached answers and retries are reported as
-metrics of the reward.
+The model is an `Endpoint`, which is any server with OpenAI's chat completions, or a `LocalJudge`,
+which is an MLX model. Answers are cached on disk by their question.
 """
 
 import hashlib
@@ -64,10 +62,7 @@ def judge(
 
 
 def read_grade(text: str, low: float, high: float) -> float | None:
-    """Return the last "SCORE: number" of an answer, or its last line if that is only a number.
-
-    Returns None if there is neither, or if the number is out of range.
-    """
+    """Return the last "SCORE: number", else a last line that is a number; None if out of range."""
     grades = _GRADE.findall(text[-4000:])
     last_line = text.strip().rpartition("\n")[2].strip()
     if not grades and not re.fullmatch(_NUMBER, last_line):
@@ -108,10 +103,7 @@ class _Judge:
         return scores
 
     def question(self, prompt: str, completion: str) -> str:
-        """Return what the model is asked.
-
-        The marks depend on the content, so that a completion cannot forge them.
-        """
+        """Return what the model is asked, with marks that a completion cannot forge."""
         mark = hashlib.sha256(f"{self.rubric}\0{prompt}\0{completion}".encode()).hexdigest()[:12]
         texts = {"rubric": self.rubric, "prompt": prompt, "completion": completion}
         return _INSTRUCTION.format(mark=mark, low=self.low, high=self.high, **texts)

@@ -53,7 +53,7 @@ class RewardCheck:
 
 @dataclass(frozen=True, slots=True)
 class CheckedRow:
-    """A prompt with its row, and the right answer if it is known."""
+    """A row whose prompt and right answer, if it is known, are not columns."""
 
     prompt: str
     example: Mapping[str, Any]
@@ -62,7 +62,7 @@ class CheckedRow:
 
 def check_reward(
     reward: Callable[..., Any] | Rewards,
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any] | CheckedRow],
     *,
     prompt: RowColumn = None,
     gold: RowColumn = None,
@@ -78,34 +78,31 @@ def check_reward(
     chosen = [row for _, row in zip(range(limit), rows, strict=False)]
     if not chosen:
         raise ConfigError("there are no rows to try the reward on; expected at least one")
-    prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in chosen[0]), None)
-    gold = gold or next((name for name in _GOLD_COLUMNS if name in chosen[0]), None)
-    checked = [
-        CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold)) for row in chosen
-    ]
-    return check_reward_on(reward, checked, sample=sample)
-
-
-def check_reward_on(
-    reward: Callable[..., Any] | Rewards,
-    rows: Sequence[CheckedRow],
-    *,
-    sample: CompletionSampler | None = None,
-) -> RewardCheck:
-    """Return what `check_reward` finds, for prompts and right answers that are not columns."""
+    columns = () if isinstance(chosen[0], CheckedRow) else chosen[0]
+    prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in columns), None)
+    gold = gold or next((name for name in _GOLD_COLUMNS if name in columns), None)
+    checked = [_checked_row(row, prompt, gold) for row in chosen]
     # The check shows all errors, and no error may end the check.
     rewards = replace(as_rewards(reward), on_error="skip", max_error_rate=1.0)
     with scorer_of(rewards) as scorer:
-        trials = [_try_answers(scorer, rows, number) for number in range(len(rows))]
+        trials = [_try_answers(scorer, checked, number) for number in range(len(checked))]
         findings = [
             _check_finite(trials),
             _check_deterministic(trials),
             *_check_gold(trials),
             _check_speed(trials),
-            _check_signal(scorer, rows, sample),
+            _check_signal(scorer, checked, sample),
         ]
     names = " + ".join(member.name for member in rewards.members)
-    return RewardCheck(f"reward {names} on {len(rows)} rows", findings)
+    return RewardCheck(f"reward {names} on {len(checked)} rows", findings)
+
+
+def _checked_row(
+    row: Mapping[str, Any] | CheckedRow, prompt: RowColumn, gold: RowColumn
+) -> CheckedRow:
+    if isinstance(row, CheckedRow):
+        return row
+    return CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,7 @@ from textpolicy.user_code import load_python_file, split_file_and_name
 
 
 def load_reward(spec: str) -> Callable[..., Any] | Rewards:
-    """Return the function, or the `Rewards` of several, that "FILE.py:NAME" names.
-
-    NAME may be left out if the file holds one function.
-    """
+    """Return the function or `Rewards` that "FILE.py:NAME" names, or a file's only function."""
     file_and_name = split_file_and_name(spec)
     if file_and_name is None:
         raise ConfigError(f"reward is {spec!r}; expected FILE.py or FILE.py:FUNCTION")

@@ -60,10 +60,7 @@ def append_completion(
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward with `metrics` beside it, which the run reports under the reward's name.
-
-    A `value` of None leaves the sample out, as returning None does.
-    """
+    """A reward, or None to leave the sample out, with metrics that the run reports beside it."""
 
     value: float | None
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -108,8 +105,7 @@ class Reward:
     def call(self, sample: Sample) -> Any:
         """Call the function for one sample, with the arguments that it asks for."""
         first = (sample.prompt, sample.completion, sample.example)
-        args, kwargs = self.parameters.fill(first, sample.example, sample.context)
-        return self.function(*args, **kwargs)
+        return self._fill_and_call(first, sample.example, sample.context)
 
     def call_batch(self, samples: Sequence[Sample]) -> Any:
         """Call the function once for all samples; each argument is a list."""
@@ -117,8 +113,20 @@ class Reward:
         examples = [sample.example for sample in samples]
         context = _lists_by_name([sample.context for sample in samples])
         first = (prompts, completions, examples)
-        args, kwargs = self.parameters.fill(first, _lists_by_name(examples), context)
-        return self.function(*args, **kwargs)
+        return self._fill_and_call(first, _lists_by_name(examples), context)
+
+    def _fill_and_call(
+        self, first: tuple[Any, ...], columns: Mapping[str, Any], context: Mapping[str, Any]
+    ) -> Any:
+        asked = self.parameters
+        extra = dict(context) if asked.takes_context else {}
+        if asked.by_position:
+            return self.function(*first, **extra)
+        # A context field hides a column of the same name.
+        known = {**columns, **context, **dict(zip(asked.standard, first, strict=True))}
+        named = {name: known[name] for name in asked.required}
+        named |= {name: known[name] for name in asked.optional if name in known}
+        return self.function(**extra | named)
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Raise `ConfigError` if the function needs a column that the rows do not have."""
@@ -190,18 +198,6 @@ class _Parameters:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     takes_context: bool
-
-    def fill(
-        self, first: tuple[Any, ...], columns: Mapping[str, Any], context: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a call; a context field hides a column of the same name."""
-        extra = dict(context) if self.takes_context else {}
-        if self.by_position:
-            return first, extra
-        known = {**columns, **context, **dict(zip(self.standard, first, strict=True))}
-        named = {name: known[name] for name in self.required}
-        named |= {name: known[name] for name in self.optional if name in known}
-        return (), extra | named
 
 
 def _read_parameters(reward: Reward) -> _Parameters:

@@ -18,7 +18,7 @@ from textpolicy.rewards.call_reward import (
 )
 from textpolicy.rewards.reward_function import Sample, sample_of
 from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
-from textpolicy.rewards.worker_pool import WorkerPool
+from textpolicy.rewards.worker_process import WorkerPool
 
 _ERROR_WINDOW = 100
 """The number of last calls over which the error rate is taken."""
@@ -104,10 +104,7 @@ class Scorer:
             self._pool.close()
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Check that the rows have the columns that the functions need, and start the processes.
-
-        Raises `ConfigError` for the first row that lacks a column, before a model samples anything.
-        """
+        """Start the processes; raise `ConfigError` if a row lacks a column that a function needs."""
         for columns in dict.fromkeys(frozenset(row) for row in rows):
             for member in self._members:
                 member.check_columns(sorted(columns))
@@ -126,10 +123,7 @@ class Scorer:
         return verdicts
 
     def score_prepared(self, samples: Sequence[Sample]) -> list[Verdict]:
-        """Return the verdicts of some samples of a step, after `prepare`.
-
-        This neither adds to `seconds` nor reports incidents.
-        """
+        """Return verdicts after `prepare`; neither add to `seconds` nor report incidents."""
         results_F = [self._call(index, samples) for index in range(len(self._members))]
         return [self._verdict(results) for results in zip(*results_F, strict=True)]
 
@@ -245,14 +239,10 @@ class BackgroundScorer(Generic[_Key]):
         self._thread.shutdown(cancel_futures=True)
 
     def _score_waiting(self) -> None:
-        keys: list[_Key] = []
-        samples: list[Sample] = []
-        while self._waiting:
-            key, sample = self._waiting.popleft()
-            keys.append(key)
-            samples.append(sample)
-        if samples:
-            self._verdicts |= zip(keys, self._scorer.score_prepared(samples), strict=True)
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if waiting:
+            verdicts = self._scorer.score_prepared([sample for _, sample in waiting])
+            self._verdicts |= zip([key for key, _ in waiting], verdicts, strict=True)
 
 
 RewardLike = Callable[..., Any] | Rewards | Scorer

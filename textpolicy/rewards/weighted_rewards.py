@@ -9,9 +9,6 @@ from typing import Any
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.reward_function import Reward, as_reward
 
-OnError = str | float
-"""What happens to a sample on which a reward fails: "fail", "skip", or a number as its reward."""
-
 
 @dataclass(frozen=True)
 class Rewards:
@@ -35,7 +32,7 @@ class Rewards:
     _: KW_ONLY
     weights: Sequence[float] | None = None
     timeout: float | None = None
-    on_error: OnError = "fail"
+    on_error: str | float = "fail"
     max_error_rate: float = 0.2
     workers: int = min(4, os.cpu_count() or 1)
     slow: float = 5.0
@@ -43,32 +40,27 @@ class Rewards:
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.members]
-        _require(names, "there is no reward function", "at least one")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        _require(
-            not twice,
-            f"two rewards are called {', '.join(twice)}",
-            "different names; rename one of the rewards with @tp.reward(name=...)",
-        )
-        weights = self.member_weights
-        _require(
-            len(weights) == len(names) and all(map(math.isfinite, weights)),
-            f"weights is {self.weights}",
-            f"a finite number for each of {len(names)} rewards",
-        )
-        limit, policy, memory = self.timeout, self.on_error, self.memory_gb
-        _require(limit is None or 0 < limit < math.inf, f"timeout is {limit}", "seconds above 0")
+        twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
+        weights, timeout, memory = self.member_weights, self.timeout, self.memory_gb
+        fit = len(weights) == len(names) and all(map(math.isfinite, weights))
+        policy, rate = self.on_error, self.max_error_rate
         known = policy in ("fail", "skip") if isinstance(policy, str) else math.isfinite(policy)
-        _require(known, f"on_error is {policy!r}", '"fail", "skip" or a finite number')
-        rate = self.max_error_rate
-        _require(0 <= rate <= 1, f"max_error_rate is {rate}", "a number from 0 to 1")
-        _require(self.workers >= 1, f"workers is {self.workers}", "at least 1")
-        _require(memory is None or memory > 0, f"memory_gb is {memory}", "more than 0")
-        _require(
-            memory is None or limit,
-            "memory_gb limits other processes, and without a timeout there are none",
-            "a timeout beside memory_gb",
-        )
+        each = f"a finite number for each of {len(names)} rewards"
+        rename = "different names; rename one with @tp.reward(name=...)"
+        rules: list[tuple[object, str, str]] = [
+            (names, "there is no reward function", "at least one"),
+            (not twice, f"two rewards are called {twice}", rename),
+            (fit, f"weights is {self.weights}", each),
+            (timeout is None or 0 < timeout < math.inf, f"timeout is {timeout}", "seconds above 0"),
+            (known, f"on_error is {policy!r}", '"fail", "skip" or a finite number'),
+            (0 <= rate <= 1, f"max_error_rate is {rate}", "a number from 0 to 1"),
+            (self.workers >= 1, f"workers is {self.workers}", "at least 1"),
+            (memory is None or memory > 0, f"memory_gb is {memory}", "more than 0"),
+            (memory is None or timeout, "memory_gb is set without a timeout", "a timeout too"),
+        ]
+        for holds, found, expected in rules:
+            if not holds:
+                raise ConfigError(f"{found}; expected {expected}")
         for member in self.members:
             _ = member.parameters  # Raises for a function that would not see the completion.
 
@@ -88,8 +80,3 @@ class Rewards:
 def as_rewards(reward: Callable[..., Any] | Rewards) -> Rewards:
     """Return `Rewards`; a single function runs in this process, and its errors end the run."""
     return reward if isinstance(reward, Rewards) else Rewards(reward)
-
-
-def _require(condition: object, found: str, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{found}; expected {expected}")

@@ -1,8 +1,9 @@
-"""One isolated process that calls rewards, with both of its ends: the parent's and its own.
+"""Rewards in isolated processes: how they are started, called, killed and replaced.
 
-`WorkerProcess` starts the process, sends calls to it and kills it; `run_worker` is what the process
-runs. The process is started afresh, because a fork of a process that has used mlx hangs. It imports
-no mlx, loads the functions by name, and serves one call at a time.
+`WorkerPool` gives calls to several processes. `WorkerProcess` is the parent's end of a process, and
+`run_worker` is the program of the process. A process is started afresh, because a fork of a process
+that has used mlx hangs. It imports no mlx, loads the functions by name, and serves one call at a
+time.
 
 A reward is killed in one of three ways, and each ends all that the reward has started:
 
@@ -23,20 +24,30 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 from textpolicy.errors import ConfigError, RewardError, TextPolicyError
-from textpolicy.rewards.call_reward import RewardResult, call_reward
+from textpolicy.rewards.call_reward import (
+    MAX_CONCURRENT,
+    OnResult,
+    RewardResult,
+    call_reward,
+    describe_batch,
+    describe_sample,
+    timeout_message,
+)
 from textpolicy.rewards.reward_function import Reward, Sample
+from textpolicy.rewards.weighted_rewards import Rewards
 from textpolicy.user_code import has_file_module_name, load_python_file, raise_user_errors_as
 
-STARTUP_SECONDS = 60.0
+_STARTUP_SECONDS = 60.0
 """How long a process may take to import the files of its rewards."""
 _SCRIPT_MODULE = "__mp_main__"
 """The name under which a worker runs the main script, as multiprocessing does. The part of the
@@ -46,10 +57,14 @@ _ALARM_DELAY = 1.0
 _MAX_MESSAGE_BYTES = 1 << 20
 _KEPT_OUTPUT_BYTES = 4096
 _MAX_OUTPUT_LINES, _MAX_LINE_WIDTH = 12, 200
+_AWAIT_SLACK = 0.2
+"""Seconds that a call of many awaited samples may take beyond the time limits of its samples."""
+_POLL_SECONDS = 0.1
+"""Seconds after which a wait checks whether the pool was interrupted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerCall:
+class _WorkerCall:
     """One call of the reward at `index`, with samples that start at position `first` of a step.
 
     The call may take `seconds`, and each awaited sample `await_limit` seconds.
@@ -96,14 +111,14 @@ class WorkerProcess:
         self.output_is_open = True
         self._last_output = b""
         self.ready = False
-        self.call: WorkerCall | None = None
+        self.call: _WorkerCall | None = None
         self.unanswered: set[int] = set()
         self.started = time.monotonic()
-        self.deadline = self.started + STARTUP_SECONDS
+        self.deadline = self.started + _STARTUP_SECONDS
         self._send("the names of files", (_files_to_run(rewards), memory))
         self._send("the reward functions", list(rewards))
 
-    def start_call(self, call: WorkerCall) -> None:
+    def start_call(self, call: _WorkerCall) -> None:
         """Send a call to the process; the call's deadline counts from now."""
         self.call, self.unanswered = call, set(range(len(call.samples)))
         self.started = time.monotonic()
@@ -149,7 +164,7 @@ class WorkerProcess:
             self.connection.send_bytes(data)
 
 
-def check_can_isolate(rewards: Sequence[Reward]) -> None:
+def _check_can_isolate(rewards: Sequence[Reward]) -> None:
     """Raise `ConfigError` if another process could not load the functions by their names."""
     # multiprocessing gives the main script both names. In a worker the names differ while it runs.
     if sys.modules.get(_SCRIPT_MODULE) is not sys.modules["__main__"]:
@@ -191,6 +206,129 @@ def _kill_process_group(
         os.close(descriptor)
 
 
+class WorkerPool:
+    """Calls `rewards` in up to `rewards.workers` processes, with `timeout` seconds for each sample.
+
+    Another thread can set `interrupted`: then `run` kills its calls and raises `RewardError`.
+    """
+
+    def __init__(self, rewards: Rewards, timeout: float) -> None:
+        self._rewards = rewards.members
+        _check_can_isolate(self._rewards)
+        self._timeout = timeout
+        self._max_workers = rewards.workers
+        self._memory = None if rewards.memory_gb is None else int(rewards.memory_gb * 1e9)
+        self._workers: list[WorkerProcess] = []
+        self.interrupted = threading.Event()
+
+    def start(self, count: int) -> None:
+        """Start processes until there are `count`, or as many as allowed; do not wait for them."""
+        self._workers = [worker for worker in self._workers if worker.process.poll() is None]
+        while len(self._workers) < min(count, self._max_workers):
+            self._workers.append(WorkerProcess(self._rewards, self._memory))
+
+    def run(self, index: int, samples: Sequence[Sample], on_result: OnResult) -> None:
+        """Call the reward at `index` for all samples; pass each result to `on_result` once."""
+        waiting = deque(self._split_into_calls(index, samples))
+        self.start(len(waiting))
+        try:
+            while waiting or any(worker.call for worker in self._workers):
+                if self.interrupted.is_set():
+                    raise RewardError("the scoring of a step was interrupted")
+                for worker in self._workers:
+                    if waiting and worker.ready and not worker.call:
+                        worker.start_call(waiting.popleft())
+                self._wait_for_results(on_result)
+        finally:
+            for worker in [worker for worker in self._workers if worker.call]:
+                self._replace(worker)
+
+    def close(self) -> None:
+        """Kill all processes."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+
+    def _split_into_calls(self, index: int, samples: Sequence[Sample]) -> Iterator[_WorkerCall]:
+        reward = self._rewards[index]
+        size, seconds = 1, self._timeout
+        if reward.batched:
+            size = len(samples)
+        elif reward.is_async:
+            size = math.ceil(len(samples) / self._max_workers)
+            rounds = math.ceil(size / MAX_CONCURRENT)
+            seconds = self._timeout * rounds + _AWAIT_SLACK
+        for first in range(0, len(samples), size):
+            yield _WorkerCall(
+                index=index,
+                first=first,
+                samples=samples[first : first + size],
+                seconds=seconds,
+                await_limit=self._timeout,
+            )
+
+    def _wait_for_results(self, on_result: OnResult) -> None:
+        """Wait until a process sends, prints, ends or passes its deadline; handle each of these."""
+        next_deadline = min(worker.deadline for worker in self._workers) - time.monotonic()
+        connections = [worker.connection for worker in self._workers]
+        outputs = [worker.output for worker in self._workers if worker.output_is_open]
+        wait([*connections, *outputs], timeout=min(max(0.0, next_deadline), _POLL_SECONDS))
+        for worker in list(self._workers):
+            try:
+                for message in worker.read_messages():
+                    _handle_message(worker, message, on_result)
+            except EOFError:
+                self._handle_end(worker, worker.kill_and_describe(), on_result)
+            else:
+                if time.monotonic() >= worker.deadline:
+                    self._handle_end(worker, None, on_result)
+
+    def _handle_end(self, worker: WorkerProcess, ending: str | None, on_result: OnResult) -> None:
+        """Replace a process that ended as `ending` says, or that is late if `ending` is None.
+
+        The unanswered samples of the call that the process served fail.
+        """
+        if not worker.ready:
+            self._workers.remove(worker)
+            worker.kill()
+            names = ", ".join(reward.name for reward in self._rewards)
+            late = f"took longer than {_STARTUP_SECONDS:.0f} s to import them"
+            how = late if ending is None else f"was not ready when it {ending}"
+            raise RewardError(f"the process of {names} {how}")
+        call, seconds = worker.call, time.monotonic() - worker.started
+        self._replace(worker)
+        if call is None:
+            # An idle process was killed from outside: no sample is to blame.
+            return
+        reward = self._rewards[call.index]
+        for number, place in enumerate(sorted(worker.unanswered)):
+            sample = call.samples[place]
+            what = describe_batch(call.samples) if reward.batched else describe_sample(sample)
+            error = timeout_message(reward, self._timeout, what)
+            if ending is not None:
+                how, *printed = ending.splitlines()
+                ended = f"reward {reward.name} ended its process, which {how}"
+                error = "\n".join([ended, f"  {what}", *printed])
+            counts = number == 0 or not reward.batched
+            result = RewardResult(error=error, seconds=seconds, counts=counts)
+            on_result(call.first + place, result)
+
+    def _replace(self, worker: WorkerProcess) -> None:
+        worker.kill()
+        self._workers[self._workers.index(worker)] = WorkerProcess(self._rewards, self._memory)
+
+
+def _handle_message(worker: WorkerProcess, message: Mapping[str, Any], on_result: OnResult) -> None:
+    if "failed" in message:
+        raise RewardError(message["failed"])
+    if "result" in message and worker.call:
+        place: int = message["place"]
+        worker.unanswered.discard(place)
+        on_result(worker.call.first + place, RewardResult(**message["result"]))
+    else:
+        worker.finish_call()
+
+
 def run_worker(descriptor: int, lifeline: int) -> None:
     """Serve calls from this socket until the parent closes it, or until the parent ends."""
     # Programs that the user's code starts should not hold the socket.
@@ -198,7 +336,7 @@ def run_worker(descriptor: int, lifeline: int) -> None:
     os.set_inheritable(lifeline, False)
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     # That thread cannot run while C code holds the interpreter; the alarm needs no thread.
-    _set_alarm(STARTUP_SECONDS + _ALARM_DELAY)
+    _set_alarm(_STARTUP_SECONDS + _ALARM_DELAY)
     _set_resource_limit(resource.RLIMIT_CORE, 0)
     faulthandler.enable()
     connection = Connection(descriptor)
@@ -243,7 +381,7 @@ def _serve_call(connection: Connection, rewards: Sequence[Reward]) -> None:
     try:
         with raise_user_errors_as(RewardError, "reading the rows in the reward's process"):
             # The type stub takes this function for a method.
-            call: WorkerCall = ForkingPickler.loads(data)  # pyright: ignore[reportAttributeAccessIssue]
+            call: _WorkerCall = ForkingPickler.loads(data)  # pyright: ignore[reportAttributeAccessIssue]
         _set_alarm(call.seconds + _ALARM_DELAY)
         call_reward(rewards[call.index], call.samples, send_result, call.await_limit)
     except TextPolicyError as error:

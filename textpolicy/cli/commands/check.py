@@ -17,12 +17,7 @@ from textpolicy.experiment.tasks import find_task
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import as_rewards, load_reward
-from textpolicy.rewards.reward_check import (
-    CheckedRow,
-    RewardCheck,
-    check_reward,
-    check_reward_on,
-)
+from textpolicy.rewards.reward_check import CheckedRow, RewardCheck, check_reward
 from textpolicy.types import Sampling
 
 _DEFAULT_MAX_TOKENS = 256
@@ -83,7 +78,7 @@ def _check_on_environment(
     ]
     if sample:
         sample = replace(sample, default_max_tokens=environment.max_tokens)
-    return check_reward_on(rewards, rows, sample=sample)
+    return check_reward(rewards, rows, sample=sample, limit=options.rows)
 
 
 @dataclass(frozen=True)

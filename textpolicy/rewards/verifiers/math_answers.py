@@ -172,21 +172,20 @@ def _bounded(value: Fraction) -> Fraction:
 
 def _agree_numerically(left: AnswerTree, right: AnswerTree) -> bool:
     names = sorted(_variables(left) | _variables(right))
-    compared = 0
     with localcontext(_DECIMALS):
+        pairs: list[tuple[Decimal | None, Decimal | None]] = []
         for shift, point in enumerate(_VARIABLE_VALUES):
             values = {name: point + shift + place for place, name in enumerate(names, start=1)}
-            first, second = _decimal_value(left, values), _decimal_value(right, values)
-            if first is None and second is None:
-                continue
-            if first is None or second is None:
-                return False
-            if abs(first - second) > _TOLERANCE * max(abs(first), abs(second)):
-                return False
-            compared += 1
-    if not compared:
-        raise UnreadableAnswerError("neither answer has a value")
-    return True
+            pairs.append((_decimal_value(left, values), _decimal_value(right, values)))
+        if not any(value is not None for pair in pairs for value in pair):
+            raise UnreadableAnswerError("neither answer has a value")
+        return all(_is_close(*pair) for pair in pairs)
+
+
+def _is_close(left: Decimal | None, right: Decimal | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return abs(left - right) <= _TOLERANCE * max(abs(left), abs(right))
 
 
 def _variables(tree: AnswerTree) -> set[str]:

@@ -124,11 +124,11 @@ def _tokens(text: str) -> list[str | Fraction]:
                 raise UnreadableAnswerError("the exponent is too large")
             tokens.append(Fraction(match["number"]) * Fraction(10) ** int(exponent[1:] or "0"))
         else:
-            tokens.extend(_names(match["name"]) if match["name"] else [match["sign"]])
+            tokens.extend(_split_name(match["name"]) if match["name"] else [match["sign"]])
     return tokens
 
 
-def _names(word: str) -> list[str]:
+def _split_name(word: str) -> list[str]:
     """Return a function's name, or the letters of a product; refuse longer words."""
     if word in (*_FUNCTIONS, "pi") or word.startswith("\\"):
         return [word]

@@ -1,8 +1,6 @@
-"""Match regular expressions under a time limit.
+"""Match regular expressions in a process that is killed when the time is up.
 
-Python's engine takes exponential time for some patterns and cannot be interrupted. A match
-therefore runs in a process that stays open and is killed when the time is up.
-`benchmarks/rewards.py` measures the cost.
+Python's engine takes exponential time for some patterns and cannot be interrupted.
 """
 
 import re
@@ -12,14 +10,11 @@ from textpolicy.errors import ConfigError
 from textpolicy.rewards.call_reward import RewardResult
 from textpolicy.rewards.reward_function import Reward, Sample
 from textpolicy.rewards.weighted_rewards import Rewards
-from textpolicy.rewards.worker_pool import WorkerPool
+from textpolicy.rewards.worker_process import WorkerPool
 
 
 def pattern_match(text: str, pattern: str, *, whole: bool = False, seconds: float = 0.5) -> bool:
-    """Return whether the pattern occurs in the text, or with `whole` matches all of the text.
-
-    A match that takes longer than `seconds` is False as well.
-    """
+    """Return whether the pattern occurs in the text, or matches all of it, within `seconds`."""
     try:
         re.compile(pattern)
     except re.error as error:

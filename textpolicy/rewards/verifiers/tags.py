@@ -18,10 +18,7 @@ def has_layout(text: str, tags: Sequence[str] = ("think", "answer")) -> bool:
 
 
 def tag_share(text: str, tags: Sequence[str] = ("think", "answer")) -> float:
-    """Return the share of opening and closing tags that occur exactly once in the text.
-
-    A model that never writes the whole layout can still learn from this number.
-    """
+    """Return the share of opening and closing tags that occur exactly once in the text."""
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
     return sum(text.count(mark) == 1 for mark in marks) / len(marks)
 

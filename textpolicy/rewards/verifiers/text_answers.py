@@ -27,10 +27,8 @@ def _fold(text: str) -> str:
 
 
 def _trim(text: str) -> str:
-    """Return the text with single spaces and without punctuation at the ends.
-
-    A regular expression that searches for the end of the text would take quadratic time.
-    """
+    """Return the text with single spaces and without punctuation at the ends."""
+    # A regular expression that searches for the end of the text would take quadratic time.
     text = " ".join(text.split())
     if text[:1].isalnum() and text[-1:].isalnum():
         return text
