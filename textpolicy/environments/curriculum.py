@@ -13,9 +13,9 @@ _NumberedTask = tuple[int, Task]
 class MixedTaskCurriculum:
     """Repeats the tasks whose group had different rewards, because these groups have a gradient.
 
-    The probability that the next task is a repeated one is `share`, while there are any; all other
-    tasks are new. The latest `capacity` tasks are kept, and each is repeated once for every time
-    that its group had different rewards.
+    The next task is a repeated task with probability `share` if there is one, and a new task
+    otherwise. The latest `capacity` tasks are kept, and each is repeated once for every time that
+    its group had different rewards.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ _HUB = "hf:"
 def load_rows(source: str | Path, *, split: str = "train") -> list[DataRow]:
     """Return the rows of a .jsonl, .csv or .parquet file, a `datasets` folder, or "hf:NAME".
 
-    The last three need the extra `datasets`. `split` chooses one of their splits.
+    All formats but .jsonl and .csv need the extra `datasets`, and have splits to choose from.
     """
     return [row for _, row in load_rows_with_locations(source, split=split)]
 

@@ -17,8 +17,7 @@ from textpolicy.errors import TaskError
 from textpolicy.rewards import Rewards, reward
 from textpolicy.types import Prompt, RewardFn, Task
 
-# A problem is held out if the first byte of its hash is below 64: one problem in four. A small
-# share would leave an environment with few problems without a held-out one.
+# One problem in four is held out, so that an environment with few problems has held-out ones too.
 _HELD_OUT_BELOW = 64
 _HELD_OUT_SEED = 2024
 _DRAWS_PER_HELD_OUT_TASK = 20

@@ -1,4 +1,4 @@
-"""The parts of a task: functions that draw it and know its gold answers, and its prompt as text."""
+"""The parts of a task: the functions that draw it and return its gold answers, and its prompt."""
 
 from collections.abc import Callable, Mapping
 from random import Random

@@ -33,8 +33,8 @@ class TaskDifference:
 class Comparison:
     """The mean gain over `count` tasks, with a 95 % interval from `low` to `high`.
 
-    The interval is a paired bootstrap: it draws the tasks 10,000 times with replacement, and keeps
-    the middle 95 % of the mean gains.
+    The interval is a paired bootstrap: the middle 95 % of the mean gains, when the tasks are drawn
+    10,000 times with replacement.
     """
 
     gain: float

@@ -29,7 +29,7 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The answers of a policy: one greedy rollout a task, and a group of samples a task if asked.
+    """The answers of a policy: one greedy rollout a task and, if asked for, a group of samples.
 
     A sample is right if its reward is at least `good`.
     """

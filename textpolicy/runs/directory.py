@@ -18,6 +18,7 @@ from textpolicy.adapters.files.tensor_file import atomic_replace, remove_partial
 from textpolicy.errors import ConfigError, DataError
 
 _SUFFIX = ".safetensors"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class RunDirectory:
     @property
     def is_running(self) -> bool:
         """Whether a process holds the lock now."""
-        if not self._lock.exists():
+        if not (self.path / _LOCK).exists():
             return False
         try:
             with self.lock():
@@ -89,12 +90,9 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Generator[None]:
-        """Hold the lock inside the block. Raise `ConfigError` if another process holds the lock.
-
-        The system releases the lock of a process that was killed.
-        """
-        file = self._lock.open("a+")
-        with file:
+        """Hold the lock inside the block. Raise `ConfigError` if another process holds the lock."""
+        # The system releases the lock of a killed process.
+        with (self.path / _LOCK).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -107,10 +105,6 @@ class RunDirectory:
             file.write(str(os.getpid()))
             file.flush()
             yield
-
-    @property
-    def _lock(self) -> Path:
-        return self.path / ".lock"
 
     def read_settings(self) -> dict[str, dict[str, Any]]:
         """Return the config by section. The config may be of another version of TextPolicy."""
@@ -158,10 +152,7 @@ def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:
 
 
 def claim(directory: RunDirectory) -> None:
-    """Make the directory and test that it is writable, before a run loads a model.
-
-    Raise `ConfigError` if the directory holds an earlier run, or cannot be written to.
-    """
+    """Make the directory. Raise `ConfigError` if the directory holds a run or is not writable."""
     # A run that failed before its first adapter and checkpoint may be overwritten.
     if directory.latest.exists() or any(directory.checkpoints.glob(f"*{_SUFFIX}")):
         raise ConfigError(

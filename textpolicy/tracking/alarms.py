@@ -83,10 +83,7 @@ class _Trend:
 
 
 class AlarmMonitor:
-    """Checks the metrics of each step, and reports each alarm once.
-
-    Steps without a reward are ignored.
-    """
+    """Checks the metrics of each step and reports each alarm once. Ignores steps without reward."""
 
     def __init__(self, limits: AlarmThresholds | None = None) -> None:
         self.limits = limits or AlarmThresholds()

@@ -61,7 +61,7 @@ def drop_rows_from(path: Path, step: int) -> None:
     """Drop the rows of `step` and later steps, and a last line that a killed run left unfinished.
 
     Raise `DataError` if rows follow a damaged line: a kill cannot do this, and truncating would
-    lose the rows. The file is truncated once, so that another kill leaves no third state.
+    lose the rows. One call truncates the file, so a kill leaves the old file or the new file.
     """
     if not path.exists():
         return

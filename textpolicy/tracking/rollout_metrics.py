@@ -29,7 +29,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
 
 
 def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> Metrics:
-    """Return how many versions old the groups are when weights of `version` train on them."""
+    """Return how many versions the groups are behind the weights `version` that train on them."""
     ages = [version - group.version for group in groups]
     return {"staleness/mean": float(np.mean(ages)), "staleness/max": float(max(ages))}
 

@@ -15,12 +15,12 @@ CLOSING_SHARE = 0.55
 
 
 class Tracker:
-    """Writes to `files` directly and to `services` in threads. As a context it closes all of them.
+    """Writes to `files` directly and to `services` in threads. As a context manager it closes every sink.
 
     A sink that fails is switched off: `notice` gets one message, and the metric `sink_errors` of
     each row counts the sink. The services delay the end of the process by at most `patience`
-    seconds. Files get the samples of the first `sample_groups` groups of each step, or of all.
-    Services get at most `samples_rows` of these in every `samples_every`-th step.
+    seconds. Files get the samples of each step, or of its first `sample_groups` groups. Services
+    get at most `samples_rows` of these samples, in every `samples_every`-th step.
     """
 
     def __init__(

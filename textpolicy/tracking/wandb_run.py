@@ -97,10 +97,7 @@ class WandbRun:
 
 
 class _Uploads:
-    """Uploads tables and files in a thread of its own, because wandb waits for the server for each.
-
-    wandb sends metrics without waiting.
-    """
+    """Uploads tables and files in its own thread, because wandb waits for the server for each."""
 
     def __init__(self, run: Any, artifacts: Sequence[Path]) -> None:
         import wandb
@@ -134,7 +131,7 @@ class _Uploads:
 
 
 def _cell(value: object) -> object:
-    """Return a value that keeps its column of one type: other values than numbers are text."""
+    """Return text and numbers unchanged, and other values as text, because a column has one type."""
     if isinstance(value, str | int | float):
         return value
     return "" if value is None else json.dumps(value)

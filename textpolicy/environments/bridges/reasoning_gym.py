@@ -1,7 +1,7 @@
 """Tasks of the reasoning-gym library, scored by the library's verifiers.
 
-Some verifiers evaluate an answer as Python, or pass it to sympy's parser, which evaluates it. Each
-answer is checked before a verifier gets it, so that no text of a model is executed.
+Some verifiers evaluate an answer as Python, or pass the answer to sympy's parser, which evaluates
+text as Python. Each answer is checked before a verifier gets the answer, so that no text of a model is executed.
 """
 
 import ast
@@ -47,7 +47,7 @@ _EXPONENT = re.compile(
 
 
 def load(name: str, **options: Any) -> Environment:
-    """Return the environment of a task. `options` go to its configuration, as a difficulty does."""
+    """Return the environment of a task. `options` configure the task, for example its difficulty."""
     try:
         known: Any = import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
@@ -114,7 +114,7 @@ class ReasoningTask:
 
 
 def is_safe_to_verify(answer: str, name: str) -> bool:
-    """Return whether the task's verifier may get the answer: it executes no code and stays fast."""
+    """Return whether the task's verifier can evaluate the answer safely and quickly."""
     if name in LITERAL_TASKS:
         return len(answer) <= _MAX_CHARACTERS and _is_literal(answer)
     if name in EXPRESSION_TASKS:

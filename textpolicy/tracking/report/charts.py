@@ -28,7 +28,6 @@ class Chart:
     """Whether the vertical axis begins at 0, as for shares and amounts."""
 
 
-_LENGTH = "completions/{}_length"
 _TIMES = ("generate", "reward", "score", "update", "publish", "reload", "evaluate", "checkpoint")
 _REWARD = Chart(
     "Reward",
@@ -47,10 +46,10 @@ _CHARTS = [
         "Length",
         [
             Line(
-                _LENGTH.format("mean"),
+                "completions/mean_length",
                 "tokens a completion",
-                low=_LENGTH.format("min"),
-                high=_LENGTH.format("max"),
+                low="completions/min_length",
+                high="completions/max_length",
             )
         ],
         "shaded: shortest to longest",
@@ -98,7 +97,7 @@ _NOT_DRAWN = ("version", "sink_errors", "num_tokens", "time/train", "time/step",
 
 
 def charts_for(metrics: Mapping[str, bool]) -> list[dict[str, Any]]:
-    """Return the charts of these metrics. `metrics` says of each if it is ever anything but 0.
+    """Return the charts of these metrics. A value of `metrics` is True if the metric is ever not 0.
 
     Charts with only zeros, and charts of metrics without a place of their own, come last and have
     the mark `more`.
