@@ -15,7 +15,7 @@ CLOSING_SHARE = 0.55
 
 
 class Tracker:
-    """Writes to `files` directly and to `services` in threads. As a context manager it closes every sink.
+    """Writes to `files` directly and to `services` in threads. As a context, closes every sink.
 
     A sink that fails is switched off: `notice` gets one message, and the metric `sink_errors` of
     each row counts the sink. The services delay the end of the process by at most `patience`

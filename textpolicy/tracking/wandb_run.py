@@ -131,7 +131,7 @@ class _Uploads:
 
 
 def _cell(value: object) -> object:
-    """Return text and numbers unchanged, and other values as text, because a column has one type."""
+    """Return text and numbers unchanged, and other values as text: a column has one type."""
     if isinstance(value, str | int | float):
         return value
     return "" if value is None else json.dumps(value)

@@ -1,7 +1,7 @@
 """Tasks of the reasoning-gym library, scored by the library's verifiers.
 
 Some verifiers evaluate an answer as Python, or pass the answer to sympy's parser, which evaluates
-text as Python. Each answer is checked before a verifier gets the answer, so that no text of a model is executed.
+text as Python. Answers are checked before a verifier gets them, so no text of a model is executed.
 """
 
 import ast
@@ -47,7 +47,7 @@ _EXPONENT = re.compile(
 
 
 def load(name: str, **options: Any) -> Environment:
-    """Return the environment of a task. `options` configure the task, for example its difficulty."""
+    """Return the environment of a task. `options` set, for example, its difficulty."""
     try:
         known: Any = import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
