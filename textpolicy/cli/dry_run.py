@@ -36,10 +36,7 @@ def show_plan(config: TrainConfig) -> Answer:
     lengths = {"prompt_tokens": prompt_tokens, "completion_tokens": sampling.max_tokens}
     rows = [("prompt", f"up to {prompt_tokens} tokens in {_SEEN} held-out tasks")]
     rows.append(("completion", f"up to {sampling.max_tokens} tokens"))
-    data: dict[str, Any] = {
-        "config": plain_settings(config),
-        **lengths,
-    }
+    data: dict[str, Any] = {"config": plain_settings(config), **lengths}
     try:
         planned = memory_of(config, **lengths)
     except ModelError as error:

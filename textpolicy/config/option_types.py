@@ -160,10 +160,5 @@ _TYPES: dict[Any, OptionType] = {
         from_toml=_names,
         metavar="TEXT,...",
     ),
-    Table: OptionType(
-        words="a table",
-        from_text=_table,
-        from_toml=_exactly(dict),
-        metavar="TABLE",
-    ),
+    Table: OptionType(words="a table", from_text=_table, from_toml=_exactly(dict), metavar="TABLE"),
 }

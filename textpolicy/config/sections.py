@@ -27,10 +27,7 @@ SCHEDULE = ("constant", "how the learning rate falls over the run")
 WARMUP = (0, "updates at the start over which the learning rate rises")
 FINAL_LR = (0.0, "learning rate at the end of the schedule linear or cosine")
 WEIGHT_DECAY = (0.0, "weight decay of AdamW")
-CHECKPOINT_GRADIENTS = (
-    False,
-    "recompute activations in the backward pass: less memory, more time",
-)
+CHECKPOINT_GRADIENTS = (False, "recompute activations in the backward pass: less memory, more time")
 
 Schedule = Literal["constant", "linear", "cosine"]
 Bits = Literal[2, 3, 4, 5, 6, 8]
@@ -107,10 +104,7 @@ class ModelOptions:
     )
 
     threads: int | None = option(
-        None,
-        "CPU threads for matrix products",
-        unset="all cores; 1 for 'tiny'",
-        limit=at_least(1),
+        None, "CPU threads for matrix products", unset="all cores; 1 for 'tiny'", limit=at_least(1)
     )
 
     def __post_init__(self) -> None:
@@ -310,9 +304,7 @@ class TrainerOptions:
     final_lr: float = option(*FINAL_LR, limit=at_least(0))
     weight_decay: float = option(*WEIGHT_DECAY, limit=at_least(0))
     max_grad_norm: float = option(
-        1.0,
-        "gradients are clipped to this norm; inf is no limit",
-        limit=above(0, infinite=True),
+        1.0, "gradients are clipped to this norm; inf is no limit", limit=above(0, infinite=True)
     )
     mini_batches: int | None = option(
         None,
@@ -382,10 +374,7 @@ class EvaluationOptions:
         1.0, "temperature of --eval-samples", flag="--eval-temperature", limit=above(0)
     )
     good: float = option(
-        0.5,
-        "lowest reward that counts as right, for pass@k",
-        flag="--eval-good",
-        limit=FINITE,
+        0.5, "lowest reward that counts as right, for pass@k", flag="--eval-good", limit=FINITE
     )
     envs: tuple[str, ...] | None = option(
         None,

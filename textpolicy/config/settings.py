@@ -150,12 +150,7 @@ def option(
 def settings_of(config: Any) -> list[Setting]:
     """Return every setting of a config in order; the values of the instance are the defaults."""
     return [
-        Setting(
-            key=key,
-            annotation=known.type,
-            default=value,
-            option=known.metadata["option"],
-        )
+        Setting(key=key, annotation=known.type, default=value, option=known.metadata["option"])
         for key, known, value in _walk(config)
     ]
 

@@ -57,11 +57,7 @@ class SFTTrainerOptions:
     """Length, batches and learning rate of training."""
 
     iterations: int | None = option(
-        None,
-        "number of updates",
-        unset="1000",
-        limit=at_least(1),
-        instead_of="epochs",
+        None, "number of updates", unset="1000", limit=at_least(1), instead_of="epochs"
     )
     epochs: int | None = option(
         None,

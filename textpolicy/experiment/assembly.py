@@ -299,11 +299,7 @@ def _heldout_of(
 
 
 def open_scorer(
-    rewards: Rewards,
-    opened: ExitStack,
-    note: Callable[[str], None],
-    *,
-    kind: type[Scorer] = Scorer,
+    rewards: Rewards, opened: ExitStack, note: Callable[[str], None], *, kind: type[Scorer] = Scorer
 ) -> Scorer:
     """Return a scorer that passes its incidents to `note` and is closed with `opened`."""
 

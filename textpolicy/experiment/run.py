@@ -9,11 +9,7 @@ from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import RunConfig, apply_thread_option
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
 from textpolicy.experiment.reinforcement import train_policy
-from textpolicy.experiment.resuming import (
-    check_changes,
-    read_started_config,
-    telling_how_to_resume,
-)
+from textpolicy.experiment.resuming import check_changes, read_started_config, telling_how_to_resume
 from textpolicy.experiment.supervised import train_supervised
 from textpolicy.experiment.tasks import find_task
 from textpolicy.runs import RunDirectory, claim, new_directory

@@ -57,11 +57,7 @@ def train_supervised(config: SFTConfig, directory: RunDirectory, report: Reporte
         directory.write_config(to_toml(config))
     report("start", f"resuming after update {first}" if resume else "training starts")
     tracking = open_run_tracker(
-        config,
-        directory,
-        report.note,
-        resume_step=first + 1 if resume else 0,
-        sample_groups=0,
+        config, directory, report.note, resume_step=first + 1 if resume else 0, sample_groups=0
     )
     with tracking as tracker:
         result = train_sft(
