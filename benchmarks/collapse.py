@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from learning import shuffled
+from learning import with_shuffled_rewards
 from setting import setting
 
 from textpolicy import fast_cpu
@@ -94,7 +94,7 @@ def record(run: Setting, show: Callable[[StepReport], None]) -> list[Mapping[str
         policy=ModelPolicy(model, tokenizer, sampling, seed=run.seed),
         trainer=Trainer(
             model,
-            shuffled(advantages, run.seed) if run.shuffled else advantages,
+            with_shuffled_rewards(advantages, run.seed) if run.shuffled else advantages,
             grpo.policy_loss,
             build_optimizer(run.lr),
             skip_without_advantages=True,

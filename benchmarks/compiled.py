@@ -1,12 +1,12 @@
-"""Is a compiled training step faster than the one that the trainer takes?
+"""Compare the trainer's training step with a compiled step.
 
     python benchmarks/compiled.py --json
 
-Both compute the gradient of GRPO's loss on one batch of the embedded model with LoRA: as the
-trainer does it, and by `mx.compile` for this very shape, which is the best that compiling can be:
-real batches differ in shape from step to step, and each new shape costs a first call. Medians over
-interleaved runs; on CPUs compiled code needs a C++ compiler. Without sharing, prompts are repeated
-in every row, as models without plain attention need it.
+Both compute the gradient of GRPO's loss on one batch of the embedded model with LoRA: "eager" as
+the trainer does, and "compiled" with `mx.compile` for the shape of this batch. This is the best
+case of compiling: real batches differ in shape from step to step, and each new shape costs a first
+call. The script reports medians over runs in turn. On CPUs, compiled code needs a C++ compiler.
+Without sharing, the prompt is repeated in every row, as for models without plain attention.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PROMPTS, GROUP = 16, 8
 
 
 def batch_of(prompt: int, completion: int, *, prompts: int = PROMPTS, group: int = GROUP) -> Batch:
-    """Random tokens: by default 16 prompts, 8 completions each, all of full length."""
+    """Return a batch of random tokens: by default 16 prompts with 8 completions each."""
     rows = prompts * group
     shape = (rows, completion)
     return Batch(
@@ -57,7 +57,7 @@ def batch_of(prompt: int, completion: int, *, prompts: int = PROMPTS, group: int
 
 
 def eager(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
-    """The trainer's gradient."""
+    """Return a function that computes the gradient as the trainer does."""
     read = ModelLogprobs(model, find_output_head(model), share)
 
     def objective() -> mx.array:
@@ -67,7 +67,7 @@ def eager(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
 
 
 def compiled(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
-    """The same gradient, compiled for the shape of this batch; logits are not cut into chunks."""
+    """Return a function that is compiled for the shape of this batch. It makes all logits."""
     temperature = mx.repeat(batch.temperature, batch.tokens.shape[1])
 
     def objective(tokens: mx.array) -> mx.array:
@@ -84,7 +84,7 @@ def compiled(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """One call, evaluated."""
+    """Return the time of one call, with the evaluation of its result."""
     started = time.perf_counter()
     mx.eval(function())
     return time.perf_counter() - started
@@ -98,7 +98,7 @@ def main() -> int:
     lengths = ["18+6", "64+64"]
     text = "tokens of prompts and completions (default: 18+6 64+64)"
     parser.add_argument("--lengths", nargs="+", metavar="P+C", default=lengths, help=text)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")

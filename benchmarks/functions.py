@@ -1,7 +1,7 @@
-"""What models call on a CPU beside matrix products: mlx's functions and ours, in turns.
+"""Compare our attention, SwiGLU and exponential functions on a CPU with mlx's, in turns.
 
-For each function and shape, forwards and with its gradient: milliseconds (medians) and the peak of
-memory above the inputs.
+For each function and shape the script reports the forward pass and the pass with the gradient:
+median milliseconds, and the peak memory above the inputs.
 
     python benchmarks/functions.py --json --output benchmarks/results/functions.json
 """
@@ -25,7 +25,7 @@ from textpolicy.fast_cpu.exponential import exp
 from textpolicy.fast_cpu.swiglu import swiglu
 
 WIDTH = 64
-# Rows, query heads, key heads, positions, and positions that they look at.
+# Rows, query heads, key heads, query positions, key positions.
 ATTENTION = {
     "decoding 32 rows": (32, 4, 2, 1, 96),
     "8 completions": (8, 4, 2, 64, 127),
@@ -36,7 +36,7 @@ TOKENS = {"decoding 32 rows": 32, "8 completions": 575, "1,024 tokens": 1024}
 
 
 class Pair(NamedTuple):
-    """The same function twice, and what it is called with."""
+    """mlx's function and ours, with the inputs of both."""
 
     function: str
     shape: str
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
 
 
 def pairs(longest: int) -> Iterator[Pair]:
-    """Every function at every shape of at most so many tokens."""
+    """Yield every function with every shape of at most `longest` tokens."""
     for shape, (rows, heads, key_heads, queries, keys) in ATTENTION.items():
         if keys > longest:
             continue
@@ -66,7 +66,7 @@ def pairs(longest: int) -> Iterator[Pair]:
 
 
 def measured(pair: Pair, runs: int) -> dict[str, Any]:
-    """Both, a run of each in turn."""
+    """Return the times and the peak memory of both functions, which run in turns."""
     found: dict[str, Any] = {"function": pair.function, "shape": pair.shape}
     weights = mx.random.normal(pair.mlx(*pair.inputs).shape)
     mx.eval(pair.inputs, weights)
@@ -104,11 +104,13 @@ def measured(pair: Pair, runs: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=4096, help="the longest shape")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the longest shape")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the object to a file too"
+    )
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")

@@ -1,14 +1,15 @@
-"""How fast completions come, beside mlx-lm's own generator and beside the matrix products alone.
+"""Compare the speed of generation with mlx-lm's generator and with the matrix products alone.
 
     python benchmarks/generate.py --json --output benchmarks/results/generate.json
 
-The model is the Qwen3 of random weights of grpo_step.py, prompts and completions have 64 tokens,
-and nothing ends early. Ours is a policy's whole call: prompts once a group of 8, a random key for
-each row, the log-probability of each drawn token kept. mlx-lm's is its `BatchGenerator` as wide as
-there are rows, every prompt by itself, and no log-probabilities kept. "products" are the matrix
-products of the decode steps and of nothing else: no generator comes below that time.
+The model is the Qwen3 of random weights of grpo_step.py. Prompts and completions have 64 tokens,
+and no completion ends early. "ours" is the whole call of a policy: it reads each prompt once for a
+group of 8, draws with a random key for each row, and keeps the log-probability of each token.
+"mlx_lm" is mlx-lm's `BatchGenerator` with all rows at once: it reads the prompt of every row, and
+keeps no log-probabilities. "products" are only the matrix products of the decode steps, so no
+generator can be faster.
 
-All take turns in one process, with the same matrix products; reported are medians.
+All run in turns in one process with the same BLAS. The script reports medians.
 """
 
 import argparse
@@ -41,7 +42,7 @@ Generate = Callable[[], object]
 
 
 def ours(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate:
-    """A policy's call: groups of 8, or one completion."""
+    """Return a call of a policy, for groups of 8 or for one completion."""
     size = min(GROUP, rows)
     texts = prompts(rows // size, PROMPT)
     policy = create_policy(model, tokenizer, {"max_tokens": COMPLETION, "seed": 0})
@@ -54,7 +55,7 @@ def ours(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate:
 
 
 def mlx_lm(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate:
-    """The same tokens out of mlx-lm: each row with its own copy of the prompt."""
+    """Return a call of mlx-lm, in which each row has its own copy of the prompt."""
     size = min(GROUP, rows)
     texts = prompts(rows // size, PROMPT)
     tokens = [tokenizer.encode(text) for text in texts for _ in range(size)]
@@ -78,7 +79,7 @@ def mlx_lm(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate
 
 
 def products(model: nn.Module, rows: int) -> Generate:
-    """What the weights are multiplied with in the decode steps, one after another."""
+    """Return a function that computes the matrix products of all decode steps."""
     weights = [w for name, w in tree_flatten(model.parameters()) if w.ndim == 2]
     inputs = [mx.random.normal((rows, weight.shape[1])) for weight in weights]
     mx.eval(inputs)
@@ -97,7 +98,7 @@ def seconds(run: Generate) -> float:
 
 
 def compare(folder: str, rows: int, runs: int) -> dict[str, Any]:
-    """Tokens a second of each way, and ratios."""
+    """Return the tokens per second of each way, and their ratios."""
     plain, tokenizer = load_model(folder)
     adapted, _ = load_model(folder)
     container = AdapterContainer.from_model(adapted, AdapterConfig(rank=8, scale=2.0))
@@ -126,10 +127,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="separated by commas")
-    parser.add_argument("--runs", type=int, default=7, help="of each way (default: 7)")
+    parser.add_argument("--runs", type=int, default=7, help="runs of each way (default: 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the object to a file too"
+    )
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")

@@ -236,11 +236,9 @@ def main() -> None:
     parser.add_argument(
         "--warm-up", type=int, default=2, help="steps before the recorded steps (default: 2)"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of a table"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the JSON object to this file too"
+        "--output", type=Path, metavar="FILE", help="write the object to a file too"
     )
     options = parser.parse_args()
     if options.runs < 1:

@@ -1,18 +1,17 @@
-"""Does reinforcement learning raise held-out accuracy, and does it take the right rewards to?
+"""Measure whether reinforcement learning raises held-out accuracy, and whether noise does so too.
 
     python benchmarks/learning.py --env add --seeds 0,1,2 --control --json
 
-For each seed the embedded model is trained by an algorithm with LoRA, as `textpolicy train` does,
-and its greedy accuracy on 512 held-out problems is reported before and after. The control is the
-same run with each step's rewards shuffled across the whole batch: advantages become noise, and what
-it "learns" is what the benchmark would report of a library that does not work. Distillation learns
-from what GRPO has made of the same model; as a control, it hears its opinions of the wrong tokens.
-The exit code is 1 if a
-trained run gains less than MARGIN, or a control gains more.
+For each seed an algorithm trains the embedded model with LoRA, as `textpolicy train` does. The
+script reports the greedy accuracy on 512 held-out problems before and after. The control is the
+same run with the rewards of each step shuffled across the whole batch, so that its advantages are
+noise. Distillation learns from a model that GRPO trained; its control receives the teacher's
+log-probabilities of the wrong tokens. The exit code is 1 if a trained run gains less than MARGIN,
+or a control gains more.
 
-Of `calculator` (tool use) and `hilo` (several turns) the model knows nothing, so it first imitates
-gold episodes for a few iterations, and "before" is what that gave. Greedy reward is that of whole
-episodes.
+The model cannot play `calculator` (tool use) and `hilo` (several turns). There the model first
+imitates gold episodes for a few iterations, and "before" is measured after this imitation. The
+greedy reward of these environments is the reward of whole episodes.
 """
 
 import argparse
@@ -47,7 +46,7 @@ from textpolicy.training.sft import Demonstration, SFTParameters, train_sft
 from textpolicy.types import AdvantageFn, Batch, LossFn
 
 ENVS = ("add", "sort", "reverse", "countdown")
-# Environments of several turns: how many iterations of imitation come before the run.
+# Environments of several turns, and the iterations of imitation before the run.
 WARM_UPS = {"calculator": 70, "hilo": 80}
 WARM_UP_LR = 2e-3
 EPISODES: dict[str, Any] = {"run.steps": 60, "trainer.lr": 3e-4, "evaluation.count": 256}
@@ -56,8 +55,8 @@ GOLD_EPISODES = 2000
 MARGIN = 0.03
 
 
-def shuffled(advantage_fn: AdvantageFn, seed: int) -> AdvantageFn:
-    """The advantages of rewards that were dealt to the wrong rollouts."""
+def with_shuffled_rewards(advantage_fn: AdvantageFn, seed: int) -> AdvantageFn:
+    """Return an advantage function that first deals the rewards to the wrong rollouts."""
     key = mx.random.key(seed)
 
     @wraps(advantage_fn)
@@ -77,7 +76,7 @@ def shuffled(advantage_fn: AdvantageFn, seed: int) -> AdvantageFn:
 
 
 def warm_up(experiment: Experiment, env: str, seed: int) -> None:
-    """Let the adapters imitate gold episodes until the model is about half able."""
+    """Train the adapters on gold episodes, until the model solves about half of the tasks."""
     environment, policy = experiment.environment, experiment.policy
     tasks = list(islice(environment.stream(seed + 1000), GOLD_EPISODES))
     scripts = [gold_answers(environment, task) for task in tasks]
@@ -96,22 +95,22 @@ def warm_up(experiment: Experiment, env: str, seed: int) -> None:
     policy.reload(experiment.trainer.published)
 
 
-def prepared(config: TrainConfig, *, control: bool) -> Algorithm:
-    """The algorithm that the config names, with its teacher; as a control, misled."""
+def algorithm_of(config: TrainConfig, *, control: bool) -> Algorithm:
+    """Return the algorithm of the config with its teacher, or the control of this algorithm."""
     algorithm = find_algorithm(config.algorithm)
     if config.algorithm.name == "distillation":
         algorithm = replace(algorithm, trainer={"reference": teacher(config)})
         if control:
-            wrong = misheard(algorithm.policy_loss, config.run.seed)
+            wrong = with_shuffled_teacher(algorithm.policy_loss, config.run.seed)
             algorithm = replace(algorithm, policy_loss=wrong)
     elif control:
-        wrong = shuffled(algorithm.compute_advantages, config.run.seed)
+        wrong = with_shuffled_rewards(algorithm.compute_advantages, config.run.seed)
         algorithm = replace(algorithm, compute_advantages=wrong)
     return algorithm
 
 
 def teacher(config: TrainConfig) -> nn.Module:
-    """The embedded model with what a run of GRPO taught it."""
+    """Return the embedded model after a run of GRPO."""
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))
         train_policy(changed(config, {"algorithm.name": "grpo"}), directory, Reporter(show))
@@ -120,28 +119,28 @@ def teacher(config: TrainConfig) -> nn.Module:
 
 
 def show(event: RunEvent) -> None:
-    """Print an event where it is in no one's way."""
+    """Print an event to stderr, so that stdout has only records."""
     print(event, file=sys.stderr)
 
 
-def misheard(policy_loss: LossFn, seed: int) -> LossFn:
-    """The loss with the teacher's opinions dealt to the wrong tokens."""
+def with_shuffled_teacher(policy_loss: LossFn, seed: int) -> LossFn:
+    """Return the loss with the teacher's log-probabilities dealt to the wrong tokens."""
     random = np.random.default_rng(seed)
 
     def loss(logp: mx.array, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         assert batch.logp_ref is not None
         mask = np.array(batch.mask)
-        opinions = np.array(batch.logp_ref - batch.logp_old)
-        opinions[mask] = random.permutation(opinions[mask])
-        return policy_loss(logp, replace(batch, logp_ref=batch.logp_old + mx.array(opinions)))
+        differences = np.array(batch.logp_ref - batch.logp_old)
+        differences[mask] = random.permutation(differences[mask])
+        return policy_loss(logp, replace(batch, logp_ref=batch.logp_old + mx.array(differences)))
 
     return loss
 
 
 def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
-    """One run from the embedded model, as a record of what it gained and what it took."""
+    """Train the embedded model once, and return a record with its gain and its time."""
     env = str(config.task.env)
-    algorithm = prepared(config, control=control)
+    algorithm = algorithm_of(config, control=control)
     with tempfile.TemporaryDirectory() as folder:
         result: RunResult = train_policy(
             config,
@@ -167,7 +166,7 @@ def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
 
 
 def runs(options: argparse.Namespace) -> Iterator[tuple[TrainConfig, bool]]:
-    """The config of every run that was asked for, and whether it is a control."""
+    """Yield the config of every requested run, and whether the run is a control."""
     envs = {"all": ENVS, "episodes": tuple(WARM_UPS)}.get(options.env, (options.env,))
     asked = {"run.steps": options.steps, "trainer.lr": options.lr, "adapter.rank": options.rank}
     given = {key: value for key, value in asked.items() if value is not None}
@@ -191,7 +190,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = (*ENVS, "all", *WARM_UPS, "episodes")
-    text = "default: all, which are tasks of one answer"
+    text = "default: all tasks with one answer"
     parser.add_argument("--env", choices=names, default="all", help=text)
     parser.add_argument(
         "--algorithm",
@@ -200,12 +199,16 @@ def main() -> int:
         help="default: grpo",
     )
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
-    parser.add_argument("--control", action="store_true", help="also with shuffled rewards")
-    parser.add_argument("--steps", type=int, help=f"default: {DEMO.run.steps}, as the demo")
-    parser.add_argument("--lr", type=float, help=f"default: {DEMO.trainer.lr}, as the demo")
-    parser.add_argument("--rank", type=int, help="default: 16, as the demo")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run, and a last one")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there too")
+    parser.add_argument("--control", action="store_true", help="train with shuffled rewards too")
+    parser.add_argument("--steps", type=int, help=f"default: {DEMO.run.steps}, as in the demo")
+    parser.add_argument("--lr", type=float, help=f"default: {DEMO.trainer.lr}, as in the demo")
+    parser.add_argument("--rank", type=int, help="default: 16, as in the demo")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object for each run, and a summary"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the records to this file too"
+    )
     options = parser.parse_args()
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)

@@ -1,12 +1,13 @@
-"""Completions of thousands of tokens: how speed and memory change along them.
+"""Measure how speed and memory change along completions of thousands of tokens.
 
     python benchmarks/long.py --tokens 4096 16384 --json --output benchmarks/results/long.json
 
-A narrow Qwen3 of random weights and four blocks, and one group of two completions after a prompt of
-64 tokens. Reported for each length are tokens generated a second in each quarter of it; seconds and
-the peak of mlx above the weights for one update, with and without gradient checkpointing, one
-completion in memory at a time; how large the largest difference between the two moved adapters is;
-and from one length to the next the exponent of each: 1 is in proportion, 2 is attention's.
+The model is a narrow Qwen3 of random weights with four blocks. It generates one group of two
+completions after a prompt of 64 tokens. For each length the script reports the tokens generated per
+second in each quarter of the length; the seconds and the peak memory of one update, with and
+without gradient checkpointing, with one completion in memory at a time; and the largest difference
+between the adapters of the two updates. From one length to the next, the script reports the
+exponent of each number: 1 is proportional, 2 is quadratic like attention.
 """
 
 import argparse
@@ -52,7 +53,7 @@ SIZES: dict[str, Any] = {
 
 
 def adapted_model() -> nn.Module:
-    """Random weights, the same at every call, and fresh adapters."""
+    """Return a model with the same random weights in each call, and with fresh adapters."""
     mx.random.seed(0)
     model = qwen3.Model(qwen3.ModelArgs(**SIZES))
     use_fast_functions(model)
@@ -62,7 +63,7 @@ def adapted_model() -> nn.Module:
 
 
 def generation(tokens: int) -> dict[str, Any]:
-    """Tokens a second of both rows together, by quarters of the length, and the peak."""
+    """Return the speed of both rows together in each quarter of the length, and the peak memory."""
     model, marks = adapted_model(), [0.0] * tokens
 
     def watch(drawn: list[int]) -> StopReason | None:
@@ -91,7 +92,7 @@ def generation(tokens: int) -> dict[str, Any]:
 
 
 def update(tokens: int, *, checkpoint: bool) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """One update after a short one to warm up, and the adapters that it comes to."""
+    """Return the time and memory of one update after a warm-up, and the adapters after it."""
     model = adapted_model()
     trainer = Trainer(
         model,
@@ -110,7 +111,7 @@ def update(tokens: int, *, checkpoint: bool) -> tuple[dict[str, Any], dict[str, 
 
 
 def group_of(tokens: int) -> RolloutGroup:
-    """Two completions of random tokens, one of them rewarded."""
+    """Return two completions of random tokens with the rewards 0 and 1."""
     prompt = tokens_of(PROMPT, 0)
 
     def rollout(member: int) -> Rollout:
@@ -130,18 +131,18 @@ def group_of(tokens: int) -> RolloutGroup:
 
 
 def measure(tokens: int) -> dict[str, Any]:
-    """Everything at one length."""
+    """Return all measurements at one length."""
     record: dict[str, Any] = {"tokens": tokens, "generation": generation(tokens)}
     record["update"], plain = update(tokens, checkpoint=False)
     record["update_with_checkpointing"], lean = update(tokens, checkpoint=True)
     differences = [mx.abs(plain[name] - lean[name]).max().item() for name in plain]
     record["largest_difference"] = max(differences)
-    print(f"{tokens} tokens are measured", file=sys.stderr, flush=True)
+    print(f"measured {tokens} tokens", file=sys.stderr, flush=True)
     return record
 
 
 def exponents(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How each measure grows from one length to the next."""
+    """Return the exponent of each measurement from one length to the next."""
     phases = ("generation", "update", "update_with_checkpointing")
     return [
         {"from": a["tokens"], "to": b["tokens"]}
@@ -160,11 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    text = "lengths (default: 1024 4096); 16384 takes minutes and some 9 GB"
+    text = "lengths (default: 1024 4096); 16384 takes minutes"
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help=text)
-    parser.add_argument("--threads", type=int, default=1, help="of the BLAS (default: 1)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the BLAS (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the object to a file too"
+    )
     options = parser.parse_args()
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(options.threads)

@@ -1,12 +1,12 @@
-"""What it saves to read a group's prompt once in training, and whether gradients stay the same.
+"""Measure what training saves by reading a group's prompt once, and compare the gradients.
 
     python benchmarks/prompt_sharing.py --json
 
-The gradient of GRPO's loss on one group, by the trainer's way and by the plain way, where every row
-repeats its prompt, as models without plain attention need it. The model is that of `grpo_step.py`.
-Medians over interleaved runs, the most memory, and the largest difference between the gradients
-beside the largest number in them. By default a group is 16 completions of 64 tokens; its prompt has
-64, 256 or 512.
+The script computes the gradient of GRPO's loss on one group in two ways: "shared" reads the prompt
+once, as the trainer does; "plain" repeats the prompt in every row, as models without plain
+attention need it. The model is the one of `grpo_step.py`. The script reports medians over runs in
+turn, the peak memory, the largest difference between the gradients, and the largest number in
+them. By default a group has 16 completions of 64 tokens, and its prompt has 64, 256 or 512 tokens.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from textpolicy.types import Batch
 
 
 def adapted_model() -> nn.Module:
-    """Random weights, and adapters that are not zero, so that every gradient flows."""
+    """Return a model of random weights with nonzero adapters, so that no gradient is zero."""
     mx.random.seed(0)
     model = qwen3.Model(qwen3.ModelArgs(**SIZES))
     use_fast_functions(model)
@@ -47,7 +47,7 @@ def adapted_model() -> nn.Module:
 
 
 def gradient(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any]:
-    """Of the policy loss in the adapters, evaluated."""
+    """Return a function that computes and evaluates the gradient of the policy loss."""
     read = ModelLogprobs(model, find_output_head(model), share)
     compute = nn.value_and_grad(model, lambda: grpo.policy_loss(read(batch)[0], batch)[0])
 
@@ -60,12 +60,12 @@ def gradient(model: nn.Module, batch: Batch, *, share: bool) -> Callable[[], Any
 
 
 def largest(tree: Any) -> float:
-    """The largest absolute number in a tree of arrays."""
+    """Return the largest absolute number in a tree of arrays."""
     return max(mx.abs(array).max().item() for _, array in tree_flatten(tree))
 
 
 def measure(model: nn.Module, prompt: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Both ways on one batch, turn by turn."""
+    """Measure both ways on one batch, in turns."""
     batch = batch_of(prompt, options.completion_tokens, prompts=1, group=options.group_size)
     ways = {
         "shared": gradient(model, batch, share=True),
@@ -100,10 +100,12 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", default="64,256,512", help="separated by commas")
     parser.add_argument("--completion-tokens", type=int, default=64)
     parser.add_argument("--group-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1, help="of the BLAS (default: 1)")
-    parser.add_argument("--runs", type=int, default=5, help="of each way (default: 5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the BLAS (default: 1)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each way (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the object to a file too"
+    )
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")

@@ -1,11 +1,11 @@
-"""Is a low-rank update enough for reinforcement learning?
+"""Compare full fine-tuning with LoRA of rank 16 and of rank 1 in reinforcement learning.
 
     python benchmarks/rank.py --output benchmarks/results/rank.json --plot docs/images/rank.svg
 
-The four tasks are trained by GRPO three times from the embedded model: every weight (full
-fine-tuning), LoRA of rank 16, and LoRA of rank 1, which moves a hundredth of the weights. Each has
-the learning rate that was best for it on `add` among three. Reported are the greedy reward on 512
-held-out tasks before and after, and the reward of each step's rollouts; the plot shows the latter.
+GRPO trains the embedded model on each of four tasks in three ways: all weights (full fine-tuning),
+LoRA of rank 16, and LoRA of rank 1, which trains a hundredth of the weights. Each way has the best
+of three learning rates on `add`. The script reports the greedy reward on 512 held-out tasks before
+and after training, and the mean reward of the rollouts of each step; the plot shows the latter.
 """
 
 import argparse
@@ -39,14 +39,14 @@ ENVS = ("add", "sort", "reverse", "countdown")
 
 @dataclass(frozen=True)
 class Variant:
-    """What moves, and at which learning rate."""
+    """Which weights are trained, and with which learning rate."""
 
     name: str
     lr: float
     prepare: Callable[[nn.Module, int], object]
 
 
-def _everything(model: nn.Module, seed: int) -> object:
+def _all_weights(model: nn.Module, seed: int) -> object:
     model.unfreeze()
     return model
 
@@ -57,14 +57,14 @@ def _lora(rank: int, scale: float) -> Callable[[nn.Module, int], object]:
 
 
 VARIANTS = (
-    Variant("full", 3e-5, _everything),
+    Variant("full", 3e-5, _all_weights),
     Variant("rank 16", 5e-4, _lora(16, 2.0)),
     Variant("rank 1", 5e-4, _lora(1, 8.0)),
 )
 
 
 def measure_run(env: str, variant: Variant, steps: int, seed: int) -> dict[str, Any]:
-    """One run, as a record of what it gained and how its reward went."""
+    """Train once, and return a record with the rewards before, after and during training."""
     environment = load(env)
     model, tokenizer = load_model("tiny")
     variant.prepare(model, seed)
@@ -111,7 +111,7 @@ def measure_run(env: str, variant: Variant, steps: int, seed: int) -> dict[str, 
 
 
 def plot(records: Sequence[dict[str, Any]]) -> str:
-    """Four small charts of reward by step, as a drawing that needs nothing else."""
+    """Return an SVG of four charts of reward by step, which loads nothing else."""
     panels = "".join(
         f'<g transform="translate({60 + 330 * (i % 2)} {40 + 230 * (i // 2)})">'
         f"{''.join(_panel(env, [r for r in records if r['env'] == env]))}</g>"
@@ -160,7 +160,7 @@ def _panel(env: str, records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _smooth(values: Sequence[float], window: int = 15) -> list[float]:
-    """The mean over the last steps at each step."""
+    """Return, for each step, the mean over the last `window` steps."""
     return [
         sum(values[max(0, at - window + 1) : at + 1]) / min(window, at + 1)
         for at in range(len(values))
@@ -180,9 +180,9 @@ def main() -> int:
     parser.add_argument("--lr", type=float, help="another learning rate for the variant")
     parser.add_argument("--steps", type=int, default=250, help="default: 250")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--json", action="store_true", help="one JSON object a run")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each run")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the records to a file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the plot to this file")
     options = parser.parse_args()
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)

@@ -1,17 +1,18 @@
-"""How time and memory of generation and of the update grow with each size of a step.
+"""Measure how time and memory of generation and of the update grow with each size of a step.
 
     python benchmarks/scaling.py --json --output benchmarks/results/scaling.json
 
-The model is the Qwen3 of random weights of grpo_step.py with LoRA; nothing ends early. One size is
-changed at a time, the others stay as they are, and every size takes its turn in every round. The
-exponent is the slope of a least-squares line through the logarithms of size and median: 0 is flat,
-1 is in proportion. Memory has another one between the two largest sizes: an update has as many rows
-in memory at once as have about a thousand tokens, and only then stops to grow.
+The model is the Qwen3 of random weights of grpo_step.py, with LoRA. No completion ends early. One
+size changes at a time, and the sizes take turns in every round. The exponent is the slope of a
+least-squares line through the logarithms of size and median: 0 is constant, 1 is proportional.
+Memory has a second exponent between the two largest sizes: an update holds about a thousand tokens
+in memory at once, so its memory stops growing at this number.
 
-Attention reads every earlier token for every token, so its share alone grows with the square of the
-completion. It is told from the rest by a fit of time = a n + b n^2 to the same medians: "attention"
-is b n^2 over the median at the longest, and the exponent "without" it is that of the medians less
-b n^2. Memory is the peak of mlx, less what was there before.
+Attention reads every earlier token for every token, so its share grows with the square of the
+completion's length. A fit of time = a n + b n^2 to the medians separates attention from the rest:
+"attention" is b n^2 divided by the median at the largest length, and the exponent "without"
+attention is the exponent of the medians minus b n^2. Memory is mlx's peak above the memory that
+was in use before.
 """
 
 import argparse
@@ -60,20 +61,20 @@ AXES: dict[str, Sequence[int]] = {
     "rank": (2, 8, 32),
     "width": (128, 256, 512),
 }
-# As a policy has it: memory of generation grows up to so many rows.
+# A policy decodes at most this many rows at once, which limits the memory of generation.
 MAX_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What one run took."""
+    """The time and the peak memory of one run."""
 
     seconds: float
     megabytes: float
 
 
 class Step:
-    """A model of one size, ready to generate and to be updated."""
+    """A model, with prompts to generate from and rollouts to train on, all of one size."""
 
     def __init__(self, size: Size) -> None:
         self._size = size
@@ -93,7 +94,7 @@ class Step:
         self._groups = [self._group(prompt, number) for number, prompt in enumerate(self._prompts)]
 
     def generate(self) -> list[list[DecodingRow]]:
-        """Every group's completions, all rows together."""
+        """Generate the completions of every group, with all rows at once."""
         size = self._size
         return decode(
             self._model,
@@ -106,7 +107,7 @@ class Step:
         )
 
     def update(self) -> None:
-        """One step of the trainer on rollouts of these lengths."""
+        """Take one step of the trainer on rollouts of this size."""
         self._trainer.train(self._groups)
 
     def _group(self, prompt: list[int], number: int) -> RolloutGroup:
@@ -130,12 +131,12 @@ class Step:
 
 
 def tokens_of(count: int, seed: int) -> list[int]:
-    """Random tokens, the same at every call."""
+    """Return random tokens, the same ones in each call."""
     return np.random.default_rng(seed).integers(5, SIZES["vocab_size"], count).tolist()
 
 
 def measured(run: Callable[[], object]) -> Measure:
-    """Seconds, and the most memory above what was there."""
+    """Return the seconds of a run, and the peak memory above the memory in use before."""
     mx.clear_cache()
     mx.reset_peak_memory()
     before, started = mx.get_active_memory(), time.perf_counter()
@@ -145,7 +146,7 @@ def measured(run: Callable[[], object]) -> Measure:
 
 
 def measure_axis(axis: str, runs: int) -> dict[str, Any]:
-    """Every size of the axis by turns; medians, peaks and exponents of each phase."""
+    """Run every size of the axis in turns; return medians, peaks and exponents of each phase."""
     values = AXES[axis]
     steps = {value: Step(replace(Size(), **{axis: value})) for value in values}
     phases: dict[str, dict[int, list[Measure]]] = {
@@ -173,18 +174,18 @@ def _summary(axis: str, found: dict[int, list[Measure]]) -> dict[str, Any]:
         "memory_exponent": round(exponent(sizes, megabytes), 2),
         "memory_exponent_at_the_end": round(exponent(sizes[-2:], megabytes[-2:]), 2),
     }
-    return summary | (apart(sizes, seconds) if axis == "completion" else {})
+    return summary | (separate_attention(sizes, seconds) if axis == "completion" else {})
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of log(value) over log(size)."""
+    """Return the slope of log(value) over log(size)."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def apart(sizes: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
-    """Attention's square told from what is in proportion to the length.
+def separate_attention(sizes: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
+    """Return attention's share of the time, and the exponent of the other time.
 
-    Each squared error counts relative to its median, so that short lengths count as long ones do.
+    The fit weights each error by its median, so that short lengths count as much as long ones.
     """
     n, t = np.array(sizes, float), np.array(seconds)
     (_, square), *_ = np.linalg.lstsq(np.stack([n, n**2], 1) / t[:, None], np.ones(len(n)))
@@ -196,7 +197,7 @@ def apart(sizes: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
 
 
 def line(axis: str, phase: str, found: dict[str, Any]) -> str:
-    """One phase of an axis, for people."""
+    """Return one line of text about one phase of an axis."""
     text = f"{axis:>10} {phase:<10}  time ^{found['time_exponent']:.2f}"
     if "attention" in found:
         text += f" (^{found['time_exponent_without']:.2f} without attention's "
@@ -212,10 +213,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=AXES, action="append", help="default: every axis")
-    parser.add_argument("--runs", type=int, default=3, help="of each size (default: 3)")
-    parser.add_argument("--threads", type=int, default=1, help="of the BLAS (default: 1)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object there too")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each size (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the BLAS (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the object to a file too"
+    )
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")

@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="updates of each run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each library")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, help="write the JSON object to this file too")
+    parser.add_argument("--output", type=Path, help="write the object to a file too")
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; expected at least 1")
