@@ -2,9 +2,7 @@
 
 import asyncio
 import functools
-import json
 import math
-import sys
 from contextlib import closing
 from fractions import Fraction
 
@@ -74,38 +72,6 @@ def test_an_answer_that_is_not_a_finite_number_is_refused_with_its_sample(value)
 def test_numbers_booleans_and_none_are_rewards_and_come_back_as_floats(value, expected):
     scored = score(lambda prompt, completion, example: value, "p", "c", {})
     assert scored == expected and type(scored) is type(expected)
-
-
-def test_a_reward_file_may_define_a_dataclass_with_postponed_annotations(write_rewards):
-    path = write_rewards(
-        "from __future__ import annotations\n"
-        "from dataclasses import dataclass\n"
-        "@dataclass\nclass Answer:\n    value: float\n"
-        "def read(p, c, e):\n    return Answer(0.5).value\n"
-    )
-    assert score(load_reward(f"{path}:read"), "p", "c", {}) == 0.5
-
-
-def test_a_reward_file_can_import_the_files_beside_it_at_once_and_later(write_rewards, tmp_path):
-    (tmp_path / "neighbour_now.py").write_text("half = 0.5\n")
-    (tmp_path / "neighbour_later.py").write_text("half = 0.5\n")
-    path = write_rewards(
-        "from neighbour_now import half\n"
-        "def both(p, c, e):\n    import neighbour_later\n    return half + neighbour_later.half\n"
-    )
-    assert score(load_reward(f"{path}:both"), "p", "c", {}) == 1.0
-
-
-def test_a_reward_file_named_like_a_known_module_does_not_replace_the_module(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "json.py").write_text("def good(p, c, e):\n    return 1\n")
-    load_reward(f"{tmp_path}/json.py:good")
-    assert sys.modules["json"] is json
-
-
-def test_keyboard_interrupts_pass_through(write_rewards):
-    with pytest.raises(KeyboardInterrupt):
-        load_reward(f"{write_rewards('raise KeyboardInterrupt')}:score")
 
 
 def test_an_exception_in_a_reward_names_function_line_and_sample(write_rewards):
