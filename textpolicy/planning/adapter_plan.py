@@ -1,6 +1,6 @@
-"""What a config will do to a model, before it does."""
+"""The layers that an adapter config would adapt or quantize, and the bytes that they would take."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import cast
@@ -18,12 +18,14 @@ from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.adapters.quantization.stored_weights import float_dtype, format_of, weight_shape
 
+_HEADINGS = ("module", "type", "shape", "adapter", "rank", "scale", "weights", "bytes", "+")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedModule:
-    """One linear, embedding or expert layer; without an adapter, `rank` and `scale` are None.
+    """One linear, embedding or expert layer; `rank` and `scale` are None without an adapter.
 
-    `bytes` are those of its own arrays as they will be stored, `adapter_bytes` those beside them.
+    `bytes` are those of the layer as it will be stored; `adapter_bytes` come on top of them.
     """
 
     path: str
@@ -39,97 +41,85 @@ class PlannedModule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterPlan:
-    """Every layer that could be adapted, and the bytes of all else (`other_bytes`)."""
+    """Every layer that can be adapted, and the bytes of all other arrays (`other_bytes`)."""
 
     modules: Sequence[PlannedModule]
     other_bytes: int
 
     @property
     def base_bytes(self) -> int:
-        """Of the frozen model."""
+        """The bytes of the frozen model."""
         return self.other_bytes + sum(row.bytes for row in self.modules)
 
     @property
     def adapter_bytes(self) -> int:
-        """Of what training moves."""
+        """The bytes of the trained parameters."""
         return sum(row.adapter_bytes for row in self.modules)
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers training moves."""
+        """The number of trained parameters."""
         return self.adapter_bytes // mx.float32.size
 
     def __str__(self) -> str:
-        """A table, a line a module, and the totals."""
-        head = ("module", "type", "shape", "adapter", "rank", "scale", "weights", "bytes", "+")
-        rows = [head, *(_cells(row) for row in self.modules)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, *self._totals()])
-
-    def _totals(self) -> Iterator[str]:
+        """Return a table with a line for each layer, and the totals."""
+        rows = [_HEADINGS, *map(_cells, self.modules)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         adapted = sum(row.kind != "none" for row in self.modules)
-        yield f"{adapted} of {len(self.modules)} layers adapted"
-        yield (
-            f"{self.base_bytes:,} bytes frozen, {self.adapter_bytes:,} bytes trained "
-            f"({self.trainable_parameters:,} numbers)"
+        totals = f"{self.base_bytes:,} bytes frozen, {self.adapter_bytes:,} bytes trained "
+        return "\n".join(
+            [
+                *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
+                f"{adapted} of {len(self.modules)} layers adapted",
+                f"{totals}({self.trainable_parameters:,} numbers)",
+            ]
         )
 
 
 def plan_adapters(model: nn.Module, config: AdapterConfig) -> AdapterPlan:
-    """What `AdapterContainer.from_model` would make of the model, which stays as it is.
+    """Return what `AdapterContainer.from_model` would make of the model, which does not change.
 
-    What cannot be is an error here as it is there.
+    Raise the errors that `from_model` would raise.
     """
     targets = find_target_modules(model, config)
-    forms = formats_to_apply(targets)
-    modules = dict(model.named_modules())
-    rows = [
-        _planned(path, modules[path], targets.get(path), forms.get(path))
-        for path in read_model_layout(model).sites
-    ]
-    arrays = {id(array): array.nbytes for array in named_arrays(model.parameters()).values()}
-    inside = sum(_bytes(modules[row.path]) for row in rows)
-    return AdapterPlan(modules=rows, other_bytes=sum(arrays.values()) - inside)
+    formats, modules = formats_to_apply(targets), dict(model.named_modules())
+    paths = read_model_layout(model).sites
+    rows = [_plan(path, modules[path], targets.get(path), formats.get(path)) for path in paths]
+    inside = sum(_bytes(modules[path]) for path in paths)
+    return AdapterPlan(modules=rows, other_bytes=_bytes(model) - inside)
 
 
-def _planned(
-    path: str, module: nn.Module, target: TargetModule | None, form: NumberFormat | None
+def _plan(
+    path: str, module: nn.Module, target: TargetModule | None, packed: NumberFormat | None
 ) -> PlannedModule:
-    shape = weight_shape(module)
-    adapted = target is not None and target.rule.kind != "none"
-    shapes = tensor_shapes(target.rule, target.kind, shape) if target and adapted else {}
-    stored = _bytes(module)
-    if form:
+    shape, stored, rule = weight_shape(module), _bytes(module), target.rule if target else None
+    adapted = rule if rule and rule.kind != "none" else None
+    tensors = tensor_shapes(adapted, target.kind, shape) if target and adapted else {}
+    if packed:
         weight = cast(mx.array, module["weight"])
-        stored += form.stored_bytes(shape, float_dtype(module).size) - weight.nbytes
-    kept = form or format_of(module)
+        stored += packed.stored_bytes(shape, float_dtype(module).size) - weight.nbytes
+    form = packed or format_of(module)
     return PlannedModule(
         path=path,
         module=type(module).__name__,
         shape=shape,
-        kind=target.rule.kind if target else "none",
-        rank=target.rule.rank if target and adapted else None,
-        scale=target.rule.scale if target and adapted else None,
-        quantization=f"{kept.name} / {kept.group_size}" if kept else None,
+        kind=rule.kind if rule else "none",
+        rank=adapted.rank if adapted else None,
+        scale=adapted.scale if adapted else None,
+        quantization=f"{form.name} / {form.group_size}" if form else None,
         bytes=stored,
-        adapter_bytes=sum(prod(shape) for shape in shapes.values()) * mx.float32.size,
+        adapter_bytes=sum(map(prod, tensors.values())) * mx.float32.size,
     )
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(array.nbytes for array in named_arrays(module.parameters()).values())
+    # A tied head is the same array under two names.
+    arrays = {id(array): array.nbytes for array in named_arrays(module.parameters()).values()}
+    return sum(arrays.values())
 
 
 def _cells(row: PlannedModule) -> tuple[str, ...]:
-    return (
-        row.path,
-        row.module,
-        " x ".join(map(str, row.shape)),
-        "-" if row.kind == "none" else row.kind,
-        "-" if row.rank is None else str(row.rank),
-        "-" if row.scale is None else f"{row.scale:g}",
-        row.quantization or "float",
-        f"{row.bytes:,}",
-        f"{row.adapter_bytes:,}",
-    )
+    shape, kind = " x ".join(map(str, row.shape)), "-" if row.kind == "none" else row.kind
+    rank, scale = (f"{value:g}" if value is not None else "-" for value in (row.rank, row.scale))
+    weights, size = row.quantization or "float", f"{row.bytes:,}"
+    return (row.path, row.module, shape, kind, rank, scale, weights, size, f"{row.adapter_bytes:,}")

@@ -1,158 +1,75 @@
-"""Will it fit: the memory of a step, from a model's config.json alone.
+"""The memory that a run needs, estimated from a model's config.json alone.
 
-Each phase is an explained sum of sizes of arrays. What is not known of a system, such as how far
-mlx starts on one operation before it is done with another, makes the sum an estimate: measured
-peaks are within 15 % of it (tests/planning/test_memory_plan.py).
+A plan is a list of arrays: the name of each, its bytes, and the phases of a step in which it is in
+memory. A peak is the largest sum over the arrays of one phase. Measured peaks on a CPU are within
+15 % of the estimates (tests/planning/test_memory_plan.py). On other devices, `textpolicy train
+--dry-run --measure` corrects the estimates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
 from textpolicy.generation.engine import MAX_DECODING_ROWS, PREFILL_CHUNK_TOKENS
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.training.batch import MICRO_BATCH_TOKENS
+from textpolicy.training.output_head import CHUNK_BYTES
+
+_SAMPLING = ("prefill", "fan out", "cache growth", "drawing")
+_TRAINING = ("blocks", "head", "update")
+_DECODING, _BACKWARD = _SAMPLING[2:], _TRAINING[:2]
+
+# Measured on a CPU: how many arrays of a size mlx has in memory at once.
+_LOGITS, _TRAINED_LOGITS = 4.5, 7  # of all logits; with a trained head
+_CHUNKS, _TRAINED_CHUNKS = 8.5, 11.5  # of a chunk, with the memory for the next one
+_INNER, _HIDDEN, _QUERIES = 4.5, 2, 4  # of these widths, in the backward pass of a block
+_GATE_SLICES, _SCORE_SLICES = 7, 8  # of the feed-forward and the attention layer there
+_PREFILL_SLICES = 5.5  # of attention scores in a forward pass
+_UNPACKED_SHARE = 1 / 4  # of a model in mlx's own formats, as float32 while tokens are decoded
 
 _FLOAT = mx.float32.size
-# Logits, the same over the temperature, below their largest, and their exponentials; then pieces.
-_HEAD_ARRAYS = 4.5
-# The trainer scores positions in chunks of at most so many bytes of logits. Measured is what a
-# chunk comes to with what mlx allocates ahead for the next.
-_CHUNK_BYTES = 16 * 2**20
-_CHUNK_ARRAYS = 8.5
-# The same two where the head itself is trained, and computed a second time.
-_TRAINED_HEAD_ARRAYS = 7
-_TRAINED_CHUNK_ARRAYS = 11.5
-# Of the pieces in which gates and attention scores are computed, with those that mlx allocates
-# ahead: going backwards through a block, and forwards.
-_GATE_PIECES = 7
-_SCORE_PIECES = 8
-_FORWARD_PIECES = 5.5
-# mlx-lm's caches grow by so many positions; rows begin with room for their completions, or as much.
-_CACHE_STEP = 256
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+_PROJECTIONS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+# Modules that read the same array, which the backward pass keeps once.
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedArray(NamedTuple):
+    """The bytes of an array, or of several with one purpose, and the phases that need it."""
+
+    bytes: int
+    phases: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Estimated bytes. The first five are there all the time, the others at their peak.
+    """The arrays of a run by name, all of them estimates."""
 
-    reference: weights of another model, such as a teacher
-    activations: what blocks keep for the backward pass
-    block: of one block on all tokens at once, gone through backwards or prefilled
-    head: logits, and what scores them
-    unpacked: the largest packed matrix, made float for a product
-    cache: keys and values of every row while decoding
-    cache_copy: one layer's cache a second time, as it grows
-    decode_head: logits, and what draws from them
-    decode_unpacked: packed matrices made float ahead of their use
-    prompt_cache, prompt_block: the same two while prompts are prefilled
-    """
-
-    weights: int
-    reference: int
-    adapters: int
-    optimizer: int
-    gradients: int
-    activations: int
-    block: int
-    head: int
-    unpacked: int
-    cache: int
-    cache_copy: int
-    decode_unpacked: int
-    decode_head: int
-    prompt_cache: int
-    prompt_block: int
+    arrays: Mapping[str, PlannedArray]
 
     @property
     def estimated_training_bytes(self) -> int:
         """The peak of a training step."""
-        models = self.weights + self.reference
-        standing = models + self.adapters + self.optimizer + self.gradients
-        backward = self.activations + max(self.block, self.head) + self.unpacked
-        # New weights, and the clipped gradient.
-        update = self.adapters + self.gradients
-        return standing + max(backward, update)
+        return self._peak(_TRAINING)
 
     @property
     def estimated_generation_bytes(self) -> int:
         """The peak of sampling the batch."""
-        prefill = self.prompt_cache + self.prompt_block
-        fan_out = self.prompt_cache + self.cache
-        decode = self.cache + max(self.cache_copy, self.decode_head) + self.decode_unpacked
-        models = self.weights + self.reference
-        return models + self.adapters + max(prefill, fan_out, decode)
+        return self._peak(_SAMPLING)
 
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """The widths of a transformer block, and what its adapters read and write."""
-
-    hidden: int
-    queries: int
-    keys: int
-    inner: int
-    heads: int
-    vocabulary: int
-    blocks: int
-    itemsize: int
-
-    def activations(self, tokens: int, joined: int, beside: "_Beside") -> int:
-        """What the backward pass needs of one block.
-
-        Of each token: the residual before each half; queries before and after their norm, scaled,
-        and what they attended to; keys before their norm; the gate and the other half. Then the
-        keys and values that completions attend to.
-        """
-        width = 2 * self.hidden + 4 * self.queries + self.keys + 2 * self.inner + beside.inputs
-        kept = tokens * width + 2 * joined * self.keys
-        return kept * self.itemsize + tokens * beside.width * _FLOAT
-
-    def gradients(self, tokens: int, scores: int) -> int:
-        """Of the larger half of one block, while what it computed is still there.
-
-        How many arrays of each width there are at once is measured.
-        """
-        inner = 4.5 * tokens * self.inner + 2 * tokens * self.hidden
-        inner += _GATE_PIECES * min(tokens * self.inner, SLICE_SIZE)
-        attention = 4 * tokens * self.queries + _SCORE_PIECES * min(scores * self.heads, SLICE_SIZE)
-        return round(max(inner, attention)) * self.itemsize
-
-    def prefill(self, tokens: int, scores: int, beside: "_Beside") -> int:
-        """Of one block that reads prompts, adapters included."""
-        pieces = round(_FORWARD_PIECES * min(scores * self.heads, SLICE_SIZE))
-        return self.activations(tokens, 0, beside) + pieces * self.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class _Beside:
-    """What adapters make the backward pass keep of each token, in each of `blocks` blocks.
-
-    `inputs` numbers in the model's dtype are what their modules read, `width` are in float32.
-    """
-
-    inputs: int
-    width: int
-    blocks: int
+    def _peak(self, phases: Sequence[str]) -> int:
+        return max(sum(a.bytes for a in self.arrays.values() if p in a.phases) for p in phases)
 
 
 def plan_memory(
@@ -168,196 +85,197 @@ def plan_memory(
     dtype: mx.Dtype | None = None,
     reference: Mapping[str, Any] | None = None,
 ) -> MemoryPlan:
-    """The memory to sample `batch` completions and to train on them with Adam.
+    """Return the memory to sample `batch` completions and to train on them with Adam.
 
-    `model` is an unadapted model or the content of its config.json, of which nothing is loaded;
-    groups of `group_size` rows share a prompt. `reference` is the config.json of another model,
-    such as a teacher, whose weights are counted. Known are dense models whose blocks are built like
-    Llama's: Llama, Mistral, Qwen2, Qwen3 and their kin.
+    `model` is a model without adapters, or the content of its config.json; no weight is loaded.
+    `group_size` completions share a prompt. `reference` is the config.json of another model whose
+    weights are in memory, such as a teacher. Raise ModelError for a model whose blocks are not
+    built like those of Llama, Mistral, Qwen2 and Qwen3.
     """
     if batch < 1 or group_size < 1 or batch % group_size:
         raise ConfigError(f"batch is {batch}; expected a multiple of group_size, {group_size}")
     # A module is a mapping too.
     network = model if isinstance(model, nn.Module) else build_unloaded_model(model, dtype)
     planned = plan_adapters(network, config or AdapterConfig())
-    block, packed = _widths(network, planned), _unpacked(planned)
-    beside = _beside(planned, block)
-    # A prompt that is not shared is read by every row of its group.
-    sharing = group_size if _shares_prompts(network) else 1
-    usual = _rows(group_size, sharing, prompt_tokens, completion_tokens)
+    block = _Block(network, planned)
+    teacher = build_unloaded_model(reference).parameters() if reference else {}
+    teacher_bytes = sum(array.nbytes for array in named_arrays(teacher).values())
+    # Training reads a prompt once for all its rows if the caches hold nothing but keys and values.
+    shares = all(type(layer) is KVCache for layer in make_prompt_cache(network))
+    sharing = group_size if shares else 1
+    usual = _usual_rows(group_size, sharing, prompt_tokens, completion_tokens)
     rows = min(micro_batch_size or usual, batch)
-    prompts, read = ceil(rows / sharing), prompt_tokens - 1
-    own = rows * completion_tokens
-    own_scores = own * (completion_tokens + read)
-    tokens, scores = own + prompts * read, own_scores + prompts * read**2
-    joined = rows * (read + completion_tokens)
-    whole = block.activations(tokens, joined, beside)
-    last, gradients = whole, block.gradients(tokens, scores)
-    if sharing > 1 and beside.blocks > 1:
-        # What the last block says of a shared prompt's tokens, nobody reads: it is not computed.
-        last = block.activations(own, joined, beside)
-        gradients = max(block.gradients(own, own_scores), gradients - last)
-    learned = (beside.blocks - 1) * whole + last
-    # The last block is gone through first, when its output, the norm of that, and the gradient are
-    # still there.
-    ends = 3 * own * block.hidden * block.itemsize
-    # A checkpointed block keeps its input and its prompts' keys and values; mlx computes the one
-    # before again beside the one that is gone through backwards.
-    pair = whole + max(whole if beside.blocks > 2 else last, gradients)
-    kept = tokens * block.hidden + 2 * (rows + prompts) * read * block.keys
-    logits = rows * completion_tokens * block.vocabulary * _FLOAT
-    sampled = min(batch // group_size, max(1, MAX_DECODING_ROWS // group_size))
-    at_once = min(max(read, 1), max(2, PREFILL_CHUNK_TOKENS // sampled))
-    whole_pieces = read - read % at_once
-    prefilled = sampled * max(at_once * whole_pieces, (read % at_once) * read)
-    # Caches of prompts without a token to read begin empty, and grow like those of long rows.
-    growing = completion_tokens > _CACHE_STEP or not read
-    room = _CACHE_STEP * ceil(completion_tokens / _CACHE_STEP) if growing else completion_tokens
-    first = _CACHE_STEP * ceil(read / _CACHE_STEP)
-    layer = 2 * sampled * group_size * (read + room) * block.keys * block.itemsize
-    prompt_layer = 2 * sampled * first * block.keys * block.itemsize
-    prompt_block = block.prefill(sampled * at_once, prefilled, beside)
     accumulated = 2 if rows < batch else 1
+    # The last token of a prompt is read together with the completion.
+    lengths = (prompt_tokens - 1, completion_tokens)
+    prompts = min(batch // group_size, max(1, MAX_DECODING_ROWS // group_size))
+    always, adapters = (*_SAMPLING, *_TRAINING), planned.adapter_bytes
     return MemoryPlan(
-        weights=planned.base_bytes,
-        reference=_bytes(build_unloaded_model(reference)) if reference else 0,
-        adapters=planned.adapter_bytes,
-        optimizer=2 * planned.adapter_bytes,
-        gradients=accumulated * planned.adapter_bytes,
-        activations=beside.blocks * kept * block.itemsize if checkpoint_gradients else learned,
-        block=pair if checkpoint_gradients else gradients + ends,
-        head=_head(logits, planned),
-        unpacked=max(packed.values(), default=0),
-        cache=block.blocks * layer,
-        cache_copy=layer if growing else 0,
-        decode_unpacked=_ahead(planned, packed, block),
-        decode_head=round(_HEAD_ARRAYS * sampled * group_size * block.vocabulary * _FLOAT),
-        prompt_cache=block.blocks * prompt_layer,
-        # The last block gives its keys and values, and is not computed beyond them.
-        prompt_block=max(0, prompt_block - prompt_layer),
+        {
+            "weights": PlannedArray(planned.base_bytes, always),
+            "reference": PlannedArray(teacher_bytes, always),
+            "adapters": PlannedArray(adapters, always),
+            "optimizer": PlannedArray(2 * adapters, _TRAINING),
+            "gradients": PlannedArray(accumulated * adapters, _TRAINING),
+            "new adapters": PlannedArray(adapters, ["update"]),
+            "clipped gradients": PlannedArray(accumulated * adapters, ["update"]),
+            **_backward_arrays(block, rows, sharing, lengths, checkpoints=checkpoint_gradients),
+            **_sampling_arrays(block, prompts, group_size, lengths),
+        }
     )
 
 
-def _bytes(model: nn.Module) -> int:
-    arrays = dict(tree_flatten(model.parameters())).values()
-    return sum(array.nbytes for array in arrays)
-
-
-def _rows(group_size: int, sharing: int, prompt_tokens: int, completion_tokens: int) -> int:
-    """How many rows a trainer has in memory at once unless it is told."""
-    row = completion_tokens if sharing > 1 else completion_tokens + prompt_tokens
+def _usual_rows(group_size: int, sharing: int, prompt: int, completion: int) -> int:
+    """Return the rows that `split_into_micro_batches` puts together if no size is given."""
+    row = completion if sharing > 1 else completion + prompt
     if group_size * row > MICRO_BATCH_TOKENS:
         return min(group_size, max(2, MICRO_BATCH_TOKENS // row))
-    group = group_size * completion_tokens + group_size // sharing * prompt_tokens
+    group = group_size * completion + group_size // sharing * prompt
     return group_size * max(1, MICRO_BATCH_TOKENS // group)
 
 
-def _shares_prompts(model: nn.Module) -> bool:
-    """Whether the model keeps nothing but keys and values, of all positions."""
-    # mlx-lm takes seconds to import, and who only adapts a model has no use for this.
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
+class _Block:
+    """The widths of a transformer block, and what its adapters keep for the backward pass."""
 
-    return all(type(layer) is KVCache for layer in make_prompt_cache(model))
+    def __init__(self, model: nn.Module, planned: AdapterPlan) -> None:
+        modules, rows = dict(model.named_modules()), {row.path: row for row in planned.modules}
+        try:
+            args, blocks = cast(Any, model).args, cast(list[nn.Module], cast(Any, model).layers)
+            first = next(path for path, module in modules.items() if module is blocks[0])
+            shapes = [rows[f"{first}.{name}"].shape for name in _PROJECTIONS]
+            norm: mx.array = modules[f"{first}.input_layernorm"]["weight"]
+            self.heads, self.vocabulary = int(args.num_attention_heads), int(args.vocab_size)
+            if more := blocks[0].children().keys() - _PARTS:
+                raise KeyError(f"extra {', '.join(sorted(more))}")
+        except (AttributeError, KeyError) as error:
+            raise ModelError(
+                f"the memory of {type(model).__module__} cannot be estimated ({error}): "
+                f"plan_memory knows dense blocks of {', '.join(sorted(_PARTS))} with "
+                f"{', '.join(_PROJECTIONS)}. Measure a step: textpolicy train --dry-run --measure"
+            ) from error
+        (self.queries, self.hidden), (self.keys, _), _, _, (self.inner, _), _, _ = shapes
+        self.planned, self.count, self.itemsize = planned, len(blocks), norm.dtype.size
+        adapted = [row for row in planned.modules if row.kind != "none"]
+        numbered = [(n, row) for row in adapted if (n := _block_number(row)) is not None]
+        # The gradient passes through all blocks from the first adapted one on.
+        embeds = any(row.module.endswith("Embedding") for row in adapted)
+        lowest = 0 if embeds else min((n for n, _ in numbered), default=self.count)
+        self.trained = self.count - lowest
+        last = [row for n, row in numbered if n == max(n for n, _ in numbered)]
+        inputs = {_SAME_INPUT.get(_name(row), _name(row)): row.shape[1] for row in last}
+        self.adapter_inputs = sum(inputs.values())
+        self.adapter_floats = sum(_adapter_floats(row, self.itemsize) for row in last)
 
+    def activations(self, tokens: int, joined: int) -> int:
+        """Return the bytes that the backward pass keeps of one block.
 
-def _widths(model: nn.Module, planned: AdapterPlan) -> _Block:
-    modules = dict(model.named_modules())
-    rows = {row.path: row for row in planned.modules}
-    try:
-        args: Any = model.args
-        blocks = cast(list[nn.Module], model.layers)
-        first = next(path for path, module in modules.items() if module is blocks[0])
-        shapes = [rows[f"{first}.{name}"].shape for name in _PROJECTIONS]
-        heads: int = args.num_attention_heads
-        norm: mx.array = modules[f"{first}.input_layernorm"]["weight"]
-    except (AttributeError, KeyError) as error:
-        raise _unknown(model, f"no {error}") from error
-    if more := blocks[0].children().keys() - _PARTS:
-        raise _unknown(model, f"also {', '.join(sorted(more))}")
-    (queries, hidden), (keys, _), _, _, (inner, _), _, _ = shapes
-    return _Block(
-        hidden=hidden,
-        queries=queries,
-        keys=keys,
-        inner=inner,
-        heads=heads,
-        vocabulary=args.vocab_size,
-        blocks=len(blocks),
-        itemsize=norm.dtype.size,
-    )
+        Of each token: the residual before each half; queries before and after the norm, scaled, and
+        the attention's output; keys before the norm; both factors of the gate; the inputs of
+        adapters. Then the keys and values that completions attend to: `joined` of each.
+        """
+        width = 2 * self.hidden + 4 * self.queries + self.keys + 2 * self.inner
+        kept = tokens * (width + self.adapter_inputs) + 2 * joined * self.keys
+        return kept * self.itemsize + tokens * self.adapter_floats * _FLOAT
 
-
-def _unknown(model: nn.Module, difference: str) -> ModelError:
-    return ModelError(
-        f"plan_memory knows dense blocks of {', '.join(sorted(_PARTS))} with "
-        f"{', '.join(_PROJECTIONS)}; {type(model).__module__} has others ({difference}). "
-        "Measure a small batch with mx.get_peak_memory instead"
-    )
-
-
-def _beside(planned: AdapterPlan, block: _Block) -> _Beside:
-    """From the first adapted block on, the backward pass needs what blocks computed."""
-    adapted = [row for row in planned.modules if row.kind != "none"]
-    inside = {row.path: _block_number(row) for row in adapted}
-    numbers = [number for number in inside.values() if number is not None]
-    if any(row.module.endswith("Embedding") for row in adapted):
-        numbers.append(0)
-    first = min(numbers, default=block.blocks)
-    deepest = max(numbers, default=first)
-    rows = [row for row in adapted if inside[row.path] == deepest]
-    read = {_input_of(row): row.shape[1] for row in rows}
-    return _Beside(
-        inputs=sum(read.values()),
-        width=sum(_kept_by(row, block) for row in rows),
-        blocks=block.blocks - first,
-    )
+    def temporaries(self, tokens: int, scores: int) -> int:
+        """Return the bytes of the larger half of one block during its backward pass."""
+        inner = tokens * (_INNER * self.inner + _HIDDEN * self.hidden)
+        inner += _GATE_SLICES * min(tokens * self.inner, SLICE_SIZE)
+        attention = _QUERIES * tokens * self.queries
+        attention += _SCORE_SLICES * min(scores * self.heads, SLICE_SIZE)
+        return round(max(inner, attention)) * self.itemsize
 
 
-def _kept_by(row: PlannedModule, block: _Block) -> int:
-    """The product with A; inputs in float32 if they are not; for DoRA the output and its update."""
-    outputs, inputs = row.shape
-    copied = inputs if block.itemsize < _FLOAT else 0
-    return (row.rank or 0) + copied + (2 * outputs if row.kind == "dora" else 0)
+def _backward_arrays(
+    block: _Block, rows: int, sharing: int, lengths: tuple[int, int], *, checkpoints: bool
+) -> dict[str, PlannedArray]:
+    (prompt, completion), prompts = lengths, ceil(rows / sharing)
+    own, joined = rows * completion, rows * (prompt + completion)
+    own_scores = own * (prompt + completion)
+    tokens, scores = own + prompts * prompt, own_scores + prompts * prompt**2
+    whole = last = block.activations(tokens, joined)
+    temporaries = block.temporaries(tokens, scores)
+    if sharing > 1 and block.trained > 1:
+        # The last block's outputs at prompt positions are not used, and not computed.
+        last = block.activations(own, joined)
+        temporaries = max(block.temporaries(own, own_scores), temporaries - last)
+    if checkpoints:
+        # A checkpointed block keeps its input and its prompts' keys and values. During the backward
+        # pass of a block, mlx computes the block before it again.
+        width = tokens * block.hidden + 2 * (rows + prompts) * prompt * block.keys
+        kept = block.trained * width * block.itemsize
+        temporaries = whole + max(whole if block.trained > 2 else last, temporaries)
+    else:
+        kept = (block.trained - 1) * whole + last
+        # The last block comes first: its output, the norm of the output and the gradient exist.
+        temporaries += 3 * own * block.hidden * block.itemsize
+    return {
+        "activations": PlannedArray(kept, _BACKWARD),
+        "block temporaries": PlannedArray(temporaries, ["blocks"]),
+        "logits": PlannedArray(_logits_bytes(block, own), ["head"]),
+        "unpacked matrix": PlannedArray(_unpacked_bytes(block)[0], _BACKWARD),
+    }
 
 
-def _input_of(row: PlannedModule) -> str:
-    """Modules that read the same array, which is kept once."""
-    name = row.path.rpartition(".")[2]
-    together = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    return together.get(name, name)
+def _sampling_arrays(
+    block: _Block, prompts: int, group_size: int, lengths: tuple[int, int]
+) -> dict[str, PlannedArray]:
+    (prompt, completion), rows, step = lengths, prompts * group_size, BatchKVCache.step
+    chunk = min(max(prompt, 1), max(2, PREFILL_CHUNK_TOKENS // prompts))
+    rest = prompt % chunk
+    scores = prompts * max(chunk * (prompt - rest), rest * prompt) * block.heads
+    prefill = round(_PREFILL_SLICES * min(scores, SLICE_SIZE)) * block.itemsize
+    prefill += block.activations(prompts * chunk, 0)
+    # The cache of a prompt without a token to read begins empty, and grows like that of a long row.
+    grows = completion > step or not prompt
+    room = step * ceil(completion / step) if grows else completion
+    layer = 2 * rows * (prompt + room) * block.keys * block.itemsize
+    prompt_layer = 2 * prompts * step * ceil(prompt / step) * block.keys * block.itemsize
+    logits = round(_LOGITS * rows * block.vocabulary * _FLOAT)
+    return {
+        "prompt cache": PlannedArray(block.count * prompt_layer, ["prefill", "fan out"]),
+        # Of the last block, only keys and values are computed.
+        "prefilled block": PlannedArray(max(0, prefill - prompt_layer), ["prefill"]),
+        "cache": PlannedArray(block.count * layer, ["fan out", *_DECODING]),
+        "grown layer of the cache": PlannedArray(layer if grows else 0, ["cache growth"]),
+        "logits of next tokens": PlannedArray(logits, ["drawing"]),
+        "unpacked matrices": PlannedArray(_unpacked_bytes(block)[1], _DECODING),
+    }
 
 
 def _block_number(row: PlannedModule) -> int | None:
     return next((int(part) for part in row.path.split(".") if part.isdigit()), None)
 
 
-def _head(logits: int, planned: AdapterPlan) -> int:
-    names = {row.path.rpartition(".")[2]: row.kind for row in planned.modules}
-    kind = names["lm_head" if "lm_head" in names else "embed_tokens"]
-    if kind == "none":
-        return round(min(_HEAD_ARRAYS * logits, _CHUNK_ARRAYS * _CHUNK_BYTES))
-    return round(min(_TRAINED_HEAD_ARRAYS * logits, _TRAINED_CHUNK_ARRAYS * _CHUNK_BYTES))
+def _name(row: PlannedModule) -> str:
+    return row.path.rpartition(".")[2]
 
 
-def _unpacked(planned: AdapterPlan) -> dict[str, int]:
-    """The bytes in float32 of each packed matrix that is made float for a product, by path.
+def _adapter_floats(row: PlannedModule, itemsize: int) -> int:
+    """Return the float32 numbers of each token: A's product, a copied input, DoRA's outputs."""
+    outputs, inputs = row.shape
+    copied = inputs if itemsize < _FLOAT else 0
+    return (row.rank or 0) + copied + (2 * outputs if row.kind == "dora" else 0)
 
-    GPUs multiply mlx's own formats as they are.
+
+def _logits_bytes(block: _Block, positions: int) -> int:
+    """Return the bytes of logits and their copies, at most those of a chunk of positions."""
+    kinds = {_name(row): row.kind for row in block.planned.modules}
+    frozen = kinds["lm_head" if "lm_head" in kinds else "embed_tokens"] == "none"
+    all_, chunks = (_LOGITS, _CHUNKS) if frozen else (_TRAINED_LOGITS, _TRAINED_CHUNKS)
+    return round(min(all_ * positions * block.vocabulary * _FLOAT, chunks * CHUNK_BYTES))
+
+
+def _unpacked_bytes(block: _Block) -> tuple[int, int]:
+    """Return the bytes of quantized matrices that are float32 at once: in training, in decoding.
+
+    GPUs multiply with mlx's formats directly. Training holds one matrix. Decoding unpacks ahead:
+    a share of the matrices in mlx's formats, which take one operation each, or the NF4 matrices of
+    a block, which take several.
     """
-    on_cpu = mx.default_device().type == mx.cpu
-    return {
-        row.path: prod(row.shape) * _FLOAT
-        for row in planned.modules
-        if row.quantization and (on_cpu or row.quantization.startswith("nf4"))
-    }
-
-
-def _ahead(planned: AdapterPlan, packed: Mapping[str, int], block: _Block) -> int:
-    """While tokens are decoded, little else is alive, and mlx makes weights float ahead of time.
-
-    NF4 takes several operations, so mlx gets no further than a block; its own formats take one,
-    and about a quarter of a model is float at once.
-    """
-    several = {row.path for row in planned.modules if (row.quantization or "").startswith("nf4")}
-    one = sum(size for path, size in packed.items() if path not in several)
-    return one // 4 + sum(packed[path] for path in several) // block.blocks
+    on_cpu, own, nf4 = mx.default_device().type == mx.cpu, [0], [0]
+    for row in block.planned.modules:
+        is_nf4 = (row.quantization or "").startswith("nf4")
+        if is_nf4 or (row.quantization and on_cpu):
+            (nf4 if is_nf4 else own).append(prod(row.shape) * _FLOAT)
+    return max(own + nf4), int(sum(own) * _UNPACKED_SHARE) + sum(nf4) // block.count
