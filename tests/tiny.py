@@ -32,12 +32,12 @@ def biased_model(*, seed: int = 0) -> nn.Module:
     return randomized(qwen2.Model(qwen2.ModelArgs(**args)), seed)
 
 
-def expert_model(*, seed: int = 0) -> nn.Module:
+def expert_model(*, seed: int = 0, **changes: Any) -> nn.Module:
     """Return a Qwen3-MoE, with a mixture of experts in every block."""
     args = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "head_dim": 32}
     args |= {"tie_word_embeddings": False, "num_experts": 4, "num_experts_per_tok": 2}
     args |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 64}
-    args |= {"norm_topk_prob": True} | SIZES
+    args |= {"norm_topk_prob": True} | SIZES | changes
     return randomized(qwen3_moe.Model(qwen3_moe.ModelArgs(**args)), seed)
 
 

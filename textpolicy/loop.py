@@ -126,7 +126,7 @@ def _sampling_metrics(sampled: SampledGroups | None, seconds: float) -> Metrics:
 
 
 class _StepTimer:
-    """Measures the time of each phase of a step, rewards included, and the peak memory."""
+    """Measures the time and the peak memory of each phase of a step, rewards included."""
 
     def __init__(self, scorer: Scorer) -> None:
         mx.reset_peak_memory()
@@ -134,12 +134,15 @@ class _StepTimer:
         self._scored = scorer.seconds
         self._started = self._last = time.perf_counter()
         self._seconds: Metrics = {}
+        self._peaks: dict[str, float] = {}
 
     def record(self, name: str) -> None:
-        """Record the time since the last phase ended as the time of phase `name`."""
+        """Record the time and the peak since the last phase ended as those of phase `name`."""
         now = time.perf_counter()
         self._seconds[f"time/{name}"] = now - self._last
         self._last = now
+        self._peaks[name] = mx.get_peak_memory() / 1e9
+        mx.reset_peak_memory()
 
     def metrics(self) -> Metrics:
         reward = self._scorer.seconds - self._scored
@@ -147,7 +150,9 @@ class _StepTimer:
             "time/generate": self._seconds["time/generate"] - reward,
             "time/reward": reward,
             "time/step": self._last - self._started,
-            "memory/peak_gb": mx.get_peak_memory() / 1e9,
+            "memory/peak_gb": max(self._peaks.values()),
+            "memory/peak_generate_gb": self._peaks["generate"],
+            "memory/peak_train_gb": self._peaks["train"],
         }
 
 

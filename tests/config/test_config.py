@@ -241,7 +241,7 @@ def flags_of(command: str) -> dict[str, argparse.Action]:
     return {action.dest: action for action in commands_of(build_parser())[command]._actions}
 
 
-SWITCHES = {"help", "json", "config", "set", "dry_run", "resume", "force"}
+SWITCHES = {"help", "json", "config", "set", "dry_run", "measure", "resume", "force"}
 CONFIGS = {"train": DEFAULTS, "sft": SFTConfig()}
 
 

@@ -1,11 +1,15 @@
 """A dry run: what a run would be and what it would take, and nothing started."""
 
+import gc
 import json
 import shutil
+from dataclasses import asdict
 
 import mlx.core as mx
 import pytest
 
+from tests.bases import arrays
+from tests.tiny import expert_model
 from textpolicy.cli import main
 from textpolicy.config import SFTConfig, TrainConfig, changed, read_toml
 
@@ -16,6 +20,8 @@ def planned(capsys):
 
     def run(*argv: str) -> tuple[str, dict]:
         capsys.readouterr()
+        # Models of earlier tests, freed during a measured step, would lower its peak.
+        gc.collect()
         assert main([*argv, "--dry-run"]) == 0
         text = capsys.readouterr().out
         assert main([*argv, "--dry-run", "--json"]) == 0
@@ -41,7 +47,37 @@ def test_it_starts_nothing_and_reads_no_weight(planned, tiny, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     model = str(tmp_path / "model")
     text, _ = planned(*ARGV, "--model", model, "--output", str(tmp_path / "run"))
-    assert "nothing was started" in text and not (tmp_path / "run").exists()
+    assert "no run was started" in text and not (tmp_path / "run").exists()
+
+
+def test_a_measured_step_corrects_the_estimate_and_leaves_nothing(planned, tmp_path):
+    output = tmp_path / "run"
+    argv = [*ARGV, "--group-size", "4", "--groups-per-step", "4", "--output", str(output)]
+    _, estimate = planned(*argv)
+    text, data = planned(*argv, "--measure")
+    for name, key in (("sampling", "generation"), ("training", "training")):
+        factor = data["correction_factors"][name]
+        assert factor == pytest.approx(1, rel=0.2)
+        corrected, plain = (one[f"estimated_{key}_bytes"] for one in (data, estimate))
+        assert corrected == pytest.approx(factor * plain, rel=1e-6)
+        assert 2**20 < data["measured_bytes"][name] < 2**27
+    assert "as measured" in text and "no run was started" in text
+    assert not output.exists()
+
+
+def test_the_memory_of_a_model_that_cannot_be_planned_is_measured(planned, tiny, tmp_path):
+    model, folder = expert_model(vocab_size=320), tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays(model))
+    (folder / "config.json").write_text(json.dumps(asdict(model.args)))
+    text, data = planned(*ARGV, "--measure", "--model", str(folder), "--max-tokens", "4")
+    assert "not known" in text and "estimated_training_bytes" not in data
+    assert data["measured_bytes"]["training"] > sum(a.nbytes for a in arrays(model).values())
+
+
+def test_measuring_goes_with_a_dry_run(capsys):
+    assert main([*ARGV, "--measure"]) == 2
+    assert "type --dry-run --measure" in capsys.readouterr().err
 
 
 def test_the_memory_grows_with_what_makes_it_grow(capsys):

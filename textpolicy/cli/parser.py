@@ -109,6 +109,8 @@ def _train(parser: ArgumentParser) -> None:
     add_config_file(parser, _DEFAULTS)
     add_resume(parser)
     _dry_run(parser, "show the settings and the estimated memory of the run, and start nothing")
+    text = "with --dry-run: take two steps, and correct the estimated memory by measured peaks"
+    parser.add_argument("--measure", action="store_true", help=text)
     add_settings(parser, _DEFAULTS)
 
 

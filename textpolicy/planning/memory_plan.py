@@ -30,7 +30,7 @@ _TRAINING = ("blocks", "head", "update")
 _DECODING, _BACKWARD = _SAMPLING[2:], _TRAINING[:2]
 
 # Measured on a CPU: how many arrays of a size mlx has in memory at once.
-_LOGITS, _TRAINED_LOGITS = 4.5, 7  # of all logits; with a trained head
+_LOGITS, _TRAINED_LOGITS = 4.5, 6.7  # of all logits; with a trained head
 _CHUNKS, _TRAINED_CHUNKS = 8.5, 11.5  # of a chunk, with the memory for the next one
 _INNER, _HIDDEN, _QUERIES = 4.5, 2, 4  # of these widths, in the backward pass of a block
 _GATE_SLICES, _SCORE_SLICES = 7, 8  # of the feed-forward and the attention layer there
@@ -67,6 +67,12 @@ class MemoryPlan:
     def estimated_generation_bytes(self) -> int:
         """The peak of sampling the batch."""
         return self._peak(_SAMPLING)
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Both peaks, by the phase that has them."""
+        sampling, training = self.estimated_generation_bytes, self.estimated_training_bytes
+        return {"sampling": sampling, "training": training}
 
     def _peak(self, phases: Sequence[str]) -> int:
         return max(sum(a.bytes for a in self.arrays.values() if p in a.phases) for p in phases)
@@ -115,7 +121,9 @@ def plan_memory(
             "weights": PlannedArray(planned.base_bytes, always),
             "reference": PlannedArray(teacher_bytes, always),
             "adapters": PlannedArray(adapters, always),
-            "optimizer": PlannedArray(2 * adapters, _TRAINING),
+            # A run's sampler has adapters of its own, which follow those of the trainer.
+            "sampler's adapters": PlannedArray(adapters, always),
+            "optimizer": PlannedArray(2 * adapters, always),
             "gradients": PlannedArray(accumulated * adapters, _TRAINING),
             "new adapters": PlannedArray(adapters, ["update"]),
             "clipped gradients": PlannedArray(accumulated * adapters, ["update"]),

@@ -1,4 +1,4 @@
-"""Memory that stays where the device is."""
+"""Wired memory: memory of a Metal device that macOS may not page out."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 
 @contextmanager
-def wired_memory() -> Generator[None, None, None]:
-    """Inside, a Metal device keeps as much of mlx's memory resident as it recommends.
+def keep_memory_wired() -> Generator[None, None, None]:
+    """Keep as much of mlx's memory wired as the Metal device recommends, until the block ends.
 
-    Without it, macOS may page out weights between two steps. Other devices know no such limit.
+    Without a limit, macOS may page out weights between two steps. Other devices have no such limit.
     """
     before = maybe_set_recommended_wired_limit()
     try:

@@ -1,10 +1,10 @@
-"""`textpolicy plan`: what an adapter config would do to a model. No weight is read."""
+"""`textpolicy plan`: the layers that an adapter config would train. No weight is read."""
 
 from argparse import Namespace
 from dataclasses import asdict
 
 from textpolicy.cli.answer import Answer
-from textpolicy.cli.dry_run import architecture_of
+from textpolicy.cli.dry_run import read_architecture
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.experiment.assembly import adapter_config, dtype_of
@@ -14,7 +14,7 @@ from textpolicy.planning.unloaded_model import build_unloaded_model
 
 def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
-    model = build_unloaded_model(architecture_of(config.model), dtype_of(config.model))
+    model = build_unloaded_model(read_architecture(config.model), dtype_of(config.model))
     planned = plan_adapters(model, adapter_config(config.adapter))
     data = {
         "modules": [asdict(row) for row in planned.modules],

@@ -9,6 +9,7 @@ from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import TerminalListener, listening
 from textpolicy.config import TrainConfig
+from textpolicy.errors import ConfigError
 from textpolicy.experiment import Measurement, RunResult
 from textpolicy.experiment import run as run_config
 from textpolicy.experiment.resuming import resume_line
@@ -16,12 +17,17 @@ from textpolicy.experiment.resuming import resume_line
 
 def run(options: Namespace) -> Answer:
     """Train, or show what training would take."""
+    if options.measure and not options.dry_run:
+        raise ConfigError(
+            "--measure estimates the memory of a run from two steps, and starts no run. Type "
+            "--dry-run --measure, or leave out --measure"
+        )
     if options.resume:
         config = configured_to_resume(TrainConfig(), options)
     else:
         config = configured(TrainConfig(), options)
     if options.dry_run:
-        return show_plan(config)
+        return show_plan(config, measure=options.measure)
     with listening(config.run.steps) as listener:
         result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
         text = _text(result, config, listener)

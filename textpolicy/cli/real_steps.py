@@ -1,0 +1,127 @@
+"""Real training steps with the settings of a run, to be measured. Nothing of them is kept.
+
+The steps are those of `textpolicy train`, with two differences. Every group has something to learn:
+the user's rewards are called, and then replaced by 0 and 1 in turn. And the learning rate is so
+small that the model answers the last step as it answers the first.
+"""
+
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+
+from textpolicy.config import TrainConfig, changed
+from textpolicy.environments import Environment
+from textpolicy.experiment.assembly import apply_thread_option, assemble, find_algorithm
+from textpolicy.experiment.tasks import find_task
+from textpolicy.loop import StepReport, train_rl
+from textpolicy.rewards import Incident, Rewards, Sample, Scorer, Verdict
+from textpolicy.runs import RunDirectory
+from textpolicy.tracking.console import terminal_safe
+from textpolicy.training.checkpoint import Checkpoints
+from textpolicy.types import Metrics, Progress
+
+_SETTINGS = {
+    "trainer.lr": 1e-6,
+    "trainer.schedule": "constant",
+    "trainer.warmup": 0,
+    "rollout.steps_per_generation": 1,
+    "rollout.refill_rounds": 1,
+}
+_PEAKS = {"sampling": "memory/peak_generate_gb", "training": "memory/peak_train_gb"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealSteps:
+    """What was measured. `metrics` are means over the steps after the warm-up step.
+
+    `lengths` are the most tokens of a rollout before its first sampled token and from there on.
+    `peaks` are the most bytes in sampling and in training, less the bytes from before the steps.
+    """
+
+    environment: Environment
+    steps: int
+    warmed_up: bool
+    metrics: Metrics
+    lengths: Mapping[str, int]
+    peaks: Mapping[str, int]
+
+
+def run_real_steps(config: TrainConfig, *, steps: int, seconds: float = math.inf) -> RealSteps:
+    """Take a warm-up step and `steps` more, or as many as `seconds` allow, and measure them.
+
+    If the first step takes all the time, it is the measured step. Adapters and checkpoints go to a
+    temporary folder.
+    """
+    config, bytes_before = changed(config, _SETTINGS), mx.get_active_memory()
+    apply_thread_option(config.model)
+    algorithm, (environment, rewards) = find_algorithm(config.algorithm), find_task(config.task)
+    reports: list[StepReport] = []
+    with TemporaryDirectory() as folder:
+        directory = RunDirectory(Path(folder))
+        experiment = assemble(config, environment, rewards, algorithm, directory)
+        started = time.perf_counter()
+
+        def see(report: StepReport) -> Progress:
+            took, left = report.metrics["time/step"], seconds - (time.perf_counter() - started)
+            _note(f"{f'step {report.step}' if report.step else 'warm-up'}  {took:.2f} s")
+            reports.append(report)
+            return Progress.STOP if left < took else Progress.MORE
+
+        with closing(SignalScorer(rewards, on_incident=_note_incident)) as scorer:
+            train_rl(
+                tasks=environment.stream(config.run.seed),
+                reward=scorer,
+                policy=experiment.policy,
+                trainer=experiment.trainer,
+                steps=1 + steps,
+                groups_per_step=config.rollout.groups_per_step,
+                group_size=config.rollout.group_size,
+                seed=config.run.seed,
+                on_step=see,
+                checkpoints=Checkpoints(directory.checkpoints, every=config.run.checkpoint_every),
+            )
+    kept = reports[1:] or reports
+    names = set[str].intersection(*(set(report.metrics) for report in kept))
+    values = {name: [report.metrics[name] for report in kept] for name in sorted(names)}
+    rollouts = [one for report in kept for group in report.trained for one in group.rollouts]
+    starts = [rollout.mask.index(True) for rollout in rollouts]
+    rests = [len(one.mask) - start for one, start in zip(rollouts, starts, strict=True)]
+    return RealSteps(
+        environment=environment,
+        steps=len(kept),
+        warmed_up=len(reports) > 1,
+        metrics={name: statistics.fmean(all_) for name, all_ in values.items()},
+        lengths={"prompt_tokens": max(starts), "completion_tokens": max(rests)},
+        peaks={name: round(1e9 * max(values[m])) - bytes_before for name, m in _PEAKS.items()},
+    )
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _note_incident(incident: Incident) -> None:
+    _note(terminal_safe(str(incident)))
+
+
+class SignalScorer(Scorer):
+    """Calls the rewards, and then gives the samples of each task 0 and 1 in turn."""
+
+    def __init__(self, rewards: Rewards, **options: Any) -> None:
+        super().__init__(rewards, **options)
+        self._signals: defaultdict[str, cycle[float]] = defaultdict(lambda: cycle((0.0, 1.0)))
+
+    def score_prepared(self, samples: Sequence[Sample]) -> list[Verdict]:
+        verdicts = zip(super().score_prepared(samples), samples, strict=True)
+        return [replace(verdict, value=next(self._signals[one.id])) for verdict, one in verdicts]
