@@ -18,7 +18,7 @@ from textpolicy.rollout.task_source import TaskSource
 from textpolicy.tracking.rollout_metrics import rollout_metrics, staleness_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
-from textpolicy.training.wired_memory import wired_memory
+from textpolicy.training.wired_memory import keep_memory_wired
 from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task, asks_to_stop
 
 
@@ -68,7 +68,7 @@ def train_rl(
     """
     source, buffer = TaskSource(tasks), Buffer(max_staleness=steps_per_generation - 1)
     metrics: Metrics = {}
-    with scorer_of(reward) as scorer, wired_memory():
+    with scorer_of(reward) as scorer, keep_memory_wired():
         first = restore_checkpoint(resume, trainer, policy, source, buffer, scorer) if resume else 0
         timer = _StepTimer(scorer)
         for step in range(first, steps):

@@ -324,7 +324,7 @@ COMMANDS = {
         "list the ready environments, or check and show one", _envs, "textpolicy envs calculator"
     ),
     "bench": Command(
-        "take training steps for a minute: where their time goes, and what to change",
+        "take training steps for a minute; show where their time goes and their peak memory",
         _bench,
         "textpolicy bench",
         "textpolicy bench --model Qwen/Qwen3-0.6B --env gsm8k --quantize 4",
