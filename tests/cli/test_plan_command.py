@@ -23,7 +23,7 @@ def test_the_command_plans_from_words_or_from_a_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words", "message"),
     [
-        ("{}", ["--rank", "4"], "beside ['rank']; put them in"),
+        ("{}", ["--rank", "4"], "given together with ['rank']. Set these options in"),
         ("{", [], "is not JSON"),
         ("[]", [], "holds a list"),
         ('{"target_modules": ["query"]}', [], "'query', which matches nothing"),

@@ -77,7 +77,7 @@ def test_the_memory_of_a_model_that_cannot_be_planned_is_measured(planned, tiny,
 
 def test_measuring_goes_with_a_dry_run(capsys):
     assert main([*ARGV, "--measure"]) == 2
-    assert "type --dry-run --measure" in capsys.readouterr().err
+    assert "Type --dry-run --measure" in capsys.readouterr().err
 
 
 def test_the_memory_grows_with_what_makes_it_grow(capsys):
