@@ -115,7 +115,7 @@ class _Trial:
     seconds: float
 
     def value(self, kind: str) -> float:
-        """Return the reward of this kind of answer, or NaN without one: comparisons are False."""
+        """Return the reward of this kind of answer, or NaN, which makes comparisons False."""
         value = self.verdicts[kind].value if kind in self.verdicts else None
         return nan if value is None else value
 

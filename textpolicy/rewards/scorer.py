@@ -104,7 +104,7 @@ class Scorer:
             self._pool.close()
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Start the processes; raise `ConfigError` if the rows lack a column that is needed."""
+        """Start the processes; raise `ConfigError` if rows lack a column that a function needs."""
         for columns in dict.fromkeys(frozenset(row) for row in rows):
             for member in self._members:
                 member.check_columns(sorted(columns))

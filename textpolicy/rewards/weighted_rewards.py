@@ -12,7 +12,7 @@ from textpolicy.rewards.reward_function import Reward, as_reward
 
 @dataclass(frozen=True)
 class Rewards:
-    """`Rewards([close, brief], weights=[1, 0.2], timeout=5, on_error="skip")`.
+    """Reward functions and how they run: `Rewards([close, brief], weights=[1, 0.2], timeout=5)`.
 
     Without `timeout` the functions run in this process. With `timeout` they run in up to `workers`
     other processes, and a call that takes more than `timeout` seconds is killed: seconds for one

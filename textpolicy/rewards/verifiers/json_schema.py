@@ -111,7 +111,7 @@ def _problems(value: Any, schema: Schema, place: str) -> Iterator[str]:
 
 
 def _member_problems(value: Any, schema: Mapping[str, Any], place: str) -> Iterator[str]:
-    """Yield each reason why what an object or array holds does not fit the schema."""
+    """Yield each reason why a member of an object or array does not fit the schema."""
     if isinstance(value, dict):
         missing = [name for name in schema.get("required", ()) if name not in value]
         yield from (f"{place}: {name!r} is missing" for name in missing)

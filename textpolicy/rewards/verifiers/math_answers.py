@@ -92,7 +92,7 @@ def number_in(text: str) -> Fraction | None:
 
 
 def _same_value(left: AnswerTree, right: AnswerTree) -> bool:
-    """Return whether two trees have the same value; raise `UnreadableAnswerError` if not known."""
+    """Return whether two trees have the same value, or raise `UnreadableAnswerError`."""
     if isinstance(left, ListNode) and isinstance(right, ListNode):
         return _same_items(left, right)
     if isinstance(left, ListNode) or isinstance(right, ListNode):

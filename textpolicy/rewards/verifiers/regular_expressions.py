@@ -14,7 +14,7 @@ from textpolicy.rewards.worker_process import WorkerPool
 
 
 def pattern_match(text: str, pattern: str, *, whole: bool = False, seconds: float = 0.5) -> bool:
-    """Return whether the pattern occurs in the text, or matches all of it, within `seconds`."""
+    """Return whether the pattern matches part of the text, or with `whole` all, in `seconds`."""
     try:
         re.compile(pattern)
     except re.error as error:
