@@ -49,7 +49,7 @@ from textpolicy.generation.model_files import tiny_model
 from textpolicy.training.sft import (
     BatchStream,
     Demonstration,
-    Event,
+    SFTEvent,
     SFTParameters,
     TrainReport,
     train_sft,
@@ -199,7 +199,7 @@ def run_textpolicy(
     adapted(model)
     loss_times = LossTimes()
 
-    def on_progress(event: Event) -> Progress:
+    def on_progress(event: SFTEvent) -> Progress:
         if isinstance(event, TrainReport):
             loss_times.add(event.loss)
         return Progress.MORE

@@ -32,7 +32,7 @@ from textpolicy.rewards import score
 from textpolicy.training.sft import (
     BatchStream,
     Demonstration,
-    Event,
+    SFTEvent,
     SFTParameters,
     TrainReport,
     train_sft,
@@ -207,7 +207,7 @@ class Curriculum:
         rate = LEARNING_RATE * mx.minimum(step / WARM_UP, 1)
         return rate if self.last is None else rate * (self.last - step) / COOL_DOWN
 
-    def practise(self, report: Event) -> Progress:
+    def practise(self, report: SFTEvent) -> Progress:
         """Measure and print accuracies, and draw a task more often the lower its accuracy is."""
         if not isinstance(report, TrainReport):
             return Progress.MORE
