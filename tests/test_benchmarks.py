@@ -1,5 +1,11 @@
-"""Run the scripts in benchmarks/ as a user runs them, each with its smallest sizes."""
+"""The scripts in benchmarks/ run as a user runs them, each with its smallest sizes.
 
+Some scripts take minutes, or need packages that are not installed here. A quick test therefore
+checks every name that the scripts in benchmarks/, tools/ and examples/ import from TextPolicy.
+"""
+
+import ast
+import importlib
 import json
 import runpy
 import subprocess
@@ -8,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = sorted(
+    path for name in ("benchmarks", "tools", "examples") for path in (ROOT / name).rglob("*.py")
+)
 MACHINE = {"machine", "processor", "device", "blas", "threads"}
 VERSIONS = {"python", "textpolicy", "mlx", "mlx-lm"}
 STEP = "--prompts 1 --group-size 2 --prompt-tokens 8 --completion-tokens 8 --warm-up 0"
@@ -54,6 +64,20 @@ def test_a_record_describes_the_machine_and_the_versions(script):
 @pytest.mark.parametrize("script", LONGER)
 def test_a_script_that_takes_minutes_prints_its_options(script):
     assert printed(script, "--help").startswith(f"usage: {script}")
+
+
+def imported_names(script: Path) -> list[tuple[str, str]]:
+    nodes = ast.walk(ast.parse(script.read_text("utf-8")))
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    ours = [node for node in found if node.module.split(".")[0] == "textpolicy"]
+    return [(node.module, alias.name) for node in ours for alias in node.names]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_name_that_a_script_imports_from_textpolicy_exists(script):
+    for module, name in imported_names(script):
+        if not hasattr(importlib.import_module(module), name):
+            importlib.import_module(f"{module}.{name}")
 
 
 @pytest.mark.parametrize(("script", "flag"), [*COUNTS.items(), ("sft", "--repeats")])
