@@ -7,6 +7,8 @@ losses have a bound for tokens with A < 0, whose ratio the clip does not limit. 
 
     delta       surrogate >= delta * A      INTELLECT-2, arXiv:2505.07291, 3.4: two-sided clipping
     dual_clip   surrogate >= dual_clip * A  Ye et al. 2020, arXiv:1912.09729, equation 5
+
+Both are numbers above 1 + clip_high, as in the papers.
 """
 
 from collections.abc import Callable, Sequence
