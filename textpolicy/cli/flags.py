@@ -41,13 +41,10 @@ class FlagParser(ArgumentParser):
         given: list[str] = list(args or ())
         end = given.index("--") if "--" in given else len(given)
         for flag in map(_flag_in, given[:end]):
-            if flag and not self._knows(flag):
+            # The value of a short flag may follow without a space.
+            if flag and not {flag, flag[:2]} & self._option_string_actions.keys():
                 self.error(f"unknown flag {flag}{self._suggestion(flag)}")
         return super().parse_known_args(args, namespace)
-
-    def _knows(self, flag: str) -> bool:
-        # The value of a short flag may follow without a space.
-        return any(form in self._option_string_actions for form in (flag, flag[:2]))
 
     def _suggestion(self, flag: str) -> str:
         flags = {known: known for known in self._option_string_actions}

@@ -69,12 +69,9 @@ def _config_of(
             "no config is given. Pass one, for example run({'task': {'env': 'sort'}}), or name a "
             "run directory to resume: run(resume='runs/sort')"
         )
-    return read_toml(Path(config), started or _kind_of_file(Path(config)))
-
-
-def _kind_of_file(path: Path) -> RunConfig:
-    text = path.read_text("utf-8") if path.is_file() else ""
-    return SFTConfig() if "\n[data]" in f"\n{text}" else TrainConfig()
+    path = Path(config)
+    supervised = path.is_file() and "\n[data]" in f"\n{path.read_text('utf-8')}"
+    return read_toml(path, started or (SFTConfig() if supervised else TrainConfig()))
 
 
 def _new_run(config: RunConfig) -> RunDirectory:

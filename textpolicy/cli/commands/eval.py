@@ -10,7 +10,7 @@ from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
-from textpolicy.evaluation import Comparison, Evaluation, HeldOut, TaskDifference, compare, evaluate
+from textpolicy.evaluation import Comparison, Evaluation, HeldOut, compare, evaluate
 from textpolicy.experiment.assembly import apply_thread_option, dtype_of, sampling_of
 from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
@@ -43,12 +43,7 @@ class _Result:
 
     heldout: HeldOut
     evaluations: dict[str, Evaluation]
-
-    @property
-    def comparison(self) -> Comparison | None:
-        if "adapter" not in self.evaluations:
-            return None
-        return compare(self.heldout.tasks, self.evaluations["base"], self.evaluations["adapter"])
+    comparison: Comparison | None
 
 
 def _evaluate(
@@ -62,47 +57,35 @@ def _evaluate(
             scorer=scorer,
             max_tokens=policy.sampling.max_tokens,
         )
-
-        def evaluate_now() -> Evaluation:
-            return evaluate(
-                policy,
-                heldout,
-                samples=settings.samples,
-                temperature=settings.temperature,
-                good=settings.good,
-            )
-
+        options: dict[str, Any] = {
+            name: getattr(settings, name) for name in ("samples", "temperature", "good")
+        }
         with adapters.disabled() if adapters else nullcontext():
-            evaluations = {"base": evaluate_now()}
+            evaluations = {"base": evaluate(policy, heldout, **options)}
+        comparison = None
         if adapters:
-            evaluations["adapter"] = evaluate_now()
-    return _Result(heldout=heldout, evaluations=evaluations)
+            evaluations["adapter"] = evaluate(policy, heldout, **options)
+            comparison = compare(heldout.tasks, evaluations["base"], evaluations["adapter"])
+    return _Result(heldout=heldout, evaluations=evaluations, comparison=comparison)
 
 
 def _data(result: _Result) -> dict[str, Any]:
-    evaluations, comparison = result.evaluations, result.comparison
-    rewards = {name: asdict(evaluation.greedy_reward) for name, evaluation in evaluations.items()}
-    metrics = {name: evaluation.metrics("") for name, evaluation in evaluations.items()}
+    evaluations = result.evaluations.items()
+    rewards = {name: asdict(evaluation.greedy_reward) for name, evaluation in evaluations}
+    metrics = {name: evaluation.metrics("") for name, evaluation in evaluations}
     data = {"env": result.heldout.name, **rewards, "metrics": metrics}
-    return data | ({"comparison": asdict(comparison)} if comparison else {})
+    return data | ({"comparison": asdict(result.comparison)} if result.comparison else {})
 
 
 def _lines(result: _Result, model: str, show: int) -> list[str]:
-    heldout, comparison = result.heldout, result.comparison
-    return [
-        f"{model} on {len(heldout.tasks)} held-out tasks of {heldout.name}",
-        *_reward_lines(result.evaluations),
-        *(_comparison_lines(comparison, show) if comparison else []),
-    ]
-
-
-def _reward_lines(evaluations: dict[str, Evaluation]) -> list[str]:
+    heldout = result.heldout
     rows: list[tuple[str, str]] = []
-    for name, evaluation in evaluations.items():
+    for name, evaluation in result.evaluations.items():
         sampled = {k: v for k, v in evaluation.metrics("").items() if "@" in k}
         more = "".join(f"  {metric} {value:.3f}" for metric, value in sampled.items())
         rows.append((name, f"greedy {evaluation.greedy_reward}{more}"))
-    return [table(rows)]
+    lines = [f"{model} on {len(heldout.tasks)} held-out tasks of {heldout.name}", table(rows)]
+    return lines + (_comparison_lines(result.comparison, show) if result.comparison else [])
 
 
 def _comparison_lines(comparison: Comparison, show: int) -> list[str]:
@@ -112,20 +95,16 @@ def _comparison_lines(comparison: Comparison, show: int) -> list[str]:
         f"{comparison.count - len(comparison.differences)} equal",
     ]
     for difference in comparison.differences[:show]:
-        lines += ["", *_difference_lines(difference)]
+        rows = [
+            ("prompt", difference.prompt),
+            (f"base {difference.reward_before:g}", difference.before),
+            (f"adapter {difference.reward_after:g}", difference.after),
+        ]
+        lines += ["", table([(name, _on_one_line(text)) for name, text in rows])]
     return lines
 
 
-def _difference_lines(difference: TaskDifference) -> list[str]:
-    rows = [
-        ("prompt", difference.prompt),
-        (f"base {difference.reward_before:g}", difference.before),
-        (f"adapter {difference.reward_after:g}", difference.after),
-    ]
-    return [table([(name, _cut(text)) for name, text in rows])]
-
-
-def _cut(text: str) -> str:
+def _on_one_line(text: str) -> str:
     line = terminal_safe(text).replace("\n", "\\n")
     limit = _MAX_SHOWN_CHARACTERS
     return line if len(line) <= limit else f"{line[:limit]} ..."

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
@@ -20,7 +19,6 @@ from textpolicy.adapters.quantization.stored_weights import is_quantized
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
-from textpolicy.config.sections import ModelOptions
 from textpolicy.errors import AdapterError, ConfigError, ModelError
 from textpolicy.experiment.assembly import DTYPES, apply_thread_option, dtype_of
 from textpolicy.generation.lora import adapters_of
@@ -42,9 +40,9 @@ def run(options: Namespace) -> Answer:
         )
     folder = find_model(config.model.name)
     architecture = json.loads((folder / "config.json").read_text("utf-8"))
-    model, tokenizer = load_model(
-        config.model.name, start, dtype=_dtype(config.model, architecture)
-    )
+    stored = str(architecture.get("dtype") or architecture.get("torch_dtype"))
+    dtype = dtype_of(config.model) or DTYPES.get(stored)
+    model, tokenizer = load_model(config.model.name, start, dtype=dtype)
     fused = _fuse(model, to_float=options.dequantize, min_survival=options.min_survival)
     written = _fused_config(architecture, model)
     _write_model(output, model, tokenizer, written, folder)
@@ -56,12 +54,6 @@ def run(options: Namespace) -> Answer:
         "quantization": written.get("quantization"),
     }
     return Answer(data=data, text=_report_text(fused, output))
-
-
-def _dtype(options: ModelOptions, architecture: dict[str, Any]) -> mx.Dtype | None:
-    """Return the dtype of the options, or the dtype of the checkpoint."""
-    stored = str(architecture.get("dtype") or architecture.get("torch_dtype"))
-    return dtype_of(options) or DTYPES.get(stored)
 
 
 def _fuse(model: nn.Module, *, to_float: bool, min_survival: float) -> FuseReport:

@@ -16,7 +16,7 @@ from textpolicy.tracking.jsonl import read_metrics
 _COMPARED = ("reward", "loss", "validation/loss", "entropy", "completions/mean_length", "time/step")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RunSummary:
     """One run, read from its files. `best` is its best evaluation reward or validation loss."""
 
@@ -34,10 +34,7 @@ def run(options: Namespace) -> Answer:
     directories = [directory for path in paths for directory in _runs_in(path)]
     if len(paths) > 1 and all(RunDirectory(path).exists for path in paths):
         return _compare(directories)
-    summaries = [
-        _summary(directory) if directory.path in paths else _summary_or_unreadable(directory)
-        for directory in directories
-    ]
+    summaries = [_summary(directory, named=directory.path in paths) for directory in directories]
     if not summaries:
         return Answer(data={"runs": []}, text=f"no runs in {', '.join(map(str, paths))}")
     return Answer(data={"runs": [asdict(one) for one in summaries]}, text=_table(summaries))
@@ -66,24 +63,14 @@ def _rows(directory: RunDirectory) -> list[dict[str, Any]]:
     return read_metrics(directory.metrics) if directory.metrics.is_file() else []
 
 
-def _summary_or_unreadable(directory: RunDirectory) -> RunSummary:
-    """Return the summary of a run in a list, where one damaged run must not hide the others."""
+def _summary(directory: RunDirectory, *, named: bool) -> RunSummary:
+    """Return the summary of a run; a damaged run that was not named must not hide the others."""
     try:
-        return _summary(directory)
+        settings, rows = _settings(directory), _rows(directory)
     except DataError:
-        return RunSummary(
-            name=directory.path.name,
-            task="-",
-            algorithm="-",
-            steps=0,
-            planned=0,
-            best=None,
-            state="unreadable",
-        )
-
-
-def _summary(directory: RunDirectory) -> RunSummary:
-    settings, rows = _settings(directory), _rows(directory)
+        if named:
+            raise
+        return RunSummary(directory.path.name, "-", "-", 0, 0, None, "unreadable")
     supervised = "data.source" in settings
     planned = settings.get("trainer.iterations" if supervised else "run.steps", 0)
     done = max((row["step"] + ("reward" in row) for row in rows), default=0)

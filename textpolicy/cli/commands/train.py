@@ -7,7 +7,7 @@ from typing import Any
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
-from textpolicy.cli.listener import TerminalListener, listening
+from textpolicy.cli.listener import listening
 from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError
 from textpolicy.experiment import Measurement, RunResult
@@ -30,7 +30,12 @@ def run(options: Namespace) -> Answer:
         return show_plan(config, measure=options.measure)
     with listening(config.run.steps) as listener:
         result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
-        text = _text(result, config, listener)
+        if result.after:
+            directory = result.directory
+            files = f"adapters in {directory.latest}\nreport in {directory.report}"
+            text = f"{describe_result(result)}\n{files}"
+        else:
+            text = listener.stopped(resume_line(result.directory, config))
         return Answer(data=_data(result), text=text, exit_code=listener.exit_code(result))
 
 
@@ -53,14 +58,6 @@ def describe_result(result: RunResult) -> str:
             "completions of one task?"
         )
     return text
-
-
-def _text(result: RunResult, config: TrainConfig, listener: TerminalListener) -> str:
-    directory = result.directory
-    if result.after is None:
-        return listener.stopped(resume_line(directory, config))
-    files = f"adapters in {directory.latest}\nreport in {directory.report}"
-    return f"{describe_result(result)}\n{files}"
 
 
 def _data(result: RunResult) -> dict[str, Any]:
