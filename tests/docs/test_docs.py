@@ -166,7 +166,7 @@ def test_every_path_that_the_guide_names_exists(guide: str) -> None:
 
 def test_a_guide_that_names_a_missing_path_fails() -> None:
     page = """
-    `textpolicy/loop.py`, `loop.py`, `faults.py`, `config/sections.py`, `envs/`, `envs/NAME.py`,
+    `textpolicy/loop.py`, `loop.py`, `faults.py`, `config/train.py`, `envs/`, `envs/NAME.py`,
     `tests/algorithms/test_NAME.py`, [page](metrics.md), `mx.load`, `rewards`, `--env FILE.py`,
     `textpolicy/lop.py`, `attic.py`, `loops/`, `loops/NAME.py`, [page](attic.md)
     """

@@ -10,7 +10,7 @@ from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.real_steps import RealSteps, run_real_steps
 from textpolicy.config import TrainConfig, to_toml
-from textpolicy.config.sections import ModelOptions
+from textpolicy.config.train import ModelOptions
 from textpolicy.environments import Environment
 from textpolicy.errors import ModelError
 from textpolicy.experiment.assembly import (

@@ -1,10 +1,9 @@
 """Every option of a run, declared once: default, check, help, TOML. Imports nothing heavy."""
 
-from textpolicy.config.sections import ALGORITHMS, DYNAMIC_ROUNDS
 from textpolicy.config.settings import changed, settings_of
 from textpolicy.config.sft import SFTConfig
 from textpolicy.config.toml import config_from, read_toml, to_toml
-from textpolicy.config.train import DEMO, TrainConfig
+from textpolicy.config.train import ALGORITHMS, DEMO, DYNAMIC_ROUNDS, TrainConfig
 
 __all__ = [
     "ALGORITHMS",

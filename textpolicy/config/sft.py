@@ -1,10 +1,11 @@
-"""The config of a run of supervised training."""
+"""Every option of `textpolicy sft`, as in `config/train.py`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from textpolicy.config.sections import (
+from textpolicy.config.settings import SEED, above, at_least, check, option
+from textpolicy.config.train import (
     CHECKPOINT_GRADIENTS,
     FINAL_LR,
     LR,
@@ -16,7 +17,6 @@ from textpolicy.config.sections import (
     Schedule,
     TrackingOptions,
 )
-from textpolicy.config.settings import SEED, above, at_least, check, option
 from textpolicy.errors import ConfigError
 
 

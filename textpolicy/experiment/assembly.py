@@ -24,14 +24,14 @@ from textpolicy.adapters.shared_copy import shared_copy
 from textpolicy.algorithms import Algorithm
 from textpolicy.algorithms.parts.overlong import with_penalty
 from textpolicy.config import DYNAMIC_ROUNDS, SFTConfig, TrainConfig, settings_of
-from textpolicy.config.sections import (
+from textpolicy.config.sft import SFTTrainerOptions
+from textpolicy.config.train import (
     FRESH_ADAPTER_FIELDS,
     AdapterOptions,
     AlgorithmOptions,
     ModelOptions,
     TrainerOptions,
 )
-from textpolicy.config.sft import SFTTrainerOptions
 from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError
 from textpolicy.evaluation import Evaluator, HeldOut

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from textpolicy.config.sections import TaskOptions
+from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Dataset, Environment, from_dataset, load
 from textpolicy.environments.task_parts import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
-from textpolicy.config.sections import TaskOptions
+from textpolicy.config.train import TaskOptions
 from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.environment import sum_turn_rewards
 from textpolicy.environments.task_parts import gold_for_turn, prompt_text

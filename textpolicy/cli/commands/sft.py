@@ -1,4 +1,4 @@
-"""`textpolicy sft`: supervised training of adapters on rows of text."""
+"""`textpolicy sft`: supervised training on rows of text. Its options are in `config/sft.py`."""
 
 from argparse import Namespace
 from typing import Any

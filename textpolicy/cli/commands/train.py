@@ -1,4 +1,4 @@
-"""`textpolicy train`: a run of reinforcement learning with the settings that were given."""
+"""`textpolicy train`: a run of reinforcement learning. Its options are in `config/train.py`."""
 
 from argparse import Namespace
 from dataclasses import asdict
