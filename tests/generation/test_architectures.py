@@ -7,7 +7,7 @@ from mlx_lm.models.deepseek_v3 import Model as DeepseekModel
 from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekArgs
 
 from tests.logprobs import token_logprobs
-from tests.training.test_logprobs import RAGGED, batch_for, groups_of
+from tests.training.rows import RAGGED, batches_of, groups_of
 from textpolicy.generation.engine import can_decode_together, decode
 from textpolicy.training.logprobs import ModelLogprobs
 from textpolicy.types import Sampling
@@ -142,7 +142,7 @@ def test_the_logprobs_of_a_ragged_batch_equal_those_of_single_rows(name, batches
     model = build(name)
     read = ModelLogprobs.of(model)
     assert read.share_prompts is shares
-    (batch,) = batch_for(groups_of(*RAGGED))
+    (batch,) = batches_of(groups_of(*RAGGED))
     logp, _ = read(batch)
     for row in range(batch.tokens.shape[0]):
         owner = batch.owner[row].item()

@@ -1,4 +1,4 @@
-"""One file is one checkpoint: whole or refused, the newest whole one found, the others removed."""
+"""Checkpoint files: exact, checked for damage, and the newest undamaged file is found."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +26,7 @@ def checkpoint(step: int) -> Checkpoint:
     return Checkpoint(step=step, arrays=arrays, facts={"random": [1, 2], "name": "é"})
 
 
-def test_a_checkpoint_comes_back_to_the_bit(tmp_path):
+def test_a_checkpoint_is_read_back_bit_for_bit(tmp_path):
     write_checkpoint(tmp_path / "a.safetensors", checkpoint(3))
     found = read_checkpoint(tmp_path / "a.safetensors")
     assert (found.step, found.facts) == (3, {"random": [1, 2], "name": "é"})
@@ -36,7 +36,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path):
         assert mx.array_equal(found.arrays[name], array)
 
 
-def test_a_changed_byte_is_noticed_wherever_it_changes_anything(tmp_path):
+def test_a_changed_byte_is_noticed_wherever_it_changes_the_content(tmp_path):
     path = tmp_path / "a.safetensors"
     write_checkpoint(path, checkpoint(3))
     data = path.read_bytes()
@@ -63,7 +63,7 @@ def test_a_cut_off_file_is_refused(tmp_path, length):
         read_checkpoint(path)
 
 
-def test_the_last_few_are_kept(tmp_path):
+def test_only_the_last_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (8, 9, 10):
         checkpoints.save(checkpoint(step))
@@ -74,7 +74,7 @@ def test_the_last_few_are_kept(tmp_path):
     assert checkpoints.newest().step == 10
 
 
-def test_a_damaged_one_is_passed_over_and_named(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(checkpoint(1))
     newest = checkpoints.save(checkpoint(2))
@@ -84,7 +84,7 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path):
     assert str(newest) in checkpoints.damaged[0]
 
 
-def test_where_none_is_whole_it_is_an_error_and_where_none_is_there_it_is_none(tmp_path):
+def test_only_damaged_checkpoints_are_an_error_and_an_empty_folder_is_none(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.newest() is None
     checkpoints.save(checkpoint(1)).write_bytes(b"nothing")
@@ -92,7 +92,7 @@ def test_where_none_is_whole_it_is_an_error_and_where_none_is_there_it_is_none(t
         checkpoints.newest()
 
 
-def test_going_on_from_an_older_one_removes_those_of_the_other_course(tmp_path):
+def test_saving_after_a_resume_from_an_earlier_step_removes_later_checkpoints(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (4, 5):
         checkpoints.save(checkpoint(step))
@@ -100,7 +100,7 @@ def test_going_on_from_an_older_one_removes_those_of_the_other_course(tmp_path):
     assert checkpoints.newest().step == 4
 
 
-def test_what_a_killed_process_was_writing_is_removed_at_the_next_save(tmp_path):
+def test_partial_files_of_a_killed_process_are_removed_at_the_next_save(tmp_path):
     partial = tmp_path / ".00000001.0123456789ab.safetensors"
     ours = tmp_path / ".gitignore"
     for path in (partial, ours):
@@ -118,7 +118,7 @@ def test_facts_may_be_larger_than_the_largest_header_that_mlx_reads(tmp_path):
     assert checkpoints.newest().facts == facts
 
 
-def test_facts_that_json_cannot_hold_are_an_error_that_says_where_they_come_from(tmp_path):
+def test_facts_that_json_cannot_hold_are_an_error_that_names_their_source(tmp_path):
     facts = {"tasks": {"seen": {1, 2}}}
     with pytest.raises(
         TrainingError, match=r"after step 7: .*set .*\. The state\(\) of a curriculum"
@@ -142,12 +142,12 @@ def test_tensors_of_another_type_do_not_fit():
 
 
 @pytest.mark.parametrize("option", ["keep", "every"])
-def test_numbers_of_checkpoints_that_mean_nothing_are_refused(tmp_path, option):
+def test_invalid_numbers_of_checkpoints_are_refused(tmp_path, option):
     with pytest.raises(ConfigError, match=f"{option} is 0; expected"):
         Checkpoints(tmp_path, **{option: 0})
 
 
-def test_random_numbers_go_on_from_their_state():
+def test_random_numbers_continue_from_a_restored_state():
     mx.random.seed((123 << 32) | 77)
     mx.random.normal((3,))
     state = random_state()

@@ -1,9 +1,8 @@
-"""Supervised fine-tuning: the loss by hand, no padding learned, packing and accumulation exact."""
+"""Supervised training: the loss, packing, batches, reports, validation and errors."""
 
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from itertools import chain, islice
 from random import Random
 
@@ -19,8 +18,6 @@ from tests.tiny import qwen3_model
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.errors import ConfigError, DataError, TrainingError
-from textpolicy.training.checkpoint import random_state
-from textpolicy.training.checkpointing import recompute_activations
 from textpolicy.training.sft import (
     BatchStream,
     Demonstration,
@@ -42,7 +39,7 @@ STOP = 6
 
 
 class Bigram(nn.Module):
-    """The next token depends on the last one alone: row i of `table` holds the logits after i."""
+    """The next token depends on the last token only: row i of `table` has the logits after token i."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -64,7 +61,7 @@ RAGGED = [
 
 
 def texts(count: int, seed: int = 0) -> list[Demonstration]:
-    """Demonstrations of different lengths over 64 tokens, with and without prompts."""
+    """Return demonstrations of 3 to 12 of 64 tokens, with prompts of one or two tokens."""
     rng = Random(seed)
     rows = [[rng.randrange(64) for _ in range(rng.randint(3, 12))] for _ in range(count)]
     return [demonstration(row[: n % 2 + 1], row[n % 2 + 1 :]) for n, row in enumerate(rows)]
@@ -82,7 +79,7 @@ def alone(demonstrations):
 
 
 def reference(table: np.ndarray, batch: list[Demonstration]) -> tuple[float, np.ndarray]:
-    """Loss and gradient of a Bigram in float64, one token at a time."""
+    """Return loss and gradient of a Bigram in float64, one token at a time."""
     pairs = [
         (before, token)
         for row in batch
@@ -110,18 +107,18 @@ def test_loss_and_gradient_of_a_ragged_batch_equal_a_float64_reference(custom):
     np.testing.assert_allclose(np.array(gradient["table"]), expected_gradient, atol=1e-7)
 
 
-def test_the_step_from_a_stop_token_into_padding_is_not_learned():
+def test_the_step_from_a_stop_token_to_padding_is_not_learned():
     model = Bigram()
     assert make_sft_batch(alone(RAGGED)).mask.sum(axis=1).tolist() == [2, 5, 1]
     _, _, gradient = loss_and_gradient(model, alone(RAGGED))
-    # STOP only ever stands at a row's end: what follows it is padding or nothing.
+    # STOP is always the last token of a row, so only padding can follow it.
     assert mx.all(gradient["table"][STOP] == 0)
     assert mx.any(gradient["table"][2, STOP] != 0)
 
 
-def test_a_loss_of_four_arguments_sees_no_padding_target_either():
-    # The lengths count targets. Those of mlx-swift-lm count tokens, and its own loss trains on one
-    # padding target of every row but the longest.
+def test_a_loss_without_a_mask_gets_no_padding_targets():
+    # The lengths count targets. In mlx-swift-lm, lengths count tokens, and the default loss trains on
+    # one padding target of every row except the longest.
     everything = [
         Demonstration(tokens=d.tokens, mask=[False, *[True] * 9][: len(d.tokens)]) for d in RAGGED
     ]
@@ -153,7 +150,7 @@ def test_a_custom_loss_without_a_mask_is_not_given_prompts_to_learn():
         loss_and_gradient(Bigram(), alone(RAGGED), loss)
 
 
-def test_logits_of_counted_positions_give_the_loss_of_all_of_them():
+def test_the_loss_from_learned_positions_equals_the_loss_from_all_logits():
     model, rows = qwen3_model(), alone(texts(5))
     lean, plain = loss_and_gradient(model, rows), loss_and_gradient(model, rows, sft_loss)
     assert lean[:2] == pytest.approx(plain[:2], rel=1e-6)
@@ -176,18 +173,6 @@ def test_packing_equals_no_packing_in_loss_and_gradient(custom, tied):
         assert mx.allclose(packed_gradient[name], expected, atol=2e-5), name
 
 
-def test_what_stands_beside_it_in_a_row_does_not_change_a_demonstration():
-    model, (first, second, third) = qwen3_model(), texts(3)
-    hidden = {}
-    for other in (second, third):
-        quiet = Demonstration(tokens=first.tokens, mask=first.mask)
-        loss, *_ = loss_and_gradient(model, [[other, quiet]])
-        hidden[len(hidden)] = loss * (sum(other.mask) + sum(first.mask)) - (
-            loss_and_gradient(model, [[other]])[0] * sum(other.mask)
-        )
-    assert hidden[0] == pytest.approx(hidden[1], rel=1e-4)
-
-
 def test_every_demonstration_is_packed_once_and_rows_keep_to_their_length():
     batch = texts(40)
     rows = pack_rows(batch, 16, Random(0))
@@ -204,7 +189,7 @@ def test_a_demonstration_too_long_to_pack_has_a_row_of_its_own():
 
 
 @pytest.mark.parametrize("name", ["learned positions", "recurrence"])
-def test_models_that_cannot_keep_demonstrations_apart_are_refused(name):
+def test_models_that_cannot_separate_packed_demonstrations_are_refused(name):
     if name == "recurrence":
         sizes = {
             "vocab_size": 64,
@@ -247,12 +232,12 @@ def test_batches_are_sorted_by_length_and_come_in_any_order():
 
 
 @pytest.mark.parametrize("packed", [None, 16])
-def test_updates_after_some_are_those_that_would_have_followed(packed):
+def test_updates_after_some_are_those_of_an_uninterrupted_run(packed):
     source = Epochs(texts(10), 3, 5, packed)
     assert list(islice(source.updates(4), 5)) == list(islice(source.updates(0), 9))[4:]
 
 
-def test_iterations_of_epochs_count_the_updates_that_they_take():
+def test_iterations_of_counts_the_updates_of_epochs():
     batch = texts(10)
     assert iterations_of(3, batch, SFTParameters(batch_size=2, accumulation=2)) == 9
     packed = SFTParameters(batch_size=1, packing=True, max_length=16)
@@ -284,7 +269,7 @@ def test_training_lowers_the_loss_and_reports_token_means_and_rates():
         assert report.learning_rate == 0.5
 
 
-def test_the_rate_of_the_shorter_window_is_that_of_its_updates():
+def test_the_rate_of_a_shorter_last_report_is_that_of_its_updates():
     class Slow(Bigram):
         def __call__(self, tokens):
             time.sleep(0.02)
@@ -356,63 +341,6 @@ def test_recomputed_activations_make_the_same_update():
         assert mx.allclose(found[name], weight, atol=1e-6), name
 
 
-def test_recomputed_dropout_leaves_out_what_the_forward_pass_left_out():
-    model = qwen3_model()
-    container = AdapterContainer.from_model(model, AdapterConfig(rank=2, dropout=0.4))
-    tensors = {name: array + 0.05 for name, array in container.parameters().items()}
-    name = "model.layers.0.self_attn.q_proj.lora_b"
-    way = mx.random.normal(tensors[name].shape, key=mx.random.key(1))
-    tokens = mx.array([[5, 17, 3, 44, 60, 2]])
-    value_and_grad = nn.value_and_grad(model, lambda: mx.square(model(tokens)).mean())
-    model.train()
-
-    def at(distance):
-        container.swap(tensors | {name: tensors[name] + distance * way})
-        mx.random.seed(3)
-        with recompute_activations(model):
-            value, gradient = value_and_grad()
-        return float(value), dict(tree_flatten(gradient))[name]
-
-    slope = (at(0.01)[0] - at(-0.01)[0]) / 0.02
-    assert float((at(0)[1] * way).sum()) == pytest.approx(slope, rel=0.02)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recomputing_draws_what_is_drawn_without_it_and_no_more(dropout, compiled):
-    model = qwen3_model()
-    container = AdapterContainer.from_model(model, AdapterConfig(rank=2, dropout=dropout))
-    container.swap({name: array + 0.05 for name, array in container.parameters().items()})
-    tokens = mx.array([[5, 17, 3, 44, 60, 2]])
-    model.train()
-
-    def gradients(again):
-        def step(tokens):
-            with recompute_activations(model) if again else nullcontext():
-                value_and_grad = nn.value_and_grad(model, lambda: mx.square(model(tokens)).mean())
-                return value_and_grad()
-
-        state = [model.state, mx.random.state]
-        run = mx.compile(step, inputs=state, outputs=state) if compiled else step
-        mx.random.seed(3)
-        values = []
-        for _ in range(2):
-            value, gradient = run(tokens)
-            values.append((value, dict(tree_flatten(gradient))))
-            mx.eval(value, gradient, mx.random.state)
-        return values, random_state()
-
-    (plain, plain_state), (again, again_state) = gradients(False), gradients(True)
-    mx.random.seed(3)
-    assert again_state == plain_state
-    assert (plain_state == random_state()) is (dropout == 0)
-    for (value, gradient), (other, others) in zip(plain, again, strict=True):
-        assert mx.allclose(value, other, rtol=1e-6)
-        for name, array in gradient.items():
-            assert mx.allclose(array, others[name], rtol=1e-4, atol=1e-7), name
-    assert bool(plain[0][0] != plain[1][0]) is (dropout > 0)
-
-
 def test_only_trainable_weights_move_and_the_mode_is_restored(load_tiny):
     model, _ = load_tiny()
     adapters = AdapterContainer.from_model(model, AdapterConfig(rank=2), seed=0)
@@ -439,7 +367,7 @@ def test_a_16_bit_base_is_trained_by_float32_adapters(load_tiny):
     assert evaluate_sft(model, RAGGED) < before / 2
 
 
-def test_validation_comes_first_every_so_often_and_last_with_the_mean_over_tokens():
+def test_validation_runs_first_periodically_and_last_and_is_a_mean_over_tokens():
     model, events = Bigram(), []
     before = evaluate_sft(model, RAGGED)
     result = train_sft(
@@ -467,14 +395,14 @@ def test_validation_comes_first_every_so_often_and_last_with_the_mean_over_token
     assert result.best_iteration == 5 and result.best_loss < before
 
 
-def test_so_many_validation_batches_are_the_same_rows_every_time():
+def test_a_number_of_validation_batches_selects_the_same_rows_every_time():
     model, rows = qwen3_model(), texts(30)
     some = [evaluate_sft(model, rows, batch_size=2, batches=3) for _ in range(2)]
     assert some[0] == some[1] != evaluate_sft(model, rows)
     assert evaluate_sft(model, rows, batches=100) == pytest.approx(evaluate_sft(model, rows))
 
 
-def test_evaluation_leaves_dropout_out_and_the_mode_as_it_was():
+def test_evaluation_uses_no_dropout_and_keeps_the_training_mode():
     model = qwen3_model()
     container = AdapterContainer.from_model(model, AdapterConfig(rank=2, dropout=0.5))
     container.swap({name: array + 0.1 for name, array in container.parameters().items()})
@@ -484,7 +412,7 @@ def test_evaluation_leaves_dropout_out_and_the_mode_as_it_was():
 
 
 def test_training_ends_early_when_validation_no_longer_improves():
-    # What is validated contradicts what is trained.
+    # The validation data contradicts the training data.
     other = [demonstration([1, 2], [0, 0, 0])]
     result = train_sft(
         Bigram(),
@@ -549,17 +477,6 @@ def test_nothing_to_train_on_is_refused():
         train_sft(Bigram(), [], [], optim.SGD(learning_rate=0.1))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    with pytest.raises(TrainingError, match="Lower the learning rate"):
-        train_sft(
-            Bigram(),
-            RAGGED,
-            [],
-            optim.SGD(learning_rate=float("inf")),
-            parameters=SFTParameters(iterations=3, steps_per_report=1),
-        )
-
-
 @pytest.mark.parametrize("place", ["loss", "gradient"])
 def test_no_update_is_made_of_a_loss_or_gradient_that_is_not_finite(place):
     def loss(model, inputs, targets, lengths, *, mask):
@@ -599,7 +516,7 @@ def test_paths_may_be_strings(tmp_path):
     assert found == set(paths.values())
 
 
-def test_a_loss_that_teaches_nothing_is_refused():
+def test_a_loss_without_a_gradient_is_refused():
     def loss(model, inputs, targets, lengths, *, mask):
         return mx.array(1.0), mask.sum()
 
@@ -625,12 +542,12 @@ def test_a_demonstration_must_have_something_to_learn(mask):
         ),
     ],
 )
-def test_parameters_that_cannot_be_are_refused(options, message):
+def test_invalid_parameters_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         SFTParameters(**options)
 
 
-# The suite checks types of arguments before the code that is called; a user's process does not.
+# The tests check argument types before a function runs, so this code runs in another process.
 NO_ROWS = """
 import mlx.nn as nn, mlx.optimizers as optim
 from textpolicy.errors import DataError
@@ -707,7 +624,7 @@ def test_a_loss_that_returns_no_mean_and_count_is_refused(answer, got):
         train_sft(Bigram(), RAGGED, [], optim.SGD(learning_rate=0.1), loss=loss)
 
 
-def test_a_loss_may_count_with_a_number_of_python():
+def test_a_loss_may_return_a_python_int_as_its_number_of_tokens():
     def loss(model, inputs, targets, lengths, *, mask):
         return sft_loss(model, inputs, targets, lengths, mask=mask)[0], 2 * len(inputs)
 
@@ -715,7 +632,7 @@ def test_a_loss_may_count_with_a_number_of_python():
     train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), loss=loss, parameters=parameters)
 
 
-def test_a_callback_that_answers_nothing_goes_on_and_one_that_answers_otherwise_is_refused():
+def test_a_callback_may_return_none_and_nothing_else_but_progress():
     parameters, seen = SFTParameters(iterations=3, steps_per_report=1), []
     arguments = {"parameters": parameters, "on_progress": seen.append}
     assert train_sft(Bigram(), RAGGED, [], optim.SGD(0.1), **arguments).iteration == len(seen) == 3

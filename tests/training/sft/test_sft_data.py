@@ -1,4 +1,4 @@
-"""Demonstrations from rows and files: what is learned, and what is wrong by file and line."""
+"""Demonstrations from rows and files: the learned tokens, and errors with file and line."""
 
 import json
 
@@ -9,7 +9,7 @@ from textpolicy.generation.prompts import encode_prompt
 from textpolicy.training.sft import Encoding, load_data, load_examples
 from textpolicy.training.sft.data import split_by_hash
 
-# Templates that take earlier answers back, that count turns, and that end none.
+# Templates that drop earlier answers, count messages, write no stop token, and drop thoughts.
 FORGETFUL = """\
 {%- for message in messages %}
 {{- message['role'] + ': ' }}
@@ -63,7 +63,7 @@ def encode(tokenizer, row, **options):
 
 
 def parts(tokenizer, one):
-    """What is read and what is learned of a demonstration, as text."""
+    """Return the text that is not learned and the text that is learned."""
     pairs = list(zip(one.tokens, one.mask, strict=True))
     return tuple(
         tokenizer.decode([token for token, learned in pairs if learned is wanted])
@@ -76,10 +76,10 @@ def write(path, *rows):
     return path
 
 
-# What is learned of a row
+# Rows
 
 
-def test_the_prompt_is_what_a_policy_is_fed_and_the_answer_ends_with_the_stop_token(tokenizer):
+def test_the_prompt_is_that_of_sampling_and_the_answer_ends_with_the_stop_token(tokenizer):
     one = encode(tokenizer, {"prompt": "1+1=", "completion": "2"})
     prompt = encode_prompt(tokenizer, "1+1=")
     assert one.tokens == [*prompt, *tokenizer.encode("2"), tokenizer.eos_token_id]
@@ -96,7 +96,7 @@ def test_a_prompt_may_be_messages(tokenizer):
 def test_every_answer_of_a_conversation_is_learned_with_its_stop_token(tokenizer):
     one = encode(tokenizer, {"messages": CHAT})
     assert parts(tokenizer, one)[1] == "13<|im_end|>24<|im_end|>"
-    # What the template writes after the last answer is never sampled, and not learned.
+    # Text that the template writes after the last answer is never sampled, so it is not learned.
     assert one.tokens[-1] == tokenizer.eos_token_id
     assert one.tokens == tokenizer.apply_chat_template(CHAT)[: len(one.tokens)]
 
@@ -123,11 +123,11 @@ def test_a_system_message_opens_conversations_that_have_none(tokenizer):
     )
 
 
-def test_of_a_text_everything_is_learned_but_the_first_token(tokenizer):
+def test_all_tokens_of_a_text_except_the_first_are_learned(tokenizer):
     one = encode(tokenizer, {"text": "sort 31"})
     assert one.tokens == [*tokenizer.encode("sort 31"), tokenizer.eos_token_id]
     assert one.mask == [False, *[True] * (len(one.tokens) - 1)]
-    # A text that ends itself is not ended twice.
+    # A text with a stop token gets no second one.
     assert encode(tokenizer, {"text": "sort 31<|im_end|>"}) == one
 
 
@@ -147,7 +147,7 @@ def test_without_a_chat_template_prompts_and_completions_are_plain_text(tokenize
         encode(tokenizer, {"messages": CHAT})
 
 
-def test_a_template_that_takes_earlier_answers_back_is_refused_for_several(tokenizer):
+def test_a_template_that_drops_earlier_answers_is_refused_for_several_answers(tokenizer):
     tokenizer.chat_template = FORGETFUL
     with pytest.raises(DataError, match=r"row 1: .* leaves out a part of message 2, '13'"):
         encode(tokenizer, {"messages": CHAT})
@@ -155,7 +155,7 @@ def test_a_template_that_takes_earlier_answers_back_is_refused_for_several(token
     assert parts(tokenizer, one)[1] == "13<|im_end|>"
 
 
-def test_a_template_that_takes_thoughts_out_of_the_last_answer_is_refused(tokenizer):
+def test_a_template_that_drops_thoughts_of_the_last_answer_is_refused(tokenizer):
     tokenizer.chat_template = THOUGHTLESS
     thinking = {"prompt": "1+1=", "completion": "<think>easy</think>2"}
     with pytest.raises(DataError, match=r"row 1: .* leaves out a part of message 2"):
@@ -166,7 +166,7 @@ def test_a_template_that_takes_thoughts_out_of_the_last_answer_is_refused(tokeni
     assert "<think>\neasy</think>\n2" in parts(tokenizer, encode(tokenizer, thinking))[1]
 
 
-def test_a_template_that_rewrites_what_was_read_is_refused(tokenizer):
+def test_a_template_that_rewrites_earlier_messages_is_refused(tokenizer):
     tokenizer.chat_template = COUNTING
     with pytest.raises(DataError, match=r"row 1: .* before message 2 differently"):
         encode(tokenizer, {"messages": CHAT})
@@ -198,14 +198,14 @@ def test_a_template_without_stop_tokens_ends_the_last_answer_only(tokenizer):
         ({"prompt": "a<|im_end|>", "completion": "b"}, "contains the stop token '<|im_end|>'"),
     ],
 )
-def test_a_row_that_cannot_be_learned_says_why(tokenizer, row, message):
+def test_a_row_that_cannot_be_learned_is_an_error_with_the_reason(tokenizer, row, message):
     message = message.replace("|", r"\|")
     with pytest.raises(DataError, match=f"row 1: .*{message}"):
         encode(tokenizer, row)
 
 
 @pytest.mark.parametrize("options", [{"learn": "prompts"}, {"max_length": 1}])
-def test_encodings_that_cannot_be_are_refused(tokenizer, options):
+def test_invalid_encodings_are_refused(tokenizer, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Encoding(tokenizer=tokenizer, **options)
 
@@ -213,7 +213,7 @@ def test_encodings_that_cannot_be_are_refused(tokenizer, options):
 # Files
 
 
-def test_jsonl_goes_before_txt(tmp_path, tokenizer):
+def test_jsonl_files_are_preferred_to_txt_files(tmp_path, tokenizer):
     (tmp_path / "train.txt").write_text("sort 1\n\nsort 2\r\n")
     assert load_examples(tmp_path, "train") == [{"text": "sort 1"}, {"text": "sort 2"}]
     write(tmp_path / "train.jsonl", {"text": "sort 3"})
@@ -231,7 +231,7 @@ def test_a_folder_has_training_validation_and_test_data(tmp_path, tokenizer):
     assert str(data) == "4 demonstrations to train on, 2 to validate, 3 to test"
 
 
-def test_a_validation_part_is_made_where_none_is_whatever_the_order(tmp_path, tokenizer):
+def test_a_missing_validation_part_is_split_off_independently_of_the_order(tmp_path, tokenizer):
     rows = [{"text": f"sort {n}"} for n in range(50)]
     encoding = Encoding(tokenizer=tokenizer)
     data = load_data(write(tmp_path / "a.jsonl", *rows, *rows[:10]), encoding)
@@ -246,7 +246,7 @@ def test_a_validation_part_is_made_where_none_is_whatever_the_order(tmp_path, to
 
 
 @pytest.mark.parametrize("name", ["validation.jsonl", "val.txt"])
-def test_a_validation_part_of_another_name_is_not_passed_over(tmp_path, tokenizer, name):
+def test_a_validation_part_with_another_name_is_an_error(tmp_path, tokenizer, name):
     encoding = Encoding(tokenizer=tokenizer)
     for part in ("train.jsonl", name):
         write(tmp_path / part, {"text": f"{part} 1"}, {"text": f"{part} 2"})
@@ -330,7 +330,9 @@ def test_hugging_face_data_sets_are_read_from_local_files(tmp_path, tokenizer):
         ("abcdefg", "but a, b, c, d, e and 2 more; expected"),
     ],
 )
-def test_a_folder_without_training_data_is_told_what_it_holds(tmp_path, tokenizer, names, told):
+def test_a_folder_without_training_data_is_an_error_that_lists_its_files(
+    tmp_path, tokenizer, names, told
+):
     for name in names:
         (tmp_path / name).touch()
     with pytest.raises(DataError, match=f"neither train.jsonl nor train.txt, {told}"):
