@@ -39,7 +39,7 @@ STOP = 6
 
 
 class Bigram(nn.Module):
-    """The next token depends on the last token only: row i of `table` has the logits after token i."""
+    """Row i of `table` holds the logits after token i; no other token matters."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -117,8 +117,8 @@ def test_the_step_from_a_stop_token_to_padding_is_not_learned():
 
 
 def test_a_loss_without_a_mask_gets_no_padding_targets():
-    # The lengths count targets. In mlx-swift-lm, lengths count tokens, and the default loss trains on
-    # one padding target of every row except the longest.
+    # The lengths count targets. In mlx-swift-lm, lengths count tokens, and one padding target of
+    # every row except the longest is learned.
     everything = [
         Demonstration(tokens=d.tokens, mask=[False, *[True] * 9][: len(d.tokens)]) for d in RAGGED
     ]

@@ -330,7 +330,7 @@ def test_hugging_face_data_sets_are_read_from_local_files(tmp_path, tokenizer):
         ("abcdefg", "but a, b, c, d, e and 2 more; expected"),
     ],
 )
-def test_a_folder_without_training_data_is_an_error_that_lists_its_files(
+def test_a_folder_without_training_data_is_an_error_with_its_files(
     tmp_path, tokenizer, names, told
 ):
     for name in names:
