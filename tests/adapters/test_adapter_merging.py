@@ -8,7 +8,7 @@ import pytest
 
 from tests.bases import BASES, arrays, bits, in_bfloat16, packed, trained
 from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
-from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule
+from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, combine_adapters
 from textpolicy.adapters.layers.adapter_layer import adapter_layers
 from textpolicy.adapters.quantization.stored_weights import float_weight, format_of, is_quantized
 from textpolicy.errors import AdapterError, ConfigError, ModelError
@@ -197,7 +197,7 @@ def test_merge_weights_refuses_what_would_be_lost_and_takes_another_dtype():
 
 def test_the_active_adapter_is_merged_and_the_others_stay_in_the_container():
     model, container = adapted(qwen3_model, path=".*q_proj")
-    container.combine("half", {"default": 0.5})
+    container.add("half", combine_adapters(container, {"default": 0.5}))
     container.activate("half")
     half = model(TOKENS)
     container.fuse()

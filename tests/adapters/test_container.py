@@ -20,6 +20,7 @@ from textpolicy.adapters import (
     AdapterConfig,
     AdapterContainer,
     LoRARule,
+    combine_adapters,
     inspect_adapter,
     memory_stats,
     quantize,
@@ -964,7 +965,7 @@ def deltas(container: AdapterContainer, name: str) -> dict[str, mx.array]:
 
 def test_side_by_side_is_the_exact_sum_of_the_updates(summands):
     _model, container = summands
-    container.combine("sum", {"a": 0.75, "b": -2.0})
+    container.add("sum", combine_adapters(container, {"a": 0.75, "b": -2.0}))
     a, b, total = (deltas(container, name) for name in ("a", "b", "sum"))
     assert total.keys() == a.keys() > b.keys()
     for path, delta in total.items():
@@ -977,8 +978,8 @@ def test_side_by_side_is_the_exact_sum_of_the_updates(summands):
 @pytest.mark.parametrize("rank", [None, 3])
 def test_the_nearest_of_a_rank_is_numpys_truncated_svd(summands, rank):
     _model, container = summands
-    container.combine("sum", {"a": 1.0, "b": 1.0})
-    container.combine("near", {"a": 1.0, "b": 1.0}, "svd", rank=rank)
+    container.add("sum", combine_adapters(container, {"a": 1.0, "b": 1.0}))
+    container.add("near", combine_adapters(container, {"a": 1.0, "b": 1.0}, "svd", rank=rank))
     path = "model.layers.0.self_attn.q_proj"
     u, s, v = np.linalg.svd(np.array(deltas(container, "sum")[path]))
     kept = rank or 4
@@ -991,8 +992,8 @@ def test_the_nearest_of_a_rank_is_numpys_truncated_svd(summands, rank):
 def test_a_linear_combination_needs_equal_ranks_and_keeps_them(summands):
     _model, container = summands
     with pytest.raises(AdapterError, match=r"ranks \[2, 4\] cannot be summed; use method 'cat'"):
-        container.combine("sum", {"a": 1.0, "b": 1.0}, "linear")
-    container.combine("half", {"a": 0.5}, "linear")
+        container.add("sum", combine_adapters(container, {"a": 1.0, "b": 1.0}, "linear"))
+    container.add("half", combine_adapters(container, {"a": 0.5}, "linear"))
     a, half = deltas(container, "a"), deltas(container, "half")
     assert all(mx.allclose(half[path], 0.5 * a[path], atol=1e-6) for path in a)
 
@@ -1007,14 +1008,14 @@ def test_experts_and_offsets_combine_too():
     container.swap(trained(container))
     full = model(TOKENS)
     for method in ["cat", "svd", "linear"]:
-        container.combine(method, {"default": 1.0}, method)
+        container.add(method, combine_adapters(container, {"default": 1.0}, method))
         container.activate(method)
         assert mx.allclose(model(TOKENS), full, atol=1e-4), method
 
 
 def test_a_combination_is_an_adapter_like_any_other(summands, tmp_path):
     model, container = summands
-    container.combine("sum", {"a": 1.0, "b": 0.5})
+    container.add("sum", combine_adapters(container, {"a": 1.0, "b": 0.5}))
     container.activate("sum")
     assert container.version == 0
     for where in (tmp_path / "a.safetensors", tmp_path / "mlx", tmp_path / "peft"):
@@ -1040,10 +1041,10 @@ def test_a_combination_is_an_adapter_like_any_other(summands, tmp_path):
 def test_a_combination_that_makes_no_sense_says_why(summands, weights, method, rank, message):
     _model, container = summands
     with pytest.raises((AdapterError, ConfigError), match=message):
-        container.combine("sum", weights, method, rank=rank)
+        container.add("sum", combine_adapters(container, weights, method, rank=rank))
 
 
 def test_lengths_of_dora_do_not_add_up(pair):
     _model, container, _logits = pair
     with pytest.raises(AdapterError, match="'code' has DoRA on lm_head and 2 more"):
-        container.combine("sum", {"math": 1.0, "code": 1.0})
+        container.add("sum", combine_adapters(container, {"math": 1.0, "code": 1.0}))

@@ -1,6 +1,7 @@
-"""Adapters: the only weights that are trained, published, swapped and shipped."""
+"""Adapters: the weights that training updates, publishes, swaps and exports."""
 
 from textpolicy.adapters.adapter import Adapter
+from textpolicy.adapters.combine import combine_adapters
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.container import AdapterContainer
@@ -27,6 +28,7 @@ __all__ = [
     "NF4Embedding",
     "NF4Linear",
     "QuantizationReport",
+    "combine_adapters",
     "dequantize",
     "inspect_adapter",
     "memory_stats",

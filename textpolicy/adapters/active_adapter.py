@@ -1,217 +1,237 @@
-"""Adapters put around a model's modules, and every reason at once why they cannot be."""
+"""ActiveAdapter: the adapter whose layers are in a model."""
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from textpolicy.adapters.adapter import Adapter, group_by_module, rank_of
-from textpolicy.adapters.config.adapter_config import AdapterConfig
-from textpolicy.adapters.config.model_layout import read_model_layout
+from textpolicy.adapters.adapter import (
+    Adapter,
+    check_float32,
+    group_by_module,
+    is_finite,
+    rank_of,
+)
+from textpolicy.adapters.base_identity import BaseIdentity
+from textpolicy.adapters.compatibility import (
+    check_fit,
+    expected_shapes,
+    find_adapter_targets,
+    refuse,
+    tensor_problems,
+)
+from textpolicy.adapters.config.adapter_config import AdapterConfig, config_for_modules
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.config.target_modules import TargetModule, find_target_modules
-from textpolicy.adapters.layers.adapter_layer import AdapterLayer, tensor_shapes
-from textpolicy.adapters.layers.layer_classes import new_layer
-from textpolicy.adapters.quantization.stored_weights import module_kind, weight_shape
+from textpolicy.adapters.fuse import FuseReport, fuse_layer
+from textpolicy.adapters.layers.adapter_layer import AdapterLayer, adapter_layers, freeze_base
+from textpolicy.adapters.layers.layer_classes import new_layers
+from textpolicy.adapters.module_tree import freeze_names, frozen_names, replace_modules
+from textpolicy.adapters.quantization.cpu_layers import use_fast_products
 from textpolicy.errors import AdapterError
 
-_SHOWN = 8
-Shapes = Mapping[str, tuple[int, ...]]
 
+class ActiveAdapter:
+    """A model's adapter layers, with the config and the version of the adapter in them.
 
-@dataclass(kw_only=True, slots=True)
-class Fitted:
-    """An adapter's layers around a model's modules: in the model, or ready to be put there.
-
-    `rules` are of every path that the config speaks of, those that only quantize too.
+    `rules` holds the rule of every module that the config selects, also of modules that are only
+    quantized. The model owns the layers, and the layers own the container that owns this object.
+    This object refers to model and layers weakly, because otherwise a dropped model would stay in
+    memory until the garbage collector runs.
     """
 
-    config: AdapterConfig
-    rules: Mapping[str, LoRARule]
-    layers: MutableMapping[str, AdapterLayer]
-    version: int = 0
+    def __init__(self, model: nn.Module, enabled: mx.array) -> None:
+        """Describe an unadapted model. `put_new` or `put` then puts layers into the model."""
+        self.base = BaseIdentity.of(model)
+        self.layers: weakref.WeakValueDictionary[str, AdapterLayer] = weakref.WeakValueDictionary()
+        self.rules: Mapping[str, LoRARule] = {}
+        self.config = AdapterConfig()
+        self.version = 0
+        self._model = weakref.ref(model)
+        self._enabled = enabled
+        self._frozen = frozen_names(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model. Raise AdapterError if the model no longer exists."""
+        if (model := self._model()) is None:
+            raise AdapterError(
+                "The model of these adapters no longer exists. Keep a reference to the model for "
+                "as long as you use its adapters"
+            )
+        return model
+
+    def is_in(self, model: nn.Module) -> bool:
+        """Return whether the layers belong to this very model."""
+        return self._model() is model
 
     def tensors(self) -> dict[str, mx.array]:
-        """The adapter tensors by their names in the model."""
+        """Return the adapter tensors by their names in the model."""
         return {
             f"{path}.{name}": layer[name]
             for path, layer in self.layers.items()
             for name in layer.trainable
         }
 
-    def present_rules(self) -> dict[str, LoRARule]:
-        """The rules with the ranks and scales that the layers have now."""
-        layers = self.layers
-        return {path: _present_rule(rule, layers.get(path)) for path, rule in self.rules.items()}
+    def to_adapter(self, name: str) -> Adapter:
+        """Return the adapter as it is now, apart from the model."""
+        rules = {path: _present_rule(r, self.layers.get(path)) for path, r in self.rules.items()}
+        return Adapter(
+            origin=name,
+            arrays=self.tensors(),
+            config=self.config if rules == self.rules else config_for_modules(rules),
+            version=self.version,
+            fingerprint=self.base.fingerprint,
+            quantization=self.base.quantization,
+        )
 
-    def present_config(self) -> AdapterConfig:
-        """The config if it is true of the layers as they are now; else each module by its path."""
-        rules = self.present_rules()
-        return self.config if rules == self.rules else explicit_config(rules)
+    @contextmanager
+    def without_layers(self) -> Generator[nn.Module]:
+        """Inside the block the model has its original modules in place of the adapter layers."""
+        model, layers = self.model, dict(self.layers)
+        replace_modules(model, {path: layer.base for path, layer in layers.items()})
+        try:
+            yield model
+        finally:
+            replace_modules(model, dict(layers))
 
+    # Putting layers into the model
 
-def fresh(model: nn.Module, config: AdapterConfig, seed: int = 0) -> Fitted:
-    """New layers for an unadapted model, which stays as it is."""
-    return _fitted(find_target_modules(model, config), config, seed)
+    def put_new(self, config: AdapterConfig, seed: int) -> None:
+        """Put new layers, drawn from `seed`, into the unadapted model."""
+        targets = find_target_modules(self.model, config)
+        self._put_layers(new_layers(targets, seed), targets)
+        self.config = config
 
+    def put(self, adapter: Adapter) -> None:
+        """Replace all layers by those of another adapter. After an error the model is unchanged."""
+        targets = self.check(adapter)
+        self._put_layers(new_layers(targets), targets)
+        self._assign(adapter.arrays, self.rules)
+        self.config, self.version = adapter.config, adapter.version
 
-def fit(model: nn.Module, adapter: Adapter, problems: Iterable[str] = ()) -> Fitted:
-    """An adapter's layers for an unadapted model, which stays as it is.
+    def check(self, adapter: Adapter) -> dict[str, TargetModule]:
+        """Return the modules that an adapter is for; raise if it does not fit the model."""
+        with self.without_layers() as model:
+            return check_fit(model, adapter, self.base)
 
-    An error lists the `problems` given and everything about the tensors that does not fit.
-    """
-    targets = check_fit(model, adapter, problems)
-    fitted = _fitted(targets, adapter.config)
-    assign(fitted, adapter.arrays, fitted.rules)
-    fitted.version = adapter.version
-    return fitted
+    def copy_to(self, model: nn.Module) -> "ActiveAdapter":
+        """Return the active adapter of a copy of the model that has copies of the layers."""
+        made = copy(self)
+        made.layers = weakref.WeakValueDictionary(adapter_layers(model))
+        made._model = weakref.ref(model)
+        return made
 
+    def remove(self) -> nn.Module:
+        """Put the original modules back, frozen as they were, and return the model."""
+        model = self.model
+        replace_modules(model, {path: layer.base for path, layer in self.layers.items()})
+        freeze_names(model, self._frozen)
+        return model
 
-def check_fit(
-    model: nn.Module, adapter: Adapter, problems: Iterable[str] = ()
-) -> dict[str, TargetModule]:
-    """The modules that an adapter is for; an error like that of `fit` if it does not fit them."""
-    problems = [*problems, *lookup_problems(model, adapter)]
-    targets = targets_of(model, adapter, problems)
-    modules = {path: target.module for path, target in targets.items()}
-    shapes = expected_shapes(modules, {path: target.rule for path, target in targets.items()})
-    refuse_misfits(adapter.origin, problems, misfits(shapes, adapter.arrays))
-    return targets
+    def set_enabled(self, enabled: mx.array) -> None:
+        """Set the gate of every layer, also of layers that are put into the model later."""
+        self._enabled = enabled
+        for layer in self.layers.values():
+            layer.set_enabled(enabled)
 
+    # Other tensors in the same layers
 
-def targets_of(
-    model: nn.Module, adapter: Adapter, problems: Iterable[str]
-) -> dict[str, TargetModule]:
-    """The modules that an adapter's config means; one error with `problems` if it means none."""
-    try:
-        return find_target_modules(model, adapter.config)
-    except AdapterError as error:
-        refuse_misfits(adapter.origin, problems, [str(error)])
-        raise
+    def swap(self, source: Adapter | Mapping[str, mx.array]) -> None:
+        """Replace every tensor, or raise and replace none. Ranks and scales may change.
 
+        For a mapping of tensors the version becomes one higher.
+        """
+        adapter = source if isinstance(source, Adapter) else self._as_adapter(source)
+        problems, given = self.base.differences(adapter), self.rules
+        if adapter.lookup_only or adapter.config != self.config:
+            with self.without_layers() as model:
+                targets, problems = find_adapter_targets(model, adapter, self.base)
+            given = {path: target.rule for path, target in targets.items()}
+        rules = {
+            path: replace(own, rank=new.rank, scale=new.scale, dropout=new.dropout)
+            for path, own in self.rules.items()
+            for new in [given.get(path, own)]
+        }
+        refuse(adapter.origin, problems, tensor_problems(self._shapes(rules), adapter.arrays))
+        self._assign(adapter.arrays, rules)
+        self.rules, self.config, self.version = rules, adapter.config, adapter.version
 
-def assign(fitted: Fitted, arrays: Mapping[str, mx.array], rules: Mapping[str, LoRARule]) -> None:
-    """Give the layers other tensors, known to fit, and their rules' scale and dropout."""
-    tensors = {name: array.astype(mx.float32) for name, array in arrays.items()}
-    mx.eval(tensors)
-    for path, layer in fitted.layers.items():
-        for name in layer.trainable:
-            layer[name] = tensors[f"{path}.{name}"]
-        layer.retune(rules[path])
-    fitted.rules = rules
+    def check_update(self) -> None:
+        """Raise if an update cast a tensor to fewer bits or changed its shape."""
+        tensors = self.tensors()
+        check_float32(tensors)
+        shapes = self._shapes(self.rules)
+        changed = [name for name, shape in shapes.items() if tensors[name].shape != shape]
+        if changed:
+            raise AdapterError(
+                f"{changed[0]} and {len(changed) - 1} more changed their shapes: the first has "
+                f"{tensors[changed[0]].shape}, expected {shapes[changed[0]]}. An optimizer that "
+                "was made before a swap to another rank has state of the old rank; make a new "
+                "optimizer after the swap"
+            )
 
+    # Fusing
 
-def with_ranks_of(
-    arrays: Mapping[str, mx.array], rules: Mapping[str, LoRARule]
-) -> dict[str, LoRARule]:
-    """The rules with the ranks that the tensors have, where they have one."""
-    given = group_by_module(arrays)
-    ranks = {path: rank for path in rules if (rank := rank_of(given.get(path, {})))}
-    return {path: replace(rule, rank=ranks.get(path, rule.rank)) for path, rule in rules.items()}
+    def fuse_report(self, *, dtype: mx.Dtype | None, qtype: str | None) -> FuseReport:
+        """Return what would survive `fuse`. The model stays unchanged."""
+        wrong = [name for name, array in self.tensors().items() if not is_finite(array)]
+        refuse("The adapter to fuse", (f"{name}: not finite" for name in wrong))
+        fused = [fuse_layer(path, layer, dtype, qtype)[1] for path, layer in self.layers.items()]
+        return FuseReport(modules=tuple(fused))
 
+    def fuse(self, *, dtype: mx.Dtype | None, qtype: str | None) -> None:
+        """Replace each layer by a plain module whose weight includes the adapter."""
+        model, layers = self.model, dict(self.layers)
+        # One module at a time: each base weight is freed before the next weight is made.
+        for path in list(layers):
+            fused, _ = fuse_layer(path, layers.pop(path), dtype, qtype)
+            replace_modules(model, {path: fused})
+        use_fast_products(model)
+        freeze_names(model, self._frozen)
 
-def expected_shapes(
-    modules: Mapping[str, nn.Module], rules: Mapping[str, LoRARule]
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors that stand beside the modules under these rules."""
-    return {
-        f"{path}.{name}": shape
-        for path, module in modules.items()
-        if path in rules and rules[path].kind != "none" and (kind := module_kind(module))
-        for name, shape in tensor_shapes(rules[path], kind, weight_shape(module)).items()
-    }
+    def _put_layers(
+        self, layers: Mapping[str, AdapterLayer], targets: Mapping[str, TargetModule]
+    ) -> None:
+        model = self.model
+        for layer in layers.values():
+            layer.set_enabled(self._enabled)
+            layer.train(model.training)
+        replace_modules(model, {path: layer.base for path, layer in self.layers.items()})
+        replace_modules(model, dict(layers))
+        freeze_base(model)
+        self.layers = weakref.WeakValueDictionary(layers)
+        self.rules = {path: target.rule for path, target in targets.items()}
 
+    def _as_adapter(self, arrays: Mapping[str, mx.array]) -> Adapter:
+        """Return tensors as an adapter of this base, with the ranks that the tensors have."""
+        given = group_by_module(arrays)
+        ranks = {path: rank for path in self.rules if (rank := rank_of(given.get(path, {})))}
+        rules = {p: replace(r, rank=ranks.get(p, r.rank)) for p, r in self.rules.items()}
+        config = self.config if rules == self.rules else config_for_modules(rules)
+        version = self.version + 1
+        return Adapter(origin="the tensors given", arrays=arrays, config=config, version=version)
 
-def misfits(expected: Shapes, given: Mapping[str, mx.array]) -> list[str]:
-    """One line for each tensor that is missing, unknown, misshapen, not float or not finite."""
-    shared = [(name, given[name], expected[name]) for name in expected if name in given]
-    floats = {name: array for name, array, _ in shared if mx.issubdtype(array.dtype, mx.floating)}
-    return [
-        *_shorten(f"{name}: missing" for name in expected if name not in given),
-        *_shorten(f"{name}: no such adapter in the model" for name in given.keys() - expected),
-        *_shorten(
-            f"{name}: shape {array.shape}, model has {own}"
-            for name, array, own in shared
-            if array.shape != own
-        ),
-        *_shorten(
-            f"{name}: {array.dtype}, expected floating point"
-            for name, array, _ in shared
-            if name not in floats
-        ),
-        *_shorten(f"{name}: not finite" for name, array in floats.items() if not is_finite(array)),
-    ]
+    def _shapes(self, rules: Mapping[str, LoRARule]) -> dict[str, tuple[int, ...]]:
+        return expected_shapes({path: layer.base for path, layer in self.layers.items()}, rules)
 
-
-def refuse_misfits(origin: str, *problems: Iterable[str]) -> None:
-    """Raise one error with all of the problems, if there are any."""
-    if lines := [line for some in problems for line in some]:
-        text = "\n  ".join([f"{origin}: not what the adapters of this model can hold", *lines])
-        raise AdapterError(f"{text}\nWere they made with other options, or for another model?")
-
-
-def is_finite(array: mx.array) -> bool:
-    """Whether every number in an array is one."""
-    # numpy looks at hundreds of small arrays ten times as fast as mlx schedules them.
-    return bool(np.isfinite(np.array(array.astype(mx.float32), copy=False)).all())
-
-
-def lookup_problems(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Embeddings adapted for the lookup alone, in a model that reads the same table as its head."""
-    if not adapter.lookup_only or (layout := read_model_layout(model)).has_head:
-        return []
-    sites = [layout.sites[path] for path in group_by_module(adapter.arrays) if path in layout.sites]
-    tables = [site.path for site in sites if site.kind == "embedding"]
-    return [
-        f"{path}: adapted for looking tokens up alone, but it is the model's output head too. "
-        "Train with PEFT's ensure_weight_tying=True, or leave embeddings out"
-        for path in tables
-    ]
-
-
-def explicit_config(
-    rules: Mapping[str, LoRARule], others: Iterable[LoRARule] = ()
-) -> AdapterConfig:
-    """Rules that name every module by its whole path, those of one kind together; then `others`."""
-    paths: dict[tuple[object, ...], list[str]] = {}
-    kinds: dict[tuple[object, ...], LoRARule] = {}
-    for path, rule in rules.items():
-        plain = replace(rule, module_path=".*")
-        key = tuple(getattr(plain, name) for name in plain.__slots__)
-        kinds[key] = plain
-        paths.setdefault(key, []).append(re.escape(path))
-    named = [replace(rule, module_path="|".join(paths[key])) for key, rule in kinds.items()]
-    return AdapterConfig(rules=[*named, *others])
-
-
-def quantizing(config: AdapterConfig) -> list[LoRARule]:
-    """The rules that adapt nothing, but say how the base is quantized."""
-    return [rule for rule in config.rules if rule.kind == "none"]
-
-
-def _fitted(targets: Mapping[str, TargetModule], config: AdapterConfig, seed: int = 0) -> Fitted:
-    adapted = {path: target for path, target in targets.items() if target.rule.kind != "none"}
-    keys = mx.random.split(mx.random.key(seed), len(adapted)) if adapted else ()
-    layers = {
-        path: new_layer(target, key)
-        for (path, target), key in zip(adapted.items(), keys, strict=True)
-    }
-    rules = {path: target.rule for path, target in targets.items()}
-    return Fitted(config=config, rules=rules, layers=layers)
+    def _assign(self, arrays: Mapping[str, mx.array], rules: Mapping[str, LoRARule]) -> None:
+        tensors = {name: array.astype(mx.float32) for name, array in arrays.items()}
+        mx.eval(tensors)
+        for path, layer in self.layers.items():
+            for name in layer.trainable:
+                layer[name] = tensors[f"{path}.{name}"]
+            layer.set_scale_and_dropout(rules[path])
 
 
 def _present_rule(rule: LoRARule, layer: AdapterLayer | None) -> LoRARule:
+    """Return the rule with the rank and the scale that the layer has now."""
     if layer is None:
         return rule
     scale = rule.scale if np.float32(rule.scale) == layer.scale else layer.scale
     return replace(rule, rank=layer.rank, scale=scale)
-
-
-def _shorten(lines: Iterable[str]) -> Iterator[str]:
-    every = sorted(lines)
-    yield from every[:_SHOWN]
-    if len(every) > _SHOWN:
-        yield f"... and {len(every) - _SHOWN} more like the last line"

@@ -1,24 +1,26 @@
-"""One adapter apart from any model: what files hold, and what waits to be put on a model."""
+"""Adapter: one adapter apart from any model, and functions on its named tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.errors import AdapterError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """Tensors by their names in the model, and the config that says where and how they act.
+    """Tensors by their names in the model, and the config that says which modules they adapt.
 
-    `origin` is for messages: the path that it was read from, or its name. `fingerprint` is None
-    where a file of another library does not say which base it is for. `quantization` holds the
-    arguments of `quantize` that made the base, or None for a float base. With `lookup_only`,
-    embeddings are adapted where tokens are looked up and nowhere else, so that it does not fit a
-    model whose output head is that same table.
+    `origin`, a path or a name, appears in error messages. `fingerprint` identifies the base model;
+    it is None if a file of another library does not name the base. `quantization` holds the
+    arguments of `quantize` that made the base, or None for a float base. `lookup_only` is True if
+    embeddings are adapted for looking tokens up but not as an output head; such an adapter does
+    not fit a model whose output head is the embedding table.
     """
 
     origin: str
@@ -29,15 +31,23 @@ class Adapter:
     quantization: Mapping[str, Any] | None = None
     lookup_only: bool = False
 
+    def rules_by_module(self) -> dict[str, LoRARule]:
+        """Return the rule of each module that has tensors, with the rank of these tensors."""
+        rule_for = self.config.selection.rule_for
+        return {
+            path: replace(rule_for(path), rank=rank_of(tensors) or 1)
+            for path, tensors in group_by_module(self.arrays).items()
+        }
+
 
 def split_tensor_name(name: str) -> tuple[str, str]:
-    """The module's path and the tensor's own name in a tensor's whole name."""
+    """Return the module's path and the tensor's own name."""
     path, _, tensor = name.rpartition(".")
     return path, tensor
 
 
 def group_by_module(arrays: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
-    """The tensors of each module by path."""
+    """Return the tensors of each module by the module's path."""
     modules: dict[str, dict[str, mx.array]] = {}
     for name, array in arrays.items():
         path, tensor = split_tensor_name(name)
@@ -46,7 +56,7 @@ def group_by_module(arrays: Mapping[str, mx.array]) -> dict[str, dict[str, mx.ar
 
 
 def join_module_tensors(modules: Mapping[str, Mapping[str, mx.array]]) -> dict[str, mx.array]:
-    """The reverse of `by_module`."""
+    """Return the tensors of all modules by their whole names, the inverse of `group_by_module`."""
     return {
         f"{path}.{name}": array
         for path, tensors in modules.items()
@@ -55,20 +65,26 @@ def join_module_tensors(modules: Mapping[str, Mapping[str, mx.array]]) -> dict[s
 
 
 def rank_of(tensors: Mapping[str, mx.array]) -> int | None:
-    """The inner size of a module's product, or None if its tensors have none.
+    """Return the rank of a module's low-rank product, or None without one.
 
-    The axes of experts' factors, which have three, are those of mlx-lm.
+    Factors of experts have three axes, in the order of mlx-lm.
     """
     if "lora_a" not in tensors or (a := tensors["lora_a"]).ndim not in (2, 3) or not a.size:
         return None
     return a.shape[1] if a.ndim == 3 else a.shape[-1]
 
 
+def is_finite(array: mx.array) -> bool:
+    """Return whether an array has neither NaN nor infinity."""
+    # For hundreds of small arrays, numpy is ten times as fast as scheduling mlx operations.
+    return bool(np.isfinite(np.array(array.astype(mx.float32), copy=False)).all())
+
+
 def check_float32(arrays: Mapping[str, mx.array]) -> None:
-    """Refuse tensors that were cast to fewer bits."""
+    """Raise AdapterError if a tensor is not float32."""
     for name, array in arrays.items():
         if array.dtype != mx.float32:
             raise AdapterError(
-                f"{name} is {array.dtype}; expected float32, since small updates vanish in fewer "
-                "bits. Was the model cast (set_dtype) after adapting it? Cast it before"
+                f"{name} is {array.dtype}; expected float32, because small updates vanish in fewer "
+                "bits. If the model was cast (set_dtype) after it was adapted, cast it before"
             )

@@ -1,4 +1,4 @@
-"""How far adapters have moved: the number that shows a run which learns nothing."""
+"""Metrics that show how far adapters have moved, and whether a run learns anything."""
 
 import mlx.core as mx
 
@@ -6,7 +6,7 @@ from textpolicy.adapters.container import AdapterContainer
 
 
 def adapter_movement(adapters: AdapterContainer) -> dict[str, float]:
-    """The Frobenius norm of what all adapters add to the base, and the share of B that is not 0."""
+    """Return the Frobenius norm of all updates to the base, and the share of B that is not zero."""
     squares: list[mx.array] = []
     moved: list[mx.array] = []
     for layer in adapters.layers().values():

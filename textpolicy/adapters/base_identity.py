@@ -1,4 +1,4 @@
-"""What a model is without its adapters, and a short name for it that adapter files carry."""
+"""BaseIdentity: a fingerprint and the quantization of a base model, which adapter files carry."""
 
 import hashlib
 import json
@@ -11,8 +11,11 @@ import mlx.nn as nn
 import numpy as np
 
 from textpolicy.adapters.adapter import Adapter
-from textpolicy.adapters.layers.adapter_layer import adapter_layers, base_parameters, base_path
-from textpolicy.adapters.module_tree import frozen_names
+from textpolicy.adapters.layers.adapter_layer import (
+    adapter_layers,
+    base_parameters,
+    path_without_adapters,
+)
 from textpolicy.adapters.quantization.quantize import model_quantization
 from textpolicy.adapters.quantization.stored_weights import is_quantized
 
@@ -21,23 +24,18 @@ _SAMPLES = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseIdentity:
-    """What to tell of a model, and to restore, once it is adapted."""
+    """Which base model an adapter belongs to."""
 
     fingerprint: str
     quantization: Mapping[str, Any] | None
-    frozen: Mapping[str, set[str]]
 
     @classmethod
     def of(cls, model: nn.Module) -> "BaseIdentity":
-        """To be called before the model is adapted."""
-        return cls(
-            fingerprint=base_fingerprint(model),
-            quantization=model_quantization(model),
-            frozen=frozen_names(model),
-        )
+        """Return the identity of a model without its adapters."""
+        return cls(fingerprint=base_fingerprint(model), quantization=model_quantization(model))
 
     def differences(self, adapter: Adapter) -> list[str]:
-        """How the base that an adapter was made for differs from this one, where it says so."""
+        """Return how this base differs from the base that an adapter names, if it names one."""
         if adapter.fingerprint is None:
             return []
         pairs = {
@@ -52,13 +50,13 @@ class BaseIdentity:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the base: names, shapes, quantization, all vectors and a sample of each matrix.
+    """Return a hash of the base: names, shapes, quantization, vectors and a sample of each matrix.
 
-    Values count in bfloat16, so that loading the same checkpoint in bfloat16 or float32 gives the
-    same name. Packed weights count by their shape and quantization only.
+    Values are hashed in bfloat16, so that a checkpoint loaded in bfloat16 or float32 has the same
+    fingerprint. Of packed weights only shape and quantization are hashed.
     """
     parameters = dict(sorted(base_parameters(model).items()))
-    packed = _packed(model)
+    packed = _packed_formats(model)
     shapes = {name: array.shape for name, array in parameters.items()}
     values = [
         _sample(array).astype(mx.bfloat16)
@@ -71,16 +69,16 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _packed(model: nn.Module) -> dict[str, list[int | str]]:
+def _packed_formats(model: nn.Module) -> dict[str, list[int | str]]:
     layers = adapter_layers(model)
     return {
-        base_path(path, layers): [module.bits, module.group_size, module.mode]
+        path_without_adapters(path, layers): [module.bits, module.group_size, module.mode]
         for path, module in model.named_modules()
         if is_quantized(module)
     }
 
 
 def _sample(array: mx.array) -> mx.array:
-    """A vector whole; of anything larger, values spread over all of it."""
+    """Return a whole vector, or values spread evenly over a larger array."""
     flat = array.reshape(-1)
     return flat if array.ndim < 2 else flat[:: max(1, array.size // _SAMPLES)][:_SAMPLES]

@@ -1,7 +1,6 @@
-"""The adapters of one model: install, load, publish, swap, switch off, take off, fuse."""
+"""AdapterContainer: the adapters of one model, and everything one can do with them."""
 
-import weakref
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,166 +8,157 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.active_adapter import (
-    Fitted,
-    assign,
-    check_fit,
-    expected_shapes,
-    explicit_config,
-    fit,
-    fresh,
-    is_finite,
-    lookup_problems,
-    misfits,
-    refuse_misfits,
-    targets_of,
-    with_ranks_of,
-)
+from textpolicy.adapters.active_adapter import ActiveAdapter
 from textpolicy.adapters.adapter import Adapter, check_float32
-from textpolicy.adapters.base_identity import BaseIdentity
 from textpolicy.adapters.base_quantization import quantize_by_rules, quantize_for_adapter
-from textpolicy.adapters.combine import combine
 from textpolicy.adapters.config.adapter_config import AdapterConfig
-from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.files.adapter_file import write_adapter_file
 from textpolicy.adapters.files.layouts import read_adapter, write_folder
-from textpolicy.adapters.fuse import FuseReport, fuse_layer
+from textpolicy.adapters.fuse import FuseReport
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer, adapter_layers
-from textpolicy.adapters.module_tree import freeze_names, replace_modules
-from textpolicy.adapters.quantization.cpu_layers import use_fast_products
 from textpolicy.errors import AdapterError
 
-DEFAULT = "default"
-Source = str | Path | Adapter
+_DEFAULT_NAME = "default"
+AdapterSource = str | Path | Adapter
+"""A file, a folder, or an adapter in memory."""
 
 
 class AdapterContainer:
-    """Made by `from_model` or `from_directory`, found again by `of`.
+    """One adapter or several by name, one of which is active: its layers are in the model.
 
-    It holds one adapter or several by name, of which the model carries one. `version` 0 is a fresh
-    adapter. With `publish_path` set, a trainer publishes every new version there.
+    `from_model` or `from_directory` makes a container, and `of` finds the container of a model.
+    A new adapter has version 0. If `publish_path` is set, a trainer publishes every new version
+    there.
     """
 
-    def __init__(self, name: str = DEFAULT) -> None:
-        # Layers own their container. If it owned the model in return, a dropped model would stay
-        # in memory, gigabytes of it, until the garbage collector looks for cycles.
-        self._model: weakref.ref[nn.Module] | None = None
-        self._original: BaseIdentity | None = None
-        self._current: Fitted | None = None
-        self._apart: dict[str, Adapter] = {}
-        self._gate = mx.array(True)
+    def __init__(self, name: str = _DEFAULT_NAME) -> None:
         self.name = name
         self.publish_path: Path | None = None
+        self._active: ActiveAdapter | None = None
+        # The other adapters. While nothing is in a model, the adapter called `name` is here too.
+        self._inactive: dict[str, Adapter] = {}
+        self._enabled = mx.array(True)
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, config: AdapterConfig, *, name: str = DEFAULT, seed: int = 0
+        cls, model: nn.Module, config: AdapterConfig, *, name: str = _DEFAULT_NAME, seed: int = 0
     ) -> "AdapterContainer":
-        """Install fresh adapters and freeze everything else. The model computes what it did.
+        """Put new adapters into a model and freeze all else. The model's outputs do not change.
 
-        Where rules have a `weight_qtype` the base is quantized first, and stays so when unloaded.
+        Modules whose rule has a `weight_qtype` are quantized first, and `unload` does not undo it.
         """
         quantize_by_rules(model, config)
         container = cls(name)
-        container._put_on(model, BaseIdentity.of(model), fresh(model, config, seed))
+        active = ActiveAdapter(model, container._enabled)
+        active.put_new(config, seed)
+        container._own(active)
         mx.eval(container.parameters())
         return container
 
     @classmethod
-    def from_directory(cls, path: str | Path, *, name: str = DEFAULT) -> "AdapterContainer":
-        """The adapter in a folder or file of this library, mlx-lm, mlx-swift-lm or PEFT.
+    def from_directory(cls, path: str | Path, *, name: str = _DEFAULT_NAME) -> "AdapterContainer":
+        """Read a file or folder of this library, mlx-lm, mlx-swift-lm or PEFT.
 
-        It is on no model until `load`.
+        `load` then puts the adapter into a model.
         """
         container = cls(name)
-        container._apart[name] = read_adapter(path)
+        container._inactive[name] = read_adapter(path)
         return container
 
     @staticmethod
     def of(model: nn.Module) -> "AdapterContainer | None":
-        """The container of an adapted model, or None."""
+        """Return the container of an adapted model, or None."""
         owners = [layer.owner for layer in adapter_layers(model).values()]
         container = next((owner for owner in owners if isinstance(owner, AdapterContainer)), None)
-        if container and (container._model is None or container._model() is not model):
+        if container and not (container._active and container._active.is_in(model)):
             raise AdapterError(
-                "these adapters belong to another module than this one: pass the model that they "
-                "were made for, and make second models with shared_copy(model), not with "
+                "The adapters in this model belong to another model. Pass the model that the "
+                "adapters were made for, and copy models with shared_copy(model), not with "
                 "copy.deepcopy"
             )
         return container
 
+    # What it holds
+
     @property
     def model(self) -> nn.Module:
         """The adapted model."""
-        if self._model is None:
-            raise AdapterError(
-                "these adapters are on no model (they were unloaded or fused, or never loaded); "
-                "put them on one with load(model)"
-            )
-        if (model := self._model()) is None:
-            raise AdapterError("the model of these adapters no longer exists: keep a reference")
-        return model
-
-    @property
-    def original(self) -> BaseIdentity:
-        """What the model is without adapters."""
-        _ = self.model
-        assert self._original is not None
-        return self._original
+        return self._require_active().model
 
     @property
     def fingerprint(self) -> str:
-        """The name of the base that these adapters belong to."""
-        return self.original.fingerprint
+        """The fingerprint of the base model."""
+        return self._require_active().base.fingerprint
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All adapters held, the active one first."""
-        return tuple(dict.fromkeys([self.name, *self._apart]))
+        """The names of all adapters, the active adapter first."""
+        return tuple(dict.fromkeys([self.name, *self._inactive]))
 
     @property
     def config(self) -> AdapterConfig:
-        """How the active adapter was made, or what has been swapped in since."""
-        return (self._current or self._apart[self.name]).config
+        """The config of the active adapter, which a swap can change."""
+        return (self._active or self._inactive[self.name]).config
 
     @property
     def version(self) -> int:
-        """The number of the active adapter's last update."""
-        return (self._current or self._apart[self.name]).version
+        """The version of the active adapter: the number of its last update."""
+        return (self._active or self._inactive[self.name]).version
 
     @version.setter
     def version(self, version: int) -> None:
-        self._on_model().version = version
+        self._require_active().version = version
 
     def layers(self) -> dict[str, AdapterLayer]:
-        """The active adapter's layers by path."""
-        return dict(self._on_model().layers)
+        """Return the active adapter's layers by path."""
+        return dict(self._require_active().layers)
 
     def parameters(self) -> dict[str, mx.array]:
-        """The active adapter's tensors, by their names in the model."""
-        if self._current is None:
-            return dict(self._apart[self.name].arrays)
-        return self._on_model().tensors()
+        """Return the active adapter's tensors by their names in the model."""
+        if self._active is None:
+            return dict(self._inactive[self.name].arrays)
+        return self._require_active().tensors()
+
+    def adapter(self, name: str | None = None) -> Adapter:
+        """Return an adapter as it is now, apart from the model. The default is the active one."""
+        name = name or self.name
+        if self._active and name == self.name:
+            return self._require_active().to_adapter(name)
+        if name not in self._inactive:
+            raise AdapterError(f"no adapter is named {name!r}; there are {list(self.names)}")
+        return self._inactive[name]
+
+    # Training
 
     def advance(self) -> int:
-        """Count an update: to be called when the tensors have changed. Returns the new version."""
-        check_float32(self.parameters())
-        self._check_shapes()
-        self.version += 1
-        return self.version
+        """Count an update and return the new version. Call this after the tensors have changed."""
+        active = self._require_active()
+        active.check_update()
+        active.version += 1
+        return active.version
+
+    @contextmanager
+    def disabled(self) -> Generator[None]:
+        """Inside the block the model computes exactly what its base does: the reference policy."""
+        _ = self._require_active()
+        before = self._enabled
+        self._set_enabled(mx.array(False))
+        try:
+            yield
+        finally:
+            self._set_enabled(before)
 
     # Files
 
     def publish(self, path: str | Path | None = None) -> int:
-        """Write the active adapter as one file, by default to `publish_path`; returns its version.
+        """Write the active adapter as one file, replaced in one step, and return the version.
 
-        The file is replaced in one step.
+        The default path is `publish_path`.
         """
         path = path or self.publish_path
         if path is None:
-            raise AdapterError("no path to publish to: pass one, or set publish_path")
-        check_float32(self.parameters())
-        write_adapter_file(path, self.adapter())
+            raise AdapterError("There is no path to publish to. Pass a path, or set publish_path")
+        write_adapter_file(path, self._checked_adapter())
         return self.version
 
     def save(
@@ -176,286 +166,153 @@ class AdapterContainer:
     ) -> Path:
         """Write the active adapter as a folder that mlx-lm and mlx-swift-lm load, or PEFT.
 
-        Adapters of a base that the other library cannot load, such as a quantized one for PEFT,
-        compute something else over a float base: `over_float_base` says that this is meant.
-        Returns the folder.
+        Returns the folder. Some quantized bases cannot be loaded by the other library. Over a
+        float base the adapter computes something else, so saving raises an error unless
+        `over_float_base` is True.
         """
-        check_float32(self.parameters())
-        adapter = self.adapter()
-        with self._bare() as model:
+        adapter = self._checked_adapter()
+        with self._require_active().without_layers() as model:
             return write_folder(folder, adapter, model, layout, over_float_base=over_float_base)
 
-    def adapter(self, name: str | None = None) -> Adapter:
-        """An adapter as it is now, apart from the model; the active one unless a name is given."""
-        name = name or self.name
-        if self._current is None or name != self.name:
-            return self._find(name)
-        fitted = self._on_model()
-        return Adapter(
-            origin=name,
-            arrays=fitted.tensors(),
-            config=fitted.present_config(),
-            version=fitted.version,
-            fingerprint=self.fingerprint,
-            quantization=self.original.quantization,
-        )
+    def swap(
+        self, source: AdapterSource | Mapping[str, mx.array], version: int | None = None
+    ) -> int:
+        """Replace every tensor of the active adapter, or raise an error and replace none.
 
-    def swap(self, source: Source | Mapping[str, mx.array], version: int | None = None) -> int:
-        """Replace every tensor of the active adapter, or none if anything does not fit.
-
-        Ranks and scales may change, and compiled functions see it; modules and kinds have to be
-        the same. Returns the version: without `version` it is the file's own or, for tensors, one
-        more than now.
+        Ranks and scales may change, and compiled functions see the change. Modules and kinds must
+        be the same. Returns the version: by default the file's version, or for tensors the
+        present version plus one.
         """
-        fitted = self._on_model()
-        if isinstance(source, Mapping):
-            rules = with_ranks_of(source, fitted.rules)
-            config = fitted.config if rules == fitted.rules else explicit_config(rules)
-            self._assign(source, rules, "the tensors given")
-            fitted.config, found = config, fitted.version + 1
-        else:
-            adapter = source if isinstance(source, Adapter) else read_adapter(source)
-            problems = self._problems(adapter)
-            rules = self._rules_of(adapter, problems)
-            self._assign(adapter.arrays, rules, adapter.origin, problems)
-            fitted.config, found = adapter.config, adapter.version
-        fitted.version = found if version is None else version
-        return fitted.version
+        active = self._require_active()
+        active.swap(read_adapter(source) if isinstance(source, str | Path) else source)
+        if version is not None:
+            active.version = version
+        return active.version
 
-    # Several by name
+    # Several adapters by name
 
-    def add(self, name: str, source: Source) -> None:
-        """Hold another adapter of this base beside the active one, ready to be activated."""
-        self._check_new(name)
+    def add(self, name: str, source: AdapterSource) -> None:
+        """Hold another adapter of the same base, ready to be activated."""
+        active = self._require_active()
+        if name in self.names:
+            raise AdapterError(
+                f"an adapter is named {name!r} already. Choose another name, remove the adapter, "
+                "or swap its tensors"
+            )
         adapter = source if isinstance(source, Adapter) else read_adapter(source)
-        with self._bare() as model:
-            check_fit(model, adapter, self.original.differences(adapter))
-        self._apart[name] = adapter
+        active.check(adapter)
+        self._inactive[name] = adapter
 
     def activate(self, name: str) -> None:
-        """Put the adapter of this name in the place of the active one, which stays beside it."""
+        """Put the adapter of this name into the model. The present adapter becomes inactive."""
         if name == self.name:
             return
-        adapter, now, model = self._find(name), self.adapter(), self.model
-        bases = {path: layer.base for path, layer in self.layers().items()}
-        with self._bare():
-            fitted = fit(model, adapter)
-        replace_modules(model, bases)
-        del self._apart[name]
-        self._apart[self.name], self.name = now, name
-        self._put_on(model, self.original, fitted)
+        chosen, present = self.adapter(name), self.adapter()
+        active = self._require_active()
+        active.put(chosen)
+        self._own(active)
+        del self._inactive[name]
+        self._inactive[self.name], self.name = present, name
 
     def remove(self, name: str) -> None:
-        """Drop an adapter that is not the active one."""
+        """Drop an adapter that is not active."""
         if name == self.name:
-            raise AdapterError(f"{name!r} is the active adapter: activate another one first")
-        self._find(name)
-        del self._apart[name]
+            raise AdapterError(f"{name!r} is the active adapter. Activate another adapter first")
+        _ = self.adapter(name)
+        del self._inactive[name]
 
-    def combine(
-        self,
-        name: str,
-        weights: Mapping[str, float],
-        method: str = "cat",
-        *,
-        rank: int | None = None,
-    ) -> None:
-        """Hold a weighted sum of LoRA adapters as a new one, ready to be activated.
-
-        "cat" is the exact sum, of a rank that is the sum of the ranks. "svd" is the nearest to it
-        of `rank`, by default the largest of theirs. "linear" sums the factors instead of their
-        products, as PEFT does: it keeps the rank and is no sum of the updates.
-        """
-        self._check_new(name)
-        adapters = {one: self.adapter(one) for one in weights}
-        self.add(name, combine(name, self.adapter(), adapters, weights, method, rank))
-
-    # The model
+    # Into the model and out of it
 
     def load(self, model: nn.Module, *, dropout: float | None = None) -> "AdapterContainer":
-        """Put the adapters on an unadapted model, all or none of them, and freeze the rest.
+        """Put the adapter into an unadapted model and freeze all else, or raise an error.
 
-        A float base is quantized first where the adapters were made over a quantized one. A
-        `dropout` takes the place of the one that the adapters have been trained with.
+        A float base is quantized first if the adapters were made over a quantized base. `dropout`
+        replaces the dropout that the adapter was trained with.
         """
-        if self._current is not None:
-            raise AdapterError("these adapters are on a model already: unload() them first")
+        if self._active:
+            raise AdapterError("These adapters are in a model already: call unload() first")
         if dropout is not None:
-            own = self._apart[self.name]
-            self._apart[self.name] = replace(own, config=own.config.with_dropout(dropout))
-        quantize_for_adapter(model, self._apart[self.name])
-        original = BaseIdentity.of(model)
-        for adapter in self._apart.values():
-            check_fit(model, adapter, original.differences(adapter))
-        fitted = fit(model, self._apart.pop(self.name))
-        self._put_on(model, original, fitted)
+            own = self._inactive[self.name]
+            self._inactive[self.name] = replace(own, config=own.config.with_dropout(dropout))
+        quantize_for_adapter(model, self._inactive[self.name])
+        active = ActiveAdapter(model, self._enabled)
+        for name in self.names[1:]:
+            active.check(self._inactive[name])
+        active.put(self._inactive[self.name])
+        del self._inactive[self.name]
+        self._own(active)
         return self
 
     def unload(self) -> nn.Module:
-        """Take the adapters off: the very modules and arrays of before, frozen as they were.
+        """Take the adapters out: the model has its original modules and arrays again.
 
-        They can be loaded again, on this model or another one of the same base.
+        The adapters can be loaded again, into this model or another model of the same base.
         """
-        model, frozen, layers = self.model, self.original.frozen, self.layers()
-        self._put_apart()
-        replace_modules(model, {path: layer.base for path, layer in layers.items()})
-        freeze_names(model, frozen)
-        return model
-
-    @contextmanager
-    def disabled(self) -> Generator[None]:
-        """Inside the block the model is its base, exactly: the reference policy."""
-        _ = self.layers()
-        before = self._gate
-        self._switch(mx.array(False))
-        try:
-            yield
-        finally:
-            self._switch(before)
+        return self._release().remove()
 
     def fuse(
         self, *, dtype: mx.Dtype | None = None, qtype: str | None = None, min_survival: float = 0.9
     ) -> FuseReport:
-        """Add the active adapter into the weights and take all off; reports how much survived.
+        """Add the active adapter to the weights, unload it, and report how much survived rounding.
 
-        Weights keep the base's dtype unless `dtype` is given. A quantized base becomes float where
-        it was adapted, unless `qtype` names a format to round to again: "same", or one that rules
-        know. Few bits erase most of a small update: where less than `min_survival` of it would be
-        left, an error says so and nothing is changed.
+        The weights keep the base's dtype unless `dtype` is given. Adapted modules of a quantized
+        base become float, unless `qtype` names a format to quantize to: "same", or a
+        `weight_qtype` of rules. Few bits erase most of a small update. If less than `min_survival`
+        would survive, an error is raised and nothing changes.
         """
         report = self.fuse_report(dtype=dtype, qtype=qtype)
         report.check(min_survival)
-        model, frozen, layers = self.model, self.original.frozen, self.layers()
-        self._put_apart()
-        # One module at a time: each base weight is freed before the next is made.
-        for path in list(layers):
-            layer = layers.pop(path)
-            replace_modules(model, {path: fuse_layer(path, layer, dtype, qtype)[0]})
-        use_fast_products(model)
-        freeze_names(model, frozen)
+        self._release().fuse(dtype=dtype, qtype=qtype)
         return report
 
     def fuse_report(self, *, dtype: mx.Dtype | None = None, qtype: str | None = None) -> FuseReport:
-        """What would survive `fuse`; the model stays as it is."""
-        layers = self.layers()
-        wrong = [name for name, array in self.parameters().items() if not is_finite(array)]
-        refuse_misfits("adapters that cannot be fused", (f"{name}: not finite" for name in wrong))
-        outcomes = [fuse_layer(path, layer, dtype, qtype)[1] for path, layer in layers.items()]
-        return FuseReport(modules=tuple(outcomes))
+        """Return the report that `fuse` would return. The model stays unchanged."""
+        return self._require_active().fuse_report(dtype=dtype, qtype=qtype)
 
     def merge_and_unload(
         self, *, dtype: mx.Dtype | None = None, qtype: str | None = None, min_survival: float = 0.9
     ) -> nn.Module:
-        """`fuse`, for the plain model instead of the report."""
+        """Do what `fuse` does, and return the plain model instead of the report."""
         model = self.model
         self.fuse(dtype=dtype, qtype=qtype, min_survival=min_survival)
         return model
 
-    def share(self, copy: nn.Module) -> "AdapterContainer":
-        """A container for a copy of the model, layers and all: its active adapter is this one's."""
+    def copy_to(self, model: nn.Module) -> "AdapterContainer":
+        """Return a container for a copy of the model that includes copies of the layers.
+
+        The new container holds the active adapter only, and publishes nowhere.
+        """
         made = AdapterContainer(self.name)
-        fitted = replace(self._on_model(), layers=adapter_layers(copy))
-        made._gate = self._gate
-        made._put_on(copy, self.original, fitted)
+        made._enabled = self._enabled
+        made._own(self._require_active().copy_to(model))
         return made
 
-    def _on_model(self) -> Fitted:
-        _ = self.model
-        assert self._current is not None
-        return self._current
-
-    def _find(self, name: str) -> Adapter:
-        if name not in self._apart:
-            raise AdapterError(f"no adapter is named {name!r}; there are {list(self.names)}")
-        return self._apart[name]
-
-    def _check_new(self, name: str) -> None:
-        _ = self.model
-        if name in self.names:
-            raise AdapterError(f"an adapter is named {name!r} already: remove it, or swap it")
-
-    def _put_on(self, model: nn.Module, original: BaseIdentity, fitted: Fitted) -> None:
-        """Make an adapter's layers those of a model without any, and this their container."""
-        for layer in fitted.layers.values():
-            layer.owner = self
-            layer.switch(self._gate)
-            layer.train(model.training)
-        replace_modules(model, dict(fitted.layers))
-        freeze_base(model)
-        self._model, self._original = weakref.ref(model), original
-        # The model owns the layers, and through them the base: see __init__.
-        self._current = replace(fitted, layers=weakref.WeakValueDictionary(fitted.layers))
-
-    def _put_apart(self) -> None:
-        """Keep the tensors, and nothing of the model."""
-        self._apart = {self.name: self.adapter()} | self._apart
-        self._current = self._model = None
-
-    @contextmanager
-    def _bare(self) -> Generator[nn.Module]:
-        """The model without its adapters, for as long as something is looked up in it."""
-        model, layers = self.model, self.layers()
-        replace_modules(model, {path: layer.base for path, layer in layers.items()})
-        try:
-            yield model
-        finally:
-            replace_modules(model, dict(layers))
-
-    def _switch(self, gate: mx.array) -> None:
-        self._gate = gate
-        if self._current is not None:
-            for layer in self._current.layers.values():
-                layer.switch(gate)
-
-    def _assign(
-        self,
-        arrays: Mapping[str, mx.array],
-        rules: Mapping[str, LoRARule],
-        origin: str,
-        problems: Iterable[str] = (),
-    ) -> None:
-        fitted = self._on_model()
-        changed = {
-            path: replace(own, rank=new.rank, scale=new.scale, dropout=new.dropout)
-            for path, own in fitted.rules.items()
-            for new in [rules.get(path, own)]
-        }
-        refuse_misfits(origin, problems, misfits(self._shapes(changed), arrays))
-        assign(fitted, arrays, changed)
-
-    def _shapes(self, rules: Mapping[str, LoRARule]) -> dict[str, tuple[int, ...]]:
-        return expected_shapes({path: layer.base for path, layer in self.layers().items()}, rules)
-
-    def _check_shapes(self) -> None:
-        """Refuse what a broadcast makes of a tensor and an optimizer's state of another rank."""
-        shapes, tensors = self._shapes(self._on_model().rules), self.parameters()
-        changed = [name for name, shape in shapes.items() if tensors[name].shape != shape]
-        if changed:
+    def _require_active(self) -> ActiveAdapter:
+        if self._active is None:
             raise AdapterError(
-                f"{changed[0]} and {len(changed) - 1} more have changed their shapes: it is "
-                f"{tensors[changed[0]].shape}, expected {shapes[changed[0]]}. Was the optimizer "
-                "made before a swap to another rank? Its state is of that rank: make a new one"
+                "These adapters are in no model: they were unloaded or fused, or never loaded. Put "
+                "them into a model with load(model)"
             )
+        _ = self._active.model
+        return self._active
 
-    def _problems(self, adapter: Adapter) -> list[str]:
-        """Why an adapter is not for this model, whatever its tensors are."""
-        problems = self.original.differences(adapter)
-        if adapter.lookup_only:
-            with self._bare() as model:
-                problems += lookup_problems(model, adapter)
-        return problems
+    def _own(self, active: ActiveAdapter) -> None:
+        for layer in active.layers.values():
+            layer.owner = self
+        self._active = active
 
-    def _rules_of(self, adapter: Adapter, problems: Iterable[str]) -> Mapping[str, LoRARule]:
-        """What the adapter's config says about this model; an error with `problems` if nothing."""
-        if adapter.config == self.config:
-            return self._on_model().rules
-        with self._bare() as model:
-            targets = targets_of(model, adapter, problems)
-        return {path: target.rule for path, target in targets.items()}
+    def _release(self) -> ActiveAdapter:
+        """Keep the active adapter's tensors, and drop the reference to the model."""
+        active = self._require_active()
+        self._inactive = {self.name: self.adapter()} | self._inactive
+        self._active = None
+        return active
 
+    def _checked_adapter(self) -> Adapter:
+        check_float32(self.parameters())
+        return self.adapter()
 
-def freeze_base(model: nn.Module) -> None:
-    """Leave only adapter tensors trainable; without adapters, nothing."""
-    model.freeze()
-    for layer in adapter_layers(model).values():
-        layer.unfreeze(keys=list(layer.trainable), recurse=False)
+    def _set_enabled(self, enabled: mx.array) -> None:
+        self._enabled = enabled
+        if self._active:
+            self._active.set_enabled(enabled)

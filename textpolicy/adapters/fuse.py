@@ -1,4 +1,4 @@
-"""Adapters added into the weights, and how much of them the weights' dtype could hold."""
+"""Fusing: adding adapters to the weights, and measuring how much survives rounding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,26 +8,27 @@ import mlx.nn as nn
 
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
 from textpolicy.adapters.quantization.number_formats import NumberFormat, format_by_name
-from textpolicy.adapters.quantization.quantize import pack_module
+from textpolicy.adapters.quantization.quantize import quantize_module
 from textpolicy.adapters.quantization.stored_weights import (
     float_dtype,
-    float_module,
     float_weight,
     format_of,
+    make_float_module,
 )
 from textpolicy.errors import AdapterError
 
-SAME = "same"
-_SHOWN = 5
+SAME_FORMAT = "same"
+"""The `qtype` that quantizes each module to the number format that it has now."""
+_MAX_LINES = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedModule:
     """`survival` is the fraction of the update that is left after rounding to `dtype`.
 
-    It is measured along the update: 1 is all of it, 0 none. `noise` is the norm of what rounding
-    added or took, over the update's own. `relative_size` is the update's norm over the base
-    weight's. An update of zero survives whole, without noise.
+    It is measured along the update: 1 is all of it, 0 is nothing. `noise` is the norm of the
+    rounding error divided by the norm of the update. `relative_size` is the norm of the update
+    divided by the norm of the base weight. An update of zero has survival 1 and noise 0.
     """
 
     path: str
@@ -40,7 +41,7 @@ class FusedModule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FuseReport:
-    """What became of the adapters of each module."""
+    """The result for each fused module."""
 
     modules: Sequence[FusedModule]
 
@@ -53,7 +54,7 @@ class FuseReport:
 
     @property
     def noise(self) -> float:
-        """The norm of what rounding changed, over that of the whole update."""
+        """The norm of all rounding errors divided by the norm of the whole update."""
         total = sum(module.squared_norm for module in self.modules)
         changed = sum(module.squared_norm * module.noise**2 for module in self.modules)
         return (changed / total) ** 0.5 if total else 0.0
@@ -64,49 +65,53 @@ class FuseReport:
         return min(self.modules, key=lambda module: module.survival)
 
     def check(self, min_survival: float) -> None:
-        """Raise if less than this fraction of the update survives."""
-        if self.survival < min_survival:
-            losers = sorted(self.modules, key=lambda module: module.survival)[:_SHOWN]
-            lines = [
-                f"{module.path}: {module.survival:.0%} of an update of relative size "
-                f"{module.relative_size:.1e} is left in {module.dtype}"
-                for module in losers
-            ]
-            text = "\n  ".join([f"fusing would keep {self.survival:.0%} of the update", *lines])
-            raise AdapterError(
-                f"{text}\nExpected at least {min_survival:.0%}. Nothing was changed. Fuse into "
-                "more bits (dtype=mx.float32 keeps all), keep the adapters beside the base, or "
-                "accept the loss with min_survival=0"
-            )
+        """Raise AdapterError if less than this fraction of the update survives."""
+        if self.survival >= min_survival:
+            return
+        losers = sorted(self.modules, key=lambda module: module.survival)[:_MAX_LINES]
+        lines = [
+            f"{module.path}: {module.survival:.0%} of an update of relative size "
+            f"{module.relative_size:.1e} is left in {module.dtype}"
+            for module in losers
+        ]
+        text = "\n  ".join([f"Fusing would keep {self.survival:.0%} of the update", *lines])
+        raise AdapterError(
+            f"{text}\nExpected at least {min_survival:.0%}. Nothing was changed. Fuse into more "
+            "bits (dtype=mx.float32 keeps all), keep the adapters apart from the base, or accept "
+            "the loss with min_survival=0"
+        )
 
 
 def fuse_layer(
     path: str, layer: AdapterLayer, dtype: mx.Dtype | None, qtype: str | None
 ) -> tuple[nn.Module, FusedModule]:
-    """A plain module that computes what `layer` does, up to rounding; float unless `qtype`."""
-    form = _format(layer.base, qtype)
+    """Return a plain module that computes what `layer` does up to rounding, and how much survived.
+
+    The module is float unless `qtype` names a number format. Error messages show `path`.
+    """
+    number_format = _target_format(layer.base, qtype)
     base, delta = float_weight(layer.base), layer.delta()
     dtype = dtype or float_dtype(layer.base)
-    fused = float_module(layer.base, (base + delta).astype(dtype), layer.merged_bias())
-    if form:
-        fused = pack_module(path, fused, form)
+    fused = make_float_module(layer.base, (base + delta).astype(dtype), layer.merged_bias())
+    if number_format:
+        fused = quantize_module(path, fused, number_format)
     moved = float_weight(fused) - base
     squared, kept, size = mx.square(delta).sum(), (moved * delta).sum(), mx.linalg.norm(base)
     noise = mx.linalg.norm(moved - delta)
     mx.eval(fused.parameters(), squared, kept, size, noise)
-    norm2 = float(squared)
+    squared_norm = float(squared)
     return fused, FusedModule(
         path=path,
-        dtype=form.name if form else str(dtype).removeprefix("mlx.core."),
-        relative_size=norm2**0.5 / float(size),
-        survival=float(kept) / norm2 if norm2 else 1.0,
-        noise=float(noise) / norm2**0.5 if norm2 else 0.0,
-        squared_norm=norm2,
+        dtype=number_format.name if number_format else str(dtype).removeprefix("mlx.core."),
+        relative_size=squared_norm**0.5 / float(size),
+        survival=float(kept) / squared_norm if squared_norm else 1.0,
+        noise=float(noise) / squared_norm**0.5 if squared_norm else 0.0,
+        squared_norm=squared_norm,
     )
 
 
-def _format(base: nn.Module, qtype: str | None) -> NumberFormat | None:
-    """The format to round to again; float modules stay float under "same"."""
+def _target_format(base: nn.Module, qtype: str | None) -> NumberFormat | None:
+    """Return the format to quantize to, or None. With "same", float modules stay float."""
     if qtype is None:
         return None
-    return format_of(base) if qtype == SAME else format_by_name(qtype)
+    return format_of(base) if qtype == SAME_FORMAT else format_by_name(qtype)

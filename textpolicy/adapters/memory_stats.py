@@ -1,12 +1,16 @@
-"""What a model takes: bytes of its arrays, parameters in and out of training."""
+"""Measured memory of a model and its adapters: bytes of arrays and numbers of parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from textpolicy.adapters.layers.adapter_layer import adapter_layers, base_parameters, base_path
+from textpolicy.adapters.layers.adapter_layer import (
+    adapter_layers,
+    base_parameters,
+    path_without_adapters,
+)
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.adapters.quantization.stored_weights import is_quantized
 
@@ -14,34 +18,38 @@ from textpolicy.adapters.quantization.stored_weights import is_quantized
 def memory_stats(
     model: nn.Module, optimizer: optim.Optimizer | None = None
 ) -> dict[str, int | float]:
-    """Measured sizes of arrays that are there, each array once; gradients are as large as training
-    makes them.
+    """Return sizes measured on existing arrays, each array counted once.
 
-    base_bytes, adapter_bytes, adapter_buffer_bytes: frozen weights, trained tensors, and what
-    layers keep beside them (scale, gate, DoRA's measured lengths)
-    gradient_bytes: of one gradient of everything trainable
-    optimizer_bytes: of the optimizer's state, which Adam has from its first update on
-    base_parameters: weights the base stands for; packed ones are counted unpacked
-    trainable_parameters, total_parameters: what the optimizer moves, and base plus adapters
+    base_bytes, adapter_bytes: frozen weights, and trained adapter tensors
+    adapter_buffer_bytes: other arrays of adapter layers (scale, gate, DoRA's row norms)
+    gradient_bytes: one gradient of all trainable parameters
+    optimizer_bytes: the optimizer's state; Adam has state from its first update on
+    base_parameters: parameters of the base, with packed weights counted unpacked
+    trainable_parameters, total_parameters: trained parameters, and base plus adapter parameters
     memory_ratio: adapter_bytes / base_bytes
     bits_per_weight: bits that the base stores for each of its parameters
-    memory_savings_percent: the share of parameters that needs neither gradient nor optimizer state
+    memory_savings_percent: the share of parameters without gradient and optimizer state
     """
     base, layers = base_parameters(model), adapter_layers(model)
-    adapters = {
-        f"{path}.{name}": layer[name] for path, layer in layers.items() for name in layer.trainable
-    }
-    trained = named_arrays(model.trainable_parameters())
-    base_bytes, adapter_bytes = _bytes(base), _bytes(adapters)
-    base_count = _logical_count(model, base)
-    total = base_count + sum(array.size for array in adapters.values())
-    trainable = sum(array.size for array in trained.values())
+    adapters = [layer[name] for layer in layers.values() for name in layer.trainable]
+    buffers = [
+        value
+        for layer in layers.values()
+        for name, value in layer.items()
+        if name.startswith("_") and isinstance(value, mx.array)
+    ]
+    trained = named_arrays(model.trainable_parameters()).values()
+    base_bytes, adapter_bytes = _unique_bytes(base.values()), _unique_bytes(adapters)
+    base_count = _unpacked_count(model, base)
+    total = base_count + sum(array.size for array in adapters)
+    trainable = sum(array.size for array in trained)
+    state = named_arrays(optimizer.state).values() if optimizer else ()
     return {
         "base_bytes": base_bytes,
         "adapter_bytes": adapter_bytes,
-        "adapter_buffer_bytes": _bytes(_buffers(model)),
-        "gradient_bytes": sum(array.nbytes for array in trained.values()),
-        "optimizer_bytes": _bytes(named_arrays(optimizer.state)) if optimizer else 0,
+        "adapter_buffer_bytes": _unique_bytes(buffers),
+        "gradient_bytes": sum(array.nbytes for array in trained),
+        "optimizer_bytes": _unique_bytes(state),
         "base_parameters": base_count,
         "trainable_parameters": trainable,
         "total_parameters": total,
@@ -52,9 +60,9 @@ def memory_stats(
 
 
 def print_trainable_parameters(model: nn.Module, write: Callable[[str], object] = print) -> None:
-    """Write one line: how many parameters are trained, of how many, and the percentage.
+    """Write one line with the trainable parameters, all parameters, and the percentage.
 
-    Packed weights count as the weights that they stand for.
+    Packed weights are counted unpacked.
     """
     stats = memory_stats(model)
     trainable, total = int(stats["trainable_parameters"]), int(stats["total_parameters"])
@@ -64,23 +72,14 @@ def print_trainable_parameters(model: nn.Module, write: Callable[[str], object] 
     )
 
 
-def _buffers(model: nn.Module) -> dict[str, mx.array]:
-    return {
-        f"{path}.{name}": value
-        for path, layer in adapter_layers(model).items()
-        for name, value in layer.items()
-        if name.startswith("_") and isinstance(value, mx.array)
-    }
+def _unique_bytes(arrays: Iterable[mx.array]) -> int:
+    return sum(array.nbytes for array in {id(array): array for array in arrays}.values())
 
 
-def _bytes(arrays: Mapping[str, mx.array]) -> int:
-    return sum(array.nbytes for array in {id(array): array for array in arrays.values()}.values())
-
-
-def _logical_count(model: nn.Module, base: dict[str, mx.array]) -> int:
+def _unpacked_count(model: nn.Module, base: dict[str, mx.array]) -> int:
     layers = adapter_layers(model)
     bits = {
-        base_path(path, layers): module.bits
+        path_without_adapters(path, layers): module.bits
         for path, module in model.named_modules()
         if is_quantized(module)
     }

@@ -1,4 +1,4 @@
-"""New versions from one process to others: a publisher writes, watchers notice."""
+"""Passing new adapter versions between processes: a publisher writes a file, watchers read it."""
 
 import re
 import time
@@ -10,10 +10,10 @@ from textpolicy.errors import AdapterError, ConfigError
 
 
 class AdapterPublisher:
-    """Writes each version to `path`, where watchers find the newest.
+    """Writes each version to `path`.
 
-    The last `keep` versions stay beside it as files of their own that no later version changes
-    (adapters-00000007.safetensors). Older ones of this name are removed.
+    The last `keep` versions stay in the same folder as files of their own, such as
+    adapters-00000007.safetensors. Older files with such names are removed.
     """
 
     def __init__(self, path: str | Path, *, keep: int = 0) -> None:
@@ -23,51 +23,51 @@ class AdapterPublisher:
         self.keep = keep
 
     def publish(self, adapters: AdapterContainer) -> int:
-        """Write the adapters as they are now; returns their version."""
+        """Write the present adapter and return its version."""
         if self.keep:
-            adapters.publish(self._name(adapters.version))
+            adapters.publish(self._path_of(adapters.version))
             for version in sorted(self.versions())[: -self.keep]:
-                self._name(version).unlink()
+                self._path_of(version).unlink()
         return adapters.publish(self.path)
 
     def versions(self) -> dict[int, Path]:
-        """The versions that have been kept."""
+        """Return the files of the kept versions."""
         name = re.compile(rf"{re.escape(self.path.stem)}-(\d{{8,}}){re.escape(self.path.suffix)}")
         found = ((name.fullmatch(file.name), file) for file in self.path.parent.iterdir())
         return {int(match[1]): file for match, file in found if match}
 
-    def _name(self, version: int) -> Path:
+    def _path_of(self, version: int) -> Path:
         return self.path.with_name(f"{self.path.stem}-{version:08d}{self.path.suffix}")
 
 
 class AdapterWatcher:
-    """Notices new adapters in a file.
+    """Notices when another adapter is in a file.
 
-    What lies there already when watching begins is not new, unless `from_start`.
+    An adapter that is in the file when watching begins is not new, unless `from_start` is True.
     """
 
     def __init__(self, path: str | Path, *, from_start: bool = False) -> None:
         self.path = Path(path).absolute()
         self._found = file_signature(self.path)
-        self._seen = None if from_start else self._found
+        self._accepted = None if from_start else self._found
 
     def poll(self) -> Path | None:
-        """The path, if its file is another one than the last that was accepted."""
+        """Return the path if the file holds another adapter than the last accepted one."""
         self._found = file_signature(self.path)
-        return None if self._found in (None, self._seen) else self.path
+        return None if self._found in (None, self._accepted) else self.path
 
     def accept(self) -> None:
-        """What the last poll found is in use; a file that could not be used is found again."""
-        self._seen = self._found
+        """Mark the adapter of the last poll as used. Without this call, `poll` returns it again."""
+        self._accepted = self._found
 
     def wait(self, timeout: float, *, every: float = 0.01) -> Path:
-        """The path, as soon as its file is new; an error after `timeout` seconds without one."""
+        """Return the path as soon as the file is new. Raise AdapterError after `timeout` s."""
         deadline = time.monotonic() + timeout
         while (path := self.poll()) is None:
             if time.monotonic() >= deadline:
                 raise AdapterError(
-                    f"no new adapters in {self.path} for {timeout} s. Is the process that "
-                    "publishes them alive, and does it publish to this path?"
+                    f"There were no new adapters in {self.path} for {timeout} s. Check that the "
+                    "publishing process is alive and publishes to this path"
                 )
             time.sleep(every)
         return path

@@ -1,18 +1,18 @@
-"""A second model over the same arrays."""
+"""shared_copy: a second model over the same arrays."""
 
 import mlx.nn as nn
 
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.module_tree import share_tree
+from textpolicy.adapters.module_tree import share_module_tree
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """Another model sharing every array, with adapters of its own that begin equal.
+    """Return another model that shares every array, with its own copy of the active adapter.
 
-    Training or swapping the one never touches the other. The copy publishes nowhere, and of
-    several adapters it has the active one.
+    Training one model, or swapping its adapter, never changes the other. The copy has no
+    `publish_path`, and none of the inactive adapters.
     """
-    copy = share_tree(model)
+    copy = share_module_tree(model)
     if container := AdapterContainer.of(model):
-        container.share(copy)
+        container.copy_to(copy)
     return copy

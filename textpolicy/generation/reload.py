@@ -1,4 +1,4 @@
-"""Adapters on disk and policies that reload them, over a base model that is loaded once."""
+"""Saving adapters, and policies that reload adapters without loading the base model again."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ ReloadFn = Callable[[str | Path], int]
 
 
 def save_adapters(model: nn.Module, path: str | Path, *, layout: str | None = None) -> int:
-    """Write the model's adapters as one file, replaced in one step; returns their version.
+    """Write the model's adapters as one file, replaced in one step, and return their version.
 
-    With `layout`, `path` is a folder as mlx-lm and mlx-swift-lm ("mlx") or PEFT ("peft") load it.
+    With `layout`, `path` is a folder that mlx-lm and mlx-swift-lm ("mlx") or PEFT ("peft") load.
     """
     adapters = adapters_of(model)
     if layout is None:
@@ -32,9 +32,10 @@ def reload_model(
     adapter_path: str | Path,
     tokenizer_config: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """The base model with the adapters of a file or folder, which also says how to apply them.
+    """Load the base model and put the adapters of a file or folder into it.
 
-    A base that was quantized for QLoRA is quantized in the same way again.
+    The file also holds the adapter config. A base that was quantized for QLoRA is quantized in the
+    same way again.
     """
     return load_model(base_model_path, adapter_path, tokenizer_config)
 
@@ -44,7 +45,7 @@ def create_reloadable_policy(
     initial_adapter_path: str | Path | None,
     generation_params: Mapping[str, Any] | None = None,
 ) -> tuple[ModelPolicy, ReloadFn]:
-    """A policy, and a function that puts it on the adapters of another file in place."""
+    """Return a policy, and a function that makes the policy use the adapters of another file."""
     model, tokenizer = load_model(base_model_path, initial_adapter_path)
     policy = create_policy(model, tokenizer, generation_params)
     return policy, policy.reload
@@ -55,11 +56,11 @@ def create_auto_reload_setup(
     adapter_save_path: str | Path = ADAPTER_PATH,
     **generation_params: Any,
 ) -> tuple[ModelPolicy, ReloadFn, nn.Module, TokenizerWrapper]:
-    """A model to train and a policy that follows what its trainer publishes, on one base.
+    """Return a policy, its reload function, a model to train, and the tokenizer.
 
-    Options that begin with lora_ configure the adapters, all others the policy. The policy's
-    model is a shared copy of the model to train. The policy samples with the version that it last
-    reloaded.
+    The policy reloads the adapters that the model's trainer publishes. Options that begin with
+    lora_ configure the adapters, all other options the policy. The policy's model is a shared copy
+    of the model to train, and samples with the version that it last reloaded.
     """
     lora_config = {k: v for k, v in generation_params.items() if k.startswith("lora_")}
     params = {k: v for k, v in generation_params.items() if k not in lora_config}

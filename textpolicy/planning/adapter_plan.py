@@ -83,7 +83,7 @@ def plan_adapters(model: nn.Module, config: AdapterConfig) -> AdapterPlan:
     """
     targets = find_target_modules(model, config)
     formats, modules = formats_to_apply(targets), dict(model.named_modules())
-    paths = read_model_layout(model).sites
+    paths = read_model_layout(model).adaptable
     rows = [_plan(path, modules[path], targets.get(path), formats.get(path)) for path in paths]
     inside = sum(_bytes(modules[path]) for path in paths)
     return AdapterPlan(modules=rows, other_bytes=_bytes(model) - inside)

@@ -1,1 +1,1 @@
-"""What to adapt and how: rules, the modules they choose, and the JSON forms of a config."""
+"""Adapter configs: rules, how a config selects modules, and the JSON formats of a config."""

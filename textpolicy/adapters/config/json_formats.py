@@ -1,4 +1,4 @@
-"""The JSON forms of a config: ours, mlx-lm's and mlx-swift-lm's, PEFT's, and plain options."""
+"""JSON formats of a config: this library's, mlx-lm's and mlx-swift-lm's, PEFT's, plain options."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
@@ -7,11 +7,13 @@ from typing import Any
 
 from textpolicy.adapters.config.peft_targets import PeftTargets
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.config.selection import LastBlocks, RuleList, Selection
+from textpolicy.adapters.config.selection import LastBlocks, RuleList
 from textpolicy.errors import ConfigError
 
-_RULE = [field.name for field in fields(LoRARule)] + ["alpha", "rslora"]
-_WORDS = ["num_layers", "keys", "kind", "rank", "scale", "alpha", "dropout"]
+Selection = LastBlocks | RuleList | PeftTargets
+"""A way to say which modules get which rule."""
+_RULE_OPTIONS = [field.name for field in fields(LoRARule)] + ["alpha", "rslora"]
+_CONFIG_OPTIONS = ["num_layers", "keys", "kind", "rank", "scale", "alpha", "dropout"]
 LORA_OPTIONS = {
     "lora_layers": "num_layers",
     "lora_rank": "rank",
@@ -19,9 +21,9 @@ LORA_OPTIONS = {
     "lora_dropout": "dropout",
     "lora_keys": "keys",
 }
-"""Plain options, and the words that they stand for."""
-# What mlx-lm's trainer writes beside the adapter: how it was trained, not what it is.
-_MLX_TRAINING = (
+"""Plain options of seed functions, and the option of AdapterConfig that each stands for."""
+# Training options that mlx-lm writes into the same file. They do not describe the adapter.
+_MLX_TRAINING_OPTIONS = (
     "adapter_path",
     "batch_size",
     "clear_cache_threshold",
@@ -51,8 +53,8 @@ _MLX_TRAINING = (
     "val_batches",
     "wandb",
 )
-# Fields of PEFT that change nothing about which weights are added where.
-_PEFT_NOTES = (
+# Fields of PEFT that do not change which weights are added to which module.
+_PEFT_IGNORED = (
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
@@ -72,24 +74,24 @@ _PEFT_NOTES = (
     "runtime_config",
     "task_type",
 )
-_PEFT_INITIALISERS = {True: "uniform", "gaussian": "gaussian"}
-# They draw fresh weights from data, and leave the base as it is.
-_PEFT_HARMLESS = ("eva", "orthogonal", "mica")
+_PEFT_INITIALIZERS = {True: "uniform", "gaussian": "gaussian"}
+# These initializers draw weights from data and leave the base weights unchanged.
+_PEFT_FROM_DATA = ("eva", "orthogonal", "mica")
 
 
 def read_selection(data: Mapping[str, Any]) -> Selection:
-    """The selection in whichever form `data` has."""
+    """Return the selection that `data` describes in one of the known formats."""
     for names, reader in _READERS:
         if any(name in data for name in names):
             return reader(data)
-    forms = [names[0] for names, _ in _READERS]
+    expected = [names[0] for names, _ in _READERS]
     raise ConfigError(
-        f"no form of an adapter config is known by {sorted(data)}; expected one of {forms}"
+        f"No adapter config has the options {sorted(data)}; expected at least one of {expected}"
     )
 
 
 def write_selection(selection: Selection) -> dict[str, Any]:
-    """The form that `read` reads back."""
+    """Return JSON that `read_selection` reads back."""
     match selection:
         case RuleList():
             return {"rules": [_write_rule(rule) for rule in selection.rules]}
@@ -97,101 +99,99 @@ def write_selection(selection: Selection) -> dict[str, Any]:
             return _write_mlx(selection)
         case PeftTargets():
             return _write_peft(selection)
-        case _:
-            raise ConfigError(f"{type(selection).__name__} has no JSON form")
-
-
-def _read_rule_list(data: Mapping[str, Any]) -> RuleList:
-    """Our own form: {"rules": [{...}, ...]}, first match first."""
-    refuse_unknown_options("adapter config", data, ["rules"])
-    for rule in data["rules"]:
-        refuse_unknown_options("rule", rule, _RULE)
-    return RuleList(rules=[LoRARule(**rule) for rule in data["rules"]])
-
-
-def _read_mlx(data: Mapping[str, Any]) -> LastBlocks:
-    """The form of mlx-lm and mlx-swift-lm. How the adapter was trained is passed over."""
-    known = ["fine_tune_type", "num_layers", "lora_parameters"]
-    refuse_unknown_options("adapter config", data, [*known, *_MLX_TRAINING])
-    kind = data.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora"):
-        raise ConfigError(f"fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
-    parameters = dict(data.get("lora_parameters", {}))
-    refuse_unknown_options(
-        "lora_parameters", parameters, ["rank", "scale", "dropout", "keys", "alpha"]
-    )
-    if missing := [name for name in ("rank", "scale") if name not in parameters]:
-        raise ConfigError(
-            f"lora_parameters has no {missing}; libraries differ in their defaults, so say it"
-        )
-    # mlx-lm wrote alpha for a while, and never read it.
-    parameters.pop("alpha", None)
-    keys = parameters.pop("keys", None)
-    where = {"num_layers": data["num_layers"]} if "num_layers" in data else {}
-    return LastBlocks(**where, keys=keys, rule=LoRARule(kind=kind, **parameters))
 
 
 def read_peft_config(data: Mapping[str, Any], *, trained: bool = False) -> PeftTargets:
-    """PEFT's form. Fields of its other methods are refused unless they are off."""
+    """Return the selection of PEFT's format. Raise if options of its other methods are on."""
     known = [field.name for field in fields(PeftTargets)]
     if (method := data.get("peft_type", "LORA")) != "LORA":
         raise ConfigError(f"peft_type is {method!r}; expected 'LORA'")
     if data.get("bias", "none") != "none":
         raise ConfigError(
-            f"bias is {data['bias']!r}: training the base's own biases is not supported; expected "
-            "'none', or lora_bias for an offset of the adapter's own"
+            f"bias is {data['bias']!r}: training the base's own biases is not supported. Expected "
+            "'none'; lora_bias trains a bias of the adapter instead"
         )
-    rest = {name: data[name] for name in data if name not in [*known, *_PEFT_NOTES]}
+    rest = {name: data[name] for name in data if name not in [*known, *_PEFT_IGNORED]}
     if on := {name: value for name, value in rest.items() if value not in (None, False, [], {})}:
         raise ConfigError(
-            f"PEFT options {on} are not supported: the adapter would compute something else "
-            "without them. Merge it with PEFT (merge_and_unload) and load the result as a model"
+            f"PEFT options {on} are not supported, and without them the adapter would compute "
+            "something else. Merge the adapter with PEFT (merge_and_unload) and load the result "
+            "as a model"
         )
     given: dict[str, Any] = {name: data[name] for name in known if data.get(name) is not None}
-    # PEFT writes one number, or one name, without its list.
-    for name, kind in (("layers_to_transform", int), ("layers_pattern", str)):
-        if isinstance(given.get(name), kind):
+    # PEFT may write a single number or name without a list around it.
+    for name, single in (("layers_to_transform", int), ("layers_pattern", str)):
+        if isinstance(given.get(name), single):
             given[name] = [given[name]]
     if "target_modules" not in given:
         raise ConfigError(
             "target_modules is missing; expected names of layers, such as ['q_proj', 'v_proj'], a "
             "regular expression, or 'all-linear'"
         )
-    drawn = given.get("init_lora_weights", True)
-    given["init_lora_weights"] = _peft_initialiser(drawn, trained)
+    initializer = given.get("init_lora_weights", True)
+    given["init_lora_weights"] = _read_peft_initializer(initializer, trained)
     return PeftTargets(**given)
 
 
-def _read_options(data: Mapping[str, Any]) -> LastBlocks:
-    """The keyword arguments of AdapterConfig, or their lora_ options."""
-    words = {LORA_OPTIONS.get(name, name): value for name, value in data.items()}
-    refuse_unknown_options("adapter config", words, _WORDS)
-    where = {name: words.pop(name) for name in ("num_layers", "keys") if name in words}
-    return LastBlocks(**where, rule=LoRARule(**words))
-
-
 def refuse_unknown_options(what: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse options that nobody reads, naming the nearest that somebody does."""
+    """Raise ConfigError for options that are not in `known`, with the nearest known option."""
     if unknown := sorted(set(given) - set(known)):
         near = [near for name in unknown for near in get_close_matches(name, known, n=1)]
         hint = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"unknown {what} options {unknown}; known: {list(known)}{hint}")
 
 
-def _peft_initialiser(drawn: Any, trained: bool) -> str:
-    if trained and (drawn is False or drawn in _PEFT_HARMLESS):
-        return "uniform"
-    if drawn not in _PEFT_INITIALISERS:
+def _read_rule_list(data: Mapping[str, Any]) -> RuleList:
+    """Read this library's own format: {"rules": [{...}, ...]}."""
+    refuse_unknown_options("adapter config", data, ["rules"])
+    for rule in data["rules"]:
+        refuse_unknown_options("rule", rule, _RULE_OPTIONS)
+    return RuleList(rules=[LoRARule(**rule) for rule in data["rules"]])
+
+
+def _read_mlx(data: Mapping[str, Any]) -> LastBlocks:
+    """Read the format of mlx-lm and mlx-swift-lm. Training options in it are ignored."""
+    known = ["fine_tune_type", "num_layers", "lora_parameters"]
+    refuse_unknown_options("adapter config", data, [*known, *_MLX_TRAINING_OPTIONS])
+    kind = data.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise ConfigError(f"fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
+    parameters = dict(data.get("lora_parameters", {}))
+    known = ["rank", "scale", "dropout", "keys", "alpha"]
+    refuse_unknown_options("lora_parameters", parameters, known)
+    if missing := [name for name in ("rank", "scale") if name not in parameters]:
         raise ConfigError(
-            f"init_lora_weights is {drawn!r}; expected one of {list(_PEFT_INITIALISERS)}. Others "
-            "draw from data, or change the base weights: save such an adapter with PEFT's "
-            "path_initial_model_for_weight_conversion first"
+            f"lora_parameters has no {missing}. Libraries differ in their defaults, so set these"
         )
-    return _PEFT_INITIALISERS[drawn]
+    # Early releases of mlx-lm wrote alpha and never read it.
+    parameters.pop("alpha", None)
+    keys = parameters.pop("keys", None)
+    where = {"num_layers": data["num_layers"]} if "num_layers" in data else {}
+    return LastBlocks(**where, keys=keys, rule=LoRARule(kind=kind, **parameters))
+
+
+def _read_options(data: Mapping[str, Any]) -> LastBlocks:
+    """Read the keyword arguments of AdapterConfig, or the lora_ options that stand for them."""
+    options = {LORA_OPTIONS.get(name, name): value for name, value in data.items()}
+    refuse_unknown_options("adapter config", options, _CONFIG_OPTIONS)
+    where = {name: options.pop(name) for name in ("num_layers", "keys") if name in options}
+    return LastBlocks(**where, rule=LoRARule(**options))
+
+
+def _read_peft_initializer(initializer: Any, trained: bool) -> str:
+    if trained and (initializer is False or initializer in _PEFT_FROM_DATA):
+        return "uniform"
+    if initializer not in _PEFT_INITIALIZERS:
+        raise ConfigError(
+            f"init_lora_weights is {initializer!r}; expected one of {list(_PEFT_INITIALIZERS)}. "
+            "Other initializers draw from data or change the base weights. Save such an adapter "
+            "with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    return _PEFT_INITIALIZERS[initializer]
 
 
 def _write_rule(rule: LoRARule) -> dict[str, Any]:
-    """Without functions that draw fresh weights: JSON cannot hold them, and files need them not."""
+    # JSON cannot hold an initializer function, and trained weights do not need it.
     return {name: value for name, value in asdict(rule).items() if not callable(value)}
 
 
@@ -207,14 +207,14 @@ def _write_mlx(selection: LastBlocks) -> dict[str, Any]:
 
 
 def _write_peft(selection: PeftTargets) -> dict[str, Any]:
-    initialisers = {name: value for value, name in _PEFT_INITIALISERS.items()}
-    drawn = initialisers[selection.init_lora_weights]
-    return {"peft_type": "LORA"} | asdict(selection) | {"init_lora_weights": drawn}
+    names = {name: value for value, name in _PEFT_INITIALIZERS.items()}
+    initializer = names[selection.init_lora_weights]
+    return {"peft_type": "LORA"} | asdict(selection) | {"init_lora_weights": initializer}
 
 
 _READERS = (
     (["rules"], _read_rule_list),
     (["lora_parameters", "fine_tune_type"], _read_mlx),
     (["target_modules", "peft_type"], read_peft_config),
-    (["rank", "lora_rank", *LORA_OPTIONS, *_WORDS], _read_options),
+    (["rank", "lora_rank", *LORA_OPTIONS, *_CONFIG_OPTIONS], _read_options),
 )

@@ -1,4 +1,4 @@
-"""Which modules of a model can carry an adapter, and in which block each of them is."""
+"""The modules of a model that can carry an adapter, and the block that each of them is in."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from textpolicy.errors import AdapterError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptableModule:
-    """A module that can carry an adapter, or fewer bits.
+    """A module that can be adapted or quantized.
 
-    `key` is its path inside its block, or its whole path outside of the blocks. `by_name` is true
-    of embeddings, output heads and routers, which are only meant where they are named.
+    `key` is its path inside its block, or its whole path if it is in no block. `by_name` is True
+    for embeddings, output heads and routers: a config selects these only by their own name.
     """
 
     path: str
@@ -33,67 +33,64 @@ class AdaptableModule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelLayout:
-    """What a selection sees of a model: its sites, the paths of its blocks, and all else by type.
+    """Adaptable modules by path, the paths of the blocks, and all other modules' types by path.
 
-    `blocks` is None if the model has no list of layers to count.
+    `blocks` is None if the model has no list of layers.
     """
 
     model: str
-    sites: Mapping[str, AdaptableModule]
+    adaptable: Mapping[str, AdaptableModule]
     blocks: Sequence[str] | None
     others: Mapping[str, str]
 
-    def nearest(self, words: str, *, short: bool = False) -> list[str]:
-        """Paths that end in `words`, or else paths that are spelled like it."""
-        paths = [site.key if short else site.path for site in self.sites.values()]
-        paths = sorted(set(paths))
+    def nearest(self, words: str, *, keys: bool = False) -> list[str]:
+        """Return up to three paths, or keys, that end in `words` or are spelled like `words`."""
+        paths = sorted({one.key if keys else one.path for one in self.adaptable.values()})
         endings = [path for path in paths if path.endswith(f".{words}")]
         return endings[:3] or get_close_matches(words, paths, n=3, cutoff=0.0)
 
     @property
     def has_head(self) -> bool:
-        """Whether there is an output head that is not the embedding table itself."""
-        return any(site.kind == "linear" and site.block is None for site in self.sites.values())
+        """Whether the model has an output head apart from the embedding table."""
+        return any(one.kind == "linear" and one.block is None for one in self.adaptable.values())
 
     def depth(self) -> int:
-        """How many blocks there are."""
+        """Return the number of blocks."""
         if self.blocks is None:
             raise AdapterError(
-                f"{self.model} has no .layers to count blocks by; expected a language model as "
-                "mlx-lm makes them, or rules that name its modules: AdapterConfig(rules=[...])"
+                f"{self.model} has no .layers, so its blocks cannot be counted. Pass a language "
+                "model as mlx-lm makes them, or name the modules in rules: "
+                "AdapterConfig(rules=[...])"
             )
         return len(self.blocks)
 
 
 def read_model_layout(model: nn.Module) -> ModelLayout:
-    """What can be adapted in a model, and where it is."""
+    """Return the layout of a model."""
     modules = dict(model.named_modules())
-    blocks = _blocks(model)
-    kinds = {path: kind for path, module in modules.items() if (kind := module_kind(module))}
-    experts = [path for path, kind in kinds.items() if kind == "experts"]
-    sites: dict[str, AdaptableModule] = {}
-    for path in sorted(kinds, key=_natural):
-        block = _block_of(path, blocks or ())
-        key = path if block is None else path.removeprefix(f"{(blocks or ())[block]}.")
+    blocks = _block_paths(model)
+    experts = [path for path, module in modules.items() if module_kind(module) == "experts"]
+    adaptable: dict[str, AdaptableModule] = {}
+    others: dict[str, str] = {}
+    for path in sorted(modules, key=_by_block_number):
+        kind = module_kind(modules[path])
+        if kind is None:
+            others[path] = type(modules[path]).__name__
+            continue
+        block = next((i for i, b in enumerate(blocks or ()) if path.startswith(f"{b}.")), None)
         outside = blocks is not None and block is None
-        sites[path] = AdaptableModule(
+        adaptable[path] = AdaptableModule(
             path=path,
-            key=key,
+            key=path if block is None else path.removeprefix(f"{(blocks or ())[block]}."),
             block=block,
-            kind=cast(ModuleKind, kinds[path]),
-            by_name=outside or kinds[path] == "embedding" or _is_router(path, experts),
+            kind=kind,
+            by_name=outside or kind == "embedding" or _is_router(path, experts),
         )
-    others = {path: type(module).__name__ for path, module in modules.items() if path not in kinds}
-    return ModelLayout(model=type(model).__name__, sites=sites, blocks=blocks, others=others)
+    model_name = type(model).__name__
+    return ModelLayout(model=model_name, adaptable=adaptable, blocks=blocks, others=others)
 
 
-def block_count(model: nn.Module) -> int:
-    """How many blocks `num_layers` may choose from."""
-    return read_model_layout(model).depth()
-
-
-def _blocks(model: nn.Module) -> list[str] | None:
-    """Paths of the model's blocks, first to last."""
+def _block_paths(model: nn.Module) -> list[str] | None:
     try:
         blocks = cast(list[nn.Module], model.layers)
     except AttributeError:
@@ -102,18 +99,13 @@ def _blocks(model: nn.Module) -> list[str] | None:
     return [paths[id(block)] for block in blocks]
 
 
-def _block_of(path: str, blocks: list[str] | tuple[()]) -> int | None:
-    found = (i for i, block in enumerate(blocks) if path.startswith(f"{block}."))
-    return next(found, None)
-
-
 def _is_router(path: str, experts: list[str]) -> bool:
-    """Whether a module stands beside the stack of experts that it chooses from."""
+    """Return whether the module has the same parent as a stack of experts."""
     parent = path.rpartition(".")[0] + "."
-    beside = [expert.removeprefix(parent) for expert in experts if expert.startswith(parent)]
-    return path not in experts and any(expert.count(".") <= 1 for expert in beside)
+    siblings = [expert.removeprefix(parent) for expert in experts if expert.startswith(parent)]
+    return path not in experts and any(expert.count(".") <= 1 for expert in siblings)
 
 
-def _natural(path: str) -> list[tuple[bool, int, str]]:
-    """Block 10 comes after block 9."""
+def _by_block_number(path: str) -> list[tuple[bool, int, str]]:
+    """Return a sort key that puts block 10 after block 9."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]

@@ -1,4 +1,4 @@
-"""The words of PEFT's LoraConfig, with PEFT's meaning."""
+"""PEFT's LoraConfig: the options of PEFT with the meaning that PEFT gives them."""
 
 import math
 import re
@@ -8,19 +8,20 @@ from typing import Any, TypeVar
 
 from textpolicy.adapters.config.model_layout import AdaptableModule, ModelLayout
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.config.selection import plain_spelling
+from textpolicy.adapters.config.selection import strip_expression
 from textpolicy.errors import AdapterError, ConfigError
 
-ALL_LINEAR = "all-linear"
-Number = TypeVar("Number", int, float)
+_ALL_LINEAR = "all-linear"
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftTargets:
-    """A list of names matches exact paths and their ends; a string is a regular expression.
+    """A list of names matches whole paths and endings of paths; a string is a regular expression.
 
-    "all-linear" is every linear and expert layer but the output head and routers. Patterns map
-    regular expressions for the ends of paths to a rank or an alpha; the first that matches counts.
+    "all-linear" means every linear and expert layer except the output head and routers. The
+    patterns map regular expressions for endings of paths to a rank or an alpha. The first pattern
+    that matches applies.
     """
 
     target_modules: Collection[str] | str
@@ -38,40 +39,44 @@ class PeftTargets:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
-        plain = {
-            "target_modules": _listed(self.target_modules),
-            "exclude_modules": _listed(self.exclude_modules),
-            "layers_pattern": _listed(self.layers_pattern),
-            "layers_to_transform": self.layers_to_transform and _listed(self.layers_to_transform),
+        normalized = {
+            "target_modules": _sorted_names(self.target_modules),
+            "exclude_modules": _sorted_names(self.exclude_modules),
+            "layers_pattern": _sorted_names(self.layers_pattern),
+            "layers_to_transform": self.layers_to_transform
+            and _sorted_names(self.layers_to_transform),
         }
-        for name, value in plain.items():
+        for name, value in normalized.items():
             object.__setattr__(self, name, value)
         if not self.target_modules:
             raise ConfigError(
-                f"target_modules is empty; expected names, a regular expression, or {ALL_LINEAR!r}"
+                f"target_modules is empty; expected names, a regular expression, or {_ALL_LINEAR!r}"
             )
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError("layers_to_transform needs target_modules as a list of names")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform")
-        # Every rule that may come of this is made once, so that a wrong number is named now.
+        # Making every possible rule once raises for a wrong number now.
         _ = self.rules
 
     @property
     def rules(self) -> Sequence[LoRARule]:
         ranks = [self.r, *self.rank_pattern.values()]
         alphas = [self.lora_alpha, *self.alpha_pattern.values()]
-        return [self._rule(rank, alpha) for rank in ranks for alpha in alphas]
+        return [self._make_rule(rank, alpha) for rank in ranks for alpha in alphas]
 
-    def assign(self, layout: ModelLayout) -> dict[str, LoRARule]:
-        self._check_words(layout)
+    def assign_rules(self, layout: ModelLayout) -> dict[str, LoRARule]:
+        """Return the rule of each selected module by path; raise if a name matches nothing."""
+        self._check_names(layout)
         return {
-            path: self.rule_for(path) for path, site in layout.sites.items() if self._means(site)
+            path: self.rule_for(path)
+            for path, one in layout.adaptable.items()
+            if self._selects(one)
         }
 
     def rule_for(self, path: str) -> LoRARule:
-        """The rule of a module that is meant."""
-        return self._rule(
+        """Return the rule of a selected module."""
+        return self._make_rule(
             _first_match(self.rank_pattern, path, self.r),
             _first_match(self.alpha_pattern, path, self.lora_alpha),
         )
@@ -79,7 +84,7 @@ class PeftTargets:
     def with_dropout(self, dropout: float) -> "PeftTargets":
         return replace(self, lora_dropout=dropout)
 
-    def _rule(self, rank: int, alpha: float) -> LoRARule:
+    def _make_rule(self, rank: int, alpha: float) -> LoRARule:
         return LoRARule(
             kind="dora" if self.use_dora else "lora",
             rank=rank,
@@ -90,15 +95,15 @@ class PeftTargets:
             bias=self.lora_bias,
         )
 
-    def _means(self, site: AdaptableModule) -> bool:
-        if self.exclude_modules and _named(self.exclude_modules, site.path):
+    def _selects(self, one: AdaptableModule) -> bool:
+        if self.exclude_modules and _matches(self.exclude_modules, one.path):
             return False
-        if self.target_modules == ALL_LINEAR:
-            return site.kind != "embedding" and not site.by_name
-        return _named(self.target_modules, site.path) and self._in_layers(site.path)
+        if self.target_modules == _ALL_LINEAR:
+            return one.kind != "embedding" and not one.by_name
+        return _matches(self.target_modules, one.path) and self._in_chosen_layers(one.path)
 
-    def _in_layers(self, path: str) -> bool:
-        # A whole path says its layer itself.
+    def _in_chosen_layers(self, path: str) -> bool:
+        # A whole path in target_modules names its layer itself.
         if not self.layers_to_transform or path in self.target_modules:
             return True
         patterns = self.layers_pattern or (r"[^.]*",)
@@ -106,22 +111,20 @@ class PeftTargets:
         number = next((int(match[1]) for match in found if match), None)
         return number in self.layers_to_transform
 
-    def _check_words(self, layout: ModelLayout) -> None:
-        nearest, paths = layout.nearest, layout.sites
-        words = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+    def _check_names(self, layout: ModelLayout) -> None:
+        named = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
         problems = [
-            f"{word} has {name!r}, which matches nothing; nearest: {nearest(plain_spelling(name))}"
-            for word, given in words.items()
-            for name, alone in _one_by_one(given).items()
-            if not any(_named(alone, path) for path in paths)
+            _unmatched(option, name, layout)
+            for option, given in named.items()
+            for name, alone in _split_names(given).items()
+            if not any(_matches(alone, path) for path in layout.adaptable)
         ]
         patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         problems += [
-            f"{word} has {pattern!r}, which matches nothing; "
-            f"nearest: {nearest(plain_spelling(pattern))}"
-            for word, given in patterns.items()
+            _unmatched(option, pattern, layout)
+            for option, given in patterns.items()
             for pattern in given
-            if not any(_ends_in(pattern, path) for path in paths)
+            if not any(_matches_ending(pattern, path) for path in layout.adaptable)
         ]
         depth = math.inf if layout.blocks is None else len(layout.blocks)
         problems += [
@@ -130,31 +133,37 @@ class PeftTargets:
             if not 0 <= number < depth
         ]
         if problems:
-            raise AdapterError("PEFT's words do not fit the model\n  " + "\n  ".join(problems))
+            text = "\n  ".join(problems)
+            raise AdapterError(f"The config's PEFT options do not fit the model\n  {text}")
 
 
-def _one_by_one(given: Collection[str] | str) -> dict[str, Collection[str] | str]:
-    """Each name of a list as a list of its own; a regular expression as it is."""
+def _unmatched(option: str, name: str, layout: ModelLayout) -> str:
+    near = layout.nearest(strip_expression(name))
+    return f"{option} has {name!r}, which matches nothing; nearest: {near}"
+
+
+def _split_names(given: Collection[str] | str) -> dict[str, Collection[str] | str]:
+    """Return each name of a list with a list of that name alone, or one regular expression."""
     if isinstance(given, str):
-        return {} if given == ALL_LINEAR else {given: given}
+        return {} if given == _ALL_LINEAR else {given: given}
     return {name: (name,) for name in given}
 
 
-def _named(names: Collection[str] | str, path: str) -> bool:
+def _matches(names: Collection[str] | str, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _ends_in(pattern: str, path: str) -> bool:
+def _matches_ending(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
-def _first_match(patterns: Mapping[str, Number], path: str, otherwise: Number) -> Number:
-    found = (value for pattern, value in patterns.items() if _ends_in(pattern, path))
-    return next(found, otherwise)
+def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
+    found = (value for pattern, value in patterns.items() if _matches_ending(pattern, path))
+    return next(found, default)
 
 
-def _listed(given: Collection[Any] | str) -> tuple[Any, ...] | str:
-    """JSON's lists and Python's sets in one form, so that equal configs are equal."""
+def _sorted_names(given: Collection[Any] | str) -> tuple[Any, ...] | str:
+    """Return names as a sorted tuple, so that equal configs compare equal; a string stays."""
     return given if isinstance(given, str) else tuple(sorted(set(given)))

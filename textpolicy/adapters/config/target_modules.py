@@ -1,4 +1,4 @@
-"""The modules of a model that a config chooses."""
+"""The modules of a model that a config selects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from textpolicy.errors import AdapterError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetModule:
-    """A module to adapt or to quantize, and the rule that says how."""
+    """A module that a config selects, and the rule that applies to it."""
 
     module: nn.Module
     kind: ModuleKind
@@ -22,42 +22,40 @@ class TargetModule:
 
 
 def find_target_modules(model: nn.Module, config: AdapterConfig) -> dict[str, TargetModule]:
-    """Every module that a rule applies to, one of kind "none" too, in the order of their paths."""
+    """Return the modules that a config selects by path, first block first.
+
+    Modules whose rule has kind "none" are included. Raise AdapterError if a rule or a name in the
+    config matches nothing.
+    """
     modules = dict(model.named_modules())
-    _check_unadapted(modules)
+    _refuse_adapted_model(modules)
     layout = read_model_layout(model)
-    rules = config.selection.assign(layout)
+    rules = config.selection.assign_rules(layout)
     targets = {
-        path: TargetModule(module=modules[path], kind=site.kind, rule=rules[path])
-        for path, site in layout.sites.items()
+        path: TargetModule(module=modules[path], kind=one.kind, rule=rules[path])
+        for path, one in layout.adaptable.items()
         if path in rules
     }
     if not targets:
         raise AdapterError(
-            f"nothing to adapt in {layout.model}: the config chooses none of its "
-            f"{len(layout.sites)} linear, embedding and expert layers"
+            f"There is nothing to adapt in {layout.model}: the config selects none of its "
+            f"{len(layout.adaptable)} linear, embedding and expert layers"
         )
-    _check_kinds(targets)
+    _refuse_dora_experts(targets)
     return targets
 
 
-def find_modules_to_adapt(model: nn.Module, config: AdapterConfig) -> dict[str, TargetModule]:
-    """The modules to adapt by path, in the order of their paths."""
-    targets = find_target_modules(model, config)
-    return {path: target for path, target in targets.items() if target.rule.kind != "none"}
-
-
-def _check_unadapted(modules: Mapping[str, nn.Module]) -> None:
+def _refuse_adapted_model(modules: Mapping[str, nn.Module]) -> None:
     adapted = [path for path, module in modules.items() if "lora_a" in module]
     if adapted:
         raise AdapterError(
-            f"the model already has adapters ({min(adapted)} and {len(adapted) - 1} more). To "
-            "replace them, call AdapterContainer.of(model).unload() first; to give them other "
-            "weights, use its swap()"
+            f"The model already has adapters ({min(adapted)} and {len(adapted) - 1} more). To "
+            "replace them, call AdapterContainer.of(model).unload() first. To give them other "
+            "weights, call swap() on the container"
         )
 
 
-def _check_kinds(targets: Mapping[str, TargetModule]) -> None:
+def _refuse_dora_experts(targets: Mapping[str, TargetModule]) -> None:
     experts = [
         path
         for path, target in targets.items()
@@ -65,7 +63,7 @@ def _check_kinds(targets: Mapping[str, TargetModule]) -> None:
     ]
     if experts:
         raise AdapterError(
-            f"DoRA on {experts[0]} and {len(experts) - 1} more: expert layers take LoRA only, "
-            "because DoRA would measure the weights of every expert for every batch. Name the "
-            "other layers, or put a rule of kind 'lora' for the experts first"
+            f"A rule asks for DoRA on {experts[0]} and {len(experts) - 1} more, but expert layers "
+            "take LoRA only: DoRA would measure the weights of every expert for every batch. Name "
+            "the other layers, or put a rule of kind 'lora' for the experts first"
         )

@@ -1,1 +1,1 @@
-"""Adapter files: one file of this library, folders of mlx-lm and PEFT, and published versions."""
+"""Adapter files: one file per adapter, folders of mlx-lm and PEFT, and safetensors in general."""

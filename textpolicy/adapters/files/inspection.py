@@ -1,19 +1,17 @@
-"""What an adapter on disk is, told without its model."""
+"""inspect_adapter: a summary of an adapter file or folder, made without the model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from textpolicy.adapters.active_adapter import is_finite
-from textpolicy.adapters.adapter import group_by_module
+from textpolicy.adapters.adapter import group_by_module, is_finite
 from textpolicy.adapters.files.layouts import read_adapter
-from textpolicy.adapters.files.single_rank import rules_by_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectedModule:
-    """What stands beside one module."""
+    """The adapter of one module."""
 
     path: str
     kind: str
@@ -24,9 +22,9 @@ class InspectedModule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSummary:
-    """`fingerprint` is None where the writer, another library, does not say which base it was.
+    """`fingerprint` is None if the file, written by another library, does not name the base.
 
-    `not_finite` names tensors that hold something else than numbers.
+    `not_finite` names the tensors that contain NaN or infinity.
     """
 
     path: str
@@ -41,12 +39,12 @@ class AdapterSummary:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it has."""
+        """The number of parameters."""
         return sum(module.parameters for module in self.modules)
 
     def __str__(self) -> str:
-        """A table of the modules under one line for each of the other facts."""
-        base = self.fingerprint[:12] if self.fingerprint else "not said"
+        """A line for each fact, then a table of the modules."""
+        base = self.fingerprint[:12] if self.fingerprint else "unknown"
         lines = [
             f"{self.path}: version {self.version}, base {base}, "
             f"base quantization {self.quantization or 'none'}",
@@ -64,9 +62,9 @@ class AdapterSummary:
 
 
 def inspect_adapter(path: str | Path) -> AdapterSummary:
-    """A summary of an adapter in any file or folder that can be loaded."""
+    """Return a summary of any adapter file or folder that can be loaded."""
     adapter = read_adapter(path)
-    rules = rules_by_path(adapter)
+    rules = adapter.rules_by_module()
     modules = [
         InspectedModule(
             path=path,

@@ -1,4 +1,4 @@
-"""Adapters as folders and as files, told apart by what is in them."""
+"""Reading an adapter from a file or folder of any known layout, and writing a folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +11,30 @@ from textpolicy.adapters.files.adapter_file import read_adapter_file
 from textpolicy.adapters.files.tensor_file import make_writable_folder
 from textpolicy.errors import AdapterError, ConfigError
 
-# Names of adapters that a run keeps.
-_RUN = ("best", "latest")
+# The names of the adapter files that a run keeps.
+_RUN_FILES = ("best.safetensors", "latest.safetensors")
 _WRITERS = {"mlx": mlx_folder.write_mlx_folder, "peft": peft_folder.write_peft_folder}
+_READERS = {
+    mlx_folder.MLX_TENSOR_FILE: mlx_folder.read_mlx_folder,
+    peft_folder.PEFT_TENSOR_FILE: peft_folder.read_peft_folder,
+}
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """The adapter in one file of this library, or in a folder of mlx-lm, mlx-swift-lm or PEFT.
+    """Return the adapter in a file of this library, or in a folder of mlx-lm, mlx-swift-lm or PEFT.
 
-    It is evaluated: what is written there later does not change it.
+    The adapter is evaluated, so that replacing the file later has no effect.
     """
     path = Path(path).expanduser()
-    return _read_folder(path) if path.is_dir() else read_adapter_file(path)
+    if not path.is_dir():
+        return read_adapter_file(path)
+    found = {name for name in _READERS if (path / name).exists()}
+    if len(found) != 1:
+        raise AdapterError(
+            f"{path} is a folder with {sorted(found) or 'no adapters'} in it; expected one of "
+            f"{list(_READERS)}{_advice(path)}"
+        )
+    return _READERS[found.pop()](path)
 
 
 def write_folder(
@@ -33,46 +45,30 @@ def write_folder(
     *,
     over_float_base: bool = False,
 ) -> Path:
-    """Write an adapter of `model`, which has to be bare, as another library reads it.
+    """Write an adapter of `model`, which must be without adapters, in another library's layout.
 
-    Each file is replaced in one step, but the two of them are not: what is read while it is
-    written belongs into one file.
+    Returns the folder. Each of its two files is replaced in one step, but not both together. If
+    another process reads while this process writes, use one adapter file instead.
     """
     if layout not in _WRITERS:
         raise ConfigError(f"layout is {layout!r}; expected one of {list(_WRITERS)}")
     folder = Path(folder).expanduser().absolute()
     make_writable_folder(folder, folder)
     if over_float_base:
-        # It is not the base that they were made for, and the file must not say so.
+        # The float base is not the base of the training, so the file must not name that one.
         adapter = replace(adapter, fingerprint=None, quantization=None)
     _WRITERS[layout](folder, adapter, model, over_float_base=over_float_base)
     return folder
 
 
-def _read_folder(path: Path) -> Adapter:
-    found = {name for name in _READERS if (path / name).exists()}
-    if len(found) != 1:
-        raise AdapterError(
-            f"{path} is a folder with {sorted(found) or 'no adapters'} in it; expected one of "
-            f"{list(_READERS)}{_advice(path)}"
-        )
-    return _READERS[found.pop()](path)
-
-
 def _advice(path: Path) -> str:
     if (path / "adapter_model.bin").exists():
         return (
-            ". adapter_model.bin can run code when it is opened, and is not read: load it in PEFT "
-            "and save it with safe_serialization=True"
+            ". adapter_model.bin is not read, because opening it can run code. Load it in PEFT and "
+            "save it with safe_serialization=True"
         )
-    # A run, or its folder of adapters.
-    places = [place / f"{name}.safetensors" for place in (path / "adapters", path) for name in _RUN]
-    if found := [str(place) for place in places if place.is_file()]:
-        return f". For the adapters of a run name their file: {' or '.join(found)}"
+    # The path may be a run's directory, or the folder of its adapters.
+    places = [folder / name for folder in (path / "adapters", path) for name in _RUN_FILES]
+    if files := [str(place) for place in places if place.is_file()]:
+        return f". This is a run. To load its adapters, pass one of the files: {' or '.join(files)}"
     return ""
-
-
-_READERS = {
-    mlx_folder.MLX_TENSOR_FILE: mlx_folder.read_mlx_folder,
-    peft_folder.PEFT_TENSOR_FILE: peft_folder.read_peft_folder,
-}

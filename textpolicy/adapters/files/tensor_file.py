@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files, each replaced in one step.
+"""Reading and writing safetensors files, and replacing any file in one step.
 
 A file is written under a temporary name in the same folder, flushed and renamed. A reader sees
 the old file or the new file, never a part of one.
@@ -25,10 +25,10 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.\w+")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The tensors and the metadata of a whole safetensors file, evaluated."""
+    """Return the tensors and the metadata of a whole safetensors file, evaluated."""
     read_tensor_header(path)
     try:
-        # Metadata and tensors of one opening: the file may be replaced at any moment.
+        # One call reads both, because another process may replace the file at any moment.
         arrays, metadata = cast(Any, mx.load(str(path), return_metadata=True))
         mx.eval(arrays)
     except RuntimeError as error:
@@ -46,48 +46,11 @@ def write_tensors(
         mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
 
 
-def make_writable_folder(folder: Path, target: Path) -> None:
-    """Make the folder that `target` is to be in; an error if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise _unwritable(target, "no permission to write in its folder")
-
-
-@contextmanager
-def atomic_replace(target: Path) -> Generator[Path]:
-    """A temporary name beside `target`, moved onto it when the block has written it."""
-    # mx.save_safetensors appends its suffix to a name that does not end in it.
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, target)
-        _flush(target.parent)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    except RuntimeError as error:
-        raise _unwritable(target, _refusal(temporary) or error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Remove what a process was writing in the folder when it was killed.
-
-    For the folder's only writer, between two files.
-    """
-    for path in folder.glob(".*"):
-        if _PARTIAL.fullmatch(path.name):
-            path.unlink()
-
-
 def read_tensor_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
-    """The header (8 bytes of length, then that much JSON) of a safetensors file of the right size.
+    """Return the header of a whole safetensors file, with the status of the opened file.
 
-    The file's other facts come with it, because another file may be in its place the next moment.
+    The header is 8 bytes of length and that many bytes of JSON. The status comes from the same
+    opening, because another process may replace the file at any moment.
     """
     try:
         with path.open("rb") as file:
@@ -98,10 +61,10 @@ def read_tensor_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
             text = file.read(length) if length < size else b""
     except IsADirectoryError as error:
         raise AdapterError(
-            f"{path} is a folder; expected one adapter file ending in {TENSOR_SUFFIX}"
+            f"{path} is a folder; expected one file with a name ending in {TENSOR_SUFFIX}"
         ) from error
     except OSError as error:
-        raise AdapterError(f"no adapter can be read from {path}: {error.strerror}") from error
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != METADATA_KEY]
@@ -109,8 +72,46 @@ def read_tensor_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_whole(path, "it has no safetensors header") from error
     if size != expected:
-        raise _not_whole(path, f"it has {size} bytes, its header announces {expected}")
+        raise _not_whole(path, f"it has {size} bytes, but its header says {expected}")
     return header, stat
+
+
+def make_writable_folder(folder: Path, target: Path) -> None:
+    """Make the folder that will hold `target`. Raise UnwritableError if it is not writable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unwritable(target, "this process has no permission to write in the folder")
+
+
+@contextmanager
+def atomic_replace(target: Path) -> Generator[Path]:
+    """Yield a temporary path to write, and rename it to `target` after the block."""
+    # mx.save_safetensors appends ".safetensors" to a name with another suffix.
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    except RuntimeError as error:
+        raise _unwritable(target, _why_disk_refuses(temporary) or error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove temporary files that a killed process left in the folder.
+
+    Only the single process that writes in this folder may call this, between two files.
+    """
+    for path in folder.glob(".*"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 def _flush(path: Path) -> None:
@@ -121,8 +122,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refusal(path: Path) -> str | None:
-    """Why the system takes no more bytes, which mlx does not say; None if it does take some."""
+def _why_disk_refuses(path: Path) -> str | None:
+    """Return the system's reason for taking no more bytes, which mlx does not report, or None."""
     try:
         with path.open("ab") as file:
             file.write(bytes(1 << 16))
@@ -134,12 +135,12 @@ def _refusal(path: Path) -> str | None:
 def _unwritable(target: Path, reason: object) -> UnwritableError:
     return UnwritableError(
         f"{target} cannot be written: {reason}\n"
-        "Choose a path in a folder that this process may write to, on a disk with room"
+        "Choose a path in a folder that this process may write to, on a disk with free space"
     )
 
 
 def _not_whole(path: Path, reason: str) -> AdapterError:
     return AdapterError(
-        f"{path} is not a whole safetensors file: {reason}. Was its writing interrupted? "
-        "Write it again, or use an earlier one"
+        f"{path} is not a whole safetensors file: {reason}. The writer may have been interrupted. "
+        "Write the file again, or use an earlier file"
     )

@@ -1,1 +1,1 @@
-"""The layers that wrap a frozen layer and add a trained update: LoRA and DoRA."""
+"""Adapter layers: LoRA and DoRA around linear, embedding and expert layers."""

@@ -1,4 +1,4 @@
-"""What every adapter layer has: a frozen module, two small factors, a scale and a gate."""
+"""The base class of all adapter layers: a frozen module, two small factors, a scale and a gate."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,15 @@ _TRAINABLE = ("lora_a", "lora_b", "m", "lora_bias")
 
 
 class AdapterLayer(nn.Module):
-    """Abstract. `base` is the module as it was; the tensors beside it are float32 over any dtype.
+    """Abstract. `base` is the original module; the trained tensors are float32 over any base dtype.
 
-    `scale` and the gate are arrays with an underscore in their names: a compiled function that
-    takes the model's state sees them change, and no optimizer does.
+    The scale and the gate are arrays whose names begin with an underscore. A compiled function
+    that takes the model's state sees them change, and no optimizer updates them.
     """
 
     kind: ClassVar[str]
-    rank_axis: ClassVar[int] = -1
-    """The axis of `lora_a` that is the rank."""
-    # mlx's modules have neither a type for being called nor for what they hold.
+    module_kind: ClassVar[ModuleKind]
+    # mlx declares no type for calling a module or for the arrays that a module holds.
     base: Any
     lora_a: mx.array
     lora_b: mx.array
@@ -36,20 +35,19 @@ class AdapterLayer(nn.Module):
     owner: object = None
     """The container that put the layer into a model; `AdapterContainer.of` finds it here."""
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rule: LoRARule,
-        key: mx.array,
-        site: ModuleKind,
-    ) -> None:
+    def __init__(self, base: nn.Module, rule: LoRARule, key: mx.array) -> None:
         super().__init__()
-        key_a, key_b = mx.random.split(key)
+        if rule.bias and self.module_kind != "linear":
+            raise AdapterError(
+                f"A rule sets bias=True for a layer of kind {self.module_kind!r}. Only linear "
+                "layers can train a bias. Set bias=False, or name only linear layers in the rule"
+            )
         weight = weight_shape(base)
-        # A's inputs are what it is multiplied by: features, or the tokens of a vocabulary.
-        inputs = weight[0] if site == "embedding" else weight[-1]
-        shapes = tensor_shapes(rule, site, weight)
+        shapes = tensor_shapes(rule, self.module_kind, weight)
+        # An embedding selects rows of A by token id, so A's inputs are the vocabulary.
+        inputs = weight[0] if self.module_kind == "embedding" else weight[-1]
         draw = partial(draw_initial_array, inputs=inputs, rank=rule.rank)
+        key_a, key_b = mx.random.split(key)
         self.base = base
         self.dropout = nn.Dropout(rule.dropout)
         self.lora_a = draw(rule.a_init, shapes["lora_a"], key=key_a)
@@ -61,108 +59,121 @@ class AdapterLayer(nn.Module):
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """The names of the tensors that training moves."""
+        """The names of the tensors that training updates."""
         return tuple(name for name in _TRAINABLE if name in self)
 
     @property
     def rank(self) -> int:
-        """The inner size of the product, as it is now."""
-        return self.lora_a.shape[self.rank_axis]
+        """The present rank of the low-rank product."""
+        return self.factors()[0].shape[-1]
 
     @property
     def scale(self) -> float:
-        """What multiplies the low-rank product."""
+        """The number that multiplies the low-rank product."""
         return float(self._scale)
 
     def set_scale(self, scale: float) -> None:
-        """Change the scale, under the eyes of compiled functions."""
+        """Change the scale. Compiled functions see the change."""
         self._scale = mx.array(scale, mx.float32)
 
-    def retune(self, rule: LoRARule) -> None:
-        """Take scale and dropout from a rule; rank and kind are in the tensors."""
+    def set_scale_and_dropout(self, rule: LoRARule) -> None:
+        """Take scale and dropout from a rule. The tensors themselves determine rank and kind."""
         self.set_scale(rule.scale)
         self.dropout = nn.Dropout(rule.dropout).train(self.training)
 
-    def switch(self, on: Bool[mx.array, ""]) -> Bool[mx.array, ""]:
-        """Set the gate; returns what it was. Off is the base exactly."""
-        before = self._enabled
-        self._enabled = on
-        return before
+    def set_enabled(self, enabled: Bool[mx.array, ""]) -> None:
+        """Set the gate. While the gate is False, the layer computes exactly what its base does."""
+        self._enabled = enabled
 
     @abstractmethod
     def delta(self) -> Float[mx.array, "*weight"]:
-        """What the adapters add to the base's weight, in its shape and in float32."""
+        """Return the float32 array that the adapter adds to the base's weight."""
 
-    def merged_weight(self) -> Float[mx.array, "*weight"]:
-        """The float32 weight with which the base alone would compute what the layer does."""
-        return float_weight(self.base) + self.delta()
+    def factors(self) -> tuple[Float[mx.array, "*e out rank"], Float[mx.array, "*e rank in"]]:
+        """Return the two factors such that their product has the shape of the base's weight."""
+        match self.module_kind:
+            case "linear":
+                return self.lora_b.T, self.lora_a.T
+            case "embedding":
+                return self.lora_a, self.lora_b
+            case "experts":
+                return self.lora_b, self.lora_a
+
+    def product(self) -> Float[mx.array, "*weight"]:
+        """Return the scale times the low-rank product, in float32."""
+        left, right = self.factors()
+        return self._scale * (left.astype(mx.float32) @ right.astype(mx.float32))
 
     def product_square(self) -> Float[mx.array, ""]:
-        """The squared Frobenius norm of scale times the low-rank product, which is never made."""
-        a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
-        if self.rank_axis == 1:
-            a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
-        # ||AB||^2 is the sum of (A'A) * (BB').
-        return mx.square(self._scale) * (a.swapaxes(-1, -2) @ a * (b @ b.swapaxes(-1, -2))).sum()
+        """Return the squared Frobenius norm of `product`, without computing the product."""
+        left, right = (factor.astype(mx.float32) for factor in self.factors())
+        # ||LR||^2 is the sum of (L'L) * (RR').
+        squares = (left.swapaxes(-1, -2) @ left) * (right @ right.swapaxes(-1, -2))
+        return mx.square(self._scale) * squares.sum()
+
+    def merged_weight(self) -> Float[mx.array, "*weight"]:
+        """Return the float32 weight with which the base alone computes what this layer does."""
+        return float_weight(self.base) + self.delta()
 
     def merged_bias(self) -> Float[mx.array, "*bias"] | None:
-        """The bias that goes with `merged_weight`; the base's own if adapters leave it alone."""
+        """Return the bias that belongs to `merged_weight`: the base's plus the trained bias."""
         own: mx.array | None = self.base.get("bias")
         if "lora_bias" not in self:
             return own
-        offset = self.lora_bias.astype(mx.float32)
-        return offset if own is None else own.astype(mx.float32) + offset
+        trained = self.lora_bias.astype(mx.float32)
+        return trained if own is None else own.astype(mx.float32) + trained
 
-    def gain(self) -> Float[mx.array, ""]:
-        """The scale, or zero while the gate is shut."""
+    def gated_scale(self) -> Float[mx.array, ""]:
+        """Return the scale, or zero while the gate is False."""
         return mx.where(self._enabled, self._scale, 0.0)
 
-    def offset(self) -> Float[mx.array, " out"]:
-        """The trained offset of the output, or zero while the gate is shut."""
+    def gated_bias(self) -> Float[mx.array, " out"]:
+        """Return the trained bias, or zeros while the gate is False."""
         return mx.where(self._enabled, self.lora_bias, 0.0)
 
 
 def tensor_shapes(
-    rule: LoRARule, site: ModuleKind, weight: Sequence[int]
+    rule: LoRARule, module_kind: ModuleKind, weight: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """The trained tensors of a layer beside a weight of this shape, by name."""
+    """Return the shapes of a layer's trained tensors by name, for a base weight of this shape."""
     *experts, outputs, inputs = weight
     rank = rule.rank
-    match site:
+    match module_kind:
         case "linear":
             shapes = {"lora_a": (inputs, rank), "lora_b": (rank, outputs)}
         case "embedding":
             shapes = {"lora_a": (outputs, rank), "lora_b": (rank, inputs)}
         case "experts":
             shapes = {"lora_a": (*experts, rank, inputs), "lora_b": (*experts, outputs, rank)}
-    lengths = {"m": (outputs,)} if rule.kind == "dora" else {}
-    return shapes | lengths | ({"lora_bias": (outputs,)} if rule.bias else {})
-
-
-def refuse_output_bias(rule: LoRARule, what: str) -> None:
-    """Offsets exist on linear layers only."""
-    if rule.bias:
-        raise AdapterError(f"bias=True on {what}: only linear layers have a bias to train")
+    magnitudes = {"m": (outputs,)} if rule.kind == "dora" else {}
+    return shapes | magnitudes | ({"lora_bias": (outputs,)} if rule.bias else {})
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapter layers in a model by path, first block first."""
+    """Return the adapter layers of a model by path, first block first."""
     modules = reversed(model.named_modules())
     return {path: module for path, module in modules if isinstance(module, AdapterLayer)}
 
 
-def base_path(path: str, layers: Mapping[str, AdapterLayer]) -> str:
-    """The path that a module inside the adapted model has without adapters."""
+def freeze_base(model: nn.Module) -> None:
+    """Leave only adapter tensors trainable. In a model without adapters nothing stays trainable."""
+    model.freeze()
+    for layer in adapter_layers(model).values():
+        layer.unfreeze(keys=list(layer.trainable), recurse=False)
+
+
+def path_without_adapters(path: str, layers: Mapping[str, AdapterLayer]) -> str:
+    """Return the path that a module of the adapted model has in the model without adapters."""
     outer, _, name = path.rpartition(".")
     return outer if name == "base" and outer in layers else path
 
 
 def base_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """The parameters that are not adapters, under the names that they have without adapters."""
+    """Return all parameters except the adapters', by their names in the model without adapters."""
     layers = adapter_layers(model)
     named: dict[str, mx.array] = {}
     for name, array in named_arrays(model.parameters()).items():
         module, _, leaf = name.rpartition(".")
         if module not in layers:
-            named[f"{base_path(module, layers)}.{leaf}"] = array
+            named[f"{path_without_adapters(module, layers)}.{leaf}"] = array
     return named

@@ -1,26 +1,29 @@
-"""Which class stands beside which module."""
+"""The adapter layer class for each kind of adapter and module."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.config.target_modules import TargetModule
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
 from textpolicy.adapters.layers.dora import DoRAEmbedding, DoRALinear
 from textpolicy.adapters.layers.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-# A new kind of layer is a class and a line here.
-_KINDS: dict[tuple[str, str], Callable[[nn.Module, LoRARule, mx.array], AdapterLayer]] = {
-    ("lora", "linear"): LoRALinear,
-    ("lora", "embedding"): LoRAEmbedding,
-    ("lora", "experts"): LoRASwitchLinear,
-    ("dora", "linear"): DoRALinear,
-    ("dora", "embedding"): DoRAEmbedding,
+# To add a kind of layer, write its class and name the class here.
+_CLASSES: dict[tuple[str, str], type[AdapterLayer]] = {
+    (layer_class.kind, layer_class.module_kind): layer_class
+    for layer_class in (LoRALinear, LoRAEmbedding, LoRASwitchLinear, DoRALinear, DoRAEmbedding)
 }
 
 
-def new_layer(target: TargetModule, key: mx.array) -> AdapterLayer:
-    """The adapter layer around a target's module, drawn from `key`."""
-    return _KINDS[target.rule.kind, target.kind](target.module, target.rule, key)
+def new_layers(targets: Mapping[str, TargetModule], seed: int = 0) -> dict[str, AdapterLayer]:
+    """Return a new adapter layer around each target module, with weights drawn from `seed`.
+
+    The model that holds the modules stays unchanged.
+    """
+    adapted = {path: target for path, target in targets.items() if target.rule.kind != "none"}
+    keys = mx.random.split(mx.random.key(seed), len(adapted)) if adapted else ()
+    return {
+        path: _CLASSES[target.rule.kind, target.kind](target.module, target.rule, key)
+        for (path, target), key in zip(adapted.items(), keys, strict=True)
+    }

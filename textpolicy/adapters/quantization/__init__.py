@@ -1,1 +1,1 @@
-"""Number formats of frozen weights: quantizing a model, NF4, and products with packed weights."""
+"""Quantization: number formats of frozen weights, NF4, and products with packed weights."""

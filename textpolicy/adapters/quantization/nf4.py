@@ -1,9 +1,9 @@
-"""NF4 of QLoRA (https://arxiv.org/abs/2305.14314): 4 bits a weight, at a normal's quantiles.
+"""NF4 of QLoRA (https://arxiv.org/abs/2305.14314): 4 bits per weight, at quantiles of a normal.
 
-Each weight is the nearest of 16 levels times the largest magnitude of its group; two weights share
-a byte, the first in its upper half, as in bitsandbytes. mlx has no such mode, so a product with
-these weights is a look-up and a plain product. The stored weights are frozen: gradients pass
-through to the inputs, and the float weights are made again for that instead of being kept.
+Each weight is stored as the nearest of 16 levels times the largest magnitude of its group. Two
+weights share a byte, and the first is in the upper half, as in bitsandbytes. mlx has no such mode,
+so a product with NF4 weights is a table look-up and an ordinary product. The stored weights are
+frozen: gradients flow to the inputs, and the backward pass unpacks the weights again.
 """
 
 from itertools import pairwise
@@ -40,7 +40,7 @@ _BOUNDARIES = [(low + high) / 2 for low, high in pairwise(NF4_LEVELS)]
 def pack_nf4(
     weight: Float[mx.array, "*rows in"], group_size: int = 64
 ) -> tuple[UInt8[mx.array, "*rows half"], Float[mx.array, "*rows groups"]]:
-    """Codes, two in a byte, and the largest magnitude of each group in the weight's dtype."""
+    """Return codes, two in a byte, and each group's largest magnitude in the weight's dtype."""
     size = weight.shape[-1] if group_size == WHOLE_ROW else group_size
     groups = mx.unflatten(weight, -1, (-1, size))
     scales = mx.abs(groups).max(axis=-1)
@@ -56,14 +56,14 @@ def pack_nf4(
 def unpack_nf4(
     weight: UInt8[mx.array, "*rows half"], scales: Float[mx.array, "*rows groups"]
 ) -> Float[mx.array, "*rows in"]:
-    """The float32 weights that the codes stand for."""
+    """Return the float32 weights that the codes stand for."""
     values = _pairs()[weight].view(mx.float32)
     groups = mx.unflatten(values, -1, (scales.shape[-1], -1))
     return (groups * scales.astype(mx.float32)[..., None]).flatten(-2)
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer in 4 bits. Made by `from_linear`."""
+    """A frozen linear layer with 4 bits per weight. `from_linear` makes one."""
 
     bits = 4
     mode = "nf4"
@@ -77,7 +77,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, group_size: int = 64) -> "NF4Linear":
-        """The nearest NF4 layer; its bias stays as it is."""
+        """Return the nearest NF4 layer, with the same bias."""
         made = cls(linear.weight, group_size)
         if "bias" in linear:
             made.bias = linear.bias
@@ -85,12 +85,12 @@ class NF4Linear(nn.Module):
         return made
 
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
-        y = product(x, self.weight, self.scales)
+        y = _multiply_nf4(x, self.weight, self.scales)
         return y + self.bias if "bias" in self else y
 
 
 class NF4Embedding(nn.Module):
-    """A frozen embedding table in 4 bits, which can be an output head too (`as_linear`)."""
+    """A frozen embedding table with 4 bits per weight, usable as an output head (`as_linear`)."""
 
     bits = 4
     mode = "nf4"
@@ -107,15 +107,15 @@ class NF4Embedding(nn.Module):
     def as_linear(
         self, x: Float[mx.array, "*batch features"]
     ) -> Float[mx.array, "*batch vocabulary"]:
-        """The table as an output head."""
-        return product(x, self.weight, self.scales)
+        """Return the logits that the table gives as an output head."""
+        return _multiply_nf4(x, self.weight, self.scales)
 
 
 def _pairs() -> UInt64[mx.array, "bytes"]:
-    """The two levels that a byte stands for, side by side: one look-up finds both."""
+    """Return the two levels of every byte as one 64-bit value, so that one look-up finds both."""
     levels = mx.array(NF4_LEVELS)
     pairs = mx.stack([mx.repeat(levels, 16), mx.tile(levels, 16)], axis=-1)
     return pairs.view(mx.uint64).flatten()
 
 
-product = make_packed_product(unpack_nf4)
+_multiply_nf4 = make_packed_product(unpack_nf4)

@@ -1,7 +1,9 @@
-"""Products with frozen packed weights: unpacked for the product, and again for the gradient.
+"""Unpacking mlx's quantized weights, and products that unpack frozen weights twice.
 
-Left to automatic differentiation, every float weight of a model would wait in memory for the
-backward pass, and packing would have saved nothing.
+A product unpacks its weight for the forward pass and again for the gradient.
+
+With automatic differentiation, the unpacked weights of the whole model would stay in memory until
+the backward pass, and packing would save nothing.
 """
 
 from collections.abc import Callable
@@ -9,15 +11,13 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-Unpack = Callable[..., mx.array]
-Product = Callable[..., mx.array]
+PackedProduct = Callable[..., mx.array]
 
 
-def make_packed_product(unpack: Unpack) -> Product:
-    """A function of x and the arrays that `unpack` makes an outputs x inputs matrix of.
+def make_packed_product(unpack: Callable[..., mx.array]) -> PackedProduct:
+    """Return a function of x and of the arrays that `unpack` makes an outputs x inputs matrix of.
 
-    The product is computed in float32 or in the dtype of `x`, whichever `unpack` returns; only `x`
-    gets a gradient.
+    The function multiplies in the dtype that `unpack` returns. Only x gets a gradient.
     """
 
     def forward(x: mx.array, *packed: mx.array) -> mx.array:
@@ -32,4 +32,26 @@ def make_packed_product(unpack: Unpack) -> Product:
 
     product = mx.custom_function(forward)
     cast(Any, product).vjp(backward)
-    return cast(Product, product)
+    return cast(PackedProduct, product)
+
+
+def unpack_quantized(
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    """Return the float32 weights that arrays of one of mlx's quantization modes stand for."""
+    return mx.dequantize(
+        weight,
+        # With dtype=float32 alone, mlx would still round to the dtype of scales and biases.
+        scales.astype(mx.float32) if mode == "affine" else scales,
+        None if biases is None else biases.astype(mx.float32),
+        group_size=group_size,
+        bits=bits,
+        mode=mode,
+        dtype=mx.float32,
+    )

@@ -1,4 +1,4 @@
-"""Reading a module's weight in whatever format it is stored, and making a float module of it."""
+"""Reading a module's weight, whatever its number format, and making float modules."""
 
 import sys
 from typing import Literal, Protocol, cast
@@ -9,72 +9,72 @@ from jaxtyping import Float
 
 from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear, unpack_nf4
 from textpolicy.adapters.quantization.number_formats import NumberFormat
+from textpolicy.adapters.quantization.packed_product import unpack_quantized
 from textpolicy.errors import ModelError
 
 ModuleKind = Literal["linear", "embedding", "experts"]
+"""How a module uses its weight."""
+# At most this many weights are float32 at once while a matrix is measured: 4 MB.
+_MEASURED_AT_ONCE = 2**20
 
 
-class Packed(Protocol):
-    """How mlx's quantized modules say what they hold."""
+class _QuantizedModule(Protocol):
+    """The attributes by which mlx's quantized modules state their format."""
 
     bits: int
     group_size: int
     mode: str
 
 
-_TILE = 2**20
-"""Weights in float32 at once where a matrix is measured: 4 MB."""
-
-
 def module_kind(module: nn.Module) -> ModuleKind | None:
-    """How a module uses its weight, if it is one that can be adapted or quantized."""
+    """Return how a module uses its weight, or None if it can be neither adapted nor quantized."""
     if isinstance(module, nn.Linear | nn.QuantizedLinear | NF4Linear):
         return "linear"
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding | NF4Embedding):
         return "embedding"
-    return "experts" if isinstance(module, _expert_layers()) else None
-
-
-def _expert_layers() -> tuple[type, ...]:
-    # Importing mlx-lm takes seconds, and no model can hold its expert layers before it is imported.
-    switch = sys.modules.get("mlx_lm.models.switch_layers")
-    return (switch.SwitchLinear, switch.QuantizedSwitchLinear) if switch else ()
-
-
-def format_of(module: nn.Module) -> NumberFormat | None:
-    """How a module's weight is packed, or None if it is float."""
-    if not is_quantized(module):
-        return None
-    packed = cast(Packed, module)
-    return NumberFormat(bits=packed.bits, group_size=packed.group_size, mode=packed.mode)
+    return "experts" if isinstance(module, _expert_classes()) else None
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module's weight is packed; mlx-lm tells it by the same sign."""
+    """Return whether the module's weight is packed. mlx-lm decides by the same attribute."""
     return "scales" in module
 
 
+def format_of(module: nn.Module) -> NumberFormat | None:
+    """Return the number format of a module's weight, or None if the weight is float."""
+    if not is_quantized(module):
+        return None
+    packed = cast(_QuantizedModule, module)
+    return NumberFormat(bits=packed.bits, group_size=packed.group_size, mode=packed.mode)
+
+
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of the weight as it is multiplied by, whatever the packing."""
+    """Return the shape of the module's unpacked weight."""
     *rows, stored = module["weight"].shape
     if is_quantized(module):
-        stored = stored * module["weight"].itemsize * 8 // cast(Packed, module).bits
+        stored = stored * module["weight"].itemsize * 8 // cast(_QuantizedModule, module).bits
     return (*rows, stored)
 
 
+def float_dtype(module: nn.Module) -> mx.Dtype:
+    """Return the dtype of a float weight, or the dtype that a packed weight dequantizes to."""
+    stored = module["scales"].dtype if is_quantized(module) else module["weight"].dtype
+    return stored if mx.issubdtype(stored, mx.floating) else mx.bfloat16
+
+
 def float_weight(module: nn.Module) -> Float[mx.array, "*weight"]:
-    """The weight that the forward pass multiplies by, in float32."""
+    """Return the module's weight in float32."""
     return _float_rows(module, slice(None))
 
 
 def row_squares(module: nn.Module) -> Float[mx.array, " out"]:
-    """The squared length of each row of `float_weight`, some megabytes of them at a time."""
+    """Return the squared norm of each row of `float_weight`, computed a few megabytes at a time."""
     outputs, inputs = weight_shape(module)
-    step = max(1, _TILE // inputs)
+    step = max(1, _MEASURED_AT_ONCE // inputs)
     squares: list[mx.array] = []
     for low in range(0, outputs, step):
         squares.append(mx.square(_float_rows(module, slice(low, low + step))).sum(axis=-1))
-        # Left lazy, all the rows would be float at once.
+        # Without evaluation here, all rows would be float32 at the same time.
         mx.eval(squares[-1])
     return mx.concatenate(squares)
 
@@ -82,10 +82,10 @@ def row_squares(module: nn.Module) -> Float[mx.array, " out"]:
 def times_weight(
     module: nn.Module, factor: Float[mx.array, "in rank"]
 ) -> Float[mx.array, "out rank"]:
-    """`float_weight` times a small float32 factor.
+    """Return `float_weight` times a small float32 factor.
 
-    mlx multiplies its own packed weights as they are. Others, unless they are float32, are float32
-    for as long as the product takes.
+    mlx multiplies its own packed weights without unpacking them. Weights of other formats are
+    float32 during the product.
     """
     if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return float_weight(module) @ factor
@@ -101,19 +101,13 @@ def times_weight(
     return product.T
 
 
-def float_dtype(module: nn.Module) -> mx.Dtype:
-    """The dtype that the base was in, or that it dequantizes to."""
-    stored = module["scales"].dtype if is_quantized(module) else module["weight"].dtype
-    return stored if mx.issubdtype(stored, mx.floating) else mx.bfloat16
-
-
-def float_module(
+def make_float_module(
     module: nn.Module, weight: Float[mx.array, "*weight"], bias: mx.array | None
 ) -> nn.Module:
-    """The plain module of the same use with another weight."""
-    # The constructors would draw weights from the global random state only to discard them.
-    plain = _plain_class(module)
-    made = plain.__new__(plain)
+    """Return the float module of the same kind with another weight and bias."""
+    # The constructor would draw weights from the global random state and then discard them.
+    float_class = _float_class(module)
+    made = float_class.__new__(float_class)
     nn.Module.__init__(made)
     made.weight = weight
     if bias is not None:
@@ -121,7 +115,13 @@ def float_module(
     return made
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module]:
+def _expert_classes() -> tuple[type, ...]:
+    # Importing mlx-lm takes seconds. A model with expert layers has imported this module already.
+    switch = sys.modules.get("mlx_lm.models.switch_layers")
+    return (switch.SwitchLinear, switch.QuantizedSwitchLinear) if switch else ()
+
+
+def _float_class(module: nn.Module) -> type[nn.Module]:
     match module_kind(module):
         case "linear":
             return nn.Linear
@@ -130,7 +130,10 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
         case "experts":
             return sys.modules["mlx_lm.models.switch_layers"].SwitchLinear
         case None:
-            raise ModelError(f"{type(module).__name__} has no weight that can be replaced")
+            raise ModelError(
+                f"A {type(module).__name__} has no weight that can be replaced. Only linear, "
+                "embedding and expert layers have one"
+            )
 
 
 def _float_rows(module: nn.Module, rows: slice) -> mx.array:
@@ -141,20 +144,18 @@ def _float_rows(module: nn.Module, rows: slice) -> mx.array:
     if isinstance(module, NF4Linear | NF4Embedding):
         return unpack_nf4(weight, scales)
     biases = module.get("biases")
-    packed = cast(Packed, module)
-    affine = packed.mode == "affine"
-    whole = module.get("global_scale")
-    unpacked = mx.dequantize(
+    packed = cast(_QuantizedModule, module)
+    unpacked = unpack_quantized(
         weight,
-        # Asking mlx for float32 would still round to the dtype of scales and biases.
-        scales.astype(mx.float32) if affine else scales,
-        None if biases is None else biases[rows].astype(mx.float32),
+        scales,
+        None if biases is None else biases[rows],
         group_size=packed.group_size,
         bits=packed.bits,
         mode=packed.mode,
-        dtype=mx.float32,
     )
-    if whole is None:
+    global_scale = module.get("global_scale")
+    if global_scale is None:
         return unpacked
-    # mlx-lm's nvfp4 experts have a scale each, in units of the largest e2m1 times the largest e4m3.
-    return unpacked * (whole / (6 * 448))[:, None, None]
+    # mlx-lm's nvfp4 experts have one more scale each. Its unit is the largest e2m1 number, 6,
+    # times the largest e4m3 number, 448.
+    return unpacked * (global_scale / (6 * 448))[:, None, None]

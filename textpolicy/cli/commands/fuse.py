@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
-from textpolicy.adapters.fuse import SAME, FuseReport
+from textpolicy.adapters.fuse import SAME_FORMAT, FuseReport
 from textpolicy.adapters.quantization.quantize import dequantize, model_quantization
 from textpolicy.adapters.quantization.stored_weights import is_quantized
 from textpolicy.cli.answer import Answer, table
@@ -58,7 +58,7 @@ def run(options: Namespace) -> Answer:
 
 def _fuse(model: nn.Module, *, to_float: bool, min_survival: float) -> FuseReport:
     adapters = adapters_of(model)
-    requantize = SAME if _has_quantized_weights(model) and not to_float else None
+    requantize = SAME_FORMAT if _has_quantized_weights(model) and not to_float else None
     try:
         report = adapters.fuse(qtype=requantize, min_survival=min_survival)
     except AdapterError as error:
