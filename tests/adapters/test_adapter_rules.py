@@ -236,7 +236,7 @@ def test_a_quantization_that_cannot_be_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"module_path": "("}, "no regular expression"),
+        ({"module_path": "("}, "which is not a regular expression"),
         ({"module_path": ""}, "module_path is ''"),
         ({"rank": 0}, "rank is 0"),
         ({"scale": math.inf}, "scale is inf"),
@@ -249,8 +249,8 @@ def test_a_quantization_that_cannot_be_leaves_the_model_as_it_was():
         ({"weight_qtype": "nf5"}, "weight_qtype is 'nf5'; expected one of .*'nf4'"),
         ({"weight_qtype": "int7"}, r"'int7' \(mlx has no kernels for it\)"),
         ({"weight_qtype": "int1"}, "larger than that of all weights set to zero"),
-        ({"weight_qtype": "nvfp4", "tile_size": 64}, r"tile_size is 64; 'nvfp4' has \[16\]"),
-        ({"weight_qtype": "int4", "tile_size": "channel"}, "'int4' has"),
+        ({"weight_qtype": "nvfp4", "tile_size": 64}, r"tile_size is 64; 'nvfp4' takes \[16\]"),
+        ({"weight_qtype": "int4", "tile_size": "channel"}, "'int4' takes"),
         ({"tile_size": 64}, "without a weight_qtype"),
     ],
 )
@@ -266,7 +266,9 @@ def test_alpha_becomes_scale():
 
 
 def test_rules_and_plain_words_do_not_mix():
-    with pytest.raises(ConfigError, match=r"rules are given beside \['rank', 'num_layers'\]"):
+    with pytest.raises(
+        ConfigError, match=r"rules are given together with \['rank', 'num_layers'\]"
+    ):
         AdapterConfig(rules=[LoRARule()], rank=4, num_layers=2)
     with pytest.raises(ConfigError, match="rules is empty"):
         AdapterConfig(rules=[])
@@ -366,7 +368,7 @@ def test_every_word_of_peft_that_matches_nothing_is_named():
         ({"peft_type": "LOHA", "target_modules": ["q"]}, "peft_type is 'LOHA'"),
         ({}, "target_modules is missing"),
         ({"target_modules": []}, "target_modules is empty"),
-        ({"target_modules": ["q"], "bias": "all"}, "bias is 'all'.* or lora_bias"),
+        ({"target_modules": ["q"], "bias": "all"}, "bias is 'all'.*; lora_bias trains"),
         ({"target_modules": ["q"], "modules_to_save": ["lm_head"]}, "'modules_to_save': .*Merge"),
         ({"target_modules": ["q"], "some_new_option": 1}, "'some_new_option': 1"),
         ({"target_modules": ["q"], "init_lora_weights": "pissa"}, "'pissa'.*change the base"),
@@ -452,7 +454,7 @@ def test_a_function_that_draws_is_left_out_of_json():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"hidden_size": 4}, r"no form .* by \['hidden_size'\]; expected one of \['rules'"),
+        ({"hidden_size": 4}, r"the options \['hidden_size'\]; expected at least one of \['rules'"),
         ({"rules": [{"rnak": 4}]}, r"unknown rule options \['rnak'\]; .* did you mean \['rank'\]"),
         ({"lora_rnk": 4, "rank": 4}, r"unknown adapter config options \['lora_rnk'\]"),
         ({"fine_tune_type": "full"}, "fine_tune_type is 'full'"),

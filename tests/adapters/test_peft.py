@@ -125,7 +125,9 @@ def test_adapters_combine_to_what_peft_makes_of_them(method):
     container = AdapterContainer.from_directory(GOLDEN / "lora", name="lora").load(model)
     container.add("lora_other", GOLDEN / "lora_other")
     rank = RECORD["combined"]["methods"][method].get("svd_rank")
-    container.add("sum", combine_adapters(container, RECORD["combined"]["weights"], method, rank=rank))
+    container.add(
+        "sum", combine_adapters(container, RECORD["combined"]["weights"], method, rank=rank)
+    )
     container.activate("sum")
     assert distance(model, f"combined_{method}") < TOLERANCE
 
@@ -241,7 +243,7 @@ def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path):
     tensors = load_file(file)
     tensors["base_model.model.lm_head.lora_A.weight"] *= 2
     save_file(tensors, file)
-    with pytest.raises(AdapterError, match="are tied and their adapters differ"):
+    with pytest.raises(AdapterError, match="are tied, but their adapters differ"):
         read_adapter(folder)
 
 
@@ -325,9 +327,9 @@ def test_an_adapter_of_a_quantized_base_is_not_for_a_float_one_unless_meant(tmp_
         (
             qwen3_model,
             AdapterConfig(kind="dora", keys=["model.embed_tokens"]),
-            "lengths to features",
+            "magnitudes to features",
         ),
-        (expert_model, AdapterConfig(keys=["mlp.switch_mlp.up_proj"]), "every expert by itself"),
+        (expert_model, AdapterConfig(keys=["mlp.switch_mlp.up_proj"]), "each expert by itself"),
         (
             qwen3_model,
             AdapterConfig(rules=[LoRARule(module_path=".*q_proj", kind="dora", bias=True)]),

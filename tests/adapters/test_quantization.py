@@ -53,7 +53,7 @@ def test_every_bit_width_takes_adapters_and_fuses_to_float(bits, group_size, mod
         ({"bits": 9}, "bits is 9"),
         ({"group_size": 16}, "group_size is 16"),
         ({"mode": "nf5"}, "mode is 'nf5'"),
-        ({"mode": "mxfp4", "group_size": 64}, r"group_size is 64; mode 'mxfp4' has \[32\]"),
+        ({"mode": "mxfp4", "group_size": 64}, r"group_size is 64; mode 'mxfp4' takes \[32\]"),
     ],
 )
 def test_a_quantization_that_cannot_be_is_refused_with_the_reason(options, words):
@@ -83,7 +83,7 @@ def test_nothing_to_quantize_is_an_error():
 def test_quantizing_an_adapted_model_is_refused():
     model = qwen3_model()
     AdapterContainer.from_model(model, CONFIG)
-    with pytest.raises(ModelError, match="quantize its base before adapting"):
+    with pytest.raises(ModelError, match="Quantize the base before adapting"):
         quantize(model)
 
 
@@ -143,7 +143,7 @@ def test_dequantizing_what_is_not_quantized_or_is_adapted_is_refused():
         dequantize(qwen3_model())
     model = packed(4)()
     AdapterContainer.from_model(model, CONFIG)
-    with pytest.raises(ModelError, match="fuse or unload its adapters first"):
+    with pytest.raises(ModelError, match="Fuse or unload the adapters first"):
         dequantize(model)
 
 
@@ -277,7 +277,7 @@ def test_nf4_of_whole_rows():
     model = qwen3_model()
     quantize(model, group_size=-1, mode="nf4")
     assert model.layers[0].mlp.down_proj.scales.shape == (64, 1)
-    assert NumberFormat(mode="nf4", group_size=-1).misfit(7) == (
+    assert NumberFormat(mode="nf4", group_size=-1).row_problem(7) == (
         "rows of 7 do not pack into bytes of two weights"
     )
 
