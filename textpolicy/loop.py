@@ -57,10 +57,10 @@ def train_rl(
     """Train for `steps` steps and return the metrics of the last step.
 
     The trainer publishes adapters to a file, and the policy reloads that file before the next
-    generation; both may share one base model or be in different processes. One generation samples
-    the rollouts of `steps_per_generation` steps. With `refill_rounds` above 1, groups whose rewards
-    are all equal are replaced, in at most that many rounds of sampling. A `Curriculum` as `tasks`
-    receives the sampled groups. The run ends early if `on_step` returns `Progress.STOP`.
+    generation. Trainer and policy may share one base model. One generation samples the rollouts of
+    `steps_per_generation` steps. With `refill_rounds` above 1, groups whose rewards are all equal
+    are replaced, in at most that many rounds of sampling. A `Curriculum` as `tasks` receives the
+    sampled groups. The run ends early if `on_step` returns `Progress.STOP`.
 
     A checkpoint is saved after `on_step` and at the end. With `resume`, the run continues from
     that checkpoint and computes the numbers that an uninterrupted run computes, if all other
@@ -107,7 +107,7 @@ def train_rl(
                 advantages=trainer.advantages,
             )
             stop = on_step is not None and asks_to_stop(on_step(report))
-            # `on_step` has already written this step's metrics, so saving counts in the next step.
+            # `on_step` has written this step's metrics: the next step's have the time of saving.
             timer = _StepTimer(scorer)
             if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):
                 checkpoints.save(make_checkpoint(step + 1, trainer, source, buffer, scorer))

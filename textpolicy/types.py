@@ -189,7 +189,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutGroup:
-    """The rollouts of one task. Advantages compare rollouts within a group."""
+    """The rollouts of one task. Most algorithms compare a rollout with the others of its group."""
 
     task: Task
     rollouts: Sequence[Rollout]
@@ -202,7 +202,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The arrays of one forward pass, or of one micro-batch of it. Each prompt is there once.
+    """The arrays of one micro-batch, which one forward pass reads. Each prompt is there once.
 
     Row r of `tokens` is what follows prompt `owner[r]` of `prompts`. Both arrays are padded on the
     right. `rows` and `token_count` are totals of the *whole* optimizer batch: a loss that divides

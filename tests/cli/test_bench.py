@@ -11,8 +11,8 @@ import pytest
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.cli import main
 from textpolicy.cli.flags import configured
+from textpolicy.cli.measured_steps import SignalScorer
 from textpolicy.cli.parser import build_parser
-from textpolicy.cli.real_steps import SignalScorer
 from textpolicy.config import TrainConfig
 from textpolicy.rewards import Rewards, load_reward, sample_of
 
@@ -33,7 +33,7 @@ def benched(capsys):
     return run
 
 
-def test_it_takes_real_steps_and_accounts_for_all_of_their_time(benched):
+def test_it_takes_measured_steps_and_accounts_for_all_of_their_time(benched):
     data, notes = benched(seconds=5)
     assert data["steps"] >= 2 and data["warmed_up"] and "warm-up" in notes
     assert sum(data["shares"].values()) == pytest.approx(1, abs=0.01)

@@ -149,7 +149,7 @@ def test_the_best_adapter_is_the_one_that_sampled_the_best_steps(load_tiny, tmp_
     for reward in (0.4, 0.5, 0.7, 0.1, 0.0):
         sampled[container.version] = container.parameters()
         container.swap({name: value + 1 for name, value in container.parameters().items()})
-        best.see({"reward": reward})
+        best.record_step({"reward": reward})
     # The rolling means are .4, .45, .6, .4 and .05. Version 2 sampled the step with reward .7.
     kept = read_adapter_file(best.path)
     assert (best.version, best.value, kept.version) == (2, pytest.approx(0.6), 2)

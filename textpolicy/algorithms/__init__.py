@@ -1,4 +1,4 @@
-"""One paper per file: rewards to advantages, log-probabilities to a loss. `parts/` is shared."""
+"""One paper per file, known by the name of the file; what algorithms share is in `parts/`."""
 
 from textpolicy.algorithms.parts.declaration import Declaration
 from textpolicy.algorithms.parts.registry import Algorithm, get, names

@@ -7,8 +7,8 @@ For a group of G completions of one prompt with rewards R_1..R_G (equation 3, ou
     J = 1/G sum_i 1/|o_i| sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
                                   - beta KL_t ]
 
-Departures: std has n - 1 and eps is 1e-4, as in the libraries that people compare with; beta is 0
-unless you set it (0.04 in the paper).
+Departures: std divides by n - 1 and eps is 1e-4, as in TRL; beta is 0 unless you set it (0.04 in
+the paper).
 """
 
 from typing import Unpack

@@ -8,7 +8,7 @@ from mlx_lm.utils import load_tokenizer
 
 from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.cli.answer import Answer, table
-from textpolicy.cli.real_steps import RealSteps, run_real_steps
+from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.config.train import ModelOptions
 from textpolicy.environments import Environment
@@ -47,7 +47,7 @@ def show_plan(config: TrainConfig, *, measure: bool = False) -> Answer:
         ("completion", f"up to {lengths['completion_tokens']} tokens"),
     ]
     data: dict[str, Any] = {"config": plain_settings(config), **lengths}
-    measured = run_real_steps(config, steps=1) if measure else None
+    measured = run_measured_steps(config, steps=1) if measure else None
     try:
         planned = estimate_memory(config, **lengths)
         factors = _correction_factors(config, measured) if measured else {}

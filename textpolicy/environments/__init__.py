@@ -1,4 +1,4 @@
-"""Environments: a stream of training tasks, fixed held-out tasks, and the reward of both."""
+"""Environments: training tasks, held-out tasks and their reward. Ready ones are in `envs/`."""
 
 from textpolicy.environments.chat import ChatEnv
 from textpolicy.environments.check_env import check_env

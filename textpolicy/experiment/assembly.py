@@ -1,7 +1,7 @@
 """The parts of a run, each made from its section of the config.
 
 `assemble` shows how a model, its adapters, a policy and a trainer fit together in reinforcement
-learning; `textpolicy.loop` turns them round. What a config says is read here and nowhere else.
+learning; `textpolicy.loop` runs them. What a config says is read here and nowhere else.
 """
 
 import json

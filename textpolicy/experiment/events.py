@@ -38,9 +38,8 @@ class Measurement:
 class RunEvent:
     """Something that happened in a run.
 
-    "start" comes when the model is loaded and the first measurement begins. A "step" has the
-    metrics of the step, or of the updates since the last report in supervised training, and the
-    samples of the step. `step` counts finished steps. `text` is one line for people; it may quote
+    "start" comes when the model is loaded, before the first measurement. A "step" has the metrics
+    and samples of a step or, in supervised training, the metrics since the last report. `step` counts finished steps. `text` is one line for people; it may quote
     text of the model or of files.
     """
 

@@ -16,9 +16,9 @@ from textpolicy.types import Metrics, Progress
 class StepObserver:
     """Takes the report of each step, and stops the run at the first alarm if that is asked for.
 
-    Every `every` steps it evaluates the policy. The numbers are in the row of the step that
-    follows, because that step samples with the evaluated adapters, and the best adapter is then the
-    best evaluated one. Without `every`, the best adapter is the one of the best training reward.
+    Every `every` steps it evaluates the policy. The evaluation after step n is in the row of step
+    n + 1, which samples with the evaluated adapters, and the best adapter is then the best
+    evaluated one. Without `every`, the best adapter is the one of the best training reward.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class StepObserver:
         for row in rows:
             metrics = {name: value for name, value in row.items() if name != "step"}
             self.alarms += self._monitor.check(int(row["step"]), metrics)
-            if self._best.replay(metrics, evaluated=self._every is not None):
+            if self._best.replay_row(metrics, evaluated=self._every is not None):
                 self.best_step = int(row["step"])
         self._report.step = steps
         if self._every and steps % self._every == 0:
@@ -76,7 +76,7 @@ class StepObserver:
     def evaluate(self, when: str) -> Measurement:
         """Measure the policy as it is now, for the row of the next step."""
         score, self._evaluated = self._evaluator()
-        if self._every and self._best.measured(score.reward):
+        if self._every and self._best.record_evaluation(score.reward):
             self.best_step = self.steps
         self._directory.keep_latest_adapter()
         self._report(
@@ -86,7 +86,7 @@ class StepObserver:
         )
         return self.measurement_in(self._evaluated | {"step": self.steps})
 
-    def see(self, step: StepReport) -> Progress:
+    def on_step(self, step: StepReport) -> Progress:
         """Record a finished step; return STOP if the listener or an alarm ends the run."""
         new = self._monitor.check(step.step, step.metrics)
         self.alarms += new
@@ -98,7 +98,7 @@ class StepObserver:
         self._report("step", _line(step), metrics=metrics, samples=samples)
         for alarm in new:
             self._report("alarm", str(alarm))
-        if not self._every and self._best.see(step.metrics):
+        if not self._every and self._best.record_step(step.metrics):
             self.best_step = step.step
         elif self._every and self.steps % self._every == 0 and self.steps < step.steps:
             self.evaluate(f"step {self.steps}")

@@ -82,7 +82,7 @@ def train_policy(
             steps_per_generation=config.rollout.steps_per_generation,
             refill_rounds=experiment.refill_rounds,
             seed=config.run.seed,
-            on_step=observer.see,
+            on_step=observer.on_step,
             checkpoints=checkpoints,
             resume=resume,
         )

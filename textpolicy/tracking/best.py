@@ -13,10 +13,10 @@ from textpolicy.types import Metrics
 class BestAdapter:
     """Keeps in `path` the adapter with the highest value: measured, or sampled in training.
 
-    `measured` takes a value of the adapter as it is now. `see` takes the training reward instead:
-    its mean over the last `window` steps, for the adapter that sampled the last of them. An update
-    is judged one step later, by what it samples, so at the first sign of collapse the adapter of
-    the step before is kept.
+    `record_evaluation` takes a value of the adapter as it is now. `record_step` takes the reward:
+    its mean over the last `window` steps, for the adapter that sampled the last of them. The reward
+    of a step belongs to the adapter from before its update, so at the first sign of collapse the
+    adapter of the step before is kept.
     """
 
     def __init__(self, adapters: AdapterContainer, path: Path, window: int = 10) -> None:
@@ -35,7 +35,7 @@ class BestAdapter:
         """Set the value of the adapter that an earlier process of the run left in the file."""
         self.value, self.version = value, version
 
-    def replay(self, metrics: Metrics, *, evaluated: bool) -> bool:
+    def replay_row(self, metrics: Metrics, *, evaluated: bool) -> bool:
         """Take the row of a step that an earlier process wrote; return whether it is the best."""
         if evaluated:
             reward = metrics.get("eval/reward", float("-inf"))
@@ -47,7 +47,7 @@ class BestAdapter:
         self._replayed = metrics.get("version", self._replayed)
         return better
 
-    def see(self, metrics: Metrics) -> bool:
+    def record_step(self, metrics: Metrics) -> bool:
         """Take the metrics of a step, after its update; return whether it sampled the best mean."""
         better = False
         if REWARD in metrics:
@@ -58,7 +58,7 @@ class BestAdapter:
         self._sampled_with = self._adapters.adapter()
         return better
 
-    def measured(self, value: float) -> bool:
+    def record_evaluation(self, value: float) -> bool:
         """Take a value of the adapter as it is now; return whether it is the best so far."""
         if better := value > self.value:
             adapter = self._adapters.adapter()

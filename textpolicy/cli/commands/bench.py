@@ -9,7 +9,7 @@ import mlx.core as mx
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.dry_run import estimate_memory, has_turns
 from textpolicy.cli.flags import configured
-from textpolicy.cli.real_steps import RealSteps, run_real_steps
+from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
 from textpolicy.config import TrainConfig, changed
 from textpolicy.errors import ModelError
 
@@ -22,7 +22,7 @@ def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     if config.task.env is None and config.task.data is None:
         config = changed(config, {"task.env": "add"})
-    measured = run_real_steps(config, steps=_STEPS, seconds=options.seconds)
+    measured = run_measured_steps(config, steps=_STEPS, seconds=options.seconds)
     data = _data(config, measured)
     return Answer(data=data, text=_text(data))
 

@@ -355,7 +355,7 @@ class _Run:
         _check_finite(self.iteration, "validation loss", loss)
         self.validated.add(loss, self.iteration)
         if self._best:
-            self._best.measured(-loss)
+            self._best.record_evaluation(-loss)
         seconds = time.perf_counter() - started
         return ValidationReport(iteration=self.iteration, loss=loss, seconds=seconds)
 

@@ -1,8 +1,8 @@
-"""Real training steps with the settings of a run, to be measured. Nothing of them is kept.
+"""Training steps that are measured and not kept: for `textpolicy bench` and --measure.
 
 The steps are those of `textpolicy train`, with two differences. Every group has something to learn:
 the user's rewards are called, and then replaced by 0 and 1 in turn. And the learning rate is so
-small that the model answers the last step as it answers the first.
+small that the model barely changes during the measurement.
 """
 
 import math
@@ -57,7 +57,7 @@ class RealSteps:
     peaks: Mapping[str, int]
 
 
-def run_real_steps(config: TrainConfig, *, steps: int, seconds: float = math.inf) -> RealSteps:
+def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math.inf) -> RealSteps:
     """Take a warm-up step and `steps` more, or as many as `seconds` allow, and measure them.
 
     If the first step takes all the time, it is the measured step. Adapters and checkpoints go to a
