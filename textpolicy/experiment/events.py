@@ -39,8 +39,8 @@ class RunEvent:
     """Something that happened in a run.
 
     "start" comes when the model is loaded, before the first measurement. A "step" has the metrics
-    and samples of a step or, in supervised training, the metrics since the last report. `step` counts finished steps. `text` is one line for people; it may quote
-    text of the model or of files.
+    and samples of a step or, in supervised training, the metrics since the last report. `step`
+    counts finished steps. `text` is one line for people, and may quote the model or files.
     """
 
     kind: EventKind

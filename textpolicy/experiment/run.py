@@ -30,8 +30,8 @@ def run(
     {"task": {"env": "sort"}, "run": {"steps": 100}}; a mapping with a "data" section is supervised
     training. `output` is the run directory, by default a new one in `runs`. `resume` names a run
     directory to resume from its last checkpoint; `config` may then be left out, or hold only what
-    changes; a change that alters the numbers of the run needs `force`. `on_event` is called with every event,
-    and the run stops after the step in which it returns Progress.STOP.
+    changes; a change that alters the numbers of the run needs `force`. `on_event` is called with
+    every event, and the run stops after the step in which it returns Progress.STOP.
     """
     earlier = RunDirectory(Path(resume)) if resume is not None else None
     started = read_started_config(earlier) if earlier else None
