@@ -22,7 +22,7 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import exp
-from textpolicy.fast_cpu.swiglu import swiglu
+from textpolicy.fast_cpu.model_functions import swiglu
 
 WIDTH = 64
 # Rows, query heads, key heads, query positions, key positions.

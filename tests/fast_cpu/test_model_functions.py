@@ -13,8 +13,7 @@ from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.fast_cpu import array_slices, attention
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import exp, exp2
-from textpolicy.fast_cpu.model_functions import use_fast_functions
-from textpolicy.fast_cpu.swiglu import swiglu
+from textpolicy.fast_cpu.model_functions import swiglu, use_fast_functions
 from textpolicy.training.checkpointing import recompute_activations
 
 pytestmark = pytest.mark.usefixtures("size")

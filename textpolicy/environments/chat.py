@@ -1,4 +1,7 @@
-"""ChatEnv: an episode of several turns, in which a Python function writes the user's messages."""
+"""ChatEnv: an episode of several turns, in which a Python function writes the user's messages.
+
+Also the types of the functions that make a task, and its prompt and gold answers as text.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -8,9 +11,14 @@ from typing import Any
 import gymnasium as gym
 
 from textpolicy.environments.space import AnyText
-from textpolicy.environments.task_parts import DrawFn, GoldFn, gold_for_turn, prompt_text
 from textpolicy.rewards import Rewards, score
-from textpolicy.types import RewardFn
+from textpolicy.types import Prompt, RewardFn
+
+DrawFn = Callable[[Random], tuple[Prompt, Mapping[str, Any]]]
+"""Draws one task: returns its prompt, and the columns that its reward function needs."""
+
+GoldFn = Callable[[Mapping[str, Any]], str | list[str]]
+"""Returns the gold answer to an example, or a list with the gold answer of each turn."""
 
 ReplyFn = Callable[[Sequence[str], Mapping[str, Any]], str | None]
 """Takes all answers so far and the example; returns the next user message, or None to end."""
@@ -71,3 +79,13 @@ class ChatEnv(gym.Env[str, str]):
         if self._gold is None:
             return {}
         return {"gold": gold_for_turn(self._gold(self._example), len(self._answers))}
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """Return the prompt as one text for reward functions: the content of its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def gold_for_turn(gold: str | list[str], turn: int) -> str:
+    """Return the gold answer of a turn: the last one for turn -1 and for turns past the end."""
+    return gold if isinstance(gold, str) else gold[min(turn, len(gold) - 1)]

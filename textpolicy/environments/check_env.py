@@ -6,10 +6,10 @@ from itertools import islice
 
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
+from textpolicy.environments.chat import gold_for_turn, prompt_text
 from textpolicy.environments.environment import Environment
 from textpolicy.environments.faults import environment_errors
 from textpolicy.environments.play import play_episode
-from textpolicy.environments.task_parts import gold_for_turn, prompt_text
 from textpolicy.errors import TaskError
 from textpolicy.rewards import sample_of, scorer_of
 from textpolicy.types import Task

@@ -10,9 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 
-from textpolicy.environments.chat import ChatEnv
+from textpolicy.environments.chat import ChatEnv, DrawFn, GoldFn
 from textpolicy.environments.dataset import Dataset
-from textpolicy.environments.task_parts import DrawFn, GoldFn
 from textpolicy.errors import TaskError
 from textpolicy.rewards import Rewards, reward
 from textpolicy.types import Prompt, RewardFn, Task

@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from textpolicy.environments.chat import ChatEnv
+from textpolicy.environments.chat import ChatEnv, DrawFn
 from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
@@ -26,7 +26,6 @@ from textpolicy.environments.environment import (
     prompt_as_problem,
     sum_turn_rewards,
 )
-from textpolicy.environments.task_parts import DrawFn
 from textpolicy.environments.tool_calls import parse_python_calls, parse_tagged_calls
 from textpolicy.environments.tools import ToolEnv
 from textpolicy.errors import TaskError

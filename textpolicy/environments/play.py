@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from textpolicy.environments.chat import gold_for_turn
 from textpolicy.environments.environment import Environment, opening_prompt
 from textpolicy.environments.faults import environment_errors
-from textpolicy.environments.task_parts import gold_for_turn
 from textpolicy.errors import TaskError
 from textpolicy.types import Task, TextEnv
 

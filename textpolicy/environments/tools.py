@@ -7,10 +7,9 @@ from typing import Any
 
 import gymnasium as gym
 
-from textpolicy.environments.chat import ChatEnv, TurnRewardFn
+from textpolicy.environments.chat import ChatEnv, DrawFn, GoldFn, TurnRewardFn
 from textpolicy.environments.faults import call_tool
 from textpolicy.environments.space import AnyText
-from textpolicy.environments.task_parts import DrawFn, GoldFn
 from textpolicy.environments.tool_calls import (
     MAX_CALLS_PER_ANSWER,
     ParseCalls,

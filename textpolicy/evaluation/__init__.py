@@ -1,8 +1,15 @@
 """Evaluation on held-out tasks: the reward of a policy, and a comparison of two policies."""
 
 from textpolicy.evaluation.compare import Comparison, TaskDifference, compare
-from textpolicy.evaluation.evaluate import Evaluation, Evaluator, HeldOut, evaluate, evaluate_greedy
-from textpolicy.evaluation.statistics import MeanReward, pass_at_k
+from textpolicy.evaluation.evaluate import (
+    Evaluation,
+    Evaluator,
+    HeldOut,
+    MeanReward,
+    evaluate,
+    evaluate_greedy,
+    pass_at_k,
+)
 
 __all__ = [
     "Comparison",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from textpolicy.environments.task_parts import prompt_text
+from textpolicy.environments.chat import prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.evaluation.evaluate import Evaluation
 from textpolicy.types import Task

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 
 from textpolicy.errors import RewardError
-from textpolicy.evaluation.statistics import MeanReward, pass_at_k
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.worker import collect
@@ -15,6 +15,27 @@ from textpolicy.types import Metrics, Rollout, RolloutGroup, Sampling, StopReaso
 
 # All evaluations use the same seed, so that two evaluations of one policy are equal.
 _SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanReward:
+    """The mean reward of greedy completions over `count` tasks."""
+
+    reward: float
+    standard_error: float
+    count: int
+
+    @classmethod
+    def of(cls, rewards: Sequence[float]) -> "MeanReward":
+        """Return the mean of at least one reward."""
+        return cls(
+            reward=float(np.mean(rewards)),
+            standard_error=float(np.std(rewards) / np.sqrt(len(rewards))),
+            count=len(rewards),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.reward:.3f} ± {self.standard_error:.3f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +96,8 @@ class Evaluation:
         right = [sum(reward >= self.good for reward in rewards) for rewards in whole]
         return {f"avg@{count}": float(np.mean(whole))} | {
             f"pass@{k}": float(np.mean([pass_at_k(count, number, k) for number in right]))
-            for k in _sample_counts(count)
+            # The values of k are 1, 2, 4, ... below `count`, and `count` itself.
+            for k in [*(2**power for power in range((count - 1).bit_length())), count]
         }
 
 
@@ -120,20 +142,15 @@ class Evaluator:
 
     def __call__(self) -> tuple[MeanReward, Metrics]:
         started = time.perf_counter()
-        own = self._evaluate(self.heldout)
-        metrics = own.metrics()
-        for other in self.others:
-            metrics |= self._evaluate(other).metrics(f"eval/{other.name}/")
-        return own.greedy_reward, metrics | {"time/evaluate": time.perf_counter() - started}
-
-    def _evaluate(self, heldout: HeldOut) -> Evaluation:
-        return evaluate(
-            self.policy,
-            heldout,
-            samples=self.samples,
-            temperature=self.temperature,
-            good=self.good,
+        options = {"temperature": self.temperature, "good": self.good}
+        own, *others = (
+            evaluate(self.policy, heldout, samples=self.samples, **options)
+            for heldout in (self.heldout, *self.others)
         )
+        metrics = own.metrics()
+        for heldout, evaluation in zip(self.others, others, strict=True):
+            metrics |= evaluation.metrics(f"eval/{heldout.name}/")
+        return own.greedy_reward, metrics | {"time/evaluate": time.perf_counter() - started}
 
 
 def evaluate_greedy(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) -> MeanReward:
@@ -143,6 +160,10 @@ def evaluate_greedy(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) 
     return evaluate(policy, heldout).greedy_reward
 
 
-def _sample_counts(count: int) -> list[int]:
-    """Return the `k` of pass@k: 1, 2, 4, ... below `count`, and `count` itself."""
-    return [*(2**power for power in range((count - 1).bit_length())), count]
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Return the probability that at least one of `k` answers is right.
+
+    This is the unbiased estimator of Chen et al. 2021, arXiv:2107.03374: of all choices of `k`
+    among `samples` answers, of which `right` are right, the share with a right answer.
+    """
+    return 1 - comb(samples - right, k) / comb(samples, k)

@@ -6,7 +6,7 @@ from typing import Any
 
 from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Dataset, Environment, from_dataset, load
-from textpolicy.environments.task_parts import gold_for_turn, prompt_text
+from textpolicy.environments.chat import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scorer_of
 

@@ -11,11 +11,38 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from jaxtyping import Float
 from mlx_lm.models import activations, base
 
+from textpolicy.fast_cpu.array_slices import apply_in_slices
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
-from textpolicy.fast_cpu.swiglu import swiglu
+from textpolicy.fast_cpu.exponential import exp
 
+Features = Float[mx.array, "*batch features"]
+
+
+def swiglu(gate: Features, x: Features) -> Features:
+    """Return silu(gate) x, as mlx-lm's `swiglu` does, with a closed-form gradient.
+
+    With s = sigmoid(gate):
+
+        d / dgate = x s (1 + gate (1 - s))        d / dx = gate s
+    """
+    if gate.dtype != mx.float32 or x.dtype != mx.float32:
+        return activations.swiglu(gate, x)
+    return _swiglu(gate, x)
+
+
+def _gradients(gate: mx.array, x: mx.array, cotangent: mx.array) -> list[mx.array]:
+    sigmoid = 1 / (1 + exp(-gate))
+    silu_gradient = cotangent * sigmoid
+    return [silu_gradient * x * (1 + gate * (1 - sigmoid)), silu_gradient * gate]
+
+
+_swiglu: Any = mx.custom_function(
+    lambda gate, x: apply_in_slices(lambda gate, x: [gate * x / (1 + exp(-gate))], gate, x)[0]
+)
+_swiglu.vjp(lambda primals, cotangent, _: apply_in_slices(_gradients, *primals, cotangent))
 # By identity: a layer's module may hold unhashable objects under the names that the layer uses.
 _FASTER = {
     id(base.scaled_dot_product_attention): scaled_dot_product_attention,

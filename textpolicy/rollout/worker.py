@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from textpolicy.environments.task_parts import prompt_text
+from textpolicy.environments.chat import prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.rewards import RewardLike, Sample, Scorer, Verdict, append_completion, scorer_of
 from textpolicy.rewards.scorer import BackgroundScorer

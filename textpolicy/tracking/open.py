@@ -9,9 +9,8 @@ from typing import Any
 
 from textpolicy.errors import ConfigError
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.background_sink import BackgroundSink, Notify
 from textpolicy.tracking.jsonl import RunFiles
-from textpolicy.tracking.sink import Sink
+from textpolicy.tracking.sink import BackgroundSink, Notify, Sink
 from textpolicy.tracking.tensorboard import TensorBoardRun
 from textpolicy.tracking.tracker import CLOSING_SHARE, PATIENCE, Tracker
 from textpolicy.tracking.trackio_run import TrackioRun

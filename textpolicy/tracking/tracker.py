@@ -3,10 +3,9 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from textpolicy.tracking.background_sink import BackgroundSink
 from textpolicy.tracking.faults import attempt
 from textpolicy.tracking.samples import first_whole_groups
-from textpolicy.tracking.sink import SampleRow, Sink
+from textpolicy.tracking.sink import BackgroundSink, SampleRow, Sink
 from textpolicy.tracking.values import to_floats
 
 PATIENCE = 60.0

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
 
-from textpolicy.tracking.background_sink import BackgroundSink
-from textpolicy.tracking.sink import SampleRow
+from textpolicy.tracking.sink import BackgroundSink, SampleRow
 from textpolicy.types import Metrics
 
 # The browser keeps every row of a table in memory. samples.jsonl has all samples.

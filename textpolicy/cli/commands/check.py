@@ -8,9 +8,9 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.config.train import TaskOptions
+from textpolicy.environments.chat import gold_for_turn, prompt_text
 from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.environment import sum_turn_rewards
-from textpolicy.environments.task_parts import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import apply_thread_option
 from textpolicy.experiment.tasks import find_task

@@ -7,7 +7,7 @@ from inspect import getdoc
 
 from textpolicy.cli.answer import Answer, table
 from textpolicy.environments import check_env, gold_answers, load, ready_names
-from textpolicy.environments.task_parts import prompt_text
+from textpolicy.environments.chat import prompt_text
 from textpolicy.tracking.console import terminal_safe
 
 _LIBRARIES = {
