@@ -14,7 +14,7 @@ from textpolicy.tracking.jsonl import RunFiles, read_rows
 from textpolicy.tracking.report import write_report
 from textpolicy.tracking.report.charts import charts_for
 from textpolicy.tracking.report.page import SAMPLE_BYTES
-from textpolicy.tracking.report.samples import MAX_TEXT_CHARACTERS, choose_samples
+from textpolicy.tracking.report.runs import MAX_TEXT_CHARACTERS, choose_samples
 
 NASTY = (
     "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"

@@ -115,7 +115,10 @@ def _held_out_prompts(tasks: Sequence[Task], share: float) -> set[str]:
     """Return the prompts with the smallest hashes: the given share of them, and at least one."""
     if not 0 < share < 1:
         raise DataError(f"held_out is {share}; expected a share between 0 and 1")
-    prompts = sorted({_key(task.prompt) for task in tasks}, key=_digest)
+    prompts = sorted(
+        {_key(task.prompt) for task in tasks},
+        key=lambda text: blake2b(text.encode(), digest_size=8).digest(),
+    )
     if len(prompts) < 2:
         raise DataError(
             f"the rows have {len(prompts)} different prompt, but at least 2 are needed: one for "
@@ -126,7 +129,3 @@ def _held_out_prompts(tasks: Sequence[Task], share: float) -> set[str]:
 
 def _key(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(list(map(dict, prompt)))
-
-
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode(), digest_size=8).digest()

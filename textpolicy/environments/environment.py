@@ -1,6 +1,6 @@
 """Environments: training tasks without end, held-out tasks, and the reward of both."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -54,11 +54,6 @@ def sum_turn_rewards(*, turn_rewards: Sequence[float]) -> float:
     return sum(turn_rewards)
 
 
-def prompt_as_problem(task: Task) -> str:
-    """Return the prompt, which tells one problem from another unless a module says otherwise."""
-    return str(task.prompt)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Environment:
     """Tasks and their reward. The default reward is the sum of the turns' rewards.
@@ -86,11 +81,14 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedTasks:
-    """Tasks that a function draws. The hash of a task's `problem` decides if it is held out."""
+    """Tasks that a function draws. The hash of a task's `problem` decides if it is held out.
+
+    The problem is the prompt, unless `problem` returns another text.
+    """
 
     name: str
     draw: DrawFn
-    problem: Callable[[Task], str] = prompt_as_problem
+    problem: Callable[[Task], str] = lambda task: str(task.prompt)
 
     def stream(self, seed: int) -> Iterator[Task]:
         return self._draw_part(seed, held_out=False)
@@ -127,19 +125,16 @@ class GymnasiumTasks:
         while True:
             env_seed = rng.randrange(2**31)
             if _is_held_out(str(env_seed)) == held_out:
-                yield self._task(env_seed)
-
-    def _task(self, seed: int) -> Task:
-        env = self.make_env()
-        observation, info = env.reset(seed=seed)
-        env.close()
-        return Task(
-            id=f"{self.name}/{seed}",
-            prompt=opening_prompt(observation, info, self.name),
-            example=info.get("example", {}),
-            env=self.make_env,
-            seed=seed,
-        )
+                env = self.make_env()
+                observation, info = env.reset(seed=env_seed)
+                env.close()
+                yield Task(
+                    id=f"{self.name}/{env_seed}",
+                    prompt=opening_prompt(observation, info, self.name),
+                    example=info.get("example", {}),
+                    env=self.make_env,
+                    seed=env_seed,
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +152,8 @@ class EpisodeTasks:
         return list(map(self._with_env, self.source.heldout(number)))
 
     def _with_env(self, task: Task) -> Task:
-        draw = partial(_same_task, task.prompt, task.example)
-        return replace(task, env=partial(self.build, draw, reward=self.reward))
+        build = partial(self.build, lambda rng: (task.prompt, task.example), reward=self.reward)
+        return replace(task, env=build)
 
 
 def opening_prompt(observation: Any, info: dict[str, Any], name: str) -> Prompt:
@@ -190,7 +185,9 @@ def from_function(
         name=name,
         tasks=tasks or GeneratedTasks(name=name, draw=draw),
         max_tokens=max_tokens,
-        make_env=lambda reward: ChatEnv(draw, _no_reply, reward, gold=gold, max_turns=1),
+        make_env=lambda reward: ChatEnv(
+            draw, lambda answers, example: None, reward, gold=gold, max_turns=1
+        ),
         reward=reward,
         gold=gold,
     )
@@ -224,16 +221,6 @@ def from_gymnasium(
         max_tokens=max_tokens,
         make_env=lambda reward: make_env(),
     )
-
-
-def _same_task(
-    prompt: Prompt, example: Mapping[str, Any], rng: Random
-) -> tuple[Prompt, Mapping[str, Any]]:
-    return prompt, example
-
-
-def _no_reply(answers: Sequence[str], example: Mapping[str, Any]) -> None:
-    return None
 
 
 def _first_different(

@@ -2,7 +2,7 @@
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -23,17 +23,16 @@ from textpolicy.environments.environment import (
     TaskSplit,
     from_function,
     from_gymnasium,
-    prompt_as_problem,
     sum_turn_rewards,
 )
 from textpolicy.environments.tool_calls import parse_python_calls, parse_tagged_calls
 from textpolicy.environments.tools import ToolEnv
 from textpolicy.errors import TaskError
-from textpolicy.types import RewardFn, Task
 from textpolicy.user_code import load_python_file, split_file_and_name
 
 _DEFAULT_MAX_TOKENS = 256
 _DEFAULT_MAX_TURNS = 8
+_LIBRARIES = ("reasoning_gym", "textarena", "gymnasium")
 _PARSERS = {"tagged": parse_tagged_calls, "written": parse_python_calls}
 
 
@@ -49,7 +48,9 @@ def load(spec: str, data: str | Path | None = None) -> Environment:
     scheme, _, rest = spec.partition(":")
     if rest and scheme in _LIBRARIES:
         _refuse_data(spec, data)
-        return _LIBRARIES[scheme](rest)
+        if scheme == "gymnasium":
+            return from_gymnasium(rest)
+        return import_module(f"textpolicy.environments.bridges.{scheme}").load(rest)
     known = ready_names()
     if spec not in known:
         near = get_close_matches(spec, known, n=1)
@@ -114,14 +115,11 @@ def _tasks(
         dataset = Dataset.from_rows(rows, contents["PROMPT"], name=name)
         return dataset, dataset.draw
     _refuse_data(name, data)
-    problem = prompt_as_problem
-    if "problem" in contents:
-        problem = partial(_problem_of_example, contents["problem"])
-    return GeneratedTasks(name=name, draw=contents["make"], problem=problem), contents["make"]
-
-
-def _problem_of_example(problem: Callable[[Mapping[str, Any]], str], task: Task) -> str:
-    return problem(task.example)
+    draw = contents["make"]
+    if "problem" not in contents:
+        return GeneratedTasks(name=name, draw=draw), draw
+    problem = contents["problem"]
+    return GeneratedTasks(name=name, draw=draw, problem=lambda task: problem(task.example)), draw
 
 
 def _refuse_data(name: str, data: str | Path | None) -> None:
@@ -135,32 +133,29 @@ def _refuse_data(name: str, data: str | Path | None) -> None:
 def _multi_turn(
     contents: Mapping[str, Any], name: str, tasks: TaskSplit, draw: DrawFn
 ) -> Environment:
-    build, final = _builder(contents, name), contents.get("reward")
-    # With rewards of turns, only the environment knows the sum, so it also adds the final reward.
-    env_adds_up = "turn_reward" in contents
-    reward: RewardFn = sum_turn_rewards if env_adds_up else contents["reward"]
-    return Environment(
-        name=name,
-        tasks=EpisodeTasks(source=tasks, build=build, reward=final if env_adds_up else None),
-        max_tokens=_max_tokens(contents),
-        make_env=lambda given: build(draw, reward=final if env_adds_up else given),
-        reward=reward,
-        gold=contents.get("gold"),
-    )
-
-
-def _builder(contents: Mapping[str, Any], name: str) -> BuildEnv:
     shared = {
         "turn_reward": contents.get("turn_reward"),
         "gold": contents.get("gold"),
         "max_turns": contents.get("MAX_TURNS", _DEFAULT_MAX_TURNS),
     }
-    if "TOOLS" not in contents:
-        return partial(ChatEnv, reply=contents["reply"], **shared)
-    form = contents.get("CALLS", "tagged")
-    if form not in _PARSERS:
-        raise TaskError(f"{name}: CALLS is {form!r}; expected one of {list(_PARSERS)}")
-    return partial(ToolEnv, tools=contents["TOOLS"], parse=_PARSERS[form], **shared)
+    if "TOOLS" in contents:
+        form = contents.get("CALLS", "tagged")
+        if form not in _PARSERS:
+            raise TaskError(f"{name}: CALLS is {form!r}; expected one of {list(_PARSERS)}")
+        build: BuildEnv = partial(ToolEnv, tools=contents["TOOLS"], parse=_PARSERS[form], **shared)
+    else:
+        build = partial(ChatEnv, reply=contents["reply"], **shared)
+    final = contents.get("reward")
+    # With rewards of turns, only the environment knows the sum, so it also adds the final reward.
+    env_adds_up = "turn_reward" in contents
+    return Environment(
+        name=name,
+        tasks=EpisodeTasks(source=tasks, build=build, reward=final if env_adds_up else None),
+        max_tokens=_max_tokens(contents),
+        make_env=lambda given: build(draw, reward=final if env_adds_up else given),
+        reward=sum_turn_rewards if env_adds_up else contents["reward"],
+        gold=contents.get("gold"),
+    )
 
 
 def _from_file(path: Path, name: str, data: str | Path | None) -> Environment:
@@ -192,14 +187,3 @@ def _env_classes(module: ModuleType) -> dict[str, type[gym.Env[Any, Any]]]:
 
 def _max_tokens(contents: Mapping[str, Any]) -> int:
     return contents.get("MAX_TOKENS", _DEFAULT_MAX_TOKENS)
-
-
-def _from_bridge(bridge: str, name: str) -> Environment:
-    return import_module(f"textpolicy.environments.bridges.{bridge}").load(name)
-
-
-_LIBRARIES: Mapping[str, Callable[[str], Environment]] = {
-    "reasoning_gym": partial(_from_bridge, "reasoning_gym"),
-    "textarena": partial(_from_bridge, "textarena"),
-    "gymnasium": from_gymnasium,
-}

@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -150,7 +150,9 @@ def problem_with_call(call: ToolCall, tools: Mapping[str, Tool]) -> str | None:
         if name not in properties:
             return f"{call.name} has no {name!r}; it has {', '.join(properties) or 'none'}"
         if not _matches(value, properties[name]):
-            return f"{name} is {value!r:.60}; expected {_types_in_words(properties[name])}"
+            options = properties[name].get("anyOf", [properties[name]])
+            types = " or ".join(option["type"] for option in options)
+            return f"{name} is {value!r:.60}; expected {types}"
     return None
 
 
@@ -163,8 +165,3 @@ def _matches(value: Any, schema: Mapping[str, Any]) -> bool:
     if kind == "array" and isinstance(value, list) and "items" in schema:
         return all(_matches(item, schema["items"]) for item in value)
     return _JSON_TYPES.get(type(value)) == kind
-
-
-def _types_in_words(schema: Mapping[str, Any]) -> str:
-    options: Sequence[Mapping[str, Any]] = schema.get("anyOf", [schema])
-    return " or ".join(str(option["type"]) for option in options)

@@ -71,8 +71,7 @@ class MemoryPlan:
     @property
     def peaks(self) -> dict[str, int]:
         """Both peaks, by the phase that has them."""
-        sampling, training = self.estimated_generation_bytes, self.estimated_training_bytes
-        return {"sampling": sampling, "training": training}
+        return {"sampling": self._peak(_SAMPLING), "training": self._peak(_TRAINING)}
 
     def _peak(self, phases: Sequence[str]) -> int:
         return max(sum(a.bytes for a in self.arrays.values() if p in a.phases) for p in phases)

@@ -34,16 +34,13 @@ def build_unloaded_model(config: Mapping[str, Any], dtype: mx.Dtype | None = Non
     stored = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16)
     model.set_dtype(dtype or (mx.float32 if mx.default_device().type == mx.cpu else stored))
     if quantization := config.get("quantization"):
-        _quantize(model, quantization)
+        # As mlx-lm does: some modules may have options of their own, or none.
+        nn.quantize(
+            model,
+            **{name: quantization[name] for name in ("group_size", "bits")},
+            mode=quantization.get("mode", "affine"),
+            class_predicate=lambda path, module: (
+                hasattr(module, "to_quantized") and quantization.get(path, True)
+            ),
+        )
     return model
-
-
-def _quantize(model: nn.Module, quantization: Mapping[str, Any]) -> None:
-    """Quantize as mlx-lm does: some modules may have options of their own, or none."""
-    usual = {name: quantization[name] for name in ("group_size", "bits")}
-
-    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        own = quantization.get(path, True)
-        return own if own and hasattr(module, "to_quantized") else False
-
-    nn.quantize(model, **usual, mode=quantization.get("mode", "affine"), class_predicate=choose)

@@ -8,7 +8,6 @@ import tempfile
 import tomllib
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,56 +20,29 @@ _SUFFIX = ".safetensors"
 _LOCK = ".lock"
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """The files of a run in the folder `path`."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
         """All options of the run, with the defaults that it used."""
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
+        self.metrics = path / "metrics.jsonl"
         """The metrics: one JSON object a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
+        self.samples = path / "samples.jsonl"
         """The completions: one JSON object each."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def adapters(self) -> Path:
+        self.adapters = path / "adapters"
         """The folder of the adapter files."""
-        return self.path / "adapters"
-
-    @property
-    def latest(self) -> Path:
+        self.latest = self.adapters / f"latest{_SUFFIX}"
         """The adapter of the last update. Policies reload this file."""
-        return self.adapters / f"latest{_SUFFIX}"
-
-    @property
-    def best(self) -> Path:
+        self.best = self.adapters / f"best{_SUFFIX}"
         """The best adapter so far."""
-        return self.adapters / f"best{_SUFFIX}"
-
-    @property
-    def checkpoints(self) -> Path:
+        self.checkpoints = path / "checkpoints"
         """The folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def rejected_batches(self) -> Path:
+        self.rejected_batches = path / "rejected"
         """The folder of the batches whose gradient was not finite."""
-        return self.path / "rejected"
-
-    @property
-    def report(self) -> Path:
+        self.report = path / "report.html"
         """The HTML report of the run."""
-        return self.path / "report.html"
 
     @property
     def exists(self) -> bool:

@@ -47,7 +47,12 @@ class Console:
         self._history = RunHistory(steps)
         self._clock = clock
         self._last_sample = float("-inf")
-        self._view = _view_for(stream)
+        self._view: ProgressView = LineView(stream)
+        if stream.isatty() and os.environ.get("TERM") != "dumb":
+            # Only terminals need rich, whose import takes a tenth of a second.
+            from textpolicy.tracking.live_view import LiveView
+
+            self._view = LiveView(stream)
 
     def show(self, step: int, metrics: Metrics, samples: Sequence[SampleRow] = ()) -> None:
         """Show the finished step `step`, which is counted from 0."""
@@ -89,15 +94,6 @@ class LineView:
 
     def close(self) -> None:
         """Do nothing, because every line has ended."""
-
-
-def _view_for(stream: TextStream) -> ProgressView:
-    if not stream.isatty() or os.environ.get("TERM") == "dumb":
-        return LineView(stream)
-    # Only terminals need rich, whose import takes a tenth of a second.
-    from textpolicy.tracking.live_view import LiveView
-
-    return LiveView(stream)
 
 
 def _step_line(history: RunHistory) -> str:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from textpolicy.errors import DataError
 from textpolicy.tracking.sink import SampleRow
@@ -23,18 +23,18 @@ class RunFiles:
     """
 
     def __init__(self, metrics: Path, samples: Path | None = None, *, resume_step: int = 0) -> None:
-        self._metrics = _LineFile(metrics, resume_step)
-        self._samples = _LineFile(samples, resume_step) if samples else None
+        self._metrics = _open_to_append(metrics, resume_step)
+        self._samples = _open_to_append(samples, resume_step) if samples else None
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append `metrics` as one line."""
         finite = {name: to_json_number(value) for name, value in metrics.items()}
-        self._metrics.append([{"step": step, **finite}])
+        _append_rows(self._metrics, [{"step": step, **finite}])
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Append one line for each completion."""
         if self._samples:
-            self._samples.append(samples)
+            _append_rows(self._samples, samples)
 
     def close(self) -> None:
         """Close the files."""
@@ -43,18 +43,16 @@ class RunFiles:
             self._samples.close()
 
 
-class _LineFile:
-    def __init__(self, path: Path, resume_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drop_rows_from(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        self.close = self._file.close
+def _open_to_append(path: Path, resume_step: int) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drop_rows_from(path, resume_step)
+    return path.open("a", encoding="utf-8")
 
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        # json.dumps escapes all but ASCII, so lone surrogates and line separators break no line.
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-        self._file.write("".join(lines))
-        self._file.flush()
+
+def _append_rows(file: TextIO, rows: Sequence[Mapping[str, Any]]) -> None:
+    # json.dumps escapes all but ASCII, so lone surrogates and line separators break no line.
+    file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    file.flush()
 
 
 def drop_rows_from(path: Path, step: int) -> None:
@@ -81,8 +79,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return one row a step from a metrics file. Rows of the same step are merged."""
     by_step: dict[int, dict[str, float]] = {}
     for row in read_rows(path):
-        numbers = {name: float(value) for name, value in row.items() if _is_number(value)}
-        by_step.setdefault(row["step"], {}).update(numbers)
+        merged = by_step.setdefault(row["step"], {})
+        for name, value in row.items():
+            if isinstance(value, int | float) or value in _NOT_FINITE:
+                merged[name] = float(value)
     return [row | {"step": step} for step, row in by_step.items()]
 
 
@@ -108,7 +108,3 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
         return None
     whole = line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int)
     return row if whole else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or value in _NOT_FINITE

@@ -18,7 +18,6 @@ from textpolicy.tracking.run_history import (
     spark_line,
     time_shares,
 )
-from textpolicy.types import Metrics
 
 _SPARK_WIDTH = 24
 _BAR_WIDTH = 40
@@ -75,7 +74,9 @@ def panel(history: RunHistory, sample: str | None) -> RenderableType:
     cut = f"{metrics.get('completions/clipped_ratio', 0):.0%} cut off"
     rows.add_row("length", _spark(history, "completions/mean_length", cut))
     rows.add_row("entropy", _spark(history, "entropy", ""))
-    rows.add_row("groups", _groups(metrics))
+    names = ("mixed", "all_good", "all_bad")
+    groups = [f"{metrics.get(f'frac_{name}', 0):.0%} {name.replace('_', ' ')}" for name in names]
+    rows.add_row("groups", "   ".join(groups))
     speed = f"tokens/s   {metrics.get('time/step', 0):.2f} s a step"
     rows.add_row("speed", _spark(history, "tokens_per_second", speed))
     rows.add_row("time", _time_bar(time_shares(metrics)))
@@ -95,11 +96,6 @@ def _spark(history: RunHistory, name: str, note: str) -> Text:
     last = history.last(name)
     value = f"{last:,.0f}" if abs(last) >= 1000 else f"{last:.3f}"
     return Text.assemble((f"{line:<{_SPARK_WIDTH}}", "cyan"), f"  {value:>8}  ", (note, "dim"))
-
-
-def _groups(metrics: Metrics) -> Text:
-    shares = {name: metrics.get(f"frac_{name}", 0) for name in ("mixed", "all_good", "all_bad")}
-    return Text("   ".join(f"{share:.0%} {n.replace('_', ' ')}" for n, share in shares.items()))
 
 
 def _time_bar(shares: Mapping[str, float]) -> Text:

@@ -49,7 +49,11 @@ def open_tracker(
     there is no samples file. `notice` gets the messages of sinks. Services delay the end of the
     run by at most `patience` seconds. Raise `ConfigError` if the package of a service is missing.
     """
-    _check_installed(services)
+    needed = {"tensorboardX": services.tensorboard, "trackio": services.trackio is not None}
+    for module, asked in needed.items():
+        if asked and find_spec(module) is None:
+            extra = module.removesuffix("X")
+            raise ConfigError(f"{module} is not installed: pip install 'textpolicy[{extra}]'")
     # A samples file of an earlier process must lose its later rows even if none are added.
     wanted = sample_groups != 0 or directory.samples.exists()
     samples = directory.samples if wanted else None
@@ -102,11 +106,3 @@ def tracking_id(folder: Path) -> str:
     if not (file.is_file() and file.stat().st_size):
         file.write_text(secrets.token_hex(4), encoding="utf-8")
     return file.read_text(encoding="utf-8")
-
-
-def _check_installed(services: ServiceOptions) -> None:
-    needed = {"tensorboardX": services.tensorboard, "trackio": services.trackio is not None}
-    for module, asked in needed.items():
-        if asked and find_spec(module) is None:
-            extra = module.removesuffix("X")
-            raise ConfigError(f"{module} is not installed: pip install 'textpolicy[{extra}]'")

@@ -31,7 +31,13 @@ def load(name: str, opponent: Opponent | None = None) -> Environment:
 
     The default opponent plays a random move of those that the game lists in brackets.
     """
-    known = _game_names()
+    try:
+        registration: Any = import_module("textarena.envs.registration")
+    except ImportError as error:
+        raise ConfigError(
+            "environments of TextArena need the library: pip install 'textpolicy[textarena]'"
+        ) from error
+    known = list(registration.ENV_REGISTRY)
     if name not in known:
         near = get_close_matches(name, known, n=3)
         raise TaskError(
@@ -135,13 +141,3 @@ def _start(name: str, seed: int) -> Any:
         else:
             return game
     raise TaskError(f"TextArena's {name} has more than 2 players; expected 1 or 2")
-
-
-def _game_names() -> list[str]:
-    try:
-        registration: Any = import_module("textarena.envs.registration")
-    except ImportError as error:
-        raise ConfigError(
-            "environments of TextArena need the library: pip install 'textpolicy[textarena]'"
-        ) from error
-    return list(registration.ENV_REGISTRY)

@@ -104,7 +104,11 @@ def charts_for(metrics: Mapping[str, bool]) -> list[dict[str, Any]]:
     """
     names = list(metrics)
     main = _REWARD if "reward" in names else _LOSS
-    candidates = [main, *_evaluation_charts(names), *_reward_function_charts(names), *_CHARTS]
+    means = [n for n in names if n.startswith("rewards/") and n.endswith("/mean")]
+    lines = [Line(name, name.split("/")[1], spread=f"{name[:-5]}/std") for name in means]
+    # The mean of a single reward function equals the reward.
+    functions = [Chart("Reward functions", lines)] if len(lines) > 1 else []
+    candidates = [main, *_evaluation_charts(names), *functions, *_CHARTS]
     kept = [
         replace(chart, lines=[line for line in chart.lines if line.metric in metrics])
         for chart in candidates
@@ -136,10 +140,3 @@ def _evaluation_charts(names: Sequence[str]) -> list[Chart]:
         )
         for folder in folders
     ]
-
-
-def _reward_function_charts(names: Sequence[str]) -> list[Chart]:
-    """Return a chart of the means of several reward functions. One mean equals the reward."""
-    means = [n for n in names if n.startswith("rewards/") and n.endswith("/mean")]
-    lines = [Line(name, name.split("/")[1], spread=f"{name[:-5]}/std") for name in means]
-    return [Chart("Reward functions", lines)] if len(lines) > 1 else []

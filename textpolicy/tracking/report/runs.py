@@ -1,19 +1,23 @@
 """Read a run for the report: its curves, settings, samples and main numbers."""
 
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from textpolicy.errors import DataError
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.tracking.jsonl import read_metrics, read_rows
 from textpolicy.tracking.report.charts import STACKED_METRICS
-from textpolicy.tracking.report.samples import choose_samples
 
 # A chart is some hundreds of pixels wide.
 _MAX_POINTS = 400
+_MAX_SAMPLE_STEPS = 60
+MAX_TEXT_CHARACTERS = 6000
 
 _Rows = Sequence[Mapping[str, float]]
 _Points = list[tuple[float, float]]
@@ -53,40 +57,33 @@ def read_run(path: Path, *, sample_bytes: int) -> dict[str, Any]:
     }
     samples, total = choose_samples(directory.samples, sample_bytes)
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    main = [(title, config.get(section, {}).get(name)) for title, section, name in _SETTINGS]
     return {
         "name": path.resolve().name,
         "config": config,
-        "facts": [*_main_settings(config), *_main_numbers(rows)],
-        "metrics": {name: _thin_out(_drawn_points(rows, name)) for name in names},
+        "facts": [*((title, value) for title, value in main if value), *_main_numbers(rows)],
+        "metrics": {name: _curve(rows, name) for name in names},
         "samples": samples,
         "samples_total": total,
     }
-
-
-def _drawn_points(rows: _Rows, name: str) -> _Points:
-    if name not in STACKED_METRICS:
-        return _points(rows, name)
-    # A step that did not do this took no time for it.
-    return [(row["step"], row.get(name, 0.0)) for row in rows if "time/step" in row]
 
 
 def _points(rows: _Rows, name: str) -> _Points:
     return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
 
 
-def _thin_out(points: _Points) -> _Points:
+def _curve(rows: _Rows, name: str) -> _Points:
     """Return at most `_MAX_POINTS` points, each the mean of several points if there are more."""
+    points = _points(rows, name)
+    if name in STACKED_METRICS:
+        # A step that did not do this took no time for it.
+        points = [(row["step"], row.get(name, 0.0)) for row in rows if "time/step" in row]
     size = max(1, math.ceil(len(points) / _MAX_POINTS))
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [
         (part[len(part) // 2][0], float(f"{sum(value for _, value in part) / len(part):.5g}"))
         for part in parts
     ]
-
-
-def _main_settings(config: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
-    found = [(title, config.get(section, {}).get(name)) for title, section, name in _SETTINGS]
-    return [(title, value) for title, value in found if value]
 
 
 def _main_numbers(rows: _Rows) -> list[tuple[str, str]]:
@@ -96,20 +93,55 @@ def _main_numbers(rows: _Rows) -> list[tuple[str, str]]:
     numbers = [("steps", f"{done:,.0f}")]
     for name, title in _CHANGES.items():
         if (points := _points(rows, name)) and not (name == "loss" and "reward" in rows[0]):
-            numbers.append((title, _change([value for _, value in points])))
+            # The mean of the first and of the last tenth, because single steps are noise.
+            tenth = max(1, len(points) // 10)
+            first, last = (fmean(v for _, v in part) for part in (points[:tenth], points[-tenth:]))
+            numbers.append((title, f"{first:.3g} → {last:.3g}"))
     for name, (title, pattern) in _TOTALS.items():
         if points := _points(rows, name):
             numbers.append((title, pattern.format(sum(value for _, value in points))))
-    first: dict[str, float] = {}
+    alarms: dict[str, float] = {}
     for row in rows:
         for name in row:
             if name.startswith("alarm/") and row[name] > 0:
-                first.setdefault(name, row["step"])
-    numbers += [(name.replace("/", ": "), f"at step {step:g}") for name, step in first.items()]
+                alarms.setdefault(name, row["step"])
+    numbers += [(name.replace("/", ": "), f"at step {step:g}") for name, step in alarms.items()]
     return numbers
 
 
-def _change(values: Sequence[float]) -> str:
-    """Return the mean of the first and of the last tenth, because single steps are noise."""
-    count = max(1, len(values) // 10)
-    return f"{fmean(values[:count]):.3g} → {fmean(values[-count:]):.3g}"
+def choose_samples(path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
+    """Return samples of at most about `limit` bytes of JSON in order, and their number in the file.
+
+    Samples are whole groups, spread over the run. The first group of every chosen step is taken
+    before the second group of any step.
+    """
+    total, sizes = 0, Counter[tuple[int, int]]()
+    for row in read_rows(path):
+        total += 1
+        sizes[_key(row)] += len(json.dumps(_cut(row)))
+    steps = sorted({step for step, _ in sizes})
+    count = min(_MAX_SAMPLE_STEPS, len(steps))
+    # Evenly spread, with the first and the last step among them.
+    places = {round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)}
+    by_step = [[key for key in sizes if key[0] == steps[place]] for place in sorted(places)]
+    left, chosen = limit, set[tuple[int, int]]()
+    for keys in zip_longest(*by_step):
+        for key in filter(None, keys):
+            if sizes[key] <= left:
+                left -= sizes[key]
+                chosen.add(key)
+    return [_cut(row) for row in read_rows(path) if _key(row) in chosen], total
+
+
+def _key(row: Mapping[str, Any]) -> tuple[int, int]:
+    return row["step"], row.get("group", 0)
+
+
+def _cut(value: Any) -> Any:
+    """Return the value with long texts cut, each with a note of how many characters are cut."""
+    if isinstance(value, str) and len(value) > MAX_TEXT_CHARACTERS:
+        more = len(value) - MAX_TEXT_CHARACTERS
+        return f"{value[:MAX_TEXT_CHARACTERS]}\n[{more:,} characters more in samples.jsonl]"
+    if isinstance(value, dict):
+        return {name: _cut(part) for name, part in value.items()}
+    return [_cut(part) for part in value] if isinstance(value, list) else value
