@@ -1,13 +1,13 @@
-"""What adapters cost and lose on this machine: time, memory, rounding.
+"""Measure the time, the memory and the rounding errors of adapters on this machine.
 
     python benchmarks/adapters.py --json --output benchmarks/results/adapters.json
 
-Four measurements. Times: publishing 8 MB of adapters as one file, and swapping to such a file and
-to tensors in memory, each validated in full. Memory: what a second policy over the same base adds,
-and what a second copy of the model would. Quantization: the root mean square error of each format
-over the root mean square of the weights. Merging: how much of an update is left when it is added
-into weights and rounded, and the noise beside it, by its size relative to the weights and by what
-it is rounded to.
+There are four measurements. Times: publishing 8 MB of adapters as one file, and swapping to such a
+file and to tensors in memory, with all checks. Memory: the bytes of a second policy over the same
+base, and of a second copy of the model. Quantization: the root mean square error of each number
+format, divided by the root mean square of the weights. Merging: the share of an update that is left
+after it is added to weights and rounded, and the noise beside it, for several sizes of the update
+relative to the weights and for several number formats.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer, FuseReport, LoRARule, shared_copy
 from textpolicy.adapters.quantization.number_formats import QTYPES, format_by_name
-from textpolicy.adapters.quantization.quantize import pack_module
+from textpolicy.adapters.quantization.quantize import quantize_module
 from textpolicy.adapters.quantization.stored_weights import float_weight
 from textpolicy.generation.mlx_generation import load_model
 
@@ -41,7 +41,7 @@ SIZES = {
     "vocab_size": 8192,
 }
 RANK = 18
-"""So that the adapters of a model of these sizes are 8.4 MB."""
+"""With this rank, the adapters of a model of these sizes are 8.4 MB."""
 REPEATS = 30
 RELATIVE_SIZES = (0.1, 0.03, 0.01, 0.003, 0.001)
 MERGES: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -67,8 +67,8 @@ def main() -> None:
     }
     text = "default: every measurement"
     options.add_argument("--only", choices=measures, action="append", help=text)
-    options.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    options.add_argument("--output", type=Path, help="a file for the JSON object")
+    options.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options.add_argument("--output", type=Path, help="write the object to a file too")
     arguments = options.parse_args()
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def base_model() -> nn.Module:
-    """Random weights: what is measured does not depend on them."""
+    """Return a model of random weights. The measurements do not depend on the weights."""
     args = {"model_type": "qwen3", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
     args |= {"rope_theta": 10000.0, "max_position_embeddings": 512}
     model = qwen3.Model(qwen3.ModelArgs(**args | SIZES))
@@ -98,7 +98,7 @@ def base_model() -> nn.Module:
 
 
 def times() -> dict[str, Any]:
-    """Milliseconds of publishing and swapping, with the number of bytes."""
+    """Return the milliseconds of publishing and swapping, and the number of bytes."""
     model = base_model()
     container = AdapterContainer.from_model(model, AdapterConfig(rank=RANK))
     follower = AdapterContainer.of(sampler := shared_copy(model))
@@ -121,7 +121,7 @@ def times() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes that mlx holds for one adapted model, for a second policy, and for a second model."""
+    """Return mlx's bytes for one adapted model, for a second policy, and for a second model."""
     start = mx.get_active_memory()
     model = base_model()
     container = AdapterContainer.from_model(model, AdapterConfig(rank=RANK))
@@ -160,10 +160,10 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def quantization_errors() -> list[dict[str, Any]]:
-    """Per cent of the weights' root mean square, for each format and kind of weights."""
+    """Return the error of each format, in per cent of the weights' root mean square."""
     embedded, _ = load_model("tiny")
     normal = mx.random.normal((1024, 1024))
-    # A normal over the root of a chi square of 3 is Student's t of 3 degrees of freedom.
+    # A normal number divided by the root of the mean of 3 squares has Student's t distribution.
     squares = mx.square(mx.random.normal((3, 1024, 1024))).mean(axis=0)
     weights = {
         "normal": [normal],
@@ -187,17 +187,17 @@ def _error(weights: list[mx.array], qtype: str) -> float:
 
 
 def _bits(qtype: str) -> float:
-    """With scales and offsets, of weights that were in bfloat16."""
+    """Return the bits of a weight, with scales and offsets, if the weights were in bfloat16."""
     packed = _packed(mx.zeros((64, 1024), mx.bfloat16), qtype)
     return 8 * sum(array.nbytes for array in packed.parameters().values()) / (64 * 1024)
 
 
 def _packed(weight: mx.array, qtype: str) -> nn.Module:
-    return pack_module("weight", _linear(weight), format_by_name(qtype))
+    return quantize_module("weight", _linear(weight), format_by_name(qtype))
 
 
 def merge_survivals() -> list[dict[str, Any]]:
-    """By relative size: the share of the update that is left, and the noise that was added."""
+    """Return the share of the update that is left, and the noise, by relative size."""
     found: list[dict[str, Any]] = []
     for name, (base, how) in MERGES.items():
         reports = {str(size): _merged(base, how, size) for size in RELATIVE_SIZES}
@@ -209,7 +209,7 @@ def merge_survivals() -> list[dict[str, Any]]:
 
 def _merged(base: str | None, how: dict[str, Any], relative_size: float) -> FuseReport:
     model = nn.Module()
-    # A float base is of the dtype that it is rounded to.
+    # A float base has the dtype that the merged weights are rounded to.
     dtype = how["dtype"] if base is None else mx.bfloat16
     model.proj = _linear((mx.random.normal((1024, 1024)) / 32).astype(dtype))
     rule = LoRARule(module_path="proj", rank=16, scale=1.0, weight_qtype=base)

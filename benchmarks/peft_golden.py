@@ -1,14 +1,14 @@
-"""Adapters as PEFT writes them, with PEFT's own logits, and whether PEFT reads ours back.
+"""Write adapters with PEFT for the tests, and check that PEFT reads the adapters that we write.
 
     python benchmarks/peft_golden.py --write tests/golden/peft
     python benchmarks/peft_golden.py --read-back tests/golden/peft
 
-The first makes small adapters with random weights on the embedded model, in float32, and writes
-them as PEFT does, beside the logits that PEFT computes with them. The second loads each of them
-with this library, writes it in PEFT's layout again, lets PEFT read that and compares the logits;
-what it found goes into `read_back.json`. Both need torch, transformers and peft beside this
-library, which its tests do not. The exit code is 1 if any logit differs by more than TOLERANCE
-of the largest one.
+`--write` makes small adapters with random weights on the embedded model, in float32. PEFT writes
+their files, and the script adds the logits that PEFT computes. `--read-back` loads each adapter
+with TextPolicy and writes it in PEFT's layout again. PEFT then reads these files, and the script
+compares the logits and writes the differences to `read_back.json`. Both need torch, transformers
+and peft, which the tests do not need. The exit code is 1 if any logit differs by more than
+TOLERANCE of the largest logit.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TOLERANCE = 1e-5
 BASE = "textpolicy/tiny"
 TOKENS = [[5, 17, 3, 44, 60, 2, 101, 9]]
 KEPT = 3
-"""Positions at the end of which the logits are kept."""
+"""The number of last positions whose logits are written."""
 QV = ["q_proj", "v_proj"]
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "lora_alpha": 8, "target_modules": QV},
@@ -74,7 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
         "lora_alpha": 4,
         "target_modules": ["embed_tokens", "lm_head", "q_proj"],
     },
-    # The rest compute what cannot be computed here, and have to be refused.
+    # TextPolicy cannot compute the following cases, and must refuse them.
     "refused_lookup_only": {"r": 2, "target_modules": ["embed_tokens"]},
     "refused_modules_to_save": {"r": 2, "target_modules": ["v_proj"], "modules_to_save": ["norm"]},
 }
@@ -95,14 +95,14 @@ def main() -> int:
 
 
 def write(folder: Path, scratch: Path) -> int:
-    """Make every case anew."""
+    """Write the adapters and the logits of every case."""
     logits = {"base": computed(base_model("lora", scratch))}
     for seed, (name, words) in enumerate(CASES.items()):
         model = get_peft_model(
             base_model(name, scratch), LoraConfig(task_type="CAUSAL_LM", **words)
         )
         randomize(model, seed)
-        # PEFT writes the base's embeddings too where they are adapted; once is enough to ignore.
+        # PEFT can write the base's embeddings too. One case tests that they are ignored.
         with_base = name == "tied_embedding"
         model.save_pretrained(str(folder / name), save_embedding_layers=with_base)
         (folder / name / "README.md").unlink()
@@ -119,7 +119,7 @@ def write(folder: Path, scratch: Path) -> int:
 
 
 def combined(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    """The logits of two adapters added up in each of PEFT's ways that this library has too."""
+    """Return the logits of two adapters, combined by each method that TextPolicy has too."""
     model = PeftModel.from_pretrained(base_model("lora", scratch), str(folder / "lora"), "lora")
     model.load_adapter(str(folder / "lora_other"), "lora_other")
     logits: dict[str, torch.Tensor] = {}
@@ -132,7 +132,7 @@ def combined(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
 
 
 def read_back(folder: Path, scratch: Path) -> int:
-    """Let PEFT compute with what this library has written."""
+    """Compare the logits of PEFT with the adapters that TextPolicy has written."""
     found: dict[str, dict[str, Any]] = {}
     for name in (name for name in CASES if not name.startswith("refused")):
         base, _ = load_model(str(base_folder(name, scratch)))
@@ -152,7 +152,7 @@ def read_back(folder: Path, scratch: Path) -> int:
 
 
 def base_folder(name: str, scratch: Path) -> Path:
-    """The embedded model; for untied cases with an output head of its own, its table reversed."""
+    """Return the embedded model; the untied case has the reversed embedding as its head."""
     if not name.startswith("untied"):
         return tiny_model()
     folder = scratch / "untied"
@@ -170,13 +170,13 @@ def base_model(name: str, scratch: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         str(base_folder(name, scratch)), dtype=torch.float32
     )
-    # PEFT writes where the base came from, which is no place on this machine.
+    # PEFT writes the name of the base into its files, and a path would differ between machines.
     model.name_or_path = model.config._name_or_path = BASE
     return model.eval()
 
 
 def randomize(model: Any, seed: int) -> None:
-    """Adapters that change what the model computes."""
+    """Add noise to the adapters, so that they change the model's outputs."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -190,7 +190,7 @@ def computed(model: Any) -> torch.Tensor:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """By these, a test without PEFT knows that what it writes is what PEFT has read."""
+    """Return digests of the files, by which a test without PEFT recognizes files that PEFT read."""
     tensors = hashlib.sha256()
     for name, array in sorted(load_file(folder / "adapter_model.safetensors").items()):
         tensors.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())

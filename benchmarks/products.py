@@ -1,8 +1,8 @@
-"""How long packed weights take to multiply on this machine, in both exact ways.
+"""Measure the two exact ways to multiply with quantized weights on this machine.
 
-For each format and number of rows: mlx's kernel for packed weights, and the product with weights
-made float for it. From some number of rows on,
-`textpolicy.adapters.quantization.cpu_layers` takes the second.
+For each number format and number of rows, the script measures mlx's kernel for quantized weights,
+and a product with the weights unpacked to floats first. With many rows,
+`textpolicy.adapters.quantization.cpu_layers` takes the second way.
 
     python benchmarks/products.py --json > benchmarks/results/products.json
 """
@@ -27,7 +27,7 @@ ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 128)
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer")
-    options.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    options.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = options.parse_args()
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(size: int, rows: int) -> list[dict[str, str | int | float]]:
-    """The milliseconds of each format, float32 inputs."""
+    """Return the milliseconds of each format with float32 inputs."""
     linear = nn.Linear(size, size, bias=False)
     x = mx.random.normal((rows, size))
     found: list[dict[str, str | int | float]] = []
@@ -58,7 +58,7 @@ def measure(size: int, rows: int) -> list[dict[str, str | int | float]]:
 
 
 def milliseconds(compute: Callable[[], mx.array], repeats: int = 7) -> float:
-    """The best of some repeats: the machine may have other work."""
+    """Return the least time of some repeats, because the machine may be busy."""
     mx.eval(compute())
     times: list[float] = []
     for _ in range(repeats):
