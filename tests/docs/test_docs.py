@@ -6,6 +6,8 @@ A fence with a name after its language becomes a file in that folder. Snippets t
 are fenced as text.
 """
 
+import contextlib
+import importlib
 import re
 import shlex
 import subprocess
@@ -13,6 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from textpolicy.config import SFTConfig, TrainConfig, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -172,4 +176,45 @@ def test_a_guide_that_names_a_missing_path_fails() -> None:
     """
     assert missing_paths(page) == [
         *("textpolicy/lop.py", "attic.py", "loops/", "loops/NAME.py", "attic.md")
+    ]
+
+
+def missing_names(page: str) -> list[str]:
+    """Return the dotted names of a page that do not exist.
+
+    A name may start at `textpolicy` or at one of its folders. Keys of settings are names too.
+    """
+    keys = {
+        setting.key for config in (TrainConfig(), SFTConfig()) for setting in settings_of(config)
+    }
+    rooms = {path.name for path in (ROOT / "textpolicy").iterdir() if path.is_dir()}
+    words = re.findall(r"`((?:\w+\.)+\w+)(?:\([^`]*\))?`", page)
+    names = [word for word in words if word.split(".")[0] in rooms | {"textpolicy"}]
+    return [name for name in names if name not in keys and not resolves(name)]
+
+
+def resolves(name: str) -> bool:
+    parts = name.removeprefix("textpolicy.").split(".")
+    found: object = importlib.import_module("textpolicy")
+    for number, part in enumerate(parts, 1):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(".".join(["textpolicy", *parts[:number]]))
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "AGENTS.md"], ids=lambda path: path.name)
+def test_every_dotted_name_of_the_page_exists(path: Path) -> None:
+    assert missing_names(path.read_text("utf-8")) == []
+
+
+def test_a_page_that_names_a_missing_function_fails() -> None:
+    page = """
+    `training.optimizer.build_optimizer`, `textpolicy.buffer.Buffer(1)`, `trainer.lr`, `mx.eval`,
+    `training.optimizer.build_optimiser`, `textpolicy.buffers`, `evaluation.nothing`
+    """
+    assert missing_names(page) == [
+        *("training.optimizer.build_optimiser", "textpolicy.buffers", "evaluation.nothing")
     ]

@@ -383,7 +383,7 @@ def sft_parameters(config: SFTConfig, directory: RunDirectory, data: SFTData) ->
 
 
 def apply_thread_option(options: ModelOptions) -> None:
-    """Set the threads of matrix products; the embedded model's are too small for more than one."""
+    """Set the threads of matrix products: one for the embedded model, whose products are small."""
     if options.threads:
         fast_cpu.set_threads(options.threads)
     elif options.name == "tiny" and fast_cpu.enable().threads:

@@ -1,6 +1,6 @@
-"""Options of functions, and options whose values are functions: `kl="k2"` names one.
+"""Read the options of an algorithm's functions. Some options name a function, as `kl="k2"` does.
 
-A name may bring numbers: `average="constant(tokens=64)"`, `weights=["truncate_tokens(cap=3)"]`.
+A name may have numbers: `average="constant(tokens=64)"`, `weights=["truncate_tokens(cap=3)"]`.
 """
 
 import re

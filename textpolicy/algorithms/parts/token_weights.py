@@ -51,10 +51,10 @@ def mask_sequences(
 
 
 def off_policy_mask(logp: LogProbs, batch: Batch, *, threshold: float = 0.5) -> Weighted:
-    """Return 0 for sequences with a negative advantage that the policy has left, else 1.
+    """Return 0 for sequences with a negative advantage and a fallen probability, else 1.
 
-    The policy has left a sequence if the mean over its tokens of log p_sampled - log p is above
-    `threshold`, in nats.
+    The probability has fallen if the mean over the sequence's tokens of log p_sampled - log p is
+    above `threshold`, in nats.
     """
     distance = row_means(batch.logp_sampled - logp, batch.mask)[:, None]
     keep = (batch.advantages >= 0) | (distance <= threshold)
