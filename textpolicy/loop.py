@@ -4,10 +4,12 @@ Read this file to see what a run does. The imports name the files with the detai
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from textpolicy.buffer import Buffer
 from textpolicy.errors import TrainingError
@@ -18,7 +20,6 @@ from textpolicy.rollout.task_source import TaskSource
 from textpolicy.tracking.rollout_metrics import rollout_metrics, staleness_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
-from textpolicy.training.wired_memory import keep_memory_wired
 from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task, asks_to_stop
 
 
@@ -164,3 +165,18 @@ def _reload_policy(policy: Policy, trainer: Trainer) -> None:
             f"{trainer.published}; expected version {trainer.version}. Make the policy's reload() "
             "load that file and return its version"
         )
+
+
+@contextmanager
+def keep_memory_wired() -> Generator[None, None, None]:
+    """Keep as much of mlx's memory wired as the Metal device recommends, until the block ends.
+
+    Without a limit, macOS may page out weights between two steps. Other devices have no such limit.
+    """
+    before = maybe_set_recommended_wired_limit()
+    try:
+        yield
+    finally:
+        if before is not None:
+            mx.synchronize()
+            mx.set_wired_limit(before)

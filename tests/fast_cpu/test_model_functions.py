@@ -14,7 +14,7 @@ from textpolicy.fast_cpu import array_slices, attention
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import exp, exp2
 from textpolicy.fast_cpu.model_functions import swiglu, use_fast_functions
-from textpolicy.training.checkpointing import recompute_activations
+from textpolicy.training.gradient_checkpointing import recompute_activations
 
 pytestmark = pytest.mark.usefixtures("size")
 cpu = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU keeps mlx's functions")

@@ -16,8 +16,8 @@ from jaxtyping import Float
 
 from textpolicy.algorithms import reinforce
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards
 from textpolicy.algorithms.parts.loss import Loss, LossOptions
+from textpolicy.algorithms.parts.reductions import GroupRewards
 from textpolicy.errors import ConfigError
 from textpolicy.types import Batch
 

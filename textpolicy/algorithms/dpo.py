@@ -14,8 +14,8 @@ import mlx.nn as nn
 from jaxtyping import Float, Integer
 
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards
 from textpolicy.algorithms.parts.loss import Loss
+from textpolicy.algorithms.parts.reductions import GroupRewards
 from textpolicy.errors import ConfigError
 from textpolicy.types import Batch
 

@@ -16,9 +16,9 @@ from jaxtyping import Float
 
 from textpolicy.algorithms.parts.averages import Average, length_limit
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards, center
 from textpolicy.algorithms.parts.loss import ClippedOptions, Loss, clip_metrics, compose_loss
 from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
+from textpolicy.algorithms.parts.reductions import GroupRewards, center
 from textpolicy.types import Batch
 
 DECLARATION = Declaration(paper="2503.20783", needs_advantages=True)

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from textpolicy.algorithms import grpo
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards, batch_std, center, group_std
+from textpolicy.algorithms.parts.reductions import GroupRewards, batch_std, center, group_std
 from textpolicy.errors import ConfigError
 
 DECLARATION = Declaration(paper="2601.05242", needs_advantages=True)

@@ -18,9 +18,9 @@ from jaxtyping import Float
 
 from textpolicy.algorithms.parts.averages import Average, sequence_mean
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards, center, group_std
 from textpolicy.algorithms.parts.loss import ClippedOptions, Loss, clip_metrics, compose_loss
 from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
+from textpolicy.algorithms.parts.reductions import GroupRewards, center, group_std
 from textpolicy.types import Batch
 
 DECLARATION = Declaration(paper="2402.03300", needs_advantages=True)

@@ -15,9 +15,9 @@ from jaxtyping import Float
 
 from textpolicy.algorithms.parts.averages import Average, token_mean
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards, batch_std, center
 from textpolicy.algorithms.parts.loss import ClippedOptions, Loss, clip_metrics, compose_loss
 from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
+from textpolicy.algorithms.parts.reductions import GroupRewards, batch_std, center
 from textpolicy.types import Batch
 
 DECLARATION = Declaration(paper="2508.08221", needs_advantages=True)

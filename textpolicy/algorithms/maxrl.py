@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from textpolicy.algorithms import reinforce
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards, center
+from textpolicy.algorithms.parts.reductions import GroupRewards, center
 
 DECLARATION = Declaration(paper="2602.02710", needs_advantages=True)
 policy_loss = reinforce.policy_loss

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from textpolicy.algorithms import lite_ppo
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards
+from textpolicy.algorithms.parts.reductions import GroupRewards
 
 DECLARATION = Declaration(paper="2501.03262", needs_advantages=True)
 policy_loss = lite_ppo.policy_loss

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from textpolicy.algorithms import reinforce_pp
 from textpolicy.algorithms.parts.declaration import Declaration
-from textpolicy.algorithms.parts.groups import GroupRewards, center
+from textpolicy.algorithms.parts.reductions import GroupRewards, center
 
 DECLARATION = Declaration(paper="2501.03262", needs_advantages=True)
 policy_loss = reinforce_pp.policy_loss

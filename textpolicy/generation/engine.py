@@ -19,12 +19,12 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
+    DecodingCache,
     DecodingRow,
     RespondToRow,
     StopRule,
     merge_batches,
 )
-from textpolicy.generation.decoding_cache import DecodingCache
 from textpolicy.generation.sampling import draw_tokens, penalise_repetition, random_keys
 from textpolicy.types import Sampling
 

@@ -52,9 +52,7 @@ def create_reloadable_policy(
 
 
 def create_auto_reload_setup(
-    model_path: str | Path,
-    adapter_save_path: str | Path = ADAPTER_PATH,
-    **generation_params: Any,
+    model_path: str | Path, adapter_save_path: str | Path = ADAPTER_PATH, **generation_params: Any
 ) -> tuple[ModelPolicy, ReloadFn, nn.Module, TokenizerWrapper]:
     """Return a policy, its reload function, a model to train, and the tokenizer.
 

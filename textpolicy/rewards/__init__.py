@@ -1,6 +1,5 @@
 """Rewards: load the user's functions, call them, kill them at a deadline, check their answers."""
 
-from textpolicy.rewards.reward_file import load_reward
 from textpolicy.rewards.reward_function import (
     CONTEXT_FIELDS,
     Reward,
@@ -11,7 +10,7 @@ from textpolicy.rewards.reward_function import (
     sample_of,
 )
 from textpolicy.rewards.scorer import Incident, RewardLike, Scorer, Verdict, score, scorer_of
-from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
+from textpolicy.rewards.weighted_rewards import Rewards, as_rewards, load_reward
 
 __all__ = [
     "CONTEXT_FIELDS",

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from textpolicy.training.checkpointing import recompute_activations
+from textpolicy.training.gradient_checkpointing import recompute_activations
 
 _Part = TypeVar("_Part")
 _Values = TypeVar("_Values", bound=tuple[mx.array, Any])

@@ -9,12 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from textpolicy.training.batch import (
-    BatchTotals,
-    TrainingRow,
-    make_batch,
-    split_into_micro_batches,
-)
+from textpolicy.training.batch import BatchTotals, TrainingRow, make_batch, split_into_micro_batches
 from textpolicy.training.output_head import OutputHead, find_output_head
 from textpolicy.training.shared_prompts import run_whole_rows, run_with_shared_prompts
 from textpolicy.training.softmax_logprobs import logprobs_from_logits

@@ -47,9 +47,7 @@ class Softmax(NamedTuple):
 
 
 def logprobs_from_logits(
-    logits: Logits,
-    tokens: Int[mx.array, " positions"],
-    temperature: Float[mx.array, " positions"],
+    logits: Logits, tokens: Int[mx.array, " positions"], temperature: Float[mx.array, " positions"]
 ) -> PositionLogprobs:
     """Return log-probabilities and entropies under softmax(logits / temperature).
 

@@ -1,5 +1,6 @@
 """The trainer: policy-gradient updates on rollout groups."""
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,6 @@ from textpolicy.training.batch import (
     training_rows,
 )
 from textpolicy.training.checkpoint import restore_training_tensors, training_tensors
-from textpolicy.training.checks import SamplerCheck, StalledSteps, check_gradient, check_movement
 from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.logprobs import ModelLogprobs, add_logprobs
 from textpolicy.training.metrics import (
@@ -38,7 +38,12 @@ from textpolicy.training.metrics import (
     policy_metrics,
     sum_micro_batches,
 )
-from textpolicy.training.rejected_batches import save_rejected_batch
+from textpolicy.training.trainer_checks import (
+    SamplerCheck,
+    StalledSteps,
+    check_gradient,
+    check_movement,
+)
 from textpolicy.types import (
     NOT_SAMPLED,
     AdvantageFn,
@@ -209,7 +214,7 @@ class Trainer:
         finite = math.isfinite(norm)
         self._stalled.count("finite gradient", missing=not finite)
         if not finite and self.rejected:
-            save_rejected_batch(groups, self.rejected)
+            _save_rejected_batch(groups, self.rejected)
         # Adam moves weights by its momentum even if the gradient is zero, and keeps a NaN for ever.
         if norm == 0 or not finite:
             return metrics
@@ -333,3 +338,15 @@ def _global_norm(gradient: Any) -> float:
     arrays = dict(tree_flatten(gradient)).values()
     squares = [mx.square(g.astype(mx.float32)).sum() for g in arrays]
     return float(mx.sqrt(mx.stack(squares).sum()))
+
+
+def _save_rejected_batch(groups: Sequence[RolloutGroup], folder: Path) -> None:
+    """Write each rollout with its task as a JSON line of a new file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"batch-{len(list(folder.iterdir())):04d}.jsonl"
+    lines = (
+        json.dumps({"task": group.task.id} | asdict(rollout))
+        for group in groups
+        for rollout in group.rollouts
+    )
+    path.write_text("\n".join(lines) + "\n")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.parts.groups import GroupRewards
+from textpolicy.algorithms.parts.reductions import GroupRewards
 from textpolicy.errors import ConfigError
 
 

@@ -3,12 +3,18 @@
 Only `code_share` and `run_code` run what a model wrote. No check takes long, whatever the text.
 """
 
-from textpolicy.rewards.verifiers.answer_in_text import final_answer, last_boxed, last_number
+from textpolicy.rewards.verifiers.answer_in_text import (
+    final_answer,
+    has_layout,
+    last_boxed,
+    last_number,
+    tag_share,
+    tagged,
+)
 from textpolicy.rewards.verifiers.code_tests import CodeRun, code_share, python_in, run_code
 from textpolicy.rewards.verifiers.json_schema import json_match, json_problems, read_json
 from textpolicy.rewards.verifiers.math_answers import math_equal, number_equal, number_in
 from textpolicy.rewards.verifiers.regular_expressions import pattern_match
-from textpolicy.rewards.verifiers.tags import has_layout, tag_share, tagged
 from textpolicy.rewards.verifiers.text_answers import (
     choice_in,
     choice_match,

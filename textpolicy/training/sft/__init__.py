@@ -2,16 +2,15 @@
 
 from textpolicy.training.sft.batches import BatchStream
 from textpolicy.training.sft.data import SFTData, load_data, load_examples
-from textpolicy.training.sft.demonstrations import Demonstration
-from textpolicy.training.sft.encoding import Encoding
-from textpolicy.training.sft.events import (
+from textpolicy.training.sft.demonstrations import Demonstration, Encoding
+from textpolicy.training.sft.loss import sft_loss
+from textpolicy.training.sft.parameters import (
     SaveReport,
     SFTEvent,
+    SFTParameters,
     TrainReport,
     ValidationReport,
 )
-from textpolicy.training.sft.loss import sft_loss
-from textpolicy.training.sft.parameters import SFTParameters
 from textpolicy.training.sft.train import SFTResult, evaluate_sft, iterations_of, train_sft
 
 __all__ = [

@@ -11,8 +11,7 @@ import numpy as np
 
 from textpolicy.environments.data_files import DataRow, load_rows_with_locations, read_text
 from textpolicy.errors import DataError
-from textpolicy.training.sft.demonstrations import Demonstration
-from textpolicy.training.sft.encoding import Encoding
+from textpolicy.training.sft.demonstrations import Demonstration, Encoding
 
 _LocatedRows = list[tuple[str, DataRow]]
 _NAMES_SHOWN = 5

@@ -7,11 +7,10 @@ from typing import Any, cast
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.errors import ConfigError, DataError
+from textpolicy.errors import ConfigError, DataError, TrainingError
 from textpolicy.training.sft.batches import BatchStream, Epochs
 from textpolicy.training.sft.data import demonstration_digest
-from textpolicy.training.sft.demonstrations import Demonstration
-from textpolicy.training.sft.encoding import Encoding
+from textpolicy.training.sft.demonstrations import Demonstration, Encoding
 from textpolicy.training.sft.parameters import SFTParameters
 
 Example = Demonstration | str | Mapping[str, Any]
@@ -91,3 +90,21 @@ def data_order(source: Epochs | BatchStream, parameters: SFTParameters) -> dict[
         b"".join(map(demonstration_digest, source.demonstrations)), digest_size=16
     ).hexdigest()
     return order | {"data": content, "row": source.packed}
+
+
+def check_data_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise TrainingError if two results of `data_order` differ, and say in what."""
+    changed = [name for name in now if then.get(name) != now[name]]
+    differing = [f"{n}: {then.get(n)!r} there, {now[n]!r} now" for n in changed if n != "data"]
+    if "data" in changed:
+        # The data is compared by a hash, which would tell people nothing.
+        differing.append(
+            "data: the demonstrations differ, or their order does. Compare the file, the "
+            "tokenizer, and how rows are read and split off for validation"
+        )
+    if changed:
+        raise TrainingError(
+            "the checkpoint is of a run with other data or settings:\n  "
+            + "\n  ".join(differing)
+            + "\nResume with the data and settings of that run, or start a new run"
+        )

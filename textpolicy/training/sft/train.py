@@ -24,7 +24,14 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import prepare_adapter_path
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.tracking.best import BestAdapter
-from textpolicy.training.checkpoint import Checkpoint, Checkpoints
+from textpolicy.training.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    random_state,
+    restore_random_state,
+    restore_training_tensors,
+    training_tensors,
+)
 from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.sft.batches import (
     BatchStream,
@@ -32,16 +39,10 @@ from textpolicy.training.sft.batches import (
     batches_by_length,
     make_sft_batch,
 )
-from textpolicy.training.sft.checkpoint import restore_progress, snapshot_progress
 from textpolicy.training.sft.demonstrations import Demonstration
-from textpolicy.training.sft.events import (
-    SaveReport,
-    SFTEvent,
-    TrainReport,
-    ValidationReport,
-)
 from textpolicy.training.sft.examples import (
     Example,
+    check_data_order,
     check_examples,
     data_order,
     encode_examples,
@@ -49,10 +50,17 @@ from textpolicy.training.sft.examples import (
 )
 from textpolicy.training.sft.loss import BatchLoss, SFTLoss, make_batch_loss
 from textpolicy.training.sft.packing import check_packable
-from textpolicy.training.sft.parameters import SFTParameters
+from textpolicy.training.sft.parameters import (
+    SaveReport,
+    SFTEvent,
+    SFTParameters,
+    TrainReport,
+    ValidationReport,
+)
 from textpolicy.types import Progress, asks_to_stop
 
 SFTEnd = Literal["finished", "stopped", "early"]
+_FACT = "supervised"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,14 +300,22 @@ class _Run:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore the state of the run in which the checkpoint was saved."""
+        """Restore the state of the run that saved the checkpoint; change nothing if it differs."""
         given = self.parameters.completed_iterations
         if given not in (0, checkpoint.step):
             raise ConfigError(
                 f"completed_iterations is {given}, and the checkpoint was saved after "
                 f"{checkpoint.step} iterations. Leave out completed_iterations with a checkpoint"
             )
-        progress = restore_progress(checkpoint, self.model, self.optimizer, self.data_order)
+        if _FACT not in checkpoint.facts:
+            raise TrainingError(
+                "the checkpoint is of a run of reinforcement learning. Resume it with train_rl or "
+                "`textpolicy train --resume`"
+            )
+        progress: dict[str, Any] = checkpoint.facts[_FACT]
+        check_data_order(progress["data_order"], self.data_order)
+        restore_training_tensors(checkpoint.arrays, self.model, self.optimizer)
+        restore_random_state(checkpoint.facts["random"])
         self.iteration = self.checkpointed = checkpoint.step
         self.window = _ReportWindow(**progress["window"])
         self.validated = _ValidationHistory(**progress["validated"])
@@ -377,9 +393,9 @@ class _Run:
             "window": asdict(self.window) | unmeasured,
             "validated": asdict(self.validated),
         }
-        self.checkpoints.save(
-            snapshot_progress(self.iteration, self.model, self.optimizer, progress)
-        )
+        arrays = training_tensors(self.model, self.optimizer)
+        facts = {_FACT: progress, "random": random_state()}
+        self.checkpoints.save(Checkpoint(step=self.iteration, arrays=arrays, facts=facts))
         self.checkpointed = self.iteration
 
 

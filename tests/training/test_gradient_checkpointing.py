@@ -13,7 +13,7 @@ from tests.tiny import TOKENS, qwen3_model
 from tests.training.rows import RAGGED, batches_of, groups_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.training.checkpoint import random_state
-from textpolicy.training.checkpointing import recompute_activations
+from textpolicy.training.gradient_checkpointing import recompute_activations
 from textpolicy.training.logprobs import ModelLogprobs
 from textpolicy.training.output_head import find_output_head
 
