@@ -1,4 +1,4 @@
-"""Turning scored rollouts, or demonstrations, into moved weights."""
+"""Training: policy gradients on rollouts with rewards, and supervised training in `sft`."""
 
 from textpolicy.training.trainer import Trainer
 

@@ -50,7 +50,7 @@ def advantages_by_group(
 
 
 def requested_keywords(advantage_fn: AdvantageFn) -> frozenset[str]:
-    """Return which of the trainer's keywords the function takes; raise if it requires others."""
+    """Return the trainer's keywords that the function takes; raise if it requires other ones."""
     offered = {"lengths", "parts"}
     _, *rest = inspect.signature(advantage_fn).parameters.values()
     required = {p.name for p in rest if p.default is p.empty and p.kind is not p.VAR_KEYWORD}

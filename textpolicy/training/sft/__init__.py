@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: demonstrations in, moved weights out."""
+"""Supervised fine-tuning: training on demonstrations."""
 
 from textpolicy.training.sft.batches import BatchStream
 from textpolicy.training.sft.data import SFTData, load_data, load_examples

@@ -14,8 +14,8 @@ from textpolicy.errors import DataError, TrainingError
 from textpolicy.training.sft.demonstrations import Demonstration, PackedRow
 from textpolicy.training.sft.packing import pack_rows
 
-# Rows are sorted by length within so many batches of an epoch: enough batches for hardly any
-# padding, and few enough for different batches in each epoch.
+# Number of batches within which rows are sorted by length. 64 batches leave hardly any padding, and
+# still differ from epoch to epoch.
 _BATCHES_TO_SORT = 64
 
 
@@ -75,7 +75,7 @@ class BatchStream:
 class Epochs:
     """Every demonstration once in each epoch, `size` rows an update, in an order from the seed.
 
-    With `packed`, rows are packed to at most so many tokens.
+    With `packed`, demonstrations are packed into rows of at most `packed` tokens.
     """
 
     demonstrations: Sequence[Demonstration]

@@ -116,8 +116,8 @@ def _read_splits(source: str | Path) -> dict[str, _LocatedRows]:
         return _saved_splits(folder)
     if (folder / "dataset_info.json").is_file():
         return {"train": load_rows_with_locations(source)}
-    others = {name: _read_part(folder, name) for name in ("valid", "test")}
-    present = {name: rows for name, rows in others.items() if rows is not None}
+    optional = {name: _read_part(folder, name) for name in ("valid", "test")}
+    present = {name: rows for name, rows in optional.items() if rows is not None}
     if "valid" not in present:
         _check_validation_name(folder)
     return {"train": _require_part(folder, "train"), **present}
