@@ -1,4 +1,4 @@
-"""A run that is killed at any instant, and gone on with, comes to the numbers of a straight one."""
+"""A run that is killed at any instant and resumed computes the numbers of an uninterrupted run."""
 
 import errno
 import hashlib
@@ -12,9 +12,9 @@ from random import Random
 
 import pytest
 
-from tests import victim
+from tests.experiment import killable_runs
+from tests.experiment.killable_runs import STEPS, context, exit_code_of, start
 from tests.test_resume import MODES
-from tests.victim import STEPS, context, end_of, start
 from textpolicy.cli.signals import STOPPING, stopping
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
@@ -24,8 +24,8 @@ CLOCKS = ("time/", "memory/", "tokens_per_second")
 KILLS = 20
 
 
-def outcome(folder):
-    """The hash of the last adapter, and every row of metrics that no clock has a part in."""
+def results_of(folder):
+    """Return the hash of the last adapter, and the rows of metrics without times."""
     run = RunDirectory(folder)
     rows = [
         {name: value for name, value in row.items() if not name.startswith(CLOCKS)}
@@ -34,206 +34,212 @@ def outcome(folder):
     return hashlib.sha256(run.latest.read_bytes()).hexdigest(), rows
 
 
-def hidden(folder):
+def hidden_files(folder):
     return sorted(path.name for path in folder.rglob(".*"))
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The outcome of a run in a mode that nothing ever happened to, and its seconds."""
+def whole_run(tmp_path_factory):
+    """Return a function that returns the results and the seconds of an uninterrupted run."""
     known = {}
 
     def find(mode):
         if mode not in known:
-            folder = tmp_path_factory.mktemp("straight")
-            process, began = loaded(folder, mode), time.monotonic()
-            assert end_of(process) == 0
-            known[mode] = outcome(folder), time.monotonic() - began
+            folder = tmp_path_factory.mktemp("whole_run")
+            process, began = start_loaded(folder, mode), time.monotonic()
+            assert exit_code_of(process) == 0
+            known[mode] = results_of(folder), time.monotonic() - began
         return known[mode]
 
     return find
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """A run of several steps a generation, stopped in the middle of one."""
-    folder = tmp_path_factory.mktemp("begun")
+def stopped_run(tmp_path_factory):
+    """Make a run that was stopped between two steps that train on the same generation."""
+    folder = tmp_path_factory.mktemp("stopped_run")
     options = MODES["several steps a generation"]
-    assert end_of(start(victim.train_until_step, folder, options, STEPS - 1)) == 0
+    assert exit_code_of(start(killable_runs.train_until_step, folder, options, STEPS - 1)) == 0
     return folder
 
 
 @pytest.fixture
-def copied(begun, tmp_path):
-    """A function that makes one more copy of the run that has begun."""
+def copy_run(stopped_run, tmp_path):
+    """Return a function that makes a copy of the stopped run."""
     numbers = count()
-    return lambda: shutil.copytree(begun, tmp_path / str(next(numbers)))
+    return lambda: shutil.copytree(stopped_run, tmp_path / str(next(numbers)))
 
 
-def goes_on_to_the_same_numbers(folder, straight, mode="several steps a generation"):
-    assert end_of(start(victim.train, folder, MODES[mode])) == 0
-    assert outcome(folder) == straight(mode)[0]
-    assert [row["step"] for row in outcome(folder)[1]] == list(range(STEPS))
-    assert hidden(folder) == [".lock"]
+def assert_resumes_to_the_same_numbers(folder, whole_run, mode="several steps a generation"):
+    assert exit_code_of(start(killable_runs.train, folder, MODES[mode])) == 0
+    assert results_of(folder) == whole_run(mode)[0]
+    assert [row["step"] for row in results_of(folder)[1]] == list(range(STEPS))
+    assert hidden_files(folder) == [".lock"]
 
 
-def loaded(folder, mode):
-    """A process that has a model, and has not looked at the folder yet."""
+def start_loaded(folder, mode):
+    """Start a process, and return it when its model is loaded and the folder is untouched."""
     hear, say = context.Pipe(duplex=False)
-    process = start(victim.train_aloud, folder, MODES[mode], say)
+    process = start(killable_runs.train_and_announce, folder, MODES[mode], say)
     assert hear.poll(60)
     return process
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_that_is_killed_at_random_times_comes_to_the_same_numbers(straight, tmp_path, mode):
+def test_a_run_killed_at_random_times_computes_the_same_numbers(whole_run, tmp_path, mode):
     random = Random(mode)
-    expected, seconds = straight(mode)
+    expected, seconds = whole_run(mode)
     kills, folders = 0, count()
     folder = tmp_path / str(next(folders))
     while kills < KILLS / len(MODES):
-        process = loaded(folder, mode)
+        process = start_loaded(folder, mode)
         process.join(random.uniform(0, 0.7 * seconds))
         if process.exitcode is None:
             process.kill()
-            kills += end_of(process) == -signal.SIGKILL
+            kills += exit_code_of(process) == -signal.SIGKILL
         else:
             assert process.exitcode == 0
-            assert outcome(folder) == expected
+            assert results_of(folder) == expected
             folder = tmp_path / str(next(folders))
-    goes_on_to_the_same_numbers(folder, straight, mode)
+    assert_resumes_to_the_same_numbers(folder, whole_run, mode)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_run_that_is_killed_at_any_call_of_a_save_goes_on_from_it(straight, copied, after):
-    # Files are written only between an unlink and the next call: after any other call all is as it
-    # is before the next.
+def test_a_run_killed_at_any_system_call_of_a_save_can_be_resumed(whole_run, copy_run, after):
+    # Files are written only between an unlink and the next of these calls. After any other call the
+    # files are the same as before the next call.
     calls = ("unlink",) if after else ("fsync", "replace", "unlink", "truncate")
     options = MODES["several steps a generation"]
     for number in count(1):
-        folder = copied()
-        code = end_of(start(victim.train_until_call, folder, options, calls, number, after))
+        folder = copy_run()
+        code = exit_code_of(
+            start(killable_runs.train_until_call, folder, options, calls, number, after)
+        )
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        goes_on_to_the_same_numbers(folder, straight)
-    # Going on publishes, and a step publishes and saves: each flushes, renames, flushes again and
-    # looks for what it may have left.
+        assert_resumes_to_the_same_numbers(folder, whole_run)
+    # A resumed run publishes, and its step publishes and saves a checkpoint. Each of the three
+    # flushes, renames, flushes again and looks for files to remove.
     assert number > (3 if after else 3 * 4)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_any_byte_of_a_file_goes_on_from_the_one_before(straight, copied):
-    run = RunDirectory(copied())
+def test_a_run_killed_at_any_byte_of_a_file_resumes_from_the_last_checkpoint(whole_run, copy_run):
+    run = RunDirectory(copy_run())
     adapter = run.latest.stat().st_size
     saved = max(path.stat().st_size for path in run.checkpoints.iterdir())
     within = [Random(0).randrange(adapter, saved) for _ in range(2)]
     for size in [0, 9, 500, adapter // 2, adapter - 1, adapter, *within, saved // 3]:
-        folder = copied()
+        folder = copy_run()
         before = {path: path.read_bytes() for path in RunDirectory(folder).checkpoints.iterdir()}
-        code = end_of(
-            start(victim.train_until_byte, folder, MODES["several steps a generation"], size)
+        code = exit_code_of(
+            start(killable_runs.train_until_byte, folder, MODES["several steps a generation"], size)
         )
         assert code == -signal.SIGXFSZ
         assert all(path.read_bytes() == content for path, content in before.items())
-        goes_on_to_the_same_numbers(folder, straight)
+        assert_resumes_to_the_same_numbers(folder, whole_run)
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_an_error_that_says_so_and_harms_nothing(straight, copied):
-    run = RunDirectory(copied())
+def test_a_full_disk_is_an_error_and_leaves_the_checkpoints_intact(whole_run, copy_run):
+    run = RunDirectory(copy_run())
     adapter = run.latest.stat().st_size
     full = {adapter // 2: f"UnwritableError: {{}}/adapters/{run.latest.name} cannot be written"}
     full[2 * adapter] = f"TrainingError: no checkpoint was saved after step {STEPS}"
     for size, expected in full.items():
-        folder = copied()
+        folder = copy_run()
         before = contents(folder)
         hear, say = context.Pipe(duplex=False)
         options = MODES["several steps a generation"]
-        assert end_of(start(victim.train_on_a_full_disk, folder, options, size, say)) == 0
+        assert (
+            exit_code_of(start(killable_runs.train_on_a_full_disk, folder, options, size, say)) == 0
+        )
         error = hear.recv()
         assert error.startswith(expected.format(folder))
         assert os.strerror(errno.EFBIG) in error
-        assert "on a disk with room" in error
+        assert "on a disk with free space" in error
         assert contents(folder).items() >= before.items()
-        assert hidden(folder) == [".lock"]
-        goes_on_to_the_same_numbers(folder, straight)
+        assert hidden_files(folder) == [".lock"]
+        assert_resumes_to_the_same_numbers(folder, whole_run)
 
 
 def contents(folder):
-    """What is in every checkpoint."""
+    """Return the bytes of every checkpoint by its name."""
     return {path.name: path.read_bytes() for path in RunDirectory(folder).checkpoints.iterdir()}
 
 
 # Signals
 
 
-class Stoppable:
-    """A run in a process of its own, held in its third step until it is told to go on."""
+class WaitingRun:
+    """A run in another process, which waits in its third step for `continue_step`."""
 
     def __init__(self, folder, *, hold=False):
         self.folder = folder
-        self.said, theirs = context.Pipe()
-        self.process = start(victim.train_stoppably, folder, MODES["on policy"], hold, theirs)
+        self.connection, theirs = context.Pipe()
+        self.process = start(
+            killable_runs.train_and_wait_for_signals, folder, MODES["on policy"], hold, theirs
+        )
         theirs.close()
         assert [self.hear() for _ in range(3)] == [1, 2, "in the third step"]
 
     def hear(self):
-        assert self.said.poll(60), "nothing was said for 60 s"
-        return self.said.recv()
+        assert self.connection.poll(60), "no message for 60 s"
+        return self.connection.recv()
 
     def send(self, number):
         os.kill(self.process.pid, number)
         return self
 
-    def go_on(self):
-        self.said.send(None)
+    def continue_step(self):
+        self.connection.send(None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_first_signal_ends_the_run_after_the_step_in_flight(straight, tmp_path, number, code):
-    run = Stoppable(tmp_path / "my run").send(number)
+def test_a_first_signal_ends_the_run_after_the_current_step(whole_run, tmp_path, number, code):
+    run = WaitingRun(tmp_path / "my run").send(number)
     assert run.hear() == (
         f"{number.name}: the run stops after this step and saves a checkpoint. "
         "A second signal ends it at once"
     )
-    run.go_on()
+    run.continue_step()
     assert run.hear() == 3
-    assert end_of(run.process) == code
+    assert exit_code_of(run.process) == code
     assert Checkpoints(RunDirectory(run.folder).checkpoints).newest().step == 3
-    goes_on_to_the_same_numbers(run.folder, straight, "on policy")
+    assert_resumes_to_the_same_numbers(run.folder, whole_run, "on policy")
 
 
 @pytest.mark.slow
-def test_a_second_signal_leaves_at_once_even_out_of_a_long_computation(straight, tmp_path):
-    run = Stoppable(tmp_path / "run", hold=True)
-    run.go_on()
+def test_a_second_signal_ends_the_process_even_during_a_long_computation(whole_run, tmp_path):
+    run = WaitingRun(tmp_path / "run", hold=True)
+    run.continue_step()
     run.send(signal.SIGTERM)
     assert "A second signal ends it at once" in run.hear()
-    # Python's own handlers wait for the computation; one signal ends nothing.
+    # Python's own handlers wait for the computation, and one signal does not end the process.
     run.process.join(0.5)
     assert run.process.exitcode is None
     run.send(signal.SIGINT)
     run.process.join(5)
     assert run.process.exitcode == 130
-    goes_on_to_the_same_numbers(run.folder, straight, "on policy")
+    assert_resumes_to_the_same_numbers(run.folder, whole_run, "on policy")
 
 
 @pytest.mark.slow
-def test_a_second_signal_leaves_where_the_first_could_not_be_announced():
-    said, theirs = context.Pipe()
-    process = start(victim.wait_without_a_terminal, theirs)
+def test_a_second_signal_ends_the_process_if_the_first_could_not_be_announced():
+    connection, theirs = context.Pipe()
+    process = start(killable_runs.wait_without_a_terminal, theirs)
     for expected in ("waiting", "SIGTERM: the run stops"):
-        assert said.poll(60)
-        assert said.recv().startswith(expected)
+        assert connection.poll(60)
+        assert connection.recv().startswith(expected)
         os.kill(process.pid, signal.SIGTERM)
-    assert end_of(process) == 143
+    assert exit_code_of(process) == 143
 
 
-def test_a_signal_is_noted_and_announced_and_the_handlers_of_before_come_back():
+def test_a_signal_is_announced_and_the_earlier_handlers_are_restored():
     before = [signal.getsignal(number) for number in STOPPING]
     heard = Queue()
     with stopping(heard.put) as request:

@@ -1,7 +1,7 @@
-"""Runs of a few steps in processes of their own, for tests that end them.
+"""Short runs in other processes, for tests that kill the process or send it signals.
 
-The processes come from a server that has the slow imports and no mlx, whose threads survive no
-fork: each starts in a quarter of a second.
+The processes are forked from a server that has done the slow imports but has not imported mlx,
+because threads of mlx do not survive a fork. Each process starts in a quarter of a second.
 """
 
 import os
@@ -24,31 +24,31 @@ context.set_forkserver_preload(SLOW_IMPORTS)
 
 
 def start(target: Callable[..., None], *args: Any) -> BaseProcess:
-    """A process that runs `target`, and is gone when this one is."""
+    """Start a process that runs `target`. It ends at the latest when this process ends."""
     process = context.Process(target=target, args=args, daemon=True)
     process.start()
     return process
 
 
-def end_of(process: BaseProcess) -> int:
-    """Its exit code, or minus the signal that killed it; no run of these takes a minute."""
+def exit_code_of(process: BaseProcess) -> int:
+    """Wait for the process, and return its exit code, or minus the signal that killed it."""
     process.join(60)
     assert process.exitcode is not None, "still running after 60 s"
     return process.exitcode
 
 
-def nothing() -> None:
-    """Start, and end."""
+def do_nothing() -> None:
+    """Do nothing."""
 
 
 def train(
     folder: Path,
     options: Mapping[str, Any],
     observe: Callable[[Any], Any] = lambda report: None,
-    before_reward: Callable[[], None] = nothing,
-    loaded: Callable[[], None] = nothing,
+    before_reward: Callable[[], None] = do_nothing,
+    loaded: Callable[[], None] = do_nothing,
 ) -> None:
-    """A run of `STEPS` steps in the folder, begun or gone on with."""
+    """Train for `STEPS` steps in the folder, from its newest checkpoint if there is one."""
     from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
     from textpolicy.algorithms import grpo
     from textpolicy.environments import load
@@ -105,13 +105,13 @@ def train(
             )
 
 
-def train_aloud(folder: Path, options: Mapping[str, Any], said: Connection) -> None:
-    """Says when its model is loaded, and nothing is done yet."""
-    train(folder, options, loaded=lambda: said.send("loaded"))
+def train_and_announce(folder: Path, options: Mapping[str, Any], connection: Connection) -> None:
+    """Train, and send "loaded" before the folder is touched."""
+    train(folder, options, loaded=lambda: connection.send("loaded"))
 
 
 def train_until_step(folder: Path, options: Mapping[str, Any], step: int) -> None:
-    """Stopped by its observer."""
+    """Train until the callback stops the run after `step` steps."""
     from textpolicy.types import Progress
 
     train(folder, options, lambda r: Progress.STOP if r.step + 1 == step else Progress.MORE)
@@ -120,10 +120,10 @@ def train_until_step(folder: Path, options: Mapping[str, Any], step: int) -> Non
 def train_until_call(
     folder: Path, options: Mapping[str, Any], calls: Sequence[str], number: int, after: bool
 ) -> None:
-    """Killed before or after the `number`-th of these calls of `os`."""
+    """Train, and kill this process before or after the `number`-th of these calls of `os`."""
     numbers = count(1)
 
-    def fatal(call: Callable[..., Any]) -> Callable[..., Any]:
+    def killing(call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, **named: Any) -> Any:
             last = next(numbers) == number
             if last and not after:
@@ -137,39 +137,42 @@ def train_until_call(
         return made
 
     for name in calls:
-        setattr(os, name, fatal(getattr(os, name)))
+        setattr(os, name, killing(getattr(os, name)))
     train(folder, options)
 
 
 def train_until_byte(folder: Path, options: Mapping[str, Any], size: int) -> None:
-    """Killed by the system at the first byte that makes a file longer than `size`."""
-    # Python ignores this signal, and sees an error instead.
+    """Train until the system kills the process, when a file would grow beyond `size` bytes."""
+    # By default Python ignores this signal, and writing raises an error instead.
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    _limit_files(size)
+    _limit_file_size(size)
     train(folder, options)
 
 
 def train_on_a_full_disk(
-    folder: Path, options: Mapping[str, Any], size: int, said: Connection
+    folder: Path, options: Mapping[str, Any], size: int, connection: Connection
 ) -> None:
-    """No file can be longer than `size`; says what error that was."""
+    """Train where no file can grow beyond `size` bytes, and send the error."""
     from textpolicy.errors import TextPolicyError
 
-    _limit_files(size)
+    _limit_file_size(size)
     try:
         train(folder, options)
     except TextPolicyError as error:
-        said.send(f"{type(error).__name__}: {error}")
+        connection.send(f"{type(error).__name__}: {error}")
 
 
-def _limit_files(size: int) -> None:
+def _limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def train_stoppably(folder: Path, options: Mapping[str, Any], hold: bool, said: Connection) -> None:
-    """Says how many steps are done and what signals lead to.
+def train_and_wait_for_signals(
+    folder: Path, options: Mapping[str, Any], hold: bool, connection: Connection
+) -> None:
+    """Train, and send the number of each step and the announcements of signals.
 
-    The first reward of the third step waits for a word; with `hold` it then takes minutes in C.
+    The first reward of the third step waits for a message, and with `hold` then computes for
+    minutes.
     """
     from textpolicy.cli.signals import stopping
     from textpolicy.types import Progress
@@ -178,34 +181,34 @@ def train_stoppably(folder: Path, options: Mapping[str, Any], hold: bool, said: 
 
     def before_reward() -> None:
         if next(rewards) == 2 * GROUPS * GROUP_SIZE:
-            said.send("in the third step")
-            said.recv()
+            connection.send("in the third step")
+            connection.recv()
             if hold:
                 _compute_for_minutes()
 
     # A shell may have started the tests with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with stopping(said.send) as request:
+    with stopping(connection.send) as request:
 
         def observe(report: Any) -> Any:
-            said.send(report.step + 1)
+            connection.send(report.step + 1)
             return Progress.STOP if request.signal else Progress.MORE
 
         train(folder, options, observe, before_reward)
     raise SystemExit(request.exit_code)
 
 
-def wait_without_a_terminal(said: Connection) -> None:
-    """Waits for signals; what they would say cannot be said."""
+def wait_without_a_terminal(connection: Connection) -> None:
+    """Wait for signals, whose announcement fails because the terminal is gone."""
     from textpolicy.cli.signals import stopping
 
     def announce(line: str) -> None:
-        said.send(line)
+        connection.send(line)
         raise BrokenPipeError
 
     with stopping(announce):
-        said.send("waiting")
-        said.poll(None)
+        connection.send("waiting")
+        connection.poll(None)
 
 
 def _compute_for_minutes() -> None:
