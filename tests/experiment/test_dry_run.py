@@ -55,12 +55,15 @@ def test_a_measured_step_corrects_the_estimate_and_leaves_nothing(planned, tmp_p
     argv = [*ARGV, "--group-size", "4", "--groups-per-step", "4", "--output", str(output)]
     _, estimate = planned(*argv)
     text, data = planned(*argv, "--measure")
+    measured = data["measured"]
+    assert measured["prompt_tokens"] <= data["prompt_tokens"]
+    assert measured["completion_tokens"] <= data["completion_tokens"]
     for name, key in (("sampling", "generation"), ("training", "training")):
-        factor = data["correction_factors"][name]
+        factor = measured["bytes"][name] / measured["estimated"][name]
         assert factor == pytest.approx(1, rel=0.2)
         corrected, plain = (one[f"estimated_{key}_bytes"] for one in (data, estimate))
         assert corrected == pytest.approx(factor * plain, rel=1e-6)
-        assert 2**20 < data["measured_bytes"][name] < 2**27
+        assert 2**20 < measured["bytes"][name] < 2**27
     assert "as measured" in text and "no run was started" in text
     assert not output.exists()
 
@@ -72,7 +75,7 @@ def test_the_memory_of_a_model_that_cannot_be_planned_is_measured(planned, tiny,
     (folder / "config.json").write_text(json.dumps(asdict(model.args)))
     text, data = planned(*ARGV, "--measure", "--model", str(folder), "--max-tokens", "4")
     assert "not known" in text and "estimated_training_bytes" not in data
-    assert data["measured_bytes"]["training"] > sum(a.nbytes for a in arrays(model).values())
+    assert data["measured"]["bytes"]["training"] > sum(a.nbytes for a in arrays(model).values())
 
 
 def test_measuring_goes_with_a_dry_run(capsys):

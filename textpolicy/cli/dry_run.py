@@ -1,14 +1,13 @@
 """What a run would be and how much memory it would take, before the run is started."""
 
 import json
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 
 from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.cli.answer import Answer, table
-from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
+from textpolicy.cli.measured_steps import run_measured_steps
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.config.train import ModelOptions
 from textpolicy.environments import Environment
@@ -28,51 +27,47 @@ from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
 
 _TASKS = 64
 """Held-out tasks whose prompts are measured."""
+_SHOWN = ("weights", "reference", "adapters", "optimizer")
 _KEYS = {"sampling": "estimated_generation_bytes", "training": "estimated_training_bytes"}
 
 
 def show_plan(config: TrainConfig, *, measure: bool = False) -> Answer:
-    """Answer the settings of a run and an estimate of its memory. No weight is read.
+    """Answer the settings of a run and an estimate of its memory, for which no weight is read.
 
-    With `measure`, take two real steps, and correct the estimate by the peaks of the second step.
+    With `measure`, take real steps and correct the estimate by their peaks.
     """
     find_algorithm(config.algorithm)
     environment, _ = find_task(config.task)
-    lengths = {
-        "prompt_tokens": _prompt_tokens(config, environment),
-        "completion_tokens": sampling_of(config, environment).max_tokens,
-    }
-    rows = [
-        ("prompt", f"up to {lengths['prompt_tokens']} tokens in {_TASKS} held-out tasks"),
-        ("completion", f"up to {lengths['completion_tokens']} tokens"),
-    ]
+    prompt, completion = _prompt_tokens(config, environment), sampling_of(config, environment)
+    lengths = {"prompt_tokens": prompt, "completion_tokens": completion.max_tokens}
+    rows = [("prompt", f"up to {prompt} tokens in {_TASKS} held-out tasks")]
+    rows.append(("completion", f"up to {completion.max_tokens} tokens"))
     data: dict[str, Any] = {"config": plain_settings(config), **lengths}
-    measured = run_measured_steps(config, steps=1) if measure else None
+    measured, estimated = run_measured_steps(config, steps=1) if measure else None, {}
     try:
         planned = estimate_memory(config, **lengths)
-        factors = _correction_factors(config, measured) if measured else {}
+        estimated = estimate_memory(config, **measured.lengths).peaks if measured else {}
     except ModelError as error:
         rows.append(("memory", f"not known: {error}"))
     else:
-        data |= {_KEYS[name]: round(n * factors.get(name, 1)) for name, n in planned.peaks.items()}
-        rows += _memory_rows(planned, factors)
+        shown = {name: planned.arrays[name].bytes for name in _SHOWN}
+        rows += [(name, _megabytes(size)) for name, size in shown.items() if size]
+        for name, peak in planned.peaks.items():
+            factor = measured.peaks[name] / estimated[name] if measured else 1.0
+            note = f": {_megabytes(peak)} x {factor:.2f} as measured" if measured else ""
+            rows.append((name, f"{_megabytes(factor * peak)} at its peak (estimated{note})"))
+            data[_KEYS[name]] = round(factor * peak)
         if has_turns(environment) and not measured:
             rows.append(("turns", "memory is that of one turn; several are not planned"))
-        if measured:
-            data["correction_factors"] = factors
     if measured:
-        data["measured_bytes"] = measured.peaks
-        sizes = " and ".join(f"{_megabytes(n)} in {name}" for name, n in measured.peaks.items())
-        seen = (
-            "prompts of up to {prompt_tokens} and completions of up to {completion_tokens} tokens"
-        )
-        rows.append(("measured", f"{sizes}, with {seen.format(**measured.lengths)}"))
+        data["measured"] = {**measured.lengths, "bytes": measured.peaks, "estimated": estimated}
+        sizes = ", ".join(f"{_megabytes(peak)} in {name}" for name, peak in measured.peaks.items())
+        seen = " + ".join(map(str, measured.lengths.values()))
+        rows.append(("measured", f"{sizes}, with up to {seen} tokens of prompt and completion"))
     return Answer(data=data, text=f"{to_toml(config)}\n{table(rows)}\nno run was started")
 
 
-def estimate_memory(
-    config: TrainConfig, *, prompt_tokens: int, completion_tokens: int
-) -> MemoryPlan:
+def estimate_memory(config: TrainConfig, prompt_tokens: int, completion_tokens: int) -> MemoryPlan:
     """Return the plan of a step; raise ModelError for a model whose memory is not known."""
     rollout, trainer, reference = config.rollout, config.trainer, config.algorithm.reference
     other = None if reference in (None, "base") else ModelOptions(name=reference)
@@ -112,21 +107,6 @@ def _prompt_tokens(config: TrainConfig, environment: Environment) -> int:
     tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
     prompts = [task.prompt for task in environment.heldout(_TASKS)]
     return max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-
-
-def _correction_factors(config: TrainConfig, measured: RealSteps) -> dict[str, float]:
-    """Return the measured peaks over the estimates for the lengths that were seen."""
-    planned = estimate_memory(config, **measured.lengths).peaks
-    return {name: peak / planned[name] for name, peak in measured.peaks.items()}
-
-
-def _memory_rows(planned: MemoryPlan, factors: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    for name in ("weights", "reference", "adapters", "optimizer"):
-        if size := planned.arrays[name].bytes:
-            yield name, _megabytes(size)
-    for name, peak in planned.peaks.items():
-        note = f": {_megabytes(peak)} x {factors[name]:.2f} as measured" if name in factors else ""
-        yield name, f"{_megabytes(peak * factors.get(name, 1))} at its peak (estimated{note})"
 
 
 def _megabytes(size: float) -> str:
