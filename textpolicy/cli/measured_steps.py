@@ -25,7 +25,7 @@ from textpolicy.environments import Environment
 from textpolicy.experiment.assembly import apply_thread_option, assemble, find_algorithm
 from textpolicy.experiment.tasks import find_task
 from textpolicy.loop import StepReport, train_rl
-from textpolicy.rewards import Incident, Rewards, Sample, Scorer, Verdict
+from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import terminal_safe
 from textpolicy.training.checkpoint import Checkpoints
@@ -78,7 +78,9 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
             reports.append(report)
             return Progress.STOP if left < took else Progress.MORE
 
-        with closing(SignalScorer(rewards, on_incident=_note_incident)) as scorer:
+        with closing(
+            SignalScorer(rewards, on_incident=lambda incident: _note(str(incident)))
+        ) as scorer:
             train_rl(
                 tasks=environment.stream(config.run.seed),
                 reward=scorer,
@@ -108,11 +110,7 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _note_incident(incident: Incident) -> None:
-    _note(terminal_safe(str(incident)))
+    print(terminal_safe(text), file=sys.stderr, flush=True)
 
 
 class SignalScorer(Scorer):

@@ -25,6 +25,8 @@ from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.training.batch import MICRO_BATCH_TOKENS
 from textpolicy.training.output_head import CHUNK_BYTES
 
+# Sampling reads prompts, copies their caches to all rows, grows caches, and draws tokens. Training
+# goes backward through blocks or through the output head, and updates the adapters.
 _SAMPLING = ("prefill", "fan out", "cache growth", "drawing")
 _TRAINING = ("blocks", "head", "update")
 _DECODING, _BACKWARD = _SAMPLING[2:], _TRAINING[:2]
@@ -70,7 +72,7 @@ class MemoryPlan:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """Both peaks, by the phase that has them."""
+        """The peaks of sampling and of training."""
         return {"sampling": self._peak(_SAMPLING), "training": self._peak(_TRAINING)}
 
     def _peak(self, phases: Sequence[str]) -> int:
@@ -269,8 +271,8 @@ def _logits_bytes(block: _Block, positions: int) -> int:
     """Return the bytes of logits and their copies, at most those of a chunk of positions."""
     kinds = {_name(row): row.kind for row in block.planned.modules}
     frozen = kinds["lm_head" if "lm_head" in kinds else "embed_tokens"] == "none"
-    all_, chunks = (_LOGITS, _CHUNKS) if frozen else (_TRAINED_LOGITS, _TRAINED_CHUNKS)
-    return round(min(all_ * positions * block.vocabulary * _FLOAT, chunks * CHUNK_BYTES))
+    whole, chunk = (_LOGITS, _CHUNKS) if frozen else (_TRAINED_LOGITS, _TRAINED_CHUNKS)
+    return round(min(whole * positions * block.vocabulary * _FLOAT, chunk * CHUNK_BYTES))
 
 
 def _unpacked_bytes(block: _Block) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`textpolicy doctor`: what this installation runs on, measured where it can be."""
+"""`textpolicy doctor`: the versions, the device and the measured speed of this installation."""
 
 import os
 import platform
