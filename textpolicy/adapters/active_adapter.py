@@ -10,13 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from textpolicy.adapters.adapter import (
-    Adapter,
-    check_float32,
-    group_by_module,
-    is_finite,
-    rank_of,
-)
+from textpolicy.adapters.adapter import Adapter, check_float32, group_by_module, is_finite, rank_of
 from textpolicy.adapters.base_identity import BaseIdentity
 from textpolicy.adapters.compatibility import (
     check_fit,

@@ -73,10 +73,7 @@ class LoRASwitchLinear(AdapterLayer):
         update = self.dropout(x).astype(mx.float32)
         for factor in (self.lora_a, self.gated_scale() * self.lora_b):
             update = mx.gather_mm(
-                update,
-                factor.swapaxes(-1, -2),
-                rhs_indices=indices,
-                sorted_indices=sorted_indices,
+                update, factor.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
             )
         return y + update.astype(y.dtype)
 
