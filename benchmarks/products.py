@@ -2,7 +2,7 @@
 
 For each number format and number of rows, the script measures mlx's kernel for quantized weights,
 and a product with the weights unpacked to floats first. With many rows,
-`textpolicy.adapters.quantization.cpu_layers` takes the second way.
+`textpolicy.adapters.quantization.packed_product` takes the second way.
 
     python benchmarks/products.py --json > benchmarks/results/products.json
 """

@@ -17,9 +17,9 @@ from textpolicy.adapters import (
     dequantize,
     quantize,
 )
-from textpolicy.adapters.quantization.cpu_layers import CPUQuantizedLinear, use_fast_products
 from textpolicy.adapters.quantization.nf4 import NF4_LEVELS, pack_nf4, unpack_nf4
 from textpolicy.adapters.quantization.number_formats import NumberFormat
+from textpolicy.adapters.quantization.packed_product import CPUQuantizedLinear, use_fast_products
 from textpolicy.adapters.quantization.quantize import model_quantization
 from textpolicy.adapters.quantization.stored_weights import float_weight, is_quantized
 from textpolicy.errors import ConfigError, ModelError

@@ -12,7 +12,7 @@ from tests.memory import peak_of
 from tests.tiny import SIZES, expert_model, qwen3_model
 from textpolicy import algorithms
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, quantize
-from textpolicy.adapters.shared_copy import shared_copy
+from textpolicy.adapters.container import shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.model_functions import use_fast_functions

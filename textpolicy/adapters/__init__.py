@@ -4,7 +4,7 @@ from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.combine import combine_adapters
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.container import AdapterContainer, shared_copy
 from textpolicy.adapters.files.adapter_file import peek_version
 from textpolicy.adapters.files.inspection import AdapterSummary, inspect_adapter
 from textpolicy.adapters.files.layouts import read_adapter
@@ -13,7 +13,6 @@ from textpolicy.adapters.memory_stats import memory_stats, print_trainable_param
 from textpolicy.adapters.publishing import AdapterPublisher, AdapterWatcher
 from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear
 from textpolicy.adapters.quantization.quantize import QuantizationReport, dequantize, quantize
-from textpolicy.adapters.shared_copy import shared_copy
 
 __all__ = [
     "Adapter",

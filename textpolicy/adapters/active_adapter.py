@@ -16,18 +16,29 @@ from textpolicy.adapters.compatibility import (
     check_fit,
     expected_shapes,
     find_adapter_targets,
-    refuse,
+    raise_if_problems,
     tensor_problems,
 )
-from textpolicy.adapters.config.adapter_config import AdapterConfig, config_for_modules
+from textpolicy.adapters.config.adapter_config import (
+    AdapterConfig,
+    TargetModule,
+    config_for_modules,
+    find_target_modules,
+)
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.config.target_modules import TargetModule, find_target_modules
 from textpolicy.adapters.fuse import FuseReport, fuse_layer
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer, adapter_layers, freeze_base
-from textpolicy.adapters.layers.layer_classes import new_layers
+from textpolicy.adapters.layers.dora import DoRAEmbedding, DoRALinear
+from textpolicy.adapters.layers.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from textpolicy.adapters.module_tree import freeze_names, frozen_names, replace_modules
-from textpolicy.adapters.quantization.cpu_layers import use_fast_products
+from textpolicy.adapters.quantization.packed_product import use_fast_products
 from textpolicy.errors import AdapterError
+
+# To add a kind of layer, write its class and name the class here.
+_LAYER_CLASSES: dict[tuple[str, str], type[AdapterLayer]] = {
+    (layer_class.kind, layer_class.module_kind): layer_class
+    for layer_class in (LoRALinear, LoRAEmbedding, LoRASwitchLinear, DoRALinear, DoRAEmbedding)
+}
 
 
 class ActiveAdapter:
@@ -86,26 +97,26 @@ class ActiveAdapter:
 
     @contextmanager
     def without_layers(self) -> Generator[nn.Module]:
-        """Inside the block the model has its original modules in place of the adapter layers."""
+        """Put the original modules in place of the adapter layers, for the block."""
         model, layers = self.model, dict(self.layers)
         replace_modules(model, {path: layer.base for path, layer in layers.items()})
         try:
             yield model
         finally:
-            replace_modules(model, dict(layers))
+            replace_modules(model, layers)
 
     # Putting layers into the model
 
     def put_new(self, config: AdapterConfig, seed: int) -> None:
         """Put new layers, drawn from `seed`, into the unadapted model."""
         targets = find_target_modules(self.model, config)
-        self._put_layers(new_layers(targets, seed), targets)
+        self._put_layers(_new_layers(targets, seed), targets)
         self.config = config
 
     def put(self, adapter: Adapter) -> None:
         """Replace all layers by those of another adapter. After an error the model is unchanged."""
         targets = self.check(adapter)
-        self._put_layers(new_layers(targets), targets)
+        self._put_layers(_new_layers(targets, seed=0), targets)
         self._assign(adapter.arrays, self.rules)
         self.config, self.version = adapter.config, adapter.version
 
@@ -122,7 +133,7 @@ class ActiveAdapter:
         return made
 
     def remove(self) -> nn.Module:
-        """Put the original modules back, frozen as they were, and return the model."""
+        """Restore the original modules, arrays and frozen state, and return the model."""
         model = self.model
         replace_modules(model, {path: layer.base for path, layer in self.layers.items()})
         freeze_names(model, self._frozen)
@@ -143,7 +154,7 @@ class ActiveAdapter:
         """
         adapter = source if isinstance(source, Adapter) else self._as_adapter(source)
         problems, given = self.base.differences(adapter), self.rules
-        if adapter.lookup_only or adapter.config != self.config:
+        if adapter.embedding_lookup_only or adapter.config != self.config:
             with self.without_layers() as model:
                 targets, problems = find_adapter_targets(model, adapter, self.base)
             given = {path: target.rule for path, target in targets.items()}
@@ -152,7 +163,9 @@ class ActiveAdapter:
             for path, own in self.rules.items()
             for new in [given.get(path, own)]
         }
-        refuse(adapter.origin, problems, tensor_problems(self._shapes(rules), adapter.arrays))
+        raise_if_problems(
+            adapter.origin, problems, tensor_problems(self._shapes(rules), adapter.arrays)
+        )
         self._assign(adapter.arrays, rules)
         self.rules, self.config, self.version = rules, adapter.config, adapter.version
 
@@ -175,7 +188,7 @@ class ActiveAdapter:
     def fuse_report(self, *, dtype: mx.Dtype | None, qtype: str | None) -> FuseReport:
         """Return what would survive `fuse`. The model stays unchanged."""
         wrong = [name for name, array in self.tensors().items() if not is_finite(array)]
-        refuse("The adapter to fuse", (f"{name}: not finite" for name in wrong))
+        raise_if_problems("The adapter to fuse", (f"{name}: not finite" for name in wrong))
         fused = [fuse_layer(path, layer, dtype, qtype)[1] for path, layer in self.layers.items()]
         return FuseReport(modules=tuple(fused))
 
@@ -220,7 +233,9 @@ class ActiveAdapter:
         for path, layer in self.layers.items():
             for name in layer.trainable:
                 layer[name] = tensors[f"{path}.{name}"]
-            layer.set_scale_and_dropout(rules[path])
+            layer.set_scale(rules[path].scale)
+            layer.dropout = nn.Dropout(rules[path].dropout)
+            layer.dropout.train(layer.training)
 
 
 def _present_rule(rule: LoRARule, layer: AdapterLayer | None) -> LoRARule:
@@ -229,3 +244,13 @@ def _present_rule(rule: LoRARule, layer: AdapterLayer | None) -> LoRARule:
         return rule
     scale = rule.scale if np.float32(rule.scale) == layer.scale else layer.scale
     return replace(rule, rank=layer.rank, scale=scale)
+
+
+def _new_layers(targets: Mapping[str, TargetModule], seed: int) -> dict[str, AdapterLayer]:
+    """Return a new layer around each target module. The model with the modules is unchanged."""
+    adapted = {path: target for path, target in targets.items() if target.rule.kind != "none"}
+    keys = mx.random.split(mx.random.key(seed), len(adapted)) if adapted else ()
+    return {
+        path: _LAYER_CLASSES[target.rule.kind, target.kind](target.module, target.rule, key)
+        for (path, target), key in zip(adapted.items(), keys, strict=True)
+    }

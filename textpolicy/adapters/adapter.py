@@ -18,9 +18,9 @@ class Adapter:
 
     `origin`, a path or a name, appears in error messages. `fingerprint` identifies the base model;
     it is None if a file of another library does not name the base. `quantization` holds the
-    arguments of `quantize` that made the base, or None for a float base. `lookup_only` is True if
-    embeddings are adapted for looking tokens up but not as an output head; such an adapter does
-    not fit a model whose output head is the embedding table.
+    arguments of `quantize` that made the base, or None for a float base. `embedding_lookup_only`
+    is True if embeddings are adapted for looking tokens up but not as an output head; such an
+    adapter does not fit a model whose output head is the embedding table.
     """
 
     origin: str
@@ -29,7 +29,7 @@ class Adapter:
     version: int = 0
     fingerprint: str | None = None
     quantization: Mapping[str, Any] | None = None
-    lookup_only: bool = False
+    embedding_lookup_only: bool = False
 
     def rules_by_module(self) -> dict[str, LoRARule]:
         """Return the rule of each module that has tensors, with the rank of these tensors."""
@@ -40,17 +40,11 @@ class Adapter:
         }
 
 
-def split_tensor_name(name: str) -> tuple[str, str]:
-    """Return the module's path and the tensor's own name."""
-    path, _, tensor = name.rpartition(".")
-    return path, tensor
-
-
 def group_by_module(arrays: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
     """Return the tensors of each module by the module's path."""
     modules: dict[str, dict[str, mx.array]] = {}
     for name, array in arrays.items():
-        path, tensor = split_tensor_name(name)
+        path, _, tensor = name.rpartition(".")
         modules.setdefault(path, {})[tensor] = array
     return modules
 
@@ -75,7 +69,7 @@ def rank_of(tensors: Mapping[str, mx.array]) -> int | None:
 
 
 def is_finite(array: mx.array) -> bool:
-    """Return whether an array has neither NaN nor infinity."""
+    """Return whether all values are finite."""
     # For hundreds of small arrays, numpy is ten times as fast as scheduling mlx operations.
     return bool(np.isfinite(np.array(array.astype(mx.float32), copy=False)).all())
 

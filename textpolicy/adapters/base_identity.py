@@ -11,11 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from textpolicy.adapters.adapter import Adapter
-from textpolicy.adapters.layers.adapter_layer import (
-    adapter_layers,
-    base_parameters,
-    path_without_adapters,
-)
+from textpolicy.adapters.layers.adapter_layer import base_modules, base_parameters
 from textpolicy.adapters.quantization.quantize import model_quantization
 from textpolicy.adapters.quantization.stored_weights import is_quantized
 
@@ -56,7 +52,11 @@ def base_fingerprint(model: nn.Module) -> str:
     fingerprint. Of packed weights only shape and quantization are hashed.
     """
     parameters = dict(sorted(base_parameters(model).items()))
-    packed = _packed_formats(model)
+    packed = {
+        path: [module.bits, module.group_size, module.mode]
+        for path, module in base_modules(model).items()
+        if is_quantized(module)
+    }
     shapes = {name: array.shape for name, array in parameters.items()}
     values = [
         _sample(array).astype(mx.bfloat16)
@@ -67,15 +67,6 @@ def base_fingerprint(model: nn.Module) -> str:
     if values:
         digest.update(np.array(mx.concatenate(values).view(mx.uint16)).tobytes())
     return digest.hexdigest()
-
-
-def _packed_formats(model: nn.Module) -> dict[str, list[int | str]]:
-    layers = adapter_layers(model)
-    return {
-        path_without_adapters(path, layers): [module.bits, module.group_size, module.mode]
-        for path, module in model.named_modules()
-        if is_quantized(module)
-    }
 
 
 def _sample(array: mx.array) -> mx.array:

@@ -6,8 +6,11 @@ import mlx.nn as nn
 
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.compatibility import check_fit
-from textpolicy.adapters.config.adapter_config import AdapterConfig
-from textpolicy.adapters.config.target_modules import TargetModule, find_target_modules
+from textpolicy.adapters.config.adapter_config import (
+    AdapterConfig,
+    TargetModule,
+    find_target_modules,
+)
 from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.adapters.quantization.quantize import (
     model_quantization,

@@ -8,7 +8,8 @@ products of one adapter's A with another adapter's B.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,8 +23,7 @@ from textpolicy.errors import AdapterError, ConfigError
 _METHODS = ("linear", "cat", "svd")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _WeightedUpdate:
+class _WeightedUpdate(NamedTuple):
     """The update of one module by one adapter: `factor` times A (inputs x rank) times B."""
 
     factor: float
@@ -56,19 +56,22 @@ def combine_adapters(
         for path, tensors in group_by_module(adapter.arrays).items():
             factor = weights[name] * own[path].scale
             a, b = _swap_expert_axes(tensors["lora_a"], tensors["lora_b"])
-            updates.setdefault(path, []).append(_WeightedUpdate(factor=factor, a=a, b=b))
+            updates.setdefault(path, []).append(_WeightedUpdate(factor, a, b))
             if "lora_bias" in tensors:
                 biases.setdefault(path, []).append(weights[name] * tensors["lora_bias"])
     modules = {path: _combine(path, some, method, rank) for path, some in updates.items()}
     for path, some in biases.items():
         modules[path]["lora_bias"] = sum(some, mx.zeros(()))
-    made = {path: _combined_rule(rules[path], tensors) for path, tensors in modules.items()}
+    made = {
+        path: replace(rules[path], rank=rank_of(some) or 1, scale=1.0, bias="lora_bias" in some)
+        for path, some in modules.items()
+    }
     active = container.adapter()
     return replace(
         active,
         origin=f"{method} of {', '.join(weights)}",
         arrays=join_module_tensors(modules),
-        config=config_for_modules(made, active.config.quantization_rules),
+        config=config_for_modules(made, active.config.quantize_only_rules),
         version=0,
     )
 
@@ -101,16 +104,15 @@ def _swap_expert_axes(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
 def _combine(
     path: str, updates: list[_WeightedUpdate], method: str, rank: int | None
 ) -> dict[str, mx.array]:
-    a, b = _sum_factors(path, updates) if method == "linear" else _concatenate(updates)
+    if method == "linear":
+        a, b = _sum_factors(path, updates)
+    else:
+        a = mx.concatenate([update.a * update.factor for update in updates], axis=-1)
+        b = mx.concatenate([update.b for update in updates], axis=-2)
     if method == "svd":
         a, b = _truncate(a, b, rank or max(update.a.shape[-1] for update in updates))
     a, b = _swap_expert_axes(a, b)
     return {"lora_a": a, "lora_b": b}
-
-
-def _concatenate(updates: list[_WeightedUpdate]) -> tuple[mx.array, mx.array]:
-    a = mx.concatenate([update.a * update.factor for update in updates], axis=-1)
-    return a, mx.concatenate([update.b for update in updates], axis=-2)
 
 
 def _sum_factors(path: str, updates: list[_WeightedUpdate]) -> tuple[mx.array, mx.array]:
@@ -134,7 +136,3 @@ def _truncate(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
     left = qa @ (u * s[..., None, :])[..., :rank]
     right = v[..., :rank, :] @ qb.swapaxes(-1, -2)
     return mx.array(left.astype(np.float32)), mx.array(right.astype(np.float32))
-
-
-def _combined_rule(rule: LoRARule, tensors: Mapping[str, mx.array]) -> LoRARule:
-    return replace(rule, rank=rank_of(tensors) or rule.rank, scale=1.0, bias="lora_bias" in tensors)

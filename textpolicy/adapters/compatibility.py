@@ -7,15 +7,14 @@ import mlx.nn as nn
 
 from textpolicy.adapters.adapter import Adapter, group_by_module, is_finite
 from textpolicy.adapters.base_identity import BaseIdentity
+from textpolicy.adapters.config.adapter_config import TargetModule, find_target_modules
 from textpolicy.adapters.config.model_layout import read_model_layout
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.config.target_modules import TargetModule, find_target_modules
 from textpolicy.adapters.layers.adapter_layer import tensor_shapes
 from textpolicy.adapters.quantization.stored_weights import module_kind, weight_shape
 from textpolicy.errors import AdapterError
 
 _MAX_LINES = 8
-TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 def check_fit(
@@ -28,7 +27,7 @@ def check_fit(
     targets, problems = find_adapter_targets(model, adapter, base)
     modules = {path: target.module for path, target in targets.items()}
     shapes = expected_shapes(modules, {path: target.rule for path, target in targets.items()})
-    refuse(adapter.origin, problems, tensor_problems(shapes, adapter.arrays))
+    raise_if_problems(adapter.origin, problems, tensor_problems(shapes, adapter.arrays))
     return targets
 
 
@@ -40,11 +39,17 @@ def find_adapter_targets(
     Raise AdapterError with these problems too if the config does not fit the model.
     """
     problems = base.differences(adapter) if base else []
-    problems += _lookup_problems(model, adapter)
+    if adapter.embedding_lookup_only and not (layout := read_model_layout(model)).has_head:
+        problems += [
+            f"{path}: adapted for looking tokens up only, but it is the model's output head too. "
+            "Train with PEFT's ensure_weight_tying=True, or leave embeddings out"
+            for path in group_by_module(adapter.arrays)
+            if path in layout.adaptable and layout.adaptable[path].kind == "embedding"
+        ]
     try:
         return find_target_modules(model, adapter.config), problems
     except AdapterError as error:
-        refuse(adapter.origin, problems, [str(error)])
+        raise_if_problems(adapter.origin, problems, [str(error)])
         raise
 
 
@@ -60,9 +65,10 @@ def expected_shapes(
     }
 
 
-def tensor_problems(expected: TensorShapes, given: Mapping[str, mx.array]) -> list[str]:
-    """Return a line for each tensor that is missing, unknown, of wrong shape or dtype, or not
-    finite."""
+def tensor_problems(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, mx.array]
+) -> list[str]:
+    """Return a line for each tensor that does not fit the model or is not finite."""
     shared = [(name, given[name], expected[name]) for name in expected if name in given]
     floats = {name: array for name, array, _ in shared if mx.issubdtype(array.dtype, mx.floating)}
     return [
@@ -82,24 +88,11 @@ def tensor_problems(expected: TensorShapes, given: Mapping[str, mx.array]) -> li
     ]
 
 
-def refuse(origin: str, *problems: Iterable[str]) -> None:
+def raise_if_problems(origin: str, *problems: Iterable[str]) -> None:
     """Raise one AdapterError with all problems, or return if there are none."""
     if lines := [line for some in problems for line in some]:
         text = "\n  ".join([f"{origin} does not fit the adapters of this model:", *lines])
         raise AdapterError(f"{text}\nWas it made with other options, or for another model?")
-
-
-def _lookup_problems(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Return the embeddings that are adapted for the lookup only, but are the output head too."""
-    if not adapter.lookup_only or (layout := read_model_layout(model)).has_head:
-        return []
-    paths = [path for path in group_by_module(adapter.arrays) if path in layout.adaptable]
-    return [
-        f"{path}: adapted for looking tokens up only, but it is the model's output head too. "
-        "Train with PEFT's ensure_weight_tying=True, or leave embeddings out"
-        for path in paths
-        if layout.adaptable[path].kind == "embedding"
-    ]
 
 
 def _shorten(lines: Iterable[str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from textpolicy.adapters.files.adapter_file import write_adapter_file
 from textpolicy.adapters.files.layouts import read_adapter, write_folder
 from textpolicy.adapters.fuse import FuseReport
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer, adapter_layers
+from textpolicy.adapters.module_tree import share_module_tree
 from textpolicy.errors import AdapterError
 
 _DEFAULT_NAME = "default"
@@ -26,7 +27,8 @@ AdapterSource = str | Path | Adapter
 class AdapterContainer:
     """One adapter or several by name, one of which is active: its layers are in the model.
 
-    `from_model` or `from_directory` makes a container, and `of` finds the container of a model.
+    `from_model` or `from_directory` makes a container, and `AdapterContainer.of(model)` returns the
+    container of an adapted model.
     A new adapter has version 0. If `publish_path` is set, a trainer publishes every new version
     there.
     """
@@ -130,6 +132,16 @@ class AdapterContainer:
 
     # Training
 
+    def movement(self) -> dict[str, float]:
+        """Return metrics: the norm of all updates to the base, and the share of B that is not 0."""
+        layers = self.layers().values()
+        squares = mx.stack([layer.product_square() for layer in layers])
+        moved = [(layer.lora_b != 0).astype(mx.float32).mean() for layer in layers]
+        return {
+            "adapters/delta_norm": float(mx.sqrt(mx.maximum(squares.sum(), 0))),
+            "adapters/moved": float(mx.stack(moved).mean()),
+        }
+
     def advance(self) -> int:
         """Count an update and return the new version. Call this after the tensors have changed."""
         active = self._require_active()
@@ -139,7 +151,7 @@ class AdapterContainer:
 
     @contextmanager
     def disabled(self) -> Generator[None]:
-        """Inside the block the model computes exactly what its base does: the reference policy."""
+        """Make the model compute exactly what its base does, as reference policy, in the block."""
         _ = self._require_active()
         before = self._enabled
         self._set_enabled(mx.array(False))
@@ -278,10 +290,7 @@ class AdapterContainer:
         return model
 
     def copy_to(self, model: nn.Module) -> "AdapterContainer":
-        """Return a container for a copy of the model that includes copies of the layers.
-
-        The new container holds the active adapter only, and publishes nowhere.
-        """
+        """Return a container, with the active adapter only, for a copy of model and layers."""
         made = AdapterContainer(self.name)
         made._enabled = self._enabled
         made._own(self._require_active().copy_to(model))
@@ -316,3 +325,15 @@ class AdapterContainer:
         self._enabled = enabled
         if self._active:
             self._active.set_enabled(enabled)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return another model that shares every array, with its own copy of the active adapter.
+
+    Training one model, or swapping its adapter, never changes the other. The copy has no
+    `publish_path`, and none of the inactive adapters.
+    """
+    copy = share_module_tree(model)
+    if container := AdapterContainer.of(model):
+        container.copy_to(copy)
+    return copy

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
-from textpolicy.adapters.quantization.number_formats import NumberFormat, format_by_name
+from textpolicy.adapters.quantization.number_formats import format_by_name
 from textpolicy.adapters.quantization.quantize import quantize_module
 from textpolicy.adapters.quantization.stored_weights import (
     float_dtype,
@@ -18,7 +18,7 @@ from textpolicy.adapters.quantization.stored_weights import (
 from textpolicy.errors import AdapterError
 
 SAME_FORMAT = "same"
-"""The `qtype` that quantizes each module to the number format that it has now."""
+"""The `qtype` that quantizes each module to its present number format. Floats stay float."""
 _MAX_LINES = 5
 
 
@@ -89,7 +89,10 @@ def fuse_layer(
 
     The module is float unless `qtype` names a number format. Error messages show `path`.
     """
-    number_format = _target_format(layer.base, qtype)
+    if qtype == SAME_FORMAT:
+        number_format = format_of(layer.base)
+    else:
+        number_format = format_by_name(qtype) if qtype is not None else None
     base, delta = float_weight(layer.base), layer.delta()
     dtype = dtype or float_dtype(layer.base)
     fused = make_float_module(layer.base, (base + delta).astype(dtype), layer.merged_bias())
@@ -108,10 +111,3 @@ def fuse_layer(
         noise=float(noise) / squared_norm**0.5 if squared_norm else 0.0,
         squared_norm=squared_norm,
     )
-
-
-def _target_format(base: nn.Module, qtype: str | None) -> NumberFormat | None:
-    """Return the format to quantize to, or None. With "same", float modules stay float."""
-    if qtype is None:
-        return None
-    return format_of(base) if qtype == SAME_FORMAT else format_by_name(qtype)

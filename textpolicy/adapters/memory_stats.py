@@ -6,11 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from textpolicy.adapters.layers.adapter_layer import (
-    adapter_layers,
-    base_parameters,
-    path_without_adapters,
-)
+from textpolicy.adapters.layers.adapter_layer import adapter_layers, base_modules, base_parameters
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.adapters.quantization.stored_weights import is_quantized
 
@@ -77,12 +73,7 @@ def _unique_bytes(arrays: Iterable[mx.array]) -> int:
 
 
 def _unpacked_count(model: nn.Module, base: dict[str, mx.array]) -> int:
-    layers = adapter_layers(model)
-    bits = {
-        path_without_adapters(path, layers): module.bits
-        for path, module in model.named_modules()
-        if is_quantized(module)
-    }
+    bits = {path: m.bits for path, m in base_modules(model).items() if is_quantized(m)}
     count = 0
     for name, array in base.items():
         module, _, leaf = name.rpartition(".")

@@ -43,7 +43,7 @@ class AdapterPublisher:
 class AdapterWatcher:
     """Notices when another adapter is in a file.
 
-    An adapter that is in the file when watching begins is not new, unless `from_start` is True.
+    A file that exists at the start counts as new only with `from_start`.
     """
 
     def __init__(self, path: str | Path, *, from_start: bool = False) -> None:
@@ -57,7 +57,7 @@ class AdapterWatcher:
         return None if self._found in (None, self._accepted) else self.path
 
     def accept(self) -> None:
-        """Mark the adapter of the last poll as used. Without this call, `poll` returns it again."""
+        """Mark the last polled file as loaded; without this call `poll` returns it again."""
         self._accepted = self._found
 
     def wait(self, timeout: float, *, every: float = 0.01) -> Path:

@@ -18,9 +18,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import algorithms, fast_cpu
 from textpolicy.adapters.config.adapter_config import AdapterConfig
-from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.container import AdapterContainer, shared_copy
 from textpolicy.adapters.quantization.quantize import quantize
-from textpolicy.adapters.shared_copy import shared_copy
 from textpolicy.algorithms import Algorithm
 from textpolicy.algorithms.parts.overlong import with_penalty
 from textpolicy.config import DYNAMIC_ROUNDS, SFTConfig, TrainConfig, settings_of

@@ -12,16 +12,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.config.adapter_config import AdapterConfig, find_target_modules
 from textpolicy.adapters.config.json_formats import LORA_OPTIONS, refuse_unknown_options
 from textpolicy.adapters.config.model_layout import read_model_layout
-from textpolicy.adapters.config.target_modules import find_target_modules
-from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.container import AdapterContainer, shared_copy
 from textpolicy.adapters.files.adapter_file import prepare_adapter_path
 from textpolicy.adapters.layers.adapter_layer import freeze_base
 from textpolicy.adapters.memory_stats import memory_stats
 from textpolicy.adapters.quantization.quantize import quantize
-from textpolicy.adapters.shared_copy import shared_copy
 from textpolicy.errors import AdapterError
 
 __all__ = [

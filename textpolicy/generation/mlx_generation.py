@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import fast_cpu
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.quantization.cpu_layers import use_fast_products
+from textpolicy.adapters.quantization.packed_product import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.model_files import find_model

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.shared_copy import shared_copy
+from textpolicy.adapters.container import shared_copy
 from textpolicy.generation.lora import ADAPTER_PATH, adapters_of, create_lora_setup
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.policy import ModelPolicy

@@ -9,10 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from textpolicy.adapters.base_quantization import formats_to_apply
-from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.config.adapter_config import (
+    AdapterConfig,
+    TargetModule,
+    find_target_modules,
+)
 from textpolicy.adapters.config.model_layout import read_model_layout
 from textpolicy.adapters.config.rules import AdapterKind
-from textpolicy.adapters.config.target_modules import TargetModule, find_target_modules
 from textpolicy.adapters.layers.adapter_layer import tensor_shapes
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.adapters.quantization.number_formats import NumberFormat

@@ -15,7 +15,6 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.adapter_movement import adapter_movement
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
@@ -172,7 +171,7 @@ class Trainer:
         sampled = any(group.version != NOT_SAMPLED for group in groups)
         metrics = average_updates(updates, with_sampler=sampled)
         if self.adapters:
-            metrics |= adapter_movement(self.adapters)
+            metrics |= self.adapters.movement()
         return metrics | advantage_metrics(rows)
 
     def _compute_gradient(self, rows: Sequence[TrainingRow]) -> tuple[Any, Metrics]:

@@ -1,15 +1,19 @@
-"""AdapterConfig: which modules of a model get which adapter."""
+"""AdapterConfig: which modules of a model get which adapter, and finding these modules."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import mlx.nn as nn
+
 from textpolicy.adapters.config import json_formats
 from textpolicy.adapters.config.json_formats import Selection
+from textpolicy.adapters.config.model_layout import read_model_layout
 from textpolicy.adapters.config.rules import AdapterKind, LoRARule
 from textpolicy.adapters.config.selection import LastBlocks, RuleList
-from textpolicy.errors import ConfigError
+from textpolicy.adapters.quantization.stored_weights import ModuleKind
+from textpolicy.errors import AdapterError, ConfigError
 
 
 @dataclass(frozen=True, init=False, slots=True)
@@ -82,7 +86,7 @@ class AdapterConfig:
         return self.selection.rules
 
     @property
-    def quantization_rules(self) -> list[LoRARule]:
+    def quantize_only_rules(self) -> list[LoRARule]:
         """The rules that add no adapter and may quantize the base."""
         return [rule for rule in self.rules if rule.kind == "none"]
 
@@ -103,12 +107,65 @@ def config_for_modules(
 
     Modules with equal rules share one rule.
     """
-    paths: dict[tuple[object, ...], list[str]] = {}
-    shared: dict[tuple[object, ...], LoRARule] = {}
+    paths: dict[LoRARule, list[str]] = {}
     for path, rule in rules.items():
-        unnamed = replace(rule, module_path=".*")
-        values = tuple(getattr(unnamed, name) for name in unnamed.__slots__)
-        shared[values] = unnamed
-        paths.setdefault(values, []).append(re.escape(path))
-    named = [replace(rule, module_path="|".join(paths[key])) for key, rule in shared.items()]
+        paths.setdefault(replace(rule, module_path=".*"), []).append(re.escape(path))
+    named = [replace(rule, module_path="|".join(some)) for rule, some in paths.items()]
     return AdapterConfig(rules=[*named, *more_rules])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetModule:
+    """A module that a config selects, and the rule that applies to it."""
+
+    module: nn.Module
+    kind: ModuleKind
+    rule: LoRARule
+
+
+def find_target_modules(model: nn.Module, config: AdapterConfig) -> dict[str, TargetModule]:
+    """Return the modules that a config selects by path, first block first.
+
+    Modules whose rule has kind "none" are included. Raise AdapterError if a rule or a name in the
+    config matches nothing.
+    """
+    modules = dict(model.named_modules())
+    _refuse_adapted_model(modules)
+    layout = read_model_layout(model)
+    rules = config.selection.assign_rules(layout)
+    targets = {
+        path: TargetModule(module=modules[path], kind=one.kind, rule=rules[path])
+        for path, one in layout.adaptable.items()
+        if path in rules
+    }
+    if not targets:
+        raise AdapterError(
+            f"There is nothing to adapt in {layout.model}: the config selects none of its "
+            f"{len(layout.adaptable)} linear, embedding and expert layers"
+        )
+    _refuse_dora_experts(targets)
+    return targets
+
+
+def _refuse_adapted_model(modules: Mapping[str, nn.Module]) -> None:
+    adapted = [path for path, module in modules.items() if "lora_a" in module]
+    if adapted:
+        raise AdapterError(
+            f"The model already has adapters ({min(adapted)} and {len(adapted) - 1} more). To "
+            "replace them, call AdapterContainer.of(model).unload() first. To give them other "
+            "weights, call swap() on the container"
+        )
+
+
+def _refuse_dora_experts(targets: Mapping[str, TargetModule]) -> None:
+    experts = [
+        path
+        for path, target in targets.items()
+        if target.kind == "experts" and target.rule.kind == "dora"
+    ]
+    if experts:
+        raise AdapterError(
+            f"A rule asks for DoRA on {experts[0]} and {len(experts) - 1} more, but expert layers "
+            "take LoRA only: DoRA would measure the weights of every expert for every batch. Name "
+            "the other layers, or put a rule of kind 'lora' for the experts first"
+        )

@@ -24,56 +24,20 @@ LORA_OPTIONS = {
 """Plain options of seed functions, and the option of AdapterConfig that each stands for."""
 # Training options that mlx-lm writes into the same file. They do not describe the adapter.
 _MLX_TRAINING_OPTIONS = (
-    "adapter_path",
-    "batch_size",
-    "clear_cache_threshold",
-    "config",
-    "data",
-    "grad_accumulation_steps",
-    "grad_checkpoint",
-    "iters",
-    "learning_rate",
-    "lr_schedule",
-    "mask_prompt",
-    "max_seq_length",
-    "model",
-    "optimizer",
-    "optimizer_config",
-    "project_name",
-    "report_to",
-    "resume_adapter_file",
-    "save_every",
-    "seed",
-    "steps_per_eval",
-    "steps_per_report",
-    "test",
-    "test_batches",
-    "train",
-    "trust_remote_code",
-    "val_batches",
+    "adapter_path", "batch_size", "clear_cache_threshold", "config", "data",
+    "grad_accumulation_steps", "grad_checkpoint", "iters", "learning_rate", "lr_schedule",
+    "mask_prompt", "max_seq_length", "model", "optimizer", "optimizer_config", "project_name",
+    "report_to", "resume_adapter_file", "save_every", "seed", "steps_per_eval",
+    "steps_per_report", "test", "test_batches", "train", "trust_remote_code", "val_batches",
     "wandb",
-)
+)  # fmt: skip
 # Fields of PEFT that do not change which weights are added to which module.
 _PEFT_IGNORED = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-)
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "fan_in_fan_out", "inference_mode", "loftq_config", "lora_ga_config",
+    "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
+)  # fmt: skip
 _PEFT_INITIALIZERS = {True: "uniform", "gaussian": "gaussian"}
 # These initializers draw weights from data and leave the base weights unchanged.
 _PEFT_FROM_DATA = ("eva", "orthogonal", "mica")
@@ -94,11 +58,22 @@ def write_selection(selection: Selection) -> dict[str, Any]:
     """Return JSON that `read_selection` reads back."""
     match selection:
         case RuleList():
-            return {"rules": [_write_rule(rule) for rule in selection.rules]}
+            rules = (asdict(rule).items() for rule in selection.rules)
+            # JSON cannot hold an initializer function, and trained weights do not need it.
+            return {"rules": [{k: v for k, v in items if not callable(v)} for items in rules]}
         case LastBlocks():
-            return _write_mlx(selection)
+            rule = selection.rule
+            keys = {} if selection.keys is None else {"keys": list(selection.keys)}
+            numbers = {"rank": rule.rank, "scale": rule.scale, "dropout": rule.dropout}
+            return {
+                "fine_tune_type": rule.kind,
+                "num_layers": selection.num_layers,
+                "lora_parameters": numbers | keys,
+            }
         case PeftTargets():
-            return _write_peft(selection)
+            names = {name: value for value, name in _PEFT_INITIALIZERS.items()}
+            initializer = names[selection.init_lora_weights]
+            return {"peft_type": "LORA"} | asdict(selection) | {"init_lora_weights": initializer}
 
 
 def read_peft_config(data: Mapping[str, Any], *, trained: bool = False) -> PeftTargets:
@@ -188,28 +163,6 @@ def _read_peft_initializer(initializer: Any, trained: bool) -> str:
             "with PEFT's path_initial_model_for_weight_conversion first"
         )
     return _PEFT_INITIALIZERS[initializer]
-
-
-def _write_rule(rule: LoRARule) -> dict[str, Any]:
-    # JSON cannot hold an initializer function, and trained weights do not need it.
-    return {name: value for name, value in asdict(rule).items() if not callable(value)}
-
-
-def _write_mlx(selection: LastBlocks) -> dict[str, Any]:
-    rule = selection.rule
-    keys = {} if selection.keys is None else {"keys": list(selection.keys)}
-    numbers = {"rank": rule.rank, "scale": rule.scale, "dropout": rule.dropout}
-    return {
-        "fine_tune_type": rule.kind,
-        "num_layers": selection.num_layers,
-        "lora_parameters": numbers | keys,
-    }
-
-
-def _write_peft(selection: PeftTargets) -> dict[str, Any]:
-    names = {name: value for value, name in _PEFT_INITIALIZERS.items()}
-    initializer = names[selection.init_lora_weights]
-    return {"peft_type": "LORA"} | asdict(selection) | {"init_lora_weights": initializer}
 
 
 _READERS = (

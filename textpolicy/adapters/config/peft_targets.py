@@ -4,7 +4,8 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from textpolicy.adapters.config.model_layout import AdaptableModule, ModelLayout
 from textpolicy.adapters.config.rules import LoRARule
@@ -39,15 +40,11 @@ class PeftTargets:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
-        normalized = {
-            "target_modules": _sorted_names(self.target_modules),
-            "exclude_modules": _sorted_names(self.exclude_modules),
-            "layers_pattern": _sorted_names(self.layers_pattern),
-            "layers_to_transform": self.layers_to_transform
-            and _sorted_names(self.layers_to_transform),
-        }
-        for name, value in normalized.items():
-            object.__setattr__(self, name, value)
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+            given = getattr(self, name)
+            # Equal configs compare equal whatever the order of their names.
+            if given is not None and not isinstance(given, str):
+                object.__setattr__(self, name, tuple(sorted(set(given))))
         if not self.target_modules:
             raise ConfigError(
                 f"target_modules is empty; expected names, a regular expression, or {_ALL_LINEAR!r}"
@@ -113,18 +110,21 @@ class PeftTargets:
 
     def _check_names(self, layout: ModelLayout) -> None:
         named = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        problems = [
-            _unmatched(option, name, layout)
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        matchers = [
+            (option, name, partial(_matches, alone))
             for option, given in named.items()
             for name, alone in _split_names(given).items()
-            if not any(_matches(alone, path) for path in layout.adaptable)
-        ]
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        problems += [
-            _unmatched(option, pattern, layout)
+        ] + [
+            (option, pattern, partial(_matches_ending, pattern))
             for option, given in patterns.items()
             for pattern in given
-            if not any(_matches_ending(pattern, path) for path in layout.adaptable)
+        ]
+        problems = [
+            f"{option} has {name!r}, which matches nothing; "
+            f"nearest: {layout.nearest(strip_expression(name))}"
+            for option, name, matches in matchers
+            if not any(map(matches, layout.adaptable))
         ]
         depth = math.inf if layout.blocks is None else len(layout.blocks)
         problems += [
@@ -135,11 +135,6 @@ class PeftTargets:
         if problems:
             text = "\n  ".join(problems)
             raise AdapterError(f"The config's PEFT options do not fit the model\n  {text}")
-
-
-def _unmatched(option: str, name: str, layout: ModelLayout) -> str:
-    near = layout.nearest(strip_expression(name))
-    return f"{option} has {name!r}, which matches nothing; nearest: {near}"
 
 
 def _split_names(given: Collection[str] | str) -> dict[str, Collection[str] | str]:
@@ -162,8 +157,3 @@ def _matches_ending(pattern: str, path: str) -> bool:
 def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     found = (value for pattern, value in patterns.items() if _matches_ending(pattern, path))
     return next(found, default)
-
-
-def _sorted_names(given: Collection[Any] | str) -> tuple[Any, ...] | str:
-    """Return names as a sorted tuple, so that equal configs compare equal; a string stays."""
-    return given if isinstance(given, str) else tuple(sorted(set(given)))

@@ -17,6 +17,7 @@ Initializer = str | Callable[[Sequence[int], mx.array], mx.array]
 """A name, or a function of a shape and a random key."""
 
 _KINDS = get_args(AdapterKind)
+_INITIALIZERS = ("uniform", "he_uniform", "gaussian", "zeros")
 _UNSET = cast(float, None)
 _DEFAULT_SCALE = 2.0
 
@@ -60,7 +61,11 @@ class LoRARule:
         number = (int | float, lambda x: math.isfinite(x) and x != 0, "a finite number, not 0")
         check_fields(self, scale=number)
         for name, initializer in (("a_init", self.a_init), ("b_init", self.b_init)):
-            _check_initializer(name, initializer)
+            if not callable(initializer) and initializer not in _INITIALIZERS:
+                raise ConfigError(
+                    f"{name} is {initializer!r}; expected one of {list(_INITIALIZERS)}, or a "
+                    "function of a shape and a random key"
+                )
         try:
             re.compile(self.module_path)
         except re.error as error:
@@ -101,38 +106,20 @@ def _scale_of(rule: LoRARule, alpha: float | None, rslora: bool) -> float:
     return alpha / (math.sqrt(rule.rank) if rslora else rule.rank)
 
 
-# For each name: the distribution, and its half width or standard deviation from inputs and rank.
-_INITIALIZERS: dict[str, tuple[str, Callable[[int, int], float]]] = {
-    "uniform": ("uniform", lambda inputs, _: 1 / math.sqrt(inputs)),
-    "he_uniform": ("uniform", lambda inputs, _: math.sqrt(6 / inputs)),
-    "gaussian": ("normal", lambda _, rank: 1 / rank),
-    "zeros": ("zeros", lambda _inputs, _rank: 0.0),
-}
-
-
 def draw_initial_array(
     initializer: Initializer, shape: Sequence[int], *, inputs: int, rank: int, key: mx.array
 ) -> mx.array:
     """Return a float32 array drawn from `key`."""
-    if isinstance(initializer, str):
-        distribution, size = _INITIALIZERS[initializer]
-        spread = size(inputs, rank)
-        if distribution == "uniform":
-            return mx.random.uniform(-spread, spread, shape, key=key)
-        if distribution == "normal":
-            return mx.random.normal(shape, scale=spread, key=key)
+    if initializer == "zeros":
         return mx.zeros(shape)
+    if initializer == "gaussian":
+        return mx.random.normal(shape, scale=1 / rank, key=key)
+    if isinstance(initializer, str):
+        bound = 1 / math.sqrt(inputs) if initializer == "uniform" else math.sqrt(6 / inputs)
+        return mx.random.uniform(-bound, bound, shape, key=key)
     drawn = initializer(shape, key)
     if drawn.shape != tuple(shape):
         raise AdapterError(
             f"An initializer returned an array of shape {drawn.shape}; expected {tuple(shape)}"
         )
     return drawn.astype(mx.float32)
-
-
-def _check_initializer(name: str, initializer: Initializer) -> None:
-    if not callable(initializer) and initializer not in _INITIALIZERS:
-        raise ConfigError(
-            f"{name} is {initializer!r}; expected one of {list(_INITIALIZERS)}, or a function of "
-            "a shape and a random key"
-        )

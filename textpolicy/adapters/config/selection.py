@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from textpolicy.adapters.config.model_layout import AdaptableModule, ModelLayout
+from textpolicy.adapters.config.model_layout import ModelLayout
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.types import check_fields
@@ -101,7 +101,11 @@ class RuleList:
         chosen: dict[str, int] = {}
         preceded_by: dict[int, int] = {}
         for path, one in layout.adaptable.items():
-            matching = [i for i, rule in enumerate(self.rules) if _applies(rule, one)]
+            matching = [
+                i
+                for i, rule in enumerate(self.rules)
+                if rule.matches(path) and (not one.by_name or one.name in rule.module_path)
+            ]
             if matching:
                 chosen[path] = matching[0]
                 preceded_by |= dict.fromkeys(matching[1:], matching[0])
@@ -135,10 +139,6 @@ class RuleList:
             return f"{words} matches {other!r}, which is {layout.others[other]}"
         near = layout.nearest(strip_expression(rule.module_path))
         return f"{words} matches nothing; nearest: {near}"
-
-
-def _applies(rule: LoRARule, one: AdaptableModule) -> bool:
-    return rule.matches(one.path) and (not one.by_name or one.name in rule.module_path)
 
 
 def strip_expression(pattern: str) -> str:

@@ -67,7 +67,15 @@ def prepare_adapter_path(path: str | Path) -> Path:
     if target.is_dir():
         raise AdapterError(f"{target} is a folder; expected the name of an adapter file")
     make_writable_folder(target.parent, target)
-    _refuse_other_files(target)
+    try:
+        # A file with other contents may hold somebody's weights.
+        if target.exists() and target.stat().st_size > 0:
+            peek_version(target)
+    except AdapterError as error:
+        raise AdapterError(
+            f"{target} exists and is not an adapter file of this library, so it will not be "
+            "replaced. Choose another path, or move the file away"
+        ) from error
     return target
 
 
@@ -114,19 +122,6 @@ def _read_version(path: Path, header: Mapping[str, Any]) -> int:
     _check_format(path, metadata)
     with name_path_in_errors(path):
         return int(metadata["version"])
-
-
-def _refuse_other_files(target: Path) -> None:
-    """Raise AdapterError if `target` exists and may hold somebody's weights."""
-    if not target.exists() or target.stat().st_size == 0:
-        return
-    try:
-        peek_version(target)
-    except AdapterError as error:
-        raise AdapterError(
-            f"{target} exists and is not an adapter file of this library, so it will not be "
-            "replaced. Choose another path, or move the file away"
-        ) from error
 
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:

@@ -43,7 +43,7 @@ class AdapterSummary:
         return sum(module.parameters for module in self.modules)
 
     def __str__(self) -> str:
-        """A line for each fact, then a table of the modules."""
+        """Return a line for each fact, then a table of the modules."""
         base = self.fingerprint[:12] if self.fingerprint else "unknown"
         lines = [
             f"{self.path}: version {self.version}, base {base}, "

@@ -6,13 +6,15 @@ of this library too, with version and base in its header.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.adapter import Adapter, group_by_module, split_tensor_name
-from textpolicy.adapters.config.adapter_config import AdapterConfig
+from textpolicy.adapters.adapter import Adapter, group_by_module, join_module_tensors
+from textpolicy.adapters.config.adapter_config import AdapterConfig, config_for_modules
 from textpolicy.adapters.config.model_layout import ModelLayout, read_model_layout
 from textpolicy.adapters.files.adapter_file import (
     adapter_metadata,
@@ -20,7 +22,6 @@ from textpolicy.adapters.files.adapter_file import (
     name_path_in_errors,
     read_adapter_file,
 )
-from textpolicy.adapters.files.single_rank import to_single_rank
 from textpolicy.adapters.files.tensor_file import atomic_replace, read_tensors, write_tensors
 from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear
 from textpolicy.errors import AdapterError
@@ -38,7 +39,7 @@ def read_mlx_folder(folder: Path) -> Adapter:
     with name_path_in_errors(folder):
         config = AdapterConfig.from_dict(read_adapter_config(folder))
     names = ("lora_a", "lora_b", "m")
-    if others := [name for name in arrays if split_tensor_name(name)[1] not in names]:
+    if others := [name for name in arrays if name.rpartition(".")[2] not in names]:
         raise AdapterError(
             f"{file} has {others[0]} and {len(others) - 1} more tensors that are not adapters. If "
             "all weights were trained (fine_tune_type 'full'), load the folder as a model"
@@ -51,7 +52,7 @@ def write_mlx_folder(
 ) -> None:
     """Write both files of the folder, each in one step. `model` must be without adapters."""
     _refuse_unsupported(adapter, model, over_float_base)
-    adapter = to_single_rank(adapter)
+    adapter = _to_single_rank(adapter)
     write_json_file(folder / CONFIG_FILE, _make_config(adapter, read_model_layout(model)))
     write_tensors(folder / MLX_TENSOR_FILE, adapter.arrays, adapter_metadata(adapter))
 
@@ -77,6 +78,32 @@ def write_json_file(path: Path, data: Mapping[str, Any]) -> None:
     """Replace a JSON file in one step."""
     with atomic_replace(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _to_single_rank(adapter: Adapter) -> Adapter:
+    """Return an adapter that computes the same with one rank and one scale for all modules.
+
+    A library that knows one rank and one scale would silently scale some modules wrongly. Here each
+    scale is multiplied into B, and factors of lower rank are padded with zeros.
+    """
+    rules = adapter.rules_by_module()
+    if len({(rule.rank, rule.scale) for rule in rules.values()}) == 1:
+        return adapter
+    rank = max(rule.rank for rule in rules.values())
+    modules = group_by_module(adapter.arrays)
+    for path, tensors in modules.items():
+        axis_a, axis_b = (1, 2) if tensors["lora_a"].ndim == 3 else (1, 0)
+        tensors["lora_a"] = _pad(tensors["lora_a"], axis_a, rank)
+        tensors["lora_b"] = _pad(tensors["lora_b"] * rules[path].scale, axis_b, rank)
+    made = {path: replace(rule, rank=rank, scale=1.0) for path, rule in rules.items()}
+    config = config_for_modules(made, adapter.config.quantize_only_rules)
+    return replace(adapter, arrays=join_module_tensors(modules), config=config)
+
+
+def _pad(factor: mx.array, axis: int, rank: int) -> mx.array:
+    widths = [(0, 0)] * factor.ndim
+    widths[axis] = (0, rank - factor.shape[axis])
+    return mx.pad(factor, widths)
 
 
 def _make_config(adapter: Adapter, layout: ModelLayout) -> dict[str, Any]:
@@ -117,7 +144,7 @@ def _refuse_unsupported(adapter: Adapter, model: nn.Module, over_float_base: boo
             f"mlx-lm's config has one kind for all modules, but this adapter has {kinds}. Publish "
             "it as one file for this library, or fuse it"
         )
-    if biased := [name for name in adapter.arrays if split_tensor_name(name)[1] == "lora_bias"]:
+    if biased := [name for name in adapter.arrays if name.endswith(".lora_bias")]:
         raise AdapterError(
             f"mlx-lm's adapters have no bias, but this adapter has {biased[0]} and "
             f"{len(biased) - 1} more. Save it for PEFT, publish it as one file for this library, "

@@ -68,7 +68,7 @@ def read_peft_folder(folder: Path) -> Adapter:
         origin=str(folder),
         arrays=join_module_tensors(modules),
         config=config,
-        lookup_only=bool(embeddings) and not tied,
+        embedding_lookup_only=bool(embeddings) and not tied,
     )
     ours = {
         name.removeprefix(_METADATA_PREFIX): text

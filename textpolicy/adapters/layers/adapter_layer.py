@@ -1,6 +1,5 @@
 """The base class of all adapter layers: a frozen module, two small factors, a scale and a gate."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -76,18 +75,9 @@ class AdapterLayer(nn.Module):
         """Change the scale. Compiled functions see the change."""
         self._scale = mx.array(scale, mx.float32)
 
-    def set_scale_and_dropout(self, rule: LoRARule) -> None:
-        """Take scale and dropout from a rule. The tensors themselves determine rank and kind."""
-        self.set_scale(rule.scale)
-        self.dropout = nn.Dropout(rule.dropout).train(self.training)
-
     def set_enabled(self, enabled: Bool[mx.array, ""]) -> None:
         """Set the gate. While the gate is False, the layer computes exactly what its base does."""
         self._enabled = enabled
-
-    @abstractmethod
-    def delta(self) -> Float[mx.array, "*weight"]:
-        """Return the float32 array that the adapter adds to the base's weight."""
 
     def factors(self) -> tuple[Float[mx.array, "*e out rank"], Float[mx.array, "*e rank in"]]:
         """Return the two factors such that their product has the shape of the base's weight."""
@@ -99,13 +89,13 @@ class AdapterLayer(nn.Module):
             case "experts":
                 return self.lora_b, self.lora_a
 
-    def product(self) -> Float[mx.array, "*weight"]:
-        """Return the scale times the low-rank product, in float32."""
+    def delta(self) -> Float[mx.array, "*weight"]:
+        """Return the float32 array that the adapter adds to the base's weight."""
         left, right = self.factors()
         return self._scale * (left.astype(mx.float32) @ right.astype(mx.float32))
 
     def product_square(self) -> Float[mx.array, ""]:
-        """Return the squared Frobenius norm of `product`, without computing the product."""
+        """Return the squared norm of scale times low-rank product, not computing the product."""
         left, right = (factor.astype(mx.float32) for factor in self.factors())
         # ||LR||^2 is the sum of (L'L) * (RR').
         squares = (left.swapaxes(-1, -2) @ left) * (right @ right.swapaxes(-1, -2))
@@ -162,10 +152,14 @@ def freeze_base(model: nn.Module) -> None:
         layer.unfreeze(keys=list(layer.trainable), recurse=False)
 
 
-def path_without_adapters(path: str, layers: Mapping[str, AdapterLayer]) -> str:
-    """Return the path that a module of the adapted model has in the model without adapters."""
-    outer, _, name = path.rpartition(".")
-    return outer if name == "base" and outer in layers else path
+def base_modules(model: nn.Module) -> dict[str, Any]:
+    """Return all modules except adapter layers, by their paths in the model without adapters."""
+    layers = adapter_layers(model)
+    return {
+        _path_without_adapters(path, layers): module
+        for path, module in model.named_modules()
+        if path not in layers
+    }
 
 
 def base_parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -175,5 +169,11 @@ def base_parameters(model: nn.Module) -> dict[str, mx.array]:
     for name, array in named_arrays(model.parameters()).items():
         module, _, leaf = name.rpartition(".")
         if module not in layers:
-            named[f"{path_without_adapters(module, layers)}.{leaf}"] = array
+            named[f"{_path_without_adapters(module, layers)}.{leaf}"] = array
     return named
+
+
+def _path_without_adapters(path: str, layers: Mapping[str, AdapterLayer]) -> str:
+    """Return the path that a module of the adapted model has in the model without adapters."""
+    outer, _, name = path.rpartition(".")
+    return outer if name == "base" and outer in layers else path

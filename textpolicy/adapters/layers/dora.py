@@ -43,7 +43,7 @@ class DoRALayer(AdapterLayer):
 
     def delta(self) -> Float[mx.array, "rows columns"]:
         base = float_weight(self.base)
-        adapted = base + self.product()
+        adapted = base + super().delta()
         squares = mx.square(adapted).sum(axis=-1)
         return _divide_by_norm(self.m, squares, mx.array(True))[:, None] * adapted - base
 

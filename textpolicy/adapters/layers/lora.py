@@ -23,9 +23,6 @@ class LoRALinear(AdapterLayer):
             update = update + self.gated_bias()
         return y + update.astype(y.dtype)
 
-    def delta(self) -> Float[mx.array, "out in"]:
-        return self.product()
-
 
 class LoRAEmbedding(AdapterLayer):
     """LoRA around an embedding table. A: vocabulary x rank, B: rank x features.
@@ -50,9 +47,6 @@ class LoRAEmbedding(AdapterLayer):
         update = (self.gated_scale() * (self.dropout(x) @ self.lora_b.T)) @ self.lora_a.T
         return y + update.astype(y.dtype)
 
-    def delta(self) -> Float[mx.array, "vocabulary features"]:
-        return self.product()
-
 
 class LoRASwitchLinear(AdapterLayer):
     """LoRA around mlx-lm's expert layers. A: experts x rank x inputs, B: experts x outputs x rank.
@@ -76,6 +70,3 @@ class LoRASwitchLinear(AdapterLayer):
                 update, factor.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
             )
         return y + update.astype(y.dtype)
-
-    def delta(self) -> Float[mx.array, "experts out in"]:
-        return self.product()

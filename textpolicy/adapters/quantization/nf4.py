@@ -10,30 +10,19 @@ from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
-from jaxtyping import Float, Integer, UInt8, UInt64
+from jaxtyping import Float, Integer, UInt8
 
 from textpolicy.adapters.quantization.number_formats import WHOLE_ROW
 from textpolicy.adapters.quantization.packed_product import make_packed_product
 
 # The QLoRA paper's appendix E.
 NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
 _BOUNDARIES = [(low + high) / 2 for low, high in pairwise(NF4_LEVELS)]
 
 
@@ -57,7 +46,10 @@ def unpack_nf4(
     weight: UInt8[mx.array, "*rows half"], scales: Float[mx.array, "*rows groups"]
 ) -> Float[mx.array, "*rows in"]:
     """Return the float32 weights that the codes stand for."""
-    values = _pairs()[weight].view(mx.float32)
+    levels = mx.array(NF4_LEVELS)
+    pairs = mx.stack([mx.repeat(levels, 16), mx.tile(levels, 16)], axis=-1)
+    # The two levels of every byte as one 64-bit value: one look-up finds both.
+    values = pairs.view(mx.uint64).flatten()[weight].view(mx.float32)
     groups = mx.unflatten(values, -1, (scales.shape[-1], -1))
     return (groups * scales.astype(mx.float32)[..., None]).flatten(-2)
 
@@ -109,13 +101,6 @@ class NF4Embedding(nn.Module):
     ) -> Float[mx.array, "*batch vocabulary"]:
         """Return the logits that the table gives as an output head."""
         return _multiply_nf4(x, self.weight, self.scales)
-
-
-def _pairs() -> UInt64[mx.array, "bytes"]:
-    """Return the two levels of every byte as one 64-bit value, so that one look-up finds both."""
-    levels = mx.array(NF4_LEVELS)
-    pairs = mx.stack([mx.repeat(levels, 16), mx.tile(levels, 16)], axis=-1)
-    return pairs.view(mx.uint64).flatten()
 
 
 _multiply_nf4 = make_packed_product(unpack_nf4)

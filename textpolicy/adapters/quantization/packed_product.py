@@ -1,20 +1,29 @@
-"""Unpacking mlx's quantized weights, and products that unpack frozen weights twice.
+"""Products with packed weights, and layers that multiply many rows faster on a CPU.
 
-A product unpacks its weight for the forward pass and again for the gradient.
+A product unpacks its weight for the forward pass and again for the gradient. With automatic
+differentiation, the unpacked weights of the whole model would stay in memory until the backward
+pass, and packing would save nothing.
 
-With automatic differentiation, the unpacked weights of the whole model would stay in memory until
-the backward pass, and packing would save nothing.
+On a CPU, the time of mlx's kernels for packed weights grows with each row of inputs, which suits
+decoding one token. For more rows it is faster to unpack the weight once and multiply floats. Both
+give the same numbers up to rounding. `benchmarks/products.py` measures from how many rows.
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float
 
-PackedProduct = Callable[..., mx.array]
+from textpolicy.adapters.module_tree import replace_modules
+
+# The number of rows from which the product with unpacked weights is faster.
+_MANY_ROWS = {"affine": 3, "mxfp8": 2, "mxfp4": 24, "nvfp4": 24}
 
 
-def make_packed_product(unpack: Callable[..., mx.array]) -> PackedProduct:
+def make_packed_product(unpack: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """Return a function of x and of the arrays that `unpack` makes an outputs x inputs matrix of.
 
     The function multiplies in the dtype that `unpack` returns. Only x gets a gradient.
@@ -32,7 +41,7 @@ def make_packed_product(unpack: Callable[..., mx.array]) -> PackedProduct:
 
     product = mx.custom_function(forward)
     cast(Any, product).vjp(backward)
-    return cast(PackedProduct, product)
+    return cast(Any, product)
 
 
 def unpack_quantized(
@@ -55,3 +64,61 @@ def unpack_quantized(
         mode=mode,
         dtype=mx.float32,
     )
+
+
+class CPUQuantizedLinear(nn.QuantizedLinear):
+    """A `QuantizedLinear` with another product. `use_fast_products` makes one."""
+
+    def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
+        if not _has_many_rows(x, self.mode):
+            return super().__call__(x)
+        y = _multiply_unpacked(self, x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
+    """A `QuantizedEmbedding` with another product as an output head."""
+
+    def as_linear(
+        self, x: Float[mx.array, "*batch features"]
+    ) -> Float[mx.array, "*batch vocabulary"]:
+        """Return the logits that the table gives as an output head."""
+        return _multiply_unpacked(self, x) if _has_many_rows(x, self.mode) else super().as_linear(x)
+
+
+_FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.QuantizedLinear: CPUQuantizedLinear,
+    nn.QuantizedEmbedding: CPUQuantizedEmbedding,
+}
+
+
+def use_fast_products(model: nn.Module) -> None:
+    """On a CPU, replace mlx's quantized layers by these layers around the same arrays."""
+    if mx.default_device().type != mx.cpu:
+        return
+    slow = {path: m for path, m in model.named_modules() if type(m) in _FAST_CLASSES}
+    for path, module in slow.items():
+        fast_class = _FAST_CLASSES[type(module)]
+        made = fast_class.__new__(fast_class)
+        vars(made).update(vars(module))
+        # nn.Module.update takes parameters only.
+        dict.update(made, module)
+        replace_modules(model, {path: made})
+
+
+def _has_many_rows(x: mx.array, mode: str) -> bool:
+    rows = x.size // x.shape[-1]
+    # For inputs below float32, mlx's CPU kernels are slower for every number of rows.
+    return x.dtype != mx.float32 or rows >= _MANY_ROWS[mode]
+
+
+def _multiply_unpacked(module: Any, x: mx.array) -> mx.array:
+    arrays = (module["weight"], module["scales"], module.get("biases"))
+    product = _product_for(module.group_size, module.bits, module.mode)
+    return product(x, *(array for array in arrays if array is not None))
+
+
+@cache
+def _product_for(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
+    unpack = partial(unpack_quantized, group_size=group_size, bits=bits, mode=mode)
+    return make_packed_product(unpack)

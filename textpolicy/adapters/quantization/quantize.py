@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from textpolicy.adapters.module_tree import named_arrays, replace_modules
-from textpolicy.adapters.quantization.cpu_layers import use_fast_products
 from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear
 from textpolicy.adapters.quantization.number_formats import NumberFormat
+from textpolicy.adapters.quantization.packed_product import use_fast_products
 from textpolicy.adapters.quantization.stored_weights import (
     float_dtype,
     float_weight,
@@ -52,7 +52,14 @@ def quantize(
     _refuse_adapted(
         model, "Quantize the base before adapting it (create_qlora_setup does both), or unload"
     )
-    chosen, left_out = _choose_modules(model, number_format, predicate)
+    problems = {
+        path: quantization_problem(module, number_format)
+        for path, module in model.named_modules()
+        # mlx marks a module that it can quantize by this method.
+        if hasattr(module, "to_quantized") and (predicate is None or predicate(path, module))
+    }
+    left_out = {path: reason for path, reason in problems.items() if reason}
+    chosen = sorted(problems.keys() - left_out)
     if not chosen:
         reason = left_out or "no layer of the model can be quantized. Is it quantized already?"
         raise ModelError(f"There is nothing to quantize with bits={bits}, mode={mode!r}: {reason}")
@@ -132,20 +139,6 @@ def quantization_problem(module: nn.Module, number_format: NumberFormat) -> str 
     if number_format.mode == "nf4" and not isinstance(module, nn.Linear | nn.Embedding):
         return f"nf4 is for linear and embedding layers, this is {type(module).__name__}"
     return number_format.row_problem(module["weight"].shape[-1])
-
-
-def _choose_modules(
-    model: nn.Module, number_format: NumberFormat, predicate: ModulePredicate | None
-) -> tuple[list[str], dict[str, str]]:
-    """Return the paths to quantize, and the reason for each path that cannot be quantized."""
-    chosen = {
-        path: quantization_problem(module, number_format)
-        for path, module in model.named_modules()
-        # mlx marks a module that it can quantize by this method.
-        if hasattr(module, "to_quantized") and (predicate is None or predicate(path, module))
-    }
-    left_out = {path: reason for path, reason in chosen.items() if reason}
-    return sorted(chosen.keys() - left_out), left_out
 
 
 def _refuse_adapted(model: nn.Module, advice: str) -> None:

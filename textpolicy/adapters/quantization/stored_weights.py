@@ -1,7 +1,7 @@
 """Reading a module's weight, whatever its number format, and making float modules."""
 
 import sys
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,14 +16,7 @@ ModuleKind = Literal["linear", "embedding", "experts"]
 """How a module uses its weight."""
 # At most this many weights are float32 at once while a matrix is measured: 4 MB.
 _MEASURED_AT_ONCE = 2**20
-
-
-class _QuantizedModule(Protocol):
-    """The attributes by which mlx's quantized modules state their format."""
-
-    bits: int
-    group_size: int
-    mode: str
+_EXPERT_LAYERS = "mlx_lm.models.switch_layers"
 
 
 def module_kind(module: nn.Module) -> ModuleKind | None:
@@ -32,7 +25,11 @@ def module_kind(module: nn.Module) -> ModuleKind | None:
         return "linear"
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding | NF4Embedding):
         return "embedding"
-    return "experts" if isinstance(module, _expert_classes()) else None
+    # Importing mlx-lm takes seconds. A model with expert layers has imported this module already.
+    if (switch := sys.modules.get(_EXPERT_LAYERS)) is None:
+        return None
+    classes = (switch.SwitchLinear, switch.QuantizedSwitchLinear)
+    return "experts" if isinstance(module, classes) else None
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -44,7 +41,7 @@ def format_of(module: nn.Module) -> NumberFormat | None:
     """Return the number format of a module's weight, or None if the weight is float."""
     if not is_quantized(module):
         return None
-    packed = cast(_QuantizedModule, module)
+    packed = cast(Any, module)
     return NumberFormat(bits=packed.bits, group_size=packed.group_size, mode=packed.mode)
 
 
@@ -52,7 +49,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Return the shape of the module's unpacked weight."""
     *rows, stored = module["weight"].shape
     if is_quantized(module):
-        stored = stored * module["weight"].itemsize * 8 // cast(_QuantizedModule, module).bits
+        stored = stored * module["weight"].itemsize * 8 // module.bits
     return (*rows, stored)
 
 
@@ -115,12 +112,6 @@ def make_float_module(
     return made
 
 
-def _expert_classes() -> tuple[type, ...]:
-    # Importing mlx-lm takes seconds. A model with expert layers has imported this module already.
-    switch = sys.modules.get("mlx_lm.models.switch_layers")
-    return (switch.SwitchLinear, switch.QuantizedSwitchLinear) if switch else ()
-
-
 def _float_class(module: nn.Module) -> type[nn.Module]:
     match module_kind(module):
         case "linear":
@@ -128,7 +119,7 @@ def _float_class(module: nn.Module) -> type[nn.Module]:
         case "embedding":
             return nn.Embedding
         case "experts":
-            return sys.modules["mlx_lm.models.switch_layers"].SwitchLinear
+            return sys.modules[_EXPERT_LAYERS].SwitchLinear
         case None:
             raise ModelError(
                 f"A {type(module).__name__} has no weight that can be replaced. Only linear, "
@@ -136,7 +127,7 @@ def _float_class(module: nn.Module) -> type[nn.Module]:
             )
 
 
-def _float_rows(module: nn.Module, rows: slice) -> mx.array:
+def _float_rows(module: Any, rows: slice) -> mx.array:
     weight = module["weight"][rows]
     if not is_quantized(module):
         return weight.astype(mx.float32)
@@ -144,14 +135,13 @@ def _float_rows(module: nn.Module, rows: slice) -> mx.array:
     if isinstance(module, NF4Linear | NF4Embedding):
         return unpack_nf4(weight, scales)
     biases = module.get("biases")
-    packed = cast(_QuantizedModule, module)
     unpacked = unpack_quantized(
         weight,
         scales,
         None if biases is None else biases[rows],
-        group_size=packed.group_size,
-        bits=packed.bits,
-        mode=packed.mode,
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
     )
     global_scale = module.get("global_scale")
     if global_scale is None:
