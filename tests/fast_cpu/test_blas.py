@@ -1,4 +1,4 @@
-"""The swap of mlx's BLAS: right products, and nothing changed where it cannot be right."""
+"""OpenBLAS in place of mlx's BLAS: right products, and no change where a product is wrong."""
 
 import ctypes
 import json
@@ -176,7 +176,7 @@ def test_a_library_that_cannot_be_opened_is_declined_with_its_path():
 
 
 @linux
-def test_functions_that_do_not_multiply_are_noticed_and_taken_back():
+def test_functions_that_do_not_multiply_are_noticed_and_undone():
     before = fast_cpu.enable()
     harmless = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value
     with pytest.raises(
@@ -239,7 +239,7 @@ print(fast_cpu.enable().threads, min(spent))
 
 
 @linux
-def test_threads_of_the_blas_sleep_between_products_unless_they_are_told_otherwise():
+def test_threads_of_the_blas_sleep_between_products_unless_the_environment_says_otherwise():
     pytest.importorskip("scipy_openblas32")
 
     def spent(**settings: str) -> tuple[int, float]:
@@ -252,6 +252,6 @@ def test_threads_of_the_blas_sleep_between_products_unless_they_are_told_otherwi
 
     threads, seconds = spent(OPENBLAS_NUM_THREADS="2")
     if threads < 2:
-        pytest.skip("one thread looks out for nothing")
+        pytest.skip("a single thread does not poll for products")
     assert seconds < 0.005
     assert spent(OPENBLAS_NUM_THREADS="2", OPENBLAS_THREAD_TIMEOUT="28")[1] > 0.01

@@ -1,4 +1,4 @@
-"""The functions that take the place of mlx-lm's on a CPU: the same values, the same gradients."""
+"""The faster functions for a CPU have the values and the gradients of mlx-lm's functions."""
 
 import math
 
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("size")
 cpu = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU keeps mlx's functions")
 
 
-@pytest.fixture(params=[array_slices.SLICE_SIZE, 16, 1], ids="pieces of {}".format)
+@pytest.fixture(params=[array_slices.SLICE_SIZE, 16, 1], ids="slices of {}".format)
 def size(request, monkeypatch):
-    """Everything gives the same whether arrays are taken whole, in parts, or in the smallest."""
+    """Run every test with whole arrays, with small slices and with slices of one number."""
     for module in (array_slices, attention):
         monkeypatch.setattr(module, "SLICE_SIZE", request.param)
     return request.param
@@ -36,7 +36,7 @@ def test_the_exponential_is_exact_to_its_last_digits(function):
     assert np.abs(np.array(function(mx.array(x[-40:]))) / exact[-40:] - 1).max() < 5e-7
 
 
-def test_the_exponential_of_what_is_no_ordinary_number():
+def test_the_exponential_of_zero_infinity_and_nan():
     x = mx.array([0.0, -0.0, -math.inf, -1e30, math.inf, 1e30, 100.0])
     assert exp(x).tolist() == [1, 1, 0, 0, math.inf, math.inf, math.inf]
     assert math.isnan(exp(mx.array(math.nan)).item())
@@ -65,7 +65,7 @@ def test_swiglu_at_the_far_ends():
 
 
 def gradients(function, weight, *inputs):
-    """Of a weighted sum of what the function returns."""
+    """Return the gradients of a weighted sum of the function's results."""
 
     def total(*inputs):
         return (function(*inputs) * weight).sum()
@@ -170,7 +170,7 @@ def test_only_this_model_calls_them(monkeypatch):
     assert [type(module) for module in plain.modules()] == [
         type(module) for module in qwen3_model().modules()
     ]
-    # What mlx-lm sees under these names is its own, as before.
+    # mlx-lm's own names stay as they were.
     monkeypatch.setattr(qwen3, "swiglu", None)
     monkeypatch.setattr(qwen3, "scaled_dot_product_attention", None)
     mx.eval(model(TOKENS))
