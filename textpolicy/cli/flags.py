@@ -12,6 +12,7 @@ from argparse import (
 )
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -79,7 +80,7 @@ def add_setting(parser: Any, setting: Setting, **rest: Any) -> None:
     """Add the flag of one setting."""
     shape: dict[str, Any] = {"action": BooleanOptionalAction}
     if setting.annotation is not bool:
-        shape = {"type": converter(setting.parse), "metavar": setting.metavar}
+        shape = {"type": partial(parse_flag, setting.parse), "metavar": setting.metavar}
     known = {"dest": setting.key, "default": SUPPRESS, "help": help_of(setting)}
     parser.add_argument(setting.flag, **(known | shape | rest))
 
@@ -89,16 +90,12 @@ def help_of(setting: Setting) -> str:
     return f"{setting.option.help} (default: {setting.shown_default})".replace("%", "%%")
 
 
-def converter(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a `type` for argparse that reports wrong values with the message of `parse`."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ConfigError as error:
-            raise ArgumentTypeError(str(error)) from error
-
-    return convert
+def parse_flag(parse: Callable[[str], Any], text: str) -> Any:
+    """Return the parsed text; argparse reports a wrong value with the message of `parse`."""
+    try:
+        return parse(text)
+    except ConfigError as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 def add_config_file(parser: ArgumentParser, config: Any) -> None:

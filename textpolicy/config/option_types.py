@@ -92,15 +92,11 @@ def _choice(values: tuple[str | int, ...]) -> OptionType:
     )
 
 
-def _exactly(*types: type) -> Callable[[Any], Any]:
-    """Return a function that accepts values of these types only; True is not a number."""
-
-    def check(value: Any) -> Any:
-        if type(value) not in types:
-            raise ValueError(value)
-        return value
-
-    return check
+def _exactly(value: Any, *types: type) -> Any:
+    """Return the value; raise ValueError if it has none of these types. True is not a number."""
+    if type(value) not in types:
+        raise ValueError(value)
+    return value
 
 
 def _truth(text: str) -> bool:
@@ -118,7 +114,7 @@ def _number(value: str | float) -> float:
 
 def _text(value: Any) -> str:
     # A lone surrogate, from a file name in another encoding, cannot be written as UTF-8.
-    return _exactly(str)(value).encode().decode()
+    return _exactly(value, str).encode().decode()
 
 
 def _path(value: Any) -> Path:
@@ -131,24 +127,37 @@ def _nothing(value: Any) -> None:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    return tuple(_text(name) for name in _exactly(list, tuple)(value))
+    return tuple(_text(name) for name in _exactly(value, list, tuple))
 
 
 def _table(text: str) -> Table:
-    return _exactly(dict)(tomllib.loads(f"table = {text}")["table"])
+    return _exactly(tomllib.loads(f"table = {text}")["table"], dict)
 
 
-_NONE = OptionType(words="none", from_text=_nothing, from_toml=_exactly(NoneType), metavar="none")
+_NONE = OptionType(
+    words="none",
+    from_text=_nothing,
+    from_toml=lambda value: _exactly(value, NoneType),
+    metavar="none",
+)
 _TYPES: dict[Any, OptionType] = {
     NoneType: _NONE,
     bool: OptionType(
-        words="true or false", from_text=_truth, from_toml=_exactly(bool), metavar="BOOL"
+        words="true or false",
+        from_text=_truth,
+        from_toml=lambda value: _exactly(value, bool),
+        metavar="BOOL",
     ),
-    int: OptionType(words="a whole number", from_text=int, from_toml=_exactly(int), metavar="N"),
+    int: OptionType(
+        words="a whole number",
+        from_text=int,
+        from_toml=lambda value: _exactly(value, int),
+        metavar="N",
+    ),
     float: OptionType(
         words="a number",
         from_text=_number,
-        from_toml=lambda value: _number(_exactly(int, float)(value)),
+        from_toml=lambda value: _number(_exactly(value, int, float)),
         metavar="X",
     ),
     str: OptionType(words="text", from_text=_text, from_toml=_text, metavar="TEXT"),
@@ -160,5 +169,10 @@ _TYPES: dict[Any, OptionType] = {
         from_toml=_names,
         metavar="TEXT,...",
     ),
-    Table: OptionType(words="a table", from_text=_table, from_toml=_exactly(dict), metavar="TABLE"),
+    Table: OptionType(
+        words="a table",
+        from_text=_table,
+        from_toml=lambda value: _exactly(value, dict),
+        metavar="TABLE",
+    ),
 }
