@@ -445,6 +445,7 @@ SOUND_PACKAGES: list[dict[str, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_every_file_keeps_the_rule(rule: Rule) -> None:
     sources = read_sources(RULES[rule])
@@ -452,6 +453,7 @@ def test_every_file_keeps_the_rule(rule: Rule) -> None:
     assert not complaints, "\n".join(complaints)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", PACKAGE_RULES, ids=lambda rule: rule.__name__)
 def test_the_package_keeps_the_rule(rule: PackageRule) -> None:
     complaints = list(rule(read_sources()))
@@ -542,6 +544,7 @@ def test_importing_textpolicy_leaves_the_heavy_libraries_alone() -> None:
     assert not heavy & set(loaded)
 
 
+@pytest.mark.slow
 def test_importing_every_module_prints_nothing() -> None:
     modules = [source.module for source in read_sources() if not source.module.endswith("__main__")]
     assert run_python("\n".join(f"import {module}" for module in modules)) == ""

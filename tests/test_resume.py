@@ -84,6 +84,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(mx.array_equal(one[n], other[n]) for n in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("until", [2, 5])
 def test_a_resumed_run_computes_the_same_numbers(load_tiny, tmp_path, mode, until):
@@ -100,6 +101,7 @@ def test_a_resumed_run_computes_the_same_numbers(load_tiny, tmp_path, mode, unti
     assert not same(resumed.weights(), stopped.weights())
 
 
+@pytest.mark.slow
 def test_rollouts_of_several_steps_are_sampled_at_once_and_trained_on_in_turn(load_tiny, tmp_path):
     run = Run(load_tiny, tmp_path, steps_per_generation=3).train()
     assert [step for step, row in run.rows.items() if "reward" in row] == [0, 3]
@@ -110,6 +112,7 @@ def test_rollouts_of_several_steps_are_sampled_at_once_and_trained_on_in_turn(lo
     assert min(moved[1], moved[2], moved[4], moved[5]) > 1e-3
 
 
+@pytest.mark.slow
 def test_reward_failures_before_a_checkpoint_count_after_the_resume(load_tiny, tmp_path):
     calls = count()
 
@@ -131,6 +134,7 @@ def test_reward_failures_before_a_checkpoint_count_after_the_resume(load_tiny, t
     assert max(resumed.rows) == 2
 
 
+@pytest.mark.slow
 def test_the_time_to_save_a_checkpoint_is_part_of_the_next_step(load_tiny, tmp_path):
     run = Run(load_tiny, tmp_path)
     run.checkpoints.every = 2
@@ -146,6 +150,7 @@ def test_the_time_to_save_a_checkpoint_is_part_of_the_next_step(load_tiny, tmp_p
     assert not resumed.times
 
 
+@pytest.mark.slow
 def test_adapters_published_after_the_checkpoint_are_replaced_on_resume(load_tiny, tmp_path):
     run = Run(load_tiny, tmp_path).train(until=3)
     before = run.checkpoints.newest()
@@ -156,6 +161,7 @@ def test_adapters_published_after_the_checkpoint_are_replaced_on_resume(load_tin
     assert resumed.policy.version == resumed.trainer.version == 4
 
 
+@pytest.mark.slow
 def test_a_curriculum_is_resumed_too(load_tiny, tmp_path):
     def tasks():
         return MixedTaskCurriculum(load("add").stream(0), share=0.5, seed=2)
@@ -190,6 +196,7 @@ def test_a_curriculum_without_a_state_is_an_error_in_a_run_with_checkpoints(load
         Run(load_tiny, tmp_path).train(tasks=CurriculumWithoutState())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(load_tiny, tmp_path):
     checkpoint = Run(load_tiny, tmp_path).train(until=1).checkpoints.newest()
     other = Run(load_tiny, tmp_path / "other", rank=3)
@@ -199,6 +206,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(load_tiny, t
     assert same(other.weights(), before)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_base_is_refused(load_tiny, tmp_path):
     checkpoint = Run(load_tiny, tmp_path).train(until=1).checkpoints.newest()
     checkpoint.facts["trainer"]["base"] = "another"
@@ -206,6 +214,7 @@ def test_a_checkpoint_of_another_base_is_refused(load_tiny, tmp_path):
         Run(load_tiny, tmp_path / "other").train(resume=checkpoint)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_a_state_before_its_first_update(load_tiny, tmp_path):
     fresh = Run(load_tiny, tmp_path / "fresh")
     trainer, state = fresh.trainer, fresh.trainer.state()
@@ -216,6 +225,7 @@ def test_a_run_resumes_from_a_state_before_its_first_update(load_tiny, tmp_path)
     assert trainer.version > 0
 
 
+@pytest.mark.slow
 def test_json_can_hold_the_facts_of_a_checkpoint(load_tiny, tmp_path):
     run = Run(load_tiny, tmp_path, steps_per_generation=3).train(until=2)
     facts = run.checkpoints.newest().facts

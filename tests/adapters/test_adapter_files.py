@@ -341,6 +341,7 @@ except AdapterError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(path):
     write(path, 1)
     command = [sys.executable, "-c", WRITER_WITHOUT_ROOM, str(path)]
@@ -477,6 +478,7 @@ for version in range(1, count + 1):
 """
 
 
+@pytest.mark.slow
 def test_200_versions_from_another_process_are_read_whole_and_the_last_one_is_the_newest(path):
     count = 200
     watcher = AdapterWatcher(path)

@@ -21,6 +21,7 @@ def test_the_committed_pages_are_what_the_tool_writes():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_page_or_table_that_differs_is_noticed_and_repaired(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -36,6 +36,7 @@ def test_the_names_are_those_of_the_files():
     assert set(ALGORITHMS) == set(algorithms.names()) == files
 
 
+@pytest.mark.slow
 def test_the_names_are_written_nowhere_else():
     listed = {
         str(path.relative_to(PACKAGE)): names

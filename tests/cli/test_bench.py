@@ -55,6 +55,7 @@ def test_the_peaks_of_memory_are_near_the_plan(benched):
     assert played["planned_bytes"] is None
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_what_runs(benched):
     asked, _ = benched("--beta", "0.1", "--max-tokens", "2", "--env", "sort", "--dtype", "bfloat16")
     plain, _ = benched("--max-tokens", "2", "--env", "sort")
@@ -74,6 +75,7 @@ def test_a_slow_reward_is_called_and_is_seen(benched, tmp_path):
     assert isolated["seconds"]["reward"] > 0
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_all_the_time_is_the_measurement(benched):
     started = time.perf_counter()
     data, _ = benched(seconds=0.001)
@@ -144,6 +146,7 @@ def test_what_train_can_do_can_be_timed(flags, benched):
     assert data["steps"] == 1 and sum(data["shares"].values()) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_written_down_is_timed_with_tasks_and_adapters_of_its_own(
     benched, load_tiny, tmp_path
 ):

@@ -134,6 +134,7 @@ def test_misuse_exits_with_2_and_the_usage(argv, capsys):
     assert usage.startswith("usage: textpolicy") and "error: " in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_mistyped_flag_is_answered_with_the_nearest_in_every_command(command, capsys):
     for action in subcommands()[command]._actions:
@@ -329,6 +330,7 @@ def test_a_seed_makes_a_run_repeatable(answer, tmp_path, rewards):
     assert adapters("a2", "1") != adapters("c", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [[], ["--quantize", "4"]], ids=["float", "4-bit"])
 def test_eval_shows_trained_adapters_beside_their_base(quantize, answer, tmp_path, rewards, capsys):
     argv = ["train", *SMALL_RUN, "--reward", rewards("checksum"), "--steps", "3", "--lr", "0.01"]
@@ -355,6 +357,7 @@ def test_eval_without_adapters_scores_the_base(answer):
     assert "adapter" not in report
 
 
+@pytest.mark.slow
 def test_demo_ends_with_one_line_of_four_numbers(answer):
     report = answer("demo", "--steps", "1")
     assert list(report) == ["before", "after", "seconds", "steps"]
@@ -426,6 +429,7 @@ def test_an_output_folder_with_an_earlier_run_is_left_as_it_is(failure, tmp_path
     assert (tmp_path / "adapters" / "latest.safetensors").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_before_its_first_update_leaves_its_folder_usable(
     failure, answer, rewards, tmp_path
 ):
@@ -439,6 +443,7 @@ def test_a_run_that_fails_before_its_first_update_leaves_its_folder_usable(
     assert '"reward"' in first and '"eval/reward"' in last
 
 
+@pytest.mark.slow
 def test_a_run_without_any_signal_says_so_and_leaves_adapters_that_change_nothing(
     answer, rewards, tmp_path, capsys
 ):

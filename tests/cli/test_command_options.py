@@ -114,6 +114,7 @@ def sample(answer, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_truncation_to_the_likeliest_token_is_greedy_decoding(command, sample):
     greedy = sample(command, "--temperature", "0")
@@ -183,6 +184,7 @@ def test_eval_samples_at_the_chosen_temperature(evaluated):
     assert cold["avg@2"] == cold["reward"] != hot["avg@2"]
 
 
+@pytest.mark.slow
 def test_eval_scores_each_environment_with_its_own_reward(answer, files):
     rows = ["--data", str(files / "rows.jsonl"), "--prompt", "{question}", "--count", "4"]
     reward = ["--reward", f"{files / 'rewards.py'}:length"]
@@ -199,6 +201,7 @@ def test_eval_counts_rewards_above_the_threshold_as_correct(evaluated):
     assert evaluated("length", *asked, "--eval-good", "1000")["pass@1"] == 0
 
 
+@pytest.mark.slow
 def test_eval_loads_weights_of_the_chosen_dtype(evaluated):
     asked = ["--env", "add", "--eval-samples", "4", "--max-tokens", "64", "--eval-temperature", "3"]
     half = evaluated("checksum", *asked, "--dtype", "bfloat16")
@@ -320,6 +323,7 @@ def test_reinforcement_learning_starts_from_adapters_trained_with_dropout(answer
     assert learned(files / "rl").version > learned(files / "warm").version
 
 
+@pytest.mark.slow
 def test_a_refused_resume_does_not_change_the_options_of_the_run(files, capsys):
     small = ["--env", "add", "--steps", "1", "--count", "4", "--groups-per-step", "2"]
     task = [*small, "--reward", f"{files / 'rewards.py'}:checksum", "--rank", "2"]

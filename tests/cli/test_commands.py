@@ -265,6 +265,7 @@ def test_a_reader_that_closes_the_pipe_early_causes_no_error(runs):
     assert process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_run_continues_after_the_reader_of_its_output_has_closed_the_pipe(tmp_path):
     small = ["--steps", "3", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
     argv = ["train", "--env", "add", *small, "--output", str(tmp_path / "run")]

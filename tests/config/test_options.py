@@ -105,6 +105,7 @@ def test_dtype_is_that_of_the_weights(assembled):
     assert model.model.norm.weight.dtype == mx.bfloat16
 
 
+@pytest.mark.slow
 def test_quantize_packs_the_base_as_mode_and_group_say(assembled):
     def packed(**options: Any) -> Any:
         model = assembled(model__quantize=4, **options).trainer.model
@@ -174,6 +175,7 @@ def test_an_adapter_config_is_read_from_its_file(assembled, tmp_path):
     assert rule.rank == 5
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_adapters_of_a_file(assembled, tmp_path):
     begun = assembled(adapter__rank=2, run__seed=5)
     first = begun.adapters
@@ -236,6 +238,7 @@ def test_an_estimator_without_a_divergence_is_refused():
     assert changed(TrainConfig(), {"algorithm.kl": "k2", "algorithm.options": {"beta": 0.1}})
 
 
+@pytest.mark.slow
 def test_what_the_algorithm_asks_of_the_trainer_holds_until_it_is_said_otherwise(assembled):
     trainer = assembled(algorithm__name="rloo").trainer
     assert dict(get("rloo").trainer) == {
@@ -248,6 +251,7 @@ def test_what_the_algorithm_asks_of_the_trainer_holds_until_it_is_said_otherwise
     assert assembled(algorithm__name="gspo", trainer__mini_batches=2).trainer.mini_batches == 2
 
 
+@pytest.mark.slow
 def test_without_a_divergence_in_the_reward_rloo_scores_no_reference(assembled):
     words = {"algorithm__name": "rloo", "algorithm__reward_kl": 0.0}
     assert assembled(**words).trainer.reference is None
@@ -265,6 +269,7 @@ def test_reward_kl_old_logprobs_and_truncated_are_the_trainers(assembled):
     assert (trainer.old_logprobs, trainer.truncated) == ("fresh", "mask")
 
 
+@pytest.mark.slow
 def test_a_reference_may_be_another_model(assembled):
     trainer = assembled(algorithm__name="distillation", algorithm__reference="tiny").trainer
     assert isinstance(trainer.reference, nn.Module)
@@ -272,6 +277,7 @@ def test_a_reference_may_be_another_model(assembled):
         assembled(algorithm__name="distillation")
 
 
+@pytest.mark.slow
 def test_overlong_cache_takes_reward_off_the_last_tokens(assembled):
     trainer = assembled(sampling__max_tokens=10, algorithm__overlong_cache=4).trainer
     advantages = trainer.advantage_fn(mx.zeros((1, 3)), lengths=mx.array([[4.0, 8.0, 10.0]]))
@@ -321,12 +327,14 @@ def test_the_rest_of_the_trainer(assembled):
     assert trainer.checkpoint_gradients
 
 
+@pytest.mark.slow
 def test_refill_rounds_are_those_of_the_algorithm_or_those_asked_for(assembled):
     assert assembled().refill_rounds == 1
     assert assembled(algorithm__name="dapo").refill_rounds == 10
     assert assembled(algorithm__name="dapo", rollout__refill_rounds=3).refill_rounds == 3
 
 
+@pytest.mark.slow
 def test_the_seed_draws_the_adapters(assembled):
     experiments = [assembled(run__seed=seed) for seed in (1, 1, 2)]
     first, again, other = (experiment.adapters.parameters() for experiment in experiments)
@@ -388,6 +396,7 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
     assert "step 2" in (tmp_path / "events.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_service_whose_package_is_missing_stops_a_run_before_its_first_step(
     tmp_path, monkeypatch
 ):
@@ -399,6 +408,7 @@ def test_a_service_whose_package_is_missing_stops_a_run_before_its_first_step(
     assert not RunDirectory(tmp_path).metrics.exists()
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp_path):
     (tmp_path / "fall.py").write_text(
         "calls = 0\n"
@@ -420,6 +430,7 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
     assert peek_version(RunDirectory(tmp_path).best) == 1
 
 
+@pytest.mark.slow
 def test_of_each_step_a_run_keeps_so_many_groups_of_samples(tmp_path):
     values = {
         "rollout.group_size": 2,

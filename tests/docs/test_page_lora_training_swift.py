@@ -60,6 +60,7 @@ def test_training_parameters_and_their_defaults():
     assert {name: defaults[name] for name in page} == page
 
 
+@pytest.mark.slow
 def test_training_workflow(prepared, tmp_path):
     model, tokenizer, adapters = prepared
     seen = []
@@ -199,6 +200,7 @@ def test_a_custom_loss(prepared):
     assert called and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_evaluation_on_all_data_or_on_so_many_batches(prepared):
     model, tokenizer, _ = prepared
     every = evaluate_sft(model, VALID, tokenizer=tokenizer, batch_size=4, batches=0)
@@ -211,6 +213,7 @@ def test_evaluation_on_all_data_or_on_so_many_batches(prepared):
     assert some != every
 
 
+@pytest.mark.slow
 def test_saving_and_loading(prepared, load_tiny, tmp_path):
     model, tokenizer, adapters = prepared
     parameters = small(adapter_path=tmp_path / "adapter.safetensors")
@@ -226,6 +229,7 @@ def test_saving_and_loading(prepared, load_tiny, tmp_path):
     assert config["lora_parameters"].items() >= {"rank": 8, "scale": 10.0, "dropout": 0.0}.items()
 
 
+@pytest.mark.slow
 def test_memory_is_saved_by_smaller_batches_and_by_gradient_checkpointing(prepared):
     model, tokenizer, _ = prepared
     long = [" ".join(TRAIN[n : n + 20]) for n in range(8)]
@@ -240,6 +244,7 @@ def test_memory_is_saved_by_smaller_batches_and_by_gradient_checkpointing(prepar
     assert peak(batch_size=8, checkpoint_gradients=True) < 0.95 * whole
 
 
+@pytest.mark.slow
 def test_the_complete_example(tmp_path: Path):
     """As a user writes it, from the names at the top alone."""
     model, tokenizer = tp.load_model("tiny")

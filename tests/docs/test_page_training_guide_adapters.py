@@ -65,6 +65,7 @@ def fine_tune(model: nn.Module, steps: int = 20, learning_rate: float = 1e-2) ->
 # How LoRA works
 
 
+@pytest.mark.slow
 def test_base_weights_are_frozen_and_small_matrices_are_trained(model):
     before = tree_flatten(model.parameters(), destination={})
     container = AdapterContainer.from_model(model, AdapterConfig.from_dict(LORA_CONFIG))
@@ -205,6 +206,7 @@ def test_dropout_acts_while_training_and_not_when_serving(model):
     assert mx.array_equal(model(PROMPT), model(PROMPT))
 
 
+@pytest.mark.slow
 def test_a_base_in_8_bits_is_trained_and_merged_to_float(model):
     # load_in_8bit and prepare_model_for_kbit_training in one.
     quantize(model, bits=8)

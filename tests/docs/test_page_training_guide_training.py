@@ -67,6 +67,7 @@ def rows(folder):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_training_command(tmp_path, capsys):
     """Every option of the page's command and of its script, in ours."""
     instructions(tmp_path)
@@ -109,6 +110,7 @@ def test_epochs_count_updates_of_the_effective_batch(load_tiny, tmp_path):
     assert iterations_of(3, data.train, parameters) == 3 * 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_does_not_decrease_needs_a_higher_rate_and_too_high_a_one_diverges(
     load_tiny, tmp_path
 ):
@@ -129,6 +131,7 @@ def test_a_loss_that_does_not_decrease_needs_a_higher_rate_and_too_high_a_one_di
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_overfitting_shows_and_early_stopping_keeps_the_best_adapter(load_tiny, tmp_path):
     """Few rows, many epochs: training loss falls, validation loss rises, the best file stays."""
     model, tokenizer = load_tiny()
@@ -162,6 +165,7 @@ def test_overfitting_shows_and_early_stopping_keeps_the_best_adapter(load_tiny, 
     assert best.version == result.best_iteration < result.iteration
 
 
+@pytest.mark.slow
 def test_the_adapter_is_used_directly_or_merged(load_tiny, tmp_path):
     model, tokenizer = load_tiny()
     data = load_data(instructions(tmp_path), Encoding(tokenizer=tokenizer), validation_share=0)

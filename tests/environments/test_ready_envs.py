@@ -18,11 +18,13 @@ def problem(task):
     return str((task.prompt, dict(task.example), task.seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_environment_keeps_the_contract(name):
     check_env(load(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_held_out_problem_is_ever_trained_on(name):
     environment = load(name)

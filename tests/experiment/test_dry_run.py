@@ -42,6 +42,7 @@ def test_it_prints_a_config_that_can_be_given_back(planned, tmp_path):
     assert read_toml(tmp_path / "again.toml", TrainConfig()) == changed(TrainConfig(), values)
 
 
+@pytest.mark.slow
 def test_it_starts_nothing_and_reads_no_weight(planned, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -83,6 +84,7 @@ def test_measuring_goes_with_a_dry_run(capsys):
     assert "Type --dry-run --measure" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_memory_grows_with_what_makes_it_grow(capsys):
     def training(*more: str) -> int:
         assert main([*ARGV, *more, "--dry-run", "--json"]) == 0
@@ -96,6 +98,7 @@ def test_the_memory_grows_with_what_makes_it_grow(capsys):
     assert training("--quantize", "4") < usual < training("--max-tokens", "200")
 
 
+@pytest.mark.slow
 def test_a_teacher_s_weights_are_in_the_plan(planned, tiny):
     _, alone = planned(*ARGV)
     text, taught = planned(*ARGV, "--algorithm", "distillation", "--reference", "tiny")
@@ -106,6 +109,7 @@ def test_a_teacher_s_weights_are_in_the_plan(planned, tiny):
     assert "reference" in text.partition("\nprompt  ")[2]
 
 
+@pytest.mark.slow
 def test_of_several_turns_it_says_that_they_are_not_planned(planned):
     words = "several are not planned"
     assert words in planned("train", "--env", "hilo")[0]

@@ -43,12 +43,14 @@ def advantages_of(directory: RunDirectory) -> list[float]:
     return [row["mine/advantage"] for row in rows if "mine/advantage" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [["--algorithm", "mine.py"], ["--config", "run.toml"]])
 def test_a_file_trains_from_the_shell_with_its_options(folder, named):
     assert main([*RUN, *named, "--steps", "2", "--output", "run"]) == 0
     assert advantages_of(RunDirectory(folder / "run")) == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_one_function_of_the_file_can_be_named(folder, capsys):
     (folder / "mine.py").write_text(MINE.replace("policy_loss", "my_loss"))
     asked = ["train", "--env", "add", "--group-size", "2", "--groups-per-step", "2"]
@@ -59,6 +61,7 @@ def test_one_function_of_the_file_can_be_named(folder, capsys):
     assert "did you mean 'my_loss'" in capsys.readouterr().err.lower()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_file_is_resumed_to_the_same_numbers(folder):
     asked = [*RUN, "--algorithm", "mine.py"]
     assert main([*asked, "--steps", "3", "--output", "whole"]) == 0

@@ -108,6 +108,7 @@ def test_a_run_that_a_signal_ends_goes_on_to_the_same_directory(tmp_path, whole,
     same_end(directory, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc for handlers")
 def test_a_signal_in_the_first_evaluation_leaves_a_run_to_go_on_with(tmp_path):
     process = begun(tmp_path / "run", 0, "--count", "512")
@@ -127,6 +128,7 @@ def heeds(pid, number):
     return int(caught.split()[1], 16) >> (number - 1) & 1
 
 
+@pytest.mark.slow
 def test_other_tasks_are_refused_unless_forced(tmp_path, capsys):
     data, run = tmp_path / "rows.jsonl", str(tmp_path / "run")
     rows_of_tasks = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(12)]
@@ -142,6 +144,7 @@ def test_other_tasks_are_refused_unless_forced(tmp_path, capsys):
     assert main(["train", "--resume", run, "--force"]) == 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_measured_again_and_nothing_else(whole, capsys):
     before = rows(whole)
     assert main(["train", "--resume", str(whole.path), "--json"]) == 0
@@ -149,6 +152,7 @@ def test_a_finished_run_is_measured_again_and_nothing_else(whole, capsys):
     assert rows(whole) == before
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_with_the_differences_unless_forced(whole, tmp_path, capsys):
     argv = ["train", "--resume", str(whole.path), "--lr", "0.5", "--beta", "0.1"]
     assert main(argv) == 2
@@ -160,6 +164,7 @@ def test_another_config_is_refused_with_the_differences_unless_forced(whole, tmp
     assert main(["train", "--resume", str(whole.path), "--tensorboard"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_lies_and_is_not_taken_elsewhere(tmp_path, capsys):
     small = ["--steps", "2", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
     begun, moved, elsewhere = (tmp_path / name for name in ("begun", "moved", "elsewhere"))
@@ -178,6 +183,7 @@ def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):
     assert "holds no run to resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_forcing_goes_on_with_the_new_options(tmp_path, capsys):
     small = ["--steps", "4", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
     argv = ["train", "--env", "add", *small, "--output", str(tmp_path / "run")]
@@ -197,6 +203,7 @@ def test_a_second_writer_is_refused(whole, capsys):
         pass
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_damaged_is_passed_over(tmp_path, whole, capsys):
     directory = RunDirectory(tmp_path / "run")
     assert main([*RUN, "--output", str(directory.path)]) == 0
@@ -207,6 +214,7 @@ def test_a_checkpoint_that_is_damaged_is_passed_over(tmp_path, whole, capsys):
     same_end(directory, whole)
 
 
+@pytest.mark.slow
 def test_lost_numbers_are_told_and_a_run_whose_beginning_is_lost_is_refused(tmp_path, capsys):
     small = ["--steps", "3", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
     directory = RunDirectory(tmp_path / "run")
@@ -234,6 +242,7 @@ raise SystemExit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_the_disk_ends_says_how_it_goes_on(tmp_path):
     path = str(tmp_path / "run")
     small = ["--count", "4", "--groups-per-step", "2", "--group-size", "2"]

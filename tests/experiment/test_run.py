@@ -54,6 +54,7 @@ def assert_same_run(one, other):
         assert all((array == others[key]).all().item() for key, array in arrays.items())
 
 
+@pytest.mark.slow
 def test_a_run_from_python_leaves_the_same_directory_as_the_command(tmp_path):
     result = tp.run(SMALL_CONFIG | {"run": {"steps": 2}}, output=tmp_path / "python")
     command = RunDirectory(tmp_path / "command")
@@ -65,6 +66,7 @@ def test_a_run_from_python_leaves_the_same_directory_as_the_command(tmp_path):
     assert result.after.value == metrics(command)[-1]["eval/reward"]
 
 
+@pytest.mark.slow
 def test_a_supervised_run_from_python_leaves_the_same_directory_as_the_command(tmp_path, rows):
     config = {"data": {"source": rows}, "trainer": {"iterations": 3}, "run": {"steps_per_eval": 2}}
     result = tp.run(config, output=tmp_path / "python")
@@ -75,6 +77,7 @@ def test_a_supervised_run_from_python_leaves_the_same_directory_as_the_command(t
     assert (result.ended, result.steps, result.after.name) == ("finished", 3, "validation loss")
 
 
+@pytest.mark.slow
 def test_both_kinds_of_run_have_one_layout(tmp_path, rows):
     config = {"data": {"source": rows}, "trainer": {"iterations": 2}}
     supervised = tp.run(config, output=tmp_path / "sft").directory
@@ -84,6 +87,7 @@ def test_both_kinds_of_run_have_one_layout(tmp_path, rows):
     assert common <= set(names(supervised)) and common <= set(names(learned))
 
 
+@pytest.mark.slow
 def test_events_tell_the_run_in_order_and_a_listener_may_stop_it(tmp_path):
     events = []
 
@@ -97,6 +101,7 @@ def test_events_tell_the_run_in_order_and_a_listener_may_stop_it(tmp_path):
     assert [event for event in events if event[0] != "note"] == told
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed_to_the_same_directory(tmp_path):
     whole = tp.run(SMALL_CONFIG | {"run": {"steps": 3}}, output=tmp_path / "whole").directory
     stop = lambda event: tp.Progress.STOP if event.kind == "step" else None  # noqa: E731
@@ -108,6 +113,7 @@ def test_a_stopped_run_is_resumed_to_the_same_directory(tmp_path):
     assert_same_run(second.directory, whole)
 
 
+@pytest.mark.slow
 def test_a_mapping_changes_a_resumed_run_and_a_change_of_numbers_needs_force(tmp_path):
     folder = tmp_path / "run"
     tp.run(SMALL_CONFIG | {"run": {"steps": 1}}, output=folder)
@@ -117,6 +123,7 @@ def test_a_mapping_changes_a_resumed_run_and_a_change_of_numbers_needs_force(tmp
     assert read_toml(RunDirectory(folder).config, TrainConfig()).run.steps == 2
 
 
+@pytest.mark.slow
 def test_a_config_may_be_an_object_or_a_file(tmp_path):
     values = {"task.env": "add", "run.steps": 1, "evaluation.count": 4, "rollout.group_size": 2}
     config = changed(TrainConfig(), values | {"rollout.groups_per_step": 2})

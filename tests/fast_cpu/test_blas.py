@@ -113,6 +113,7 @@ def test_enabling_uses_openblas_where_it_is_installed_and_disturbs_nothing():
     assert "scipy_openblas" in record["reason"]
 
 
+@pytest.mark.slow
 @linux
 def test_importing_textpolicy_changes_nothing_and_loading_a_model_switches_the_blas():
     pytest.importorskip("scipy_openblas32")
@@ -121,6 +122,7 @@ def test_importing_textpolicy_changes_nothing_and_loading_a_model_switches_the_b
     assert record["changed_by_load_model"] == [True, True, True]
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(
     "start",
@@ -238,6 +240,7 @@ print(fast_cpu.enable().threads, min(spent))
 """
 
 
+@pytest.mark.slow
 @linux
 def test_threads_of_the_blas_sleep_between_products_unless_the_environment_says_otherwise():
     pytest.importorskip("scipy_openblas32")

@@ -90,6 +90,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_attention_is_that_of_mlx_lm(mask, key_heads):
@@ -129,6 +130,7 @@ def test_half_precision_is_left_to_mlx():
     assert mx.array_equal(swiglu(queries, keys), activations.swiglu(queries, keys))
 
 
+@pytest.mark.slow
 @cpu
 @pytest.mark.parametrize("make", [qwen3_model, biased_model, expert_model])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
@@ -152,6 +154,7 @@ def test_a_model_has_the_same_logits_and_gradients(make, again):
         assert mx.abs(x - y).max() < 1e-5 * mx.abs(y).max() + 1e-7, name
 
 
+@pytest.mark.slow
 @cpu
 def test_only_this_model_calls_them(monkeypatch):
     model, plain = qwen3_model(), qwen3_model()
@@ -178,6 +181,7 @@ def test_only_this_model_calls_them(monkeypatch):
         plain(TOKENS)
 
 
+@pytest.mark.slow
 @cpu
 def test_a_model_with_a_quantized_cache_still_answers():
     model, plain = qwen3_model(), qwen3_model()

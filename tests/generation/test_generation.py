@@ -34,6 +34,7 @@ def recomputed_logprobs(model, completion) -> list[float]:
     return logp[0, len(completion.prompt_tokens) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_logprobs_equal_those_that_the_trainer_computes(loaded, temperature):
     model, tokenizer = loaded
@@ -51,6 +52,7 @@ def test_recorded_logprobs_equal_those_that_the_trainer_computes(loaded, tempera
     assert np.mean(differences) < 1e-4
 
 
+@pytest.mark.slow
 def test_greedy_decoding_gives_the_same_tokens_in_a_batch_and_alone(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"temperature": 0, "max_tokens": 24})
@@ -58,6 +60,7 @@ def test_greedy_decoding_gives_the_same_tokens_in_a_batch_and_alone(loaded):
     assert together == [policy(prompt).tokens for prompt in RAGGED]
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_number_of_rows_beside_it(loaded):
     model, tokenizer = loaded
     prompts = [encode_prompt(tokenizer, prompt) for prompt in RAGGED]
@@ -114,6 +117,7 @@ def test_the_prompt_of_a_group_is_prefilled_once(loaded):
     assert counting.positions == (len(prompt) - 1) + 8 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["together", "apart"])
 def test_memory_does_not_grow_with_the_number_of_waiting_groups(loaded, ends):
     def stop(tokens):
@@ -129,6 +133,7 @@ def test_memory_does_not_grow_with_the_number_of_waiting_groups(loaded, ends):
     assert min(peak(16), peak(16)) < 1.15 * max(peak(2), peak(2), peak(2))
 
 
+@pytest.mark.slow
 def test_the_stop_token_is_kept_with_its_logprob(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"max_tokens": 16})
@@ -171,6 +176,7 @@ def test_a_stop_string_ends_the_completion_with_its_tokens_kept(loaded):
     assert stopped.text == free.text[: free.text.index(character) + 1]
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_the_sequence_of_generations(loaded):
     model, tokenizer = loaded
 
@@ -211,6 +217,7 @@ def test_rare_tokens_of_a_large_vocabulary_have_their_exact_chance():
     assert (np.abs(shares - chances) < 4 * np.sqrt(chances / 20_000)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_rows", [4, 64])
 def test_launching_the_next_step_ahead_changes_no_result(loaded, max_rows):
     model, tokenizer = loaded
@@ -273,6 +280,7 @@ def test_logprobs_include_temperature_and_truncation(options, recorded):
             assert math.exp(logprob) == pytest.approx(recorded[token], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_repetition_penalty_makes_repeats_rarer(loaded):
     model, tokenizer = loaded
     options = {"max_tokens": 16, "seed": 0}
@@ -296,6 +304,7 @@ def test_the_error_for_an_unknown_option_names_the_nearest_option(loaded):
         create_policy(*loaded, {"temprature": 1.0})
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_context_is_an_error(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"max_tokens": 8})

@@ -152,6 +152,7 @@ def test_sampling_and_training_peak_where_the_plan_says(step):
     assert planned.estimated_generation_bytes == pytest.approx(sampling, rel=tolerance)
 
 
+@pytest.mark.slow
 def test_more_groups_take_no_more_memory():
     peaks = []
     for groups in (2, 6):

@@ -165,6 +165,7 @@ def test_text_that_is_not_json_is_a_value_error_in_time(text):
 CATASTROPHES = ["(a+)+$", "(a|aa)+$", "(a|a)*$", "(.*a){20}$", "^(([a-z])+.)+[A-Z]([a-z])+$"]
 
 
+@pytest.mark.slow
 def test_patterns_that_explode_are_killed_on_time():
     def match(pattern):
         assert not pattern_match("a" * 40 + "!", pattern, seconds=0.1)

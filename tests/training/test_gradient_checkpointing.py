@@ -63,6 +63,7 @@ def test_the_model_is_restored_and_other_models_never_change(load_tiny):
         assert np.array_equal(np.array(value), parameters[name]), name
 
 
+@pytest.mark.slow
 def test_recomputing_activations_takes_less_memory():
     model = qwen3_model(layers=8)
     model.freeze()

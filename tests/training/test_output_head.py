@@ -98,6 +98,7 @@ def test_only_one_chunk_of_logits_is_in_memory():
     assert chunked < whole / 4
 
 
+@pytest.mark.slow
 def test_a_frozen_head_keeps_no_logits_for_the_backward_pass():
     model, head = model_and_head(vocab_size=10_000)
     hidden, tokens = mx.random.normal((384, 64)), mx.zeros(384, dtype=mx.int32)

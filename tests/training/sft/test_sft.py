@@ -325,6 +325,7 @@ def trained(batch_size, accumulation, **more):
     return container.parameters(), reports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"packing": True, "max_length": 24}])
 def test_accumulating_batches_equals_the_big_batch(more):
     whole, losses = trained(6, 1, **more)
@@ -572,6 +573,7 @@ for data in (BatchStream(["a text"]), BatchStream([["a text"]]), BatchStream([5]
 """
 
 
+@pytest.mark.slow
 def test_data_that_is_no_list_of_rows_is_refused():
     argv = [sys.executable, "-c", NO_ROWS]
     ended = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)

@@ -302,6 +302,7 @@ def test_a_bad_line_of_csv_is_named_too(tmp_path, tokenizer):
         load_data(path, Encoding(tokenizer=tokenizer))
 
 
+@pytest.mark.slow
 def test_hugging_face_data_sets_are_read_from_local_files(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(5)]

@@ -103,6 +103,7 @@ def test_the_run_has_every_kind_of_event(whole):
     assert result.ended == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", range(1, 12))
 def test_stop_at_any_event_leaves_a_valid_adapter_and_a_run_that_goes_on(tmp_path, whole, stop_at):
     uninterrupted, expected = whole
@@ -136,6 +137,7 @@ def test_the_best_adapters_are_kept_beside_the_last(whole):
     AdapterContainer.from_directory(trial.parameters.best_file).load(model)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_given_more_iterations(tmp_path, whole):
     trial = Trial(tmp_path / "a.safetensors")
     trial.run()
@@ -145,6 +147,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_iterations(tmp_path, whole
     assert again.run(resume=True, iterations=12).iteration == 12
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_where_it_was(tmp_path):
     batches = [texts(2, seed=n) for n in range(9)]
     plain = {"packing": False, "accumulation": 1}
@@ -219,6 +222,7 @@ def begin(folder, *options):
     return run, ["sft", "--resume", str(run)]
 
 
+@pytest.mark.slow
 def test_options_that_the_checkpoint_does_not_take_leave_the_run_as_it_was(tmp_path, capsys):
     folder, resume = begin(tmp_path, "--iterations", "2")
     config = (folder / "config.toml").read_text()
@@ -230,6 +234,7 @@ def test_options_that_the_checkpoint_does_not_take_leave_the_run_as_it_was(tmp_p
     assert (went_on.trainer.iterations, went_on.trainer.lr) == (3, 1e-3)
 
 
+@pytest.mark.slow
 def test_iterations_take_the_place_of_epochs_when_a_run_is_forced_to_go_on(tmp_path, capsys):
     folder, resume = begin(tmp_path, "--epochs", "1")
     assert main([*resume, "--iterations", "3"]) == 2
@@ -245,6 +250,7 @@ def test_iterations_take_the_place_of_epochs_when_a_run_is_forced_to_go_on(tmp_p
     assert main([*resume, "--iterations", "4"]) == 0
 
 
+@pytest.mark.slow
 def test_force_is_advised_only_where_it_helps(tmp_path, capsys):
     folder, resume = begin(tmp_path, "--iterations", "2")
 
@@ -266,6 +272,7 @@ def test_force_is_advised_only_where_it_helps(tmp_path, capsys):
     assert "Leave out trainer.batch_size, or add --force" in told("--batch-size", "2")
 
 
+@pytest.mark.slow
 def test_a_run_of_another_command_is_gone_on_with_by_that_command(tmp_path, capsys):
     folder, _ = begin(tmp_path, "--iterations", "1")
     assert main(["train", "--resume", str(folder)]) == 2
