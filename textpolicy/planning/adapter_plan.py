@@ -68,15 +68,11 @@ class AdapterPlan:
         """Return a table with a line for each layer, and the totals."""
         rows = [_HEADINGS, *map(_cells, self.modules)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         adapted = sum(row.kind != "none" for row in self.modules)
-        totals = f"{self.base_bytes:,} bytes frozen, {self.adapter_bytes:,} bytes trained "
-        return "\n".join(
-            [
-                *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
-                f"{adapted} of {len(self.modules)} layers adapted",
-                f"{totals}({self.trainable_parameters:,} numbers)",
-            ]
-        )
+        lines.append(f"{adapted} of {len(self.modules)} layers adapted")
+        size = f"{self.base_bytes:,} bytes frozen, {self.adapter_bytes:,} bytes trained"
+        return "\n".join([*lines, f"{size} ({self.trainable_parameters:,} numbers)"])
 
 
 def plan_adapters(model: nn.Module, config: AdapterConfig) -> AdapterPlan:
