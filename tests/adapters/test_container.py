@@ -330,7 +330,7 @@ def test_a_swap_that_does_not_fit_says_everything_at_once_and_changes_nothing():
     assert all(array is before[name] for name, array in container.parameters().items())
 
 
-def test_a_long_list_of_misfits_is_counted():
+def test_a_long_list_of_problems_is_counted():
     _model, container = adapt()
     with pytest.raises(AdapterError, match="and 20 more like the last line"):
         container.swap({})

@@ -151,7 +151,7 @@ class AdapterContainer:
 
     @contextmanager
     def disabled(self) -> Generator[None]:
-        """Make the model compute exactly what its base does, as reference policy, in the block."""
+        """Turn the adapters off in the block: the model is its base, the reference policy."""
         _ = self._require_active()
         before = self._enabled
         self._set_enabled(mx.array(False))

@@ -51,7 +51,7 @@ class ModelLayout:
 
     @property
     def has_head(self) -> bool:
-        """Whether the model has an output head apart from the embedding table."""
+        """True if the model has an output head apart from the embedding table."""
         return any(one.kind == "linear" and one.block is None for one in self.adaptable.values())
 
     def depth(self) -> int:

@@ -23,7 +23,7 @@ from textpolicy.adapters.files.adapter_file import (
     read_adapter_file,
 )
 from textpolicy.adapters.files.tensor_file import atomic_replace, read_tensors, write_tensors
-from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear
+from textpolicy.adapters.quantization.nf4 import NF4Module
 from textpolicy.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -150,7 +150,7 @@ def _refuse_unsupported(adapter: Adapter, model: nn.Module, over_float_base: boo
             f"{len(biased) - 1} more. Save it for PEFT, publish it as one file for this library, "
             "or fuse it"
         )
-    nf4 = any(isinstance(module, NF4Linear | NF4Embedding) for module in model.modules())
+    nf4 = any(isinstance(module, NF4Module) for module in model.modules())
     if nf4 and not over_float_base:
         raise AdapterError(
             "These adapters belong to a base in NF4, which mlx-lm cannot load. Over a float base "

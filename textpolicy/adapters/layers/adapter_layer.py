@@ -95,7 +95,7 @@ class AdapterLayer(nn.Module):
         return self._scale * (left.astype(mx.float32) @ right.astype(mx.float32))
 
     def product_square(self) -> Float[mx.array, ""]:
-        """Return the squared norm of scale times low-rank product, not computing the product."""
+        """Return the squared Frobenius norm of scale times A B, without computing A B."""
         left, right = (factor.astype(mx.float32) for factor in self.factors())
         # ||LR||^2 is the sum of (L'L) * (RR').
         squares = (left.swapaxes(-1, -2) @ left) * (right @ right.swapaxes(-1, -2))

@@ -54,18 +54,23 @@ def unpack_nf4(
     return (groups * scales.astype(mx.float32)[..., None]).flatten(-2)
 
 
-class NF4Linear(nn.Module):
-    """A frozen linear layer with 4 bits per weight. `from_linear` makes one."""
+class NF4Module(nn.Module):
+    """Frozen weights with 4 bits each: the base of the two layers below."""
 
     bits = 4
     mode = "nf4"
-    bias: mx.array
 
-    def __init__(self, weight: Float[mx.array, "out in"], group_size: int = 64) -> None:
+    def __init__(self, weight: Float[mx.array, "rows in"], group_size: int = 64) -> None:
         super().__init__()
         self.group_size = group_size
         self.weight, self.scales = pack_nf4(weight, group_size)
         self.freeze()
+
+
+class NF4Linear(NF4Module):
+    """A frozen linear layer with 4 bits per weight. `from_linear` makes one."""
+
+    bias: mx.array
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, group_size: int = 64) -> "NF4Linear":
@@ -81,17 +86,8 @@ class NF4Linear(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
-class NF4Embedding(nn.Module):
+class NF4Embedding(NF4Module):
     """A frozen embedding table with 4 bits per weight, usable as an output head (`as_linear`)."""
-
-    bits = 4
-    mode = "nf4"
-
-    def __init__(self, weight: Float[mx.array, "vocabulary features"], group_size: int = 64):
-        super().__init__()
-        self.group_size = group_size
-        self.weight, self.scales = pack_nf4(weight, group_size)
-        self.freeze()
 
     def __call__(self, ids: Integer[mx.array, "*batch"]) -> Float[mx.array, "*batch features"]:
         return unpack_nf4(self.weight[ids], self.scales[ids]).astype(self.scales.dtype)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float
 
-from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear, unpack_nf4
+from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear, NF4Module, unpack_nf4
 from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.adapters.quantization.packed_product import unpack_quantized
 from textpolicy.errors import ModelError
@@ -132,7 +132,7 @@ def _float_rows(module: Any, rows: slice) -> mx.array:
     if not is_quantized(module):
         return weight.astype(mx.float32)
     scales = module["scales"][rows]
-    if isinstance(module, NF4Linear | NF4Embedding):
+    if isinstance(module, NF4Module):
         return unpack_nf4(weight, scales)
     biases = module.get("biases")
     unpacked = unpack_quantized(
