@@ -45,7 +45,7 @@ def break_early(prompt, completion, example):
 
 @pytest.fixture
 def rewards(tmp_path):
-    """A function from a name to the --reward option that names it."""
+    """Return a function that returns the --reward option for the name of a reward."""
     path = tmp_path / "my_rewards.py"
     path.write_text(REWARDS)
     return lambda name: f"{path}:{name}"
@@ -53,7 +53,7 @@ def rewards(tmp_path):
 
 @pytest.fixture
 def answer(capsys):
-    """Runs a command with --json; returns its answer, having checked that it succeeded."""
+    """Return a function that runs a command with --json and returns its answer."""
 
     def run(*argv: str) -> dict:
         capsys.readouterr()
@@ -67,7 +67,7 @@ def answer(capsys):
 
 @pytest.fixture
 def failure(capsys):
-    """Runs a command that cannot be carried out; returns its one message."""
+    """Return a function that runs a command that must fail, and returns its one message."""
 
     def run(*argv: str, code: int = 1) -> str:
         capsys.readouterr()
@@ -126,7 +126,7 @@ def test_the_examples_in_the_help_are_valid_commands(name):
     ],
     ids=" ".join,
 )
-def test_misuse_exits_with_2_and_the_usage(argv, capsys):
+def test_wrong_arguments_exit_with_2_and_print_the_usage(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
@@ -136,7 +136,7 @@ def test_misuse_exits_with_2_and_the_usage(argv, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_mistyped_flag_is_answered_with_the_nearest_in_every_command(command, capsys):
+def test_the_error_about_a_mistyped_flag_names_the_nearest_flag(command, capsys):
     for action in subcommands()[command]._actions:
         for flag in (flag for flag in action.option_strings if len(flag) > 5):
             mistyped = f"{flag[:3]}{flag[4:]}"
@@ -158,14 +158,14 @@ def test_a_mistyped_flag_is_answered_with_the_nearest_in_every_command(command, 
         ("--xyzzy", "; --help lists them"),
     ],
 )
-def test_names_from_elsewhere_and_other_spellings_are_known_by(flag, meant, capsys):
+def test_the_error_about_a_flag_of_another_library_names_our_flag(flag, meant, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--env", "add", flag, "1"])
     assert stopped.value.code == 2
     assert f"unknown flag {flag}{meant}" in capsys.readouterr().err
 
 
-def test_names_from_elsewhere_are_no_flags_of_ours_and_mean_one():
+def test_no_name_of_another_library_is_a_flag_of_ours_and_each_stands_for_one():
     ours = subcommands()["train"]._option_string_actions
     assert not FLAGS_OF_OTHER_LIBRARIES.keys() & ours.keys()
     assert set(FLAGS_OF_OTHER_LIBRARIES.values()) <= ours.keys()
@@ -186,7 +186,7 @@ def test_values_that_look_like_flags_are_values(argv, name, value):
 
 
 @pytest.mark.parametrize("option", ["--lr", "--temperature"])
-def test_a_setting_that_cannot_learn_is_refused_before_the_run_with_what_is_expected(
+def test_a_setting_with_which_nothing_can_be_learned_is_refused_before_the_run(
     option, tmp_path, capsys
 ):
     with pytest.raises(SystemExit):
@@ -195,7 +195,7 @@ def test_a_setting_that_cannot_learn_is_refused_before_the_run_with_what_is_expe
     assert not (tmp_path / "run").exists()
 
 
-def test_help_needs_none_of_the_heavy_libraries():
+def test_help_imports_none_of_the_heavy_libraries():
     program = (
         "import sys; from textpolicy.cli.parser import build_parser; build_parser();"
         "sys.exit(any(name in sys.modules for name in ('mlx_lm', 'transformers', 'wandb')))"
@@ -208,7 +208,7 @@ COMMAND = "from textpolicy.cli import main; raise SystemExit(main())"
 
 @pytest.fixture
 def without_backend(tmp_path):
-    """Runs a program where mlx has no backend."""
+    """Return a function that runs a program where mlx has no backend."""
     # A package whose `core` fails is what `pip install mlx` leaves on Linux.
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").touch()
@@ -232,7 +232,7 @@ def test_without_a_backend_of_mlx_one_line_says_what_to_install(without_backend)
     assert "pip install" in line and "textpolicy" in line
 
 
-def test_without_a_backend_of_mlx_help_is_still_given(without_backend):
+def test_without_a_backend_of_mlx_help_still_works(without_backend):
     done = without_backend(COMMAND, "train", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "--group-size" in done.stdout
@@ -257,7 +257,7 @@ def test_without_a_backend_of_mlx_the_first_use_of_the_library_says_what_to_inst
     assert line.startswith("mlx has no backend here") and "pip install" in line
 
 
-def test_doctor_reports_what_the_installation_runs_on(answer, capsys):
+def test_doctor_reports_versions_device_and_blas(answer, capsys):
     report = answer("doctor")
     assert report["usable"] and report["tiny_model"]
     assert report["mlx"] and report["mlx-lm"] and report["python"]
@@ -268,7 +268,7 @@ def test_doctor_reports_what_the_installation_runs_on(answer, capsys):
     assert "GFLOP/s" in capsys.readouterr().out
 
 
-def test_generate_answers_a_prompt_and_greedily_the_same_each_time(answer, capsys):
+def test_greedy_answers_of_generate_are_the_same_each_time(answer, capsys):
     argv = ["generate", "--prompt", "347+185=", "--temperature", "0"]
     (completion,) = answer(*argv)["completions"]
     assert len(completion["tokens"]) == len(completion["logprobs"])
@@ -294,7 +294,7 @@ def test_generate_stops_at_a_stop_string_and_at_max_tokens(answer):
     assert stopped["tokens"] == whole["tokens"][:2] and stopped["stop_reason"] == "stop_string"
 
 
-def test_train_leaves_adapters_config_and_one_line_of_metrics_a_step(answer, tmp_path):
+def test_train_writes_adapters_config_and_one_line_of_metrics_for_each_step(answer, tmp_path):
     output = tmp_path / "run"
     report = answer("train", *SMALL_RUN, "--steps", "2", "--rank", "4", "--output", str(output))
     assert report["steps"] == 2 and report["adapters"] == str(
@@ -332,7 +332,9 @@ def test_a_seed_makes_a_run_repeatable(answer, tmp_path, rewards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", [[], ["--quantize", "4"]], ids=["float", "4-bit"])
-def test_eval_shows_trained_adapters_beside_their_base(quantize, answer, tmp_path, rewards, capsys):
+def test_eval_compares_trained_adapters_with_their_base(
+    quantize, answer, tmp_path, rewards, capsys
+):
     argv = ["train", *SMALL_RUN, "--reward", rewards("checksum"), "--steps", "3", "--lr", "0.01"]
     trained = answer(*argv, *quantize, "--output", str(tmp_path / "run"))
     argv = ["eval", "--env", "add", "--reward", rewards("checksum"), "--count", "4"]
@@ -371,21 +373,21 @@ def test_progress_goes_to_stderr_and_answers_to_stdout(tmp_path, capsys):
     assert "before" in stdout and "step 1/1" not in stdout
 
 
-def test_an_unknown_environment_is_named_beside_the_known_ones(failure, tmp_path):
+def test_the_error_about_an_unknown_environment_names_the_known_ones(failure, tmp_path):
     message = failure("train", "--env", "adds", "--output", str(tmp_path / "run"))
     assert "adds" in message and "add" in message and "countdown" in message
 
 
-def test_an_unknown_model_is_named_with_what_would_do(failure):
+def test_the_error_about_an_unknown_model_says_which_names_are_allowed(failure):
     message = failure("eval", "--env", "add", "--model", "no-such-model")
     assert "no-such-model" in message and "tiny" in message
 
 
-def test_a_missing_reward_file_is_named(failure):
+def test_the_error_about_a_missing_reward_file_names_the_file(failure):
     assert "/no/such.py" in failure("eval", "--env", "add", "--reward", "/no/such.py:score", code=2)
 
 
-def test_a_missing_reward_function_is_named(failure, rewards):
+def test_the_error_about_a_missing_reward_function_names_the_function(failure, rewards):
     message = failure("eval", "--env", "add", "--reward", rewards("score"), code=2)
     assert "score" in message and "my_rewards.py" in message
 
@@ -406,22 +408,20 @@ def test_a_reward_that_never_scores_is_an_error_and_not_a_zero(failure, rewards)
     assert "returned None for each of 4 held-out completions" in failure(*argv)
 
 
-def test_an_adapter_file_that_is_missing_is_named(failure):
+def test_the_error_about_a_missing_adapter_file_names_the_file(failure):
     assert "/no/a.safetensors" in failure(
         "generate", "--prompt", "x", "--adapter", "/no/a.safetensors"
     )
 
 
-def test_an_output_path_that_cannot_be_written_is_told_before_the_model_is_loaded(
-    failure, tmp_path
-):
+def test_an_unwritable_output_path_is_an_error_before_the_model_is_loaded(failure, tmp_path):
     (tmp_path / "file").touch()
     output = str(tmp_path / "file" / "run")
     message = failure("train", *SMALL_RUN, "--output", output, "--model", "no-such-model", code=2)
     assert output in message and "no-such-model" not in message
 
 
-def test_an_output_folder_with_an_earlier_run_is_left_as_it_is(failure, tmp_path):
+def test_an_output_folder_with_an_earlier_run_is_not_changed(failure, tmp_path):
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "latest.safetensors").write_text("precious")
     message = failure("train", *SMALL_RUN, "--output", str(tmp_path), code=2)

@@ -19,7 +19,7 @@ def fussy(completion, example):
 
 @pytest.fixture
 def train(tmp_path, capsys):
-    """A function that runs a small training; it returns exit code, metrics and stderr."""
+    """Return a function that runs a small training and returns exit code, metrics and stderr."""
     (tmp_path / "mine.py").write_text(SOURCE)
 
     def run(*options):
@@ -50,7 +50,7 @@ def test_a_reward_that_hangs_is_an_error_before_a_model_is_loaded(train, tmp_pat
 
 
 @pytest.mark.slow
-def test_samples_that_a_reward_hangs_on_are_skipped_and_shown(train, tmp_path):
+def test_samples_on_which_a_reward_hangs_are_skipped_and_reported(train, tmp_path):
     source = SOURCE.replace("completion[-1:]", "completion[-2:-1]")
     (tmp_path / "mine.py").write_text(source.replace('"02468"', '"01"'))
     code, (metrics, _), stderr = train(
@@ -66,7 +66,7 @@ def test_samples_that_a_reward_hangs_on_are_skipped_and_shown(train, tmp_path):
     "options",
     [["--on-reward-error", "ignore"], ["--on-reward-error", "nan"], ["--reward-timeout", "0"]],
 )
-def test_an_unknown_policy_for_errors_is_misuse(train, options, capsys):
+def test_an_unknown_policy_for_errors_exits_with_2(train, options, capsys):
     with pytest.raises(SystemExit) as stopped:
         train(*options)
     assert stopped.value.code == 2 and "expected" in capsys.readouterr().err

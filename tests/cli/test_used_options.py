@@ -1,8 +1,9 @@
-"""Every option of every command is used by a test: no option is only promised.
+"""Every option of every command is used by a test.
 
-Tests are read, not run. A test's own reach is what it says, and what the fixtures, functions and
-constants of its file say that it names. It uses an option of a command when the command's name and
-a flag of the option are within its reach. Options of a run may be settings of its config instead.
+This file reads the tests and runs none of them. The reach of a test is its own code, and the code
+of the fixtures, functions and constants of its file that it names, directly or indirectly. A test
+uses an option if the name of the command and a flag of the option are within its reach. An option
+of a run may also be a setting of the run's config.
 """
 
 import argparse
@@ -22,7 +23,7 @@ CONFIGS = {"train": TrainConfig, "sft": SFTConfig}
 
 
 def definitions(page: ast.Module) -> dict[str, ast.stmt]:
-    """What a file says at its top level, by name."""
+    """Return the top-level definitions of a file by name."""
     named: dict[str, ast.stmt] = {}
     for statement in page.body:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
@@ -33,7 +34,7 @@ def definitions(page: ast.Module) -> dict[str, ast.stmt]:
 
 
 def reach(test: str, named: dict[str, ast.stmt]) -> Iterator[ast.AST]:
-    """Everything that the test is made of."""
+    """Yield every syntax node within the reach of a test."""
     seen, following = {test}, [test]
     while following:
         for node in ast.walk(named[following.pop()]):
@@ -45,7 +46,7 @@ def reach(test: str, named: dict[str, ast.stmt]) -> Iterator[ast.AST]:
 
 
 def words_of(node: ast.AST) -> Iterator[str]:
-    """Texts, and names of classes and keywords; `trainer__lr` is the setting `trainer.lr`."""
+    """Yield the texts, names and keywords of a node; `trainer__lr` is the setting `trainer.lr`."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value.partition("=")[0] if node.value.startswith("--") else node.value
     elif isinstance(node, ast.Name):
@@ -55,7 +56,7 @@ def words_of(node: ast.AST) -> Iterator[str]:
 
 
 def places_of(node: ast.AST) -> Iterator[str]:
-    """Names of commands that something follows which is no flag."""
+    """Yield the names of commands that are followed by an argument other than a flag."""
     row = node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
     for first, second in itertools.pairwise(row):
         said = second.value if isinstance(second, ast.Constant) else ""
@@ -73,7 +74,7 @@ def words_of_tests(page: ast.Module) -> Iterator[frozenset[str]]:
 
 @cache
 def words_within_reach() -> list[frozenset[str]]:
-    """What each test says."""
+    """Return the words within the reach of each test."""
     return [
         words
         for path in sorted(TESTS.rglob("test_*.py"))
@@ -83,7 +84,7 @@ def words_within_reach() -> list[frozenset[str]]:
 
 
 def uses(command: str, option: argparse.Action) -> Iterator[set[str]]:
-    """Each is a set of words that a test which uses the option has within its reach."""
+    """Yield sets of words. A test uses the option if all words of one set are within its reach."""
     for flag in option.option_strings or ["..."]:
         yield {command, flag} if option.option_strings else {f"{command} {flag}"}
     if command in CONFIGS:
@@ -105,7 +106,7 @@ def test_every_option_is_used_by_a_test(command):
     assert not unused
 
 
-def test_what_a_test_does_not_reach_is_not_used_by_it():
+def test_a_test_does_not_use_options_outside_its_reach():
     page = """
 SMALL = ["train", "--env", "add"]
 def test_one(): main([*SMALL, "--lr=1"])

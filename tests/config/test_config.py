@@ -32,7 +32,7 @@ SETTINGS = {setting.key: setting for setting in settings_of(DEFAULTS)}
 
 @pytest.fixture
 def read(tmp_path):
-    """A function from the text of a TOML file to the config that it makes of the defaults."""
+    """Return a function that reads the text of a TOML file over the default config."""
 
     def run(text: str, defaults: Any = DEFAULTS) -> Any:
         path = tmp_path / "run.toml"
@@ -44,7 +44,7 @@ def read(tmp_path):
 
 @pytest.fixture
 def refusal(read):
-    """A function from the text of a TOML file to what is said against it."""
+    """Return a function that returns the error about the text of a TOML file."""
 
     def run(text: str) -> str:
         with pytest.raises(ConfigError) as raised:
@@ -56,14 +56,14 @@ def refusal(read):
 
 
 def given(*argv: str, defaults: TrainConfig = DEFAULTS) -> TrainConfig:
-    """The config of a command line."""
+    """Return the config of a command line."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_config_file(parser, defaults)
     add_settings(parser, defaults)
     return configured(defaults, parser.parse_args(argv))
 
 
-def test_files_go_before_defaults_and_flags_before_files(tmp_path):
+def test_files_override_defaults_and_flags_override_files(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("[trainer]\nlr = 1e-4\nwarmup = 3\n[run]\nsteps = 7\n")
     config = given("--config", str(path), "--lr", "2e-4", "--set", "run.seed=5")
@@ -72,12 +72,12 @@ def test_files_go_before_defaults_and_flags_before_files(tmp_path):
     assert config.rollout == DEFAULTS.rollout
 
 
-def test_of_a_flag_and_a_set_of_one_setting_the_last_one_counts():
+def test_the_last_of_a_flag_and_a_set_of_one_setting_counts():
     assert given("--lr", "1e-4", "--set", "trainer.lr=2e-4").trainer.lr == 2e-4
     assert given("--set", "trainer.lr=2e-4", "--lr", "1e-4").trainer.lr == 1e-4
 
 
-def test_none_on_the_command_line_takes_back_what_a_file_says(tmp_path):
+def test_none_on_the_command_line_unsets_a_value_of_the_file(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("[sampling]\nmax_tokens = 5\n[run]\nstop_on_collapse = true\n")
     config = given("--config", str(path), "--max-tokens", "none", "--no-stop-on-collapse")
@@ -99,7 +99,7 @@ def test_set_reaches_inside_a_table():
         ("trainer.schedule=steep", ["'steep'", "one of constant, linear, cosine"]),
     ],
 )
-def test_a_wrong_assignment_is_refused_with_what_would_do(argument, words):
+def test_the_error_about_a_wrong_assignment_says_what_is_allowed(argument, words):
     with pytest.raises(argparse.ArgumentError) as raised:
         given("--set", argument)
     assert all(word in str(raised.value) for word in words)
@@ -137,24 +137,24 @@ def test_a_wrong_assignment_is_refused_with_what_would_do(argument, words):
         ("[adapter]\nstart = 'a'\nrank = 3", ["have their own config; leave out"]),
     ],
 )
-def test_a_file_with_a_mistake_is_named_with_what_was_got_and_what_is_expected(
+def test_the_error_about_a_mistake_names_the_file_the_value_and_what_is_expected(
     text, words, refusal
 ):
     message = refusal(text)
     assert all(word in message for word in words), message
 
 
-def test_all_mistakes_of_a_file_are_told_at_once(refusal):
+def test_one_error_lists_all_mistakes_of_a_file(refusal):
     message = refusal("[trainer]\nlr = 'fast'\nlrr = 1\n[run]\nsteps = 0\n")
     assert len(message.splitlines()) == 4
 
 
-def test_a_file_that_is_not_there_is_named():
+def test_the_error_about_a_missing_file_names_the_file():
     with pytest.raises(ConfigError, match=r"the config /no/run\.toml cannot be read"):
         read_toml(Path("/no/run.toml"), DEFAULTS)
 
 
-def test_a_config_made_in_a_program_is_checked_too():
+def test_a_config_made_in_python_is_checked_too():
     with pytest.raises(ConfigError, match=r"\[trainer\] lr is -1.0; expected a number above 0"):
         changed(DEFAULTS, {"trainer.lr": -1.0})
     with pytest.raises(ConfigError, match=r"\[run\] steps is 0; expected a whole number"):
@@ -162,11 +162,11 @@ def test_a_config_made_in_a_program_is_checked_too():
 
 
 @pytest.mark.parametrize("config", [DEFAULTS, DEMO, SFTConfig()], ids=["train", "demo", "sft"])
-def test_the_config_that_a_run_keeps_reads_back_as_it_was(config, read):
+def test_a_written_config_reads_back_as_an_equal_config(config, read):
     assert read(to_toml(config), type(config)()) == config
 
 
-def test_what_is_written_names_every_setting_and_says_what_unset_means():
+def test_a_written_config_has_every_setting_and_explains_unset_ones():
     text = to_toml(DEFAULTS)
     for setting in SETTINGS.values():
         value = f"{setting.name} = " if setting.default is not None else f"# {setting.name}: "
@@ -181,7 +181,7 @@ def some_text(random: Random) -> str:
 
 
 def some_value(annotation: Any, random: Random) -> Any:
-    """A value of the type, of any that it may have."""
+    """Return a random value of one of the types that the annotation allows."""
     kind = random.choice(alternatives(annotation))
     if get_origin(kind) is Literal:
         return random.choice(get_args(kind))
@@ -199,7 +199,7 @@ def some_value(annotation: Any, random: Random) -> Any:
 
 
 def some_config(random: Random) -> TrainConfig:
-    """A config of which every setting may have any value that it allows."""
+    """Return a config with random allowed values."""
     values: dict[str, Any] = {}
     ways_to_adapt = {"adapter.config", "adapter.start", "adapter.target_modules"}
     for key in sorted(SETTINGS.keys() - ways_to_adapt - {"model.quantize"}):
@@ -210,7 +210,7 @@ def some_config(random: Random) -> TrainConfig:
     return changed(DEFAULTS, values | needed)
 
 
-def test_whatever_the_values_are_they_are_written_and_read_back(read):
+def test_random_values_are_written_and_read_back(read):
     random = Random(0)
     for _ in range(20):
         config = some_config(random)
@@ -237,7 +237,7 @@ def test_sections_of_any_config_are_checked_with_all_their_mistakes():
 
 @cache
 def flags_of(command: str) -> dict[str, argparse.Action]:
-    """The actions of a command by what they set."""
+    """Return the argparse actions of a command by the setting that they set."""
     return {action.dest: action for action in commands_of(build_parser())[command]._actions}
 
 
@@ -255,7 +255,7 @@ def test_the_help_and_the_config_name_the_same_options(command):
         assert actions[key].help == f"{setting.option.help} (default: {setting.shown_default})"
 
 
-def test_an_option_that_two_commands_share_is_said_once():
+def test_an_option_of_two_commands_is_declared_once():
     train, sft = flags_of("train"), flags_of("sft")
     shared = train.keys() & sft.keys() - SWITCHES - {"run.output"}
     assert len(shared) > 20
@@ -271,20 +271,20 @@ def test_no_two_options_share_a_flag(command):
 
 
 @pytest.mark.parametrize("command", ["demo", "eval", "plan", "generate", "check", "bench"])
-def test_other_commands_say_of_a_shared_option_what_train_says(command):
+def test_other_commands_describe_a_shared_option_as_train_does(command):
     shared = flags_of(command).keys() & SETTINGS.keys()
     assert shared
     for key in shared - {"run.steps", "task.reward"}:
         assert flags_of(command)[key].help == flags_of("train")[key].help
 
 
-def test_what_may_be_unset_is_unset_by_default():
+def test_a_setting_that_may_be_unset_is_unset_by_default():
     # A file has no word for "unset": leaving the line out must mean it.
     for setting in SETTINGS.values():
         assert (setting.default is None) == setting.optional
 
 
-def test_words_for_defaults_of_the_library_are_its_defaults():
+def test_the_described_defaults_of_the_library_are_its_defaults():
     rule = LoRARule()
     unset = {name: SETTINGS[f"adapter.{name}"].option.unset for name in ("kind", "rank", "scale")}
     assert unset == {"kind": rule.kind, "rank": str(rule.rank), "scale": f"{rule.scale:g}"}
@@ -307,12 +307,12 @@ def test_every_section_checks_itself(config):
         assert is_dataclass(section) and "__post_init__" in type(section).__dict__
 
 
-def test_the_page_of_options_says_what_the_configs_say():
+def test_the_page_of_options_is_what_the_tool_writes():
     command = [sys.executable, str(ROOT / "tools" / "configuration_page.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_artifacts_need_a_project_to_go_to():
+def test_artifacts_need_a_project():
     with pytest.raises(ConfigError, match="without a project of Weights & Biases"):
         changed(SFTConfig(), {"tracking.wandb_artifacts": True})

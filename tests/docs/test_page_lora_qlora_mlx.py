@@ -1,6 +1,6 @@
-"""The page "LoRA and QLoRA (MLX)" from top to bottom, with the embedded model for the hub's.
+"""The page "LoRA and QLoRA (MLX)" from top to bottom, with the embedded model for the hub's model.
 
-Each test's first lines are a snippet of that page as it stands there.
+The first lines of each test are a snippet of the page, unchanged.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page "LoRA Training" from top to bottom, on the embedded model, in this library's words."""
+"""The page "LoRA Training" from top to bottom, on the embedded model, with our names."""
 
 import inspect
 import json
@@ -246,7 +246,7 @@ def test_memory_is_saved_by_smaller_batches_and_by_gradient_checkpointing(prepar
 
 @pytest.mark.slow
 def test_the_complete_example(tmp_path: Path):
-    """As a user writes it, from the names at the top alone."""
+    """As a user writes the example, with names of the top-level package only."""
     model, tokenizer = tp.load_model("tiny")
     tp.AdapterContainer.from_model(model, tp.AdapterConfig(rank=8, num_layers=2))
     (tmp_path / "train.txt").write_text("\n".join(TRAIN))

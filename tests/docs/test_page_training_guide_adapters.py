@@ -1,7 +1,7 @@
-"""The page "LoRA Training Guide" as far as it speaks of adapters, on the embedded model.
+"""The sections on adapters of the page "LoRA Training Guide", on the embedded model.
 
-The words are PEFT's. What the page computes on a GPU in float16 is float32 on the CPU here; its
-numbers of parameters and of bytes are wrong, and ours are counted.
+The options have PEFT's names. The page computes on a GPU in float16, and the tests on the CPU in
+float32. The page's numbers of parameters and bytes are wrong, so the tests count them.
 """
 
 import json
@@ -148,7 +148,7 @@ def test_a_target_that_matches_nothing_is_an_error_that_names_the_nearest(model)
 
 @pytest.fixture
 def checkpoint(tmp_path, model) -> tuple[Path, mx.array]:
-    """A fine-tuned adapter in PEFT's form, as the page has it on disk, and what it computes."""
+    """Return the folder of a fine-tuned adapter in PEFT's layout, and the model's logits."""
     AdapterContainer.from_model(model, AdapterConfig.from_dict(LORA_CONFIG))
     fine_tune(model.train())
     folder = tmp_path / "hafs-coder-v1"

@@ -1,7 +1,7 @@
-"""The page "LoRA Training Guide" as far as it speaks of training, on the embedded model.
+"""The sections on training of the page "LoRA Training Guide", on the embedded model.
 
-Its options have our names: `batch_size`, `accumulation`, `epochs`, `lr`, `warmup`, `weight_decay`,
-`checkpoint_gradients`, `dtype`. What it runs in float16 on a GPU is float32 on a CPU.
+The options have our names: `batch_size`, `accumulation`, `epochs`, `lr`, `warmup`, `weight_decay`,
+`checkpoint_gradients`, `dtype`. The page trains in float16 on a GPU, the tests in float32 on a CPU.
 """
 
 import json
@@ -69,7 +69,7 @@ def rows(folder):
 
 @pytest.mark.slow
 def test_the_training_command(tmp_path, capsys):
-    """Every option of the page's command and of its script, in ours."""
+    """The command takes every option of the page's command and of its script."""
     instructions(tmp_path)
     options = [
         *("--rank", "64", "--alpha", "128", "--dropout", "0.05"),
@@ -114,7 +114,7 @@ def test_epochs_count_updates_of_the_effective_batch(load_tiny, tmp_path):
 def test_a_loss_that_does_not_decrease_needs_a_higher_rate_and_too_high_a_one_diverges(
     load_tiny, tmp_path
 ):
-    """Its rates in its order: each of them lowers the loss faster than the one before."""
+    """Each rate of the page, in its order, lowers the loss faster than the rate before."""
     _, tokenizer = load_tiny()
     data = load_data(instructions(tmp_path), Encoding(tokenizer=tokenizer), validation_share=0)
 
@@ -133,7 +133,7 @@ def test_a_loss_that_does_not_decrease_needs_a_higher_rate_and_too_high_a_one_di
 
 @pytest.mark.slow
 def test_overfitting_shows_and_early_stopping_keeps_the_best_adapter(load_tiny, tmp_path):
-    """Few rows, many epochs: training loss falls, validation loss rises, the best file stays."""
+    """With few rows and many epochs the validation loss rises, and the best adapter is kept."""
     model, tokenizer = load_tiny()
     AdapterContainer.from_model(model, AdapterConfig(rank=32, scale=2.0))
     rows = [{"prompt": f"{n * 7 % 90 + 10}+{n * 13 % 90 + 10}=", "completion": str(n)}

@@ -31,7 +31,7 @@ RUN = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """The working directory, with an algorithm's file in it."""
+    """Return the working directory, which has the file of an algorithm."""
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "run.toml").write_text('[algorithm]\nname = "mine.py"\n')
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ def test_a_run_with_a_file_is_resumed_to_the_same_numbers(folder):
     assert parts.latest.read_bytes() == whole.latest.read_bytes()
 
 
-def test_a_file_that_is_gone_is_named_before_a_model_loads(folder, capsys):
+def test_the_error_about_a_missing_file_names_it_before_a_model_is_loaded(folder, capsys):
     (folder / "mine.py").unlink()
     assert main([*RUN, "--algorithm", "mine.py", "--model", "no-such-model"]) == 2
     assert "algorithm file 'mine.py' does not exist" in capsys.readouterr().err

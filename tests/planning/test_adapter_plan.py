@@ -1,4 +1,4 @@
-"""What a config would make of a model, before it does: as it is then measured, or refused."""
+"""The plan of an adapter config equals the adapters that are then made, or is refused like them."""
 
 import json
 
@@ -43,7 +43,7 @@ PLANS = {
         *((packed(4, tied=True), name) for name in ("default", "dora on all tied")),
     ],
 )
-def test_a_plan_is_what_is_then_measured(make, name):
+def test_a_plan_equals_the_measured_adapters(make, name):
     model, config = make(), AdapterConfig(**PLANS[name])
     before = arrays(model)
     planned = plan_adapters(model, config)
@@ -71,7 +71,7 @@ def test_a_plan_of_experts_counts_every_expert():
     assert row.shape[0] == 4 and row.path in container.layers()
 
 
-def test_a_plan_reads_as_a_table():
+def test_a_plan_prints_as_a_table():
     lines = str(plan_adapters(qwen3_model(), AdapterConfig(rank=4, num_layers=1))).splitlines()
     assert lines[0].split()[:5] == ["module", "type", "shape", "adapter", "rank"]
     assert any(line.split()[0] == "lm_head" and line.split()[5] == "-" for line in lines)
