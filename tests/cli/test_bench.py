@@ -1,4 +1,4 @@
-"""`textpolicy bench`: its numbers are those of real steps."""
+"""`textpolicy bench` measures real steps."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ SMALL = ("bench", "--groups-per-step", "2", "--group-size", "4")
 
 @pytest.fixture
 def benched(capsys):
-    """A function from options to the answer of a short bench, and the notes on its steps."""
+    """Return a function that runs a short bench and returns its answer and its notes on steps."""
 
     def run(*argv: str, seconds: float = 1.0) -> tuple[dict, str]:
         # Models of earlier tests, freed during the steps, would lower the measured peaks.
@@ -56,7 +56,7 @@ def test_the_peaks_of_memory_are_near_the_plan(benched):
 
 
 @pytest.mark.slow
-def test_what_is_asked_for_is_what_runs(benched):
+def test_the_options_of_the_bench_reach_its_steps(benched):
     asked, _ = benched("--beta", "0.1", "--max-tokens", "2", "--env", "sort", "--dtype", "bfloat16")
     plain, _ = benched("--max-tokens", "2", "--env", "sort")
     assert asked["task"] == "sort"
@@ -66,7 +66,7 @@ def test_what_is_asked_for_is_what_runs(benched):
     assert asked["planned_bytes"]["sampling"] < plain["planned_bytes"]["sampling"]
 
 
-def test_a_slow_reward_is_called_and_is_seen(benched, tmp_path):
+def test_a_slow_reward_is_called_and_its_time_is_shown(benched, tmp_path):
     reward = tmp_path / "slow.py"
     reward.write_text("import time\ndef slow(completion):\n    time.sleep(0.02)\n    return 1.0\n")
     data, _ = benched("--reward", str(reward))
@@ -83,7 +83,7 @@ def test_a_step_that_takes_all_the_time_is_the_measurement(benched):
     assert time.perf_counter() - started < 10
 
 
-def test_people_read_a_table(capsys):
+def test_without_json_the_bench_prints_a_table(capsys):
     assert main([*SMALL, "--seconds", "0.001"]) == 0
     text = capsys.readouterr().out
     for words in ("a step", "generate", "tokens/s", "peak of training", "planned"):
@@ -91,7 +91,7 @@ def test_people_read_a_table(capsys):
 
 
 @pytest.mark.parametrize("options", [{}, {"timeout": 20.0}], ids=["here", "isolated"])
-def test_every_group_has_signal_and_the_own_rewards_are_called(tmp_path, options):
+def test_every_group_has_a_signal_and_the_users_rewards_are_called(tmp_path, options):
     (tmp_path / "mine.py").write_text(
         "def constant(completion, example):\n"
         "    with open(example['file'], 'a') as file:\n"
@@ -132,7 +132,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_flags_mean_what_they_mean_to_train(flags):
+def test_flags_have_the_same_meaning_as_in_train(flags):
     def config(command: str):
         return configured(TrainConfig(), build_parser(command).parse_args([command, *flags]))
 
@@ -141,13 +141,13 @@ def test_flags_mean_what_they_mean_to_train(flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_what_train_can_do_can_be_timed(flags, benched):
+def test_every_kind_of_training_can_be_timed(flags, benched):
     data, _ = benched(*flags, seconds=0.001)
     assert data["steps"] == 1 and sum(data["shares"].values()) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_written_down_is_timed_with_tasks_and_adapters_of_its_own(
+def test_a_run_of_a_config_file_is_timed_with_its_own_tasks_and_adapters(
     benched, load_tiny, tmp_path
 ):
     model, _ = load_tiny()

@@ -1,4 +1,4 @@
-"""What each option does to the run that is assembled: every one of them, seen in the parts."""
+"""The effect of each option on the parts of an assembled run."""
 
 import json
 import math
@@ -48,7 +48,7 @@ ROWS = [{"question": f"{n}+1=", "right": str(n + 1)} for n in range(40)]
 
 @pytest.fixture
 def assembled(tmp_path):
-    """A function from settings to the experiment that a run with them would be."""
+    """Return a function that assembles the experiment of the given settings."""
 
     def build(**changes: Any) -> Experiment:
         config = changed(DEFAULTS, {key.replace("__", "."): v for key, v in changes.items()})
@@ -61,7 +61,7 @@ def assembled(tmp_path):
 
 @pytest.fixture
 def task(tmp_path):
-    """A function from settings of the task to its environment and rewards."""
+    """Return a function that finds the environment and the rewards of the given settings."""
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     (tmp_path / "mine.py").write_text("def score(completion): return len(completion) / 100")
 
@@ -92,7 +92,7 @@ def test_reward_timeout_and_on_reward_error_go_to_the_rewards(task):
     assert task(task__env="add", task__on_reward_error=-1.0)[1].on_error == -1.0
 
 
-def test_name_is_the_model_that_is_loaded(assembled, tmp_path):
+def test_name_chooses_the_model(assembled, tmp_path):
     with pytest.raises(ModelError, match="no-such-model"):
         assembled(model__name="no-such-model")
     link = tmp_path / "link"
@@ -100,13 +100,13 @@ def test_name_is_the_model_that_is_loaded(assembled, tmp_path):
     assert assembled(model__name=str(link)).trainer.model is not None
 
 
-def test_dtype_is_that_of_the_weights(assembled):
+def test_dtype_is_the_dtype_of_the_weights(assembled):
     model = assembled(model__dtype="bfloat16").trainer.model
     assert model.model.norm.weight.dtype == mx.bfloat16
 
 
 @pytest.mark.slow
-def test_quantize_packs_the_base_as_mode_and_group_say(assembled):
+def test_quantize_packs_the_base_in_the_chosen_mode_and_group_size(assembled):
     def packed(**options: Any) -> Any:
         model = assembled(model__quantize=4, **options).trainer.model
         return model.model.embed_tokens
@@ -118,7 +118,7 @@ def test_quantize_packs_the_base_as_mode_and_group_say(assembled):
     assert assembled(model__quantize=8).trainer.model.model.embed_tokens.bits == 8
 
 
-def test_threads_are_those_of_the_matrix_products():
+def test_threads_set_the_threads_of_matrix_products():
     before = fast_cpu.enable().threads
     if before is None:
         pytest.skip("the threads of this BLAS cannot be set")
@@ -130,7 +130,7 @@ def test_threads_are_those_of_the_matrix_products():
     fast_cpu.set_threads(before)
 
 
-def test_fresh_adapters_are_what_the_words_say(assembled):
+def test_fresh_adapters_have_the_chosen_kind_rank_scale_and_layers(assembled):
     experiment = assembled(
         adapter__kind="dora",
         adapter__rank=3,
@@ -146,7 +146,7 @@ def test_fresh_adapters_are_what_the_words_say(assembled):
     ]
 
 
-def test_alpha_target_modules_and_dropout_are_read_as_peft_has_them():
+def test_alpha_target_modules_and_dropout_have_the_meaning_of_peft():
     values = {
         "adapter.rank": 4,
         "adapter.alpha": 8.0,
@@ -176,7 +176,7 @@ def test_an_adapter_config_is_read_from_its_file(assembled, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_the_adapters_of_a_file(assembled, tmp_path):
+def test_training_starts_from_the_adapters_of_a_file(assembled, tmp_path):
     begun = assembled(adapter__rank=2, run__seed=5)
     first = begun.adapters
     first.swap({name: value + 1 for name, value in first.parameters().items()}, version=7)
@@ -190,12 +190,12 @@ def test_training_goes_on_from_the_adapters_of_a_file(assembled, tmp_path):
         assembled(adapter__start=tmp_path / "first.safetensors", model__quantize=4)
 
 
-def test_sampling_is_the_policys(assembled):
+def test_sampling_options_reach_the_policy(assembled):
     sampling = assembled(sampling__max_tokens=3, sampling__temperature=0.7).policy.sampling
     assert (sampling.max_tokens, sampling.temperature) == (3, 0.7)
 
 
-def test_the_algorithm_is_the_trainers_with_its_options(assembled):
+def test_the_algorithm_and_its_options_reach_the_trainer(assembled):
     trainer = assembled(
         algorithm__name="dapo", algorithm__options={"clip_high": 0.4}, algorithm__beta=0.01
     ).trainer
@@ -213,7 +213,7 @@ def test_the_algorithm_is_the_trainers_with_its_options(assembled):
         ("weights", ("off_policy_mask",), (off_policy_mask,)),
     ],
 )
-def test_functions_of_the_loss_are_settings_by_their_names(assembled, setting, value, bound):
+def test_settings_name_functions_of_the_loss(assembled, setting, value, bound):
     names = {f"algorithm__{setting}": value, "algorithm__options": {setting: "sapo"}}
     trainer = assembled(**names, algorithm__beta=0.01).trainer
     assert trainer.loss_fn.keywords == {setting: bound, "beta": 0.01}, "before those of `options`"
@@ -221,7 +221,7 @@ def test_functions_of_the_loss_are_settings_by_their_names(assembled, setting, v
         assembled(algorithm__options={setting: "sapo"})
 
 
-def test_several_weights_and_their_numbers_can_be_said_in_a_flag_and_in_a_file(tmp_path):
+def test_a_flag_and_a_file_can_hold_several_weights_with_numbers(tmp_path):
     text = "mask_tokens(low=0.5, high=3),opsm"
     (tmp_path / "run.toml").write_text(
         '[algorithm]\nweights = ["mask_tokens(low=0.5, high=3)", "opsm"]\n'
@@ -239,7 +239,7 @@ def test_an_estimator_without_a_divergence_is_refused():
 
 
 @pytest.mark.slow
-def test_what_the_algorithm_asks_of_the_trainer_holds_until_it_is_said_otherwise(assembled):
+def test_trainer_options_of_the_algorithm_hold_unless_a_setting_overrides_them(assembled):
     trainer = assembled(algorithm__name="rloo").trainer
     assert dict(get("rloo").trainer) == {
         "reference": trainer.reference,
@@ -252,14 +252,14 @@ def test_what_the_algorithm_asks_of_the_trainer_holds_until_it_is_said_otherwise
 
 
 @pytest.mark.slow
-def test_without_a_divergence_in_the_reward_rloo_scores_no_reference(assembled):
+def test_rloo_without_reward_kl_computes_no_log_probabilities_of_a_reference(assembled):
     words = {"algorithm__name": "rloo", "algorithm__reward_kl": 0.0}
     assert assembled(**words).trainer.reference is None
     assert assembled(**words, algorithm__beta=0.1).trainer.reference == "base"
     assert assembled(**words, algorithm__reference="base").trainer.reference == "base"
 
 
-def test_reward_kl_old_logprobs_and_truncated_are_the_trainers(assembled):
+def test_reward_kl_old_logprobs_and_truncated_reach_the_trainer(assembled):
     trainer = assembled(
         algorithm__reward_kl=0.1,
         algorithm__old_logprobs="fresh",
@@ -278,7 +278,7 @@ def test_a_reference_may_be_another_model(assembled):
 
 
 @pytest.mark.slow
-def test_overlong_cache_takes_reward_off_the_last_tokens(assembled):
+def test_overlong_cache_is_a_penalty_for_the_last_tokens(assembled):
     trainer = assembled(sampling__max_tokens=10, algorithm__overlong_cache=4).trainer
     advantages = trainer.advantage_fn(mx.zeros((1, 3)), lengths=mx.array([[4.0, 8.0, 10.0]]))
     first, second, third = advantages[0].tolist()
@@ -288,7 +288,7 @@ def test_overlong_cache_takes_reward_off_the_last_tokens(assembled):
 
 
 def rates(optimizer: Any, count: int) -> list[float]:
-    """The learning rate of each of the first updates."""
+    """Return the learning rates of the first updates."""
     parameter = {"w": mx.zeros(1)}
     seen: list[float] = []
     for _ in range(count):
@@ -313,7 +313,7 @@ def test_the_rate_warms_up_and_falls_to_its_end_over_all_updates_of_the_run(asse
     assert course[5] > course[8] > course[11]
 
 
-def test_the_rest_of_the_trainer(assembled):
+def test_the_other_trainer_options_reach_the_trainer(assembled):
     trainer = assembled(
         trainer__weight_decay=0.1,
         trainer__max_grad_norm=math.inf,
@@ -328,7 +328,7 @@ def test_the_rest_of_the_trainer(assembled):
 
 
 @pytest.mark.slow
-def test_refill_rounds_are_those_of_the_algorithm_or_those_asked_for(assembled):
+def test_refill_rounds_are_the_algorithms_unless_a_setting_overrides_them(assembled):
     assert assembled().refill_rounds == 1
     assert assembled(algorithm__name="dapo").refill_rounds == 10
     assert assembled(algorithm__name="dapo", rollout__refill_rounds=3).refill_rounds == 3
@@ -344,7 +344,7 @@ def test_the_seed_draws_the_adapters(assembled):
 
 
 @pytest.mark.slow
-def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeypatch):
+def test_options_of_sampling_evaluation_and_tracking_have_an_effect(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "seen.py").write_text(
         "def score(prompt, completion):\n"
@@ -376,11 +376,11 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert outcome.before.count == outcome.after.count == 5
-    # Two steps train on what one generation sampled.
+    # Two steps train on the rollouts of one generation.
     assert ["num_tokens" in row for row in rows] == [True, False, True, False, False]
-    # Evaluated before, after every two steps, and at the end.
+    # The run evaluates before the first step, after every two steps, and at the end.
     assert ["eval/reward" in row for row in rows] == [True, False, True, False, True]
-    # Every answer earns at least 0, which was asked to be enough.
+    # Every answer has a reward of at least 0, which counts as right here.
     assert rows[0]["eval/pass@1"] == rows[4]["eval/pass@4"] == 1
     assert "eval/avg@4" in rows[0] and "eval/sort/pass@2" in rows[0]
     asked = (tmp_path / "seen.txt").read_text().splitlines()
@@ -400,7 +400,7 @@ def test_a_run_samples_evaluates_and_tracks_as_its_options_say(tmp_path, monkeyp
 def test_a_service_whose_package_is_missing_stops_a_run_before_its_first_step(
     tmp_path, monkeypatch
 ):
-    # None is what Python itself keeps for a package that must not be imported.
+    # With None in sys.modules, Python refuses to import the package.
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = changed(DEFAULTS, {"task.env": "add", "tracking.trackio": "project"})
     with pytest.raises(ConfigError, match="trackio is not installed"):
@@ -409,13 +409,13 @@ def test_a_service_whose_package_is_missing_stops_a_run_before_its_first_step(
 
 
 @pytest.mark.slow
-def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp_path):
+def test_the_best_adapter_is_the_best_evaluated_one_with_eval_every(tmp_path):
     (tmp_path / "fall.py").write_text(
         "calls = 0\n"
         "def score(completion):\n"
         "    global calls\n"
         "    calls += 1\n"
-        # One call tries it; an evaluation of two, a step of four, an evaluation: the best.
+        # One call tries the reward; then come an evaluation of two, a step of four, an evaluation.
         "    return 1.0 if 7 < calls <= 9 else calls % 2 / 10\n"
     )
     values = {
@@ -431,7 +431,7 @@ def test_the_best_adapter_is_the_best_evaluated_one_where_runs_are_evaluated(tmp
 
 
 @pytest.mark.slow
-def test_of_each_step_a_run_keeps_so_many_groups_of_samples(tmp_path):
+def test_sample_groups_limits_the_groups_of_each_step_in_the_samples(tmp_path):
     values = {
         "rollout.group_size": 2,
         "rollout.groups_per_step": 3,
@@ -444,7 +444,7 @@ def test_of_each_step_a_run_keeps_so_many_groups_of_samples(tmp_path):
 
 
 @pytest.mark.parametrize("config", [DEFAULTS, SFTConfig()], ids=["train", "sft"])
-def test_services_are_those_of_the_options(config):
+def test_options_choose_the_services(config):
     options = {
         "tracking.wandb": "p",
         "tracking.wandb_artifacts": True,
@@ -457,7 +457,7 @@ def test_services_are_those_of_the_options(config):
     assert ServiceOptions(**asdict(config.tracking)) == ServiceOptions()
 
 
-def test_checkpoints_are_made_and_kept_as_the_options_say(tmp_path):
+def test_options_decide_how_often_checkpoints_are_saved_and_how_many_are_kept(tmp_path):
     config = changed(DEFAULTS, {"run.checkpoint_every": 3, "run.keep_checkpoints": 5})
     checkpoints = checkpoints_of(config, RunDirectory(tmp_path))
     assert checkpoints.keep == 5
@@ -488,7 +488,7 @@ SFT_PARAMETERS = {
 }
 
 
-def test_each_number_of_a_supervised_run_is_what_its_option_says(load_tiny, sft_data, tmp_path):
+def test_every_number_of_a_supervised_run_comes_from_its_option(load_tiny, sft_data, tmp_path):
     _, tokenizer = load_tiny()
     config = changed(SFTConfig(), SFT_PARAMETERS | {"data.source": sft_data})
     data = load_sft_data(config, tokenizer)
@@ -496,17 +496,17 @@ def test_each_number_of_a_supervised_run_is_what_its_option_says(load_tiny, sft_
     for key, value in SFT_PARAMETERS.items():
         assert getattr(parameters, key.partition(".")[2]) == value
     epochs = changed(SFTConfig(), {"trainer.epochs": 2, "trainer.batch_size": 4})
-    # A tenth of the 40 rows is kept to validate on.
+    # A tenth of the 40 rows is validation data.
     assert sft_parameters(epochs, RunDirectory(tmp_path), data).iterations == 2 * 36 // 4
     with pytest.raises(ConfigError, match="expected one of them"):
         changed(epochs, {"trainer.iterations": 5, "trainer.epochs": 2})
-    # What is given takes the place of what was given before.
+    # The later of two options that exclude each other counts.
     again = changed(epochs, {"trainer.iterations": 5}).trainer
     assert (again.iterations, again.epochs) == (5, None)
     assert changed(SFTConfig(trainer=again), {"trainer.epochs": 3}).trainer.iterations is None
 
 
-def test_learn_system_and_validation_share_decide_what_is_learned(load_tiny, sft_data):
+def test_learn_system_and_validation_share_choose_the_learned_tokens(load_tiny, sft_data):
     _, tokenizer = load_tiny()
 
     def read(**options: Any) -> Any:
@@ -523,7 +523,7 @@ def test_learn_system_and_validation_share_decide_what_is_learned(load_tiny, sft
     assert len(short.train[0].tokens) == 4
 
 
-def test_the_optimizer_of_a_supervised_run_is_what_its_options_say():
+def test_options_choose_the_optimizer_of_a_supervised_run():
     options = changed(
         SFTConfig(),
         {
@@ -540,7 +540,7 @@ def test_the_optimizer_of_a_supervised_run_is_what_its_options_say():
     assert course[0] < course[1] and optimizer.weight_decay == 0.2
 
 
-def test_what_is_logged_of_a_config_can_be_written_as_json(tmp_path):
+def test_the_logged_config_can_be_written_as_json(tmp_path):
     config = changed(DEFAULTS, {"run.output": tmp_path, "adapter.keys": ("a", "b")})
     values = json.loads(json.dumps(plain_settings(config)))
     assert values["run.output"] == str(tmp_path) and values["adapter.keys"] == ["a", "b"]

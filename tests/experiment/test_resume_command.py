@@ -1,4 +1,4 @@
-"""`textpolicy train` stopped by a signal or killed, and gone on with to the same directory."""
+"""`textpolicy train` stopped by a signal or killed, and resumed to the same directory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ RUN = [
     *("train", "--env", "add", "--steps", "12", "--count", "16", "--groups-per-step", "4"),
     *("--group-size", "4", "--eval-every", "5", "--lr", "0.002", "--schedule", "cosine"),
 ]
-# Whoever runs the tests in the background starts them to ignore Ctrl-C.
+# Tests that run in the background are started with Ctrl-C ignored.
 MAIN = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,7 +31,7 @@ COMMAND = [sys.executable, "-c", MAIN]
 
 
 def rows(directory):
-    """What was measured at each step, clocks and memory left out."""
+    """Return the metrics of each step, without times and memory."""
     unlike = ("time/", "memory/", "tokens_per_second")
     lines = map(json.loads, directory.metrics.read_text().splitlines())
     return [{n: v for n, v in line.items() if not n.startswith(unlike)} for line in lines]
@@ -48,7 +48,7 @@ def digests(directory):
     }
 
 
-def same_end(one, other):
+def assert_equal_results(one, other):
     assert rows(one) == rows(other)
     assert completions(one) == completions(other)
     for name, arrays in digests(one).items():
@@ -63,8 +63,8 @@ def whole(tmp_path_factory):
     return directory
 
 
-def begun(path, steps, *options):
-    """A run in another process, when it has made so many steps."""
+def start_run(path, steps, *options):
+    """Start a run in another process, and return the process after `steps` steps."""
     process = subprocess.Popen(
         [*COMMAND, *RUN, "--output", str(path), *options],
         stdout=subprocess.PIPE,
@@ -79,7 +79,7 @@ def begun(path, steps, *options):
     return process
 
 
-def test_a_run_leaves_what_a_stranger_understands(whole):
+def test_a_run_leaves_files_that_can_be_read_without_the_code(whole):
     names = {path.relative_to(whole.path).as_posix() for path in whole.path.rglob("*")}
     assert {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoints", "adapters"} <= names
     assert {"adapters/latest.safetensors", "adapters/best.safetensors"} <= names
@@ -95,9 +95,9 @@ def test_a_run_leaves_what_a_stranger_understands(whole):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
-def test_a_run_that_a_signal_ends_goes_on_to_the_same_directory(tmp_path, whole, number, code):
+def test_a_run_that_a_signal_stops_resumes_to_the_same_directory(tmp_path, whole, number, code):
     directory = RunDirectory(tmp_path / "run")
-    process = begun(directory.path, 3)
+    process = start_run(directory.path, 3)
     os.kill(process.pid, number)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == code
@@ -105,14 +105,14 @@ def test_a_run_that_a_signal_ends_goes_on_to_the_same_directory(tmp_path, whole,
         assert f"resume with: textpolicy train --resume {directory.path}" in out
     assert len(rows(directory)) < len(rows(whole))
     assert main(["train", "--resume", str(directory.path)]) == 0
-    same_end(directory, whole)
+    assert_equal_results(directory, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc for handlers")
-def test_a_signal_in_the_first_evaluation_leaves_a_run_to_go_on_with(tmp_path):
-    process = begun(tmp_path / "run", 0, "--count", "512")
-    while not heeds(process.pid, signal.SIGTERM):
+def test_a_signal_in_the_first_evaluation_leaves_a_run_that_can_be_resumed(tmp_path):
+    process = start_run(tmp_path / "run", 0, "--count", "512")
+    while not has_handler(process.pid, signal.SIGTERM):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
@@ -121,8 +121,8 @@ def test_a_signal_in_the_first_evaluation_leaves_a_run_to_go_on_with(tmp_path):
     assert [row["step"] for row in rows(RunDirectory(tmp_path / "run"))] == [0]
 
 
-def heeds(pid, number):
-    """Whether the process has a handler for that signal."""
+def has_handler(pid, number):
+    """Return whether the process has a handler for the signal."""
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return int(caught.split()[1], 16) >> (number - 1) & 1
@@ -153,23 +153,23 @@ def test_a_finished_run_is_measured_again_and_nothing_else(whole, capsys):
 
 
 @pytest.mark.slow
-def test_another_config_is_refused_with_the_differences_unless_forced(whole, tmp_path, capsys):
+def test_another_config_is_refused_with_its_differences_unless_forced(whole, tmp_path, capsys):
     argv = ["train", "--resume", str(whole.path), "--lr", "0.5", "--beta", "0.1"]
     assert main(argv) == 2
     message = capsys.readouterr().err
     assert "trainer.lr: 0.002 there, 0.5 now" in message
     assert "algorithm.beta: 0.0 there, 0.1 now" in message
     assert "--force" in message
-    # Watching it otherwise changes no number.
+    # Options of tracking change no number.
     assert main(["train", "--resume", str(whole.path), "--tensorboard"]) == 0
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_lies_and_is_not_taken_elsewhere(tmp_path, capsys):
+def test_a_moved_run_resumes_in_its_new_folder_and_in_no_other(tmp_path, capsys):
     small = ["--steps", "2", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
-    begun, moved, elsewhere = (tmp_path / name for name in ("begun", "moved", "elsewhere"))
-    assert main(["train", "--env", "add", *small, "--output", str(begun)]) == 0
-    begun.rename(moved)
+    start_run, moved, elsewhere = (tmp_path / name for name in ("start_run", "moved", "elsewhere"))
+    assert main(["train", "--env", "add", *small, "--output", str(start_run)]) == 0
+    start_run.rename(moved)
     resume = ["train", "--resume", str(moved)]
     assert main([*resume, "--output", str(elsewhere)]) == 2
     assert "is resumed in that folder" in capsys.readouterr().err
@@ -178,13 +178,13 @@ def test_a_run_goes_on_where_it_lies_and_is_not_taken_elsewhere(tmp_path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
-def test_what_is_no_run_cannot_be_gone_on_with(tmp_path, capsys):
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, capsys):
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "holds no run to resume" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_forcing_goes_on_with_the_new_options(tmp_path, capsys):
+def test_a_forced_resume_uses_the_new_options(tmp_path, capsys):
     small = ["--steps", "4", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
     argv = ["train", "--env", "add", *small, "--output", str(tmp_path / "run")]
     assert main([*argv, "--checkpoint-every", "3", "--keep-checkpoints", "1"]) == 0
@@ -204,18 +204,18 @@ def test_a_second_writer_is_refused(whole, capsys):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_damaged_is_passed_over(tmp_path, whole, capsys):
+def test_a_damaged_checkpoint_is_skipped(tmp_path, whole, capsys):
     directory = RunDirectory(tmp_path / "run")
     assert main([*RUN, "--output", str(directory.path)]) == 0
     newest = max(directory.checkpoints.iterdir())
     newest.write_bytes(newest.read_bytes()[:-1])
     assert main(["train", "--resume", str(directory.path)]) == 0
     assert "passed over" in capsys.readouterr().err
-    same_end(directory, whole)
+    assert_equal_results(directory, whole)
 
 
 @pytest.mark.slow
-def test_lost_numbers_are_told_and_a_run_whose_beginning_is_lost_is_refused(tmp_path, capsys):
+def test_lost_metrics_are_reported_and_a_run_without_its_first_metrics_is_refused(tmp_path, capsys):
     small = ["--steps", "3", "--count", "4", "--groups-per-step", "2", "--group-size", "2"]
     directory = RunDirectory(tmp_path / "run")
     assert main(["train", "--env", "add", *small, "--output", str(directory.path)]) == 0
@@ -243,7 +243,7 @@ raise SystemExit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_run_that_the_disk_ends_says_how_it_goes_on(tmp_path):
+def test_a_run_that_a_full_disk_ends_says_how_to_resume(tmp_path):
     path = str(tmp_path / "run")
     small = ["--count", "4", "--groups-per-step", "2", "--group-size", "2"]
     assert main(["train", "--env", "add", "--steps", "2", *small, "--output", path]) == 0

@@ -22,7 +22,7 @@ CLOCKS = ("time/", "memory/", "tokens_per_second", "iterations_per_second")
 
 @pytest.fixture
 def rows(tmp_path):
-    """A file of demonstrations."""
+    """Return the path of a file of demonstrations."""
     path = tmp_path / "rows.jsonl"
     pairs = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(10, 30)]
     path.write_text("\n".join(map(json.dumps, pairs)))
@@ -34,13 +34,13 @@ def names(directory):
 
 
 def metrics(directory):
-    """The rows of a run's metrics without clocks and memory."""
+    """Return the metrics of a run without times and memory."""
     lines = map(json.loads, directory.metrics.read_text().splitlines())
     return [{n: v for n, v in row.items() if not n.startswith(CLOCKS)} for row in lines]
 
 
 def settings(directory):
-    """The text of a run's config without the folder that it lies in."""
+    """Return the config of a run without its folder."""
     text = directory.config.read_text()
     return [line for line in text.splitlines() if not line.startswith("output = ")]
 
@@ -88,7 +88,7 @@ def test_both_kinds_of_run_have_one_layout(tmp_path, rows):
 
 
 @pytest.mark.slow
-def test_events_tell_the_run_in_order_and_a_listener_may_stop_it(tmp_path):
+def test_events_come_in_order_and_a_listener_can_stop_the_run(tmp_path):
     events = []
 
     def listen(event):
@@ -142,7 +142,7 @@ def test_a_config_may_be_an_object_or_a_file(tmp_path):
         ({"run": {"steps": 0}}, "run.steps is 0; expected"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused_before_anything_is_written(
+def test_a_wrong_config_is_refused_before_anything_is_written(
     tmp_path, monkeypatch, config, message
 ):
     monkeypatch.chdir(tmp_path)

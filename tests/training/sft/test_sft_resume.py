@@ -46,7 +46,7 @@ PARAMETERS = SFTParameters(
 
 
 class Trial:
-    """A model with adapters and dropout, and a run of it that writes down what it reports."""
+    """A model with adapters and dropout, and a run of this model that records its events."""
 
     def __init__(self, path, *, rank=2, rate=1e-2, warmup=3):
         self.parameters = replace(PARAMETERS, adapter_path=path)
@@ -64,7 +64,7 @@ class Trial:
             self.events.append(event)
             return Progress.STOP if len(self.events) == stop_at else Progress.MORE
 
-        # Nothing of a process that has ended is left to the next.
+        # The next process has none of the objects of this one.
         mx.random.seed(99 if resume else 7)
         return train_sft(
             self.model,
@@ -79,7 +79,7 @@ class Trial:
 
     @property
     def losses(self):
-        """Every loss by the kind of report and its iteration."""
+        """Return every loss by the kind of report and the iteration."""
         return {
             (type(e), e.iteration): e.loss for e in self.events if not isinstance(e, SaveReport)
         }
@@ -87,7 +87,7 @@ class Trial:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nothing interrupts."""
+    """The uninterrupted run."""
     trial = Trial(tmp_path_factory.mktemp("whole") / "a.safetensors")
     return trial, trial.run()
 
@@ -105,14 +105,16 @@ def test_the_run_has_every_kind_of_event(whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", range(1, 12))
-def test_stop_at_any_event_leaves_a_valid_adapter_and_a_run_that_goes_on(tmp_path, whole, stop_at):
+def test_a_stop_at_any_event_leaves_a_valid_adapter_and_a_run_that_can_be_resumed(
+    tmp_path, whole, stop_at
+):
     uninterrupted, expected = whole
     path = tmp_path / "a.safetensors"
     first = Trial(path)
     stopped = first.run(stop_at)
     assert stopped.ended == "stopped" and len(first.events) == stop_at
     assert stopped.iteration == first.events[-1].iteration
-    # The adapter that is left behind is the model as it stands.
+    # The saved adapter is the adapter of the model.
     left = read_adapter_file(path)
     assert left.version == stopped.iteration
     for name, array in first.adapters.parameters().items():
@@ -138,7 +140,7 @@ def test_the_best_adapters_are_kept_beside_the_last(whole):
 
 
 @pytest.mark.slow
-def test_a_finished_run_goes_on_when_it_is_given_more_iterations(tmp_path, whole):
+def test_a_finished_run_continues_with_more_iterations(tmp_path, whole):
     trial = Trial(tmp_path / "a.safetensors")
     trial.run()
     again = Trial(tmp_path / "a.safetensors")
@@ -148,7 +150,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_iterations(tmp_path, whole
 
 
 @pytest.mark.slow
-def test_a_stream_goes_on_where_it_was(tmp_path):
+def test_a_stream_continues_at_its_position(tmp_path):
     batches = [texts(2, seed=n) for n in range(9)]
     plain = {"packing": False, "accumulation": 1}
     one = Trial(tmp_path / "one.safetensors")
@@ -174,7 +176,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path):
         ({"completed_iterations": 3}, "completed_iterations is 3, and .* saved after 0"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_data_or_settings(tmp_path, changes, message):
+def test_a_resume_with_other_data_or_settings_is_refused(tmp_path, changes, message):
     Trial(tmp_path / "a.safetensors").run(1)
     with pytest.raises((TrainingError, ConfigError), match=message):
         Trial(tmp_path / "a.safetensors").run(resume=True, **changes)
@@ -213,7 +215,7 @@ def test_a_path_that_cannot_hold_adapters_is_refused_before_training(tmp_path):
 
 
 def begin(folder, *options):
-    """A run of the command on a file of sums, and the arguments that go on with it."""
+    """Run the command on a file of sums, and return the arguments that resume the run."""
     data = folder / "train.jsonl"
     pairs = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(8)]
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -223,7 +225,7 @@ def begin(folder, *options):
 
 
 @pytest.mark.slow
-def test_options_that_the_checkpoint_does_not_take_leave_the_run_as_it_was(tmp_path, capsys):
+def test_options_that_the_checkpoint_refuses_do_not_change_the_run(tmp_path, capsys):
     folder, resume = begin(tmp_path, "--iterations", "2")
     config = (folder / "config.toml").read_text()
     assert main([*resume, "--batch-size", "2", "--force"]) == 1
@@ -235,7 +237,7 @@ def test_options_that_the_checkpoint_does_not_take_leave_the_run_as_it_was(tmp_p
 
 
 @pytest.mark.slow
-def test_iterations_take_the_place_of_epochs_when_a_run_is_forced_to_go_on(tmp_path, capsys):
+def test_iterations_replace_epochs_in_a_forced_resume(tmp_path, capsys):
     folder, resume = begin(tmp_path, "--epochs", "1")
     assert main([*resume, "--iterations", "3"]) == 2
     told = capsys.readouterr().err
@@ -246,7 +248,7 @@ def test_iterations_take_the_place_of_epochs_when_a_run_is_forced_to_go_on(tmp_p
     trainer = read_toml(folder / "config.toml", SFTConfig()).trainer
     assert (trainer.iterations, trainer.epochs) == (3, None)
     assert Checkpoints(folder / "checkpoints").newest().step == 3
-    # As long as it is told in the same words, a run may be made longer.
+    # A run may be made longer by the option that it was started with.
     assert main([*resume, "--iterations", "4"]) == 0
 
 
@@ -273,7 +275,7 @@ def test_force_is_advised_only_where_it_helps(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_another_command_is_gone_on_with_by_that_command(tmp_path, capsys):
+def test_the_error_about_a_run_of_another_command_names_that_command(tmp_path, capsys):
     folder, _ = begin(tmp_path, "--iterations", "1")
     assert main(["train", "--resume", str(folder)]) == 2
     told = capsys.readouterr().err
@@ -286,7 +288,7 @@ def test_a_run_of_another_command_is_gone_on_with_by_that_command(tmp_path, caps
     assert "is not a setting" not in told
 
 
-def test_a_run_that_diverges_leaves_what_was_saved_before(tmp_path):
+def test_a_run_that_diverges_keeps_the_files_that_it_saved_before(tmp_path):
     trial = Trial(tmp_path / "a.safetensors", rate=1e-2)
     trial.run(iterations=2)
     file = trial.parameters.adapter_file
@@ -304,7 +306,7 @@ def test_a_run_that_diverges_leaves_what_was_saved_before(tmp_path):
 
 
 def rows(folder, name):
-    """The losses of a run's metrics file by step."""
+    """Return the losses of a run's metrics file by step."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     return [(row["step"], row[name]) for row in found if name in row]
@@ -344,7 +346,7 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert Checkpoints(killed / "checkpoints").newest().step < 250
-    # What the kill may have left of a line is not a row.
+    # A line that the kill left unfinished is not a row.
     metrics.write_text(metrics.read_text() + '{"step": 1')
     subprocess.run([*command[:4], "--resume", str(killed)], check=True, **quiet)
     for name in ("loss", "validation/loss"):
