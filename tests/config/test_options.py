@@ -40,7 +40,7 @@ from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import tiny_model
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_rows
-from textpolicy.tracking.open import ServiceOptions
+from textpolicy.tracking.open_tracker import ServiceOptions
 
 DEFAULTS = changed(TrainConfig(), {"task.env": "add"})
 ROWS = [{"question": f"{n}+1=", "right": str(n + 1)} for n in range(40)]
@@ -366,7 +366,7 @@ def test_options_of_sampling_evaluation_and_tracking_have_an_effect(tmp_path, mo
         "evaluation.envs": ("sort",),
         "tracking.wandb": "project",
         "tracking.wandb_artifacts": True,
-        "tracking.tensorboard": True,
+        "tracking.tensorboard_run": True,
         "run.steps": 4,
         "run.output": tmp_path / "run",
     }
@@ -448,7 +448,7 @@ def test_options_choose_the_services(config):
     options = {
         "tracking.wandb": "p",
         "tracking.wandb_artifacts": True,
-        "tracking.tensorboard": True,
+        "tracking.tensorboard_run": True,
         "tracking.trackio": "q",
     }
     asked = changed(config, options).tracking

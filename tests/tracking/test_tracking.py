@@ -12,10 +12,10 @@ import pytest
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import RunFiles, read_metrics, read_rows
-from textpolicy.tracking.open import ServiceOptions, open_tracker, tracking_id
+from textpolicy.tracking.open_tracker import ServiceOptions, open_tracker, tracking_id
 from textpolicy.tracking.samples import first_whole_groups, sample_rows
 from textpolicy.tracking.sink import BackgroundSink, Sink
-from textpolicy.tracking.tensorboard import TensorBoardRun
+from textpolicy.tracking.tensorboard_run import TensorBoardRun
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.tracking.values import to_floats
 from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task, Turn

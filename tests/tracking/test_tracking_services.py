@@ -18,7 +18,7 @@ from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics, read_rows
-from textpolicy.tracking.open import ServiceOptions, open_tracker
+from textpolicy.tracking.open_tracker import ServiceOptions, open_tracker
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
@@ -199,7 +199,7 @@ def test_trackio_gets_every_row(tmp_path):
 import sys
 from pathlib import Path
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.open import ServiceOptions, open_tracker
+from textpolicy.tracking.open_tracker import ServiceOptions, open_tracker
 folder = Path(sys.argv[1])
 with open_tracker(RunDirectory(folder), ServiceOptions(trackio="p"), {}, notice=print) as tracker:
     for step in range(5):

@@ -39,7 +39,7 @@ from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Incident, Rewards, Scorer
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.open import ServiceOptions, open_tracker
+from textpolicy.tracking.open_tracker import ServiceOptions, open_tracker
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.training.advantages import requested_keywords
 from textpolicy.training.checkpoint import Checkpoints

@@ -11,7 +11,7 @@ from textpolicy.errors import ConfigError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import RunFiles
 from textpolicy.tracking.sink import BackgroundSink, Notify, Sink
-from textpolicy.tracking.tensorboard import TensorBoardRun
+from textpolicy.tracking.tensorboard_run import TensorBoardRun
 from textpolicy.tracking.tracker import CLOSING_SHARE, PATIENCE, Tracker
 from textpolicy.tracking.trackio_run import TrackioRun
 from textpolicy.tracking.wandb_run import WandbRun
