@@ -11,6 +11,7 @@ Memory, arXiv:2112.05682. Query heads that share a key head are rows of one matr
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -60,47 +61,49 @@ def scaled_dot_product_attention(
 
 def _attention(mask: Any) -> Any:
     """Return attention under this mask, as a function with its gradient."""
-
-    def forward(queries: GroupedQueries, keys: Keys, values: Values) -> AttentionOutput:
-        rows: list[mx.array] = []
-        last: list[mx.array] = []
-        for slices in _slices(queries, keys):
-            outputs: list[mx.array] = []
-            for part in slices:
-                query = compute_after(part.of(queries), last)
-                weights = _weights(query, keys[part.rows], part.hidden(mask))
-                total = weights.sum(axis=-1, keepdims=True)
-                last = [_product(weights, values[part.rows]) / total]
-                outputs += last
-            rows.append(mx.concatenate(outputs, axis=3))
-        return mx.concatenate(rows, axis=0)
-
-    def backward(
-        primals: tuple[GroupedQueries, Keys, Values],
-        cotangent: AttentionOutput,
-        output: AttentionOutput,
-    ) -> list[mx.array]:
-        queries, keys, values = primals
-        rows: list[list[mx.array]] = []
-        last: list[mx.array] = []
-        for slices in _slices(queries, keys):
-            query_gradients: list[mx.array] = []
-            for part in slices:
-                query, gradient = compute_after(part.of(queries), last), part.of(cotangent)
-                row = keys[part.rows], values[part.rows]
-                query_gradient, *row_gradients = _gradients(
-                    query, *row, part.hidden(mask), gradient, part.of(output)
-                )
-                if query_gradients:
-                    row_gradients = [x + y for x, y in zip(last[1:], row_gradients, strict=True)]
-                query_gradients.append(query_gradient)
-                last = [query_gradient, *row_gradients]
-            rows.append([mx.concatenate(query_gradients, axis=3), *last[1:]])
-        return [mx.concatenate([*parts], axis=0) for parts in zip(*rows, strict=True)]
-
-    attention: Any = mx.custom_function(forward)
-    attention.vjp(backward)
+    attention: Any = mx.custom_function(partial(_attend, mask))
+    attention.vjp(partial(_attention_gradient, mask))
     return attention
+
+
+def _attend(mask: Any, queries: GroupedQueries, keys: Keys, values: Values) -> AttentionOutput:
+    rows: list[mx.array] = []
+    last: list[mx.array] = []
+    for slices in _slices(queries, keys):
+        outputs: list[mx.array] = []
+        for part in slices:
+            query = compute_after(part.of(queries), last)
+            weights = _weights(query, keys[part.rows], part.hidden(mask))
+            total = weights.sum(axis=-1, keepdims=True)
+            last = [_product(weights, values[part.rows]) / total]
+            outputs += last
+        rows.append(mx.concatenate(outputs, axis=3))
+    return mx.concatenate(rows, axis=0)
+
+
+def _attention_gradient(
+    mask: Any,
+    primals: tuple[GroupedQueries, Keys, Values],
+    cotangent: AttentionOutput,
+    output: AttentionOutput,
+) -> list[mx.array]:
+    queries, keys, values = primals
+    rows: list[list[mx.array]] = []
+    last: list[mx.array] = []
+    for slices in _slices(queries, keys):
+        query_gradients: list[mx.array] = []
+        for part in slices:
+            query, gradient = compute_after(part.of(queries), last), part.of(cotangent)
+            row = keys[part.rows], values[part.rows]
+            query_gradient, *row_gradients = _gradients(
+                query, *row, part.hidden(mask), gradient, part.of(output)
+            )
+            if query_gradients:
+                row_gradients = [x + y for x, y in zip(last[1:], row_gradients, strict=True)]
+            query_gradients.append(query_gradient)
+            last = [query_gradient, *row_gradients]
+        rows.append([mx.concatenate(query_gradients, axis=3), *last[1:]])
+    return [mx.concatenate([*parts], axis=0) for parts in zip(*rows, strict=True)]
 
 
 def _gradients(
@@ -179,8 +182,15 @@ def _slices(queries: GroupedQueries, keys: Keys) -> list[list[_Slice]]:
     rows = max(1, SLICE_SIZE // (heads * time * width))
     times = time if rows > 1 else max(1, SLICE_SIZE // (heads * width))
 
-    def make(row: int, start: int) -> _Slice:
-        end = min(start + times, time)
-        return _Slice(slice(row, row + rows), slice(start, end), width - time + start, width)
-
-    return [[make(row, at) for at in range(0, time, times)] for row in range(0, batch, rows)]
+    return [
+        [
+            _Slice(
+                slice(row, row + rows),
+                slice(start, min(start + times, time)),
+                first=width - time + start,
+                width=width,
+            )
+            for start in range(0, time, times)
+        ]
+        for row in range(0, batch, rows)
+    ]
