@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
@@ -151,11 +152,7 @@ class Scorer:
     def _call(self, index: int, samples: Sequence[Sample]) -> list[RewardResult]:
         """Return one function's results, in order; raise if the errors must end the run."""
         results: dict[int, RewardResult] = {}
-
-        def on_result(position: int, result: RewardResult) -> None:
-            self._check_error_rate(result)
-            results[position] = result
-
+        on_result = partial(self._record_result, results)
         if self._pool:
             self._pool.run(index, samples, on_result)
         else:
@@ -165,6 +162,12 @@ class Scorer:
                 key = (index, result.error is None)
                 self._to_report.setdefault(key, []).append((samples[position], result))
         return [results[position] for position in range(len(samples))]
+
+    def _record_result(
+        self, results: dict[int, RewardResult], position: int, result: RewardResult
+    ) -> None:
+        self._check_error_rate(result)
+        results[position] = result
 
     def _check_error_rate(self, result: RewardResult) -> None:
         if result.counts:

@@ -1,6 +1,7 @@
 """Metrics of the trainer: of a micro-batch, of an update, and of a training step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import fmean, pstdev
 
 import mlx.core as mx
@@ -14,10 +15,7 @@ def policy_metrics(
     logp: Float[mx.array, "batch time"], entropy: Float[mx.array, "batch time"], batch: Batch
 ) -> dict[str, mx.array]:
     """Return entropy and the distances from the sampler and the reference, in nats a token."""
-
-    def mean(x: mx.array) -> mx.array:
-        return mx.where(batch.mask, x, 0).sum() / batch.token_count
-
+    mean = partial(_token_mean, batch)
     difference = mx.where(batch.mask, logp - batch.logp_sampled, 0)
     ratio = mx.exp(difference)
     # In a batch without any counted token, all ratios are 1.
@@ -35,6 +33,10 @@ def policy_metrics(
         difference = mx.where(batch.mask, batch.logp_ref - logp, 0)
         metrics["kl"] = mean(mx.exp(difference) - difference - 1)
     return metrics
+
+
+def _token_mean(batch: Batch, x: mx.array) -> mx.array:
+    return mx.where(batch.mask, x, 0).sum() / batch.token_count
 
 
 def advantage_metrics(rows: Sequence[TrainingRow]) -> Metrics:

@@ -5,6 +5,7 @@ The logits of a whole batch are often its largest array. Here, logits exist for 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -123,20 +124,19 @@ class _FrozenHead:
             rows = compute_after(constant[chunk], parts[-1] if parts else ())
             parts.append(self._with_slope(chunk, rows))
         logp, entropy, slope = (mx.concatenate([part[i] for part in parts]) for i in range(3))
-
-        def chunk_logprobs(chunk: slice, rows: mx.array, _: Any) -> PositionLogprobs:
-            logits = self.project(rows)
-            return logprobs_from_logits(logits, self.tokens[chunk], self.temperature[chunk])
-
-        def entropy_gradient(weight: mx.array) -> mx.array:
-            # Few losses use the entropy, so its gradient is computed only if needed.
-            compute = apply_in_chunks(chunk_logprobs, self.chunks)
-            return mx.vjp(lambda rows: compute(rows, {})[1], [constant], [weight])[1][0]
-
         return (
             _with_gradient(logp, hidden, lambda weight: weight[:, None] * slope),
-            _with_gradient(entropy, hidden, entropy_gradient),
+            _with_gradient(entropy, hidden, partial(self._entropy_gradient, constant)),
         )
+
+    def _entropy_gradient(self, hidden: mx.array, weight: mx.array) -> mx.array:
+        # Few losses use the entropy, so its gradient is computed only if needed.
+        compute = apply_in_chunks(self._chunk_logprobs, self.chunks)
+        return mx.vjp(lambda rows: compute(rows, {})[1], [hidden], [weight])[1][0]
+
+    def _chunk_logprobs(self, chunk: slice, rows: mx.array, _: Any) -> PositionLogprobs:
+        logits = self.project(rows)
+        return logprobs_from_logits(logits, self.tokens[chunk], self.temperature[chunk])
 
     def _with_slope(self, chunk: slice, hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return log-probabilities, entropies and d log p(token) / d hidden of a chunk.

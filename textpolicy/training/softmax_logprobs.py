@@ -1,5 +1,6 @@
 """Log-probabilities and entropies of a softmax over logits."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -56,20 +57,21 @@ def logprobs_from_logits(
 
         d log p(token) / dz = onehot(token) - p        dH / dz = -p (log p + H)
     """
-
-    def forward(logits: mx.array) -> PositionLogprobs:
-        return Softmax.of(logits, temperature).logprobs(tokens)
-
-    def backward(
-        logits: mx.array, cotangents: PositionLogprobs, outputs: PositionLogprobs
-    ) -> mx.array:
-        of_logp, of_entropy = (c[:, None] / temperature[:, None] for c in cotangents)
-        softmax = Softmax.of(logits, temperature)
-        log_p = softmax.shifted - mx.log(softmax.total)
-        slope = softmax.probabilities * (of_logp + of_entropy * (log_p + outputs[1][:, None]))
-        at_token = slope.at[mx.arange(len(tokens)), tokens]
-        return -at_token.subtract(of_logp[:, 0]).astype(logits.dtype)
-
-    run: Any = mx.custom_function(forward)
-    run.vjp(backward)
+    run: Any = mx.custom_function(lambda logits: Softmax.of(logits, temperature).logprobs(tokens))
+    run.vjp(partial(_logits_gradient, tokens, temperature))
     return run(logits)
+
+
+def _logits_gradient(
+    tokens: Int[mx.array, " positions"],
+    temperature: Float[mx.array, " positions"],
+    logits: Logits,
+    cotangents: PositionLogprobs,
+    outputs: PositionLogprobs,
+) -> Logits:
+    of_logp, of_entropy = (c[:, None] / temperature[:, None] for c in cotangents)
+    softmax = Softmax.of(logits, temperature)
+    log_p = softmax.shifted - mx.log(softmax.total)
+    slope = softmax.probabilities * (of_logp + of_entropy * (log_p + outputs[1][:, None]))
+    at_token = slope.at[mx.arange(len(tokens)), tokens]
+    return -at_token.subtract(of_logp[:, 0]).astype(logits.dtype)
