@@ -38,12 +38,7 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def write_folder(
-    folder: str | Path,
-    adapter: Adapter,
-    model: nn.Module,
-    layout: str,
-    *,
-    over_float_base: bool = False,
+    folder: str | Path, adapter: Adapter, model: nn.Module, layout: str, *, over_float_base: bool
 ) -> Path:
     """Write an adapter of `model`, which must be without adapters, in another library's layout.
 

@@ -15,7 +15,9 @@ import mlx.nn as nn
 
 from textpolicy.adapters.adapter import Adapter, group_by_module, join_module_tensors
 from textpolicy.adapters.config.adapter_config import AdapterConfig, config_for_modules
+from textpolicy.adapters.config.json_formats import write_selection
 from textpolicy.adapters.config.model_layout import ModelLayout, read_model_layout
+from textpolicy.adapters.config.selection import LastBlocks
 from textpolicy.adapters.files.adapter_file import (
     adapter_metadata,
     has_our_format,
@@ -109,16 +111,7 @@ def _pad(factor: mx.array, axis: int, rank: int) -> mx.array:
 def _make_config(adapter: Adapter, layout: ModelLayout) -> dict[str, Any]:
     rule = next(iter(adapter.rules_by_module().values()))
     num_layers, keys = _name_modules(list(group_by_module(adapter.arrays)), layout)
-    return {
-        "fine_tune_type": rule.kind,
-        "num_layers": num_layers,
-        "lora_parameters": {
-            "rank": rule.rank,
-            "scale": rule.scale,
-            "dropout": rule.dropout,
-            "keys": keys,
-        },
-    }
+    return write_selection(LastBlocks(num_layers=num_layers, keys=keys, rule=rule))
 
 
 def _name_modules(paths: list[str], layout: ModelLayout) -> tuple[int, list[str]]:
