@@ -9,8 +9,7 @@ from mlx.utils import tree_flatten
 
 from tests.memory import peak_of
 from tests.tiny import qwen3_model
-from textpolicy.training.output_head import find_output_head
-from textpolicy.training.softmax_logprobs import logprobs_from_logits
+from textpolicy.training.output_head import find_output_head, logprobs_from_logits
 
 ONE_CHUNK, FIVE_POSITIONS = 2**20, 5 * 4 * 96
 

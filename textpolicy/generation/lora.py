@@ -17,20 +17,10 @@ from textpolicy.adapters.config.json_formats import LORA_OPTIONS, refuse_unknown
 from textpolicy.adapters.config.model_layout import read_model_layout
 from textpolicy.adapters.container import AdapterContainer, shared_copy
 from textpolicy.adapters.files.adapter_file import prepare_adapter_path
-from textpolicy.adapters.layers.adapter_layer import freeze_base
+from textpolicy.adapters.layers.adapter_layer import freeze_base as freeze_base
 from textpolicy.adapters.memory_stats import memory_stats
 from textpolicy.adapters.quantization.quantize import quantize
 from textpolicy.errors import AdapterError
-
-__all__ = [
-    "apply_lora",
-    "compute_lora_memory_savings",
-    "create_lora_setup",
-    "create_qlora_setup",
-    "extract_params",
-    "freeze_base",
-    "merge_weights",
-]
 
 ADAPTER_PATH = "./lora_adapters.safetensors"
 

@@ -103,23 +103,22 @@ class ModelPolicy:
         prompt_tokens = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for tokens in prompt_tokens:
             check_prompt(self.model, tokens, self.sampling.max_tokens)
+        if seed is None:
+            self._generations += 1
+            seed = (self._seed << 32) + self._generations
         return decode(
             self.model,
             prompt_tokens,
             n=n,
             sampling=self.sampling,
             stop=self._stop_reason,
-            seed=self._next_seed() if seed is None else seed,
+            seed=seed,
             max_rows=self._max_rows,
             batched=self._batched,
             # On a CPU the next step would compete with Python for the same cores.
             launch_ahead=mx.default_device().type == mx.gpu,
             respond=respond,
         )
-
-    def _next_seed(self) -> int:
-        self._generations += 1
-        return (self._seed << 32) + self._generations
 
     def _stop_reason(self, tokens: list[int]) -> StopReason | None:
         if tokens[-1] in self.tokenizer.eos_token_ids:

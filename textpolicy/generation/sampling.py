@@ -35,7 +35,8 @@ def draw_tokens(
     if sampling.min_p:
         logits = apply_min_p(logits, sampling.min_p)
     weights = exp(logits - logits.max(axis=-1, keepdims=True))
-    return _choose_tokens(weights, mx.vmap(_two_uniforms)(keys))
+    uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))(keys)
+    return _choose_tokens(weights, uniforms)
 
 
 def penalise_repetition(
@@ -79,7 +80,3 @@ def _choose_column(
     cumulative = mx.where(weights > 0, mx.cumsum(weights, axis=-1), 0)
     exceeds = cumulative > uniforms * cumulative.max(axis=-1, keepdims=True)
     return mx.argmax(exceeds, axis=-1, keepdims=True)
-
-
-def _two_uniforms(key: mx.array) -> mx.array:
-    return mx.random.uniform(shape=(2,), key=key)

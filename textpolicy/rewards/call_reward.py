@@ -128,25 +128,21 @@ async def _call_concurrently(
     async def call(position: int, sample: Sample) -> None:
         async with semaphore:
             started = time.perf_counter()
-            result = await _await_once(reward, sample, await_limit)
+            deadline = asyncio.timeout(await_limit)
+            described = describe_sample(sample)
+            try:
+                with _errors_of(reward, described):
+                    async with deadline:
+                        answer = await reward.call(sample)
+                result = _result_of(reward, answer, sample)
+            except RewardError as error:
+                message = str(error)
+                if await_limit is not None and deadline.expired():
+                    message = timeout_message(reward, await_limit, described)
+                result = RewardResult(error=message)
             on_result(position, replace(result, seconds=time.perf_counter() - started))
 
     await asyncio.gather(*(call(position, sample) for position, sample in enumerate(samples)))
-
-
-async def _await_once(reward: Reward, sample: Sample, await_limit: float | None) -> RewardResult:
-    import asyncio
-
-    deadline = asyncio.timeout(await_limit)
-    try:
-        with _errors_of(reward, describe_sample(sample)):
-            async with deadline:
-                answer = await reward.call(sample)
-        return _result_of(reward, answer, sample)
-    except RewardError as error:
-        if await_limit is None or not deadline.expired():
-            return RewardResult(error=str(error))
-        return RewardResult(error=timeout_message(reward, await_limit, describe_sample(sample)))
 
 
 def _errors_of(reward: Reward, sample: str) -> AbstractContextManager[None]:

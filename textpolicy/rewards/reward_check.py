@@ -81,7 +81,12 @@ def check_reward(
     columns = () if isinstance(chosen[0], CheckedRow) else chosen[0]
     prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in columns), None)
     gold = gold or next((name for name in _GOLD_COLUMNS if name in columns), None)
-    checked = [_checked_row(row, prompt, gold) for row in chosen]
+    checked = [
+        row
+        if isinstance(row, CheckedRow)
+        else CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
+        for row in chosen
+    ]
     # The check shows all errors, and no error may end the check.
     rewards = replace(as_rewards(reward), on_error="skip", max_error_rate=1.0)
     with scorer_of(rewards) as scorer:
@@ -95,14 +100,6 @@ def check_reward(
         ]
     names = " + ".join(member.name for member in rewards.members)
     return RewardCheck(f"reward {names} on {len(checked)} rows", findings)
-
-
-def _checked_row(
-    row: Mapping[str, Any] | CheckedRow, prompt: RowColumn, gold: RowColumn
-) -> CheckedRow:
-    if isinstance(row, CheckedRow):
-        return row
-    return CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
 
 
 @dataclass(frozen=True, slots=True)

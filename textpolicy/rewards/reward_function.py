@@ -100,7 +100,31 @@ class Reward:
     @cached_property
     def parameters(self) -> "_Parameters":
         """The parameters to fill; raises `ConfigError` if the completion is not among them."""
-        return _read_parameters(self)
+        try:
+            parameters = list(inspect.signature(self.function).parameters.values())
+        except ValueError:
+            # Builtin functions have no signature to read.
+            parameters = [
+                inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in _SINGLE
+            ]
+        standard = _BATCHED if self.batched else _SINGLE
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        sees_completion = bool({standard[1], *CONTEXT_FIELDS} & {p.name for p in named})
+        by_position = not sees_completion and _takes_three_by_position(parameters)
+        if not (sees_completion or by_position):
+            raise ConfigError(
+                f"reward {self.name} takes ({', '.join(map(str, parameters))}): it would not see "
+                f"the completion; expected ({', '.join(standard)}), or the names of some of these "
+                f"and of the row's columns, with `{standard[1]}` among them"
+            )
+        names = [] if by_position else named
+        return _Parameters(
+            standard=standard,
+            by_position=by_position,
+            required=tuple(p.name for p in names if p.default is p.empty),
+            optional=tuple(p.name for p in names if p.default is not p.empty),
+            takes_context=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        )
 
     def call(self, sample: Sample) -> Any:
         """Call the function for one sample, with the arguments that it asks for."""
@@ -198,34 +222,6 @@ class _Parameters:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     takes_context: bool
-
-
-def _read_parameters(reward: Reward) -> _Parameters:
-    try:
-        parameters = list(inspect.signature(reward.function).parameters.values())
-    except ValueError:
-        # Builtin functions have no signature to read.
-        parameters = [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in _SINGLE
-        ]
-    standard = _BATCHED if reward.batched else _SINGLE
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    sees_completion = bool({standard[1], *CONTEXT_FIELDS} & {p.name for p in named})
-    by_position = not sees_completion and _takes_three_by_position(parameters)
-    if not (sees_completion or by_position):
-        raise ConfigError(
-            f"reward {reward.name} takes ({', '.join(map(str, parameters))}): it would not see the "
-            f"completion; expected ({', '.join(standard)}), or the names of some of these and of "
-            f"the row's columns, with `{standard[1]}` among them"
-        )
-    names = [] if by_position else named
-    return _Parameters(
-        standard=standard,
-        by_position=by_position,
-        required=tuple(p.name for p in names if p.default is p.empty),
-        optional=tuple(p.name for p in names if p.default is not p.empty),
-        takes_context=any(p.kind is p.VAR_KEYWORD for p in parameters),
-    )
 
 
 def _takes_three_by_position(parameters: Sequence[inspect.Parameter]) -> bool:

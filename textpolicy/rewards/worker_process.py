@@ -125,10 +125,6 @@ class WorkerProcess:
         self.deadline = self.started + call.seconds
         self._send("rows", call)
 
-    def finish_call(self) -> None:
-        """Note that the process waits for its next call."""
-        self.ready, self.call, self.deadline = True, None, math.inf
-
     def read_messages(self) -> Iterator[Mapping[str, Any]]:
         """Yield what the process has sent; raise EOFError if the process has ended or is broken."""
         self.read_output()
@@ -326,7 +322,7 @@ def _handle_message(worker: WorkerProcess, message: Mapping[str, Any], on_result
         worker.unanswered.discard(place)
         on_result(worker.call.first + place, RewardResult(**message["result"]))
     else:
-        worker.finish_call()
+        worker.ready, worker.call, worker.deadline = True, None, math.inf
 
 
 def run_worker(descriptor: int, lifeline: int) -> None:

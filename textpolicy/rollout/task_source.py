@@ -37,7 +37,10 @@ class TaskSource:
         tasks = list(islice(self._tasks, count))
         self._drawn += len(tasks)
         for task in tasks:
-            self._digest.update(_content(task))
+            # What a rollout and its reward depend on; an object without a text gives its type.
+            content = [task.prompt, task.example, task.seed]
+            text = json.dumps(content, default=lambda value: type(value).__name__)
+            self._digest.update(text.encode())
         if len(tasks) < count:
             raise TaskError(
                 f"the tasks ran out: {count} more were needed after {self._drawn - len(tasks)}, "
@@ -71,12 +74,6 @@ class TaskSource:
                     "the data, or start a new run from this run's adapters, or resume with the new "
                     "tasks: `textpolicy train --resume RUN --force`"
                 )
-
-
-def _content(task: Task) -> bytes:
-    """Return what a rollout and its reward depend on; an object without a text gives its type."""
-    content = [task.prompt, task.example, task.seed]
-    return json.dumps(content, default=lambda value: type(value).__name__).encode()
 
 
 def _require_resumable(curriculum: object) -> ResumableCurriculum:

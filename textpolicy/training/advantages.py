@@ -1,7 +1,7 @@
 """The advantages of training rows, from the rewards of their groups."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +25,12 @@ def add_advantages(
     divergence from the reference, in nats, is subtracted from the reward of each rollout.
     """
     rewards = _array_of(rows, lambda row: _penalised_reward(row, reward_kl))
+    names = dict.fromkeys(name for row in rows for name in row.rollout.rewards)
     offered: dict[str, Callable[[], Any]] = {
         "lengths": lambda: _array_of(rows, lambda row: sum(row.rollout.mask)),
-        "parts": lambda: _reward_parts(rows),
+        "parts": lambda: {
+            name: _array_of(rows, lambda row, n=name: row.rollout.rewards.get(n)) for name in names
+        },
     }
     advantages = np.array(advantage_fn(rewards, **{name: offered[name]() for name in keywords}))
     if advantages.shape != rewards.shape:
@@ -82,8 +85,3 @@ def _array_of(
         if (number := value(row)) is not None:
             array[row.group, row.member] = number
     return mx.array(array)
-
-
-def _reward_parts(rows: Sequence[TrainingRow]) -> Mapping[str, mx.array]:
-    names = dict.fromkeys(name for row in rows for name in row.rollout.rewards)
-    return {name: _array_of(rows, lambda row, n=name: row.rollout.rewards.get(n)) for name in names}

@@ -139,10 +139,13 @@ def split_into_micro_batches(
     completions alone have more tokens, or its whole rows if `share_prompts` is False. Groups
     without any signal come last, in parts of their own.
     """
-    with_signal = {row.group for row in rows if row.has_signal}
+    by_number: dict[int, list[TrainingRow]] = {}
+    for row in rows:
+        by_number.setdefault(row.group, []).append(row)
+    ordered = sorted(by_number.values(), key=lambda g: (_longest_completion(g), _longest_prompt(g)))
     parts: list[list[TrainingRow]] = []
     for signal in (True, False):
-        groups = _groups_by_length([row for row in rows if (row.group in with_signal) is signal])
+        groups = [group for group in ordered if any(row.has_signal for row in group) is signal]
         if size is None:
             parts += _fill_parts(groups, share_prompts)
         else:
@@ -180,19 +183,18 @@ def make_batch(rows: Sequence[TrainingRow], totals: BatchTotals) -> Batch:
     )
 
 
-def _groups_by_length(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
-    groups: dict[int, list[TrainingRow]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    return sorted(groups.values(), key=lambda g: (_longest_completion(g), _longest_prompt(g)))
-
-
 def _fill_parts(
     groups: Sequence[list[TrainingRow]], share_prompts: bool
 ) -> list[list[TrainingRow]]:
     parts: list[list[TrainingRow]] = []
     for group in groups:
-        for piece in _cut_large_group(group, share_prompts):
+        pieces = [group]
+        longest = _longest_completion(group) + (0 if share_prompts else _longest_prompt(group))
+        if len(group) * longest > MICRO_BATCH_TOKENS:
+            # At least two rows, because some losses compare two rows of a group.
+            size = max(2, MICRO_BATCH_TOKENS // longest)
+            pieces = _cut(sorted(group, key=lambda row: len(row.mask)), size)
+        for piece in pieces:
             together = [*parts[-1], *piece] if parts else piece
             tokens = count_padded_tokens(together, share_prompts=share_prompts)
             if parts and tokens <= MICRO_BATCH_TOKENS:
@@ -200,15 +202,6 @@ def _fill_parts(
             else:
                 parts.append(piece)
     return parts
-
-
-def _cut_large_group(group: list[TrainingRow], share_prompts: bool) -> list[list[TrainingRow]]:
-    longest = _longest_completion(group) + (0 if share_prompts else _longest_prompt(group))
-    if len(group) * longest <= MICRO_BATCH_TOKENS:
-        return [group]
-    # At least two rows, because some losses compare two rows of a group.
-    size = max(2, MICRO_BATCH_TOKENS // longest)
-    return _cut(sorted(group, key=lambda row: len(row.mask)), size)
 
 
 def _cut(rows: list[TrainingRow], size: int) -> list[list[TrainingRow]]:

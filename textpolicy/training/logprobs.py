@@ -10,9 +10,8 @@ from jaxtyping import Float, Int
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from textpolicy.training.batch import BatchTotals, TrainingRow, make_batch, split_into_micro_batches
-from textpolicy.training.output_head import OutputHead, find_output_head
+from textpolicy.training.output_head import OutputHead, find_output_head, logprobs_from_logits
 from textpolicy.training.shared_prompts import run_whole_rows, run_with_shared_prompts
-from textpolicy.training.softmax_logprobs import logprobs_from_logits
 from textpolicy.types import Batch
 
 BatchLogprobs = tuple[Float[mx.array, "batch time"], Float[mx.array, "batch time"]]
@@ -98,19 +97,8 @@ def can_share_prompts(model: nn.Module) -> bool:
     """
     if not all(type(layer) is KVCache for layer in make_prompt_cache(model)):
         return False
-    batch = _batch_of_two_rows()
-    expected, _ = ModelLogprobs(model, None, share_prompts=False)(batch)
-    try:
-        shared, _ = ModelLogprobs(model, None, share_prompts=True)(batch)
-    except ValueError:
-        return False
-    tolerance = 1e-3 if model(batch.tokens).dtype == mx.float32 else 0.1
-    return float(mx.abs(shared - expected).mean()) < tolerance
-
-
-def _batch_of_two_rows() -> Batch:
     shape = (2, 2)
-    return Batch(
+    batch = Batch(
         prompts=mx.array([[1, 2, 3], [3, 0, 0]]),
         prompt_lengths=mx.array([3, 1]),
         owner=mx.array([0, 1]),
@@ -125,6 +113,13 @@ def _batch_of_two_rows() -> Batch:
         token_count=4,
         max_tokens=2,
     )
+    expected, _ = ModelLogprobs(model, None, share_prompts=False)(batch)
+    try:
+        shared, _ = ModelLogprobs(model, None, share_prompts=True)(batch)
+    except ValueError:
+        return False
+    tolerance = 1e-3 if model(batch.tokens).dtype == mx.float32 else 0.1
+    return float(mx.abs(shared - expected).mean()) < tolerance
 
 
 def _scatter(

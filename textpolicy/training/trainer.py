@@ -134,8 +134,10 @@ class Trainer:
         updates_before = self._updates
         metrics = self._take_updates(rows, groups)
         updated = time.perf_counter()
-        if self._updates > updates_before:
-            self._publish()
+        if self.adapters and self._updates > updates_before:
+            self.adapters.advance()
+            if self.adapters.publish_path:
+                self.adapters.publish()
         return metrics | {
             "time/publish": time.perf_counter() - updated,
             "time/score": ready - started,
@@ -167,7 +169,7 @@ class Trainer:
                 has_signal = any(row.has_signal for row in batch)
                 updates.append(metrics | self._apply_gradient(gradient, has_signal, groups))
         if first_call and self._updates:
-            self._sampler.note_move(self._measure_move(rows))
+            self._sampler.move = self._measure_move(rows)
         sampled = any(group.version != NOT_SAMPLED for group in groups)
         metrics = average_updates(updates, with_sampler=sampled)
         if self.adapters:
@@ -206,7 +208,9 @@ class Trainer:
         self, gradient: Any, has_signal: bool, groups: Sequence[RolloutGroup]
     ) -> Metrics:
         """Clip the gradient and update the weights, unless it is zero or not finite."""
-        norm = _global_norm(gradient)
+        arrays = dict(tree_flatten(gradient)).values()
+        squares = [mx.square(g.astype(mx.float32)).sum() for g in arrays]
+        norm = float(mx.sqrt(mx.stack(squares).sum()))
         metrics = self._update_metrics(norm)
         if self._updates == 0:
             check_gradient(norm, has_signal=has_signal)
@@ -240,12 +244,6 @@ class Trainer:
         batch = make_batch(part, BatchTotals.of(part))
         logp, entropy = self._logprobs(batch)
         return float(policy_metrics(logp, entropy, batch)[_MISMATCH])
-
-    def _publish(self) -> None:
-        if self.adapters:
-            self.adapters.advance()
-            if self.adapters.publish_path:
-                self.adapters.publish()
 
     @property
     def version(self) -> int:
@@ -330,13 +328,6 @@ class Trainer:
                 "reference is 'base', the model without its adapters, and the model has none. "
                 "Attach adapters, or pass another model as the reference"
             )
-
-
-def _global_norm(gradient: Any) -> float:
-    """Return the Euclidean norm over all arrays of a gradient."""
-    arrays = dict(tree_flatten(gradient)).values()
-    squares = [mx.square(g.astype(mx.float32)).sum() for g in arrays]
-    return float(mx.sqrt(mx.stack(squares).sum()))
 
 
 def _save_rejected_batch(groups: Sequence[RolloutGroup], folder: Path) -> None:

@@ -28,7 +28,8 @@ class SamplerCheck:
 
     Recorded and recomputed log-probabilities of one version must agree. After the first update,
     the difference must be much smaller than the first update's own effect: a sampler that reports
-    the new version and still has the old weights differs by the whole effect.
+    the new version and still has the old weights differs by the whole effect. `move` is that
+    effect, in nats a token.
     """
 
     noise: float | None = None
@@ -54,10 +55,6 @@ class SamplerCheck:
                     "the file that the trainer publishes"
                 )
             self.move = None
-
-    def note_move(self, distance: float) -> None:
-        """Record how far the first update moved log-probabilities, in nats a token."""
-        self.move = distance
 
 
 @dataclass

@@ -14,7 +14,6 @@ from textpolicy.rewards.verifiers.answer_in_text import (
 from textpolicy.rewards.verifiers.code_tests import CodeRun, code_share, python_in, run_code
 from textpolicy.rewards.verifiers.json_schema import json_match, json_problems, read_json
 from textpolicy.rewards.verifiers.math_answers import math_equal, number_equal, number_in
-from textpolicy.rewards.verifiers.regular_expressions import pattern_match
 from textpolicy.rewards.verifiers.text_answers import (
     choice_in,
     choice_match,
@@ -22,6 +21,7 @@ from textpolicy.rewards.verifiers.text_answers import (
     length_score,
     normalised_match,
     overlong_penalty,
+    pattern_match,
     repetition,
     set_match,
     set_overlap,

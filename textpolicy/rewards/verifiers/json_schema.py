@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.verifiers.regular_expressions import pattern_match
+from textpolicy.rewards.verifiers.text_answers import pattern_match
 
 _MAX_LENGTH = 200_000
 _MAX_DEPTH = 64
@@ -138,20 +138,16 @@ def _count_fitting(value: Any, schemas: Sequence[Schema]) -> int:
     return sum(next(_problems(value, schema, ""), None) is None for schema in schemas)
 
 
-def _is_same_json(left: Any, right: Any) -> bool:
-    """Return whether the two are equal as JSON, where true is not 1."""
-    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
-
-
-def _has_unique_items(value: Any, wanted: bool) -> bool:
-    return not wanted or len({json.dumps(item, sort_keys=True) for item in value}) == len(value)
+def _sorted_json(value: Any) -> str:
+    """Return a text that is the same for values that are equal as JSON, where true is not 1."""
+    return json.dumps(value, sort_keys=True)
 
 
 _NUMBER, _TEXT, _LIST, _OBJECT = (int, float), (str,), (list,), (dict,)
 _LIMITS: dict[str, tuple[tuple[type, ...] | None, Callable[[Any, Any], bool]]] = {
     "type": (None, _has_type),
-    "enum": (None, lambda value, choices: any(_is_same_json(value, one) for one in choices)),
-    "const": (None, _is_same_json),
+    "enum": (None, lambda value, choices: _sorted_json(value) in map(_sorted_json, choices)),
+    "const": (None, lambda value, other: _sorted_json(value) == _sorted_json(other)),
     "anyOf": (None, lambda value, schemas: _count_fitting(value, schemas) >= 1),
     "oneOf": (None, lambda value, schemas: _count_fitting(value, schemas) == 1),
     "not": (None, lambda value, schema: _count_fitting(value, [schema]) == 0),
@@ -159,7 +155,10 @@ _LIMITS: dict[str, tuple[tuple[type, ...] | None, Callable[[Any, Any], bool]]] =
     "maxProperties": (_OBJECT, lambda value, limit: len(value) <= limit),
     "minItems": (_LIST, lambda value, limit: len(value) >= limit),
     "maxItems": (_LIST, lambda value, limit: len(value) <= limit),
-    "uniqueItems": (_LIST, _has_unique_items),
+    "uniqueItems": (
+        _LIST,
+        lambda value, on: not on or len({*map(_sorted_json, value)}) == len(value),
+    ),
     "minLength": (_TEXT, lambda value, limit: len(value) >= limit),
     "maxLength": (_TEXT, lambda value, limit: len(value) <= limit),
     "pattern": (_TEXT, lambda value, pattern: pattern_match(value, pattern)),

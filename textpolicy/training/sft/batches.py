@@ -101,8 +101,10 @@ class Epochs:
             rows = pack_rows(self.demonstrations, self.packed, rng)
         pool = _BATCHES_TO_SORT * self.size
         pools = [rows[start : start + pool] for start in range(0, len(rows), pool)]
-        # The sort is stable, so rows of equal length stay in random order.
-        ordered = [row for rows in pools for row in sorted(rows, key=_row_length)]
+        ordered: list[PackedRow] = []
+        for rows in pools:
+            # The sort is stable, so rows of equal length stay in random order.
+            ordered += sorted(rows, key=lambda row: sum(len(one.tokens) for one in row))
         updates = [ordered[at : at + self.size] for at in range(0, len(ordered), self.size)]
         rng.shuffle(updates)
         return updates
@@ -125,7 +127,3 @@ def _check_stream_batch(batch: object) -> list[PackedRow]:
             "Demonstration. Encoding makes demonstrations of texts and rows"
         )
     return rows
-
-
-def _row_length(row: PackedRow) -> int:
-    return sum(len(one.tokens) for one in row)

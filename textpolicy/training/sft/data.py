@@ -147,19 +147,15 @@ def _saved_splits(folder: Path) -> dict[str, _LocatedRows]:
 
 def _require_part(folder: Path, name: str) -> _LocatedRows:
     if (found := _read_part(folder, name)) is None:
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        shown = ", ".join(names[:_NAMES_SHOWN]) or "nothing"
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         raise DataError(
-            f"{folder} has neither {name}.jsonl nor {name}.txt, but {_describe_folder(folder)}; "
+            f"{folder} has neither {name}.jsonl nor {name}.txt, but {shown}{more}; "
             "expected one of the two, with a row or a text in each line. To read a single file, "
             "give its path"
         )
     return found
-
-
-def _describe_folder(folder: Path) -> str:
-    """Return the first names in a folder, in words."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more if names else "nothing"
 
 
 def _read_part(folder: Path, name: str) -> _LocatedRows | None:

@@ -105,7 +105,12 @@ class Encoding:
 
     def _encode_row(self, row: DataRow) -> tuple[list[int], list[bool]]:
         if "messages" in row:
-            return self._encode_messages(row)
+            if row.get("tools"):
+                raise DataError(
+                    "the row has tools, which the model would not see. Describe the tools in a "
+                    "system message, as the chat template would"
+                )
+            return self._encode_conversation(_check_messages(row["messages"]))
         if row.keys() >= {"prompt", "completion"}:
             return self._encode_pair(row["prompt"], _text_of(row, "completion"))
         if row.keys() >= {"instruction", "output"}:
@@ -119,14 +124,6 @@ class Encoding:
             f'the row has the columns {list(row)}; expected {{"text"}}, {{"prompt", "completion"}},'
             ' {"messages"} or {"instruction", "input", "output"}, of which "input" is optional'
         )
-
-    def _encode_messages(self, row: DataRow) -> tuple[list[int], list[bool]]:
-        if row.get("tools"):
-            raise DataError(
-                "the row has tools, which the model would not see. Describe the tools in a system "
-                "message, as the chat template would"
-            )
-        return self._encode_conversation(_check_messages(row["messages"]))
 
     def _encode_pair(self, prompt: Any, completion: str) -> tuple[list[int], list[bool]]:
         answer = {"role": "assistant", "content": completion}

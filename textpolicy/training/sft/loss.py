@@ -6,8 +6,8 @@ The mean is over all learned tokens of a batch. Rows and padding do not matter.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,10 +15,9 @@ import mlx.nn as nn
 from jaxtyping import Bool, Float, Int
 
 from textpolicy.errors import ConfigError, TrainingError
-from textpolicy.training.output_head import OutputHead, find_output_head
+from textpolicy.training.output_head import find_output_head, logprobs_from_logits
 from textpolicy.training.sft.batches import SFTBatch
 from textpolicy.training.sft.packing import separate_segments
-from textpolicy.training.softmax_logprobs import logprobs_from_logits
 
 LossAndTokens = tuple[Float[mx.array, ""], Int[mx.array, ""]]
 BatchLoss = Callable[[SFTBatch], LossAndTokens]
@@ -46,53 +45,53 @@ def sft_loss(
     return mx.sum(nn.losses.cross_entropy(logits, targets) * mask) / count, count
 
 
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
+    """Put the model into training or evaluation mode until the block ends."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
 def make_batch_loss(model: nn.Module, custom: SFTLoss | None) -> BatchLoss:
     """Return the user's loss, or else a loss that computes logits for learned tokens only."""
     if custom is not None:
-        takes_mask = "mask" in inspect.signature(custom).parameters
-        return _CustomLoss(model, custom, takes_mask=takes_mask)
-    was_training = model.training
-    model.eval()
-    head = find_output_head(model)
-    model.train(was_training)
-    return _LearnedTokensLoss(model, head)
+        return _make_custom_loss(model, custom)
+    with in_mode(model, training=False):
+        head = find_output_head(model)
+    logprobs = head.logprobs if head else logprobs_from_logits
 
-
-@dataclass(frozen=True)
-class _LearnedTokensLoss:
-    model: nn.Module
-    head: OutputHead | None
-
-    def __call__(self, batch: SFTBatch) -> LossAndTokens:
-        network = separate_segments(
-            self.head.body if self.head else self.model, self.model, batch.segments
-        )
+    def batch_loss(batch: SFTBatch) -> LossAndTokens:
+        network = separate_segments(head.body if head else model, model, batch.segments)
         outputs = network(batch.inputs)
         read = outputs.reshape(-1, outputs.shape[-1])[batch.learned]
         tokens = batch.targets.flatten()[batch.learned]
-        logprobs = self.head.logprobs if self.head else logprobs_from_logits
         logp, _ = logprobs(read, tokens, mx.ones(len(tokens)))
         return -mx.mean(logp), mx.array(len(tokens))
 
+    return batch_loss
 
-@dataclass(frozen=True)
-class _CustomLoss:
-    model: nn.Module
-    loss: SFTLoss
-    takes_mask: bool
 
-    def __call__(self, batch: SFTBatch) -> LossAndTokens:
-        keywords = {"mask": batch.mask} if self.takes_mask else {}
-        if not self.takes_mask and len(batch.learned) < int(batch.lengths.sum()):
+def _make_custom_loss(model: nn.Module, loss: SFTLoss) -> BatchLoss:
+    takes_mask = "mask" in inspect.signature(loss).parameters
+
+    def batch_loss(batch: SFTBatch) -> LossAndTokens:
+        keywords = {"mask": batch.mask} if takes_mask else {}
+        if not takes_mask and len(batch.learned) < int(batch.lengths.sum()):
             raise ConfigError(
                 "the loss takes (model, inputs, targets, lengths), which do not tell prompts from "
                 "answers, and the data has both. Learn everything (Encoding(learn='everything')), "
                 "or let the loss take the keyword `mask`"
             )
-        network = separate_segments(self.model, self.model, batch.segments)
+        network = separate_segments(model, model, batch.segments)
         return _check_loss_and_tokens(
-            self.loss(network, batch.inputs, batch.targets, batch.lengths, **keywords)
+            loss(network, batch.inputs, batch.targets, batch.lengths, **keywords)
         )
+
+    return batch_loss
 
 
 def _check_loss_and_tokens(answer: object) -> tuple[mx.array, mx.array]:

@@ -70,15 +70,12 @@ class SFTParameters:
     @property
     def best_file(self) -> Path | None:
         """The file of the adapters with the lowest validation loss."""
-        return _path(self.best_path) or _best_beside(self.adapter_file)
+        path = self.adapter_file
+        return _path(self.best_path) or (path and path.with_name(f"{path.stem}.best{path.suffix}"))
 
 
 def _path(given: Path | str | None) -> Path | None:
     return None if given is None else Path(given).expanduser()
-
-
-def _best_beside(path: Path | None) -> Path | None:
-    return path and path.with_name(f"{path.stem}.best{path.suffix}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,6 @@ trainable weights of the model are trained: its adapters, or every weight.
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from random import Random
@@ -48,7 +47,7 @@ from textpolicy.training.sft.examples import (
     encode_examples,
     epochs_of,
 )
-from textpolicy.training.sft.loss import BatchLoss, SFTLoss, make_batch_loss
+from textpolicy.training.sft.loss import BatchLoss, SFTLoss, in_mode, make_batch_loss
 from textpolicy.training.sft.packing import check_packable
 from textpolicy.training.sft.parameters import (
     SaveReport,
@@ -109,7 +108,7 @@ def train_sft(
     check_examples("validate", validate)
     source = train if isinstance(train, BatchStream) else epochs_of(train, parameters, tokenizer)
     if parameters.packing:
-        with _in_mode(model, training=False):
+        with in_mode(model, training=False):
             check_packable(model)
     validation = encode_examples(validate, parameters, tokenizer)
     if parameters.patience and not validation:
@@ -128,12 +127,14 @@ def train_sft(
     )
     if resume is not None:
         run.restore(resume)
-    with _in_mode(model, training=True):
+    with in_mode(model, training=True):
         for event in run.events(source.updates(run.iteration)):
             if on_progress is not None and asks_to_stop(on_progress(event)):
                 run.ended = "stopped"
                 break
-    run.finish()
+    # A callback may have stopped the run before its last files were written.
+    for _ in run.save_rest():
+        pass
     return run.result()
 
 
@@ -182,15 +183,6 @@ class _ReportWindow:
         self.timed_updates += 1
         self.timed_tokens += tokens
         self.seconds += seconds
-
-    def report(self, iteration: int, learning_rate: float) -> TrainReport:
-        return TrainReport(
-            iteration=iteration,
-            loss=self.loss / self.tokens,
-            iterations_per_second=self.timed_updates / self.seconds,
-            tokens_per_second=self.timed_tokens / self.seconds,
-            learning_rate=learning_rate,
-        )
 
 
 @dataclass(kw_only=True)
@@ -249,7 +241,8 @@ class _Run:
         """Train and yield each event; the run stops when the caller stops iterating."""
         yield from self._due()
         for rows in islice(updates, self.parameters.iterations - self.iteration):
-            if self._out_of_patience():
+            patience = self.parameters.patience
+            if patience is not None and self.validated.worse >= patience:
                 self.ended = "early"
                 break
             self._update(rows)
@@ -258,7 +251,7 @@ class _Run:
             yield self._report()
         if self.validation and self.validated.last_iteration != self.iteration:
             yield self._validate()
-        yield from self._save_rest()
+        yield from self.save_rest()
 
     def _due(self) -> Generator[SFTEvent]:
         """Yield the events that are due at this iteration and have not happened."""
@@ -275,16 +268,8 @@ class _Run:
         if parameters.adapter_file and falls and self.saved != now:
             yield self._save_adapters()
 
-    def _out_of_patience(self) -> bool:
-        patience = self.parameters.patience
-        return patience is not None and self.validated.worse >= patience
-
-    def finish(self) -> None:
-        """Save what is not saved because a callback stopped the run."""
-        for _ in self._save_rest():
-            pass
-
-    def _save_rest(self) -> Generator[SFTEvent]:
+    def save_rest(self) -> Generator[SFTEvent]:
+        """Save what is not saved yet, and yield the event of the adapters."""
         self._save_checkpoint()
         if self.parameters.adapter_file and self.saved != self.iteration:
             yield self._save_adapters()
@@ -328,7 +313,9 @@ class _Run:
     def _update(self, rows: Sequence[PackedRow]) -> None:
         started = time.perf_counter()
         loss, tokens, gradient = self._gradient(rows)
-        size = _largest_magnitude(gradient)
+        arrays = cast(list[tuple[str, mx.array]], tree_flatten(gradient))
+        magnitudes = [mx.abs(array).max().astype(mx.float32) for _, array in arrays]
+        size = float(mx.stack(magnitudes).max())
         _check_finite(self.iteration, "loss", loss)
         _check_finite(self.iteration, "gradient", size)
         if size == 0 and not self._checked:
@@ -361,9 +348,14 @@ class _Run:
         return total / sum(counts), sum(counts), gradient
 
     def _report(self) -> TrainReport:
-        report = self.window.report(self.iteration, float(self.optimizer.learning_rate))
-        self.window = _ReportWindow()
-        return report
+        window, self.window = self.window, _ReportWindow()
+        return TrainReport(
+            iteration=self.iteration,
+            loss=window.loss / window.tokens,
+            iterations_per_second=window.timed_updates / window.seconds,
+            tokens_per_second=window.timed_tokens / window.seconds,
+            learning_rate=float(self.optimizer.learning_rate),
+        )
 
     def _validate(self) -> ValidationReport:
         started = time.perf_counter()
@@ -411,7 +403,7 @@ def _evaluate(
         number = min(count * size, len(demonstrations))
         demonstrations = Random(0).sample(demonstrations, number)
     total, tokens = 0.0, 0
-    with _in_mode(model, training=False):
+    with in_mode(model, training=False):
         for rows in batches_by_length(demonstrations, size):
             mean, counted = loss(make_sft_batch(rows))
             total += float(mean) * int(counted)
@@ -426,22 +418,6 @@ def _check_counted(tokens: int) -> None:
             f"the loss reports a mean over {tokens} tokens; at least 1 is expected. Return the "
             "number of targets that the mean is taken over, such as mask.sum()"
         )
-
-
-@contextmanager
-def _in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-def _largest_magnitude(gradient: Any) -> float:
-    """Return the largest magnitude in the gradient; NaN or infinite if any number is."""
-    arrays = cast(list[tuple[str, mx.array]], tree_flatten(gradient))
-    return float(mx.stack([mx.abs(array).max().astype(mx.float32) for _, array in arrays]).max())
 
 
 def _check_finite(iteration: int, what: str, value: float) -> None:
