@@ -366,7 +366,7 @@ def test_options_of_sampling_evaluation_and_tracking_have_an_effect(tmp_path, mo
         "evaluation.envs": ("sort",),
         "tracking.wandb": "project",
         "tracking.wandb_artifacts": True,
-        "tracking.tensorboard_run": True,
+        "tracking.tensorboard": True,
         "run.steps": 4,
         "run.output": tmp_path / "run",
     }
@@ -448,7 +448,7 @@ def test_options_choose_the_services(config):
     options = {
         "tracking.wandb": "p",
         "tracking.wandb_artifacts": True,
-        "tracking.tensorboard_run": True,
+        "tracking.tensorboard": True,
         "tracking.trackio": "q",
     }
     asked = changed(config, options).tracking
