@@ -157,8 +157,8 @@ def test_another_config_is_refused_with_its_differences_unless_forced(whole, tmp
     argv = ["train", "--resume", str(whole.path), "--lr", "0.5", "--beta", "0.1"]
     assert main(argv) == 2
     message = capsys.readouterr().err
-    assert "trainer.lr: 0.002 there, 0.5 now" in message
-    assert "algorithm.beta: 0.0 there, 0.1 now" in message
+    assert "trainer.lr: 0.002 before, 0.5 now" in message
+    assert "algorithm.beta: 0.0 before, 0.1 now" in message
     assert "--force" in message
     # Options of tracking change no number.
     assert main(["train", "--resume", str(whole.path), "--tensorboard"]) == 0

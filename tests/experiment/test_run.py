@@ -117,7 +117,7 @@ def test_a_stopped_run_is_resumed_to_the_same_directory(tmp_path):
 def test_a_mapping_changes_a_resumed_run_and_a_change_of_numbers_needs_force(tmp_path):
     folder = tmp_path / "run"
     tp.run(SMALL_CONFIG | {"run": {"steps": 1}}, output=folder)
-    with pytest.raises(ConfigError, match=r"trainer\.lr: 0\.0005 there, 0\.001 now"):
+    with pytest.raises(ConfigError, match=r"trainer\.lr: 0\.0005 before, 0\.001 now"):
         tp.run({"trainer": {"lr": 1e-3}}, resume=folder)
     assert tp.run({"run": {"steps": 2}}, resume=folder, force=True).steps == 2
     assert read_toml(RunDirectory(folder).config, TrainConfig()).run.steps == 2

@@ -36,7 +36,8 @@ def find_adapter_targets(
 ) -> tuple[dict[str, TargetModule], list[str]]:
     """Return the modules that an adapter's config selects, and the problems with the base.
 
-    Raise AdapterError with these problems too if the config does not fit the model.
+    If the config does not fit the model, raise AdapterError; its message lists the problems with
+    the base too.
     """
     problems = base.differences(adapter) if base else []
     if adapter.embedding_lookup_only and not (layout := read_model_layout(model)).has_head:

@@ -4,8 +4,9 @@
     gate(r) = sigmoid(tau (r - 1)) 4 / tau,  tau = tau_positive where A > 0, else tau_negative
     J = 1/G sum_i 1/|o_i| sum_t gate(ratio_t) A_i
 
-A gate that closes gradually takes the place of the clip. Its slope is 1 on policy, as the ratio's,
-and falls to 0 with distance, faster for tokens of bad answers. Advantages are GRPO's.
+A gate that closes gradually replaces the clip. On policy the slope of the gate is 1, like the slope
+of the ratio. The slope falls to 0 as the ratio leaves 1, and it falls faster for tokens with a
+negative advantage. Advantages are GRPO's.
 """
 
 from typing import Unpack

@@ -96,7 +96,7 @@ def check_changes(
     ]
     if refused:
         asked = [now for _, now in refused if now.key not in replaced]
-        lines = [f"{then.key}: {_shown(then)} there, {_shown(now)} now" for then, now in refused]
+        lines = [f"{then.key}: {_shown(then)} before, {_shown(now)} now" for then, now in refused]
         raise ConfigError(
             f"the run in {directory.path} was started with other options:\n  "
             + "\n".join(["\n  ".join(lines), *_advice(asked, directory, config)])

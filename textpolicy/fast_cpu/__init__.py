@@ -1,7 +1,7 @@
 """What makes mlx fast on Linux CPUs: a faster BLAS, and faster functions for models to call.
 
 Importing this package changes nothing. `enable` switches the BLAS of the process. `load_model`
-calls it; call it yourself if you build a model without `load_model`.
+calls `enable`; if you build a model without `load_model`, call `enable` yourself.
 """
 
 from textpolicy.fast_cpu.blas import BlasStatus, enable, measure_gflops, set_threads

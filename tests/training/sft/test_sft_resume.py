@@ -165,10 +165,10 @@ def test_a_stream_continues_at_its_position(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 1}, "batch_size: 2 there, 1 now"),
-        ({"accumulation": 1}, "accumulation: 2 there, 1 now"),
-        ({"seed": 3}, "seed: 0 there, 3 now"),
-        ({"max_length": 30}, "row: 24 there, 30 now"),
+        ({"batch_size": 1}, "batch_size: 2 before, 1 now"),
+        ({"accumulation": 1}, "accumulation: 2 before, 1 now"),
+        ({"seed": 3}, "seed: 0 before, 3 now"),
+        ({"max_length": 30}, "row: 24 before, 30 now"),
         (
             {"train": texts(20, seed=4)},
             "data: the demonstrations differ, or their order does",
@@ -229,7 +229,7 @@ def test_options_that_the_checkpoint_refuses_do_not_change_the_run(tmp_path, cap
     folder, resume = begin(tmp_path, "--iterations", "2")
     config = (folder / "config.toml").read_text()
     assert main([*resume, "--batch-size", "2", "--force"]) == 1
-    assert "batch_size: 4 there, 2 now" in capsys.readouterr().err
+    assert "batch_size: 4 before, 2 now" in capsys.readouterr().err
     assert (folder / "config.toml").read_text() == config
     assert main([*resume, "--iterations", "3", "--lr", "1e-3", "--force"]) == 0
     went_on = read_toml(folder / "config.toml", SFTConfig())
@@ -241,8 +241,8 @@ def test_iterations_replace_epochs_in_a_forced_resume(tmp_path, capsys):
     folder, resume = begin(tmp_path, "--epochs", "1")
     assert main([*resume, "--iterations", "3"]) == 2
     told = capsys.readouterr().err
-    assert "trainer.iterations: not given there, 3 now" in told
-    assert "trainer.epochs: 1 there, not given now" in told
+    assert "trainer.iterations: not given before, 3 now" in told
+    assert "trainer.epochs: 1 before, not given now" in told
     assert "\nLeave out trainer.iterations, or add --force to resume with the new value" in told
     assert main([*resume, "--iterations", "3", "--force"]) == 0
     trainer = read_toml(folder / "config.toml", SFTConfig()).trainer

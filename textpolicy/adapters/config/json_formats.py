@@ -21,7 +21,7 @@ LORA_OPTIONS = {
     "lora_dropout": "dropout",
     "lora_keys": "keys",
 }
-"""Plain options of seed functions, and the option of AdapterConfig that each stands for."""
+"""Options of `create_lora_setup` and `apply_lora`, and the AdapterConfig option of each."""
 # Training options that mlx-lm writes into the same file. They do not describe the adapter.
 _MLX_TRAINING_OPTIONS = (
     "adapter_path", "batch_size", "clear_cache_threshold", "config", "data",

@@ -56,7 +56,7 @@ def random_listed_move(observation: str, rng: Random) -> str:
 
 
 class TextArenaEnv(gym.Env[str, str]):
-    """A game against `opponent`. An observation is the text that is new since the last one.
+    """A game against `opponent`. Each observation has only text that is new.
 
     The reward comes at the end and is the game's reward of player 0. The game gets at most 1,000
     characters of an answer.

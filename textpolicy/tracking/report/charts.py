@@ -78,7 +78,9 @@ _CHARTS = [
     ),
     Chart("Gradient norm", [Line("grad_norm", "before clipping")], zero=True),
     Chart("Learning rate", [Line("learning_rate", "learning rate")], zero=True),
-    Chart("Adapters", [Line("adapters/delta_norm", "norm of their change")], zero=True),
+    Chart(
+        "Adapters", [Line("adapters/delta_norm", "norm of the change of the weights")], zero=True
+    ),
     Chart(
         "Time in a step",
         [Line(f"time/{name}", name) for name in _TIMES],

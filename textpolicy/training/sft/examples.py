@@ -95,7 +95,7 @@ def data_order(source: Epochs | BatchStream, parameters: SFTParameters) -> dict[
 def check_data_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise TrainingError if two results of `data_order` differ, and say in what."""
     changed = [name for name in now if then.get(name) != now[name]]
-    differing = [f"{n}: {then.get(n)!r} there, {now[n]!r} now" for n in changed if n != "data"]
+    differing = [f"{n}: {then.get(n)!r} before, {now[n]!r} now" for n in changed if n != "data"]
     if "data" in changed:
         # The data is compared by a hash, which would tell people nothing.
         differing.append(
