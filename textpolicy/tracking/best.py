@@ -13,10 +13,10 @@ from textpolicy.types import Metrics
 class BestAdapter:
     """Keeps in `path` the adapter with the highest value: measured, or sampled in training.
 
-    `record_evaluation` takes a value of the adapter as it is now. `record_step` takes the reward:
-    its mean over the last `window` steps, for the adapter that sampled the last of them. The reward
-    of a step belongs to the adapter from before its update, so at the first sign of collapse the
-    adapter of the step before is kept.
+    `record_evaluation` takes a value of the present adapter. `record_step` takes the reward of a
+    step: the value is the mean over the last `window` steps, and it belongs to the adapter that
+    sampled the last of these steps, before its update. When a run collapses, the file therefore
+    holds an adapter from before the collapse.
     """
 
     def __init__(self, adapters: AdapterContainer, path: Path, window: int = 10) -> None:

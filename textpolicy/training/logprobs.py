@@ -66,7 +66,8 @@ def add_logprobs(
 ) -> list[TrainingRow]:
     """Return the rows with `logp_fresh` and `entropies` of the policy, and `logp_ref`.
 
-    What is not given is not computed. The order of the rows may change.
+    Without `policy` or without `reference`, its values are left out. The order of the rows may
+    change.
     """
     models = [model for model in (policy, reference) if model]
     if not models:
