@@ -173,7 +173,7 @@ class Forgetful(Endless):
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (Endless, "goes on after 200 turns; expected an end"),
+        (Endless, "continues after 200 turns; expected an end"),
         (Picky, "ValueError: empty separator"),
         (Forgetful, "gymnasium's check_env: AssertionError"),
     ],

@@ -50,8 +50,8 @@ def play_episode(
                 env.close()
                 return given, total
         raise TaskError(
-            f"the episode goes on after {_MAX_TURNS} turns; expected an end. Return terminated or "
-            "truncated as True"
+            f"the episode continues after {_MAX_TURNS} turns; expected an end. Return "
+            "terminated or truncated as True"
         )
 
 

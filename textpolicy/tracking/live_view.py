@@ -1,4 +1,4 @@
-"""LiveView: a panel on the terminal that rich redraws in place while a run goes on."""
+"""LiveView: a panel on the terminal that rich redraws in place during a run."""
 
 import time
 from collections.abc import Mapping
