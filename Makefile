@@ -37,7 +37,7 @@ test: setup-dev ## Run the whole test suite, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup-dev ## Run the quick tests
-	@$(BIN)/python -m pytest -m "not slow and not learning and not download"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not learning and not download"
 
 check: setup-dev ## Check format, lint, types and layers, and run the quick tests
 	@$(MAKE) --no-print-directory -j2 lint test-fast

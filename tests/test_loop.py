@@ -87,7 +87,6 @@ def test_collect_keeps_the_sampled_tokens_and_scores_them_with_their_own_example
     assert [r.reward for r in groups[1].rollouts] == [1.0, 2.0]
 
 
-@pytest.mark.slow
 def test_each_generation_uses_the_latest_weights(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     reports = []
@@ -139,7 +138,6 @@ def test_a_step_reports_the_groups_it_trained_on_with_their_advantages(load_tiny
                 assert advantage is None if score is None else abs(advantage - value) < 1e-6
 
 
-@pytest.mark.slow
 def test_a_completion_that_is_not_trained_on_has_no_advantage(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path, truncated="mask")
     groups = collect(
@@ -155,7 +153,6 @@ def test_a_completion_that_is_not_trained_on_has_no_advantage(load_tiny, tmp_pat
     assert [a is None for group in trainer.advantages for a in group] == cut
 
 
-@pytest.mark.slow
 def test_a_run_ends_early_if_its_callback_returns_stop(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     seen = []
@@ -198,7 +195,6 @@ def test_the_same_seed_gives_the_same_run(load_tiny, tmp_path):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.slow
 def test_a_policy_that_does_not_reload_is_an_error(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
 
@@ -225,7 +221,6 @@ def test_a_trainer_that_publishes_no_adapters_is_an_error_if_the_policy_must_rel
         train_rl(tasks=tasks(), reward=digits, policy=policy, trainer=trainer, steps=1)
 
 
-@pytest.mark.slow
 def test_a_list_of_tasks_is_used_once_and_its_end_is_an_error(load_tiny, tmp_path):
     policy, trainer = circle(load_tiny, tmp_path)
     seen = []

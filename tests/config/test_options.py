@@ -269,7 +269,6 @@ def test_reward_kl_old_logprobs_and_truncated_reach_the_trainer(assembled):
     assert (trainer.old_logprobs, trainer.truncated) == ("fresh", "mask")
 
 
-@pytest.mark.slow
 def test_a_reference_may_be_another_model(assembled):
     trainer = assembled(algorithm__name="distillation", algorithm__reference="tiny").trainer
     assert isinstance(trainer.reference, nn.Module)
@@ -334,7 +333,6 @@ def test_refill_rounds_are_the_algorithms_unless_a_setting_overrides_them(assemb
     assert assembled(algorithm__name="dapo", rollout__refill_rounds=3).refill_rounds == 3
 
 
-@pytest.mark.slow
 def test_the_seed_draws_the_adapters(assembled):
     experiments = [assembled(run__seed=seed) for seed in (1, 1, 2)]
     first, again, other = (experiment.adapters.parameters() for experiment in experiments)
@@ -396,7 +394,6 @@ def test_options_of_sampling_evaluation_and_tracking_have_an_effect(tmp_path, mo
     assert "step 2" in (tmp_path / "events.txt").read_text()
 
 
-@pytest.mark.slow
 def test_a_service_whose_package_is_missing_stops_a_run_before_its_first_step(
     tmp_path, monkeypatch
 ):

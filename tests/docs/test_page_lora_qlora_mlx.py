@@ -82,7 +82,6 @@ def test_core_apis_come_from_textpolicy_generation():
         assert callable(getattr(generation, name)), name
 
 
-@pytest.mark.slow
 def test_lora_setup_and_trainer(tiny, tmp_path):
     model, stats, trainer, policy_fn = trained_setup(tiny)
     assert stats == memory_stats(model)
@@ -149,7 +148,6 @@ def test_the_auto_reload_setup_loads_the_base_once(tiny):
     assert AdapterContainer.of(lora_model).config == AdapterConfig(rank=4)
 
 
-@pytest.mark.slow
 def test_a_file_of_an_earlier_run_is_not_taken_for_this_one(tiny):
     from textpolicy.generation.reload import create_auto_reload_setup, save_adapters
 
@@ -174,7 +172,6 @@ def test_a_published_file_that_does_not_fit_fails_every_generation(tiny):
             policy_fn("1+1=")
 
 
-@pytest.mark.slow
 def test_a_reloadable_policy(tiny):
     from textpolicy.generation.reload import create_reloadable_policy, save_adapters
 
@@ -230,7 +227,6 @@ def test_qlora_setup(tiny):
     assert mx.array_equal(again(PROMPT), trained)
 
 
-@pytest.mark.slow
 def test_saving_and_reloading_adapters(tiny):
     trained, _, trainer, policy_fn = trained_setup(tiny)
     one_step(trainer, policy_fn)
@@ -251,7 +247,6 @@ def test_saving_and_reloading_adapters(tiny):
     assert mx.array_equal(model(PROMPT), trained(PROMPT))
 
 
-@pytest.mark.slow
 def test_merging_weights(tiny):
     from textpolicy.generation.lora import merge_weights
 
@@ -276,7 +271,6 @@ def test_merging_weights_of_a_quantized_base(tiny):
     assert model.layers[0].mlp.up_proj.weight.dtype == mx.float32
 
 
-@pytest.mark.slow
 def test_adapters_can_be_kept_separate_for_deployment_elsewhere(tiny):
     from textpolicy.generation.reload import reload_model, save_adapters
 

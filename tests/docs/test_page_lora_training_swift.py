@@ -60,7 +60,6 @@ def test_training_parameters_and_their_defaults():
     assert {name: defaults[name] for name in page} == page
 
 
-@pytest.mark.slow
 def test_training_workflow(prepared, tmp_path):
     model, tokenizer, adapters = prepared
     seen = []
@@ -200,7 +199,6 @@ def test_a_custom_loss(prepared):
     assert called and losses[-1] < losses[0]
 
 
-@pytest.mark.slow
 def test_evaluation_on_all_data_or_on_so_many_batches(prepared):
     model, tokenizer, _ = prepared
     every = evaluate_sft(model, VALID, tokenizer=tokenizer, batch_size=4, batches=0)
@@ -213,7 +211,6 @@ def test_evaluation_on_all_data_or_on_so_many_batches(prepared):
     assert some != every
 
 
-@pytest.mark.slow
 def test_saving_and_loading(prepared, load_tiny, tmp_path):
     model, tokenizer, adapters = prepared
     parameters = small(adapter_path=tmp_path / "adapter.safetensors")

@@ -65,7 +65,6 @@ def fine_tune(model: nn.Module, steps: int = 20, learning_rate: float = 1e-2) ->
 # How LoRA works
 
 
-@pytest.mark.slow
 def test_base_weights_are_frozen_and_small_matrices_are_trained(model):
     before = tree_flatten(model.parameters(), destination={})
     container = AdapterContainer.from_model(model, AdapterConfig.from_dict(LORA_CONFIG))

@@ -276,7 +276,6 @@ def test_an_answer_that_is_cut_off_ends_the_episode(load_tiny):
         assert rollout.reward == 1.0
 
 
-@pytest.mark.slow
 def test_an_episode_without_room_for_another_answer_ends_as_cut_off(load_tiny):
     model, tokenizer = load_tiny()
     policy = create_policy(model, tokenizer, {"max_tokens": 8, "temperature": 0})

@@ -34,7 +34,6 @@ def recomputed_logprobs(model, completion) -> list[float]:
     return logp[0, len(completion.prompt_tokens) :].tolist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_logprobs_equal_those_that_the_trainer_computes(loaded, temperature):
     model, tokenizer = loaded
@@ -52,7 +51,6 @@ def test_recorded_logprobs_equal_those_that_the_trainer_computes(loaded, tempera
     assert np.mean(differences) < 1e-4
 
 
-@pytest.mark.slow
 def test_greedy_decoding_gives_the_same_tokens_in_a_batch_and_alone(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"temperature": 0, "max_tokens": 24})
@@ -60,7 +58,6 @@ def test_greedy_decoding_gives_the_same_tokens_in_a_batch_and_alone(loaded):
     assert together == [policy(prompt).tokens for prompt in RAGGED]
 
 
-@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_number_of_rows_beside_it(loaded):
     model, tokenizer = loaded
     prompts = [encode_prompt(tokenizer, prompt) for prompt in RAGGED]
@@ -133,7 +130,6 @@ def test_memory_does_not_grow_with_the_number_of_waiting_groups(loaded, ends):
     assert min(peak(16), peak(16)) < 1.15 * max(peak(2), peak(2), peak(2))
 
 
-@pytest.mark.slow
 def test_the_stop_token_is_kept_with_its_logprob(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"max_tokens": 16})
@@ -217,7 +213,6 @@ def test_rare_tokens_of_a_large_vocabulary_have_their_exact_chance():
     assert (np.abs(shares - chances) < 4 * np.sqrt(chances / 20_000)).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("max_rows", [4, 64])
 def test_launching_the_next_step_ahead_changes_no_result(loaded, max_rows):
     model, tokenizer = loaded
@@ -280,7 +275,6 @@ def test_logprobs_include_temperature_and_truncation(options, recorded):
             assert math.exp(logprob) == pytest.approx(recorded[token], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_a_repetition_penalty_makes_repeats_rarer(loaded):
     model, tokenizer = loaded
     options = {"max_tokens": 16, "seed": 0}
@@ -304,7 +298,6 @@ def test_the_error_for_an_unknown_option_names_the_nearest_option(loaded):
         create_policy(*loaded, {"temprature": 1.0})
 
 
-@pytest.mark.slow
 def test_a_prompt_longer_than_the_context_is_an_error(loaded):
     model, tokenizer = loaded
     policy = create_policy(model, tokenizer, {"max_tokens": 8})

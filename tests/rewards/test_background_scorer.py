@@ -56,10 +56,10 @@ class TimedPolicy(ModelPolicy):
         return turns
 
 
-def policy_of(load_tiny):
+def policy_of(load_tiny, max_tokens=12):
     model, tokenizer = load_tiny()
     # One group at a time, so that completions finish at different times.
-    return TimedPolicy(model, tokenizer, Sampling(max_tokens=12), seed=0, max_rows=4)
+    return TimedPolicy(model, tokenizer, Sampling(max_tokens=max_tokens), seed=0, max_rows=4)
 
 
 def tasks_of(folder):
@@ -97,7 +97,8 @@ def test_only_the_time_that_verdicts_waits_counts_as_seconds_of_rewards(load):
 
 
 def test_a_failure_ends_the_decoding_too(load_tiny, load, tmp_path):
-    policy = policy_of(load_tiny)
+    # Completions that are long enough to be decoding still when a call fails.
+    policy = policy_of(load_tiny, max_tokens=500)
     with closing(Scorer(Rewards(load("failing"), timeout=20.0, workers=1))) as scorer:
         scorer.score(samples("ready?"))
         with pytest.raises(RewardError, match="no such answer"):

@@ -94,7 +94,6 @@ def test_checkpointed_gradients_make_the_same_update():
     assert_same_weights(results[1], results[0])
 
 
-@pytest.mark.slow
 def test_only_adapter_weights_move():
     model, trainer, groups = make_trainer()
     before = weights(model)
@@ -127,7 +126,6 @@ def test_the_gradient_is_clipped_to_its_norm():
     assert moves[1] == pytest.approx(1e-3, rel=1e-2)
 
 
-@pytest.mark.slow
 def test_recorded_and_recomputed_logprobs_agree_before_any_update():
     _, trainer, groups = make_trainer()
     metrics = trainer.train(groups)
@@ -230,7 +228,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_kept_and_ends_the_run_after_te
 # Errors
 
 
-@pytest.mark.slow
 def test_a_loss_that_ignores_the_model_is_an_error():
     def detached(logp, batch):
         return grpo.policy_loss(mx.stop_gradient(logp), batch)
@@ -246,14 +243,12 @@ def test_a_loss_without_metrics_is_refused():
         trainer.train(groups)
 
 
-@pytest.mark.slow
 def test_a_learning_rate_of_zero_is_an_error():
     _, trainer, groups = make_trainer(optimizer=optim.SGD(learning_rate=0.0))
     with pytest.raises(TrainingError, match="moved no weight"):
         trainer.train(groups)
 
 
-@pytest.mark.slow
 def test_rollouts_of_another_policy_are_refused_at_the_first_step():
     model, trainer, groups = make_trainer()
     container = AdapterContainer.of(model)
@@ -279,7 +274,6 @@ def test_a_sampler_with_new_weights_is_accepted(load_tiny):
     assert trainer.train(again)["sampling/sampling_logp_difference/mean"] < 1e-4
 
 
-@pytest.mark.slow
 def test_truncated_sampling_is_refused_for_training(load_tiny):
     model, trainer, _ = make_trainer()
     policy = create_policy(model, load_tiny()[1], {"max_tokens": 4, "top_p": 0.9})
@@ -304,7 +298,6 @@ def test_options_are_checked_before_training(load_tiny):
         Trainer(model, *parts)
 
 
-@pytest.mark.slow
 def test_no_groups_is_an_error():
     _, trainer, _ = make_trainer()
     with pytest.raises(TrainingError, match="collect some first"):
