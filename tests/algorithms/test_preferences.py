@@ -64,7 +64,7 @@ def test_pairs_add_up_and_halves_are_refused():
     parts = [dpo.policy_loss(logp[s], part_of(batch, s))[0] for s in (slice(0, 2), slice(2, 4))]
     assert whole.item() == pytest.approx(sum(part.item() for part in parts))
     for rows in (slice(0, 3), slice(1, 3)):
-        with pytest.raises(ConfigError, match=r"one half of a pair.*even micro_batch_size"):
+        with pytest.raises(ConfigError, match=r"one completion of a pair.*even micro_batch_size"):
             dpo.policy_loss(logp[rows], part_of(batch, rows))
 
 

@@ -123,7 +123,9 @@ def test_sampling_shows_how_many_groups_have_signal():
 
     check = check_reward(right, ROWS, sample=sample)
     assert verdicts(check)["signal"] == "ok"
-    assert detail(check, "signal") == "3 of 8 groups of 3 differ; mean reward 0.125"
+    assert detail(check, "signal") == (
+        "rewards differ inside 3 of 8 groups of 3 completions; mean reward 0.125"
+    )
     silent = check_reward(right, ROWS, sample=lambda prompts: [["x", "y"] for _ in prompts])
     assert verdicts(silent)["signal"] == "warning" and silent.ok
 
@@ -166,7 +168,7 @@ def test_the_command_says_which_columns_are_missing(files, capsys):
 def test_the_command_tries_an_environment_and_samples_from_a_model(capsys):
     assert main(["check", "--env", "add", "--rows", "8", "--sample", "4"]) == 0
     shown = capsys.readouterr().out
-    assert "reward reward on 8 rows" in shown and "groups of 4 differ; mean reward 0." in shown
+    assert "reward reward on 8 rows" in shown and "groups of 4 completions; mean reward 0." in shown
 
 
 @pytest.mark.parametrize(

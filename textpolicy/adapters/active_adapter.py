@@ -108,7 +108,7 @@ class ActiveAdapter:
     # Putting layers into the model
 
     def put_new(self, config: AdapterConfig, seed: int) -> None:
-        """Put new layers, drawn from `seed`, into the unadapted model."""
+        """Put new adapter layers, initialised at random from `seed`, into the unadapted model."""
         targets = find_target_modules(self.model, config)
         self._put_layers(_new_layers(targets, seed), targets)
         self.config = config

@@ -16,11 +16,12 @@ from textpolicy.errors import AdapterError
 class Adapter:
     """Tensors by their names in the model, and the config that says which modules they adapt.
 
-    `origin`, a path or a name, appears in error messages. `fingerprint` identifies the base model;
-    it is None if a file of another library does not name the base. `quantization` holds the
-    arguments of `quantize` that made the base, or None for a float base. `embedding_lookup_only`
-    is True if embeddings are adapted for looking tokens up but not as an output head; such an
-    adapter does not fit a model whose output head is the embedding table.
+    `origin`, a path or a name, appears in error messages. `fingerprint` identifies the base
+    model, and is None if another library wrote the adapter file and the file does not name its
+    base. `quantization` holds the arguments of `quantize` that made the base, or None for a float
+    base. `embedding_lookup_only` is True if embeddings are adapted for looking tokens up but not
+    as an output head; such an adapter does not fit a model whose output head is the embedding
+    table.
     """
 
     origin: str

@@ -4,8 +4,9 @@
     J = 1/sum_i |o_i| sum_i sum_t min(ratio_t A_i, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_i)
 
 Every token of the batch has the same weight, so long answers count for more than in GRPO, and the
-upper clip is wider. Advantages are GRPO's (equation 9). The paper's dynamic sampling (3.2) happens
-while rollouts are collected; its penalty for overlong answers (3.4) is `overlong_cache`.
+upper clip is wider. Advantages are GRPO's (equation 9). Dynamic sampling (section 3.2 of the
+paper) happens while rollouts are collected; the option `overlong_cache` turns on the penalty for
+overlong answers (section 3.4).
 """
 
 from typing import Unpack

@@ -67,7 +67,7 @@ def _pair_order(batch: Batch) -> Integer[mx.array, " batch"]:
     group = batch.group[order]
     if len(group) % 2 or not mx.array_equal(group[::2], group[1::2]):
         raise ConfigError(
-            "a micro-batch has one half of a pair without the other; expected an even "
+            "a micro-batch has one completion of a pair without the other; expected an even "
             "micro_batch_size, and both halves with at least one token that counts"
         )
     return order

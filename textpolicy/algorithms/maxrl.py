@@ -3,8 +3,8 @@
     A_i = (R_i - mean(R)) / mean(R),  0 where mean(R) <= 0
 
 For rewards of 0 and 1, the expected gradient becomes that of log(probability of success), as far as
-the group size can estimate it, in place of that of the probability. Tasks that are rarely solved
-count for more. Rewards must be 0 or more. The loss is REINFORCE's.
+the group size can estimate it, in place of that of the probability. The weight of a task
+grows as its success rate falls. Rewards must be 0 or more. The loss is REINFORCE's.
 """
 
 import mlx.core as mx

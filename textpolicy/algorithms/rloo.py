@@ -6,7 +6,8 @@
 
 A whole answer is one action: its log-probability is the sum over its tokens. The paper subtracts
 the KL divergence from the reward; the trainer's `reward_kl` does so here. Departure: the ratio is
-clipped as in PPO, which changes nothing in the first update on a batch; the paper makes only one.
+clipped as in PPO. Clipping changes nothing in the first update on a batch, and the paper makes
+only one update on each batch.
 """
 
 from typing import Unpack

@@ -1,4 +1,4 @@
-"""What a run would be and how much memory it would take, before the run is started."""
+"""Dry run: the settings of a run and an estimate of its memory, without starting the run."""
 
 import json
 from typing import Any

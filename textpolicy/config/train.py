@@ -26,7 +26,7 @@ DYNAMIC_ROUNDS = 10
 LR = "learning rate of Adam"
 SCHEDULE = ("constant", "how the learning rate falls over the run")
 WARMUP = (0, "updates at the start over which the learning rate rises")
-FINAL_LR = (0.0, "learning rate at the end of the schedule linear or cosine")
+FINAL_LR = (0.0, "learning rate at the end of a linear or cosine schedule")
 WEIGHT_DECAY = (0.0, "weight decay of AdamW")
 CHECKPOINT_GRADIENTS = (False, "recompute activations in the backward pass: less memory, more time")
 

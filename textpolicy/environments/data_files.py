@@ -11,7 +11,7 @@ from typing import Any
 from textpolicy.errors import DataError
 
 DataRow = Mapping[str, Any]
-"""One example by column: the parts of its prompt, and what its reward function needs."""
+"""One example: column names to values, for the prompt and for the reward function."""
 
 _MAX_LINE_CHARACTERS = 16 * 2**20
 _HUB = "hf:"

@@ -247,9 +247,9 @@ def _advantage_function(
         return compute
     if asked := requested_keywords(compute):
         raise ConfigError(
-            f"overlong_cache subtracts a penalty from the reward, and {algorithm.name} also reads "
-            f"{sorted(asked)}. Choose an algorithm that reads the reward alone, such as "
-            "grpo or dapo, or leave out overlong_cache"
+            f"overlong_cache subtracts a penalty from the reward, but {algorithm.name} also reads "
+            f"{sorted(asked)}, which would not have the penalty. Choose an algorithm that reads "
+            "the reward alone, such as grpo or dapo, or leave out overlong_cache"
         )
     return with_penalty(compute, max_tokens=max_tokens, cache=options.overlong_cache)
 

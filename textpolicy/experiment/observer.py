@@ -64,7 +64,7 @@ class StepObserver:
             self.evaluate(f"step {steps}")
 
     def measurement_in(self, row: Mapping[str, float]) -> Measurement:
-        """Return the evaluation of held-out tasks that a row of metrics holds."""
+        """Return the held-out evaluation that is recorded in a row of metrics."""
         return Measurement(
             name="greedy reward",
             value=row["eval/reward"],

@@ -276,7 +276,7 @@ def _logits_bytes(block: _Block, positions: int) -> int:
 
 
 def _unpacked_bytes(block: _Block) -> tuple[int, int]:
-    """Return the bytes of quantized matrices that are float32 at once: in training, in decoding.
+    """Return the peak bytes of quantized matrices unpacked to float32, in training and in decoding.
 
     GPUs multiply with mlx's formats directly. Training holds one matrix. Decoding unpacks ahead:
     a share of the matrices in mlx's formats, which take one operation each, or the NF4 matrices of

@@ -222,7 +222,10 @@ def _check_signal(
         values += scored
         differ += len(set(scored)) > 1
     mean = f"{sum(values) / len(values):.3g}" if values else "none"
-    detail = f"{differ} of {len(rows)} groups of {len(groups[0])} differ; mean reward {mean}"
+    detail = (
+        f"rewards differ inside {differ} of {len(rows)} groups of {len(groups[0])} completions; "
+        f"mean reward {mean}"
+    )
     return Finding("signal", "ok" if differ else "warning", detail)
 
 

@@ -60,7 +60,7 @@ _MAX_OUTPUT_LINES, _MAX_LINE_WIDTH = 12, 200
 _AWAIT_SLACK = 0.2
 """Seconds that a call of many awaited samples may take beyond the time limits of its samples."""
 _POLL_SECONDS = 0.1
-"""Seconds after which a wait checks whether the pool was interrupted."""
+"""The longest wait for results, in seconds, between two checks for an interruption."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

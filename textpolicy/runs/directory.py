@@ -117,7 +117,7 @@ class RunDirectory:
 
 
 def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:
-    """Return a directory for a run of this name, numbered so that it does not exist yet."""
+    """Return a new run directory of this name; a taken name gets a number at its end."""
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     numbered = (parent / (f"{plain}-{number}" if number > 1 else plain) for number in count(1))
     return RunDirectory(next(folder for folder in numbered if not folder.exists()))

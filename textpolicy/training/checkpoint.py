@@ -87,7 +87,7 @@ class Checkpoints:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Replace the file at `path` by this checkpoint in one step."""
+    """Write the checkpoint to `path` atomically, in place of any file there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
     metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "sha256": _digest(arrays)}

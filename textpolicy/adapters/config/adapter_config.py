@@ -82,7 +82,7 @@ class AdapterConfig:
 
     @property
     def rules(self) -> Sequence[LoRARule]:
-        """Every rule that a module can get."""
+        """Every rule that can apply to a module."""
         return self.selection.rules
 
     @property

@@ -2,7 +2,8 @@
 
     loss = - sum of log p(token | tokens before it) / number of learned tokens
 
-The mean is over all learned tokens of a batch. Rows and padding do not matter.
+The mean is over all learned tokens of a batch: neither their split into rows nor padding changes
+the loss.
 """
 
 import inspect
