@@ -163,7 +163,8 @@ def test_more_groups_take_no_more_memory():
         trainer = trainer_of(model, AdapterConfig(rank=8), loss, reference="base")
         rollouts = rollout_groups(groups, 8, 32, 64)
         trainer.train(rollouts)
-        peaks.append(peak_of(partial(trainer.train, rollouts), before))
+        # How far mlx runs ahead depends on the machine's load, which only adds to a peak.
+        peaks.append(min(peak_of(partial(trainer.train, rollouts), before) for _ in range(3)))
         del model, trainer
     assert peaks[1] < 1.05 * peaks[0]
 
