@@ -33,6 +33,7 @@ def benched(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_it_takes_measured_steps_and_accounts_for_all_of_their_time(benched):
     data, notes = benched(seconds=5)
     assert data["steps"] >= 2 and data["warmed_up"] and "warm-up" in notes
@@ -46,6 +47,7 @@ def test_it_takes_measured_steps_and_accounts_for_all_of_their_time(benched):
     assert speeds["update"] == pytest.approx(tokens / (seconds["score"] + seconds["update"]))
 
 
+@pytest.mark.slow
 def test_the_peaks_of_memory_are_near_the_plan(benched):
     data, _ = benched(seconds=10)
     assert data["planned_bytes"].keys() == data["peak_bytes"].keys() == {"sampling", "training"}
@@ -66,6 +68,7 @@ def test_the_options_of_the_bench_reach_its_steps(benched):
     assert asked["planned_bytes"]["sampling"] < plain["planned_bytes"]["sampling"]
 
 
+@pytest.mark.slow
 def test_a_slow_reward_is_called_and_its_time_is_shown(benched, tmp_path):
     reward = tmp_path / "slow.py"
     reward.write_text("import time\ndef slow(completion):\n    time.sleep(0.02)\n    return 1.0\n")

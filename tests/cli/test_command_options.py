@@ -124,6 +124,7 @@ def test_truncation_to_the_likeliest_token_is_greedy_decoding(command, sample):
     assert sample(command, "--min-p", "0.999999") == greedy
 
 
+@pytest.mark.slow
 def test_chat_and_generate_load_weights_of_the_chosen_dtype(answer, sample):
     def logprobs(dtype: str) -> list[float]:
         found = answer("generate", "--prompt", "12+30=", "--max-tokens", "6", "--dtype", dtype)
@@ -150,6 +151,7 @@ def evaluated(answer, files):
     return run
 
 
+@pytest.mark.slow
 def test_eval_takes_its_settings_from_a_file_and_from_set(answer, tmp_path):
     (tmp_path / "run.toml").write_text('[task]\nenv = "reverse"\n[evaluation]\ncount = 9\n')
     asked = ["eval", "--config", str(tmp_path / "run.toml")]
@@ -170,6 +172,7 @@ def test_eval_limits_answers_to_max_tokens(evaluated):
     assert (one["mean_length"], one["clipped_ratio"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_eval_stops_a_reward_that_hangs_and_gives_it_the_chosen_reward(evaluated, files):
     rows = [{"prompt": f"{n}+10=", "answer": "right"} for n in (20, 30, 40, 50)]
     (files / "four.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -254,6 +257,7 @@ def test_plan_counts_the_bytes_of_the_dtype(planned):
 # check, envs, demo
 
 
+@pytest.mark.slow
 def test_check_reads_the_named_columns_and_stops_a_reward_that_hangs(files, capsys):
     (files / "odd.jsonl").write_text('{"ask": "1+1=", "answer": "3", "truth": "2"}\n' * 3)
     (files / "mine.py").write_text(
@@ -311,6 +315,7 @@ def test_sft_adapts_the_model_as_configured_and_starts_from_such_adapters(answer
     assert {name.split(".")[-2] for name in learned(files / "three").arrays} == {"up_proj"}
 
 
+@pytest.mark.slow
 def test_reinforcement_learning_starts_from_adapters_trained_with_dropout(answer, files):
     shown = ["--data", str(files / "shown.jsonl"), "--iterations", "1", "--validation-share", "0"]
     answer("sft", *shown, "--dropout", "0.2", "--output", str(files / "warm"))

@@ -51,6 +51,7 @@ def test_it_starts_nothing_and_reads_no_weight(planned, tiny, tmp_path):
     assert "no run was started" in text and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_measured_step_corrects_the_estimate_and_leaves_nothing(planned, tmp_path):
     output = tmp_path / "run"
     argv = [*ARGV, "--group-size", "4", "--groups-per-step", "4", "--output", str(output)]
@@ -69,6 +70,7 @@ def test_a_measured_step_corrects_the_estimate_and_leaves_nothing(planned, tmp_p
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_model_that_cannot_be_planned_is_measured(planned, tiny, tmp_path):
     model, folder = expert_model(vocab_size=320), tmp_path / "model"
     shutil.copytree(tiny, folder)

@@ -79,6 +79,7 @@ def start_run(path, steps, *options):
     return process
 
 
+@pytest.mark.slow
 def test_a_run_leaves_files_that_can_be_read_without_the_code(whole):
     names = {path.relative_to(whole.path).as_posix() for path in whole.path.rglob("*")}
     assert {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoints", "adapters"} <= names

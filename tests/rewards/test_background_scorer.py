@@ -80,6 +80,7 @@ def test_scoring_starts_before_decoding_ends_and_gives_the_same_rollouts(load_ti
     assert len(calls) == 16 and min(calls) < policy.ended
 
 
+@pytest.mark.slow
 def test_only_the_time_that_verdicts_waits_counts_as_seconds_of_rewards(load):
     (sample,) = samples("0.4")
     with closing(Scorer(Rewards(load("sleeps"), timeout=20.0, workers=1))) as scorer:
@@ -120,6 +121,7 @@ def test_closing_early_leaves_no_scoring_behind(load):
         assert [verdict.value for verdict in scorer.score(samples("0"))] == [1.0]
 
 
+@pytest.mark.slow
 def test_no_process_is_idle_because_a_first_sample_came_alone(load):
     with closing(Scorer(Rewards(load("sleeps"), timeout=20.0, workers=4))) as scorer:
         scorer.score(samples(*["0.2"] * 4))

@@ -82,6 +82,7 @@ def test_a_reward_that_rewards_an_empty_answer_fails():
     assert "no answer at all scores 1, as much as the right one" in detail(check, "empty low")
 
 
+@pytest.mark.slow
 def test_a_slow_reward_gets_a_warning_that_names_the_row():
     def slow(completion, answer):
         time.sleep(0.11 if answer == "4" else 0)

@@ -115,6 +115,7 @@ def clock():
     return read
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_panel_that_is_redrawn_in_place_and_notes_above_it():
     screen = Screen(on_terminal())
     lines = [line.rstrip() for line in screen.lines]
@@ -140,6 +141,7 @@ def test_text_of_a_model_neither_moves_the_cursor_nor_becomes_markup():
     assert "\x07" not in sent and "\u202e" not in sent
 
 
+@pytest.mark.slow
 def test_a_panel_never_wraps_and_the_cursor_comes_back():
     sent = on_terminal(width=48, NO_COLOR="1")
     lines = [line for line in Screen(sent).lines if line.startswith(("│", "╭", "╰"))]

@@ -238,6 +238,7 @@ def test_a_service_that_cannot_open_is_switched_off_after_its_messages_are_passe
     assert said == ["W&B: the run is offline", "W&B is switched off: ConnectionError: no route"]
 
 
+@pytest.mark.slow
 def test_a_hanging_service_neither_slows_the_run_nor_its_end():
     said, let_go = [], Event()
     hanging = BackgroundSink(

@@ -54,6 +54,7 @@ def test_sharing_prompts_changes_no_gradient(model):
         assert mx.abs(gradients[0][name] - gradient).max().item() < 3e-6 * largest, name
 
 
+@pytest.mark.slow
 def test_sharing_a_long_prompt_changes_no_gradient():
     model = qwen3_model(vocab_size=256, max_position_embeddings=1024)
     (batch,) = batches_of(groups_of((512, [64] * 16)))

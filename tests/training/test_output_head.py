@@ -79,6 +79,7 @@ def test_a_frozen_head_has_the_gradients_of_all_logits_at_once(chunk):
     assert mx.abs(found - expected).max().item() < 3e-6 * mx.abs(expected).max().item()
 
 
+@pytest.mark.slow
 def test_only_one_chunk_of_logits_is_in_memory():
     _, head = model_and_head(vocab_size=10_000)
     hidden, tokens = mx.random.normal((384, 64)), mx.zeros(384, dtype=mx.int32)

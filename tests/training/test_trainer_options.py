@@ -94,6 +94,7 @@ def test_fresh_old_logprobs_are_those_of_the_trainer():
     assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.05, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_choice_of_uncertain_tokens_does_not_depend_on_micro_batches():
     results = []
     for size in (None, 1):
