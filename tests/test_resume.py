@@ -196,6 +196,7 @@ def test_a_curriculum_without_a_state_is_an_error_in_a_run_with_checkpoints(load
         Run(load_tiny, tmp_path).train(tasks=CurriculumWithoutState())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(load_tiny, tmp_path):
     checkpoint = Run(load_tiny, tmp_path).train(until=1).checkpoints.newest()
     other = Run(load_tiny, tmp_path / "other", rank=3)
@@ -205,6 +206,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(load_tiny, t
     assert same(other.weights(), before)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_base_is_refused(load_tiny, tmp_path):
     checkpoint = Run(load_tiny, tmp_path).train(until=1).checkpoints.newest()
     checkpoint.facts["trainer"]["base"] = "another"

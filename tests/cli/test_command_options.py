@@ -180,6 +180,7 @@ def test_eval_stops_a_reward_that_hangs_and_gives_it_the_chosen_reward(evaluated
     assert evaluated("hang_on_numbers", *asked, "--on-reward-error", "-3")["reward"] == -3
 
 
+@pytest.mark.slow
 def test_eval_samples_at_the_chosen_temperature(evaluated):
     asked = ["--env", "add", "--eval-samples", "2"]
     cold = evaluated("checksum", *asked, "--eval-temperature", "0.0001")
@@ -198,6 +199,7 @@ def test_eval_scores_each_environment_with_its_own_reward(answer, files):
         assert other["metrics"] == alone["metrics"] and alone["others"] == []
 
 
+@pytest.mark.slow
 def test_eval_counts_rewards_above_the_threshold_as_correct(evaluated):
     asked = ["--env", "add", "--eval-samples", "2"]
     assert evaluated("length", *asked, "--eval-good", "0")["pass@1"] == 1
@@ -294,6 +296,7 @@ def learned(folder):
     return read_adapter_file(folder / "adapters" / "latest.safetensors")
 
 
+@pytest.mark.slow
 def test_sft_adapts_the_model_as_configured_and_starts_from_such_adapters(answer, files):
     small = ["--data", str(files / "shown.jsonl"), "--iterations", "1", "--validation-share", "0"]
     form = ["--kind", "dora", "--rank", "2", "--scale", "1.5", "--num-layers", "1"]

@@ -142,6 +142,7 @@ def said_by(model, tokenizer) -> list[str]:
     return [policy(prompt).text for prompt in ("12+30=", "sort: 3 1 2", "reverse: abc")]
 
 
+@pytest.mark.slow
 def test_mlx_lm_loads_a_fused_model_and_it_answers_as_with_the_adapters(trained, answer, tmp_path):
     adapter = trained(None, 0.2)
     report = answer(
@@ -179,6 +180,7 @@ def test_a_quantized_base_stays_quantized_if_enough_of_the_update_survives(
     )
 
 
+@pytest.mark.slow
 def test_dequantize_makes_every_weight_of_a_quantized_base_a_float(trained, answer, tmp_path):
     adapter = trained(4, 0.3)
     argv = ["fuse", "--adapter", adapter, "--output", str(tmp_path / "f"), "--dequantize"]

@@ -40,6 +40,7 @@ def test_the_reward_of_an_environment_runs_in_other_processes_too(train):
     assert metrics["rewards/reward/mean"] == metrics["reward"]
 
 
+@pytest.mark.slow
 def test_a_reward_that_hangs_is_an_error_before_a_model_is_loaded(train, tmp_path):
     (tmp_path / "mine.py").write_text(SOURCE.replace("completion[-1:]", '"2"'))
     options = ["--reward", f"{tmp_path}/mine.py", "--reward-timeout", "0.3"]

@@ -155,6 +155,7 @@ def checkpoint(tmp_path, model) -> tuple[Path, mx.array]:
     return folder, model.eval()(PROMPT)
 
 
+@pytest.mark.slow
 def test_load_base_and_adapters_then_merge_and_unload(checkpoint):
     folder, expected = checkpoint
     # Load base + adapters
@@ -169,12 +170,14 @@ def test_load_base_and_adapters_then_merge_and_unload(checkpoint):
     assert type(merged_model.layers[0].self_attn.q_proj) is nn.Linear
 
 
+@pytest.mark.slow
 def test_merge_weights_is_the_same(checkpoint):
     folder, expected = checkpoint
     model, _tokenizer = reload_model("tiny", folder)
     assert mx.allclose(merge_weights(model)(PROMPT), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_or_adapters_are_used_directly(checkpoint):
     folder, expected = checkpoint
     model, _tokenizer = load_model("tiny", folder)

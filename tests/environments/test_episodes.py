@@ -147,6 +147,7 @@ def test_a_model_is_trained_on_the_ids_that_it_saw(load_tiny):
     assert len({len(rollout.tokens) for rollout in rollouts}) > 2
 
 
+@pytest.mark.slow
 def test_the_trainer_recomputes_the_log_probabilities_that_the_sampler_recorded(load_tiny):
     """A step on episodes and single answers, in micro-batches of ragged rows."""
     model, tokenizer = load_tiny()
@@ -162,6 +163,7 @@ def test_the_trainer_recomputes_the_log_probabilities_that_the_sampler_recorded(
     assert metrics["grad_norm"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
 def test_every_architecture_continues_from_its_cache(name, batches, shares):
     model = build(name)
@@ -189,6 +191,7 @@ def test_every_architecture_continues_from_its_cache(name, batches, shares):
         assert float(difference.mean()) < 1e-4
 
 
+@pytest.mark.slow
 def test_an_episode_does_not_depend_on_the_number_of_parallel_episodes(load_tiny):
     model, tokenizer = load_tiny()
     prompts = [encode_prompt(tokenizer, "x" * n) for n in (1, 9, 4)]

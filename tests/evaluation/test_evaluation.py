@@ -97,12 +97,14 @@ def evaluated(policy, heldout):
     return evaluate(policy, heldout, samples=3)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_repeatable_after_other_sampling(policy, heldout, evaluated):
     policy.generate(["1+1="], n=2)
     assert evaluate(policy, heldout, samples=3) == evaluated
     assert {len(group.rollouts) for group in evaluated.sampled} == {3}
 
 
+@pytest.mark.slow
 def test_samples_differ_and_equal_the_greedy_answer_at_a_temperature_near_0(policy, heldout):
     cold = evaluate(policy, heldout, samples=2, temperature=1e-4)
     for greedy, group in zip(cold.greedy, cold.sampled, strict=True):
@@ -151,6 +153,7 @@ def test_the_interval_holds_the_true_gain_in_about_95_of_100_experiments():
     assert 35 <= held <= 40
 
 
+@pytest.mark.slow
 def test_the_interval_is_that_of_the_normal_approximation_where_tasks_are_many():
     gains = np.random.default_rng(2).normal(0.2, 1, size=400)
     low, high = bootstrap_interval(gains.tolist())

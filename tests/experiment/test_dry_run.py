@@ -130,6 +130,7 @@ def test_what_the_run_would_refuse_it_refuses_too(argv, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_supervised_run_shows_its_settings(planned, tmp_path):
     argv = ["sft", "--data", "rows", "--output", str(tmp_path / "run"), "--lr", "1e-3"]
     text, data = planned(*argv)

@@ -67,6 +67,7 @@ def tasks_of(folder):
     return [Task(id=str(n), prompt=f"{n}+{n}=", example=example) for n in range(4)]
 
 
+@pytest.mark.slow
 def test_scoring_starts_before_decoding_ends_and_gives_the_same_rollouts(load_tiny, load, tmp_path):
     policy, tasks, noted = policy_of(load_tiny), tasks_of(tmp_path), load("noted")
     scored_after = collect(tasks, policy, noted, group_size=4, seed=3)

@@ -147,6 +147,7 @@ def test_grades_become_rewards_from_0_to_1_and_report_their_cost(server):
     assert RUBRIC in body["messages"][0]["content"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     ["error", "busy", "garbage", "nesting", "shapeless", "null", "hang_up", "stall", "drip"],

@@ -209,6 +209,7 @@ def test_a_reward_beyond_its_memory_limit_gets_a_memory_error(faulty):
     assert (much.value, little.value) == (None, 1.0)
 
 
+@pytest.mark.slow
 def test_a_process_that_a_killed_reward_started_is_killed_too(faulty):
     mark = f"orphan-{os.getpid()}"
     rewards = Rewards(faulty("starts_a_process"), timeout=TIMEOUT, on_error="skip")

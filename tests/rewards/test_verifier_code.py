@@ -21,6 +21,7 @@ SAFETY = [pytest.param(False, marks=boxed, id="boxed"), pytest.param(True, id="u
 ADD = "def add(a, b):\n    return a + b\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unsafe", SAFETY)
 def test_the_share_of_passing_tests_counts(unsafe):
     tests = ["assert add(1, 2) == 3", "assert add(1, 2) == 4", "assert undefined", "add('a', 'b')"]

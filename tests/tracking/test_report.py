@@ -127,6 +127,7 @@ def test_parts_of_time_that_a_step_lacks_are_0_in_the_stack(tmp_path, steps):
     assert [part[first] for part in parts] == [2, 1 - 1 / stretch, 8 / stretch]
 
 
+@pytest.mark.slow
 def test_a_long_run_is_drawn_by_means_and_its_samples_are_spread_over_it(tmp_path):
     folder = make_run(tmp_path / "run", steps=500)
     (run,) = data_in(write_report([folder]))["runs"]

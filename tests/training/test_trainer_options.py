@@ -63,6 +63,7 @@ def test_mini_batches_are_whole_groups_and_each_is_an_update():
     assert metrics["sampling/sampling_logp_difference/mean"] < 1e-4, "of the first update"
 
 
+@pytest.mark.slow
 def test_epochs_use_all_groups_again():
     moves = []
     for epochs in (3, 1):

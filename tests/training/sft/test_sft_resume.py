@@ -92,6 +92,7 @@ def whole(tmp_path_factory):
     return trial, trial.run()
 
 
+@pytest.mark.slow
 def test_the_run_has_every_kind_of_event(whole):
     trial, result = whole
     kinds = [type(event) for event in trial.events]
