@@ -17,7 +17,7 @@ from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Progress, Task
 
-TIMES = ("generate", "reward", "score", "update", "publish", "reload")
+TIMES = ("generate", "reward", "logprobs", "update", "publish", "reload")
 MANY = 1_000_000
 
 

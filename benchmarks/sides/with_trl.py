@@ -32,7 +32,7 @@ class StepRequests(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.steps.lap("train")
-        self.steps.done(score=self.reference_seconds)
+        self.steps.done(logprobs=self.reference_seconds)
 
 
 def main() -> None:

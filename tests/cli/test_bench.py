@@ -44,7 +44,7 @@ def test_it_takes_measured_steps_and_accounts_for_all_of_their_time(benched):
     speeds, seconds = data["tokens_per_second"], data["seconds"]
     tokens = data["metrics"]["num_tokens"]
     assert speeds["generate"] == pytest.approx(tokens / seconds["generate"])
-    assert speeds["update"] == pytest.approx(tokens / (seconds["score"] + seconds["update"]))
+    assert speeds["update"] == pytest.approx(tokens / (seconds["logprobs"] + seconds["update"]))
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_the_options_of_the_bench_reach_its_steps(benched):
     assert asked["task"] == "sort"
     assert asked["metrics"]["completions/max_length"] == asked["completion_tokens"] == 2
     # The reference takes its time, and weights in bfloat16 take half of float32's memory.
-    assert asked["seconds"]["score"] > plain["seconds"]["score"]
+    assert asked["seconds"]["logprobs"] > plain["seconds"]["logprobs"]
     assert asked["planned_bytes"]["sampling"] < plain["planned_bytes"]["sampling"]
 
 

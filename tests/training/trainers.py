@@ -21,7 +21,7 @@ from textpolicy.training.trainer import Trainer
 from textpolicy.types import Rollout, RolloutGroup, Task
 
 TASKS = [Task(id=str(i), prompt=p) for i, p in enumerate(["1+2=", "Sort 52431", "?", "ab" * 9])]
-TIME_METRICS = {"time/score", "time/update", "time/publish"}
+TIME_METRICS = {"time/logprobs", "time/update", "time/publish"}
 Reward = Callable[[str, str, Any], float | None]
 
 

@@ -140,7 +140,7 @@ class Trainer:
                 self.adapters.publish()
         return metrics | {
             "time/publish": time.perf_counter() - updated,
-            "time/score": ready - started,
+            "time/logprobs": ready - started,
             "time/update": updated - ready,
         }
 

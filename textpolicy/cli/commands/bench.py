@@ -15,7 +15,7 @@ from textpolicy.errors import ModelError
 
 _STEPS = 20
 """More steps would hardly change the means."""
-_PARTS = ("generate", "reward", "score", "update", "publish", "reload", "checkpoint")
+_PARTS = ("generate", "reward", "logprobs", "update", "publish", "reload", "checkpoint")
 
 
 def run(options: Namespace) -> Answer:
@@ -31,7 +31,7 @@ def _data(config: TrainConfig, measured: RealSteps) -> dict[str, Any]:
     metrics = measured.metrics
     seconds = {name: metrics.get(f"time/{name}", 0.0) for name in _PARTS}
     seconds["rest"] = max(0.0, metrics["time/step"] - sum(seconds.values()))
-    updating = seconds["score"] + seconds["update"]
+    updating = seconds["logprobs"] + seconds["update"]
     return {
         "model": config.model.name,
         "task": measured.environment.name,

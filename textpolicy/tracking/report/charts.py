@@ -28,7 +28,7 @@ class Chart:
     """Whether the vertical axis begins at 0, as for shares and amounts."""
 
 
-_TIMES = ("generate", "reward", "score", "update", "publish", "reload", "evaluate", "checkpoint")
+_TIMES = ("generate", "reward", "logprobs", "update", "publish", "reload", "evaluate", "checkpoint")
 _REWARD = Chart(
     "Reward",
     [Line("reward", "mean reward", spread="reward_std")],
