@@ -77,3 +77,23 @@ def test_the_error_about_a_missing_file_names_it_before_a_model_is_loaded(folder
     (folder / "mine.py").unlink()
     assert main([*RUN, "--algorithm", "mine.py", "--model", "no-such-model"]) == 2
     assert "algorithm file 'mine.py' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        ("compute_advantages", "return mx.zeros_like(rewards)", "return undefined_name"),
+        ("policy_loss", "batch.token_count", "batch.tokens_count"),
+    ],
+)
+def test_an_exception_in_the_file_names_the_function_and_the_line(
+    folder, capsys, function, old, new
+):
+    (folder / "mine.py").write_text(MINE.replace(old, new))
+    line = next(n for n, text in enumerate(MINE.splitlines(), start=1) if old in text)
+    assert main([*RUN, "--algorithm", "mine.py", "--steps", "1", "--output", "run"]) == 1
+    error = capsys.readouterr().err
+    assert f"{function} of mine.py raised" in error
+    assert f"line {line}" in error
+    assert "Traceback" not in error

@@ -100,7 +100,7 @@ def test_only_the_time_that_verdicts_waits_counts_as_seconds_of_rewards(load):
 
 def test_a_failure_ends_the_decoding_too(load_tiny, load, tmp_path):
     # Completions that are long enough to be decoding still when a call fails.
-    policy = policy_of(load_tiny, max_tokens=500)
+    policy = policy_of(load_tiny, max_tokens=1000)
     with closing(Scorer(Rewards(load("failing"), timeout=20.0, workers=1))) as scorer:
         scorer.score(samples("ready?"))
         with pytest.raises(RewardError, match="no such answer"):

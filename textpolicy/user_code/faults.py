@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
+from os.path import abspath
 
 from textpolicy.errors import TextPolicyError
 
@@ -23,7 +24,8 @@ def raise_user_errors_as(
     except (Exception, SystemExit) as error:
         if isinstance(error, TextPolicyError) and not isinstance(error, error_class):
             raise
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if file and abspath(f.filename) == abspath(file)]
         where = f" ({file}, line {lines[-1]})" if lines else ""
         message = f"{what} raised {type(error).__name__}: {_message_of(error)}{where}"
         raise error_class("\n  ".join([message, sample] if sample else [message])) from error

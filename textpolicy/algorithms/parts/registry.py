@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from inspect import isfunction, signature
 from pathlib import Path
@@ -16,9 +16,9 @@ from textpolicy.algorithms.parts.function_options import (
     option_names,
 )
 from textpolicy.config import ALGORITHMS
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.types import AdvantageFn, LossFn
-from textpolicy.user_code import load_python_file, split_file_and_name
+from textpolicy.user_code import load_python_file, raise_user_errors_as, split_file_and_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,21 @@ def _contents_of_file(path: Path, function: str) -> tuple[dict[str, Any], Declar
             f"one of them, or name a function: {path}:FUNCTION. Its functions: "
             f"{', '.join(own) or 'none'}"
         )
+    for role in ("compute_advantages", "policy_loss"):
+        if isfunction(contents.get(role)):
+            contents[role] = _naming_the_file(contents[role], role, path)
     declaration = contents.get("DECLARATION", Declaration())
     if "policy_loss" not in contents:
         declaration = replace(declaration, needs_advantages=True)
     return vars(import_module("textpolicy.algorithms.grpo")) | contents, declaration
+
+
+def _naming_the_file(function: Callable[..., Any], role: str, path: Path) -> Callable[..., Any]:
+    """Return the function with exceptions as TrainingErrors that name the file and the line."""
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        with raise_user_errors_as(TrainingError, f"{role} of {path}", file=str(path)):
+            return function(*args, **options)
+
+    return call
