@@ -44,20 +44,6 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def answer(capsys):
-    """Return a function that runs a command with --json and returns its data."""
-
-    def run(*argv: str) -> dict:
-        capsys.readouterr()
-        code = main([*argv, "--json"])
-        stdout, stderr = capsys.readouterr()
-        assert code == 0, stderr
-        return json.loads(stdout.splitlines()[-1])
-
-    return run
-
-
 # Model and threads, in every command that loads a model
 
 

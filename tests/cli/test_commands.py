@@ -22,34 +22,6 @@ GREEDY = {"max_tokens": 6, "temperature": 0}
 
 
 @pytest.fixture
-def answer(capsys):
-    """Return a function that runs a command with --json and returns its data."""
-
-    def run(*argv: str) -> dict:
-        capsys.readouterr()
-        code = main([*argv, "--json"])
-        stdout, stderr = capsys.readouterr()
-        assert code == 0, stderr
-        return json.loads(stdout.splitlines()[-1])
-
-    return run
-
-
-@pytest.fixture
-def failure(capsys):
-    """Return a function that runs a command that must fail, and returns its message."""
-
-    def run(*argv: str, code: int) -> str:
-        capsys.readouterr()
-        assert main(argv) == code
-        stdout, stderr = capsys.readouterr()
-        assert stdout == "" and "Traceback" not in stderr
-        return stderr
-
-    return run
-
-
-@pytest.fixture
 def chat(monkeypatch, capsys):
     """Return a function that pipes lines to `textpolicy chat` and returns answers and messages."""
 

@@ -1,6 +1,7 @@
 """`--algorithm FILE.py`: a run with an algorithm of the user, from the shell, and its resume."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -96,4 +97,21 @@ def test_an_exception_in_the_file_names_the_function_and_the_line(
     error = capsys.readouterr().err
     assert f"{function} of mine.py raised" in error
     assert f"line {line}" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [
+        ('Declaration(trainer={"epoch": 2})', "gives the trainer 'epoch', which.*it can set: "),
+        ('Declaration(trainer={"seed": 2})', "gives the trainer 'seed', which"),
+        ('{"epochs": 2}', "DECLARATION of mine.py is a dict; expected"),
+    ],
+)
+def test_a_wrong_declaration_is_refused(folder, capsys, declaration, message):
+    imported = "from textpolicy.algorithms import Declaration\n"
+    (folder / "mine.py").write_text(f"{imported}{MINE}\nDECLARATION = {declaration}\n")
+    assert main([*RUN, "--algorithm", "mine.py", "--steps", "1", "--output", "run"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
     assert "Traceback" not in error

@@ -202,6 +202,11 @@ def build_trainer(
         "reward_kl": config.algorithm.reward_kl,
         "reference": _reference(config.algorithm),
     }
+    if unknown := sorted(algorithm.declaration.trainer.keys() - known.keys()):
+        raise ConfigError(
+            f"the DECLARATION of {algorithm.name} gives the trainer {unknown[0]!r}, which an "
+            f"algorithm cannot set; it can set: {', '.join(known)}"
+        )
     chosen = dict(algorithm.trainer) | {n: value for n, value in known.items() if value is not None}
     if chosen.get("reward_kl") == 0 and "reward_kl" in algorithm.trainer:
         # The algorithm asks for its reference only to measure the KL divergence.

@@ -111,6 +111,11 @@ def _contents_of_file(path: Path, function: str) -> tuple[dict[str, Any], Declar
         if isfunction(contents.get(role)):
             contents[role] = _naming_the_file(contents[role], role, path)
     declaration = contents.get("DECLARATION", Declaration())
+    if not isinstance(declaration, Declaration):
+        raise ConfigError(
+            f"DECLARATION of {path} is a {type(declaration).__name__}; expected "
+            "textpolicy.algorithms.Declaration(...)"
+        )
     if "policy_loss" not in contents:
         declaration = replace(declaration, needs_advantages=True)
     return vars(import_module("textpolicy.algorithms.grpo")) | contents, declaration
