@@ -1,7 +1,8 @@
 """Every option of every command is used by a test.
 
 This file reads the tests and runs none of them. The reach of a test is its own code, and the code
-of the fixtures, functions and constants of its file that it names, directly or indirectly. A test
+of the fixtures, functions and constants that it names, directly or indirectly, of its file and of
+every conftest.py that pytest loads for its file. A test
 uses an option if the name of the command and a flag of the option are within its reach. An option
 of a run may also be a setting of the run's config.
 """
@@ -64,9 +65,22 @@ def places_of(node: ast.AST) -> Iterator[str]:
             yield f"{first.value} ..."
 
 
-def words_of_tests(page: ast.Module) -> Iterator[frozenset[str]]:
-    named = definitions(page)
-    for test in named:
+def fixtures_for(path: Path) -> dict[str, ast.stmt]:
+    """Return the top-level definitions of the conftest.py files that pytest loads for a file."""
+    named: dict[str, ast.stmt] = {}
+    for folder in reversed(path.relative_to(TESTS.parent).parents):
+        conftest = TESTS.parent / folder / "conftest.py"
+        if conftest.exists():
+            named |= definitions(ast.parse(conftest.read_text()))
+    return named
+
+
+def words_of_tests(
+    page: ast.Module, fixtures: dict[str, ast.stmt] | None = None
+) -> Iterator[frozenset[str]]:
+    own = definitions(page)
+    named = (fixtures or {}) | own
+    for test in own:
         if test.startswith("test_"):
             nodes = list(reach(test, named))
             yield frozenset(word for node in nodes for word in (*words_of(node), *places_of(node)))
@@ -79,7 +93,7 @@ def words_within_reach() -> list[frozenset[str]]:
         words
         for path in sorted(TESTS.rglob("test_*.py"))
         if path != Path(__file__)
-        for words in words_of_tests(ast.parse(path.read_text()))
+        for words in words_of_tests(ast.parse(path.read_text()), fixtures_for(path))
     ]
 
 
@@ -118,3 +132,10 @@ def test_fourth(): main("runs", "--json")
     assert {"train", "--env", "--lr"} <= one and "trainer.lr" not in one
     assert {"TrainConfig", "trainer.lr"} <= other and "--lr" not in other
     assert "runs ..." in third and "runs ..." not in fourth
+
+
+def test_a_fixture_of_a_conftest_is_within_reach():
+    fixtures = ast.parse('def answer(capsys): return main([*argv, "--json"])')
+    page = ast.parse('def test_one(answer): answer("doctor")\ndef test_other(): main("doctor")')
+    one, other = words_of_tests(page, definitions(fixtures))
+    assert "--json" in one and "--json" not in other
