@@ -22,7 +22,7 @@ STAMP_DEV := $(VENV)/.setup-dev
 STAMP_DOCS := $(VENV)/.setup-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-fast check lint slow shape bench tiny-model docs format constraints clean
+.PHONY: help setup setup-dev demo test test-fast check lint slow faults shape bench tiny-model docs format constraints clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ test: setup-dev ## Run the whole test suite, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup-dev ## Run the quick tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not learning and not download"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long and not learning and not download"
 
 check: setup-dev ## Check format, lint, types and layers, and run the quick tests
 	@$(MAKE) --no-print-directory -j2 lint test-fast
@@ -49,6 +49,12 @@ lint: setup-dev ## Check format, lint and types, without tests
 
 slow: setup-dev ## Run only the slow tests
 	@$(BIN)/python -m pytest -m "slow or learning"
+
+# The tests may fail: the table then says which rows do, and the exit code is the table's.
+faults: setup-dev ## Break runs in every way of the table of faults, and print the table
+	@mkdir -p build
+	-@$(BIN)/python -m pytest -n 2 --dist loadfile -q -m proves --junitxml build/faults.xml
+	@$(BIN)/python tools/fault_table.py build/faults.xml
 
 shape: $(BIN)/python ## Print our file and function sizes beside those of admired codebases
 	@$(BIN)/python tools/shape.py

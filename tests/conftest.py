@@ -12,6 +12,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import mlx.core as mx
 import pytest
 
+from tests.faults.attempts import attempts, pytest_itemcollected
+
+__all__ = ["attempts", "pytest_itemcollected"]
+
 # The fixtures import textpolicy, and this file does not: an import here would run before pytest
 # installs the shape checks, and the checks would then check nothing.
 
