@@ -1,5 +1,6 @@
 """Environments: training tasks, held-out tasks and their reward. Ready ones are in `envs/`."""
 
+from textpolicy.environments.bridges.gymnasium import from_gymnasium
 from textpolicy.environments.chat import ChatEnv
 from textpolicy.environments.check_env import check_env
 from textpolicy.environments.data_files import load_rows
@@ -8,7 +9,6 @@ from textpolicy.environments.environment import (
     Environment,
     from_dataset,
     from_function,
-    from_gymnasium,
     sum_turn_rewards,
 )
 from textpolicy.environments.load import load, ready_names

@@ -36,12 +36,17 @@ def check_env(environment: Environment, number: int = 200) -> None:
     end to each episode. If the environment has gold answers, they must earn more than empty
     answers on `number` training tasks and `number` held-out tasks.
     """
+    with environment_errors(environment.name, "gymnasium.make"):
+        env = environment.make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # Gymnasium warns of unknown spaces, and of environments not made by gymnasium.make.
-        warnings.filterwarnings("ignore", message=".*(?:alternative render modes|spec).*")
+        # Gymnasium warns of unknown spaces, of environments not made by gymnasium.make, and of the
+        # wrappers that gymnasium.make adds.
+        warnings.filterwarnings(
+            "ignore", message=".*(?:alternative render modes|spec|from the unwrapped version).*"
+        )
         with environment_errors(environment.name, "gymnasium's check_env"):
-            gymnasium_check_env(environment.make(), skip_render_check=True, skip_close_check=True)
+            gymnasium_check_env(env, skip_render_check=True, skip_close_check=True)
     _check_tasks(environment, min(number, 20) if environment.gold is None else number)
     for answer in _HOSTILE_ANSWERS:
         play_episode(environment.make, [answer], seed=0, name=environment.name)

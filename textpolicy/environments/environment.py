@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from itertools import count, islice
 from random import Random
 from typing import Any, Protocol, runtime_checkable
@@ -12,14 +11,14 @@ import gymnasium as gym
 
 from textpolicy.environments.chat import ChatEnv, DrawFn, GoldFn
 from textpolicy.environments.dataset import Dataset
+from textpolicy.environments.held_out import (
+    DRAWS_PER_HELD_OUT_TASK,
+    HELD_OUT_SEED,
+    is_held_out,
+)
 from textpolicy.errors import TaskError
 from textpolicy.rewards import Rewards, reward
 from textpolicy.types import Prompt, RewardFn, Task
-
-# One problem in four is held out, so that an environment with few problems has held-out ones too.
-_HELD_OUT_BELOW = 64
-_HELD_OUT_SEED = 2024
-_DRAWS_PER_HELD_OUT_TASK = 20
 
 
 @runtime_checkable
@@ -36,6 +35,14 @@ class TaskSplit(Protocol):
         Every call and every run get the same held-out tasks. `stream` never yields one of them.
         """
         ...
+
+
+@runtime_checkable
+class NotedSplit(Protocol):
+    """A split that can have too few problems. `split_note` says what that means, or is ""."""
+
+    @property
+    def split_note(self) -> str: ...
 
 
 @runtime_checkable
@@ -78,6 +85,11 @@ class Environment:
     def make(self) -> gym.Env[Any, Any]:
         return self.make_env(self.reward)
 
+    @property
+    def split_note(self) -> str:
+        """What a reader of held-out scores must know, if there are few problems, or ""."""
+        return self.tasks.split_note if isinstance(self.tasks, NotedSplit) else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedTasks:
@@ -94,7 +106,7 @@ class GeneratedTasks:
         return self._draw_part(seed, held_out=False)
 
     def heldout(self, number: int) -> list[Task]:
-        tasks = self._draw_part(_HELD_OUT_SEED, held_out=True)
+        tasks = self._draw_part(HELD_OUT_SEED, held_out=True)
         return _first_different(tasks, number, self.problem, self.name)
 
     def _draw_part(self, seed: int, *, held_out: bool) -> Iterator[Task]:
@@ -102,39 +114,8 @@ class GeneratedTasks:
         for number in count():
             prompt, example = self.draw(rng)
             task = Task(id=f"{self.name}/{number}", prompt=prompt, example=example)
-            if _is_held_out(self.problem(task)) == held_out:
+            if is_held_out(self.problem(task)) == held_out:
                 yield task
-
-
-@dataclass(frozen=True, kw_only=True)
-class GymnasiumTasks:
-    """Tasks that are seeds of a Gymnasium environment. Its first observation is the prompt."""
-
-    name: str
-    make_env: Callable[[], gym.Env[Any, Any]]
-
-    def stream(self, seed: int) -> Iterator[Task]:
-        return self._draw_part(seed, held_out=False)
-
-    def heldout(self, number: int) -> list[Task]:
-        tasks = self._draw_part(_HELD_OUT_SEED, held_out=True)
-        return _first_different(tasks, number, lambda task: str(task.seed), self.name)
-
-    def _draw_part(self, seed: int, *, held_out: bool) -> Iterator[Task]:
-        rng = Random(f"{self.name}/{seed}")
-        while True:
-            env_seed = rng.randrange(2**31)
-            if _is_held_out(str(env_seed)) == held_out:
-                env = self.make_env()
-                observation, info = env.reset(seed=env_seed)
-                env.close()
-                yield Task(
-                    id=f"{self.name}/{env_seed}",
-                    prompt=opening_prompt(observation, info, self.name),
-                    example=info.get("example", {}),
-                    env=self.make_env,
-                    seed=env_seed,
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,27 +187,10 @@ def from_dataset(
     )
 
 
-def from_gymnasium(
-    env: str | Callable[[], gym.Env[Any, Any]], *, name: str | None = None, max_tokens: int = 256
-) -> Environment:
-    """Return an environment from a Gymnasium environment of text.
-
-    `env` is its id or a function that makes it. Each seed of the Gymnasium environment is a task.
-    """
-    make_env = partial(gym.make, env, disable_env_checker=True) if isinstance(env, str) else env
-    name = name or (env if isinstance(env, str) else env.__name__)
-    return Environment(
-        name=name,
-        tasks=GymnasiumTasks(name=name, make_env=make_env),
-        max_tokens=max_tokens,
-        make_env=lambda reward: make_env(),
-    )
-
-
 def _first_different(
     tasks: Iterator[Task], number: int, problem: Callable[[Task], str], name: str
 ) -> list[Task]:
-    draws = _DRAWS_PER_HELD_OUT_TASK * number
+    draws = DRAWS_PER_HELD_OUT_TASK * number
     found: dict[str, Task] = {}
     for task in islice(tasks, draws):
         found.setdefault(problem(task), task)
@@ -238,7 +202,3 @@ def _first_different(
             "that is held out. Draw from more problems"
         )
     return list(found.values())
-
-
-def _is_held_out(problem: str) -> bool:
-    return blake2b(problem.encode(), digest_size=1).digest()[0] < _HELD_OUT_BELOW

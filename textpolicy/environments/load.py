@@ -12,6 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from textpolicy.environments.bridges.gymnasium import from_gymnasium
 from textpolicy.environments.chat import ChatEnv, DrawFn
 from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.dataset import Dataset
@@ -22,7 +23,6 @@ from textpolicy.environments.environment import (
     GeneratedTasks,
     TaskSplit,
     from_function,
-    from_gymnasium,
     sum_turn_rewards,
 )
 from textpolicy.environments.tool_calls import parse_python_calls, parse_tagged_calls
@@ -48,8 +48,6 @@ def load(spec: str, data: str | Path | None = None) -> Environment:
     scheme, _, rest = spec.partition(":")
     if rest and scheme in _LIBRARIES:
         _refuse_data(spec, data)
-        if scheme == "gymnasium":
-            return from_gymnasium(rest)
         return import_module(f"textpolicy.environments.bridges.{scheme}").load(rest)
     known = ready_names()
     if spec not in known:

@@ -40,12 +40,16 @@ class MeanReward:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The held-out tasks of an environment and their scorer. `max_tokens` limits an answer."""
+    """The held-out tasks of an environment and their scorer. `max_tokens` limits an answer.
+
+    `split_note` says what a reader of the score must know if the environment has few problems.
+    """
 
     name: str
     tasks: Sequence[Task]
     scorer: Scorer
     max_tokens: int
+    split_note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

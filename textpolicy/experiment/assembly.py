@@ -275,15 +275,21 @@ def build_evaluator(
 ) -> Evaluator:
     """Return the evaluator of held-out tasks, of the run's environment and of others by name."""
     environment, options = experiment.environment, config.evaluation
+    own = HeldOut(
+        name=environment.name,
+        tasks=environment.heldout(options.count),
+        scorer=scorer,
+        max_tokens=experiment.policy.sampling.max_tokens,
+        split_note=environment.split_note,
+    )
+    others = [_heldout_of(name, config, opened, note) for name in options.envs or ()]
+    for heldout in (own, *others):
+        if heldout.split_note:
+            note(heldout.split_note)
     return Evaluator(
         policy=experiment.policy,
-        heldout=HeldOut(
-            name=environment.name,
-            tasks=environment.heldout(options.count),
-            scorer=scorer,
-            max_tokens=experiment.policy.sampling.max_tokens,
-        ),
-        others=[_heldout_of(name, config, opened, note) for name in options.envs or ()],
+        heldout=own,
+        others=others,
         samples=options.samples,
         temperature=options.temperature,
         good=options.good,
@@ -299,6 +305,7 @@ def _heldout_of(
         tasks=environment.heldout(config.evaluation.count),
         scorer=open_scorer(rewards, opened, note),
         max_tokens=sampling_of(config, environment).max_tokens,
+        split_note=environment.split_note,
     )
 
 

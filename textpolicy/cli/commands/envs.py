@@ -50,5 +50,6 @@ def _show(spec: str, data: str | None) -> Answer:
     rows = [("name", environment.name), ("prompt", terminal_safe(prompt))]
     rows += [("gold answer", terminal_safe(answer)) for answer in gold]
     rows += [("max tokens", f"{environment.max_tokens}"), ("check", "passed")]
-    data_found = {"env": environment.name, "prompt": prompt, "gold": gold}
+    rows += [("note", note)] if (note := environment.split_note) else []
+    data_found = {"env": environment.name, "prompt": prompt, "gold": gold, "note": note}
     return Answer(data=data_found | {"max_tokens": environment.max_tokens}, text=table(rows))

@@ -56,6 +56,7 @@ def _evaluate(
             tasks=environment.heldout(settings.count),
             scorer=scorer,
             max_tokens=policy.sampling.max_tokens,
+            split_note=environment.split_note,
         )
         options: dict[str, Any] = {
             name: getattr(settings, name) for name in ("samples", "temperature", "good")
@@ -85,6 +86,7 @@ def _lines(result: _Result, model: str, show: int) -> list[str]:
         more = "".join(f"  {metric} {value:.3f}" for metric, value in sampled.items())
         rows.append((name, f"greedy {evaluation.greedy_reward}{more}"))
     lines = [f"{model} on {len(heldout.tasks)} held-out tasks of {heldout.name}", table(rows)]
+    lines += [heldout.split_note] if heldout.split_note else []
     return lines + (_comparison_lines(result.comparison, show) if result.comparison else [])
 
 

@@ -1,1 +1,1 @@
-"""Environments of other libraries. A bridge is imported when an environment of it is loaded."""
+"""Environments of other libraries. `load` imports a bridge when it loads an environment of it."""

@@ -14,7 +14,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from textpolicy.environments.environment import Environment, from_gymnasium
+from textpolicy.environments.bridges.gymnasium import from_gymnasium
+from textpolicy.environments.environment import Environment
 from textpolicy.environments.space import AnyText
 from textpolicy.errors import ConfigError, TaskError
 
