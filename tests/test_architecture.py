@@ -43,6 +43,7 @@ LAYERS = (
     "textpolicy.types",
     "textpolicy.config",
     "textpolicy.user_code",
+    "textpolicy.activity",
     "textpolicy.errors",
 )
 LEVEL = {layer: level for level, layer in enumerate(LAYERS)}
@@ -225,7 +226,8 @@ def all_is_written_by_hand(source: Source) -> Iterator[str]:
 
 
 def only_the_command_imports_the_command(source: Source) -> Iterator[str]:
-    if source.layer == "textpolicy.cli":
+    # `python -m textpolicy` runs __main__.py.
+    if source.layer == "textpolicy.cli" or source.module == "textpolicy.__main__":
         return
     for line, module in imported_modules(source):
         if layer_of(module) == "textpolicy.cli":

@@ -777,7 +777,7 @@ def test_the_command_shows_an_adapter_and_fails_if_its_numbers_are_none(path, ca
     assert main(["inspect", str(path), "--json"]) == 1
     shown = json.loads(capsys.readouterr().out)
     assert shown["not_finite"] == ["model.layers.0.mlp.up_proj.lora_b"]
-    assert main(["inspect", str(path.parent / "none")]) == 1
+    assert main(["inspect", str(path.parent / "none")]) == 2
     assert "No such file" in capsys.readouterr().err
 
 

@@ -75,7 +75,7 @@ def test_a_command_looks_for_the_named_model_and_sets_the_threads(
     monkeypatch.chdir(files)
     wanted = threads() + 1
     argv = [*LOADING[command], "--model", "no-such-model", "--threads", str(wanted)]
-    assert main(argv) == 1
+    assert main(argv) == 2
     assert "no-such-model" in capsys.readouterr().err
     assert threads() == wanted
 
@@ -324,6 +324,6 @@ def test_a_refused_resume_does_not_change_the_options_of_the_run(files, capsys):
     assert main(["train", *task, "--output", str(files / "run")]) == 0
     config = (files / "run" / "config.toml").read_text()
     resume = ["train", "--resume", str(files / "run"), "--steps", "2"]
-    assert main([*resume, "--rank", "3", "--force"]) == 1
+    assert main([*resume, "--rank", "3", "--force"]) == 2
     assert (files / "run" / "config.toml").read_text() == config
     assert main([*resume, "--force"]) == 0

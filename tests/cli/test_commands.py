@@ -226,7 +226,7 @@ def test_a_damaged_run_hides_no_other_run_and_is_an_error_if_it_is_named(runs, a
     (runs / "stopped" / "config.toml").write_text("[run\n")
     states = {one["name"]: one["state"] for one in answer("runs", str(runs))["runs"]}
     assert states == {"finished": "finished", "stopped": "unreadable", "taught": "finished"}
-    assert "is not TOML" in failure("runs", str(runs / "stopped"), code=1)
+    assert "is not TOML" in failure("runs", str(runs / "stopped"), code=2)
 
 
 def test_a_reader_that_closes_the_pipe_early_causes_no_error(runs):

@@ -45,7 +45,7 @@ def test_a_reward_that_hangs_is_an_error_before_a_model_is_loaded(train, tmp_pat
     (tmp_path / "mine.py").write_text(SOURCE.replace("completion[-1:]", '"2"'))
     options = ["--reward", f"{tmp_path}/mine.py", "--reward-timeout", "0.3"]
     code, metrics, stderr = train(*options, "--model", "no-such-model")
-    assert code == 1 and not metrics
+    assert code == 2 and not metrics
     assert "reward fussy took longer than 0.3 s and was stopped" in stderr
     assert "no-such-model" not in stderr
 

@@ -139,7 +139,7 @@ def test_other_tasks_are_refused_unless_forced(tmp_path, capsys):
     assert main([*asked, "--steps", "1", "--groups-per-step", "4", "--output", run]) == 0
     others = [row | {"answer": "0"} for row in rows_of_tasks]
     data.write_text("\n".join(map(json.dumps, others)))
-    assert main(["train", "--resume", run]) == 1
+    assert main(["train", "--resume", run]) == 2
     message = capsys.readouterr().err
     assert "the first 4 tasks are not the tasks that this run was trained on" in message
     assert main(["train", "--resume", run, "--force"]) == 0
@@ -229,7 +229,7 @@ def test_lost_metrics_are_reported_and_a_run_without_its_first_metrics_is_refuse
 
     for content in ("", lines[1]):
         directory.metrics.write_text(content)
-        assert main(resume) == 1
+        assert main(resume) == 2
         message = capsys.readouterr().err
         assert "no row of the first step" in message and str(directory.latest) in message
 

@@ -176,7 +176,7 @@ def test_every_metric_with_data_has_a_chart():
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     with pytest.raises(DataError, match=r"has no metrics\.jsonl; expected the directory of a run"):
         write_report([tmp_path])
-    assert main(["report", str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err
 
 

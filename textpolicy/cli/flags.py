@@ -56,6 +56,27 @@ class FlagParser(ArgumentParser):
         return f"; did you mean {known[near[0]]}?" if near else "; --help lists them"
 
 
+class CommandsParser(ArgumentParser):
+    """Answers an unknown command with the most similar known command."""
+
+    # No single signature is compatible with the overloads of the stub.
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        given: list[str] = list(args or ())
+        (found,) = (action.choices for action in self._actions if action.dest == "command")
+        commands = list(found or ())
+        name = next((word for word in given if not word.startswith("-")), None)
+        if name is not None and name not in commands:
+            near = get_close_matches(name, commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the commands: {', '.join(commands)}"
+            self.error(f"there is no command {name!r}; {hint}")
+        options = super().parse_args(args, namespace)
+        if options.command is None and not options.version:
+            self.error(f"no command is given; the commands: {', '.join(commands)}")
+        return options
+
+
 def _flag_in(text: str) -> str | None:
     """Return the flag that argparse would read; negative numbers and texts with spaces are none."""
     if not text.startswith("-") or " " in text or re.fullmatch(r"-|-\d+|-\d*\.\d+", text):

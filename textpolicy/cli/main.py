@@ -2,22 +2,24 @@
 
 import json
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from textpolicy import backend
+from textpolicy import activity, backend
 from textpolicy.cli.parser import build_parser
-from textpolicy.errors import ConfigError, RunInterruptedError, TextPolicyError
+from textpolicy.errors import RunInterruptedError, TextPolicyError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    0: done. 1: failed. 2: wrong usage. 75: the run can be resumed. 130, 143: ended by a signal.
-    """
+    """Run one command and return its exit code, as `parser.EXIT_CODES` lists them."""
     given = sys.argv[1:] if argv is None else argv
     options = build_parser(next(iter(given), "")).parse_args(given)
+    if options.command is None:
+        print(_versions())
+        return 0
+    begun = activity.times_begun()
     failed = f"textpolicy {options.command}: "
     if missing := backend.missing_backend():
         print(f"{failed}{missing}", file=sys.stderr)
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (TextPolicyError, OSError) as error:
         print(f"{failed}{error}", file=sys.stderr)
-        return _exit_code(error)
+        return _exit_code(error, begun=activity.times_begun() > begun)
     if text := json.dumps(answer.data) if options.json else answer.text:
         _answer(text)
     return answer.exit_code
@@ -43,7 +45,14 @@ def _answer(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _exit_code(error: Exception) -> int:
+def _versions() -> str:
+    # Several packages may be missing, and the answer says so without an error.
+    (own, version), *others = backend.versions().items()
+    packages = ", ".join(f"{name} {found or 'not installed'}" for name, found in others)
+    return f"{own} {version or 'from its sources'} ({packages}, Python {platform.python_version()})"
+
+
+def _exit_code(error: Exception, *, begun: bool) -> int:
     if isinstance(error, RunInterruptedError):
         return os.EX_TEMPFAIL
-    return 2 if isinstance(error, ConfigError) else 1
+    return 1 if begun else 2

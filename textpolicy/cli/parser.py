@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from textpolicy.cli.flags import FlagParser, add_config_file, add_resume, add_setting, add_settings
+from textpolicy.cli.flags import CommandsParser, FlagParser, add_config_file, add_resume, add_setting, add_settings
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import SEED, Limit, Option, Setting, above, at_least
 
@@ -19,6 +19,14 @@ _UNTIMED = (
     *("trainer.max_grad_norm", "rollout.steps_per_generation", "rollout.refill_rounds"),
 )
 """Sections and settings that `bench` leaves out, because they do not change the time of a step."""
+
+
+EXIT_CODES = """\
+  0    done
+  1    failed after the work had begun
+  2    nothing was begun: the command line, a setting, or something that they name is wrong
+  75   stopped with a checkpoint; type the line that the command prints to resume the run
+  130  ended by Ctrl-C; 143 by SIGTERM"""
 
 
 class Command:
@@ -37,13 +45,17 @@ def build_parser(only: str | None = None) -> ArgumentParser:
 
     With `only`, the other commands have no options, which takes a tenth of the time.
     """
-    parser = ArgumentParser(
+    parser = CommandsParser(
         prog="textpolicy",
         description="Reinforcement-learning post-training of language models with LoRA, on MLX.",
-        epilog="start with:  textpolicy demo",
+        epilog=f"exit codes:\n{EXIT_CODES}\n\nstart with:  textpolicy demo",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    text = "show the versions of TextPolicy, mlx, mlx-lm and Python"
+    parser.add_argument("--version", action="store_true", help=text)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=FlagParser
+        dest="command", metavar="COMMAND", parser_class=FlagParser
     )
     for name, command in COMMANDS.items():
         lines = "\n".join(f"  {example}" for example in command.examples)

@@ -7,6 +7,7 @@ from math import comb
 
 import numpy as np
 
+from textpolicy.activity import doing
 from textpolicy.errors import RewardError
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Scorer
@@ -105,6 +106,7 @@ class Evaluation:
         }
 
 
+@doing("measuring on held-out tasks")
 def evaluate(
     policy: ModelPolicy,
     heldout: HeldOut,

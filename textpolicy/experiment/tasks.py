@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from textpolicy.activity import doing
 from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Dataset, Environment, from_dataset, load
 from textpolicy.environments.chat import gold_for_turn, prompt_text
@@ -11,6 +12,7 @@ from textpolicy.errors import ConfigError
 from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scorer_of
 
 
+@doing("reading the tasks")
 def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
     """Return the environment and its reward, or the reward of the file that the options name.
 
@@ -34,6 +36,7 @@ def with_environment(options: TaskOptions, env: str) -> TaskOptions:
     return replace(options, env=env, data=None, prompt=None, reward=None)
 
 
+@doing("trying the reward on one answer")
 def _try_reward(rewards: Rewards, environment: Environment) -> None:
     """Score one answer, so that a reward that cannot score fails before a model is loaded."""
     (task,) = environment.heldout(1)

@@ -7,7 +7,7 @@ log-probability of each sampled token, and a row must not depend on the rows bes
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -47,6 +47,7 @@ def decode(
     batched: bool = True,
     launch_ahead: bool = False,
     respond: RespondToRow | None = None,
+    on_ended: Callable[[int], None] = lambda number: None,
 ) -> list[list[DecodingRow]]:
     """Return `n` finished rows for each prompt.
 
@@ -56,6 +57,7 @@ def decode(
     With `respond`, a row that ended continues with its next turn from its own KV cache, and the
     last turn of each row is returned. With `launch_ahead`, the device starts the next step before
     Python reads the tokens of this step, unless a reply or a penalty needs these tokens first.
+    `on_ended` is called after each step with the number of rows that have ended in it.
     """
     launch_ahead = launch_ahead and respond is None and sampling.repetition_penalty == 1.0
     groups = [[DecodingRow(p, m, prompt) for m in range(n)] for p, prompt in enumerate(prompts)]
@@ -76,10 +78,12 @@ def decode(
             batch, replied = merge_batches(batch, prefill_replies(model, replied)), None
         assert batch is not None
         ended = _decode_step(model, batch, sampling, stop, launch_ahead=launch_ahead)
-        if respond and (next_turns := begin_next_turns(batch, ended, respond)):
+        next_turns = begin_next_turns(batch, ended, respond) if respond else None
+        if next_turns:
             replied = merge_batches(replied, next_turns)
             for row in next_turns.rows:
                 groups[row.prompt][row.member] = row
+        on_ended(len(ended) - (len(next_turns.rows) if next_turns else 0))
         # Dropping rows copies the whole cache, so it waits until half of the rows have ended.
         if 2 * batch.unfinished <= len(batch.rows):
             batch = batch.drop_finished()

@@ -13,6 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import fast_cpu
+from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization.packed_product import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
@@ -23,6 +24,7 @@ from textpolicy.generation.prompts import check_prompt, encode_prompt
 from textpolicy.types import Prompt, Sampling
 
 
+@doing("loading the model")
 def load_model(
     path_or_name: str | Path,
     adapter_path: str | Path | None = None,

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
@@ -60,6 +61,7 @@ class ModelPolicy:
         container = AdapterContainer.of(self.model)
         return container.version if container else 0
 
+    @doing("reloading the adapters")
     def reload(self, path: str | Path) -> int:
         container = AdapterContainer.of(self.model)
         if container is None:
@@ -106,19 +108,21 @@ class ModelPolicy:
         if seed is None:
             self._generations += 1
             seed = (self._seed << 32) + self._generations
-        return decode(
-            self.model,
-            prompt_tokens,
-            n=n,
-            sampling=self.sampling,
-            stop=self._stop_reason,
-            seed=seed,
-            max_rows=self._max_rows,
-            batched=self._batched,
-            # On a CPU the next step would compete with Python for the same cores.
-            launch_ahead=mx.default_device().type == mx.gpu,
-            respond=respond,
-        )
+        with doing("sampling", n * len(prompts), begins=True) as activity:
+            return decode(
+                self.model,
+                prompt_tokens,
+                n=n,
+                sampling=self.sampling,
+                stop=self._stop_reason,
+                seed=seed,
+                max_rows=self._max_rows,
+                batched=self._batched,
+                # On a CPU the next step would compete with Python for the same cores.
+                launch_ahead=mx.default_device().type == mx.gpu,
+                respond=respond,
+                on_ended=activity.advance,
+            )
 
     def _stop_reason(self, tokens: list[int]) -> StopReason | None:
         if tokens[-1] in self.tokenizer.eos_token_ids:

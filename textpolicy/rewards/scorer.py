@@ -10,6 +10,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
+from textpolicy.activity import Activity, doing
 from textpolicy.errors import RewardError
 from textpolicy.rewards.call_reward import (
     MAX_CONCURRENT,
@@ -152,11 +153,12 @@ class Scorer:
     def _call(self, index: int, samples: Sequence[Sample]) -> list[RewardResult]:
         """Return one function's results, in order; raise if the errors must end the run."""
         results: dict[int, RewardResult] = {}
-        on_result = partial(self._record_result, results)
-        if self._pool:
-            self._pool.run(index, samples, on_result)
-        else:
-            call_reward(self._members[index], samples, on_result)
+        with doing(f"reward {self._names[index]}", len(samples)) as activity:
+            on_result = partial(self._record_result, results, activity)
+            if self._pool:
+                self._pool.run(index, samples, on_result)
+            else:
+                call_reward(self._members[index], samples, on_result)
         for position, result in sorted(results.items()):
             if result.error or result.seconds > self.rewards.slow:
                 key = (index, result.error is None)
@@ -164,10 +166,15 @@ class Scorer:
         return [results[position] for position in range(len(samples))]
 
     def _record_result(
-        self, results: dict[int, RewardResult], position: int, result: RewardResult
+        self,
+        results: dict[int, RewardResult],
+        activity: Activity,
+        position: int,
+        result: RewardResult,
     ) -> None:
         self._check_error_rate(result)
         results[position] = result
+        activity.advance()
 
     def _check_error_rate(self, result: RewardResult) -> None:
         if result.counts:

@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from textpolicy.activity import doing
 from textpolicy.environments.chat import prompt_text
 from textpolicy.environments.environment import opening_prompt
 from textpolicy.environments.faults import environment_errors
@@ -72,7 +73,7 @@ class Episode:
         self.metrics: dict[str, float] = {}
         self._task = task
         self._max_turns = max_turns
-        with environment_errors(task.id, "reset"):
+        with doing("the start of an environment"), environment_errors(task.id, "reset"):
             self._env = task.env()
             prompt = opening_prompt(*self._env.reset(seed=task.seed), task.id)
         if prompt != task.prompt:
@@ -82,6 +83,7 @@ class Episode:
                 "give the same start for the same seed"
             )
 
+    @doing("a step of an environment")
     def respond(self, completion: Completion) -> Sequence[Message] | None:
         """Return the messages that the environment replies, or None if the episode is over."""
         where = f"turn {len(self.turns) + 1}, on {completion.text!r:.60}"
@@ -103,6 +105,7 @@ class Episode:
         self.cut_off = True
         return replies
 
+    @doing("closing an environment")
     def close(self) -> None:
         """Close the environment."""
         with environment_errors(self._task.id, "close"):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from textpolicy.activity import doing
 from textpolicy.tracking.faults import attempt
 from textpolicy.tracking.samples import first_whole_groups
 from textpolicy.tracking.sink import BackgroundSink, SampleRow, Sink
@@ -50,6 +51,7 @@ class Tracker:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @doing("writing the metrics")
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
         """Write the metrics of `step`: numbers, arrays, and mappings of numbers and arrays."""
         values, left_out = to_floats(metrics)
@@ -73,6 +75,7 @@ class Tracker:
             for service in self._services:
                 service.write_samples(step, few)
 
+    @doing("waiting for the tracking services")
     def close(self) -> None:
         """Close every sink. All services finish at the same time."""
         self._to_files(lambda sink: sink.close())

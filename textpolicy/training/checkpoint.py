@@ -17,6 +17,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from textpolicy.activity import doing
 from textpolicy.adapters.files.tensor_file import read_tensors, remove_partial_files, write_tensors
 from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, TrainingError
 
@@ -54,6 +55,7 @@ class Checkpoints:
         """Return whether a checkpoint is due after `step` steps."""
         return step % self.every == 0
 
+    @doing("saving a checkpoint")
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint, then remove those that are no longer among the last."""
         path = self.folder / f"{checkpoint.step:08d}{_SUFFIX}"

@@ -15,6 +15,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from textpolicy import fast_cpu
+from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
@@ -114,6 +115,7 @@ class Trainer:
         self.advantages: list[list[float | None]] = []
         """Of the last call of `train`, by group and member; None is not part of the loss."""
 
+    @doing("training", begins=True)
     def train(self, groups: Sequence[RolloutGroup] | Buffer) -> Metrics:
         """Take the updates on the groups, or on all fresh groups of a buffer; return metrics."""
         if isinstance(groups, Buffer):

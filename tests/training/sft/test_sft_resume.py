@@ -229,7 +229,7 @@ def begin(folder, *options):
 def test_options_that_the_checkpoint_refuses_do_not_change_the_run(tmp_path, capsys):
     folder, resume = begin(tmp_path, "--iterations", "2")
     config = (folder / "config.toml").read_text()
-    assert main([*resume, "--batch-size", "2", "--force"]) == 1
+    assert main([*resume, "--batch-size", "2", "--force"]) == 2
     assert "batch_size: 4 before, 2 now" in capsys.readouterr().err
     assert (folder / "config.toml").read_text() == config
     assert main([*resume, "--iterations", "3", "--lr", "1e-3", "--force"]) == 0

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config, save_model
 
+from textpolicy.activity import doing
 from textpolicy.adapters.fuse import SAME_FORMAT, FuseReport
 from textpolicy.adapters.quantization.quantize import dequantize, model_quantization
 from textpolicy.adapters.quantization.stored_weights import is_quantized
@@ -56,6 +57,7 @@ def run(options: Namespace) -> Answer:
     return Answer(data=data, text=_report_text(fused, output))
 
 
+@doing("merging the adapters", begins=True)
 def _fuse(model: nn.Module, *, to_float: bool, min_survival: float) -> FuseReport:
     adapters = adapters_of(model)
     requantize = SAME_FORMAT if _has_quantized_weights(model) and not to_float else None

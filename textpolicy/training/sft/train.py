@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import fast_cpu
+from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import prepare_adapter_path
 from textpolicy.errors import ConfigError, TrainingError
@@ -138,6 +139,7 @@ def train_sft(
     return run.result()
 
 
+@doing("validating", begins=True)
 def evaluate_sft(
     model: nn.Module,
     data: Sequence[Example],
@@ -310,6 +312,7 @@ class _Run:
             self._best.restore(-self.validated.best, self.validated.best_iteration or 0)
         self._checked = self.iteration > 0
 
+    @doing("training", begins=True)
     def _update(self, rows: Sequence[PackedRow]) -> None:
         started = time.perf_counter()
         loss, tokens, gradient = self._gradient(rows)
@@ -357,6 +360,7 @@ class _Run:
             learning_rate=float(self.optimizer.learning_rate),
         )
 
+    @doing("validating", begins=True)
     def _validate(self) -> ValidationReport:
         started = time.perf_counter()
         loss = _evaluate(self.model, self.validation, self.loss, self.parameters)
