@@ -45,7 +45,6 @@ def test_whatever_is_named_and_not_there_ends_with_2_and_leaves_nothing(
     failure(*argv, code=2)
 
 
-
 def test_missing_data_and_a_missing_reward_end_with_the_same_code(failure, rows, tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text("def reward(completion):\n    return 0.0\n")

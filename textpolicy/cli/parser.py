@@ -5,7 +5,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from textpolicy.cli.flags import CommandsParser, FlagParser, add_config_file, add_resume, add_setting, add_settings
+from textpolicy.cli.flags import (
+    CommandsParser,
+    FlagParser,
+    add_config_file,
+    add_resume,
+    add_setting,
+    add_settings,
+)
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import SEED, Limit, Option, Setting, above, at_least
 
@@ -54,9 +61,7 @@ def build_parser(only: str | None = None) -> ArgumentParser:
     )
     text = "show the versions of TextPolicy, mlx, mlx-lm and Python"
     parser.add_argument("--version", action="store_true", help=text)
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", parser_class=FlagParser
-    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=FlagParser)
     for name, command in COMMANDS.items():
         lines = "\n".join(f"  {example}" for example in command.examples)
         sub = commands.add_parser(
