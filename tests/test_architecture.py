@@ -88,7 +88,9 @@ class Source:
 def layer_of(module: str) -> str:
     """Return the first two parts of a module's name. All ready tasks are one layer."""
     top, *rest = module.split(".")
-    return top if top != "textpolicy" or not rest else f"{top}.{rest[0]}"
+    # `python -m textpolicy` runs __main__.py, which is the command.
+    part = "cli" if rest == ["__main__"] else next(iter(rest), None)
+    return top if top != "textpolicy" or part is None else f"{top}.{part}"
 
 
 def parse(path: str, text: str) -> Source:
@@ -226,8 +228,7 @@ def all_is_written_by_hand(source: Source) -> Iterator[str]:
 
 
 def only_the_command_imports_the_command(source: Source) -> Iterator[str]:
-    # `python -m textpolicy` runs __main__.py.
-    if source.layer == "textpolicy.cli" or source.module == "textpolicy.__main__":
+    if source.layer == "textpolicy.cli":
         return
     for line, module in imported_modules(source):
         if layer_of(module) == "textpolicy.cli":
