@@ -259,7 +259,7 @@ def test_a_bias_of_a_quantized_module_is_not_trained():
 def test_freeze_base_freezes_again_what_somebody_unfroze():
     model, container = adapt()
     model.unfreeze()
-    freeze_base(model)
+    assert freeze_base(model) is model
     trainable = tree_flatten(model.trainable_parameters(), destination={})
     assert trainable.keys() == container.parameters().keys()
 

@@ -77,13 +77,20 @@ def test_the_form_of_adapter_config_json():
     assert again["lora_parameters"] == {"rank": 16, "scale": 20.0, "dropout": 0.0, "keys": keys}
 
 
-def test_a_model_that_is_shallower_than_the_configuration_says_so(model):
-    # Swift takes every block there is; here the difference is said.
-    depth = len(model.layers)
-    with pytest.raises(AdapterError, match=f"num_layers is 28, the model has {depth} blocks"):
-        AdapterContainer.from_model(model, AdapterConfig(num_layers=28))
+def test_a_model_that_is_shallower_than_the_configuration_has_all_its_blocks_adapted(model):
+    written = {"fine_tune_type": "lora", "num_layers": 28, "lora_parameters": {"rank": 4}}
+    with pytest.warns(UserWarning, match="num_layers is 28, and the model has 2 blocks: all 2"):
+        container = AdapterContainer.from_model(model, AdapterConfig.from_dict(written))
+    assert {path.split(".")[2] for path in container.layers()} == {"0", "1"}
     with pytest.raises(ConfigError, match="num_layers is 0"):
         AdapterConfig(num_layers=0)
+
+
+def test_a_file_without_rank_and_scale_has_the_defaults_of_the_page():
+    config = AdapterConfig.from_dict({"fine_tune_type": "lora", "num_layers": 2})
+    assert config == AdapterConfig(num_layers=2, rank=8, scale=10.0)
+    given = {"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": {"rank": 16}}
+    assert AdapterConfig.from_dict(given).rules[0].scale == 10.0
 
 
 # Loading and applying
@@ -195,9 +202,26 @@ def test_a_layer_can_be_merged_and_reverted(model, kind):
     container = AdapterContainer.from_model(model, AdapterConfig(kind=kind, rank=4))
     container.swap(trained(container))
     layer = model.layers[0].mlp.up_proj
-    assert layer.base is base
     x = mx.random.normal((3, 192))
-    assert mx.allclose(x @ layer.merged_weight().T, layer(x), atol=1e-3)
+    fused, reverted = layer.fused(), layer.reverted()
+    assert type(fused) is nn.Linear and reverted is base
+    assert mx.allclose(fused(x), layer(x), atol=1e-3)
+    assert mx.array_equal(reverted(x), base(x))
+    assert not mx.allclose(fused(x), base(x), atol=1e-2)
+    # Neither changes the model.
+    assert model.layers[0].mlp.up_proj is layer
+
+
+def test_a_fused_layer_of_a_quantized_base_is_float(model):
+    quantize(model)
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=4))
+    container.swap(trained(container))
+    layer = model.layers[0].mlp.up_proj
+    x = mx.random.normal((3, 192))
+    fused = layer.fused(mx.float32)
+    assert type(fused) is nn.Linear and fused.weight.dtype == mx.float32
+    assert mx.allclose(fused(x), layer(x), atol=1e-3)
+    assert isinstance(layer.reverted(), nn.QuantizedLinear)
 
 
 # Usage examples
@@ -217,6 +241,23 @@ def test_hot_swapping_adapters_of_different_shape(model, load_tiny, tmp_path):
     adapter2 = AdapterContainer.from_directory(tmp_path / "2.safetensors").load(model)
     assert mx.array_equal(model(PROMPT), second)
     adapter2.unload()
+    assert mx.array_equal(model(PROMPT), before)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"kind": "dora"}, "the same layers in another kind"),
+        ({"keys": ["mlp.up_proj"]}, r"other layers, such as model\.layers\.0\.mlp\.down_proj"),
+    ],
+)
+def test_a_swap_to_other_layers_says_what_to_call(model, load_tiny, tmp_path, words, message):
+    trained_file(load_tiny, tmp_path / "a.safetensors", **words)
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=8))
+    container.swap(trained(container))
+    before = model(PROMPT)
+    with pytest.raises(AdapterError, match=rf"{message}.*Call unload\(\) and then .*activate"):
+        container.swap(tmp_path / "a.safetensors")
     assert mx.array_equal(model(PROMPT), before)
 
 

@@ -291,7 +291,7 @@ def test_building_blocks_and_practical_tips(tiny):
 
     model, _ = load_model(str(tiny))
     model = apply_lora(model, lora_layers=2, lora_rank=4)
-    freeze_base(model)
+    model = freeze_base(model)
     parameters = extract_params(model)
     assert tree_flatten(model.trainable_parameters(), destination={}).keys() == parameters.keys()
     save_adapters(model, "small.safetensors")

@@ -41,11 +41,15 @@ def model(load_tiny):
     return load_tiny()[0]
 
 
-def test_the_parameters_of_the_page():
+@pytest.mark.parametrize(
+    "words", [{}, {"tile_size": "channel"}], ids=["the page's rule", "channel"]
+)
+def test_the_parameters_of_the_page(words):
     model = Dense()
     weights = {name: getattr(model, name).weight for name in ("linear1", "linear2")}
-    # The page's scales are one an output, over the whole row.
-    AdapterContainer.from_model(model, page_rules(tile_size="channel"))
+    # The page's scales are one an output, over the whole row. Rows of 16 do not divide into tiles
+    # of 64, so the row is the tile.
+    AdapterContainer.from_model(model, page_rules(**words))
     shapes = {name: tuple(array.shape) for name, array in arrays(model).items()}
     assert shapes == {
         # Qwix's kernels are inputs x outputs and its codes one each; here they share bytes.
@@ -69,10 +73,35 @@ def test_the_parameters_of_the_page():
         assert 0.02 < float(error) < 0.15
 
 
-def test_the_default_tile_is_qloras_block_and_said_where_it_does_not_fit():
+def test_the_tile_is_qloras_block_where_it_fits_and_a_tile_that_was_asked_for_must_fit():
     # Qwix without a tile_size has one scale a row, which is far from QLoRA on real weights.
+    model = nn.Sequential(nn.Linear(192, 8), nn.Linear(96, 8), nn.Linear(48, 8))
+    planned = plan_adapters(model, page_rules())
+    assert [row.quantization for row in planned.modules] == [
+        "nf4 / 64",
+        "nf4 / 32",
+        "nf4 / channel",
+    ]
+    with pytest.raises(ModelError, match="linear1: rows of 16 do not divide into groups of 32"):
+        AdapterContainer.from_model(Dense(), page_rules(tile_size=32))
+    # mlx has no tiles below 32 for whole numbers.
     with pytest.raises(ModelError, match="linear1: rows of 16 do not divide into groups of 64"):
-        AdapterContainer.from_model(Dense(), page_rules())
+        AdapterContainer.from_model(
+            Dense(), AdapterConfig(rules=[LoRARule(weight_qtype="int4", rank=4)])
+        )
+
+
+def test_a_model_in_tiles_of_several_sizes_is_saved_and_loaded(tmp_path):
+    def start():
+        mx.random.seed(3)
+        return Dense()
+
+    model = start()
+    AdapterContainer.from_model(model, page_rules()).publish(tmp_path / "a.safetensors")
+    again = start()
+    AdapterContainer.from_directory(tmp_path / "a.safetensors").load(again)
+    x = mx.random.normal((3, 16))
+    assert mx.array_equal(again(x), model(x))
 
 
 def test_the_page_on_the_embedded_model(model):

@@ -59,7 +59,7 @@ def test_a_plan_equals_the_measured_adapters(make, name):
     } == {(path, row.kind, row.rank, row.scale) for path, row in rows.items()}
     for path, layer in container.layers().items():
         kept = format_of(layer.base)
-        assert rows[path].quantization == (f"{kept.name} / {kept.group_size}" if kept else None)
+        assert rows[path].quantization == (f"{kept.name} / {kept.tile}" if kept else None)
         assert rows[path].shape == weight_shape(layer.base)
 
 
@@ -83,7 +83,7 @@ def test_a_plan_refuses_what_adapting_refuses():
         plan_adapters(qwen3_model(), AdapterConfig(keys=["q_proj"]))
     with pytest.raises(ModelError, match="do not divide"):
         plan_adapters(
-            qwen3_model(intermediate_size=96), AdapterConfig(rules=[LoRARule(weight_qtype="nf4")])
+            qwen3_model(intermediate_size=48), AdapterConfig(rules=[LoRARule(weight_qtype="int4")])
         )
 
 

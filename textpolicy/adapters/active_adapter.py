@@ -158,6 +158,7 @@ class ActiveAdapter:
             with self.without_layers() as model:
                 targets, problems = find_adapter_targets(model, adapter, self.base)
             given = {path: target.rule for path, target in targets.items()}
+        problems = [*problems, *_other_layers(given, self.rules)]
         rules = {
             path: replace(own, rank=new.rank, scale=new.scale, dropout=new.dropout)
             for path, own in self.rules.items()
@@ -236,6 +237,19 @@ class ActiveAdapter:
             layer.set_scale(rules[path].scale)
             layer.dropout = nn.Dropout(rules[path].dropout)
             layer.dropout.train(layer.training)
+
+
+def _other_layers(given: Mapping[str, LoRARule], own: Mapping[str, LoRARule]) -> list[str]:
+    """Return what to do if rules are for other layers, or for another kind of adapter."""
+    theirs, ours = ({path: rule.kind for path, rule in some.items()} for some in (given, own))
+    if theirs == ours:
+        return []
+    paths = theirs.keys() - ours.keys() or ours.keys() - theirs.keys()
+    what = f"other layers, such as {min(paths)}" if paths else "the same layers in another kind"
+    return [
+        f"it adapts {what}, and swap() keeps layers and kinds. Call unload() and then "
+        "AdapterContainer.from_directory(path).load(model), or add(name, path) and activate(name)"
+    ]
 
 
 def _present_rule(rule: LoRARule, layer: AdapterLayer | None) -> LoRARule:

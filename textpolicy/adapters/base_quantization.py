@@ -18,7 +18,7 @@ from textpolicy.adapters.quantization.quantize import (
     quantize,
     quantize_modules,
 )
-from textpolicy.adapters.quantization.stored_weights import format_of
+from textpolicy.adapters.quantization.stored_weights import format_of, weight_shape
 from textpolicy.errors import ModelError
 
 
@@ -34,7 +34,11 @@ def quantize_by_rules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...
 
 def formats_to_apply(targets: Mapping[str, TargetModule]) -> dict[str, NumberFormat]:
     """Return the format for each module that rules quantize and that has another format now."""
-    asked = {path: f for path, target in targets.items() if (f := target.rule.number_format)}
+    asked = {
+        path: number_format
+        for path, target in targets.items()
+        if (number_format := target.rule.format_for(weight_shape(target.module)[-1]))
+    }
     formats = {path: f for path, f in asked.items() if format_of(targets[path].module) != f}
     problems = [
         f"{path}: {reason}"

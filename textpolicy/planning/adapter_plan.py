@@ -105,7 +105,7 @@ def _plan(
         kind=rule.kind if rule else "none",
         rank=adapted.rank if adapted else None,
         scale=adapted.scale if adapted else None,
-        quantization=f"{form.name} / {form.group_size}" if form else None,
+        quantization=f"{form.name} / {form.tile}" if form else None,
         bytes=stored,
         adapter_bytes=sum(map(prod, tensors.values())) * mx.float32.size,
     )

@@ -22,6 +22,8 @@ LORA_OPTIONS = {
     "lora_keys": "keys",
 }
 """Options of `create_lora_setup` and `apply_lora`, and the AdapterConfig option of each."""
+# mlx-lm always writes rank and scale. A file without them is from mlx-swift-lm.
+_SWIFT_DEFAULTS: dict[str, Any] = {"rank": 8, "scale": 10.0}
 # Training options that mlx-lm writes into the same file. They do not describe the adapter.
 _MLX_TRAINING_OPTIONS = (
     "adapter_path", "batch_size", "clear_cache_threshold", "config", "data",
@@ -131,13 +133,9 @@ def _read_mlx(data: Mapping[str, Any]) -> LastBlocks:
     kind = data.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise ConfigError(f"fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
-    parameters = dict(data.get("lora_parameters", {}))
+    parameters = _SWIFT_DEFAULTS | data.get("lora_parameters", {})
     known = ["rank", "scale", "dropout", "keys", "alpha"]
     refuse_unknown_options("lora_parameters", parameters, known)
-    if missing := [name for name in ("rank", "scale") if name not in parameters]:
-        raise ConfigError(
-            f"lora_parameters has no {missing}. Libraries differ in their defaults, so set these"
-        )
     # Early releases of mlx-lm wrote alpha and never read it.
     parameters.pop("alpha", None)
     keys = parameters.pop("keys", None)

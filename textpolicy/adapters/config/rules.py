@@ -30,9 +30,12 @@ class LoRARule:
     `module_path` contains their own name, so ".*" means every linear layer of the blocks. Kind
     "none" adds no adapter: with `weight_qtype` the rule only quantizes, without it the modules stay
     unchanged. Give either `scale`, or `alpha` as other libraries do: the scale is then
-    alpha / rank, or alpha / sqrt(rank) with `rslora`. `tile_size` is the number of weights of a
-    row that share a quantization scale; None is the default of `weight_qtype`, "channel" is the
-    whole row (nf4 only). With `bias`, the adapter trains a bias of the module's output too.
+    alpha / rank, or alpha / sqrt(rank) with `rslora`. With `bias`, the adapter trains a bias of the
+    module's output too.
+
+    `tile_size` is the number of weights of a row that share a quantization scale; "channel" is the
+    whole row (nf4 only). None is the default of `weight_qtype`, or where a row does not divide into
+    such tiles, the next size that fits.
     """
 
     module_path: str = ".*"
@@ -86,6 +89,14 @@ class LoRARule:
         if self.weight_qtype is None:
             return None
         return format_by_name(self.weight_qtype, self.tile_size)
+
+    def format_for(self, row: int) -> NumberFormat | None:
+        """Return the number format of a weight with rows of this length, or None.
+
+        Without a `tile_size`, a size that divides the rows is chosen if there is one.
+        """
+        chosen = self.number_format
+        return chosen.fitted_to(row) if chosen and self.tile_size is None else chosen
 
     def matches(self, path: str) -> bool:
         """Return whether `module_path` matches a whole dotted path, with dots or with "/"."""

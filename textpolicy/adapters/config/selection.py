@@ -1,6 +1,7 @@
 """Two ways to select modules: one rule for the last blocks, and a list of rules."""
 
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,8 +15,9 @@ from textpolicy.types import check_fields
 class LastBlocks:
     """One rule for the last `num_layers` blocks; -1 means all blocks.
 
-    `keys` are exact paths, inside a block ("self_attn.q_proj") or in the whole model. None means
-    every linear and expert layer of these blocks except routers.
+    A number above the number of blocks means all blocks too, with a warning. `keys` are exact
+    paths, inside a block ("self_attn.q_proj") or in the whole model. None means every linear and
+    expert layer of these blocks except routers.
     """
 
     num_layers: int = -1
@@ -58,11 +60,14 @@ class LastBlocks:
     def _first_block(self, layout: ModelLayout) -> int:
         depth = layout.depth()
         if self.num_layers > depth:
-            raise AdapterError(
-                f"num_layers is {self.num_layers}, the model has {depth} blocks; "
-                f"expected 1 to {depth}, or -1 for all"
+            # Configs are shared between models of different depths. mlx-swift-lm adapts all blocks
+            # there are.
+            warnings.warn(
+                f"num_layers is {self.num_layers}, and the model has {depth} blocks: all {depth} "
+                "are adapted",
+                stacklevel=2,
             )
-        return 0 if self.num_layers == -1 else depth - self.num_layers
+        return 0 if self.num_layers == -1 else max(0, depth - self.num_layers)
 
     def _match_keys(self, layout: ModelLayout, first: int, keys: Collection[str]) -> list[str]:
         found: list[str] = []

@@ -10,7 +10,13 @@ from jaxtyping import Bool, Float
 
 from textpolicy.adapters.config.rules import LoRARule, draw_initial_array
 from textpolicy.adapters.module_tree import named_arrays
-from textpolicy.adapters.quantization.stored_weights import ModuleKind, float_weight, weight_shape
+from textpolicy.adapters.quantization.stored_weights import (
+    ModuleKind,
+    float_dtype,
+    float_weight,
+    make_float_module,
+    weight_shape,
+)
 from textpolicy.errors import AdapterError
 
 _TRAINABLE = ("lora_a", "lora_b", "m", "lora_bias")
@@ -113,6 +119,19 @@ class AdapterLayer(nn.Module):
         trained = self.lora_bias.astype(mx.float32)
         return trained if own is None else own.astype(mx.float32) + trained
 
+    def fused(self, dtype: mx.Dtype | None = None) -> nn.Module:
+        """Return a plain float module that computes what this layer does, up to rounding.
+
+        The default dtype is the base's. The layer and the model stay unchanged;
+        `AdapterContainer.fuse` replaces every layer of a model and reports what rounding loses.
+        """
+        weight = self.merged_weight().astype(dtype or float_dtype(self.base))
+        return make_float_module(self.base, weight, self.merged_bias())
+
+    def reverted(self) -> nn.Module:
+        """Return the original module, which computes what the model did without adapters."""
+        return self.base
+
     def gated_scale(self) -> Float[mx.array, ""]:
         """Return the scale, or zero while the gate is False."""
         return mx.where(self._enabled, self._scale, 0.0)
@@ -145,11 +164,15 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     return {path: module for path, module in modules if isinstance(module, AdapterLayer)}
 
 
-def freeze_base(model: nn.Module) -> None:
-    """Leave only adapter tensors trainable. In a model without adapters nothing stays trainable."""
+def freeze_base(model: nn.Module) -> nn.Module:
+    """Leave only adapter tensors trainable, in place, and return the model.
+
+    In a model without adapters nothing stays trainable.
+    """
     model.freeze()
     for layer in adapter_layers(model).values():
         layer.unfreeze(keys=list(layer.trainable), recurse=False)
+    return model
 
 
 def base_modules(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The number formats of quantized weights: the modes of mlx, NF4, and the names that rules use."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -57,6 +57,11 @@ class NumberFormat:
         """The name of the format in rules."""
         return f"int{self.bits}" if self.mode == "affine" else self.mode
 
+    @property
+    def tile(self) -> int | Literal["channel"] | None:
+        """The `tile_size` of the format in rules."""
+        return "channel" if self.group_size == WHOLE_ROW else self.group_size
+
     def row_problem(self, row: int) -> str | None:
         """Return why rows of this length cannot be stored in the format, or None."""
         if self.group_size == WHOLE_ROW:
@@ -64,6 +69,15 @@ class NumberFormat:
         if self.group_size and row % self.group_size:
             return f"rows of {row} do not divide into groups of {self.group_size}"
         return None
+
+    def fitted_to(self, row: int) -> "NumberFormat":
+        """Return the format with the first group size of its mode that divides rows of this length.
+
+        The group sizes are tried in order: the default of the mode, smaller ones, and the whole
+        row. If none divides the rows, the format itself is returned.
+        """
+        formats = (replace(self, group_size=size) for size in _MODES[self.mode][1])
+        return next((one for one in formats if one.row_problem(row) is None), self)
 
     def stored_bytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Return the bytes of a packed weight of this shape, whose floats had `itemsize` bytes."""
