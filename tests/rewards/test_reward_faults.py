@@ -1,5 +1,6 @@
 """Rewards that raise, hang, crash or return nonsense, under each policy for errors."""
 
+import json
 import os
 import re
 import signal
@@ -219,6 +220,54 @@ def test_a_process_that_a_killed_reward_started_is_killed_too(faulty):
     assert mark not in running
 
 
+FORGERS = """
+import json, os, socket
+def forger(completion):
+    if completion.startswith("{"):
+        for descriptor in range(3, 20):
+            try:
+                if os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket"):
+                    os.write(descriptor, completion.encode() + b"\\n")
+            except OSError:
+                pass
+    return 1.0
+"""
+RESULT = {"value": 9.0, "metrics": {}, "seconds": 0.0, "error": None, "counts": True}
+FORGED_ANSWERS = {
+    "a place that is not there": {"place": 99, "result": RESULT},
+    "a negative place": {"place": -1, "result": RESULT},
+    "a place that is text": {"place": "0", "result": RESULT},
+    "no result": {"place": 0, "result": {}},
+    "an unknown field": {"place": 0, "result": RESULT | {"more": 1}},
+    "a value that is text": {"place": 0, "result": RESULT | {"value": "9"}},
+    "a value that is not finite": {"place": 0, "result": RESULT | {"value": float("inf")}},
+    "a value that is too large": {"place": 0, "result": RESULT | {"value": 10**400}},
+    "metrics that are no numbers": {"place": 0, "result": RESULT | {"metrics": {"a": [1]}}},
+    "metrics that are a list": {"place": 0, "result": RESULT | {"metrics": [1]}},
+    "seconds that are text": {"place": 0, "result": RESULT | {"seconds": "1"}},
+    "an error that is a number": {"place": 0, "result": RESULT | {"error": 1}},
+    "the end of the call": {"done": True},
+    "that it is ready": {"ready": True},
+    "a failure without a text": {"failed": 1},
+    "nothing": {},
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the reward finds its socket through /proc")
+@pytest.mark.slow
+@pytest.mark.proves("F7")
+def test_an_answer_that_a_reward_forges_is_a_fault_of_its_sample_alone(tmp_path, attempts):
+    (tmp_path / "forgers.py").write_text(FORGERS)
+    reward = load_reward(f"{tmp_path}/forgers.py:forger")
+    with closing(Scorer(Rewards(reward, timeout=20, on_error="skip", workers=1))) as scorer:
+        for name, answer in FORGED_ANSWERS.items():
+            scorer.restore([])
+            before, forged, after = scorer.score(samples("a", json.dumps(answer), "b"))
+            assert (before.value, forged.value, after.value) == (1.0, None, 1.0), name
+            assert "where an answer was expected" in forged.error, name
+            attempts.add()
+
+
 def process_of(scorer):
     """The process in which the reward `process_id` runs."""
     (verdict,) = scorer.score(samples("x"))
@@ -238,7 +287,8 @@ def test_a_process_killed_from_outside_is_replaced_and_no_sample_is_blamed(fault
     with closing(Scorer(Rewards(faulty("process_id"), timeout=5, workers=1))) as scorer:
         pid = process_of(scorer)
         os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        while _alive(pid):
+            time.sleep(0.01)
         assert process_of(scorer) != pid
 
 

@@ -1,37 +1,24 @@
 """Rewards in isolated processes: how they are started, called, killed and replaced.
 
-`WorkerPool` gives calls to several processes. `WorkerProcess` is the parent's end of a process, and
-`run_worker` is the program of the process. A process is started afresh, because a fork of a process
-that has used mlx hangs. It imports no mlx, loads the functions by name, and serves one call at a
-time.
-
-A reward is killed in one of three ways, and each ends all that the reward has started:
-
-- `WorkerPool` calls `WorkerProcess.kill` when a call passes its deadline.
-- If the parent ends, however it ends, the process notices and kills its own process group.
-- If the process is stuck in C code by then, an alarm signal ends it soon after the deadline.
+`WorkerPool` gives calls to several processes, and kills a call that passes its deadline.
+`WorkerProcess` is the parent's end of a process, and `run_worker` is the program of the process. A
+process is started afresh, because a fork of a process that has used mlx hangs. It imports no mlx,
+loads the functions by name, and serves one call at a time. `KillableProcess` ends all that a reward
+has started: with a late call, with the pool, and with the run, however the run ends.
 """
 
-import faulthandler
-import json
 import math
-import os
 import resource
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from textpolicy.errors import ConfigError, RewardError, TextPolicyError
 from textpolicy.rewards.call_reward import (
@@ -46,17 +33,14 @@ from textpolicy.rewards.call_reward import (
 from textpolicy.rewards.reward_function import Reward, Sample
 from textpolicy.rewards.weighted_rewards import Rewards
 from textpolicy.user_code import has_file_module_name, load_python_file, raise_user_errors_as
+from textpolicy.user_code.killable_process import ForgedAnswerError, KillableProcess, ParentLink
 
 _STARTUP_SECONDS = 60.0
 """How long a process may take to import the files of its rewards."""
 _SCRIPT_MODULE = "__mp_main__"
 """The name under which a worker runs the main script, as multiprocessing does. The part of the
 script under `if __name__ == "__main__"` does not run then."""
-_ALARM_DELAY = 1.0
-"""Seconds between a call's deadline and the alarm that ends the process without its parent."""
-_MAX_MESSAGE_BYTES = 1 << 20
-_KEPT_OUTPUT_BYTES = 4096
-_MAX_OUTPUT_LINES, _MAX_LINE_WIDTH = 12, 200
+_MAX_EXCERPT = 80
 _AWAIT_SLACK = 0.2
 """Seconds that a call of many awaited samples may take beyond the time limits of its samples."""
 _POLL_SECONDS = 0.1
@@ -78,38 +62,10 @@ class _WorkerCall:
 
 
 class WorkerProcess:
-    """The parent's end of one process, which starts, then waits for calls and serves them."""
+    """A process that starts, then waits for calls of rewards and serves them one by one."""
 
     def __init__(self, rewards: Sequence[Reward], memory: int | None = None) -> None:
-        own_socket, worker_socket = socket.socketpair()
-        # Nothing is written to this pipe. The worker reads its end when the parent has ended.
-        lifeline, held_lifeline = os.pipe()
-        self.output, worker_output = os.pipe()
-        os.set_blocking(self.output, False)
-        program = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
-            "from textpolicy.rewards.worker_process import run_worker\n"
-            f"run_worker({worker_socket.fileno()}, {lifeline})"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            pass_fds=[worker_socket.fileno(), lifeline],
-            stdin=subprocess.DEVNULL,
-            stdout=worker_output,
-            stderr=worker_output,
-            start_new_session=True,
-        )
-        worker_socket.close()
-        os.close(worker_output)
-        os.close(lifeline)
-        self.connection = Connection(own_socket.detach())
-        descriptors = [self.output, held_lifeline]
-        # Called at the latest when this object is collected; further calls have no effect.
-        self.kill = weakref.finalize(
-            self, _kill_process_group, self.process, self.connection, descriptors
-        )
-        self.output_is_open = True
-        self._last_output = b""
+        self.child = KillableProcess(f"{__name__}:{run_worker.__name__}")
         self.ready = False
         self.call: _WorkerCall | None = None
         self.unanswered: set[int] = set()
@@ -125,39 +81,9 @@ class WorkerProcess:
         self.deadline = self.started + call.seconds
         self._send("rows", call)
 
-    def read_messages(self) -> Iterator[Mapping[str, Any]]:
-        """Yield what the process has sent; raise EOFError if the process has ended or is broken."""
-        self.read_output()
-        while self.connection.poll():
-            try:
-                yield json.loads(self.connection.recv_bytes(_MAX_MESSAGE_BYTES))
-            except (OSError, ValueError) as error:
-                raise EOFError from error
-
-    def read_output(self) -> None:
-        """Read what the user's code has printed, so that printing never blocks; keep the end."""
-        with suppress(BlockingIOError):
-            while self.output_is_open:
-                data = os.read(self.output, 1 << 16)
-                self.output_is_open = bool(data)
-                self._last_output = (self._last_output + data)[-_KEPT_OUTPUT_BYTES:]
-
-    def kill_and_describe(self) -> str:
-        """End the process and return how it ended, with the last lines that it printed."""
-        self.read_output()
-        self.kill()
-        code = self.process.returncode
-        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        printed = self._last_output.decode(errors="replace").strip().splitlines()
-        lines = [line[:_MAX_LINE_WIDTH] for line in printed[-_MAX_OUTPUT_LINES:]]
-        return "\n    ".join([how, *lines])
-
     def _send(self, what: str, content: object) -> None:
         with raise_user_errors_as(RewardError, f"handing {what} to another process"):
-            data = ForkingPickler.dumps(content)
-        # If the process has died, reading its messages finds that out.
-        with suppress(BrokenPipeError):
-            self.connection.send_bytes(data)
+            self.child.send(content)
 
 
 def _check_can_isolate(rewards: Sequence[Reward]) -> None:
@@ -190,18 +116,6 @@ def _files_to_run(rewards: Sequence[Reward]) -> dict[str, str]:
     return {name: str(sys.modules[loaded].__file__) for name, loaded in files.items()}
 
 
-def _kill_process_group(
-    process: subprocess.Popen[bytes], connection: Connection, descriptors: Sequence[int]
-) -> None:
-    """End the process and all that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    connection.close()
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
 class WorkerPool:
     """Calls `rewards` in up to `rewards.workers` processes, with `timeout` seconds for each sample.
 
@@ -219,7 +133,7 @@ class WorkerPool:
 
     def start(self, count: int) -> None:
         """Start processes until there are `count`, or as many as allowed; do not wait for them."""
-        self._workers = [worker for worker in self._workers if worker.process.poll() is None]
+        self._workers = [worker for worker in self._workers if not worker.child.has_ended()]
         while len(self._workers) < min(count, self._max_workers):
             self._workers.append(WorkerProcess(self._rewards, self._memory))
 
@@ -242,7 +156,7 @@ class WorkerPool:
     def close(self) -> None:
         """Kill all processes."""
         for worker in self._workers:
-            worker.kill()
+            worker.child.kill()
         self._workers.clear()
 
     def _split_into_calls(self, index: int, samples: Sequence[Sample]) -> Iterator[_WorkerCall]:
@@ -266,27 +180,33 @@ class WorkerPool:
     def _wait_for_results(self, on_result: OnResult) -> None:
         """Wait until a process sends, prints, ends or passes its deadline; handle each of these."""
         next_deadline = min(worker.deadline for worker in self._workers) - time.monotonic()
-        connections = [worker.connection for worker in self._workers]
-        outputs = [worker.output for worker in self._workers if worker.output_is_open]
-        wait([*connections, *outputs], timeout=min(max(0.0, next_deadline), _POLL_SECONDS))
+        children = [worker.child for worker in self._workers]
+        outputs = [child.output for child in children if child.output_is_open]
+        wait(
+            [*(child.socket for child in children), *outputs],
+            timeout=min(max(0.0, next_deadline), _POLL_SECONDS),
+        )
         for worker in list(self._workers):
             try:
-                for message in worker.read_messages():
+                for message in worker.child.read_messages():
                     _handle_message(worker, message, on_result)
+            except ForgedAnswerError as error:
+                forged = f"was killed: it wrote {error} where an answer was expected"
+                self._handle_end(worker, forged, on_result)
             except EOFError:
-                self._handle_end(worker, worker.kill_and_describe(), on_result)
+                self._handle_end(worker, worker.child.kill_and_describe(), on_result)
             else:
                 if time.monotonic() >= worker.deadline:
                     self._handle_end(worker, None, on_result)
 
     def _handle_end(self, worker: WorkerProcess, ending: str | None, on_result: OnResult) -> None:
-        """Replace a process that ended as `ending` says, or that is late if `ending` is None.
+        """Replace a process that ended or broke as `ending` says, or is late if `ending` is None.
 
         The unanswered samples of the call that the process served fail.
         """
         if not worker.ready:
             self._workers.remove(worker)
-            worker.kill()
+            worker.child.kill()
             names = ", ".join(reward.name for reward in self._rewards)
             late = f"took longer than {_STARTUP_SECONDS:.0f} s to import them"
             how = late if ending is None else f"was not ready when it {ending}"
@@ -310,52 +230,63 @@ class WorkerPool:
             on_result(call.first + place, result)
 
     def _replace(self, worker: WorkerProcess) -> None:
-        worker.kill()
+        worker.child.kill()
         self._workers[self._workers.index(worker)] = WorkerProcess(self._rewards, self._memory)
 
 
 def _handle_message(worker: WorkerProcess, message: Mapping[str, Any], on_result: OnResult) -> None:
-    if "failed" in message:
-        raise RewardError(message["failed"])
-    if "result" in message and worker.call:
-        place: int = message["place"]
-        worker.unanswered.discard(place)
-        on_result(worker.call.first + place, RewardResult(**message["result"]))
-    else:
-        worker.ready, worker.call, worker.deadline = True, None, math.inf
+    """Note what a message says. The user's code could have written it: believe nothing."""
+    match message:
+        case {"failed": str(reason)}:
+            raise RewardError(reason)
+        case {"place": int(place), "result": dict(fields)} if place in worker.unanswered:
+            result = _checked_result(cast("dict[str, Any]", fields))
+            worker.unanswered.discard(place)
+            on_result(cast("_WorkerCall", worker.call).first + place, result)
+        case {"ready": True} if not worker.ready:
+            worker.ready, worker.deadline = True, math.inf
+        case {"done": True} if worker.call and not worker.unanswered:
+            worker.call, worker.deadline = None, math.inf
+        case _:
+            raise ForgedAnswerError(repr(message)[:_MAX_EXCERPT])
 
 
-def run_worker(descriptor: int, lifeline: int) -> None:
-    """Serve calls from this socket until the parent closes it, or until the parent ends."""
-    # Programs that the user's code starts should not hold the socket.
-    os.set_inheritable(descriptor, False)
-    os.set_inheritable(lifeline, False)
-    threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
-    # That thread cannot run while C code holds the interpreter; the alarm needs no thread.
-    _set_alarm(_STARTUP_SECONDS + _ALARM_DELAY)
-    _set_resource_limit(resource.RLIMIT_CORE, 0)
-    faulthandler.enable()
-    connection = Connection(descriptor)
+def _checked_result(fields: dict[str, Any]) -> RewardResult:
+    """Return the result that a message holds, or raise `ForgedAnswerError`."""
+    match fields:
+        case {
+            "value": float() | int() | None as value,
+            "metrics": dict(metrics),
+            "seconds": float(seconds),
+            "error": str() | None as error,
+            "counts": bool(counts),
+        } if len(fields) == 5 and all(map(_is_finite, [value or 0.0, seconds, *metrics.values()])):
+            return RewardResult(
+                value=value, metrics=metrics, seconds=seconds, error=error, counts=counts
+            )
+        case _:
+            raise ForgedAnswerError(repr(fields)[:_MAX_EXCERPT])
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float | int) and abs(value) <= sys.float_info.max
+
+
+def run_worker(parent: ParentLink) -> None:
+    """Serve calls from the parent until the parent closes its end."""
     try:
-        rewards = _receive_rewards(connection)
+        rewards = _receive_rewards(parent)
     except TextPolicyError as error:
-        _reply(connection, failed=str(error))
+        parent.send(failed=str(error))
         return
-    _reply(connection, ready=True)
-    _set_alarm(0)
+    parent.send(ready=True)
     with suppress(EOFError):
         while True:
-            _serve_call(connection, rewards)
+            _serve_call(parent, rewards)
 
 
-def _die_with_parent(lifeline: int) -> None:
-    """Wait for the parent's end, then kill this process and all that it has started."""
-    os.read(lifeline, 1)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
-def _receive_rewards(connection: Connection) -> list[Reward]:
-    received: tuple[Mapping[str, str], int | None] = connection.recv()
+def _receive_rewards(parent: ParentLink) -> list[Reward]:
+    received: tuple[Mapping[str, str], int | None] = parent.receive()
     files, memory = received
     if memory is not None:
         _set_resource_limit(resource.RLIMIT_AS, memory)
@@ -365,40 +296,25 @@ def _receive_rewards(connection: Connection) -> list[Reward]:
             # Pickle looks up what a script defines in the module __main__.
             sys.modules["__main__"] = module
     with raise_user_errors_as(RewardError, "finding the reward functions in a new process"):
-        return connection.recv()
+        return parent.receive()
 
 
-def _serve_call(connection: Connection, rewards: Sequence[Reward]) -> None:
-    data = connection.recv_bytes()
+def _serve_call(parent: ParentLink, rewards: Sequence[Reward]) -> None:
+    data = parent.receive_bytes()
 
     def send_result(place: int, result: RewardResult) -> None:
-        _reply(connection, place=place, result=asdict(result))
+        parent.send(place=place, result=asdict(result))
 
     try:
         with raise_user_errors_as(RewardError, "reading the rows in the reward's process"):
-            # The type stub takes this function for a method.
-            call: _WorkerCall = ForkingPickler.loads(data)  # pyright: ignore[reportAttributeAccessIssue]
-        _set_alarm(call.seconds + _ALARM_DELAY)
+            call: _WorkerCall = parent.unpickle(data)
         call_reward(rewards[call.index], call.samples, send_result, call.await_limit)
     except TextPolicyError as error:
-        _reply(connection, failed=str(error))
+        parent.send(failed=str(error))
     else:
-        _reply(connection, done=True)
-    finally:
-        _set_alarm(0)
-
-
-def _set_alarm(seconds: float) -> None:
-    # The default action of this signal ends the process, even if the process is stuck in C code.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+        parent.send(done=True)
 
 
 def _set_resource_limit(resource_id: int, limit: int) -> None:
     _, hard = resource.getrlimit(resource_id)
     resource.setrlimit(resource_id, (limit, hard))
-
-
-def _reply(connection: Connection, **message: Any) -> None:
-    # JSON, because the parent must not unpickle what the user's code could have written.
-    connection.send_bytes(json.dumps(message).encode())
