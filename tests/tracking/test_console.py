@@ -221,6 +221,7 @@ def test_a_sample_is_one_short_line():
 
 def test_a_spark_line_rises_with_its_values_and_keeps_its_width():
     assert spark_line([], 8) == ""
+    assert spark_line([float("nan"), 1.0, float("inf"), 2.0], 8) == spark_line([1.0, 2.0], 8)
     assert spark_line([0.3, 0.3], 8) == "▁▁"
     assert spark_line([1, 2, 3, 4, 5, 6, 7, 8], 8) == "▁▂▃▄▅▆▇█"
     assert spark_line([0, 0, 2, 2, 7, 7], 3) == "▁▃█"

@@ -11,6 +11,7 @@ import pytest
 
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
+from textpolicy.tracking.console import sample_line
 from textpolicy.tracking.jsonl import RunFiles, read_metrics, read_rows
 from textpolicy.tracking.open_tracker import ServiceOptions, open_tracker, tracking_id
 from textpolicy.tracking.samples import first_whole_groups, sample_rows
@@ -194,6 +195,18 @@ def test_a_sample_of_an_episode_has_its_turns_and_a_chat_its_messages():
         {"completion": "4", "reward": 0.0, "replies": replies},
         {"completion": "5", "reward": 1.0, "replies": []},
     ]
+
+
+def test_rewards_and_advantages_that_are_not_finite_are_texts_in_a_sample(tmp_path):
+    turns = [Turn(completion="4", reward=INF), Turn(completion="5", reward=1.0)]
+    rows = sample_rows(0, [group(rollout(turns=turns, reward=-INF))], [[float("nan")]])
+    sink = RunFiles(tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl")
+    sink.write_samples(0, rows)
+    sink.close()
+    (row,) = read_rows(tmp_path / "samples.jsonl")
+    assert (row["reward"], row["advantage"]) == ("-Infinity", "NaN")
+    assert row["turns"][0]["reward"] == "Infinity"
+    assert sample_line(row).endswith("(reward -inf)")
 
 
 def test_services_get_whole_groups_of_samples():

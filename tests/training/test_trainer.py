@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from functools import partial
+from itertools import product
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -223,6 +224,44 @@ def test_a_gradient_that_is_not_finite_is_skipped_kept_and_ends_the_run_after_te
     with pytest.raises(TrainingError, match="NaN or infinite 10 times in a row"):
         for _ in range(9):
             trainer.train(groups)
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        *product(["reward", "advantage"], [1e300, -1e39, math.inf, -math.inf]),
+        # A reward of NaN is a missing one.
+        ("advantage", math.nan),
+    ],
+)
+def test_extreme_rewards_and_advantages_are_a_skipped_update_with_numbers_in_its_metrics(
+    where, number
+):
+    def extreme(rewards):
+        return [[number] * rewards.shape[1]] * rewards.shape[0]
+
+    options = {"advantage_fn": extreme} if where == "advantage" else {}
+    model, trainer, groups = make_trainer(**options)
+    if where == "reward":
+        groups = change_rollouts(groups, lambda r, m: {"reward": number if m else 0.0})
+    before = weights(model)
+    metrics = trainer.train(groups)
+    assert metrics["update_skipped/not_finite"] == 1
+    assert distance(model, before) == 0
+    assert all(type(value) is float for value in metrics.values())
+
+
+@pytest.mark.parametrize("kind", [lambda x: x > 0, np.array, lambda x: x.astype(mx.bfloat16)])
+def test_advantages_may_be_any_array_of_numbers(kind):
+    _, trainer, groups = make_trainer(advantage_fn=lambda x: kind(grpo.compute_advantages(x)))
+    assert trainer.train(groups)["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("returned", [None, "high", [["1"] * 3] * 4, np.ones((4, 3), complex)])
+def test_advantages_that_are_no_numbers_are_refused(returned):
+    _, trainer, groups = make_trainer(advantage_fn=lambda rewards: returned)
+    with pytest.raises(ConfigError, match="one real number for each reward"):
+        trainer.train(groups)
 
 
 # Errors

@@ -1,21 +1,22 @@
 """Call one reward function in this process; check that it returns a finite number or None."""
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence, Set, Sized
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from itertools import islice
 from typing import Any
 
 from textpolicy.errors import RewardError
-from textpolicy.rewards.reward_function import Reward, Sample, Score
-from textpolicy.user_code import raise_user_errors_as
+from textpolicy.rewards.returned_numbers import read_answer
+from textpolicy.rewards.reward_function import Reward, Sample
+from textpolicy.user_code import describe_value, raise_user_errors_as, type_name
 
 MAX_CONCURRENT = 16
 """How many calls of an `async def` reward are in flight together."""
 _MAX_EXCERPT = 60
+_MAX_SURPLUS = 1000
+"""How many answers too many are counted in the message about a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ def call_reward(
     if reward.batched:
         _call_batch(reward, samples, on_result)
     elif reward.is_async:
-        _await(_call_concurrently(reward, samples, on_result, await_limit))
+        _call_async(reward, samples, on_result, await_limit)
     else:
         for position, sample in enumerate(samples):
             on_result(position, _call_once(reward, sample))
@@ -71,13 +72,14 @@ def describe_batch(samples: Sequence[Sample]) -> str:
 
 def _call_once(reward: Reward, sample: Sample) -> RewardResult:
     started = time.perf_counter()
+    described = describe_sample(sample)
     try:
-        with _errors_of(reward, describe_sample(sample)):
+        with _errors_of(reward, described):
             answer = reward.call(sample)
             if inspect.iscoroutine(answer):
                 # A partial of an async function does not look like an async function.
                 answer = _await(answer)
-        result = _result_of(reward, answer, sample)
+        result = _result_of(reward, answer, described)
     except RewardError as error:
         result = RewardResult(error=str(error))
     return replace(result, seconds=time.perf_counter() - started)
@@ -96,7 +98,7 @@ def _call_batch(reward: Reward, samples: Sequence[Sample], on_result: OnResult) 
     seconds = (time.perf_counter() - started) / len(samples)
     for position, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         try:
-            result = _result_of(reward, answer, sample)
+            result = _result_of(reward, answer, describe_sample(sample))
         except RewardError as error:
             result = RewardResult(error=str(error))
         on_result(position, replace(result, seconds=seconds))
@@ -108,14 +110,42 @@ def _batch_answers(reward: Reward, samples: Sequence[Sample]) -> list[Any]:
         answers = reward.call_batch(samples)
         if inspect.iscoroutine(answers):
             answers = _await(answers)
-        values = list(answers) if _is_ordered(answers) else None
+        values: list[Any] | None = None
+        if _is_ordered(answers):
+            # An endless list must not be read to its end.
+            values = list(islice(answers, 2 * len(samples) + _MAX_SURPLUS))
     if values is None or len(values) != len(samples):
-        got = _excerpt(answers) if values is None else f"{len(values)} values"
+        counted = "" if values is None else f"{len(values)} values ({type_name(answers)})"
         raise RewardError(
-            f"reward {reward.name} returned {got} ({type(answers).__name__}) for "
+            f"reward {reward.name} returned {counted or describe_value(answers)} for "
             f"{len(samples)} samples; expected a list with one value for each\n  {batch}"
         )
     return values
+
+
+class _LoopError(RewardError):
+    """The event loop of an async reward ended before all samples had their results."""
+
+
+def _call_async(
+    reward: Reward, samples: Sequence[Sample], on_result: OnResult, await_limit: float | None
+) -> None:
+    """Await the samples together. A reward that breaks their event loop fails for the others."""
+    waiting = set(range(len(samples)))
+    started = time.perf_counter()
+
+    def on_one(position: int, result: RewardResult) -> None:
+        waiting.discard(position)
+        on_result(position, result)
+
+    try:
+        with raise_user_errors_as(_LoopError, f"the event loop of reward {reward.name}"):
+            _await(_call_concurrently(reward, samples, on_one, await_limit))
+    except _LoopError as error:
+        for position in sorted(waiting):
+            message = f"{error}\n  {describe_sample(samples[position])}"
+            seconds = time.perf_counter() - started
+            on_result(position, RewardResult(error=message, seconds=seconds))
 
 
 async def _call_concurrently(
@@ -134,7 +164,7 @@ async def _call_concurrently(
                 with _errors_of(reward, described):
                     async with deadline:
                         answer = await reward.call(sample)
-                result = _result_of(reward, answer, sample)
+                result = _result_of(reward, answer, described)
             except RewardError as error:
                 message = str(error)
                 if await_limit is not None and deadline.expired():
@@ -145,45 +175,21 @@ async def _call_concurrently(
     await asyncio.gather(*(call(position, sample) for position, sample in enumerate(samples)))
 
 
-def _errors_of(reward: Reward, sample: str) -> AbstractContextManager[None]:
+def _errors_of(reward: Reward, sample: str) -> raise_user_errors_as:
     return raise_user_errors_as(
         RewardError, f"reward {reward.name}", file=reward.file, sample=sample
     )
 
 
-def _result_of(reward: Reward, answer: Any, sample: Sample) -> RewardResult:
+def _result_of(reward: Reward, answer: Any, sample: str) -> RewardResult:
     """Return the checked answer; raise `RewardError` for what is not a finite number or None."""
-    value, metrics = answer, dict[str, Any]()
-    if isinstance(answer, Score):
-        value, metrics = answer.value, dict(answer.metrics)
-    numbers = {name: _finite(reward, number, sample) for name, number in metrics.items()}
-    return RewardResult(
-        value=None if value is None else _finite(reward, value, sample), metrics=numbers
-    )
-
-
-def _finite(reward: Reward, value: Any, sample: Sample) -> float:
-    number = _to_float(value)
-    if math.isfinite(number):
-        return number
-    # Python refuses to print integers of thousands of digits.
-    shown = f"{number}" if isinstance(value, int) else _excerpt(value)
-    raise RewardError(
-        f"reward {reward.name} returned {shown} ({type(value).__name__}); expected a finite "
-        f"number, or None to leave the sample out\n  {describe_sample(sample)}"
-    )
-
-
-def _to_float(value: Any) -> float:
-    """Return the number; NaN if `value` is not a real number, infinity if it exceeds a float."""
-    # numpy's bool is not a Real, and importing numpy to check would slow each process's start.
-    kind = type(value)
-    if not (isinstance(value, Real) or (kind.__module__, kind.__name__[:4]) == ("numpy", "bool")):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+    with _errors_of(reward, sample):
+        # What a reward returns may be an object whose methods raise.
+        read = read_answer(answer)
+    if isinstance(read, str):
+        raise RewardError(f"reward {reward.name} returned {read}\n  {sample}")
+    value, metrics = read
+    return RewardResult(value=value, metrics=metrics)
 
 
 def _is_ordered(answers: Any) -> bool:
@@ -191,10 +197,8 @@ def _is_ordered(answers: Any) -> bool:
     return isinstance(answers, Sized) and not isinstance(answers, str | bytes | Mapping | Set)
 
 
-def _excerpt(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    cut = text if len(text) <= _MAX_EXCERPT else text[:_MAX_EXCERPT] + "…"
-    return repr(cut) if isinstance(value, str) else cut
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= _MAX_EXCERPT else text[:_MAX_EXCERPT] + "…")
 
 
 def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:

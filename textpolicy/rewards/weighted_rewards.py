@@ -9,8 +9,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from textpolicy.errors import ConfigError, RewardError
+from textpolicy.rewards.returned_numbers import MAX_REWARD
 from textpolicy.rewards.reward_function import Reward, as_reward
 from textpolicy.user_code import load_python_file, split_file_and_name
+
+_MAX_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,19 @@ class Rewards:
         names = [member.name for member in self.members]
         twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
         weights, timeout, memory = self.member_weights, self.timeout, self.memory_gb
-        fit = len(weights) == len(names) and all(map(math.isfinite, weights))
+        fit = len(weights) == len(names) and all(abs(w) <= _MAX_WEIGHT for w in weights)
         policy, rate = self.on_error, self.max_error_rate
-        known = policy in ("fail", "skip") if isinstance(policy, str) else math.isfinite(policy)
-        each = f"a finite number for each of {len(names)} rewards"
+        known = policy in ("fail", "skip")
+        if isinstance(policy, int | float):
+            known = abs(policy) <= MAX_REWARD
+        each = f"a finite number for each of {len(names)} rewards, at most {_MAX_WEIGHT:g}"
         rename = "different names; rename one with @tp.reward(name=...)"
         rules: list[tuple[object, str, str]] = [
             (names, "there is no reward function", "at least one"),
             (not twice, f"two rewards are called {twice}", rename),
             (fit, f"weights is {self.weights}", each),
             (timeout is None or 0 < timeout < math.inf, f"timeout is {timeout}", "seconds above 0"),
-            (known, f"on_error is {policy!r}", '"fail", "skip" or a finite number'),
+            (known, f"on_error is {policy!r}", '"fail", "skip" or a finite number to 1e12'),
             (0 <= rate <= 1, f"max_error_rate is {rate}", "a number from 0 to 1"),
             (self.workers >= 1, f"workers is {self.workers}", "at least 1"),
             (memory is None or memory > 0, f"memory_gb is {memory}", "more than 0"),

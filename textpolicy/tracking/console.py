@@ -115,7 +115,7 @@ def sample_line(sample: SampleRow) -> str:
     """Return a sample as one line that is safe on a terminal. Long texts are cut."""
     prompt, reward = sample["prompt"], sample["reward"]
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    reward_text = "no reward" if reward is None else f"reward {reward:.3g}"
+    reward_text = "no reward" if reward is None else f"reward {float(reward):.3g}"
     return f"{_cut(text)} → {_cut(sample['completion'])}  ({reward_text})"
 
 

@@ -1,6 +1,7 @@
 """RunHistory: the metrics of a run so far and the time left. Formats both for the console."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from textpolicy.types import Metrics
@@ -52,8 +53,9 @@ def time_shares(metrics: Metrics) -> dict[str, float]:
 def spark_line(values: Sequence[float], width: int) -> str:
     """Return `values` as a line of at most `width` block characters, from lowest to highest.
 
-    Each character shows the mean of several consecutive values.
+    Each character shows the mean of several consecutive values, without NaN and infinity.
     """
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
     count = min(width, len(values))

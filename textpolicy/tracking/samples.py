@@ -41,16 +41,24 @@ def _row(group: RolloutGroup, rollout: Rollout, advantage: float | None) -> dict
         "task": group.task.id,
         "prompt": prompt if isinstance(prompt, str) else [dict(message) for message in prompt],
         "completion": rollout.completion,
-        "reward": rollout.reward,
+        "reward": _json(rollout.reward),
         "rewards": {name: to_json_number(value) for name, value in rollout.rewards.items()},
-        "advantage": advantage,
+        "advantage": _json(advantage),
         "version": rollout.version,
         "stop_reason": rollout.stop_reason.value,
         "tokens": sum(rollout.mask),
     }
     if len(rollout.turns) > 1:
         row["turns"] = [
-            {"completion": turn.completion, "reward": turn.reward, "replies": list(turn.replies)}
+            {
+                "completion": turn.completion,
+                "reward": _json(turn.reward),
+                "replies": [*turn.replies],
+            }
             for turn in rollout.turns
         ]
     return row | ({"error": rollout.error} if rollout.error else {})
+
+
+def _json(value: float | None) -> float | str | None:
+    return None if value is None else to_json_number(value)

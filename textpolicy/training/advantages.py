@@ -11,6 +11,7 @@ import numpy as np
 from textpolicy.errors import ConfigError
 from textpolicy.training.batch import TrainingRow
 from textpolicy.types import AdvantageFn, RolloutGroup
+from textpolicy.user_code import describe_value
 
 
 def add_advantages(
@@ -32,7 +33,8 @@ def add_advantages(
             name: _array_of(rows, lambda row, n=name: row.rollout.rewards.get(n)) for name in names
         },
     }
-    advantages = np.array(advantage_fn(rewards, **{name: offered[name]() for name in keywords}))
+    returned = advantage_fn(rewards, **{name: offered[name]() for name in keywords})
+    advantages = _numbers_in(returned)
     if advantages.shape != rewards.shape:
         raise ConfigError(
             f"the advantage function returned shape {advantages.shape} for rewards of shape "
@@ -66,6 +68,22 @@ def requested_keywords(advantage_fn: AdvantageFn) -> frozenset[str]:
     return frozenset(p.name for p in rest if p.name in offered)
 
 
+def _numbers_in(returned: Any) -> np.ndarray:
+    """Return what an advantage function returned as an array of 64-bit floats."""
+    # numpy has no bfloat16.
+    given = returned.astype(mx.float32) if isinstance(returned, mx.array) else returned
+    try:
+        array = np.array(given)
+    except ValueError:
+        array = np.array(None)
+    if array.dtype.kind not in "biuf":
+        raise ConfigError(
+            f"the advantage function returned {describe_value(returned)}; expected an array with "
+            "one real number for each reward"
+        )
+    return array.astype(np.float64)
+
+
 def _penalised_reward(row: TrainingRow, reward_kl: float) -> float | None:
     reward = row.rollout.reward
     if not reward_kl or reward is None:
@@ -81,7 +99,9 @@ def _array_of(
     """Return the values of the rows by group and member. NaN marks a member without a value."""
     shape = (max(row.group for row in rows) + 1, max(row.member for row in rows) + 1)
     array = np.full(shape, np.nan, np.float32)
-    for row in rows:
-        if (number := value(row)) is not None:
-            array[row.group, row.member] = number
+    # A number beyond float32 becomes infinite: the trainer skips the update and counts it.
+    with np.errstate(over="ignore"):
+        for row in rows:
+            if (number := value(row)) is not None:
+                array[row.group, row.member] = number
     return mx.array(array)

@@ -163,6 +163,8 @@ def make_batch(rows: Sequence[TrainingRow], totals: BatchTotals) -> Batch:
     """Return the rows as padded arrays, with the totals of the optimizer batch."""
     index = {prompt: p for p, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
     mask = _pad_right([row.mask for row in rows], np.bool_)
+    with np.errstate(over="ignore"):
+        advantages = np.array([[row.advantage] for row in rows], np.float32)
     ref = [row.logp_ref for row in rows if row.logp_ref is not None]
     return Batch(
         prompts=mx.array(_pad_right(list(index), np.int32)),
@@ -174,7 +176,7 @@ def make_batch(rows: Sequence[TrainingRow], totals: BatchTotals) -> Batch:
         logp_sampled=mx.array(_pad_right([row.logp_sampled for row in rows], np.float32)),
         logp_old=mx.array(_pad_right([row.logp_old for row in rows], np.float32)),
         logp_ref=mx.array(_pad_right(ref, np.float32)) if ref else None,
-        advantages=mx.array(np.array([[row.advantage] for row in rows], np.float32) * mask),
+        advantages=mx.array(np.where(mask, advantages, np.float32(0))),
         temperature=mx.array([row.rollout.sampling.temperature for row in rows], dtype=mx.float32),
         rows=totals.rows,
         token_count=totals.token_count,

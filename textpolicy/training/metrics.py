@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from statistics import fmean, pstdev
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float
 
 from textpolicy.training.batch import TrainingRow
@@ -41,12 +41,14 @@ def _token_mean(batch: Batch, x: mx.array) -> mx.array:
 
 def advantage_metrics(rows: Sequence[TrainingRow]) -> Metrics:
     """Return the spread of the advantages. Their mean is 0 in most algorithms."""
-    advantages = [row.advantage for row in rows]
-    return {
-        "advantages/std": pstdev(advantages),
-        "advantages/min": min(advantages),
-        "advantages/max": max(advantages),
-    }
+    advantages = np.array([row.advantage for row in rows])
+    # A user's function may return any number, and the metrics show it: NaN and infinity too.
+    with np.errstate(all="ignore"):
+        return {
+            "advantages/std": float(np.std(advantages)),
+            "advantages/min": float(np.min(advantages)),
+            "advantages/max": float(np.max(advantages)),
+        }
 
 
 def sum_micro_batches(parts: Iterable[tuple[Mapping[str, float], bool]]) -> Metrics:
@@ -73,10 +75,16 @@ def average_updates(updates: Sequence[Metrics], *, with_sampler: bool) -> Metric
     """
     first = {name: x for name, x in updates[0].items() if name.startswith("sampling/")}
     return {
-        name: (_extreme_of(name) or fmean)([update[name] for update in updates])
+        name: (_extreme_of(name) or _mean)([update[name] for update in updates])
         for name in updates[0]
         if name not in first
     } | (first if with_sampler else {})
+
+
+def _mean(values: Sequence[float]) -> float:
+    # `statistics.fmean` raises for infinities of both signs.
+    with np.errstate(all="ignore"):
+        return float(np.mean(values))
 
 
 def _extreme_of(name: str) -> Callable[[Iterable[float]], float] | None:

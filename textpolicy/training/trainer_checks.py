@@ -18,7 +18,8 @@ _STALLED_MESSAGES = {
     "reward": f"the reward function returned None for every sample of {_STALLED_LIMIT} steps in a "
     "row, so nothing can be learned. Return a number for the samples that should be compared",
     "finite gradient": f"the gradient was NaN or infinite {_STALLED_LIMIT} times in a row, so "
-    "nothing can be learned. Lower the learning rate, and look at the rejected batches",
+    "nothing can be learned. Look at the advantages and rewards of the last steps, which must be "
+    "finite, and at the rejected batches; if they are finite, lower the learning rate",
 }
 
 

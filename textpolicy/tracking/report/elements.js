@@ -31,7 +31,10 @@ function escaped(character) {
 }
 
 /** Returns a number with four significant digits. */
-function short(value) {
+function short(number) {
+  // JSON holds NaN and infinity as text.
+  const value = Number(number);
+  if (!Number.isFinite(value)) return String(value);
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e6 || size < 1e-3) return (+value.toPrecision(3)).toExponential();
