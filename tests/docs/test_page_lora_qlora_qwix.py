@@ -75,7 +75,8 @@ def test_the_parameters_of_the_page(words):
 
 def test_the_tile_is_qloras_block_where_it_fits_and_a_tile_that_was_asked_for_must_fit():
     # Qwix without a tile_size has one scale a row, which is far from QLoRA on real weights.
-    model = nn.Sequential(nn.Linear(192, 8), nn.Linear(96, 8), nn.Linear(48, 8))
+    model = Dense()
+    model.linear1, model.linear2, model.linear3 = (nn.Linear(n, 8) for n in (192, 96, 48))
     planned = plan_adapters(model, page_rules())
     assert [row.quantization for row in planned.modules] == [
         "nf4 / 64",
