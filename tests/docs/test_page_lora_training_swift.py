@@ -156,10 +156,21 @@ def test_data_is_one_example_a_line_of_text_or_of_json(tmp_path):
     (tmp_path / "train.txt").write_text("First training example here.\n\nSecond one here.\n")
     texts = [{"text": "First training example here."}, {"text": "Second one here."}]
     assert load_examples(tmp_path, "train") == texts
-    (tmp_path / "train.jsonl").write_text('{"text": "From the other file."}\n')
-    assert load_examples(tmp_path, "train") == [{"text": "From the other file."}]
-    with pytest.raises(DataError, match=r"valid\.jsonl"):
-        load_examples(tmp_path, "valid")
+    (tmp_path / "valid.jsonl").write_text('{"text": "From the other file."}\n')
+    assert load_examples(tmp_path, "valid") == [{"text": "From the other file."}]
+    with pytest.raises(DataError, match=r"test\.jsonl"):
+        load_examples(tmp_path, "test")
+    # The page reads the .txt file, and mlx-lm the .jsonl file.
+    (tmp_path / "train.jsonl").write_text('{"text": "Which file is meant?"}\n')
+    with pytest.raises(DataError, match=r"has train\.jsonl and train\.txt.*Keep one of them"):
+        load_examples(tmp_path, "train")
+
+
+def test_a_bad_line_of_json_is_an_error_with_its_place(tmp_path):
+    # The page leaves bad lines out without a word.
+    (tmp_path / "train.jsonl").write_text('{"text": "Good."}\n{"text": "Bad.\n')
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2: not a row of JSON"):
+        load_examples(tmp_path, "train")
 
 
 def test_the_loss_is_the_mean_over_real_tokens(prepared):

@@ -92,6 +92,46 @@ def test_the_training_command(tmp_path, capsys):
     assert rates[0] < rates[1] < rates[2] == pytest.approx(2e-4)
 
 
+def test_every_flag_of_the_page_s_command_is_answered_with_ours(capsys):
+    page = """--base_model Qwen/Qwen2.5-Coder-14B-Instruct --dataset train.jsonl --output_dir v1
+    --lora_r 64 --lora_alpha 128 --batch_size 4 --gradient_accumulation_steps 4
+    --learning_rate 2e-4 --num_epochs 3 --fp16 --gradient_checkpointing
+    --lora_dropout 0.05 --target_modules q_proj --warmup_steps 100 --weight_decay 0.01"""
+    with pytest.raises(SystemExit) as stopped:
+        main(["sft", *page.split()])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.replace("\n  ", " ").split("unknown flag ")[1:]
+    answers = dict(line.strip().removesuffix("?").split("; did you mean ") for line in lines)
+    assert answers == {
+        "--base_model": "--model",
+        "--dataset": "--data",
+        "--output_dir": "--output",
+        "--lora_r": "--rank",
+        "--lora_alpha": "--alpha",
+        "--batch_size": "--batch-size",
+        "--gradient_accumulation_steps": "--accumulation",
+        "--learning_rate": "--lr",
+        "--num_epochs": "--epochs",
+        "--fp16": "--dtype float16",
+        "--gradient_checkpointing": "--checkpoint-gradients",
+        "--lora_dropout": "--dropout",
+        "--target_modules": "--target-modules",
+        "--warmup_steps": "--warmup",
+        "--weight_decay": "--weight-decay",
+    }
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_page_s_warm_up_is_longer_than_a_short_run_and_that_is_said(tmp_path, capsys):
+    instructions(tmp_path, 8)
+    assert sft(tmp_path, "--iterations", "2", "--warmup", "100", "--max-length", "64") == 0
+    error = capsys.readouterr().err
+    assert "warning: warmup is 100 updates, and the run has 2" in error
+    assert "UserWarning" not in error
+    rates = [row["learning_rate"] for row in rows(tmp_path) if "learning_rate" in row]
+    assert rates == pytest.approx([2e-4 / 101, 4e-4 / 101])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision(tmp_path, dtype, capsys):
     instructions(tmp_path, 8)

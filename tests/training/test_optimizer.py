@@ -36,6 +36,13 @@ def test_a_cosine_follows_the_warm_up():
     assert found[3:] == pytest.approx([0.8536, 0.5, 0.1464], abs=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_warm_up_longer_than_the_run_rises_to_the_end_and_says_how_far(schedule):
+    with pytest.warns(UserWarning, match=r"warmup is 100 updates, and the run has 9.*9% of 1\."):
+        found = rates(9, schedule=schedule, warmup=100, updates=9)
+    assert found == pytest.approx([(step + 1) / 101 for step in range(9)])
+
+
 def test_the_first_step_is_as_long_as_the_rate():
     optimizer = build_optimizer(0.01)
     moved = optimizer.apply_gradients({"w": mx.array([5.0])}, {"w": mx.array([0.0])})
@@ -53,7 +60,7 @@ def test_weight_decay_does_not_go_through_the_gradient():
     [
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"schedule": "cosine"}, "needs the number of updates"),
-        ({"warmup": 5, "updates": 5}, "warmup is 5 updates of 5"),
+        ({"warmup": -1}, "warmup is -1 updates; expected 0 or more"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"final_rate": 0.1}, "a constant learning rate does not decay"),
         ({"final_rate": -0.1, "schedule": "linear", "updates": 3}, "final_rate is -0.1"),

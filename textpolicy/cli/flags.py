@@ -29,11 +29,21 @@ def _flag_of(name: str) -> str:
 
 FLAGS_OF_OTHER_LIBRARIES = {
     _flag_of(name): _flag_of(ours) for name, ours in NAMES_IN_OTHER_LIBRARIES.items()
+} | {
+    "--base-model": "--model",
+    "--model-name-or-path": "--model",
+    "--dataset": "--data",
+    "--dataset-name": "--data",
+    "--output-dir": "--output",
+    "--fp16": "--dtype float16",
+    "--bf16": "--dtype bfloat16",
+    "--load-in-8bit": "--quantize 8",
+    "--load-in-4bit": "--quantize 4",
 }
 
 
 class FlagParser(ArgumentParser):
-    """Answers an unknown flag with the most similar known flag before any other error."""
+    """Answers unknown flags with the most similar known flags before any other error."""
 
     # No single signature is compatible with the overloads of the stub.
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -41,18 +51,24 @@ class FlagParser(ArgumentParser):
     ) -> Any:
         given: list[str] = list(args or ())
         end = given.index("--") if "--" in given else len(given)
-        for flag in map(_flag_in, given[:end]):
-            # The value of a short flag may follow without a space.
-            if flag and not {flag, flag[:2]} & self._option_string_actions.keys():
-                self.error(f"unknown flag {flag}{self._suggestion(flag)}")
+        # The value of a short flag may follow without a space.
+        unknown = [
+            f"unknown flag {flag}{self._suggestion(flag)}"
+            for flag in dict.fromkeys(map(_flag_in, given[:end]))
+            if flag and not {flag, flag[:2]} & self._option_string_actions.keys()
+        ]
+        if unknown:
+            self.error("\n  ".join(unknown))
         return super().parse_known_args(args, namespace)
 
     def _suggestion(self, flag: str) -> str:
         flags = {known: known for known in self._option_string_actions}
         known = {
-            name: mine for name, mine in FLAGS_OF_OTHER_LIBRARIES.items() if mine in flags
+            name: mine
+            for name, mine in FLAGS_OF_OTHER_LIBRARIES.items()
+            if mine.partition(" ")[0] in flags
         } | flags
-        near = get_close_matches(flag, known, n=1)
+        near = get_close_matches(flag.replace("_", "-"), known, n=1)
         return f"; did you mean {known[near[0]]}?" if near else "; --help lists them"
 
 

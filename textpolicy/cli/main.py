@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -25,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{failed}{missing}", file=sys.stderr)
         return 1
     try:
-        answer = import_module(f"textpolicy.cli.commands.{options.command}").run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            answer = import_module(f"textpolicy.cli.commands.{options.command}").run(options)
     except KeyboardInterrupt:
         print(f"{failed}interrupted", file=sys.stderr)
         return 130
@@ -35,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if text := json.dumps(answer.data) if options.json else answer.text:
         _answer(text)
     return answer.exit_code
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning without the line of our code that gave it, which says nothing to a user."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _answer(text: str) -> None:

@@ -61,7 +61,11 @@ NAMES_IN_OTHER_LIBRARIES = {
     "gradient_checkpointing": "checkpoint_gradients",
     "max_completion_length": "max_tokens",
     "max_new_tokens": "max_tokens",
+    "lora_r": "rank",
     "lora_rank": "rank",
+    "lora_dropout": "dropout",
+    "gradient_accumulation_steps": "accumulation",
+    "warmup_steps": "warmup",
     "lora_alpha": "alpha",
     "report_to": "wandb",
 }

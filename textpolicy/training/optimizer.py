@@ -1,6 +1,7 @@
 """AdamW, with a schedule of its learning rate."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -25,6 +26,8 @@ def build_optimizer(
 ) -> optim.Optimizer:
     """Return AdamW that warms up for `warmup` updates, then decays to `final_rate`.
 
+    A warm-up as long as the run leaves nothing to decay: the rate rises to the end, with a warning.
+
     `updates` is the number of updates in the whole run; "linear" and "cosine" need it. Adam's bias
     correction is on. By default, mlx has it off, which makes the first steps three times as long.
     """
@@ -36,10 +39,7 @@ def build_optimizer(
             schedule != "constant" and updates is None,
             f"schedule {schedule!r} needs the number of updates in the whole run. Pass updates=",
         ),
-        (
-            warmup < 0 or (updates is not None and warmup >= updates),
-            f"warmup is {warmup} updates of {updates}; expected 0 or more, and fewer than all",
-        ),
+        (warmup < 0, f"warmup is {warmup} updates; expected 0 or more"),
         (
             final_rate > 0 and schedule == "constant",
             f"final_rate is {final_rate}, and a constant learning rate does not decay. Choose the "
@@ -48,6 +48,14 @@ def build_optimizer(
     ):
         if wrong:
             raise ConfigError(message)
+    if warmup and updates is not None and warmup >= updates:
+        warnings.warn(
+            f"warmup is {warmup} updates, and the run has {updates}: the learning rate rises to "
+            f"the end and reaches {updates / (warmup + 1):.0%} of {learning_rate:g}. For the whole "
+            f"rate, set fewer updates of warm-up, such as {max(1, updates // 10)}",
+            stacklevel=2,
+        )
+        schedule = "constant"
     rate = _decaying_rate(learning_rate, schedule, (updates or 0) - warmup, final_rate)
     if warmup:
         # The first rate is above 0, because a first update that moves nothing is an error.

@@ -213,10 +213,13 @@ def test_invalid_encodings_are_refused(tokenizer, options):
 # Files
 
 
-def test_jsonl_files_are_preferred_to_txt_files(tmp_path, tokenizer):
+def test_a_part_is_a_jsonl_file_or_a_txt_file_and_never_both(tmp_path, tokenizer):
     (tmp_path / "train.txt").write_text("sort 1\n\nsort 2\r\n")
     assert load_examples(tmp_path, "train") == [{"text": "sort 1"}, {"text": "sort 2"}]
     write(tmp_path / "train.jsonl", {"text": "sort 3"})
+    with pytest.raises(DataError, match=r"has train\.jsonl and train\.txt.*Keep one of them"):
+        load_examples(tmp_path, "train")
+    (tmp_path / "train.txt").unlink()
     assert load_examples(tmp_path, "train") == [{"text": "sort 3"}]
     with pytest.raises(DataError, match=r"has neither valid\.jsonl nor valid\.txt"):
         load_examples(tmp_path, "valid")

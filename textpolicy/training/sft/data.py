@@ -46,7 +46,7 @@ class SFTData:
 def load_data(source: str | Path, encoding: Encoding, *, validation_share: float = 0.1) -> SFTData:
     """Return the demonstrations in a folder with train, and optionally valid and test, files.
 
-    A file is NAME.jsonl or else NAME.txt, with one text in each line. `source` may also be a single
+    A file is NAME.jsonl, or NAME.txt with one text in each line. `source` may also be a single
     file (.jsonl, .txt, .csv or .parquet) with training data, a folder saved by `datasets`, or
     "hf:NAME". Without validation data, `validation_share` of the distinct rows is split off; their
     order does not matter, and 0 splits off none.
@@ -76,7 +76,7 @@ def load_data(source: str | Path, encoding: Encoding, *, validation_share: float
 
 
 def load_examples(folder: str | Path, name: str) -> list[DataRow]:
-    """Return the rows of NAME.jsonl in a folder, or else the lines of NAME.txt as texts."""
+    """Return the rows of NAME.jsonl in a folder, or the lines of NAME.txt as texts."""
     return [row for _, row in _require_part(Path(folder), name)]
 
 
@@ -159,10 +159,15 @@ def _require_part(folder: Path, name: str) -> _LocatedRows:
 
 
 def _read_part(folder: Path, name: str) -> _LocatedRows | None:
-    if (folder / f"{name}.jsonl").is_file():
-        return load_rows_with_locations(folder / f"{name}.jsonl")
-    path = folder / f"{name}.txt"
-    return _read_texts(path) if path.is_file() else None
+    rows, texts = folder / f"{name}.jsonl", folder / f"{name}.txt"
+    if rows.is_file() and texts.is_file():
+        raise DataError(
+            f"{folder} has {rows.name} and {texts.name}, and libraries differ in which one they "
+            "read. Keep one of them in the folder, or give the path of the file"
+        )
+    if rows.is_file():
+        return load_rows_with_locations(rows)
+    return _read_texts(texts) if texts.is_file() else None
 
 
 def _read_texts(path: Path) -> _LocatedRows:
