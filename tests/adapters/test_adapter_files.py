@@ -467,41 +467,6 @@ def test_fused_adapters_change_the_fingerprint():
 # Other processes
 
 
-WRITER = """
-import sys
-import mlx.core as mx
-from textpolicy.adapters import Adapter, AdapterConfig
-from textpolicy.adapters.files.adapter_file import write_adapter_file
-path, count = sys.argv[1], int(sys.argv[2])
-print("ready", flush=True)
-for version in range(1, count + 1):
-    arrays = {f"layer.{name}": mx.full((64, 64), version) for name in ("lora_a", "lora_b")}
-    config = AdapterConfig(rank=4)
-    write_adapter_file(path, Adapter(origin="", arrays=arrays, config=config, version=version))
-"""
-
-
-@pytest.mark.slow
-def test_200_versions_from_another_process_are_read_whole_and_the_last_one_is_the_newest(path):
-    count = 200
-    watcher = AdapterWatcher(path)
-    command = [sys.executable, "-c", WRITER, str(path), str(count)]
-    versions: list[int] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout.readline() == "ready\n"
-        while not versions or versions[-1] < count:
-            adapter = read_adapter(watcher.wait(timeout=30, every=0))
-            watcher.accept()
-            values = {float(end) for a in adapter.arrays.values() for end in (a.min(), a.max())}
-            assert values == {float(adapter.version)}
-            versions.append(adapter.version)
-    assert writer.returncode == 0
-    assert versions == sorted(versions) and 3 < len(set(versions)) <= count
-    # The last file may be reported twice, if it was read before it was noticed.
-    again = watcher.poll()
-    assert again is None or read_adapter(again).version == count
-
-
 WORKER = """
 import sys
 import mlx.core as mx

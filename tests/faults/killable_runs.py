@@ -7,8 +7,10 @@ because threads of mlx do not survive a fork. Each process starts in a quarter o
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -30,6 +32,33 @@ def start(target: Callable[..., None], *args: Any) -> BaseProcess:
     return process
 
 
+def start_command(
+    arguments: Sequence[str], log: Path, instant: "Instant | None" = None
+) -> tuple[BaseProcess, Connection]:
+    """Start `textpolicy` in a process, and return it with the connection that `command` sends to.
+
+    Unlike `start`, the process may have child processes of its own.
+    """
+    hear, say = context.Pipe(duplex=False)
+    process = context.Process(target=command, args=(arguments, log, say, instant))
+    process.start()
+    say.close()
+    return process, hear
+
+
+@dataclass(frozen=True)
+class Instant:
+    """The `number`-th time, from 1, that a run does something. It then gets the signal.
+
+    `deed` is an event that user code announces by `sys.audit`, or a part of the path of a file
+    that the run opens.
+    """
+
+    deed: str
+    number: int
+    signal: signal.Signals
+
+
 def exit_code_of(process: BaseProcess) -> int:
     """Wait for the process, and return its exit code, or minus the signal that killed it."""
     process.join(60)
@@ -46,7 +75,6 @@ def train(
     options: Mapping[str, Any],
     observe: Callable[[Any], Any] = lambda report: None,
     before_reward: Callable[[], None] = do_nothing,
-    loaded: Callable[[], None] = do_nothing,
 ) -> None:
     """Train for `STEPS` steps in the folder, from its newest checkpoint if there is one."""
     from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
@@ -72,7 +100,6 @@ def train(
         model, grpo.compute_advantages, grpo.policy_loss, optimizer, seed=5, **options
     )
     environment = load("add")
-    loaded()
     folder.mkdir(exist_ok=True)
     with run.lock():
         run.remove_partial_files()
@@ -105,9 +132,32 @@ def train(
             )
 
 
-def train_and_announce(folder: Path, options: Mapping[str, Any], connection: Connection) -> None:
-    """Train, and send "loaded" before the folder is touched."""
-    train(folder, options, loaded=lambda: connection.send("loaded"))
+def command(
+    arguments: Sequence[str], log: Path, connection: Connection, instant: Instant | None = None
+) -> None:
+    """Run `textpolicy` in a process group of its own, and write to `log` what it prints.
+
+    Sends "locked" as soon as the run takes its lock, and sends itself the signal at the instant.
+    """
+    os.setpgid(0, 0)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    # A shell may have started the tests with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    times = count(1)
+
+    def watch(event: str, facts: tuple[Any, ...]) -> None:
+        deed = str(facts[0]) if event == "open" else event
+        if event == "open" and deed.endswith(".lock"):
+            connection.send("locked")
+        if instant and instant.deed in deed and next(times) == instant.number:
+            os.kill(os.getpid(), instant.signal)
+
+    sys.addaudithook(watch)
+    from textpolicy.cli import main
+
+    raise SystemExit(main(arguments))
 
 
 def train_until_step(folder: Path, options: Mapping[str, Any], step: int) -> None:
