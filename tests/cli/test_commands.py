@@ -189,11 +189,10 @@ def runs(tmp_path):
     """Make a folder with three runs: a finished run, a stopped run and a supervised run."""
 
     def make(name, config, rows):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "config.toml").write_text(to_toml(config))
-        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        return RunDirectory(folder)
+        directory = RunDirectory(tmp_path / "runs" / name)
+        directory.claim()
+        directory.write_config(to_toml(config))
+        directory.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
     base = changed(TrainConfig(), {"task.env": "add", "run.steps": 2})
     steps = [

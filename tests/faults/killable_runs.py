@@ -149,7 +149,7 @@ def command(
 
     def watch(event: str, facts: tuple[Any, ...]) -> None:
         deed = str(facts[0]) if event == "open" else event
-        if event == "open" and deed.endswith(".lock"):
+        if event == "open" and deed.endswith(".running"):
             connection.send("locked")
         if instant and instant.deed in deed and next(times) == instant.number:
             os.kill(os.getpid(), instant.signal)

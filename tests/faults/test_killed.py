@@ -68,7 +68,7 @@ def assert_resumes_to_the_same_numbers(folder, whole_run, mode="several steps a 
     assert exit_code_of(start(killable_runs.train, folder, MODES[mode])) == 0
     assert results_of(folder) == whole_run(mode)
     assert [row["step"] for row in results_of(folder)[1]] == list(range(STEPS))
-    assert hidden_files(folder) == [".lock"]
+    assert hidden_files(folder) == [".running", ".textpolicy-run"]
 
 
 @pytest.mark.proves("F2")
@@ -137,7 +137,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_checkpoints_intact(whole_run, co
         assert os.strerror(errno.EFBIG) in error
         assert "on a disk with free space" in error
         assert contents(folder).items() >= before.items()
-        assert hidden_files(folder) == [".lock"]
+        assert hidden_files(folder) == [".running", ".textpolicy-run"]
         assert_resumes_to_the_same_numbers(folder, whole_run)
         attempts.add()
 

@@ -9,7 +9,7 @@ import pytest
 
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.errors import ConfigError
-from textpolicy.runs.directory import RunDirectory, claim, new_directory
+from textpolicy.runs.directory import RunDirectory, new_directory
 
 HOLD = """
 import sys, time
@@ -18,6 +18,16 @@ from textpolicy.runs import RunDirectory
 with RunDirectory(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)
+"""
+
+ASK = """
+import sys
+from pathlib import Path
+from textpolicy.runs import RunDirectory
+directory = RunDirectory(Path(sys.argv[1]))
+print("asking", flush=True)
+while True:
+    directory.is_running
 """
 
 
@@ -81,15 +91,35 @@ def test_keeping_one_version_twice_leaves_no_other_name_behind(load_tiny, tmp_pa
 
 def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
     directory = RunDirectory(tmp_path)
-    places = [directory.path, directory.adapters, directory.checkpoints]
-    for place in places:
-        place.mkdir(exist_ok=True)
-        (place / ".latest.0123456789ab.safetensors").write_text("")
-        (place / ".latest.json").write_text("of somebody else")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    alive = f".report.{os.getppid()}-abcd1234.partial.html"
     with directory.lock():
+        directory.rejected_batches.mkdir()
+        places = (tmp_path, directory.adapters, directory.checkpoints, directory.rejected_batches)
+        for place in places:
+            (place / f".latest.{ended.pid}-abcd1234.partial.safetensors").write_text("")
+            (place / ".latest.json").write_text("of somebody else")
+            (place / ".latest.partial.json").write_text("of somebody else")
+            # Another process writes its report into a run that starts.
+            (place / alive).write_text("")
         directory.remove_partial_files()
-    left = sorted(path.name for path in tmp_path.rglob(".*"))
-    assert left == [".latest.json"] * 3 + [".lock"]
+    left = {path.name for path in tmp_path.rglob(".*")}
+    assert left == {".latest.json", ".latest.partial.json", alive, ".textpolicy-run", ".running"}
+
+
+def test_asking_whether_a_run_is_running_never_refuses_a_start(tmp_path):
+    directory = RunDirectory(tmp_path)
+    with directory.lock():
+        pass
+    asking = subprocess.Popen([sys.executable, "-c", ASK, str(tmp_path)], stdout=subprocess.PIPE)
+    assert asking.stdout
+    with asking, asking.stdout:
+        assert asking.stdout.readline() == b"asking\n"
+        for _ in range(300):
+            with directory.lock():
+                pass
+        asking.kill()
 
 
 def test_a_config_is_replaced_whole_or_not_at_all(tmp_path):
@@ -107,16 +137,16 @@ def test_a_config_is_replaced_whole_or_not_at_all(tmp_path):
 def test_a_new_run_never_takes_an_existing_directory(tmp_path):
     first = new_directory("hf:open/gsm8k", tmp_path)
     assert first.path.name == "hf-open-gsm8k"
-    claim(first)
+    first.claim()
     second = new_directory("hf:open/gsm8k", tmp_path)
     assert second.path.name == "hf-open-gsm8k-2"
     first.adapters.mkdir()
     first.latest.write_text("")
     with pytest.raises(ConfigError, match=f"--resume {first.path}"):
-        claim(first)
+        first.claim()
 
 
 def test_a_directory_that_cannot_be_made_is_an_error_before_anything_else(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to the output folder"):
-        claim(RunDirectory(tmp_path / "file" / "run"))
+        RunDirectory(tmp_path / "file" / "run").claim()

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from textpolicy.errors import ConfigError, DataError
+from textpolicy.errors import ConfigError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.console import sample_line
 from textpolicy.tracking.jsonl import RunFiles, read_metrics, read_rows
@@ -153,16 +153,39 @@ def test_resuming_at_a_step_drops_its_rows_and_an_unfinished_line(tmp_path, step
 
 
 @pytest.mark.parametrize("line", ["{garbage\n", '{"loss": 1}\n', '{"step": "1"}\n', "\x00\n"])
-def test_resuming_keeps_rows_behind_a_damaged_line(tmp_path, line):
+def test_resuming_keeps_rows_behind_a_damaged_line_and_the_file_as_it_was(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n' + line + '{"step": 2}\n')
+    path.write_text('{"step": 0}\n' + line + '{"step": 2}\n{"step": 3}\n')
     before = path.read_bytes()
-    with pytest.raises(DataError, match=r"metrics\.jsonl is damaged: its line 2"):
-        RunFiles(path, resume_step=3)
-    assert path.read_bytes() == before
+    files = RunFiles(path, resume_step=3)
+    files.close()
+    (damage,) = files.damage
+    assert "metrics.jsonl was damaged" in damage and "metrics.damaged.jsonl" in damage
+    assert path.read_text() == '{"step": 0}\n{"step": 2}\n'
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == before
     # Rows that the run repeats anyway may be damaged.
-    RunFiles(path, resume_step=0).close()
-    assert path.read_bytes() == b""
+    path.write_bytes(before)
+    files = RunFiles(path, resume_step=0)
+    files.close()
+    assert (path.read_bytes(), files.damage) == (b"", [])
+
+
+def test_a_copy_of_the_rows_that_is_a_hard_link_stays_as_it_is(tmp_path):
+    path, backup = tmp_path / "metrics.jsonl", tmp_path / "backup.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    backup.hardlink_to(path)
+    files = RunFiles(path, resume_step=1)
+    files.write(1, {"new": 1.0})
+    files.close()
+    assert [row["step"] for row in read_rows(path)] == [0, 1]
+    assert backup.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize("value", ["[1]", "{}", "null", '"text"', "1" + 400 * "0"])
+def test_values_of_a_row_that_are_no_numbers_are_left_out(tmp_path, value):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "wrong": ' + value + ', "right": 1}\n' + 9999 * "[" + "\n")
+    assert read_metrics(path) == [{"step": 0, "right": 1.0}]
 
 
 def test_a_sample_row_has_the_exact_text_of_a_completion_and_all_its_numbers(tmp_path):
@@ -358,11 +381,13 @@ def test_a_service_whose_package_is_missing_is_an_error_before_anything_is_writt
 
 
 def test_a_run_keeps_its_id_for_services(tmp_path):
-    assert tracking_id(tmp_path) == tracking_id(tmp_path)
-    (tmp_path / "other").mkdir()
-    assert tracking_id(tmp_path / "other") != tracking_id(tmp_path)
+    run, other = RunDirectory(tmp_path), RunDirectory(tmp_path / "other")
+    other.path.mkdir()
+    assert tracking_id(run) == tracking_id(run)
+    assert tracking_id(other) != tracking_id(run)
 
 
 def test_an_empty_id_file_of_a_killed_process_is_replaced(tmp_path):
     (tmp_path / ".tracking-id").touch()
-    assert tracking_id(tmp_path) == tracking_id(tmp_path) != ""
+    run = RunDirectory(tmp_path)
+    assert tracking_id(run) == tracking_id(run) != ""

@@ -85,7 +85,7 @@ def test_saving_after_a_resume_from_an_earlier_step_removes_later_checkpoints(tm
 
 
 def test_partial_files_of_a_killed_process_are_removed_at_the_next_save(tmp_path):
-    partial = tmp_path / ".00000001.0123456789ab.safetensors"
+    partial = tmp_path / ".00000001.99999999-abcd1234.partial.safetensors"
     ours = tmp_path / ".gitignore"
     for path in (partial, ours):
         path.write_text("")

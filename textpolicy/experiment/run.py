@@ -12,7 +12,7 @@ from textpolicy.experiment.reinforcement import train_policy
 from textpolicy.experiment.resuming import check_changes, read_started_config, telling_how_to_resume
 from textpolicy.experiment.supervised import train_supervised
 from textpolicy.experiment.tasks import find_task
-from textpolicy.runs import RunDirectory, claim, new_directory
+from textpolicy.runs import RunDirectory, new_directory
 from textpolicy.tracking.report import write_report
 
 
@@ -47,6 +47,9 @@ def run(
     report = Reporter(on_event)
     with directory.lock(), telling_how_to_resume(directory, settings):
         directory.remove_partial_files()
+        if earlier is None:
+            # Another process may have claimed the same folder, and ended.
+            directory.check_is_new()
         if isinstance(settings, SFTConfig):
             result = train_supervised(settings, directory, report)
         else:
@@ -86,5 +89,5 @@ def _new_run(config: RunConfig) -> RunDirectory:
     else:
         name = config.task.env or Path(config.task.data or "").stem
     directory = RunDirectory(config.run.output) if config.run.output else new_directory(name)
-    claim(directory)
+    directory.claim()
     return directory

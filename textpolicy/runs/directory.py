@@ -1,30 +1,34 @@
 """The files of a run by name, and the lock that allows only one process to write them."""
 
+import errno
 import fcntl
 import os
 import re
 import shutil
-import tempfile
 import tomllib
 from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from textpolicy.adapters.files.adapter_file import peek_version
 from textpolicy.adapters.files.tensor_file import atomic_replace, remove_partial_files
 from textpolicy.errors import ConfigError, DataError
 
 _SUFFIX = ".safetensors"
-_LOCK = ".lock"
+_MARK = ".textpolicy-run"
+_RUNNING = ".running"
+_FOLDER_MODE, _FILE_MODE = 0o700, 0o600
+_MOST_NAMED = 5
 
 
 class RunDirectory:
-    """The files of a run in the folder `path`."""
+    """The files of a run in the folder `path`, which is absolute from the start."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        # A reward may change the working directory.
+        self.path = path = path.absolute()
         self.config = path / "config.toml"
         """All options of the run, with the defaults that it used."""
         self.metrics = path / "metrics.jsonl"
@@ -43,40 +47,118 @@ class RunDirectory:
         """The folder of the batches whose gradient was not finite."""
         self.report = path / "report.html"
         """The HTML report of the run."""
+        self.tensorboard = path / "tensorboard"
+        """The folder of TensorBoard's event files."""
+        self.wandb = path / "wandb"
+        """The folder of the files of Weights & Biases."""
+        self.tracking_id = path / ".tracking-id"
+        """The id by which services know the run."""
+        self._mark = path / _MARK
+        self._running = path / _RUNNING
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds a run. A run writes its config before its first step."""
-        return self.config.is_file()
+        """Whether the folder holds a run: the mark or a checkpoint, and no config alone."""
+        return self.config.is_file() and (self._mark.is_file() or self.has_checkpoint)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, damaged or whole."""
+        return any(path.stem.isdecimal() for path in self.checkpoints.glob(f"*{_SUFFIX}"))
 
     @property
     def is_running(self) -> bool:
-        """Whether a process holds the lock now."""
-        if not (self.path / _LOCK).exists():
+        """Whether a process writes the run now. Asking cannot keep a process from starting."""
+        if not self._running.is_file():
             return False
+        with self._running.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def claim(self) -> None:
+        """Make the folder of a new run and mark it.
+
+        Raise `ConfigError`, with nothing changed, if the folder holds a run or anything else.
+        """
         try:
-            with self.lock():
-                return False
-        except ConfigError:
-            return True
+            self._check_is_free()
+            self.path.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+            self._open(self._mark).close()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the output folder {self.path}: {error.strerror}. Choose a "
+                "folder that you may write to"
+            ) from error
+
+    def check_is_new(self) -> None:
+        """Raise `ConfigError` if the folder holds a run that got as far as its first adapter."""
+        if self.has_checkpoint or self.latest.exists():
+            raise ConfigError(
+                f"{self.path} holds an earlier run. Choose another folder, or resume the run: "
+                f"--resume {self.path}"
+            )
+
+    def _check_is_free(self) -> None:
+        self.check_is_new()
+        if self._mark.is_file() or not self.path.is_dir():
+            return
+        if found := sorted(os.listdir(self.path)):
+            more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+            raise ConfigError(
+                f"the output folder {self.path} is not empty and is not a run. It holds "
+                f"{', '.join(found[:_MOST_NAMED])}{more}. A run writes only into a folder of its "
+                f"own. Choose another folder, such as --output {self.path / 'run'}"
+            )
 
     @contextmanager
     def lock(self) -> Generator[None]:
-        """Hold the lock inside the block. Raise `ConfigError` if another process holds the lock."""
-        # The system releases the lock of a killed process.
-        with (self.path / _LOCK).open("a+") as file:
+        """Hold the lock inside the block. Raise `ConfigError` if another process holds the lock.
+
+        Also raise `ConfigError` if a file or folder of the run is a link that leads out of it.
+        """
+        # The system releases the locks of a killed process.
+        with self._open(self._mark) as mark, self._open(self._running) as running:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                file.seek(0)
                 raise ConfigError(
-                    f"process {file.read().strip()} is writing the run {self.path}. Wait until the "
+                    f"process {mark.read().strip()} is writing the run {self.path}. Wait until the "
                     "process ends, or stop it: a first Ctrl-C saves a checkpoint"
                 ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            # Processes that ask whether the run is running hold this lock for a moment.
+            fcntl.flock(running, fcntl.LOCK_EX)
+            mark.truncate(0)
+            mark.write(str(os.getpid()))
+            mark.flush()
+            self._check_own_files()
+            for folder in (self.adapters, self.checkpoints):
+                folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
             yield
+
+    def _open(self, path: Path) -> TextIO:
+        """Open a file of the run to read and append, made if it is missing; follow no link."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        try:
+            descriptor = os.open(path, flags, _FILE_MODE)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise _not_own([f"{path} is a symbolic link"]) from error
+            raise
+        return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+    def _check_own_files(self) -> None:
+        folders = (
+            *(self.adapters, self.checkpoints, self.rejected_batches),
+            *(self.tensorboard, self.wandb),
+        )
+        files = self.config, self.metrics, self.samples, self.report, self.tracking_id
+        wrong = [f"{path} is a symbolic link" for path in (*folders, *files) if path.is_symlink()]
+        wrong += [f"{path} is not a file" for path in files if path.exists() and not path.is_file()]
+        if wrong:
+            raise _not_own(wrong)
 
     def read_settings(self) -> dict[str, dict[str, Any]]:
         """Return the config by section. The config may be of another version of TextPolicy."""
@@ -88,7 +170,7 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Write the config atomically. Half a config would be read as one with other options."""
-        with atomic_replace(self.config) as temporary:
+        with atomic_replace(self.config, private=True) as temporary:
             temporary.write_text(text, "utf-8")
 
     def keep_adapter(self, adapter: Path, name: str | None = None) -> Path:
@@ -96,8 +178,9 @@ class RunDirectory:
 
         The copy is a hard link: later versions replace the file `adapter` and never change it.
         """
-        target = self.adapters / f"{name or f'{peek_version(adapter):08d}'}{_SUFFIX}"
+        target = self.adapter_of(peek_version(adapter)) if name is None else self._adapter(name)
         with atomic_replace(target) as temporary:
+            temporary.unlink()
             try:
                 os.link(adapter, temporary)
             except OSError:
@@ -105,38 +188,56 @@ class RunDirectory:
                 shutil.copyfile(adapter, temporary)
         return target
 
+    def adapter_of(self, version: int) -> Path:
+        """Return the path of the adapter of this version, which exists if it was kept."""
+        return self._adapter(f"{version:08d}")
+
+    def _adapter(self, name: str) -> Path:
+        return self.adapters / f"{name}{_SUFFIX}"
+
     def keep_latest_adapter(self) -> None:
         """Copy the latest adapter to its version, if there is a latest adapter."""
         if self.latest.exists():
             self.keep_adapter(self.latest)
 
+    def remove_kept_adapters(self, *, last: int, best: int | None = None) -> None:
+        """Remove all adapters that were kept by their version but the `last` and the best one."""
+        kept = sorted(path for path in self.adapters.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
+        for path in kept[: len(kept) - last]:
+            if int(path.stem) != best:
+                path.unlink()
+
+    def remove_earlier_start(self) -> None:
+        """Remove what is left of a start that saved no checkpoint. The caller holds the lock.
+
+        Its adapters were never measured by the run that starts now.
+        """
+        self.remove_kept_adapters(last=0)
+        for path in (self.latest, self.best, self.report):
+            path.unlink(missing_ok=True)
+
     def remove_partial_files(self) -> None:
         """Remove files that a killed process left unfinished. The caller must hold the lock."""
-        for folder in (self.path, self.adapters, self.checkpoints):
+        folders = (self.path, self.adapters, self.checkpoints, self.rejected_batches)
+        for folder in folders:
             remove_partial_files(folder)
+
+
+def make_private_folder(path: Path) -> Path:
+    """Make a folder that only its owner can read, unless it exists, and return its path."""
+    path.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+    return path
 
 
 def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:
     """Return a new run directory of this name; a taken name gets a number at its end."""
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     numbered = (parent / (f"{plain}-{number}" if number > 1 else plain) for number in count(1))
-    return RunDirectory(next(folder for folder in numbered if not folder.exists()))
+    return RunDirectory(next(folder for folder in numbered if not os.path.lexists(folder)))
 
 
-def claim(directory: RunDirectory) -> None:
-    """Make the directory. Raise `ConfigError` if the directory holds a run or is not writable."""
-    # A run that failed before its first adapter and checkpoint may be overwritten.
-    if directory.latest.exists() or any(directory.checkpoints.glob(f"*{_SUFFIX}")):
-        raise ConfigError(
-            f"{directory.path} holds an earlier run. Choose another folder, or resume the run: "
-            f"--resume {directory.path}"
-        )
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory.path):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to the output folder {directory.path}: {error.strerror}. Choose a "
-            "folder that you may write to"
-        ) from error
+def _not_own(wrong: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{' and '.join(wrong)}. A run writes only into its own folder and follows no link out of "
+        "it. Put the file or folder itself in the place of the link, or remove the link"
+    )

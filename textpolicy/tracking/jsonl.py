@@ -2,12 +2,12 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
-from textpolicy.errors import DataError
+from textpolicy.adapters.files.tensor_file import atomic_replace, flush_to_disk
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Metrics
@@ -19,17 +19,23 @@ class RunFiles:
     """Appends whole lines to the file `metrics`, and to the file `samples` if there is one.
 
     Rows of step `resume_step` and later steps are dropped first, because a resumed run writes them
-    again. A new run drops all rows.
+    again. A new run drops all rows. When `write` returns, the disk has all rows so far.
     """
 
     def __init__(self, metrics: Path, samples: Path | None = None, *, resume_step: int = 0) -> None:
-        self._metrics = _open_to_append(metrics, resume_step)
-        self._samples = _open_to_append(samples, resume_step) if samples else None
+        self.damage: list[str] = []
+        """What could not be read in the files, for people."""
+        self._metrics = self._open_to_append(metrics, resume_step)
+        self._samples = self._open_to_append(samples, resume_step) if samples else None
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append `metrics` as one line."""
         finite = {name: to_json_number(value) for name, value in metrics.items()}
         _append_rows(self._metrics, [{"step": step, **finite}])
+        # A checkpoint is on the disk at once; the rows before it must be too.
+        os.fsync(self._metrics.fileno())
+        if self._samples:
+            os.fsync(self._samples.fileno())
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Append one line for each completion."""
@@ -42,11 +48,18 @@ class RunFiles:
         if self._samples:
             self._samples.close()
 
-
-def _open_to_append(path: Path, resume_step: int) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drop_rows_from(path, resume_step)
-    return path.open("a", encoding="utf-8")
+    def _open_to_append(self, path: Path, resume_step: int) -> TextIO:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_nlink > 1:
+            # The other name may be a backup.
+            with atomic_replace(path, private=True) as temporary:
+                shutil.copyfile(path, temporary)
+        if damage := drop_rows_from(path, resume_step):
+            self.damage.append(damage)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        file = os.fdopen(os.open(path, flags, 0o600), "a", encoding="utf-8")
+        flush_to_disk(path.parent)
+        return file
 
 
 def _append_rows(file: TextIO, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -55,24 +68,34 @@ def _append_rows(file: TextIO, rows: Sequence[Mapping[str, Any]]) -> None:
     file.flush()
 
 
-def drop_rows_from(path: Path, step: int) -> None:
-    """Drop the rows of `step` and later steps, and a last line that a killed run left unfinished.
+def drop_rows_from(path: Path, step: int) -> str | None:
+    """Drop the rows of `step` and later steps, and lines that are not whole rows.
 
-    Raise `DataError` if rows follow a damaged line: a kill cannot do this, and truncating would
-    lose the rows. One call truncates the file, so a kill leaves the old file or the new file.
+    Return what was damaged, for people, or None. A kill can cut off the last line; other damage
+    leaves a copy of the file as it was. A kill of this process leaves the old or the new file.
     """
     if not path.exists():
-        return
-    kept = [size for size, _ in takewhile(lambda line: line[1]["step"] < step, _lines(path))]
-    with path.open("rb") as file:
-        file.seek(sum(kept))
-        line = file.readline()
-        if _parse_row(line) is None and file.read(1):
-            raise DataError(
-                f"{path} is damaged: its line {len(kept) + 1} is not a row with a step, but other "
-                "rows follow. Restore the file, or delete this line"
-            )
-    os.truncate(path, sum(kept))
+        return None
+    size, cut, rows_after = 0, False, False
+    for line, row in _lines(path):
+        kept = row is not None and row["step"] < step
+        cut = cut or not kept
+        rows_after = rows_after or (cut and kept)
+        size += 0 if cut else len(line)
+    if not rows_after:
+        os.truncate(path, size)
+        return None
+    damaged = path.with_name(f"{path.stem}.damaged{path.suffix}")
+    with atomic_replace(damaged, private=True) as temporary:
+        shutil.copyfile(path, temporary)
+    with atomic_replace(path, private=True) as temporary, temporary.open("wb") as file:
+        file.writelines(
+            line for line, row in _lines(damaged) if row is not None and row["step"] < step
+        )
+    return (
+        f"{path} was damaged: it had lines between its rows that cannot be read. They are removed, "
+        f"and the file as it was is {damaged}"
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -81,30 +104,37 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     for row in read_rows(path):
         merged = by_step.setdefault(row["step"], {})
         for name, value in row.items():
-            if isinstance(value, int | float) or value in _NOT_FINITE:
-                merged[name] = float(value)
+            if (number := _to_float(value)) is not None:
+                merged[name] = number
     return [row | {"step": step} for step, row in by_step.items()]
 
 
+def _to_float(value: Any) -> float | None:
+    """Return a number of a row as a float, or None for any other value."""
+    named = isinstance(value, str) and value in _NOT_FINITE
+    try:
+        return float(value) if named or isinstance(value, int | float) else None
+    except OverflowError:
+        return None
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file up to the first line that is not whole. No file has no rows."""
-    return (row for _, row in _lines(path)) if path.exists() else iter(())
+    """Yield the rows of a file, without lines that cannot be read. No file has no rows."""
+    return (row for _, row in _lines(path) if row is not None) if path.exists() else iter(())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the size in bytes and the row of each line, up to the first that is not whole."""
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield each line with its row, or with None if the line is not a whole row."""
     with path.open("rb") as file:
         for line in file:
-            if (row := _parse_row(line)) is None:
-                return
-            yield len(line), row
+            yield line, _parse_row(line)
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
     """Return the row, or None if the line is not a whole JSON object with a step."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int)
+    whole = line.endswith(b"\n") and isinstance(row, dict) and type(row.get("step")) is int
     return row if whole else None

@@ -4,19 +4,17 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from textpolicy.adapters.files.tensor_file import atomic_replace
 from textpolicy.errors import ConfigError
-from textpolicy.runs import RunDirectory
+from textpolicy.runs import RunDirectory, make_private_folder
 from textpolicy.tracking.jsonl import RunFiles
 from textpolicy.tracking.sink import BackgroundSink, Notify, Sink
 from textpolicy.tracking.tensorboard_run import TensorBoardRun
 from textpolicy.tracking.tracker import CLOSING_SHARE, PATIENCE, Tracker
 from textpolicy.tracking.trackio_run import TrackioRun
 from textpolicy.tracking.wandb_run import WandbRun
-
-_ID_FILE = ".tracking-id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +56,8 @@ def open_tracker(
     wanted = sample_groups != 0 or directory.samples.exists()
     samples = directory.samples if wanted else None
     files = RunFiles(directory.metrics, samples, resume_step=resume_step)
+    for damage in files.damage:
+        notice(damage)
     openers = _openers(directory, services, config, resume_step, patience)
     return Tracker(
         [files],
@@ -75,9 +75,10 @@ def _openers(
     resume_step: int,
     patience: float,
 ) -> dict[str, Callable[[Notify], Sink]]:
-    folder, run_id = directory.path, tracking_id(directory.path)
+    folder, run_id = directory.path, tracking_id(directory)
     openers: dict[str, Callable[[Notify], Sink]] = {}
     if (project := services.wandb) is not None:
+        make_private_folder(directory.wandb)
         openers["W&B"] = lambda notify: WandbRun(
             project,
             run_id=run_id,
@@ -91,7 +92,7 @@ def _openers(
             close_seconds=patience * CLOSING_SHARE * 0.9,
         )
     if services.tensorboard:
-        events = folder / "tensorboard"
+        events = make_private_folder(directory.tensorboard)
         openers["TensorBoard"] = lambda notify: TensorBoardRun(events, resume_step=resume_step)
     if (name := services.trackio) is not None:
         run_name = f"{folder.name}-{run_id}"
@@ -99,10 +100,11 @@ def _openers(
     return openers
 
 
-def tracking_id(folder: Path) -> str:
-    """Return the id by which services know the run in this folder. The folder keeps the id."""
-    file = folder / _ID_FILE
-    # A killed process can leave an empty file.
+def tracking_id(directory: RunDirectory) -> str:
+    """Return the id by which services know the run. The run's folder keeps the id."""
+    file = directory.tracking_id
+    # A full disk can leave an empty file.
     if not (file.is_file() and file.stat().st_size):
-        file.write_text(secrets.token_hex(4), encoding="utf-8")
+        with atomic_replace(file, private=True) as temporary:
+            temporary.write_text(secrets.token_hex(4), encoding="utf-8")
     return file.read_text(encoding="utf-8")

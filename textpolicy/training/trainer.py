@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from textpolicy import fast_cpu
 from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.files.tensor_file import atomic_replace
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.training.advantages import add_advantages, advantages_by_group, requested_keywords
@@ -333,12 +334,13 @@ class Trainer:
 
 
 def _save_rejected_batch(groups: Sequence[RolloutGroup], folder: Path) -> None:
-    """Write each rollout with its task as a JSON line of a new file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"batch-{len(list(folder.iterdir())):04d}.jsonl"
+    """Write each rollout with its task as a JSON line of a new file, which its owner can read."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"batch-{len(list(folder.glob('batch-*.jsonl'))):04d}.jsonl"
     lines = (
         json.dumps({"task": group.task.id} | asdict(rollout))
         for group in groups
         for rollout in group.rollouts
     )
-    path.write_text("\n".join(lines) + "\n")
+    with atomic_replace(path, private=True) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", "utf-8")

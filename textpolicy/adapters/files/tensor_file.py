@@ -7,11 +7,12 @@ the old file or the new file, never a part of one.
 import json
 import os
 import re
-import secrets
 import struct
+import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any, cast
 
 import mlx.core as mx
@@ -21,7 +22,9 @@ from textpolicy.errors import AdapterError, UnwritableError
 METADATA_KEY = "__metadata__"
 TENSOR_SUFFIX = ".safetensors"
 _LENGTH = struct.Struct("<Q")
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.\w+")
+# The number is of the process that writes the file.
+_PARTIAL = re.compile(r"\..*\.(\d+)-\w+\.partial(\.\w+)?")
+_LONGEST_STEM = 100
 
 
 def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -87,34 +90,77 @@ def make_writable_folder(folder: Path, target: Path) -> None:
 
 
 @contextmanager
-def atomic_replace(target: Path) -> Generator[Path]:
-    """Yield a temporary path to write, and rename it to `target` after the block."""
-    # mx.save_safetensors appends ".safetensors" to a name with another suffix.
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
+def atomic_replace(target: Path, *, private: bool = False) -> Generator[Path]:
+    """Yield an empty temporary file to write, and rename it to `target` after the block.
+
+    A symbolic link at `target` is replaced, and the file that it names is not changed. Only the
+    owner can read a `private` file; others may read another file if they may read its folder.
+    """
+    temporary: Path | None = None
     try:
+        temporary = _new_partial_file(target)
         yield temporary
-        _flush(temporary)
+        os.chmod(temporary, 0o600 if private else 0o666 & ~_umask() & _mode(target.parent))
+        flush_to_disk(temporary)
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush_to_disk(target.parent)
     except OSError as error:
         raise _unwritable(target, error) from error
     except RuntimeError as error:
-        raise _unwritable(target, _why_disk_refuses(temporary) or error) from error
+        reason = temporary and _why_disk_refuses(temporary)
+        raise _unwritable(target, reason or error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_partial_files(folder: Path) -> None:
     """Remove temporary files that a killed process left in the folder.
 
-    Only the single process that writes in this folder may call this, between two files.
+    The caller must be the single process that writes in this folder, and be between two files.
+    Another process that lives may be writing a report there.
     """
-    for path in folder.glob(".*"):
-        if _PARTIAL.fullmatch(path.name):
-            path.unlink()
+    for path in folder.glob(".*.partial*"):
+        if match := _PARTIAL.fullmatch(path.name):
+            writer = int(match[1])
+            if writer == os.getpid() or not _is_alive(writer):
+                path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def _new_partial_file(target: Path) -> Path:
+    # mx.save_safetensors appends ".safetensors" to a name with another suffix.
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{target.stem[:_LONGEST_STEM]}.{os.getpid()}-",
+        suffix=f".partial{target.suffix}",
+        dir=target.parent,
+    )
+    os.close(descriptor)
+    return Path(name)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _mode(folder: Path) -> int:
+    return S_IMODE(folder.stat().st_mode)
+
+
+def _umask() -> int:
+    # There is no other way to ask. Files that threads make meanwhile are private.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when the disk has the content of a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,7 +34,8 @@ def run(options: Namespace) -> Answer:
     directories = [directory for path in paths for directory in _runs_in(path)]
     if len(paths) > 1 and all(RunDirectory(path).exists for path in paths):
         return _compare(directories)
-    summaries = [_summary(directory, named=directory.path in paths) for directory in directories]
+    named = [path.absolute() for path in paths]
+    summaries = [_summary(directory, named=directory.path in named) for directory in directories]
     if not summaries:
         return Answer(data={"runs": []}, text=f"no runs in {', '.join(map(str, paths))}")
     return Answer(data={"runs": [asdict(one) for one in summaries]}, text=_table(summaries))

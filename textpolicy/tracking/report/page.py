@@ -9,11 +9,14 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from textpolicy.adapters.files.tensor_file import atomic_replace
+from textpolicy.errors import ConfigError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.report.charts import charts_for
 from textpolicy.tracking.report.runs import read_run
 
 SAMPLE_BYTES = 2_000_000
+_GENERATOR = b'<meta name="generator" content="textpolicy">'
 _SCRIPTS = ("elements.js", "charts.js", "samples.js", "page.js")
 
 
@@ -29,10 +32,20 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         nonzero[name] = nonzero.get(name, False) or any(value for _, value in points)
     title = " and ".join(run["name"] for run in shown)
     data = {"title": title, "runs": shown, "charts": charts_for(nonzero)}
-    target = output or RunDirectory(runs[0]).report
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(_page(title, data), encoding="utf-8")
-    return temporary.replace(target)
+    target = output or _page_of(RunDirectory(runs[0]))
+    with atomic_replace(target, private=output is None) as temporary:
+        temporary.write_text(_page(title, data), encoding="utf-8")
+    return target
+
+
+def _page_of(run: RunDirectory) -> Path:
+    """Return the path of the page in a run; raise `ConfigError` if another page is there."""
+    if run.report.is_file() and _GENERATOR not in run.report.read_bytes():
+        raise ConfigError(
+            f"{run.report} is not a report that textpolicy wrote, so it is not replaced. Name "
+            "another file by --output, or move this one away"
+        )
+    return run.report
 
 
 def _page(title: str, data: object) -> str:
