@@ -364,9 +364,12 @@ class Faulty(ChatEnv):
     [
         (lambda *step: 1 / 0, r"ZeroDivisionError: division by zero"),
         (lambda *step: step[:4], r"step returned 4 values; expected 5"),
-        (lambda *step: (3, *step[1:]), r"the observation is 3; expected text"),
-        (lambda o, r, *rest: (o, float("nan"), *rest), r"the reward is nan; expected a finite"),
-        (lambda o, r, *rest: (o, "high", *rest), r"ValueError: could not convert"),
+        (lambda *step: (3, *step[1:]), r"the observation is 3 \(int\); expected text"),
+        (
+            lambda o, r, *rest: (o, float("nan"), *rest),
+            r"the reward is nan \(float\); expected a finite",
+        ),
+        (lambda o, r, *rest: (o, "high", *rest), r"the reward is 'high' \(str\); expected"),
     ],
     ids=["raises", "four values", "no text", "nan", "no number"],
 )

@@ -68,7 +68,8 @@ class TaskOptions:
     )
     on_reward_error: Literal["fail", "skip"] | float | None = option(
         None,
-        "when a reward call fails: fail ends the run, skip drops the sample, a number is its score",
+        "when a reward or an environment fails: fail ends the run, skip drops the sample, a number "
+        "is its score",
         unset="fail",
         metavar="POLICY",
         limit=FINITE,

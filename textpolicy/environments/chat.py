@@ -4,7 +4,6 @@ Also the types of the functions that make a task, and its prompt and gold answer
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -12,6 +11,7 @@ import gymnasium as gym
 
 from textpolicy.environments.space import AnyText
 from textpolicy.rewards import Rewards, score
+from textpolicy.rewards.reward_function import own_copy
 from textpolicy.types import Prompt, RewardFn
 
 DrawFn = Callable[[Random], tuple[Prompt, Mapping[str, Any]]]
@@ -58,19 +58,21 @@ class ChatEnv(gym.Env[str, str]):
     ) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         self._answers: list[str] = []
-        prompt, self._example = self._draw(Random(int(self.np_random.integers(2**62))))
+        prompt, example = self._draw(Random(int(self.np_random.integers(2**62))))
+        # The functions of this episode may change the example, and other episodes share it.
+        self._example = own_copy(example)
         self._prompt = prompt_text(prompt)
-        info: dict[str, Any] = {"example": deepcopy(dict(self._example))} | self._gold_info()
+        info: dict[str, Any] = {"example": own_copy(dict(self._example))} | self._gold_info()
         if not isinstance(prompt, str):
             info["messages"] = [dict(message) for message in prompt]
         return self._prompt, info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self._answers.append(action)
-        reply = self._reply(self._answers, self._example)
+        reply = self._reply([*self._answers], self._example)
         terminated = reply is None
         truncated = not terminated and len(self._answers) >= self._max_turns
-        value = self._turn_reward(self._answers, self._example) if self._turn_reward else 0.0
+        value = self._turn_reward([*self._answers], self._example) if self._turn_reward else 0.0
         if self._reward and (terminated or truncated):
             value += score(self._reward, self._prompt, action, self._example) or 0.0
         return reply or "", value, terminated, truncated, self._gold_info()

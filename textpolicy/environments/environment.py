@@ -18,7 +18,7 @@ from textpolicy.environments.held_out import (
 )
 from textpolicy.errors import TaskError
 from textpolicy.rewards import Rewards, reward
-from textpolicy.types import Prompt, RewardFn, Task
+from textpolicy.types import RewardFn, Task
 
 
 @runtime_checkable
@@ -135,21 +135,6 @@ class EpisodeTasks:
     def _with_env(self, task: Task) -> Task:
         build = partial(self.build, lambda rng: (task.prompt, task.example), reward=self.reward)
         return replace(task, env=build)
-
-
-def opening_prompt(observation: Any, info: dict[str, Any], name: str) -> Prompt:
-    """Return the prompt that `reset` gave: `info["messages"]` if there are any, or the observation.
-
-    Raise `TaskError` if the observation is not text.
-    """
-    if messages := info.get("messages"):
-        return list(messages)
-    if not isinstance(observation, str):
-        raise TaskError(
-            f"environment {name} starts with {observation!r:.60} ({type(observation).__name__}); "
-            "expected text. Wrap the environment so that observations and actions are strings"
-        )
-    return observation
 
 
 def from_function(

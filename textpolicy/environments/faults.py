@@ -1,18 +1,22 @@
-"""Broad excepts around tools, verifiers and environments, which are code of users and libraries."""
+"""Errors around tools, verifiers and environments, which are code of users and libraries."""
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any
 
 from textpolicy.errors import RewardError, TaskError, TextPolicyError
+from textpolicy.user_code import describe_error, is_ctrl_c
 
 
 def call_tool(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the tool's result as text and True, or the error that the tool raised and False."""
     try:
-        return str(tool(**arguments)), True
-    except Exception as error:
-        return f"error: {type(error).__name__}: {error}", False
+        # A subclass of str could have methods of its own.
+        return "".join([str(tool(**arguments))]), True
+    except BaseException as error:
+        if is_ctrl_c(error):
+            raise
+        return f"error: {describe_error(error)}", False
 
 
 def verify_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str, Any]) -> float:
@@ -23,14 +27,25 @@ def verify_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str
         return 0.0
 
 
-@contextmanager
-def environment_errors(name: str, where: str) -> Generator[None, None, None]:
-    """Turn an exception inside the block into a `TaskError` with the environment and `where`."""
-    try:
-        yield
-    except RewardError:
-        raise
-    except TextPolicyError as error:
-        raise TaskError(f"environment {name}, {where}: {error}") from error
-    except Exception as error:
-        raise TaskError(f"environment {name}, {where}: {type(error).__name__}: {error}") from error
+class environment_errors:
+    """Turn an exception inside the block into a `TaskError` with the environment and `where`.
+
+    Errors of rewards pass, and Ctrl-C does.
+    """
+
+    def __init__(self, name: str, where: str) -> None:
+        self._place = f"environment {name}, {where}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None or is_ctrl_c(error) or isinstance(error, RewardError):
+            return
+        ours = isinstance(error, TextPolicyError)
+        raise TaskError(f"{self._place}: {error if ours else describe_error(error)}") from error

@@ -25,25 +25,34 @@ def read_answer(answer: Any) -> tuple[float | None, dict[str, float]] | str:
     """Return the reward and its metrics, or a text that says what was returned and expected."""
     if not isinstance(answer, Score):
         return _read_reward(answer, {})
-    given: Any = answer.metrics
+    metrics = read_metrics(answer.metrics)
+    return (
+        f"a Score with {metrics}"
+        if isinstance(metrics, str)
+        else _read_reward(answer.value, metrics)
+    )
+
+
+def read_metrics(given: Any) -> dict[str, float] | str:
+    """Return the metrics as floats, or a text that says what was given and expected."""
     if not isinstance(given, Mapping):
-        return f"a Score with the metrics {describe_value(given)}; expected a mapping of numbers"
+        return f"the metrics {describe_value(given)}; expected a mapping of names and numbers"
     metrics = dict(given)
     if len(metrics) > _MAX_METRICS:
-        return f"a Score with {len(metrics)} metrics; expected at most {_MAX_METRICS}"
+        return f"{len(metrics)} metrics; expected at most {_MAX_METRICS}"
     for name, value in metrics.items():
         if type(name) is not str or not 0 < len(name) <= _MAX_NAME_LENGTH or not name.isprintable():
             return (
-                f"a Score with a metric named {describe_value(name)}; expected a text of 1 to "
+                f"a metric named {describe_value(name)}; expected a text of 1 to "
                 f"{_MAX_NAME_LENGTH} printable characters"
             )
         if not abs(number := to_number(value)) <= _MAX_METRIC:
             return (
-                f"a Score with the metric {name!r} {describe_value(value)}; expected a finite "
-                f"number from -{_MAX_METRIC:g} to {_MAX_METRIC:g}"
+                f"the metric {name!r} {describe_value(value)}; expected a finite number from "
+                f"-{_MAX_METRIC:g} to {_MAX_METRIC:g}"
             )
         metrics[name] = number
-    return _read_reward(answer.value, metrics)
+    return metrics
 
 
 def _read_reward(
@@ -54,8 +63,8 @@ def _read_reward(
     if abs(number := to_number(value)) <= MAX_REWARD:
         return number, metrics
     return (
-        f"{describe_value(value)}; expected a finite number from -{MAX_REWARD:g} to "
-        f"{MAX_REWARD:g}, or None to leave the sample out"
+        f"{describe_value(value)}; expected a finite number from -1e12 to "
+        "1e12, or None to leave the sample out"
     )
 
 

@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from textpolicy.activity import Activity, doing
-from textpolicy.errors import RewardError
+from textpolicy.errors import RewardError, TextPolicyError
 from textpolicy.rewards.call_reward import (
     MAX_CONCURRENT,
     RewardResult,
@@ -78,6 +78,7 @@ class Scorer:
         self._pool = None if timeout is None else WorkerPool(rewards, timeout)
         self._on_incident = on_incident
         self._last_calls_failed: deque[bool] = deque(maxlen=_ERROR_WINDOW)
+        self._faults: list[TextPolicyError] = []
         # By the index of the function, and whether the calls were slow; the other calls failed.
         self._to_report: dict[tuple[int, bool], list[tuple[Sample, RewardResult]]] = {}
 
@@ -119,7 +120,7 @@ class Scorer:
         """Return one verdict for each sample, in order."""
         started = time.perf_counter()
         self.prepare([sample.example for sample in samples])
-        verdicts = self.score_prepared(samples)
+        verdicts = self.score_prepared(samples) if samples else []
         self.report_incidents()
         self.seconds += time.perf_counter() - started
         return verdicts
@@ -144,6 +145,29 @@ class Scorer:
                 )
                 self._on_incident(incident)
         self._to_report.clear()
+        self._report_faults()
+
+    def _report_faults(self) -> None:
+        if self._faults and self._on_incident:
+            error, more = str(self._faults[0]), len(self._faults) - 1
+            self._on_incident(
+                Incident(reward="environment", sample="", seconds=0.0, error=error, more=more)
+            )
+        self._faults.clear()
+
+    def count_fault(self, fault: TextPolicyError) -> None:
+        """Count the failure of an environment as a failed call; raise if it must end the run."""
+        self._last_calls_failed.append(True)
+        if self.rewards.on_error == "fail":
+            raise fault
+        self._faults.append(fault)
+        self._check_error_rate(str(fault))
+
+    def verdict_of_fault(self, fault: TextPolicyError) -> Verdict:
+        """Return the verdict on an episode whose environment failed, as `on_error` says."""
+        on_error = self.rewards.on_error
+        value = None if isinstance(on_error, str) else float(on_error)
+        return Verdict(value=value, error=str(fault))
 
     def interrupt(self) -> None:
         """Make `score_prepared` in another thread raise `RewardError`, and kill its calls."""
@@ -172,22 +196,22 @@ class Scorer:
         position: int,
         result: RewardResult,
     ) -> None:
-        self._check_error_rate(result)
+        if result.counts:
+            self._last_calls_failed.append(result.error is not None)
+        if result.error is not None:
+            if self.rewards.on_error == "fail":
+                raise RewardError(result.error)
+            self._check_error_rate(result.error)
         results[position] = result
         activity.advance()
 
-    def _check_error_rate(self, result: RewardResult) -> None:
-        if result.counts:
-            self._last_calls_failed.append(result.error is not None)
-        if result.error is None:
-            return
-        if self.rewards.on_error == "fail":
-            raise RewardError(result.error)
+    def _check_error_rate(self, error: str) -> None:
+        """Raise if too many of the last calls failed; `error` is the last of them."""
         failed, rate = sum(self._last_calls_failed), self.rewards.max_error_rate
         if failed > rate * _ERROR_WINDOW:
             raise RewardError(
-                f"{failed} of the last {len(self._last_calls_failed)} calls of rewards failed, "
-                f"more than {rate:.0%} of {_ERROR_WINDOW}; the last: {result.error}"
+                f"{failed} of the last {len(self._last_calls_failed)} calls of rewards and "
+                f"environments failed, more than {rate:.0%} of {_ERROR_WINDOW}; the last: {error}"
             )
 
     def _verdict(self, results: Sequence[RewardResult]) -> Verdict:

@@ -1,16 +1,15 @@
 """Collecting rollouts: a policy answers tasks or plays their environments, and rewards score."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from textpolicy.activity import doing
 from textpolicy.environments.chat import prompt_text
-from textpolicy.environments.environment import opening_prompt
+from textpolicy.environments.episode_values import StepResult, check_step_result, open_episode
 from textpolicy.environments.faults import environment_errors
-from textpolicy.environments.play import check_step_result
-from textpolicy.errors import ConfigError, TaskError
+from textpolicy.errors import ConfigError, RewardError, TaskError, TextPolicyError
 from textpolicy.rewards import RewardLike, Sample, Scorer, Verdict, append_completion, scorer_of
 from textpolicy.rewards.scorer import BackgroundScorer
 from textpolicy.types import (
@@ -23,8 +22,12 @@ from textpolicy.types import (
     RolloutGroup,
     StopReason,
     Task,
+    TextEnv,
     Turn,
 )
+
+OnFault = Callable[[TextPolicyError], None]
+"""Takes the error of an environment; raises it if it must end the run."""
 
 
 def collect(
@@ -49,9 +52,8 @@ def collect(
         if not episodic and scorer.can_overlap_decoding and isinstance(policy, ConversingPolicy):
             unscored, verdicts = _answer_and_score(tasks, policy, scorer, group_size, seed)
         else:
-            unscored = _play(tasks, policy, group_size, seed, max_turns)
-            groups = zip(tasks, unscored, strict=True)
-            verdicts = scorer.score([_sample(task, one) for task, group in groups for one in group])
+            unscored = _play(tasks, policy, group_size, seed, max_turns, scorer.count_fault)
+            verdicts = _score(scorer, tasks, unscored)
     remaining = iter(verdicts)
     return [
         RolloutGroup(task=task, rollouts=[_rollout(one, next(remaining)) for one in group])
@@ -63,53 +65,69 @@ class Episode:
     """A new environment that is played for one rollout of a task.
 
     `cut_off` is True if a limit ended the episode and not the environment. A completion that
-    reached `max_tokens` is the last one.
+    reached `max_tokens` is the last one. An environment that fails ends the episode too: `fault`
+    says how, and `on_fault` is called with it.
     """
 
-    def __init__(self, task: Task, max_turns: int) -> None:
-        assert task.env is not None
+    def __init__(self, task: Task, max_turns: int, on_fault: OnFault) -> None:
         self.turns: list[Turn] = []
         self.cut_off = True
         self.metrics: dict[str, float] = {}
+        self.fault: TextPolicyError | None = None
         self._task = task
         self._max_turns = max_turns
-        with doing("the start of an environment"), environment_errors(task.id, "reset"):
+        self._on_fault = on_fault
+        self._env: TextEnv | None = None
+        with self._noting_faults("the start of an environment", "reset"):
+            assert task.env is not None
             self._env = task.env()
-            prompt = opening_prompt(*self._env.reset(seed=task.seed), task.id)
-        if prompt != task.prompt:
-            raise TaskError(
-                f"the environment of task {task.id!r} opens with {prompt!r:.60} for seed "
-                f"{task.seed}, but the task's prompt is {task.prompt!r:.60}; make reset(seed=...) "
-                "give the same start for the same seed"
-            )
+            prompt, _ = open_episode(self._env, task.seed)
+            if prompt != task.prompt:
+                raise TaskError(
+                    f"the environment opens with {prompt!r:.60} for seed {task.seed}, but the "
+                    f"task's prompt is {task.prompt!r:.60}; make reset(seed=...) give the same "
+                    "start for the same seed"
+                )
 
-    @doing("a step of an environment")
     def respond(self, completion: Completion) -> Sequence[Message] | None:
         """Return the messages that the environment replies, or None if the episode is over."""
+        if self.fault or self._env is None:
+            return None
         where = f"turn {len(self.turns) + 1}, on {completion.text!r:.60}"
-        with environment_errors(self._task.id, where):
-            observation, reward, terminated, truncated, info = check_step_result(
-                self._env.step(completion.text)
-            )
-            messages = info.get("messages") or [{"role": "user", "content": observation}]
-            replies: list[Message] = list(messages)
+        with self._noting_faults("a step of an environment", where):
+            return self._record(completion, check_step_result(self._env.step(completion.text)))
+        return None
+
+    def _record(self, completion: Completion, step: StepResult) -> Sequence[Message] | None:
         unfinished = completion.stop_reason is StopReason.LENGTH
         full = len(self.turns) + 1 >= self._max_turns
-        self.cut_off = not terminated and (truncated or unfinished or full)
-        self.turns.append(Turn(completion=completion.text, reward=reward, replies=replies))
-        metrics = {**info.get("metrics", {}), "turns": len(self.turns)}
-        self.metrics = {f"env/{name}": float(value) for name, value in metrics.items()}
-        if terminated or self.cut_off:
+        self.cut_off = not step.terminated and (step.truncated or unfinished or full)
+        turn = Turn(completion=completion.text, reward=step.reward, replies=step.messages)
+        self.turns.append(turn)
+        metrics = {**step.metrics, "turns": float(len(self.turns))}
+        self.metrics = {f"env/{name}": value for name, value in metrics.items()}
+        if step.terminated or self.cut_off:
             return None
         # If no further call comes, the context had no room for another answer.
         self.cut_off = True
-        return replies
+        return step.messages
 
-    @doing("closing an environment")
     def close(self) -> None:
         """Close the environment."""
-        with environment_errors(self._task.id, "close"):
-            self._env.close()
+        if self._env is not None:
+            with self._noting_faults("closing an environment", "close"):
+                self._env.close()
+
+    @contextmanager
+    def _noting_faults(self, what: str, where: str) -> Generator[None, None, None]:
+        """Keep the first error inside the blocks as the episode's fault."""
+        try:
+            with doing(what), environment_errors(self._task.id, where):
+                yield
+        except (TaskError, RewardError) as error:
+            if self.fault is None:
+                self.fault = error
+                self._on_fault(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +144,10 @@ class _UnscoredRollout:
     @property
     def turns(self) -> Sequence[Turn]:
         return self.episode.turns if self.episode else ()
+
+    @property
+    def fault(self) -> TextPolicyError | None:
+        return self.episode.fault if self.episode else None
 
     @property
     def stop_reason(self) -> StopReason:
@@ -149,7 +171,12 @@ def _answer_and_score(
 
 
 def _play(
-    tasks: Sequence[Task], policy: Policy, group_size: int, seed: int, max_turns: int
+    tasks: Sequence[Task],
+    policy: Policy,
+    group_size: int,
+    seed: int,
+    max_turns: int,
+    on_fault: OnFault,
 ) -> list[list[_UnscoredRollout]]:
     """Return the rollouts of each task: an episode if it has an environment, else one answer."""
     prompts = [task.prompt for task in tasks]
@@ -164,7 +191,7 @@ def _play(
             "textpolicy.types.ConversingPolicy"
         )
     episodes = [
-        [Episode(task, max_turns) if task.env else None for _ in range(group_size)]
+        [Episode(task, max_turns, on_fault) if task.env else None for _ in range(group_size)]
         for task in tasks
     ]
 
@@ -178,6 +205,18 @@ def _play(
     return [
         [_UnscoredRollout(turns, episode) for turns, episode in zip(group, members, strict=True)]
         for group, members in zip(groups, episodes, strict=True)
+    ]
+
+
+def _score(
+    scorer: Scorer, tasks: Sequence[Task], unscored: Sequence[Sequence[_UnscoredRollout]]
+) -> list[Verdict]:
+    """Return a verdict for each rollout. Rewards do not see episodes whose environment failed."""
+    rollouts = [(task, one) for task, group in zip(tasks, unscored, strict=True) for one in group]
+    whole = [_sample(task, one) for task, one in rollouts if one.fault is None]
+    scored = iter(scorer.score(whole))
+    return [
+        scorer.verdict_of_fault(one.fault) if one.fault else next(scored) for _, one in rollouts
     ]
 
 

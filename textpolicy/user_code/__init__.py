@@ -1,6 +1,12 @@
 """The user's Python files: loading them, and errors that say where their code failed."""
 
-from textpolicy.user_code.faults import describe_value, raise_user_errors_as, type_name
+from textpolicy.user_code.faults import (
+    describe_error,
+    describe_value,
+    is_ctrl_c,
+    raise_user_errors_as,
+    type_name,
+)
 from textpolicy.user_code.load_file import (
     has_file_module_name,
     load_python_file,
@@ -8,8 +14,10 @@ from textpolicy.user_code.load_file import (
 )
 
 __all__ = [
+    "describe_error",
     "describe_value",
     "has_file_module_name",
+    "is_ctrl_c",
     "load_python_file",
     "raise_user_errors_as",
     "split_file_and_name",

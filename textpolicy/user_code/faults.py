@@ -75,7 +75,7 @@ def describe_value(value: Any) -> str:
     """Return the start of the value's `repr`, which is the user's code, and its type."""
     try:
         shown = value[:_MAX_VALUE_LENGTH] if type(value) in (str, bytes) else value
-        text = str.__getitem__(repr(shown), slice(_MAX_VALUE_LENGTH + 2))
+        text = " ".join(str.__getitem__(repr(shown), slice(_MAX_VALUE_LENGTH + 2)).split())
     except BaseException as error:
         if is_ctrl_c(error):
             raise

@@ -12,7 +12,8 @@ from typing import Any
 
 import gymnasium as gym
 
-from textpolicy.environments.environment import Environment, opening_prompt
+from textpolicy.environments.environment import Environment
+from textpolicy.environments.episode_values import open_episode
 from textpolicy.environments.faults import environment_errors
 from textpolicy.environments.held_out import (
     DRAWS_PER_HELD_OUT_TASK,
@@ -172,9 +173,8 @@ class GymnasiumTasks:
         """Return the problem of a seed and its task."""
         with environment_errors(self.name, f"seed {env_seed}"):
             env = self.make_env()
-            observation, info = env.reset(seed=env_seed)
+            prompt, info = open_episode(env, env_seed)
             env.close()
-            prompt = opening_prompt(observation, info, self.name)
         task = Task(
             id=f"{self.name}/{env_seed}",
             prompt=prompt,
