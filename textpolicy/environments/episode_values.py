@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from textpolicy.errors import TaskError
-from textpolicy.rewards.returned_numbers import MAX_REWARD, read_metrics, to_number
+from textpolicy.rewards.returned_numbers import MAX_REWARD, check_metrics, to_number
 from textpolicy.types import Message, Prompt, TextEnv
 from textpolicy.user_code import describe_value
 
@@ -63,7 +63,7 @@ def check_step_result(step: Any) -> StepResult:
             f"the reward is {describe_value(reward)}; expected a finite number from -1e12 to 1e12"
         )
     info = _check_info(given)
-    metrics = read_metrics(info.get("metrics", {}))
+    metrics = check_metrics(info.get("metrics", {}))
     if isinstance(metrics, str):
         raise TaskError(f"info has {metrics}")
     return StepResult(

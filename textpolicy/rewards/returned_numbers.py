@@ -25,7 +25,7 @@ def read_answer(answer: Any) -> tuple[float | None, dict[str, float]] | str:
     """Return the reward and its metrics, or a text that says what was returned and expected."""
     if not isinstance(answer, Score):
         return _read_reward(answer, {})
-    metrics = read_metrics(answer.metrics)
+    metrics = check_metrics(answer.metrics)
     return (
         f"a Score with {metrics}"
         if isinstance(metrics, str)
@@ -33,7 +33,7 @@ def read_answer(answer: Any) -> tuple[float | None, dict[str, float]] | str:
     )
 
 
-def read_metrics(given: Any) -> dict[str, float] | str:
+def check_metrics(given: Any) -> dict[str, float] | str:
     """Return the metrics as floats, or a text that says what was given and expected."""
     if not isinstance(given, Mapping):
         return f"the metrics {describe_value(given)}; expected a mapping of names and numbers"
