@@ -44,6 +44,7 @@ LAYERS = (
     "textpolicy.config",
     "textpolicy.user_code",
     "textpolicy.activity",
+    "textpolicy.untrusted",
     "textpolicy.errors",
 )
 LEVEL = {layer: level for level, layer in enumerate(LAYERS)}
@@ -65,6 +66,14 @@ CONTRACTS = {
     "policy_loss": "textpolicy.algorithms",
     "DECLARATION": "textpolicy.algorithms",
     "load": "textpolicy.environments.bridges",
+}
+# Files that may write to the terminal: trackio prints by itself, and its output is sent elsewhere.
+TERMINAL_WRITERS = {"textpolicy.cli.output", "textpolicy.tracking.trackio_run"}
+# Files that may call Python's readers: they have bounds of their own.
+PARSERS = {
+    "textpolicy.untrusted.parsing",
+    "textpolicy.rewards.verifiers.json_schema",
+    "textpolicy.user_code.killable_process",
 }
 PACKAGE = ("textpolicy", "envs")
 SCRIPTS = ("benchmarks", "tools", "examples")
@@ -160,12 +169,25 @@ def stars_are_not_imported(source: Source) -> Iterator[str]:
             yield f"line {node.lineno}: star import"
 
 
-def only_the_command_prints(source: Source) -> Iterator[str]:
-    if source.layer == "textpolicy.cli":
+def one_file_writes_to_the_terminal(source: Source) -> Iterator[str]:
+    if source.module in TERMINAL_WRITERS:
         return
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call) and called_name(node) == "print":
             yield f"line {node.lineno}: print; return the value or report it to a callback"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"sys.stdout", "sys.stderr"}:
+            yield f"line {node.lineno}: {ast.unparse(node)}; textpolicy/cli/output.py writes there"
+
+
+def one_file_reads_json_and_toml(source: Source) -> Iterator[str]:
+    if source.module in PARSERS or source.layer == "textpolicy_envs":
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and called_name(node) in {"json.load", "json.loads"}:
+            yield f"line {node.lineno}: {called_name(node)}; call parse_json or read_json_file"
+    for line, module in imported_modules(source):
+        if module.split(".")[0] == "tomllib":
+            yield f"line {line}: tomllib; call parse_toml or read_toml_file"
 
 
 def broad_excepts_stay_at_the_boundary(source: Source) -> Iterator[str]:
@@ -314,7 +336,8 @@ Rule = Callable[[Source], Iterator[str]]
 RULES: dict[Rule, tuple[str, ...]] = {
     imports_go_down: PACKAGE,
     stars_are_not_imported: PACKAGE,
-    only_the_command_prints: PACKAGE,
+    one_file_writes_to_the_terminal: PACKAGE,
+    one_file_reads_json_and_toml: PACKAGE,
     broad_excepts_stay_at_the_boundary: PACKAGE,
     nothing_unsafe_is_called: PACKAGE,
     one_file_applies_the_chat_template: PACKAGE,
@@ -341,7 +364,11 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (imports_go_down, "envs/add.py", "from textpolicy.generation import load_model"),
     (one_file_applies_the_chat_template, "envs/add.py", "ids = t.apply_chat_template(messages)"),
     (stars_are_not_imported, "textpolicy/buffer.py", "from textpolicy.types import *"),
-    (only_the_command_prints, "textpolicy/buffer.py", "print('full')"),
+    (one_file_writes_to_the_terminal, "textpolicy/buffer.py", "print('full')"),
+    (one_file_writes_to_the_terminal, "textpolicy/cli/show.py", "print('full')"),
+    (one_file_writes_to_the_terminal, "textpolicy/buffer.py", "sys.stderr.write('full')"),
+    (one_file_reads_json_and_toml, "textpolicy/buffer.py", "json.loads(text)"),
+    (one_file_reads_json_and_toml, "textpolicy/buffer.py", "import tomllib"),
     (broad_excepts_stay_at_the_boundary, "envs/add.py", "try: f()\nexcept: g()"),
     (broad_excepts_stay_at_the_boundary, "envs/add.py", "try: f()\nexcept Exception: g()"),
     (
@@ -421,7 +448,8 @@ SOUND = [
         "try: f()\nexcept Exception as e: raise RewardError() from e",
     ),
     ("textpolicy/environments/load.py", "import textpolicy_envs"),
-    ("textpolicy/cli/show.py", "print('done')"),
+    ("textpolicy/cli/output.py", "print('done', file=sys.stderr)"),
+    ("textpolicy/untrusted/parsing.py", "import tomllib\njson.loads(text)"),
     ("textpolicy/__init__.py", "from textpolicy.loop import train_rl"),
     ("envs/add.py", "from textpolicy.types import Task\nsubprocess.run(['ls'], shell=False)"),
     ("textpolicy/cli/main.py", "from textpolicy.cli.flags import add_options"),

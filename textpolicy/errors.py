@@ -41,5 +41,9 @@ class DataError(TextPolicyError, ValueError):
     """A row of a data set cannot be read, or lacks a column that was asked for."""
 
 
+class UnreadableError(TextPolicyError, ValueError):
+    """A file is no regular file, is too large, or does not hold what was expected in it."""
+
+
 class TrainingError(TextPolicyError, RuntimeError):
     """A training step is impossible, or would change nothing."""

@@ -51,7 +51,7 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
         (b'{"a": NaN}', "NaN is not JSON"),
         (b'{"a": "\\ud800"}', "surrogates not allowed"),
         (b"[1, 2]", r"a list; expected an object, such as"),
-        (b"[" * 200_000, "recursion"),
+        (b"[" * 200_000, "nested more than 64 deep"),
         (b'{"a": "\xff"}', "not UTF-8"),
         (
             b'{"a": "' + b"x" * (17 * 2**20) + b'"}',

@@ -13,8 +13,9 @@ from functools import cache
 
 import pytest
 
-from textpolicy.tracking.console import Console, sample_line, terminal_safe
+from textpolicy.tracking.console import Console, sample_line
 from textpolicy.tracking.run_history import RunHistory, format_duration, spark_line, time_shares
+from textpolicy.untrusted.terminal import terminal_safe
 
 METRICS = {
     "reward": 0.5,

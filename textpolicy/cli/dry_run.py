@@ -1,6 +1,5 @@
 """Dry run: the settings of a run and an estimate of its memory, without starting the run."""
 
-import json
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
@@ -21,7 +20,7 @@ from textpolicy.experiment.assembly import (
     sampling_of,
 )
 from textpolicy.experiment.tasks import find_task
-from textpolicy.generation.model_files import find_model
+from textpolicy.generation.model_files import find_model, read_architecture_file
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
 
@@ -87,7 +86,7 @@ def estimate_memory(config: TrainConfig, prompt_tokens: int, completion_tokens: 
 
 def read_architecture(options: ModelOptions) -> dict[str, Any]:
     """Return the content of the model's config.json, quantized as the options say."""
-    architecture = json.loads((find_model(options.name) / "config.json").read_text("utf-8"))
+    architecture = read_architecture_file(find_model(options.name))
     quantization = quantization_of(options)
     if quantization is None:
         return architecture

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
 from textpolicy.config.toml import NAMES_IN_OTHER_LIBRARIES, read_toml, suggestion_for
 from textpolicy.errors import ConfigError
+from textpolicy.untrusted.terminal import terminal_safe
 
 _C = TypeVar("_C")
 
@@ -42,7 +43,14 @@ FLAGS_OF_OTHER_LIBRARIES = {
 }
 
 
-class FlagParser(ArgumentParser):
+class SafeParser(ArgumentParser):
+    """Spells out what could control the terminal in its messages, which quote the command line."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(terminal_safe(message), file)
+
+
+class FlagParser(SafeParser):
     """Answers unknown flags with the most similar known flags before any other error."""
 
     # No single signature is compatible with the overloads of the stub.
@@ -72,7 +80,7 @@ class FlagParser(ArgumentParser):
         return f"; did you mean {known[near[0]]}?" if near else "; --help lists them"
 
 
-class CommandsParser(ArgumentParser):
+class CommandsParser(SafeParser):
     """Answers an unknown command with the most similar known command."""
 
     # No single signature is compatible with the overloads of the stub.

@@ -1,12 +1,12 @@
 """Shows the events of a run in the terminal, and turns signals into a stop after the step."""
 
-import sys
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 
+from textpolicy.cli.output import error_stream
 from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.experiment import RunEvent, RunResult
-from textpolicy.tracking.console import Console, terminal_safe
+from textpolicy.tracking.console import Console
 from textpolicy.types import Progress
 
 
@@ -17,12 +17,12 @@ class TerminalListener:
         self._steps = steps
         self._opened = opened
         self._panel = panel
-        self._console = opened.enter_context(closing(Console(sys.stderr, steps)))
+        self._console = opened.enter_context(closing(Console(error_stream(), steps)))
         self._request = StopRequest()
 
     def note(self, text: str) -> None:
-        """Write a line, with characters that could control the terminal spelled out."""
-        self._console.note(terminal_safe(text))
+        """Write a line that stays."""
+        self._console.note(text)
 
     def __call__(self, event: RunEvent) -> Progress:
         if event.kind == "start":

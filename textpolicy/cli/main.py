@@ -9,48 +9,43 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from textpolicy import activity, backend
+from textpolicy.cli.output import guard_terminal, print_answer, print_note
 from textpolicy.cli.parser import build_parser
 from textpolicy.errors import RunInterruptedError, TextPolicyError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code, as `parser.EXIT_CODES` lists them."""
+    if argv is None:
+        guard_terminal()
     given = sys.argv[1:] if argv is None else argv
     options = build_parser(next(iter(given), "")).parse_args(given)
     if options.command is None:
-        print(_versions())
+        print_answer(_versions())
         return 0
     begun = activity.times_begun()
     failed = f"textpolicy {options.command}: "
     if missing := backend.missing_backend():
-        print(f"{failed}{missing}", file=sys.stderr)
+        print_note(f"{failed}{missing}")
         return 1
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             answer = import_module(f"textpolicy.cli.commands.{options.command}").run(options)
     except KeyboardInterrupt:
-        print(f"{failed}interrupted", file=sys.stderr)
+        print_note(f"{failed}interrupted")
         return 130
     except (TextPolicyError, OSError) as error:
-        print(f"{failed}{error}", file=sys.stderr)
+        print_note(f"{failed}{error}")
         return _exit_code(error, begun=activity.times_begun() > begun)
     if text := json.dumps(answer.data) if options.json else answer.text:
-        _answer(text)
+        print_answer(text)
     return answer.exit_code
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
     """Print a warning without the line of our code that gave it, which says nothing to a user."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def _answer(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # A reader such as `head` closed the pipe; Python would write again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print_note(f"warning: {message}")
 
 
 def _versions() -> str:

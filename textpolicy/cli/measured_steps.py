@@ -7,7 +7,6 @@ small that the model barely changes during the measurement.
 
 import math
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig, changed
 from textpolicy.environments import Environment
 from textpolicy.experiment.assembly import apply_thread_option, assemble, find_algorithm
@@ -27,7 +27,6 @@ from textpolicy.experiment.tasks import find_task
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.console import terminal_safe
 from textpolicy.training.checkpoint import Checkpoints
 from textpolicy.types import Metrics, Progress
 
@@ -74,12 +73,12 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
 
         def see(report: StepReport) -> Progress:
             took, left = report.metrics["time/step"], seconds - (time.perf_counter() - started)
-            _note(f"{f'step {report.step}' if report.step else 'warm-up'}  {took:.2f} s")
+            print_note(f"{f'step {report.step}' if report.step else 'warm-up'}  {took:.2f} s")
             reports.append(report)
             return Progress.STOP if left < took else Progress.MORE
 
         with closing(
-            SignalScorer(rewards, on_incident=lambda incident: _note(str(incident)))
+            SignalScorer(rewards, on_incident=lambda incident: print_note(str(incident)))
         ) as scorer:
             train_rl(
                 tasks=environment.stream(config.run.seed),
@@ -107,10 +106,6 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
         lengths={"prompt_tokens": max(starts), "completion_tokens": max(rests)},
         peaks={name: round(1e9 * max(values[m])) - bytes_before for name, m in _PEAKS.items()},
     )
-
-
-def _note(text: str) -> None:
-    print(terminal_safe(text), file=sys.stderr, flush=True)
 
 
 class SignalScorer(Scorer):

@@ -2,7 +2,6 @@
 
 import math
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from textpolicy.untrusted.parsing import parse_toml
 
 Table = Mapping[str, Any]
 UNSET = "none"
@@ -118,7 +119,10 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    return value if isinstance(value, Path) else Path(_text(value))
+    path = value if isinstance(value, Path) else Path(_text(value))
+    if "\0" in str(path):
+        raise ValueError(value)
+    return path
 
 
 def _nothing(value: Any) -> None:
@@ -131,7 +135,7 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _table(text: str) -> Table:
-    return _exactly(tomllib.loads(f"table = {text}")["table"], dict)
+    return _exactly(parse_toml(f"table = {text}")["table"], dict)
 
 
 _NONE = OptionType(

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, UnreadableError
+from textpolicy.untrusted.parsing import read_toml_file
 
 _C = TypeVar("_C")
 
@@ -33,11 +33,9 @@ def to_toml(config: Any) -> str:
 def read_toml(path: Path, defaults: _C) -> _C:
     """Return `defaults` changed by the file; one error lists all that is wrong in it."""
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the config {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        content = read_toml_file(path)
+    except UnreadableError as error:
+        raise ConfigError(f"the config cannot be used: {error}") from error
     return config_from(content, defaults, str(path))
 
 

@@ -2,18 +2,21 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from textpolicy.errors import DataError
+from textpolicy.errors import DataError, UnreadableError
+from textpolicy.untrusted.bounds import MAX_DATA_BYTES, MAX_LINE_CHARACTERS
+from textpolicy.untrusted.files import read_utf8, shown_path
+from textpolicy.untrusted.parsing import parse_json
 
 DataRow = Mapping[str, Any]
 """One example: column names to values, for the prompt and for the reward function."""
 
-_MAX_LINE_CHARACTERS = 16 * 2**20
 _HUB = "hf:"
 
 
@@ -48,14 +51,12 @@ def load_rows_with_locations(
 
 def read_text(path: Path) -> str:
     """Return the content of a UTF-8 file. Raise `DataError` with the line that is not UTF-8."""
-    if not path.is_file():
-        raise DataError(f"data file {str(path)!r} does not exist (looked in {Path.cwd()})")
-    content = path.read_bytes()
+    if not os.path.lexists(path):
+        raise DataError(f"data file {shown_path(path)!r} does not exist (looked in {Path.cwd()})")
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+        return read_utf8(path, limit=MAX_DATA_BYTES)
+    except UnreadableError as error:
+        raise DataError(str(error)) from error
 
 
 def _read_jsonl(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
@@ -66,16 +67,16 @@ def _read_jsonl(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
 
 
 def _json_row(line: str, where: str) -> DataRow:
-    if len(line) > _MAX_LINE_CHARACTERS:
+    if len(line) > MAX_LINE_CHARACTERS:
         raise DataError(
             f"{where}: the line has {len(line):,} characters; expected at most "
-            f"{_MAX_LINE_CHARACTERS:,}"
+            f"{MAX_LINE_CHARACTERS:,}"
         )
     try:
-        row = json.loads(line, parse_constant=_refuse_constant)
+        row = parse_json(line)
         # Text with half a surrogate pair cannot be encoded, so it cannot be tokenized.
         json.dumps(row, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{where}: not a row of JSON ({error})") from error
     if not isinstance(row, dict):
         raise DataError(
@@ -83,10 +84,6 @@ def _json_row(line: str, where: str) -> DataRow:
             '{"prompt": "2+2=", "answer": "4"}'
         )
     return row
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _read_csv(text: str, name: str) -> Iterator[tuple[int, DataRow]]:

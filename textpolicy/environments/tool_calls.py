@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from textpolicy.errors import TaskError
+from textpolicy.untrusted.parsing import parse_json
 
 Tool = Callable[..., Any]
 
@@ -94,9 +94,9 @@ def _parse_tagged_call(text: str) -> ToolCall:
     if len(text) > _MAX_CALL_CHARACTERS:
         return _too_long_call("", text)
     try:
-        call = json.loads(text)
+        call = parse_json(text)
         return ToolCall(call["name"], dict(call.get("arguments", {})))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         form = '{"name": "...", "arguments": {...}}'
         return ToolCall("", error=f"the call does not read as {form}")
 

@@ -4,7 +4,6 @@
 learning; `textpolicy.loop` runs them. What a config says is read here and nowhere else.
 """
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from textpolicy.config.train import (
     TrainerOptions,
 )
 from textpolicy.environments import Environment
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, UnreadableError
 from textpolicy.evaluation import Evaluator, HeldOut
 from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
@@ -47,6 +46,7 @@ from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.sft import Encoding, SFTData, SFTParameters, iterations_of, load_data
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import AdvantageFn, Sampling
+from textpolicy.untrusted.parsing import read_json_object
 
 RunConfig = TrainConfig | SFTConfig
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -179,13 +179,9 @@ def adapter_config(options: AdapterOptions) -> AdapterConfig:
 def read_config(path: Path) -> AdapterConfig:
     """Read an adapter config from a JSON file, in any form that `AdapterConfig.from_dict` reads."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"the adapter config {path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"the adapter config {path} holds a {type(data).__name__}; expected a JSON object"
-        )
+        data = read_json_object(path)
+    except UnreadableError as error:
+        raise ConfigError(f"the adapter config cannot be used: {error}") from error
     return AdapterConfig.from_dict(data)
 
 

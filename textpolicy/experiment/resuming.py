@@ -1,16 +1,16 @@
 """Resuming a run: the config that it was started with, and which options may change."""
 
 import shlex
-import tomllib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from textpolicy.config import SFTConfig, TrainConfig, read_toml, settings_of
 from textpolicy.config.settings import Setting
-from textpolicy.errors import ConfigError, RunInterruptedError, UnwritableError
+from textpolicy.errors import ConfigError, RunInterruptedError, UnreadableError, UnwritableError
 from textpolicy.experiment.assembly import RunConfig
 from textpolicy.runs import RunDirectory
+from textpolicy.untrusted.parsing import read_toml_file
 
 # Where a run is kept and how it is tracked changes none of its numbers.
 _FREE_IN_RL = frozenset({"run.output", "run.sample_groups", "tracking"})
@@ -52,8 +52,8 @@ def read_started_config(directory: RunDirectory) -> RunConfig:
             "the folder of a run, or start a new run with --output and without --resume"
         )
     try:
-        supervised = "data" in tomllib.loads(directory.config.read_text("utf-8"))
-    except (OSError, ValueError):
+        supervised = "data" in read_toml_file(directory.config)
+    except UnreadableError:
         supervised = False
     return read_toml(directory.config, SFTConfig() if supervised else TrainConfig())
 

@@ -1,15 +1,17 @@
 """Finding the folder of a model: the embedded tiny model, a local folder, or a hub snapshot."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from textpolicy.errors import ModelError
+from textpolicy.errors import ModelError, UnreadableError
+from textpolicy.untrusted.parsing import read_json_object
 
 # Weights only as safetensors: files of other formats can carry code.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+_CONFIG = "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
@@ -33,6 +35,20 @@ def find_model(name: str | Path) -> Path:
     return _checked(_download_snapshot(str(name)))
 
 
+def read_architecture_file(folder: Path) -> dict[str, Any]:
+    """Return the content of a model's config.json."""
+    if not (folder / _CONFIG).exists():
+        raise ModelError(
+            f"the folder {folder} is not a model, because it has no {_CONFIG}; name the folder "
+            f"that holds {_CONFIG} and the weights"
+        )
+    try:
+        # Some models give a time limit of Infinity.
+        return read_json_object(folder / _CONFIG, constants=True)
+    except UnreadableError as error:
+        raise ModelError(f"{error}; download the model again") from error
+
+
 def _download_snapshot(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
@@ -47,20 +63,10 @@ def _download_snapshot(repository: str) -> Path:
 
 def _checked(folder: Path) -> Path:
     """Return the folder. Raise `ModelError` if it is no model or asks to run code."""
-    config = folder / "config.json"
-    if not config.is_file():
+    if "model_file" in read_architecture_file(folder):
         raise ModelError(
-            f"the folder {folder} is not a model, because it has no config.json; name the folder "
-            "that holds config.json and the weights"
+            f"{folder / _CONFIG} asks to run Python code (model_file); such models are refused"
         )
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{config} is not JSON ({error}); download the model again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{config} holds a {type(content).__name__}; expected a JSON object")
-    if "model_file" in content:
-        raise ModelError(f"{config} asks to run Python code (model_file); such models are refused")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{folder} has no tokenizer; expected one of {list(_TOKENIZER_FILES)}")
     return folder

@@ -13,6 +13,7 @@ from http.client import HTTPException
 from typing import Any
 
 from textpolicy.errors import ConfigError
+from textpolicy.untrusted.parsing import parse_json
 
 _MAX_ANSWER_BYTES = 1 << 22
 _RETRIED_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -146,13 +147,13 @@ def _read_body(response: Any, deadline: float) -> bytes:
 
 def _parse_reply(body: bytes, attempt: int) -> JudgeReply:
     try:
-        answer: Any = json.loads(body)
+        answer: Any = parse_json(body)
         text: Any = answer["choices"][0]["message"]["content"]
         usage: Any = answer.get("usage") or {}
         if not isinstance(text, str):
             raise TypeError(f"content is {text!r}")
         prompt_tokens = int(usage.get("prompt_tokens", 0))
         return JudgeReply(text, prompt_tokens, int(usage.get("completion_tokens", 0)), attempt)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         shown = body[:80].decode(errors="replace")
         raise _TemporaryError(f"the answer is no chat completion ({error}): {shown!r}") from error

@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rewards.endpoint import JudgeReply
 from textpolicy.rewards.reward_function import Reward, Score
+from textpolicy.untrusted.parsing import read_json_object
 
 _NUMBER = r"-?[0-9]{1,6}(?:\.[0-9]{1,6})?"
 _GRADE = re.compile(rf"(?:score|grade|rating)[^\w-]{{0,10}}({_NUMBER})", re.IGNORECASE)
@@ -136,7 +137,7 @@ class _Judge:
         if path is None or not path.is_file():
             return None
         try:
-            return JudgeReply(**json.loads(path.read_text("utf-8")))
+            return JudgeReply(**read_json_object(path))
         except (ValueError, TypeError):
             # The file is damaged: the question is asked again, and the file overwritten.
             return None

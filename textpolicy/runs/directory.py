@@ -5,7 +5,6 @@ import fcntl
 import os
 import re
 import shutil
-import tomllib
 from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import count
@@ -14,7 +13,8 @@ from typing import Any, TextIO
 
 from textpolicy.adapters.files.adapter_file import peek_version
 from textpolicy.adapters.files.tensor_file import atomic_replace, remove_partial_files
-from textpolicy.errors import ConfigError, DataError
+from textpolicy.errors import ConfigError, DataError, UnreadableError
+from textpolicy.untrusted.parsing import read_toml_file
 
 _SUFFIX = ".safetensors"
 _MARK = ".textpolicy-run"
@@ -163,9 +163,9 @@ class RunDirectory:
     def read_settings(self) -> dict[str, dict[str, Any]]:
         """Return the config by section. The config may be of another version of TextPolicy."""
         try:
-            content = tomllib.loads(self.config.read_text("utf-8"))
-        except ValueError as error:
-            raise DataError(f"{self.config} is not TOML: {error}") from error
+            content = read_toml_file(self.config)
+        except UnreadableError as error:
+            raise DataError(str(error)) from error
         return {name: value for name, value in content.items() if isinstance(value, dict)}
 
     def write_config(self, text: str) -> None:

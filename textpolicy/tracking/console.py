@@ -2,7 +2,6 @@
 
 import os
 import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
@@ -10,20 +9,10 @@ from typing import Protocol, runtime_checkable
 from textpolicy.tracking.run_history import RunHistory, format_duration, time_shares
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
+from textpolicy.untrusted.terminal import TextStream, terminal_safe
 
 _SECONDS_BETWEEN_SAMPLES = 10.0
 _MAX_SAMPLE_CHARACTERS = 60
-# Control, format (as bidirectional overrides), surrogate, private-use and unassigned characters.
-_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn"}
-
-
-@runtime_checkable
-class TextStream(Protocol):
-    """A text file to write progress to."""
-
-    def write(self, text: str, /) -> int: ...
-    def flush(self) -> None: ...
-    def isatty(self) -> bool: ...
 
 
 @runtime_checkable
@@ -38,7 +27,7 @@ class ProgressView(Protocol):
 class Console:
     """Shows each step of a run on `stream`, and one sample every ten seconds.
 
-    Control characters in samples are escaped. The caller of `note` escapes the text of a note.
+    Characters that could control the terminal are spelled out, in samples and in notes.
     """
 
     def __init__(
@@ -66,7 +55,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Write a line that stays, above the panel if there is one."""
-        self._view.note(text)
+        self._view.note(terminal_safe(text))
 
     def close(self) -> None:
         """Leave the last view on the screen. Later output begins on a new line."""
@@ -123,16 +112,3 @@ def _cut(text: str) -> str:
     line = terminal_safe(text).replace("\n", "⏎").replace("\t", " ")
     limit = _MAX_SAMPLE_CHARACTERS
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
-def terminal_safe(text: str) -> str:
-    """Return the text with an escape such as \\x1b for each character that is unsafe to print.
-
-    Such characters could move the cursor or hide text. Line breaks and tabs stay.
-    """
-    return "".join(
-        char
-        if char in "\n\t" or unicodedata.category(char) not in _UNSAFE_CATEGORIES
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )

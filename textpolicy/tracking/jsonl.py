@@ -11,6 +11,7 @@ from textpolicy.adapters.files.tensor_file import atomic_replace, flush_to_disk
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Metrics
+from textpolicy.untrusted.parsing import parse_json
 
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 
@@ -133,8 +134,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 def _parse_row(line: bytes) -> dict[str, Any] | None:
     """Return the row, or None if the line is not a whole JSON object with a step."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
     whole = line.endswith(b"\n") and isinstance(row, dict) and type(row.get("step")) is int
     return row if whole else None

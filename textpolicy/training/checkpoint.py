@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from textpolicy.activity import doing
 from textpolicy.adapters.files.tensor_file import read_tensors, remove_partial_files, write_tensors
 from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, TrainingError
+from textpolicy.untrusted.parsing import parse_json
 
 _FORMAT = "textpolicy.checkpoint"
 _FORMAT_VERSION = "3"
@@ -113,7 +114,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     if _digest(arrays) != metadata.get("sha256"):
         raise TrainingError(f"{path} is damaged: its content differs from what was written")
-    content = json.loads(bytes(_bytes(arrays.pop(_CONTENT))))
+    content = parse_json(bytes(_bytes(arrays.pop(_CONTENT))))
     return Checkpoint(arrays=arrays, **content)
 
 

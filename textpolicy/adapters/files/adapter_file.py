@@ -1,6 +1,7 @@
 """The adapter file: tensors, config, version and base fingerprint of one adapter in one file."""
 
 import json
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.files.tensor_file import (
+    CHECKSUM_KEY,
     METADATA_KEY,
     TENSOR_SUFFIX,
     make_writable_folder,
@@ -17,9 +19,12 @@ from textpolicy.adapters.files.tensor_file import (
     write_tensors,
 )
 from textpolicy.errors import AdapterError
+from textpolicy.untrusted.parsing import parse_json
 
 _FORMAT = "textpolicy.adapter"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+# Files of the first version have no checksum.
+_FIRST_FORMAT_VERSION = 1
 
 
 def read_adapter_file(path: str | Path) -> Adapter:
@@ -27,8 +32,9 @@ def read_adapter_file(path: str | Path) -> Adapter:
     path = Path(path)
     arrays, metadata = read_tensors(path)
     _check_format(path, metadata)
+    _check_has_checksum(path, metadata)
     with name_path_in_errors(path):
-        config = AdapterConfig.from_dict(json.loads(metadata["config"]))
+        config = AdapterConfig.from_dict(parse_json(metadata["config"]))
     return Adapter(origin=str(path), arrays=arrays, config=config, **read_facts(path, metadata))
 
 
@@ -102,7 +108,7 @@ def read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         return {
             "version": int(metadata["version"]),
             "fingerprint": metadata["base_fingerprint"] or None,
-            "quantization": json.loads(metadata["base_quantization"]),
+            "quantization": parse_json(metadata["base_quantization"]),
         }
 
 
@@ -124,6 +130,21 @@ def _read_version(path: Path, header: Mapping[str, Any]) -> int:
         return int(metadata["version"])
 
 
+def _check_has_checksum(path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise AdapterError if a file lost its checksum. A file of the first version has none."""
+    if CHECKSUM_KEY in metadata:
+        return
+    if metadata["format_version"] != str(_FIRST_FORMAT_VERSION):
+        raise AdapterError(
+            f"{path} is damaged: its checksum is missing. Use an earlier file, or write it again"
+        )
+    warnings.warn(
+        f"{path} has no checksum, because an earlier release wrote it: damage would not be "
+        "noticed. Save the adapter again to give it one",
+        stacklevel=3,
+    )
+
+
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if not has_our_format(metadata):
         raise AdapterError(
@@ -132,8 +153,9 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
             "AdapterContainer.publish write adapter files. To read adapters of another library, "
             "pass the folder that holds adapter_config.json"
         )
-    if (version := metadata.get("format_version")) != str(_FORMAT_VERSION):
+    known = [str(_FIRST_FORMAT_VERSION), str(_FORMAT_VERSION)]
+    if (version := metadata.get("format_version")) not in known:
         raise AdapterError(
-            f"{path} has adapter format version {version}; this library reads {_FORMAT_VERSION}. "
-            "Install the release that wrote the file, or a newer release"
+            f"{path} has adapter format version {version}; this library reads "
+            f"{' and '.join(known)}. Install the release that wrote the file, or a newer release"
         )

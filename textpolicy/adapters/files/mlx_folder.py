@@ -26,7 +26,8 @@ from textpolicy.adapters.files.adapter_file import (
 )
 from textpolicy.adapters.files.tensor_file import atomic_replace, read_tensors, write_tensors
 from textpolicy.adapters.quantization.nf4 import NF4Module
-from textpolicy.errors import AdapterError
+from textpolicy.errors import AdapterError, UnreadableError
+from textpolicy.untrusted.parsing import read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 MLX_TENSOR_FILE = "adapters.safetensors"
@@ -61,19 +62,13 @@ def write_mlx_folder(
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return the JSON object in the folder's adapter_config.json."""
-    path = folder / CONFIG_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"No adapter can be read from {folder}: {path}: {error}") from error
-    except ValueError as error:
+        return read_json_object(folder / CONFIG_FILE)
+    except UnreadableError as error:
         raise AdapterError(
-            f"{path} is not JSON ({error}). The writer may have been interrupted. Write the folder "
-            "again"
+            f"No adapter can be read from {folder}: {error}. If the writer was interrupted, write "
+            "the folder again"
         ) from error
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a {type(data).__name__}; expected a JSON object")
-    return data
 
 
 def write_json_file(path: Path, data: Mapping[str, Any]) -> None:

@@ -4,49 +4,83 @@ A file is written under a temporary name in the same folder, flushed and renamed
 the old file or the new file, never a part of one.
 """
 
-import json
+import hashlib
+import math
 import os
 import re
+import secrets
 import struct
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_IMODE
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from textpolicy.errors import AdapterError, UnwritableError
+from textpolicy.errors import AdapterError, UnreadableError, UnwritableError
+from textpolicy.untrusted.bounds import MAX_HEADER_BYTES
+from textpolicy.untrusted.files import open_regular
+from textpolicy.untrusted.parsing import parse_json
 
 METADATA_KEY = "__metadata__"
+CHECKSUM_KEY = "file_sha256"
+"""The metadata that holds the SHA-256 of the whole file, with 64 zeros in place of itself."""
 TENSOR_SUFFIX = ".safetensors"
 _LENGTH = struct.Struct("<Q")
 # The number is of the process that writes the file.
 _PARTIAL = re.compile(r"\..*\.(\d+)-\w+\.partial(\.\w+)?")
 _LONGEST_STEM = 100
+_NO_CHECKSUM = b"0" * 64
+_MAX_AXES = 8
+_MAX_AXIS = 2**31 - 1
+_DTYPES = {
+    "BOOL": np.bool_,
+    **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
+    **{"F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8"},
+    # numpy has no bfloat16: the bits are read as whole numbers.
+    "BF16": "<u2",
+}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return the tensors and the metadata of a whole safetensors file, evaluated."""
-    read_tensor_header(path)
+    """Return the tensors and the metadata of a whole safetensors file, evaluated.
+
+    Raise AdapterError if the file has a checksum and differs from what was written.
+    """
     try:
-        # One call reads both, because another process may replace the file at any moment.
-        arrays, metadata = cast(Any, mx.load(str(path), return_metadata=True))
-        mx.eval(arrays)
-    except RuntimeError as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
+        with open_regular(path) as file:
+            # One opening reads all, because another process may replace the file at any moment.
+            content = memoryview(file.read())
+    except UnreadableError as error:
+        raise AdapterError(str(error)) from error
+    start, header = _parse_header(path, content[: _LENGTH.size], len(content), content)
+    metadata = header.get(METADATA_KEY) or {}
+    if (expected := metadata.get(CHECKSUM_KEY)) and expected != _checksum(content, start, expected):
+        raise AdapterError(
+            f"{path} is damaged: its content differs from what was written. Use an earlier file, "
+            "or write the file again"
+        )
+    arrays = {
+        name: _tensor(entry, content[start:])
+        for name, entry in header.items()
+        if name != METADATA_KEY
+    }
     return arrays, metadata
 
 
 def write_tensors(
     target: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]
 ) -> None:
-    """Replace the safetensors file `target` in one step."""
+    """Replace the safetensors file `target` in one step. The file holds its own checksum."""
     if not arrays:
         raise AdapterError(f"there are no tensors to write to {target}")
     with atomic_replace(target) as temporary:
-        mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
+        place = secrets.token_hex(32)
+        mx.save_safetensors(str(temporary), dict(arrays), {**metadata, CHECKSUM_KEY: place})
+        _write_checksum(temporary, place)
 
 
 def read_tensor_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
@@ -56,27 +90,77 @@ def read_tensor_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
     opening, because another process may replace the file at any moment.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             stat = os.fstat(file.fileno())
-            size = stat.st_size
             prefix = file.read(_LENGTH.size)
-            length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else size
-            text = file.read(length) if length < size else b""
-    except IsADirectoryError as error:
-        raise AdapterError(
-            f"{path} is a folder; expected one file with a name ending in {TENSOR_SUFFIX}"
-        ) from error
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
+            length = _header_length(path, prefix, stat.st_size)
+            content = prefix + file.read(length)
+    except UnreadableError as error:
+        raise AdapterError(str(error)) from error
+    return _parse_header(path, prefix, stat.st_size, content)[1], stat
+
+
+def _parse_header(
+    path: Path, prefix: bytes | memoryview, size: int, content: bytes | memoryview
+) -> tuple[int, dict[str, Any]]:
+    """Return where the tensors of a file of `size` bytes start, and its checked header."""
+    start = _LENGTH.size + _header_length(path, prefix, size)
     try:
-        header = json.loads(text)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != METADATA_KEY]
-        expected = _LENGTH.size + length + max(ends, default=0)
+        header = parse_json(bytes(memoryview(content)[_LENGTH.size : start]))
+        metadata = header.get(METADATA_KEY) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError("its metadata is not text")
+        spans = [_span(entry) for name, entry in header.items() if name != METADATA_KEY]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_whole(path, "it has no safetensors header") from error
-    if size != expected:
-        raise _not_whole(path, f"it has {size} bytes, but its header says {expected}")
-    return header, stat
+    end = max((end for _, end in spans), default=0)
+    if size != start + end:
+        raise _not_whole(path, f"it has {size} bytes, but its header says {start + end}")
+    ends = [0, *(end for _, end in sorted(spans))]
+    if any(begin != before for (begin, _), before in zip(sorted(spans), ends, strict=False)):
+        raise _not_whole(path, "its tensors overlap or leave gaps")
+    return start, header
+
+
+def _header_length(path: Path, prefix: bytes | memoryview, size: int) -> int:
+    length = _LENGTH.unpack(prefix)[0] if len(bytes(prefix)) == _LENGTH.size else size
+    if length > min(size - _LENGTH.size, MAX_HEADER_BYTES):
+        raise _not_whole(path, "it has no safetensors header")
+    return length
+
+
+def _span(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the first byte of a tensor and the byte after it; raise ValueError for a wrong one."""
+    begin, end = entry["data_offsets"]
+    shape = entry["shape"]
+    whole = all(type(number) is int and number >= 0 for number in (begin, end, *shape))
+    if not whole or len(shape) > _MAX_AXES or max(shape, default=0) > _MAX_AXIS:
+        raise ValueError("a tensor has a wrong shape")
+    if end - begin != math.prod(shape) * np.dtype(_DTYPES[entry["dtype"]]).itemsize:
+        raise ValueError("a tensor's bytes are not those of its shape")
+    return begin, end
+
+
+def _tensor(entry: Mapping[str, Any], payload: memoryview) -> mx.array:
+    begin, end = entry["data_offsets"]
+    values = np.frombuffer(payload[begin:end], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if entry["dtype"] == "BF16" else array
+
+
+def _checksum(content: memoryview, start: int, own: str) -> str:
+    digest = hashlib.sha256(bytes(content[:start]).replace(own.encode(), _NO_CHECKSUM))
+    digest.update(content[start:])
+    return digest.hexdigest()
+
+
+def _write_checksum(path: Path, place: str) -> None:
+    """Replace the text `place` in the header by the checksum of the file."""
+    with path.open("r+b") as file:
+        content = memoryview(file.read())
+        start = _LENGTH.size + _LENGTH.unpack(content[: _LENGTH.size])[0]
+        file.seek(bytes(content[:start]).index(place.encode()))
+        file.write(_checksum(content, start, place).encode())
 
 
 def make_writable_folder(folder: Path, target: Path) -> None:

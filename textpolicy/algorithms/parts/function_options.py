@@ -4,7 +4,6 @@ A name may have numbers: `average="constant(tokens=64)"`, `weights=["truncate_to
 """
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
@@ -15,6 +14,7 @@ from typing import Any, get_args
 
 from textpolicy.algorithms.parts import averages, kl, ratio_levels, token_weights
 from textpolicy.errors import ConfigError
+from textpolicy.untrusted.parsing import parse_toml
 
 FROM_TRAINER = {"lengths", "parts"}
 """Arguments of an advantage function that are no options: the trainer fills them in."""
@@ -86,8 +86,8 @@ def _function(option: str, value: Any) -> Any:
 
 def _parsed(option: str, text: str) -> tuple[str, dict[str, float]]:
     match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\((.*)\))?\s*", text)
-    with suppress(tomllib.TOMLDecodeError):
-        numbers = tomllib.loads(f"_ = {{{match[2] or ''}}}")["_"] if match else {}
+    with suppress(ValueError):
+        numbers = parse_toml(f"_ = {{{match[2] or ''}}}")["_"] if match else {}
         if match and all(type(number) in (int, float) for number in numbers.values()):
             return match[1], numbers
     raise ConfigError(

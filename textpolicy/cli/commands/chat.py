@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.commands.generate import load_sampling_model, sampling_from_flags
+from textpolicy.cli.output import print_answer, print_note
 from textpolicy.errors import PromptError
 from textpolicy.generation.mlx_generation import stream_answer
-from textpolicy.tracking.console import terminal_safe
 from textpolicy.types import Message
 
 _HELP = "/reset starts a new conversation; /quit or Ctrl-D ends the chat"
@@ -35,7 +35,7 @@ def run(options: Namespace) -> Answer:
             answer = _print_answer(stream_answer(model, tokenizer, asked, sampling, seed=seed))
         except PromptError as error:
             # The line does not fit into the context: the conversation continues without it.
-            print(f"{error}\n{_HELP}", file=sys.stderr)
+            print_note(f"{error}\n{_HELP}")
             continue
         messages = [*asked, {"role": "assistant", "content": answer}]
     return Answer(data={"messages": messages}, text="")
@@ -45,10 +45,10 @@ def _read_lines() -> Iterator[str]:
     """Yield the lines of standard input; ask for each line if a person types them."""
     is_person = sys.stdin.isatty()
     if is_person:
-        print(_HELP, file=sys.stderr)
+        print_note(_HELP)
     while True:
         if is_person:
-            print("> ", end="", file=sys.stderr, flush=True)
+            print_note("> ", end="")
         line = sys.stdin.readline()
         if not line:
             return
@@ -60,6 +60,6 @@ def _print_answer(pieces: Iterable[str]) -> str:
     answer: list[str] = []
     for piece in pieces:
         answer.append(piece)
-        print(terminal_safe(piece), end="", flush=True)
-    print()
+        print_answer(piece, end="")
+    print_answer("")
     return "".join(answer)

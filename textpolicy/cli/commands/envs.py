@@ -8,7 +8,7 @@ from inspect import getdoc
 from textpolicy.cli.answer import Answer, table
 from textpolicy.environments import check_env, gold_answers, load, ready_names
 from textpolicy.environments.chat import prompt_text
-from textpolicy.tracking.console import terminal_safe
+from textpolicy.untrusted.terminal import terminal_safe
 
 _LIBRARIES = {
     "reasoning_gym:NAME": ("reasoning_gym", "reasoning-gym", "a task, such as basic_arithmetic"),

@@ -16,7 +16,7 @@ from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, scorer_of
-from textpolicy.tracking.console import terminal_safe
+from textpolicy.untrusted.terminal import terminal_safe
 
 _MAX_SHOWN_CHARACTERS = 200
 

@@ -1,6 +1,5 @@
 """`textpolicy fuse`: add adapters into the weights and write a model that mlx-lm loads."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from textpolicy.errors import AdapterError, ConfigError, ModelError
 from textpolicy.experiment.assembly import DTYPES, apply_thread_option, dtype_of
 from textpolicy.generation.lora import adapters_of
 from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.model_files import find_model
+from textpolicy.generation.model_files import find_model, read_architecture_file
 
 _COPIED = ("generation_config.json",)
 
@@ -40,7 +39,7 @@ def run(options: Namespace) -> Answer:
             f"the folder {output} is not empty; name a folder that does not exist yet"
         )
     folder = find_model(config.model.name)
-    architecture = json.loads((folder / "config.json").read_text("utf-8"))
+    architecture = read_architecture_file(folder)
     stored = str(architecture.get("dtype") or architecture.get("torch_dtype"))
     dtype = dtype_of(config.model) or DTYPES.get(stored)
     model, tokenizer = load_model(config.model.name, start, dtype=dtype)

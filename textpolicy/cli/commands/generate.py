@@ -12,8 +12,8 @@ from textpolicy.config import TrainConfig
 from textpolicy.experiment.assembly import apply_thread_option, dtype_of
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
-from textpolicy.tracking.console import terminal_safe
 from textpolicy.types import Sampling
+from textpolicy.untrusted.terminal import terminal_safe
 
 
 def run(options: Namespace) -> Answer:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from textpolicy.cli.answer import Answer
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.console import terminal_safe
 from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.untrusted.terminal import terminal_safe
 
 # The metrics that a comparison shows beside those of evaluations.
 _COMPARED = ("reward", "loss", "validation/loss", "entropy", "completions/mean_length", "time/step")

@@ -11,7 +11,7 @@ from textpolicy.experiment import RunResult
 from textpolicy.experiment import run as run_config
 from textpolicy.experiment.assembly import plain_settings
 from textpolicy.experiment.resuming import resume_line
-from textpolicy.tracking.console import terminal_safe
+from textpolicy.untrusted.terminal import terminal_safe
 
 _ENDS = {"finished": "", "stopped": " (stopped)", "early": " (out of patience)"}
 

@@ -1,6 +1,5 @@
 """Training, validation and test data from a folder, a file or a Hugging Face data set."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from textpolicy.environments.data_files import DataRow, load_rows_with_locations, read_text
-from textpolicy.errors import DataError
+from textpolicy.errors import DataError, UnreadableError
 from textpolicy.training.sft.demonstrations import Demonstration, Encoding
+from textpolicy.untrusted.parsing import read_json_object
 
 _LocatedRows = list[tuple[str, DataRow]]
 _NAMES_SHOWN = 5
@@ -136,7 +136,15 @@ def _check_validation_name(folder: Path) -> None:
 
 def _saved_splits(folder: Path) -> dict[str, _LocatedRows]:
     """Return the splits of a saved data set; the split "validation" becomes "valid"."""
-    names = json.loads(read_text(folder / "dataset_dict.json"))["splits"]
+    try:
+        names = read_json_object(folder / "dataset_dict.json").get("splits")
+    except UnreadableError as error:
+        raise DataError(str(error)) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(
+            f"{folder / 'dataset_dict.json'} has the splits {names!r:.60}; expected a list of "
+            "names. Save the data set again with the datasets library"
+        )
     found = {name: load_rows_with_locations(folder, split=name) for name in names}
     if "validation" in found:
         found["valid"] = found.pop("validation")

@@ -1,0 +1,58 @@
+"""The only place that writes to the terminal: every character that could control it is spelled out.
+
+Whatever is printed may quote a model, a data file, the name of a folder or the user's code. The
+panel of a run writes by itself, through `textpolicy/tracking/console.py`, with the same escapes.
+"""
+
+import io
+import os
+import sys
+import threading
+import traceback
+import warnings
+from types import TracebackType
+from typing import Any
+
+from textpolicy.untrusted.terminal import TextStream, terminal_message, terminal_safe
+
+
+def print_answer(text: str, *, end: str = "\n") -> None:
+    """Print the result of a command, or with `end` a piece of it, to standard output."""
+    try:
+        print(terminal_safe(text), end=end, flush=True)
+    except BrokenPipeError:
+        # A reader such as `head` closed the pipe; Python would write again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_note(text: str, *, end: str = "\n") -> None:
+    """Print progress or an error message of bounded length to standard error."""
+    print(terminal_message(text), end=end, file=sys.stderr, flush=True)
+
+
+def error_stream() -> TextStream:
+    """Return standard error, for the panel of a run."""
+    return sys.stderr
+
+
+def guard_terminal() -> None:
+    """Let Python's own messages, which are warnings and tracebacks, pass the same escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _print_traceback
+    threading.excepthook = lambda args: _print_traceback(
+        args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback
+    )
+    warnings.showwarning = _print_warning
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace)).rstrip("\n")
+    print(terminal_safe(text), file=sys.stderr, flush=True)
+
+
+def _print_warning(message: Warning | str, *_where: Any, **_rest: Any) -> None:
+    print_note(f"note: {message}")
