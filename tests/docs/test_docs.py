@@ -26,7 +26,7 @@ COMMAND = Path(sys.executable).with_name("textpolicy")
 # A page trains for a few steps at most.
 SECONDS = 300
 # Pages that say where things are, and the folders that a path on such a page may start from.
-GUIDES = ["AGENTS.md", "CONTRIBUTING.md", "docs/architecture.md"]
+GUIDES = ["AGENTS.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/coming_from.md"]
 STARTS = [ROOT, ROOT / "textpolicy", ROOT / "docs"]
 
 

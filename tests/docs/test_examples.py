@@ -1,5 +1,6 @@
 """The examples run as a reader would run them."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,55 @@ import pytest
 from textpolicy.rewards import load_reward, score
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+NUMBERED = {
+    "1_train_with_lora.py": (["1"], ["step 0: sampled with version 0", "merged model: 2+5=7"]),
+    "2_swap_adapters.py": (
+        [],
+        [
+            "off is the base: True",
+            "unloaded is the base: True",
+            "a dora layer, fused Linear(input_dims=192",
+            "fused: 100.0% of the update is in the weights, equal: True",
+        ],
+    ),
+    "3_supervised_training.py": (
+        ["10"],
+        ["iteration 0: validation loss", "iteration 10: saved adapter", "all validation data"],
+    ),
+    "4_instructions_to_merged_model.py": (
+        ["1"],
+        [
+            "21 demonstrations to train on, 3 to validate",
+            "['adapter_config.json', 'adapter_model.safetensors']",
+            "the merged model answers",
+        ],
+    ),
+    "5_qlora_by_rules.py": (
+        [],
+        [
+            "linear1  Linear  64 x 16  lora     16    0.03125  nf4 / channel",
+            "linear1.base.scales: (64, 1), mlx.core.float32",
+            "8 adapted layers over a frozen base of 4 bits",
+        ],
+    ),
+}
+
+
+def test_every_numbered_example_is_tested_and_fits_a_screen_or_two():
+    assert sorted(path.name for path in EXAMPLES.glob("[0-9]*.py")) == sorted(NUMBERED)
+    assert all(len((EXAMPLES / name).read_text().splitlines()) <= 65 for name in NUMBERED)
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_a_numbered_example_runs_and_prints_what_it_is_about(name, capsys, monkeypatch):
+    arguments, expected = NUMBERED[name]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    printed = capsys.readouterr().out
+    missing = [text for text in expected if text not in printed]
+    assert not missing, printed
 
 
 @pytest.mark.slow

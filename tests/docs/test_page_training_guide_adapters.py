@@ -131,6 +131,25 @@ def test_print_trainable_parameters_counts_what_is_there(model, capsys):
     assert f"{expected:,}" in printed and f"{stats['total_parameters']:,}" in printed
 
 
+def test_rank_64_on_the_page_s_model_has_more_parameters_than_the_page_prints():
+    from textpolicy.planning.unloaded_model import build_unloaded_model
+
+    # The config of Qwen2.5-14B. The page prints 4,194,304.
+    qwen = {
+        "model_type": "qwen2",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    }
+    planned = plan_adapters(build_unloaded_model(qwen), AdapterConfig.from_dict(LORA_CONFIG))
+    assert planned.trainable_parameters == 100_663_296
+
+
 def test_words_that_peft_does_not_have_are_refused():
     with pytest.raises(ConfigError, match="lora_r"):
         AdapterConfig.from_peft(LORA_CONFIG | {"lora_r": 64})
