@@ -4,6 +4,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -125,3 +126,14 @@ def test_a_model_whose_logits_are_more_than_a_projection_has_no_output_head():
             return mx.tanh(self.lm_head(self.model(tokens)))
 
     assert find_output_head(Capped()) is None
+
+
+@pytest.mark.parametrize("vocabulary", [49152, 151936, 100_003])
+def test_logprobs_over_a_large_vocabulary_are_exact(vocabulary):
+    logits = mx.random.normal((8, vocabulary)) * 3
+    tokens = mx.random.randint(0, vocabulary, (8,))
+    logp, entropy = logprobs_from_logits(logits, tokens, mx.ones(8))
+    exact = np.array(logits).astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+    assert np.abs(np.array(logp) - exact[np.arange(8), np.array(tokens)]).max() < 3e-6
+    assert np.abs(np.array(entropy) + (np.exp(exact) * exact).sum(axis=-1)).max() < 1e-5
