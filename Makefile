@@ -22,7 +22,7 @@ STAMP_DEV := $(VENV)/.setup-dev
 STAMP_DOCS := $(VENV)/.setup-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-fast check lint slow faults shape bench tiny-model docs format constraints clean
+.PHONY: help setup setup-dev demo test test-fast check lint slow faults shape bench real-model tiny-model docs format constraints clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ shape: $(BIN)/python ## Print our file and function sizes beside those of admire
 
 bench: setup ## Train the embedded model on addition, and print JSON records of the accuracy
 	@$(BIN)/python benchmarks/learning.py --env add --seeds 0 --json
+
+real-model: setup-dev ## Make a Hugging Face folder of SmolLM2-135M-Instruct in build/, for tests
+	@$(BIN)/python tools/real_model.py
 
 tiny-model: setup ## Train the embedded model again from its seed
 	@$(BIN)/python tools/tiny_model.py
