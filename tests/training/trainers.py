@@ -41,7 +41,7 @@ def rising_reward() -> Reward:
 
 def adapted_model(*, trained: bool = True) -> tuple[nn.Module, Any]:
     """Return the embedded model with adapters, which differ from the base if `trained`."""
-    model, tokenizer = load_model("tiny")
+    model, tokenizer = load_model("tiny", dtype=mx.float32)
     adapters = AdapterContainer.from_model(model, AdapterConfig(rank=4, scale=2.0))
     key = mx.random.key(1)
     noise = {n: mx.random.normal(v.shape, key=key) * 0.01 for n, v in adapters.parameters().items()}
