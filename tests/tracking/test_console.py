@@ -12,8 +12,10 @@ from fcntl import ioctl
 from functools import cache
 
 import pytest
+import rich.console
 
 from textpolicy.tracking.console import Console, sample_line
+from textpolicy.tracking.live_view import panel
 from textpolicy.tracking.run_history import RunHistory, format_duration, spark_line, time_shares
 from textpolicy.untrusted.terminal import terminal_safe
 
@@ -146,7 +148,8 @@ def test_text_of_a_model_neither_moves_the_cursor_nor_becomes_markup():
 def test_a_panel_never_wraps_and_the_cursor_comes_back():
     sent = on_terminal(width=48, NO_COLOR="1")
     lines = [line for line in Screen(sent).lines if line.startswith(("│", "╭", "╰"))]
-    assert len(lines) == 11
+    # The legend of the times has a line of its own.
+    assert len(lines) == 12
     assert {len(line) for line in lines} == {48}
     assert sent.rfind("\x1b[?25h") > sent.rfind("\x1b[?25l") > -1
 
@@ -204,6 +207,73 @@ def test_the_time_left_of_a_resumed_run_is_estimated_from_its_own_steps():
         history.add(step, {"time/step": 2.0}, now)
     assert history.seconds_left == 16
     assert [format_duration(seconds) for seconds in (16, 61, 3661)] == ["0:16", "1:01", "1:01:01"]
+
+
+def test_the_time_left_follows_the_last_steps_and_not_the_whole_run():
+    history = RunHistory(500)
+    for step in range(400):
+        history.add(step, {"time/step": 113.0}, now=113.0 * step)
+    for step in range(86):
+        history.add(400 + step, {"time/step": 5.0}, now=113.0 * 399 + 5.0 * (step + 1))
+    assert history.seconds_left == 14 * 5
+
+
+LABELS = ["reward", "eval", "length", "entropy", "groups", "speed", "time", "alarm", "sample"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 110, 120, 160])
+def test_the_panel_keeps_its_labels_and_numbers_whole_on_a_terminal_of_few_columns(width):
+    history, times = RunHistory(200), {"generate": 40, "reward": 20, "train": 31, "reload": 3}
+    metrics = {"reward": -12345.678, "reward_std": 1234.5, "completions/mean_length": 1234.5}
+    metrics |= {"entropy": 0.512, "frac_mixed": 0.125, "frac_all_good": 0.5, "frac_all_bad": 0.375}
+    metrics |= {"tokens_per_second": 123456.0, "time/step": 1234.56, "eval/reward": 0.5}
+    metrics |= {"eval/standard_error": 0.03, "completions/clipped_ratio": 1.0, "alarm/length": 1.0}
+    metrics |= {"alarm/entropy": 1.0, "alarm/reward": 0.0}
+    metrics |= {f"time/{n}": 12.3456 * x for n, x in (times | {"checkpoint": 6}).items()}
+    for step in range(60):
+        history.add(step, metrics | {"reward": -12345.678 + step % 7}, 1234.56 * step)
+    stream = io.StringIO()
+    terminal = rich.console.Console(file=stream, width=width, force_terminal=True, no_color=True)
+    terminal.print(panel(history, "2+3= → 5" + "0" * 200, width))
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert {len(line) for line in lines} == {width}
+    rows = [line.strip("│ ") for line in lines[2:-1]]
+    assert [row.split()[0] for row in rows if row.split()[0] in LABELS] == LABELS
+    # Only the sample is cut.
+    assert [row.split()[0] for row in rows if "…" in row] == ["sample"]
+    shown = " ".join(" ".join(rows).split())
+    for text in ("-12,343 ± 1234.50", "1,234 100% cut off", "123,456 tokens/s 1234.56 s a step"):
+        assert text in shown
+    assert "12% mixed 50% all good 38% all bad" in shown and "alarm length, entropy" in shown
+    for name, share in (times | {"checkpoint": 6}).items():
+        assert f"{name} {share}%" in shown
+
+
+def test_a_pipe_gets_a_bounded_number_of_lines_of_a_long_run(clock):
+    stream = io.StringIO()
+    console = Console(stream, 400, clock=clock)
+    for step in range(400):
+        clock.advance(0.75)
+        console.show(step, METRICS, [SAMPLE])
+    lines = stream.getvalue().splitlines()
+    assert 40 <= len(lines) < 60
+    assert [line.split("/")[0] for line in (lines[0], lines[-1])] == ["step   1", "step 400"]
+
+
+def test_a_pipe_gets_a_line_at_least_every_half_minute(clock):
+    stream = io.StringIO()
+    console = Console(stream, 4000, clock=clock)
+    for step in range(20):
+        clock.advance(31)
+        console.show(step, METRICS)
+    assert len(stream.getvalue().splitlines()) == 20
+
+
+def test_a_line_ends_with_the_alarms_that_are_present(clock):
+    stream = io.StringIO()
+    alarms = {"alarm/length": 1.0, "alarm/reward": 0.0}
+    Console(stream, 1, clock=clock).show(0, METRICS | alarms)
+    assert stream.getvalue().endswith("left  alarm: length\n")
 
 
 def test_shares_of_time_leave_out_parts_below_a_hundredth():

@@ -1,18 +1,27 @@
-"""Console: progress of a run, as a panel on a terminal and as one line a step elsewhere."""
+"""Console: progress of a run, as a panel on a terminal and as lines of steps elsewhere."""
 
 import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import ceil
 from typing import Protocol, runtime_checkable
 
-from textpolicy.tracking.run_history import RunHistory, format_duration, time_shares
+from textpolicy.tracking.run_history import (
+    RunHistory,
+    format_duration,
+    present_alarms,
+    time_shares,
+)
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
 from textpolicy.untrusted.terminal import TextStream, terminal_safe
 
 _SECONDS_BETWEEN_SAMPLES = 10.0
 _MAX_SAMPLE_CHARACTERS = 60
+# Of lines for a file or a pipe.
+_LINES = 40
+_SECONDS_WITHOUT_A_LINE = 30.0
 
 
 @runtime_checkable
@@ -36,7 +45,7 @@ class Console:
         self._history = RunHistory(steps)
         self._clock = clock
         self._last_sample = float("-inf")
-        self._view: ProgressView = LineView(stream)
+        self._view: ProgressView = LineView(stream, clock=clock)
         if stream.isatty() and os.environ.get("TERM") != "dumb":
             # Only terminals need rich, whose import takes a tenth of a second.
             from textpolicy.tracking.live_view import LiveView
@@ -63,15 +72,27 @@ class Console:
 
 
 class LineView:
-    """Writes one line a step, to files, pipes and terminals that cannot redraw."""
+    """Writes lines of steps, to files, pipes and terminals that cannot redraw.
 
-    def __init__(self, stream: TextStream) -> None:
+    A run of up to `_LINES` steps gets a line for each step. A longer run gets about `_LINES` lines,
+    and more only if a step takes long.
+    """
+
+    def __init__(self, stream: TextStream, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
+        self._clock = clock
+        self._last_line = self._last_sample = float("-inf")
 
     def show(self, history: RunHistory, sample: str | None) -> None:
         """Write the line of the step, and the line of the sample."""
+        now, every = self._clock(), ceil(history.steps / _LINES)
+        in_turn = history.steps_done % every == 0 or self._last_line == float("-inf")
+        if not in_turn and now - self._last_line < _SECONDS_WITHOUT_A_LINE:
+            return
+        self._last_line = now
         self.note(_step_line(history))
-        if sample:
+        if sample and (every == 1 or now - self._last_sample >= _SECONDS_WITHOUT_A_LINE):
+            self._last_sample = now
             self.note(f"sample  {sample}")
 
     def note(self, text: str) -> None:
@@ -96,6 +117,7 @@ def _step_line(history: RunHistory) -> str:
         f"{metrics.get('time/step', 0):.2f} s/step",
         *([", ".join(f"{name} {share:.0%}" for name, share in shares)] if shares else []),
         f"{format_duration(history.seconds_left)} left",
+        *(f"alarm: {name}" for name in present_alarms(metrics)),
     ]
     return "  ".join(fields)
 

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Sequence
 
 from textpolicy.types import Metrics
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+_RECENT_STEPS = 10
 _TIMES = ("generate", "reward", "train", "reload", "checkpoint")
 
 
@@ -19,19 +21,20 @@ class RunHistory:
         self.seconds_left = 0.0
         self.metrics: Metrics = {}
         self._values: dict[str, list[float]] = {}
-        self._started: float | None = None
-        self._added = 0
+        # The last steps tell what is to come: a run may become slower, or faster, as it learns.
+        self._ends: deque[float] = deque(maxlen=_RECENT_STEPS + 1)
 
     def add(self, step: int, metrics: Metrics, now: float) -> None:
         """Add the finished step `step`, which is counted from 0. `now` is a clock in seconds."""
         for name, value in metrics.items():
             self._values.setdefault(name, []).append(value)
-        if self._started is None:
+        if not self._ends:
             # The time of the first step counts, the time to load the model before it does not.
-            self._started = now - metrics.get("time/step", 0)
-        self._added += 1
+            self._ends.append(now - metrics.get("time/step", 0))
+        self._ends.append(now)
         self.metrics, self.steps_done = metrics, step + 1
-        self.seconds_left = (now - self._started) / self._added * (self.steps - self.steps_done)
+        seconds_a_step = (now - self._ends[0]) / (len(self._ends) - 1)
+        self.seconds_left = seconds_a_step * (self.steps - self.steps_done)
 
     def values(self, name: str) -> Sequence[float]:
         """Return the values of a metric at the steps that reported the metric."""
@@ -48,6 +51,16 @@ def time_shares(metrics: Metrics) -> dict[str, float]:
     total = metrics.get("time/step", 0) or 1.0
     shares = {name: metrics.get(f"time/{name}", 0) / total for name in _TIMES}
     return {name: share for name, share in shares.items() if share >= 0.01}
+
+
+def present_alarms(metrics: Metrics) -> list[str]:
+    """Return the names of the alarms whose signs are present in these metrics."""
+    prefix = "alarm/"
+    return [
+        name.removeprefix(prefix)
+        for name, value in metrics.items()
+        if name.startswith(prefix) and value > 0
+    ]
 
 
 def spark_line(values: Sequence[float], width: int) -> str:
