@@ -38,6 +38,7 @@ LAYERS = (
     "textpolicy.adapters",
     "textpolicy.algorithms",
     "textpolicy.backend",
+    "textpolicy.machine",
     "textpolicy.fast_cpu",
     "textpolicy.chat_template",
     "textpolicy.types",

@@ -134,7 +134,7 @@ def _train(parser: ArgumentParser) -> None:
 def _sft(parser: ArgumentParser) -> None:
     add_config_file(parser, SFTConfig())
     add_resume(parser)
-    _dry_run(parser, "show the settings of the run, and start nothing")
+    _dry_run(parser, "show the settings and the estimated memory of the run, and start nothing")
     add_settings(parser, SFTConfig())
 
 

@@ -8,6 +8,7 @@ from textpolicy.config.settings import SEED, above, at_least, check, option
 from textpolicy.config.train import (
     CHECKPOINT_GRADIENTS,
     FINAL_LR,
+    LIMITS,
     LR,
     SCHEDULE,
     WARMUP,
@@ -108,6 +109,7 @@ class SFTRunOptions:
     save_every: int = option(
         100, "updates between two saves of adapters and checkpoint", limit=at_least(1)
     )
+    limits: Literal["refuse", "warn"] = option(*LIMITS)
 
     def __post_init__(self) -> None:
         check(self)

@@ -28,6 +28,10 @@ SCHEDULE = ("constant", "how the learning rate falls over the run")
 WARMUP = (0, "updates at the start over which the learning rate rises")
 FINAL_LR = (0.0, "learning rate at the end of a linear or cosine schedule")
 WEIGHT_DECAY = (0.0, "weight decay of AdamW")
+LIMITS = (
+    "refuse",
+    "what to do if the run needs more memory or disk space than the machine has, by an estimate",
+)
 CHECKPOINT_GRADIENTS = (False, "recompute activations in the backward pass: less memory, more time")
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -442,6 +446,7 @@ class RunOptions:
     stop_on_collapse: bool = option(
         False, "stop the run at the first alarm and keep the best adapter"
     )
+    limits: Literal["refuse", "warn"] = option(*LIMITS)
 
     def __post_init__(self) -> None:
         check(self)

@@ -16,6 +16,7 @@ import mlx.optimizers as optim
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import algorithms, fast_cpu
+from textpolicy.activity import doing
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer, shared_copy
 from textpolicy.adapters.quantization.quantize import quantize
@@ -327,12 +328,17 @@ def open_run_tracker(
     """Return the tracker of a run, which drops the rows of `resume_step` and later steps."""
     return open_tracker(
         directory,
-        ServiceOptions(**asdict(config.tracking)),
+        service_options(config),
         plain_settings(config),
         notice=note,
         resume_step=resume_step,
         sample_groups=sample_groups,
     )
+
+
+def service_options(config: RunConfig) -> ServiceOptions:
+    """Return the services that a run logs to."""
+    return ServiceOptions(**asdict(config.tracking))
 
 
 def plain_settings(config: RunConfig) -> dict[str, Any]:
@@ -349,9 +355,19 @@ def checkpoints_of(config: RunConfig, directory: RunDirectory) -> Checkpoints:
     return Checkpoints(directory.checkpoints, keep=run.keep_checkpoints, every=run.checkpoint_every)
 
 
+def source_of(config: SFTConfig) -> str:
+    """Return the data of a supervised run. Raise `ConfigError` if none is given."""
+    if config.data.source is None:
+        raise ConfigError(
+            "no data is given to learn from. Name rows of text: --data DIR, or "
+            "{'data': {'source': ...}} in Python"
+        )
+    return config.data.source
+
+
+@doing("reading the data")
 def load_sft_data(config: SFTConfig, tokenizer: TokenizerWrapper) -> SFTData:
     """Return the demonstrations of a supervised run as tokens: train, valid and test."""
-    assert config.data.source
     encoding = Encoding(
         tokenizer=tokenizer,
         learn=config.data.learn,
@@ -359,7 +375,7 @@ def load_sft_data(config: SFTConfig, tokenizer: TokenizerWrapper) -> SFTData:
         max_length=config.data.max_length,
     )
     share = config.data.validation_share
-    return load_data(config.data.source, encoding, validation_share=share)
+    return load_data(source_of(config), encoding, validation_share=share)
 
 
 def sft_parameters(config: SFTConfig, directory: RunDirectory, data: SFTData) -> SFTParameters:

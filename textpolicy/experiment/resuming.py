@@ -13,7 +13,7 @@ from textpolicy.runs import RunDirectory
 from textpolicy.untrusted.parsing import read_toml_file
 
 # Where a run is kept and how it is tracked changes none of its numbers.
-_FREE_IN_RL = frozenset({"run.output", "run.sample_groups", "tracking"})
+_FREE_IN_RL = frozenset({"run.output", "run.sample_groups", "run.limits", "tracking"})
 _FREE_IN_SFT = frozenset(
     {
         "run.output",
@@ -22,6 +22,7 @@ _FREE_IN_SFT = frozenset(
         "run.steps_per_eval",
         "run.validation_batches",
         "run.save_every",
+        "run.limits",
         "trainer.iterations",
         "trainer.epochs",
         "trainer.patience",

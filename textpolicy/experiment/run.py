@@ -6,8 +6,9 @@ from typing import Any
 
 from textpolicy.config import SFTConfig, TrainConfig, changed, config_from, read_toml
 from textpolicy.errors import ConfigError
-from textpolicy.experiment.assembly import RunConfig, apply_thread_option
+from textpolicy.experiment.assembly import RunConfig, apply_thread_option, source_of
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
+from textpolicy.experiment.preflight import check_before_start
 from textpolicy.experiment.reinforcement import train_policy
 from textpolicy.experiment.resuming import check_changes, read_started_config, telling_how_to_resume
 from textpolicy.experiment.supervised import train_supervised
@@ -43,15 +44,18 @@ def run(
     apply_thread_option(settings.model)
     # A task that cannot be found must leave no folder behind.
     task = find_task(settings.task) if isinstance(settings, TrainConfig) else None
-    directory = earlier or _new_run(settings)
     report = Reporter(on_event)
+    folder = earlier.path if earlier else settings.run.output or Path("runs")
+    name = _name_of(settings)
+    data = check_before_start(settings, task[0] if task else None, folder, report.note)
+    directory = earlier or _new_run(settings, name)
     with directory.lock(), telling_how_to_resume(directory, settings):
         directory.remove_partial_files()
         if earlier is None:
             # Another process may have claimed the same folder, and ended.
             directory.check_is_new()
         if isinstance(settings, SFTConfig):
-            result = train_supervised(settings, directory, report)
+            result = train_supervised(settings, directory, report, data=data)
         else:
             result = train_policy(settings, directory, report, task=task, force=force)
     write_report([directory.path])
@@ -77,17 +81,15 @@ def _config_of(
     return read_toml(path, started or (SFTConfig() if supervised else TrainConfig()))
 
 
-def _new_run(config: RunConfig) -> RunDirectory:
+def _name_of(config: RunConfig) -> str:
+    """Return the name of a run: that of its environment or data. Raise if there is no data."""
+    if isinstance(config, TrainConfig):
+        return config.task.env or Path(config.task.data or "").stem
+    return Path(source_of(config)).stem
+
+
+def _new_run(config: RunConfig, name: str) -> RunDirectory:
     """Return the directory of a new run, made and writable, before anything is loaded."""
-    if isinstance(config, SFTConfig):
-        if config.data.source is None:
-            raise ConfigError(
-                "no data is given to learn from. Name rows of text: --data DIR, or "
-                "{'data': {'source': ...}} in Python"
-            )
-        name = Path(config.data.source).stem
-    else:
-        name = config.task.env or Path(config.task.data or "").stem
     directory = RunDirectory(config.run.output) if config.run.output else new_directory(name)
     directory.claim()
     return directory

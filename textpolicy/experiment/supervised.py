@@ -39,11 +39,16 @@ _KINDS: dict[type[SFTEvent], EventKind] = {
 }
 
 
-def train_supervised(config: SFTConfig, directory: RunDirectory, report: Reporter) -> RunResult:
-    """Train adapters on rows of text, starting from the newest checkpoint if there is one."""
+def train_supervised(
+    config: SFTConfig, directory: RunDirectory, report: Reporter, *, data: SFTData | None = None
+) -> RunResult:
+    """Train adapters on rows of text, starting from the newest checkpoint if there is one.
+
+    `data` are the rows that the config names, if they are read already.
+    """
     started = time.perf_counter()
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
-    data = load_sft_data(config, tokenizer)
+    data = data or load_sft_data(config, tokenizer)
     report.note(str(data))
     adapt(model, config.adapter, config.model, config.run.seed)
     parameters = sft_parameters(config, directory, data)

@@ -21,7 +21,16 @@ from textpolicy.generation.prompts import (
     encode_reply,
     has_room,
 )
+from textpolicy.machine import memory_bytes, size_text
 from textpolicy.types import Completion, Prompt, RespondFn, Sampling, StopReason
+
+# Measured with 512 rollouts of 20 tokens: Python objects, at the most that are held at once.
+_ROLLOUT_BYTES, _TOKEN_BYTES = 1000, 60
+
+
+def rollout_bytes(tokens: int) -> int:
+    """Return the bytes that a completion takes as Python objects, with the prompt's tokens."""
+    return _ROLLOUT_BYTES + _TOKEN_BYTES * tokens
 
 
 class ModelPolicy:
@@ -99,6 +108,7 @@ class ModelPolicy:
     ) -> list[list[DecodingRow]]:
         if n < 1:
             raise ConfigError(f"n is {n}; expected at least 1 completion of each prompt")
+        self._check_memory(n * len(prompts))
         if self._watcher and (changed := self._watcher.poll()):
             self.reload(changed)
             self._watcher.accept()
@@ -122,6 +132,16 @@ class ModelPolicy:
                 launch_ahead=mx.default_device().type == mx.gpu,
                 respond=respond,
                 on_ended=activity.advance,
+            )
+
+    def _check_memory(self, completions: int) -> None:
+        """Raise `ConfigError` if so many completions do not fit into memory as Python objects."""
+        needed, there = completions * rollout_bytes(self.sampling.max_tokens), memory_bytes()
+        if needed > there:
+            raise ConfigError(
+                f"{completions:,} completions of up to {self.sampling.max_tokens:,} tokens need "
+                f"about {size_text(needed)} of memory, and this machine has {size_text(there)}. "
+                "Sample fewer at once, or fewer tokens"
             )
 
     def _stop_reason(self, tokens: list[int]) -> StopReason | None:

@@ -14,7 +14,7 @@ from textpolicy.tracking.sink import BackgroundSink, Notify, Sink
 from textpolicy.tracking.tensorboard_run import TensorBoardRun
 from textpolicy.tracking.tracker import CLOSING_SHARE, PATIENCE, Tracker
 from textpolicy.tracking.trackio_run import TrackioRun
-from textpolicy.tracking.wandb_run import WandbRun
+from textpolicy.tracking.wandb_run import WandbRun, wandb_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,7 @@ def open_tracker(
     there is no samples file. `notice` gets the messages of sinks. Services delay the end of the
     run by at most `patience` seconds. Raise `ConfigError` if the package of a service is missing.
     """
-    needed = {"tensorboardX": services.tensorboard, "trackio": services.trackio is not None}
-    for module, asked in needed.items():
-        if asked and find_spec(module) is None:
-            extra = module.removesuffix("X")
-            raise ConfigError(f"{module} is not installed: pip install 'textpolicy[{extra}]'")
+    check_services(services)
     # A samples file of an earlier process must lose its later rows even if none are added.
     wanted = sample_groups != 0 or directory.samples.exists()
     samples = directory.samples if wanted else None
@@ -66,6 +62,25 @@ def open_tracker(
         patience=patience,
         sample_groups=sample_groups,
     )
+
+
+def check_services(
+    services: ServiceOptions, note: Callable[[str], None] = lambda text: None
+) -> None:
+    """Raise `ConfigError` if the package of a service is missing; note a missing key of W&B."""
+    needed = {
+        "wandb": (services.wandb is not None, "wandb"),
+        "tensorboardX": (services.tensorboard, "'textpolicy[tensorboard]'"),
+        "trackio": (services.trackio is not None, "'textpolicy[trackio]'"),
+    }
+    for module, (asked, package) in needed.items():
+        if asked and find_spec(module) is None:
+            raise ConfigError(f"{module} is not installed: pip install {package}")
+    if services.wandb is not None and wandb_mode() == "offline":
+        note(
+            "W&B: there is no API key, or WANDB_MODE is offline, so the run is logged to files. "
+            "`wandb login` stores a key"
+        )
 
 
 def _openers(

@@ -58,7 +58,7 @@ class WandbRun:
                 finish_timeout_raises=True,
             ),
         }
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = wandb_mode()
         sync = f"upload it later: wandb sync {self._folder}/offline-run-*"
         if mode == "offline":
             notice(f"the run is offline; {sync}")
@@ -134,6 +134,11 @@ def _cell(value: object) -> object:
     if isinstance(value, str | int | float):
         return value
     return "" if value is None else json.dumps(value)
+
+
+def wandb_mode() -> str:
+    """Return WANDB_MODE, or else online if there is a key and offline if there is none."""
+    return os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
 
 
 def _has_key() -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 import mlx.core as mx
 
 from textpolicy.cli.answer import Answer, table
-from textpolicy.cli.dry_run import estimate_memory, has_turns
 from textpolicy.cli.flags import configured
 from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
 from textpolicy.config import TrainConfig, changed
 from textpolicy.errors import ModelError
+from textpolicy.experiment.run_size import has_turns, plan_step
 
 _STEPS = 20
 """More steps would hardly change the means."""
@@ -58,7 +58,7 @@ def _planned_bytes(config: TrainConfig, measured: RealSteps) -> dict[str, int] |
     if has_turns(measured.environment):
         return None
     try:
-        return estimate_memory(config, **measured.lengths).peaks
+        return plan_step(config, measured.lengths).peaks
     except ModelError:
         return None
 

@@ -4,10 +4,10 @@ from argparse import Namespace
 from dataclasses import asdict
 
 from textpolicy.cli.answer import Answer
-from textpolicy.cli.dry_run import read_architecture
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
 from textpolicy.experiment.assembly import adapter_config, dtype_of
+from textpolicy.experiment.run_size import read_architecture
 from textpolicy.planning.adapter_plan import plan_adapters
 from textpolicy.planning.unloaded_model import build_unloaded_model
 

@@ -4,12 +4,12 @@ from argparse import Namespace
 from typing import Any
 
 from textpolicy.cli.answer import Answer
+from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import TerminalListener, listening
-from textpolicy.config import SFTConfig, to_toml
+from textpolicy.config import SFTConfig
 from textpolicy.experiment import RunResult
 from textpolicy.experiment import run as run_config
-from textpolicy.experiment.assembly import plain_settings
 from textpolicy.experiment.resuming import resume_line
 from textpolicy.untrusted.terminal import terminal_safe
 
@@ -17,13 +17,13 @@ _ENDS = {"finished": "", "stopped": " (stopped)", "early": " (out of patience)"}
 
 
 def run(options: Namespace) -> Answer:
-    """Train on rows of text, or show the settings."""
+    """Train on rows of text, or show what training would take."""
     if options.resume:
         config = configured_to_resume(SFTConfig(), options)
     else:
         config = configured(SFTConfig(), options)
     if options.dry_run:
-        return Answer(data={"config": plain_settings(config)}, text=to_toml(config))
+        return show_plan(config)
     with listening(config.trainer.iterations or 0, panel=False) as listener:
         result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
         text = _text(result, config, listener)

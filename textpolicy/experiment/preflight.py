@@ -1,0 +1,139 @@
+"""What is checked before a run loads anything: names, packages, lengths, memory and disk space."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from textpolicy.config import SFTConfig, TrainConfig, changed
+from textpolicy.environments import Environment
+from textpolicy.errors import ConfigError, PromptError
+from textpolicy.experiment.assembly import RunConfig, adapter_config, service_options
+from textpolicy.experiment.run_size import RunSize, SizeEstimator
+from textpolicy.generation.model_files import find_model
+from textpolicy.machine import free_disk_bytes, memory_bytes, size_text
+from textpolicy.tracking.open_tracker import check_services
+from textpolicy.training.sft import SFTData
+
+_OVERRIDE = "To start the run all the same, add --limits warn"
+
+
+def check_before_start(
+    config: RunConfig,
+    environment: Environment | None,
+    folder: Path,
+    note: Callable[[str], None],
+) -> SFTData | None:
+    """Raise an error about whatever would end the run later; no weight is read, nothing sampled.
+
+    Return the rows of a supervised run, which are read on the way. `folder` is where the run will
+    write. `note` gets what is only worth knowing, and what
+    `run.limits = "warn"` allows.
+    """
+    check_services(service_options(config), note)
+    check_names(config)
+    estimator = SizeEstimator(config, environment)
+    size = estimator.estimate(config)
+    for problem in problems(estimator, config, size, folder):
+        if config.run.limits == "refuse":
+            raise ConfigError(f"{problem}. {_OVERRIDE}")
+        note(f"{problem}. The run starts all the same, because of --limits warn")
+    if (free := free_disk_bytes(folder)) < size.disk_bytes:
+        note(
+            f"The run writes about {size_text(size.disk_bytes)}, and the disk of {folder} has "
+            f"{size_text(free)} free. Free some space, or write less: --sample-groups 0 writes no "
+            "samples"
+        )
+    return estimator.data
+
+
+def check_names(config: RunConfig) -> None:
+    """Raise an error if the model, the adapters or the adapter config that are named are absent."""
+    find_model(config.model.name)
+    start = config.adapter.start
+    if start and not start.exists():
+        raise ConfigError(f"there are no adapters at {start}. Name a file, or a folder with one")
+    if start is None:
+        adapter_config(config.adapter)
+
+
+def problems(
+    estimator: SizeEstimator, config: RunConfig, size: RunSize, folder: Path
+) -> Iterator[str]:
+    """Yield why the run cannot work on this machine: its memory, then its disk space."""
+    check_context(size)
+    if size.memory_bytes > memory_bytes():
+        yield f"{_memory_text(config, size)}. {_what_fits(estimator, config)}"
+    if (free := free_disk_bytes(folder)) < size.needed_disk_bytes:
+        yield (
+            f"the disk of {folder} has {size_text(free)} free, and the run needs at least "
+            f"{size_text(size.needed_disk_bytes)} for {size.checkpoints + 1} checkpoints and its "
+            "adapters. Free some space, or name another disk by --output"
+        )
+
+
+def check_context(size: RunSize) -> None:
+    """Raise `PromptError` if the longest prompt and a completion do not fit the model's context."""
+    lengths = size.lengths
+    if lengths.context and lengths.prompt + lengths.completion > lengths.context:
+        raise PromptError(
+            f"the longest prompt has {lengths.prompt:,} tokens and a completion up to "
+            f"{lengths.completion:,}, and the model's context holds {lengths.context:,} tokens. "
+            "Shorten the prompt, lower --max-tokens, or use a model with a longer context"
+        )
+
+
+def _memory_text(config: RunConfig, size: RunSize) -> str:
+    parts = [f"{size_text(peak)} at the peak of {name}" for name, peak in size.peaks.items()]
+    if isinstance(config, TrainConfig):
+        parts.append(
+            f"{size_text(size.rollout_bytes)} to hold {size.completions:,} completions of up to "
+            f"{size.lengths.prompt:,} + {size.lengths.completion:,} tokens"
+        )
+    return (
+        f"the run needs about {size_text(size.memory_bytes)} of memory, and this machine has "
+        f"{size_text(memory_bytes())} for it. The estimate: {', '.join(parts)}"
+    )
+
+
+def _what_fits(estimator: SizeEstimator, config: RunConfig) -> str:
+    """Return in words the mildest changes with which the run fits, or that none was found."""
+    given: dict[str, Any] = {}
+    for change in _milder(config):
+        given |= change
+        if _fits(estimator, config, given):
+            # Changes that alone were too little may not be needed beside the last one.
+            for key in list(given)[:-1]:
+                without = {other: value for other, value in given.items() if other != key}
+                given = without if _fits(estimator, config, without) else given
+            return f"This would fit: {' '.join(_flag(key, value) for key, value in given.items())}"
+    return "No smaller step fits either. Choose a smaller model, or a machine with more memory"
+
+
+def _fits(estimator: SizeEstimator, config: RunConfig, given: dict[str, Any]) -> bool:
+    return estimator.estimate(changed(config, given)).memory_bytes <= memory_bytes()
+
+
+def _milder(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Yield changes of settings that take less memory, one after the other."""
+    if not config.trainer.checkpoint_gradients:
+        yield {"trainer.checkpoint_gradients": True}
+    if isinstance(config, SFTConfig):
+        yield from _halved("trainer.batch_size", config.trainer.batch_size, 1)
+        return
+    if (config.trainer.micro_batch_size or 2) > 1:
+        yield {"trainer.micro_batch_size": 1}
+    yield from _halved("evaluation.count", config.evaluation.count, 512)
+    yield from _halved("rollout.groups_per_step", config.rollout.groups_per_step, 1)
+    yield from _halved("rollout.group_size", config.rollout.group_size, 2)
+
+
+def _halved(key: str, value: int, least: int) -> Iterator[dict[str, Any]]:
+    while value > least:
+        value = max(least, value // 2)
+        yield {key: value}
+
+
+def _flag(key: str, value: Any) -> str:
+    name = {"evaluation.count": "count"}.get(key, key.rpartition(".")[2])
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {value}"

@@ -1,0 +1,261 @@
+"""How large a run is: the memory and the disk space that it takes, estimated from its config.
+
+No weight is read. `textpolicy train --dry-run` shows the same numbers by which the start of a run
+decides (`experiment/preflight.py`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from textpolicy.adapters.quantization.number_formats import NumberFormat
+from textpolicy.config import SFTConfig, TrainConfig
+from textpolicy.config.train import ModelOptions
+from textpolicy.environments import Dataset, Environment
+from textpolicy.errors import ModelError
+from textpolicy.experiment.assembly import (
+    RunConfig,
+    adapter_config,
+    dtype_of,
+    load_sft_data,
+    quantization_of,
+    sampling_of,
+)
+from textpolicy.generation.model_files import find_model
+from textpolicy.generation.policy import rollout_bytes
+from textpolicy.generation.prompts import encode_prompt
+from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
+from textpolicy.planning.unloaded_model import build_unloaded_model
+from textpolicy.training.sft import SFTData
+from textpolicy.types import Prompt
+
+READ_PROMPTS = 64
+"""Prompts that are tokenized to find the longest. Of rows of data, these are the longest texts."""
+_CHARACTERS_A_TOKEN = 4
+_SAMPLE_BYTES = 400  # of a row of samples.jsonl, beside its texts
+_STEP_BYTES = 2500  # of a row of metrics.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """The most tokens of a prompt, of the prompts that were read, and of a completion."""
+
+    prompt: int
+    completion: int
+    read: int = 0
+    context: int | None = None
+    """The most tokens that the model can read and write together, if it says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSize:
+    """Estimates for one run. `memory` is None for a model whose memory is not known: `unknown`."""
+
+    lengths: Lengths
+    memory: MemoryPlan | None
+    unknown: str = ""
+    completions: int = 0
+    """The most completions that are held at once, of a step or of a measurement."""
+    samples_bytes: int = 0
+    steps_bytes: int = 0
+    checkpoints: int = 1
+    evaluations: int = 0
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The bytes at the peak of each phase."""
+        if self.memory is None:
+            return {}
+        peaks = self.memory.peaks
+        return peaks if self.completions else {"training": peaks["training"]}
+
+    @property
+    def rollout_bytes(self) -> int:
+        """The bytes of the completions of a step as Python objects."""
+        return self.completions * rollout_bytes(self.lengths.prompt + self.lengths.completion)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes that the run needs at once."""
+        return max(self.peaks.values(), default=0) + self.rollout_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The bytes of a checkpoint: the adapters and two moments of Adam."""
+        return 3 * self._adapter_bytes
+
+    @property
+    def needed_disk_bytes(self) -> int:
+        """The bytes without which no checkpoint can be kept: the new one beside the kept ones."""
+        return (self.checkpoints + 1) * self.checkpoint_bytes + 3 * self._adapter_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """The bytes that the whole run writes."""
+        rows = self.samples_bytes + self.steps_bytes
+        return self.needed_disk_bytes + self.evaluations * self._adapter_bytes + rows
+
+    @property
+    def _adapter_bytes(self) -> int:
+        return self.memory.arrays["adapters"].bytes if self.memory else 0
+
+
+class SizeEstimator:
+    """Estimates runs of one task and model with other numbers; reads files and prompts once."""
+
+    def __init__(self, config: RunConfig, environment: Environment | None) -> None:
+        self._config = config
+        self._architecture = read_architecture(config.model)
+        self._network = cache(self._build_network)
+        self.data: SFTData | None = None
+        """The rows of a supervised run."""
+        if isinstance(config, TrainConfig):
+            assert environment
+            self._held_out = _count_held_out(environment, config.evaluation.count)
+            self.lengths = _rl_lengths(config, environment, self._architecture)
+        else:
+            self.data = load_sft_data(config, _tokenizer(config.model))
+            self.lengths = _sft_lengths(config, self.data)
+
+    def estimate(self, config: RunConfig) -> RunSize:
+        """Return the size of the run with this config."""
+        if isinstance(config, SFTConfig):
+            return self._estimate_sft(config)
+        rollout, run, evaluation = config.rollout, config.run, config.evaluation
+        lengths = self.lengths
+        if config.sampling.max_tokens:
+            lengths = Lengths(**vars(lengths) | {"completion": config.sampling.max_tokens})
+        step = rollout.groups_per_step * rollout.group_size
+        measured = min(self._held_out, evaluation.count) * max(1, evaluation.samples)
+        groups = rollout.groups_per_step
+        groups = groups if run.sample_groups is None else min(run.sample_groups, groups)
+        text = _CHARACTERS_A_TOKEN * (lengths.prompt + lengths.completion)
+        return self._size(
+            lambda: self._plan_rl(config, lengths),
+            lengths=lengths,
+            completions=max(step * rollout.steps_per_generation, measured),
+            samples_bytes=run.steps * groups * rollout.group_size * (_SAMPLE_BYTES + text),
+            steps_bytes=run.steps * _STEP_BYTES,
+            checkpoints=run.keep_checkpoints,
+            evaluations=2 + (run.steps // evaluation.every if evaluation.every else 0),
+        )
+
+    def _estimate_sft(self, config: SFTConfig) -> RunSize:
+        steps = (config.trainer.iterations or 1000) // config.run.steps_per_report
+        return self._size(
+            lambda: self._plan_sft(config), lengths=self.lengths, steps_bytes=steps * _STEP_BYTES
+        )
+
+    def _size(self, plan: Any, **numbers: Any) -> RunSize:
+        try:
+            return RunSize(memory=plan(), **numbers)
+        except ModelError as error:
+            return RunSize(memory=None, unknown=str(error), **numbers)
+
+    def _plan_rl(self, config: TrainConfig, lengths: Lengths) -> MemoryPlan:
+        tokens = {"prompt_tokens": lengths.prompt, "completion_tokens": lengths.completion}
+        return plan_step(config, tokens, self._network())
+
+    def _plan_sft(self, config: SFTConfig) -> MemoryPlan:
+        trainer = config.trainer
+        rows = trainer.batch_size * (2 if trainer.accumulation > 1 else 1)
+        return plan_memory(
+            self._network(),
+            adapter_config(config.adapter),
+            batch=rows,
+            micro_batch_size=trainer.batch_size,
+            checkpoint_gradients=trainer.checkpoint_gradients,
+            prompt_tokens=self.lengths.prompt,
+            completion_tokens=self.lengths.completion,
+        )
+
+    def _build_network(self) -> nn.Module:
+        return build_unloaded_model(self._architecture, dtype_of(self._config.model))
+
+
+def plan_step(
+    config: TrainConfig, lengths: Mapping[str, int], network: nn.Module | None = None
+) -> MemoryPlan:
+    """Return the memory plan of a step; raise ModelError for a model whose memory is not known.
+
+    `lengths` are `prompt_tokens` and `completion_tokens`.
+    """
+    rollout, trainer, reference = config.rollout, config.trainer, config.algorithm.reference
+    other = None if reference in (None, "base") else ModelOptions(name=reference)
+    return plan_memory(
+        network or read_architecture(config.model),
+        adapter_config(config.adapter),
+        batch=rollout.groups_per_step * rollout.group_size,
+        group_size=rollout.group_size,
+        micro_batch_size=trainer.micro_batch_size,
+        checkpoint_gradients=trainer.checkpoint_gradients,
+        dtype=dtype_of(config.model),
+        reference=read_architecture(other) if other else None,
+        prompt_tokens=lengths["prompt_tokens"],
+        completion_tokens=lengths["completion_tokens"],
+    )
+
+
+def read_architecture(options: ModelOptions) -> dict[str, Any]:
+    """Return the content of the model's config.json, quantized as the options say."""
+    architecture = json.loads((find_model(options.name) / "config.json").read_text("utf-8"))
+    quantization = quantization_of(options)
+    if quantization is None:
+        return architecture
+    form = NumberFormat(**quantization).options()
+    # mlx has no NF4. Of its own formats, int4 is nearest in size.
+    mode = "affine" if form["mode"] == "nf4" else form["mode"]
+    return architecture | {"quantization": form | {"mode": mode}}
+
+
+def has_turns(environment: Environment) -> bool:
+    """Return whether an episode may have several turns."""
+    return any(task.env is not None for task in environment.heldout(1))
+
+
+def _tokenizer(options: ModelOptions) -> TokenizerWrapper:
+    return load_tokenizer(find_model(options.name), {"trust_remote_code": False})
+
+
+def _rl_lengths(
+    config: TrainConfig, environment: Environment, architecture: dict[str, Any]
+) -> Lengths:
+    tokenizer, prompts = _tokenizer(config.model), _prompts(environment)
+    context = architecture.get("max_position_embeddings") or architecture.get("n_positions")
+    return Lengths(
+        prompt=max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
+        completion=sampling_of(config, environment).max_tokens,
+        read=len(prompts),
+        context=context if isinstance(context, int) else None,
+    )
+
+
+def _sft_lengths(config: SFTConfig, data: SFTData) -> Lengths:
+    rows = [*data.train, *data.valid]
+    longest = config.data.max_length if config.data.packing else max(len(r.tokens) for r in rows)
+    return Lengths(prompt=1, completion=longest - 1, read=len(rows))
+
+
+def _count_held_out(environment: Environment, count: int) -> int:
+    tasks = environment.tasks
+    return min(count, len(tasks.held_out)) if isinstance(tasks, Dataset) else count
+
+
+def _prompts(environment: Environment) -> Sequence[Prompt]:
+    """Return the longest prompts of rows of data, or the first held-out prompts."""
+    tasks = environment.tasks
+    if not isinstance(tasks, Dataset):
+        return [task.prompt for task in environment.heldout(READ_PROMPTS)]
+    prompts = [task.prompt for task in (*tasks.train, *tasks.held_out)]
+    return sorted(prompts, key=_characters, reverse=True)[:READ_PROMPTS]
+
+
+def _characters(prompt: Prompt) -> int:
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return sum(map(len, texts))
