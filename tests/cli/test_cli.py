@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -387,11 +388,13 @@ def test_the_error_about_a_missing_adapter_file_names_the_file(failure):
     )
 
 
-def test_an_unwritable_output_path_is_an_error_before_the_model_is_loaded(failure, tmp_path):
+def test_an_unwritable_output_path_is_an_error_before_the_model_is_loaded(failure, tiny, tmp_path):
     (tmp_path / "file").touch()
-    output = str(tmp_path / "file" / "run")
-    message = failure("train", *SMALL_RUN, "--output", output, "--model", "no-such-model", code=2)
-    assert output in message and "no-such-model" not in message
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    output, model = str(tmp_path / "file" / "run"), str(tmp_path / "model")
+    message = failure("train", *SMALL_RUN, "--output", output, "--model", model, code=2)
+    assert output in message and "cannot load the model" not in message
 
 
 def test_an_output_folder_with_an_earlier_run_is_not_changed(failure, tmp_path):

@@ -43,6 +43,7 @@ def test_whatever_is_named_and_not_there_ends_with_2_and_leaves_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     failure(*argv, code=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_data_and_a_missing_reward_end_with_the_same_code(failure, rows, tmp_path):

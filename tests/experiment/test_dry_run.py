@@ -132,8 +132,10 @@ def test_what_the_run_would_refuse_it_refuses_too(argv, words, capsys):
 
 @pytest.mark.slow
 def test_a_supervised_run_shows_its_settings(planned, tmp_path):
-    argv = ["sft", "--data", "rows", "--output", str(tmp_path / "run"), "--lr", "1e-3"]
-    text, data = planned(*argv)
-    (tmp_path / "again.toml").write_text(text)
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--data", str(tmp_path / "rows.jsonl")]
+    text, data = planned("sft", *data, "--output", str(tmp_path / "run"), "--lr", "1e-3")
+    (tmp_path / "again.toml").write_text(text.partition("\nrows  ")[0])
     assert read_toml(tmp_path / "again.toml", SFTConfig()).trainer.lr == 1e-3
     assert data["config"]["trainer.lr"] == 1e-3 and not (tmp_path / "run").exists()

@@ -62,11 +62,11 @@ def problems(
     """Yield why the run cannot work on this machine: its memory, then its disk space."""
     check_context(size)
     if size.memory_bytes > memory_bytes():
-        yield f"{_memory_text(config, size)}. {_what_fits(estimator, config)}"
+        yield f"{_memory_text(config, size)}. {_what_fits(estimator, config, size)}"
     if (free := free_disk_bytes(folder)) < size.needed_disk_bytes:
         yield (
             f"the disk of {folder} has {size_text(free)} free, and the run needs at least "
-            f"{size_text(size.needed_disk_bytes)} for {size.checkpoints + 1} checkpoints and its "
+            f"{size_text(size.needed_disk_bytes)} for {size.checkpoints + 1:,} checkpoints and its "
             "adapters. Free some space, or name another disk by --output"
         )
 
@@ -95,8 +95,13 @@ def _memory_text(config: RunConfig, size: RunSize) -> str:
     )
 
 
-def _what_fits(estimator: SizeEstimator, config: RunConfig) -> str:
+def _what_fits(estimator: SizeEstimator, config: RunConfig, size: RunSize) -> str:
     """Return in words the mildest changes with which the run fits, or that none was found."""
+    if size.memory and (weights := size.memory.arrays["weights"].bytes) > memory_bytes():
+        return (
+            f"The weights alone take {size_text(weights)}. Choose a smaller model, or quantize the "
+            "base: --quantize 4"
+        )
     given: dict[str, Any] = {}
     for change in _milder(config):
         given |= change
@@ -122,6 +127,7 @@ def _milder(config: RunConfig) -> Iterator[dict[str, Any]]:
         return
     if (config.trainer.micro_batch_size or 2) > 1:
         yield {"trainer.micro_batch_size": 1}
+    yield from _halved("rollout.steps_per_generation", config.rollout.steps_per_generation, 1)
     yield from _halved("evaluation.count", config.evaluation.count, 512)
     yield from _halved("rollout.groups_per_step", config.rollout.groups_per_step, 1)
     yield from _halved("rollout.group_size", config.rollout.group_size, 2)

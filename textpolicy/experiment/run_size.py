@@ -220,7 +220,11 @@ def has_turns(environment: Environment) -> bool:
 
 
 def _tokenizer(options: ModelOptions) -> TokenizerWrapper:
-    return load_tokenizer(find_model(options.name), {"trust_remote_code": False})
+    folder = find_model(options.name)
+    try:
+        return load_tokenizer(folder, {"trust_remote_code": False})
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise ModelError(f"cannot load the tokenizer in {folder}: {error}") from error
 
 
 def _rl_lengths(

@@ -1,0 +1,212 @@
+"""A run that cannot work here is refused before a model is loaded or anything is written."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+import textpolicy as tp
+from textpolicy.cli import main
+from textpolicy.config import SFTConfig, TrainConfig, changed
+from textpolicy.environments import load
+from textpolicy.errors import ConfigError
+from textpolicy.experiment.run_size import SizeEstimator
+from textpolicy.machine import memory_bytes, size_text
+
+SMALL = ["--groups-per-step", "2", "--group-size", "2", "--count", "2", "--steps", "1"]
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """Return an empty working directory."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Return the path of a file of demonstrations."""
+    path = tmp_path / "rows.jsonl"
+    pairs = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(10, 30)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    return str(path)
+
+
+def test_a_dry_run_shows_the_numbers_by_which_the_start_decides(failure, empty, capsys):
+    beyond = ["train", "--env", "add", "--group-size", "1000000000"]
+    message = failure(*beyond, code=2).partition(": ")[2].removesuffix("\n")
+    assert main([*beyond, "--dry-run", "--json"]) == 2
+    data = json.loads(capsys.readouterr().out)
+    assert f"the run needs about {size_text(data['memory_bytes'])} of memory" in message
+    assert data["machine_bytes"] == memory_bytes() and data["fits"] is False
+    assert main([*beyond, "--dry-run"]) == 2
+    shown = capsys.readouterr().out
+    refusal = message.partition(". To start")[0]
+    assert "REFUSED" in shown and refusal in shown
+
+
+def test_limits_warn_starts_the_run_all_the_same(empty, capsys):
+    beyond = ["--keep-checkpoints", "1000000000", "--output", "run"]
+    assert main(["train", "--env", "add", *SMALL, *beyond]) == 2
+    assert "1,000,000,001 checkpoints" in capsys.readouterr().err
+    assert list(empty.iterdir()) == []
+    assert main(["train", "--env", "add", *SMALL, *beyond, "--limits", "warn"]) == 0
+    assert "because of --limits warn" in capsys.readouterr().err
+
+
+def test_a_resumed_run_may_change_what_its_limits_do(empty):
+    assert main(["train", "--env", "add", *SMALL, "--output", "run"]) == 0
+    assert main(["train", "--resume", "run", "--limits", "warn"]) == 0
+
+
+def test_a_prompt_too_long_for_the_model_is_refused_at_once(failure, empty, tmp_path):
+    path, reward = tmp_path / "rows.jsonl", tmp_path / "reward.py"
+    pairs = [("word " * 9000, "1"), *((f"{n}+1=", str(n + 1)) for n in range(20))]
+    path.write_text("\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in pairs))
+    reward.write_text("def reward(completion, answer):\n    return float(completion == answer)\n")
+    started = time.monotonic()
+    message = failure("train", "--data", str(path), "--reward", str(reward), code=2)
+    assert time.monotonic() - started < 10
+    assert "the longest prompt has 27,009 tokens" in message
+    assert "context holds 1,024 tokens" in message
+    assert list(empty.iterdir()) == []
+
+
+def test_a_completion_longer_than_the_model_s_context_is_refused(failure, empty):
+    message = failure("train", "--env", "add", "--max-tokens", "1024", code=2)
+    assert "lower --max-tokens" in message
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+@pytest.mark.parametrize(
+    ("flag", "named"), [("--model", "no-such-model"), ("--adapter", "no/adapter.safetensors")]
+)
+def test_a_model_or_adapter_that_is_not_there_leaves_no_folder(
+    command, flag, named, failure, empty, rows
+):
+    task = ["--env", "add"] if command == "train" else ["--data", rows]
+    assert named in failure(command, *task, flag, named, code=2)
+    assert list(empty.iterdir()) == []
+
+
+@pytest.fixture
+def model_without_weights(tiny, tmp_path):
+    """Return the folder of a model whose weights are lost: loading it is an error."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [("tensorboardX", ["--tensorboard"]), ("trackio", ["--trackio", "mine"])],
+)
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_missing_package_of_a_service_is_noticed_before_anything_is_loaded(
+    command, module, flags, failure, empty, rows, model_without_weights, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    task = ["--env", "add"] if command == "train" else ["--data", rows]
+    message = failure(command, *task, "--model", model_without_weights, *flags, code=2)
+    assert f"pip install 'textpolicy[{flags[0].removeprefix('--')}]'" in message
+    assert list(empty.iterdir()) == []
+
+
+def test_a_missing_key_of_wandb_is_noticed_before_the_model_is_loaded(
+    failure, empty, model_without_weights, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    model = ["--model", model_without_weights, "--output", "run"]
+    message = failure("train", "--env", "add", *SMALL, "--wandb", "mine", *model)
+    assert message.index("W&B: there is no API key") < message.index("cannot load the model")
+
+
+def test_sft_refuses_data_that_is_not_there_in_a_dry_run_too(failure, empty):
+    for more in ([], ["--dry-run"]):
+        assert "no/rows.jsonl" in failure("sft", "--data", "no/rows.jsonl", *more, code=2)
+    assert "no data is given" in failure("sft", "--dry-run", code=2)
+    assert list(empty.iterdir()) == []
+
+
+def test_a_dry_run_of_sft_shows_rows_memory_and_disk(rows, empty, capsys):
+    assert main(["sft", "--data", rows, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "20, of up to" in shown
+    for name in ("weights", "adapters", "optimizer", "training", "machine", "disk"):
+        assert re.search(rf"^{name} +", shown, re.MULTILINE)
+    assert "MB at its peak (estimated)" in shown and "no run was started" in shown
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [4, 16])
+def test_the_estimate_of_supervised_training_is_near_the_measured_peak(batch, rows, tmp_path):
+    config = {"data": {"source": rows}, "trainer": {"iterations": 3, "batch_size": batch}}
+    settings = {"data.source": rows, "trainer.batch_size": batch}
+    planned = changed(SFTConfig(), settings)
+    estimate = SizeEstimator(planned, None).estimate(planned).peaks["training"]
+    peaks = []
+    result = tp.run(
+        config | {"run": {"steps_per_report": 1}},
+        output=tmp_path / "run",
+        on_event=lambda event: peaks.append(event.metrics.get("memory/peak_gb", 0)),
+    )
+    assert result.steps == 3
+    assert 0.5 < estimate / (1e9 * max(peaks)) < 2
+
+
+@pytest.mark.slow
+def test_the_estimate_of_completions_is_near_what_they_take():
+    import tracemalloc
+    from itertools import islice
+
+    environment = load("add")
+    policy = tp.create_policy(*tp.load_model("tiny"), {"max_tokens": 60})
+    tasks = list(islice(environment.stream(0), 34))
+    tp.collect(tasks[:2], policy, environment.reward, group_size=2, seed=0)
+    tracemalloc.start()
+    groups = tp.collect(tasks[2:], policy, environment.reward, group_size=8, seed=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    tokens = sum(len(rollout.tokens) for rollout in rollouts) / len(rollouts)
+    from textpolicy.generation.policy import rollout_bytes
+
+    assert 0.5 < rollout_bytes(round(tokens)) * len(rollouts) / peak < 2
+
+
+def test_a_policy_refuses_more_completions_than_memory_holds(failure):
+    policy = tp.create_policy(*tp.load_model("tiny"), {"max_tokens": 6})
+    with pytest.raises(ConfigError, match=r"10,000,000,000 completions of up to 6 tokens need"):
+        policy.generate(["1+1="], n=10**10)
+    assert "Sample fewer" in failure("generate", "--prompt", "x", "-n", str(10**10), code=2)
+
+
+def test_a_limit_of_the_process_is_a_limit_of_its_memory():
+    program = (
+        "import resource, textpolicy.machine as machine; before = machine.memory_bytes();"
+        "resource.setrlimit(resource.RLIMIT_AS, (before // 2, before // 2));"
+        "assert machine.memory_bytes() == before // 2"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_longest_rows_of_data_are_measured_whichever_part_they_are_in(rows, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text("def reward(completion):\n    return 0.0\n")
+    settings = {"task.data": rows, "task.reward": str(reward)}
+    config = changed(TrainConfig(), settings)
+    from textpolicy.experiment.tasks import find_task
+
+    environment, _ = find_task(config.task)
+    with open(rows, "a") as file:
+        file.write("\n" + json.dumps({"prompt": "7+" * 100 + "7=", "completion": "x"}))
+    longer, _ = find_task(config.task)
+    short, long = (SizeEstimator(config, one).lengths for one in (environment, longer))
+    assert long.prompt > short.prompt + 100
