@@ -6,7 +6,7 @@ from typing import Any
 
 from textpolicy.config import SFTConfig, TrainConfig, changed, config_from, read_toml
 from textpolicy.errors import ConfigError
-from textpolicy.experiment.assembly import RunConfig, apply_thread_option, source_of
+from textpolicy.experiment.assembly import RunConfig, apply_thread_option, find_algorithm, source_of
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
 from textpolicy.experiment.preflight import check_before_start
 from textpolicy.experiment.reinforcement import train_policy
@@ -43,7 +43,9 @@ def run(
         check_changes(started, settings, earlier, force=force)
     apply_thread_option(settings.model)
     # A task that cannot be found must leave no folder behind.
-    task = find_task(settings.task) if isinstance(settings, TrainConfig) else None
+    task, algorithm = None, None
+    if isinstance(settings, TrainConfig):
+        algorithm, task = find_algorithm(settings.algorithm), find_task(settings.task)
     report = Reporter(on_event)
     folder = earlier.path if earlier else settings.run.output or Path("runs")
     name = _name_of(settings)
@@ -57,7 +59,9 @@ def run(
         if isinstance(settings, SFTConfig):
             result = train_supervised(settings, directory, report, data=data)
         else:
-            result = train_policy(settings, directory, report, task=task, force=force)
+            result = train_policy(
+                settings, directory, report, task=task, algorithm=algorithm, force=force
+            )
     write_report([directory.path])
     return result
 
