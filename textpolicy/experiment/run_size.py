@@ -4,7 +4,6 @@ No weight is read. `textpolicy train --dry-run` shows the same numbers by which 
 decides (`experiment/preflight.py`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +26,7 @@ from textpolicy.experiment.assembly import (
     quantization_of,
     sampling_of,
 )
-from textpolicy.generation.model_files import find_model
+from textpolicy.generation.model_files import find_model, read_architecture_file
 from textpolicy.generation.policy import rollout_bytes
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
@@ -204,7 +203,7 @@ def plan_step(
 
 def read_architecture(options: ModelOptions) -> dict[str, Any]:
     """Return the content of the model's config.json, quantized as the options say."""
-    architecture = json.loads((find_model(options.name) / "config.json").read_text("utf-8"))
+    architecture = read_architecture_file(find_model(options.name))
     quantization = quantization_of(options)
     if quantization is None:
         return architecture
