@@ -2,6 +2,7 @@
 
 import warnings
 from itertools import islice
+from types import ModuleType
 
 import gymnasium as gym
 import pytest
@@ -12,6 +13,7 @@ from textpolicy.config import TrainConfig
 from textpolicy.config.settings import changed
 from textpolicy.environments import AnyText, check_env, from_gymnasium, load
 from textpolicy.environments.held_out import is_held_out
+from textpolicy.environments.load import environment_from_module
 from textpolicy.errors import TaskError
 
 
@@ -93,8 +95,11 @@ def test_tic_tac_toe_trains_on_no_held_out_opening():
     assert not held_out & trained
     # The empty board is half of all openings, so it stays in training.
     assert (len(held_out), len(trained)) == (2, 8)
-    assert "tictactoe has few problems: 128 seeds gave 10 different ones" in environment.split_note
-    assert "2 of the 10 are held out and never trained on" in environment.split_note
+    assert "tictactoe has few problems: 128 draws gave 10 different ones" in environment.split_note
+    assert (
+        "2 of the 10 are held out and never trained on, so the held-out score measures only 2"
+        in environment.split_note
+    )
 
 
 def test_each_held_out_problem_comes_first_and_then_more_seeds_of_it():
@@ -116,7 +121,7 @@ def test_a_single_problem_is_split_by_seeds_and_said():
     assert len(held_out) == 50
     assert not held_out & {task.seed for task in islice(environment.stream(0), 500)}
     note = environment.split_note
-    assert "Undeclared has one problem: 128 seeds gave the same one" in note
+    assert "Undeclared has one problem: 128 draws gave the same one" in note
     assert "their score says nothing about new problems" in note
     assert 'return info["problem"] from reset' in note
 
@@ -129,6 +134,40 @@ def test_many_problems_are_split_by_their_hashes_and_need_no_note():
     assert not any(is_held_out(task.prompt) for task in trained)
     assert len(problems(environment.heldout(50))) == 50
     assert trained == list(islice(from_gymnasium(ManyProblems).stream(0), 100))
+
+
+def drawn(prompts, problem=""):
+    """Return the environment of a file that draws one of these prompts."""
+    module = ModuleType("few")
+    exec(
+        f"def make(rng): return rng.choice({prompts}), {{'n': rng.randrange(3)}}\n"
+        f"def reward(prompt, completion, example): return 1.0\n{problem}",
+        vars(module),
+    )
+    return environment_from_module(module, "few")
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 20])
+def test_an_environment_that_draws_few_prompts_holds_some_of_them_out(count):
+    prompts = [f"question {number}" for number in range(count)]
+    environment = drawn(prompts)
+    held_out = problems(environment.heldout(50))
+    assert len(held_out) == max(1, count // 4)
+    assert problems(islice(environment.stream(0), 500)) == set(prompts) - held_out
+    assert f"few has few problems: 128 draws gave {count} different" in environment.split_note
+    assert environment.heldout(1)
+
+
+def test_an_environment_with_one_prompt_trains_on_it_and_says_so():
+    environment = drawn(["write a haiku"])
+    assert [task.prompt for task in environment.heldout(50)] == ["write a haiku"]
+    assert problems(islice(environment.stream(0), 9)) == {"write a haiku"}
+    assert "write a function problem(example)" in environment.split_note
+    told_apart = drawn(["guess"], "def problem(example): return str(example['n'])")
+    chosen = {task.example["n"] for task in told_apart.heldout(50)}
+    assert len(chosen) == 1
+    assert not chosen & {task.example["n"] for task in islice(told_apart.stream(0), 99)}
+    assert "128 draws gave 3 different" in told_apart.split_note
 
 
 @pytest.mark.parametrize("env", [Numbers, Undeclared, ManyProblems])

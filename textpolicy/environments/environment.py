@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, islice
 from random import Random
 from typing import Any, Protocol, runtime_checkable
@@ -12,13 +12,17 @@ import gymnasium as gym
 from textpolicy.environments.chat import ChatEnv, DrawFn, GoldFn
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.held_out import (
-    DRAWS_PER_HELD_OUT_TASK,
     HELD_OUT_SEED,
-    is_held_out,
+    ProblemSurvey,
+    held_out_draws,
 )
-from textpolicy.errors import TaskError
 from textpolicy.rewards import Rewards, reward
 from textpolicy.types import RewardFn, Task
+
+_TELL_APART = (
+    "If tasks with the same prompt are different problems, write a function problem(example) that "
+    "returns a text that tells them apart"
+)
 
 
 @runtime_checkable
@@ -93,9 +97,10 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedTasks:
-    """Tasks that a function draws. The hash of a task's `problem` decides if it is held out.
+    """Tasks that a function draws. A quarter of the problems is held out.
 
-    The problem is the prompt, unless `problem` returns another text.
+    The problem is the prompt, unless `problem` returns another text. If all draws have one problem,
+    the held-out task has it too.
     """
 
     name: str
@@ -103,19 +108,34 @@ class GeneratedTasks:
     problem: Callable[[Task], str] = lambda task: str(task.prompt)
 
     def stream(self, seed: int) -> Iterator[Task]:
-        return self._draw_part(seed, held_out=False)
+        return (
+            task for problem, task in self._draws(seed) if not self._survey.is_held_out(problem)
+        )
 
     def heldout(self, number: int) -> list[Task]:
-        tasks = self._draw_part(HELD_OUT_SEED, held_out=True)
-        return _first_different(tasks, number, self.problem, self.name)
+        draws = islice(self._draws(HELD_OUT_SEED), held_out_draws(number))
+        found: dict[str, Task] = {}
+        for problem, task in draws:
+            if self._survey.is_single or self._survey.is_held_out(problem):
+                found.setdefault(problem, task)
+            if len(found) == number:
+                break
+        return list(found.values())
 
-    def _draw_part(self, seed: int, *, held_out: bool) -> Iterator[Task]:
+    @property
+    def split_note(self) -> str:
+        return self._survey.note(self.name, tell_apart=_TELL_APART)
+
+    @cached_property
+    def _survey(self) -> ProblemSurvey:
+        return ProblemSurvey.of(problem for problem, _ in self._draws(HELD_OUT_SEED))
+
+    def _draws(self, seed: int) -> Iterator[tuple[str, Task]]:
         rng = Random(f"{self.name}/{seed}")
         for number in count():
             prompt, example = self.draw(rng)
             task = Task(id=f"{self.name}/{number}", prompt=prompt, example=example)
-            if is_held_out(self.problem(task)) == held_out:
-                yield task
+            yield self.problem(task), task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +151,10 @@ class EpisodeTasks:
 
     def heldout(self, number: int) -> list[Task]:
         return list(map(self._with_env, self.source.heldout(number)))
+
+    @property
+    def split_note(self) -> str:
+        return self.source.split_note if isinstance(self.source, NotedSplit) else ""
 
     def _with_env(self, task: Task) -> Task:
         build = partial(self.build, lambda rng: (task.prompt, task.example), reward=self.reward)
@@ -170,20 +194,3 @@ def from_dataset(
     return from_function(
         dataset.name, dataset.draw, reward, tasks=dataset, gold=gold, max_tokens=max_tokens
     )
-
-
-def _first_different(
-    tasks: Iterator[Task], number: int, problem: Callable[[Task], str], name: str
-) -> list[Task]:
-    draws = DRAWS_PER_HELD_OUT_TASK * number
-    found: dict[str, Task] = {}
-    for task in islice(tasks, draws):
-        found.setdefault(problem(task), task)
-        if len(found) == number:
-            break
-    if not found:
-        raise TaskError(
-            f"environment {name} has no held-out task: none of {draws} drawn tasks has a problem "
-            "that is held out. Draw from more problems"
-        )
-    return list(found.values())

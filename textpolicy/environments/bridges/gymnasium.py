@@ -1,7 +1,7 @@
 """Gymnasium environments of text: a seed of `reset` is a task, and some problems are held out."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
@@ -16,18 +16,19 @@ from textpolicy.environments.environment import Environment
 from textpolicy.environments.episode_values import open_episode
 from textpolicy.environments.faults import environment_errors
 from textpolicy.environments.held_out import (
-    DRAWS_PER_HELD_OUT_TASK,
     HELD_OUT_SEED,
-    choose_held_out,
+    ProblemSurvey,
+    held_out_draws,
     is_held_out,
 )
 from textpolicy.errors import TaskError
 from textpolicy.types import Task
 from textpolicy.user_code import raise_user_errors_as
 
-# An environment has few problems if so many draws find fewer than so many different ones.
-_SURVEY_DRAWS = 128
-_MANY_PROBLEMS = 64
+_TELL_APART = (
+    "If seeds are different problems with the same first observation, return "
+    'info["problem"] from reset, a text that tells them apart'
+)
 
 
 def load(name: str) -> Environment:
@@ -66,60 +67,11 @@ def from_gymnasium(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemSurvey:
-    """How often the first draws of an environment found each problem.
-
-    Problems that many draws find seldom are split by their hashes. A few problems are listed: a
-    quarter of them is held out, but never the most frequent one, without which most draws would be
-    useless for training. A single problem cannot be held out, so seeds are held out instead.
-    """
-
-    counts: Mapping[str, int]
-
-    @cached_property
-    def listed(self) -> frozenset[str] | None:
-        """The held-out problems, or None if there are too many to list."""
-        if len(self.counts) >= _MANY_PROBLEMS:
-            return None
-        if len(self.counts) == 1:
-            return frozenset(self.counts)
-        most_frequent = max(self.counts, key=self.counts.__getitem__)
-        return choose_held_out(self.counts.keys() - {most_frequent}, of=len(self.counts))
-
-    def is_held_out(self, problem: str, env_seed: int) -> bool:
-        """Return whether training must not draw this seed."""
-        if self.listed is None:
-            return is_held_out(problem)
-        if len(self.counts) == 1:
-            return is_held_out(str(env_seed))
-        return problem in self.listed
-
-    def note(self, name: str) -> str:
-        """Return what a reader of held-out scores must know if the problems are few, or ""."""
-        found, draws = len(self.counts), sum(self.counts.values())
-        if self.listed is None:
-            return ""
-        if found == 1:
-            return (
-                f"environment {name} has one problem: {draws} seeds gave the same one, so no "
-                "problem is held out. Held-out tasks are other seeds of the problem that is "
-                "trained on, and their score says nothing about new problems. If the seeds are "
-                'different problems with the same first observation, return info["problem"] from '
-                "reset, a text that tells them apart"
-            )
-        return (
-            f"environment {name} has few problems: {draws} seeds gave {found} different ones. "
-            f"{len(self.listed)} of the {found} {'is' if len(self.listed) == 1 else 'are'} held "
-            f"out and never trained on. All held-out tasks are seeds of {len(self.listed)} "
-            f"problem{'s' * (len(self.listed) > 1)}, so their score is a rough measure"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class GymnasiumTasks:
     """Tasks that are seeds of a Gymnasium environment. Its first observation is the prompt.
 
-    The problem of a task is `info["problem"]` of `reset`, or the prompt if info has no problem.
+    The problem of a task is `info["problem"]` of `reset`, or the prompt if info has no problem. If
+    all seeds have one problem, a quarter of the seeds is held out.
     """
 
     name: str
@@ -128,41 +80,39 @@ class GymnasiumTasks:
     def stream(self, seed: int) -> Iterator[Task]:
         for env_seed in self._seeds(seed):
             problem, task = self._reset(env_seed)
-            if not self._survey.is_held_out(problem, env_seed):
+            if not self._is_held_out(problem, env_seed):
                 yield task
 
     def heldout(self, number: int) -> list[Task]:
         """Return the first seed of each held-out problem, then more seeds of these problems."""
-        survey = self._survey
+        listed = self._survey.listed
         first: dict[str, Task] = {}
         more: list[Task] = []
-        for env_seed in islice(self._seeds(HELD_OUT_SEED), DRAWS_PER_HELD_OUT_TASK * number):
+        for env_seed in islice(self._seeds(HELD_OUT_SEED), held_out_draws(number)):
             problem, task = self._reset(env_seed)
-            if not survey.is_held_out(problem, env_seed):
+            if not self._is_held_out(problem, env_seed):
                 continue
             if problem in first:
                 more.append(task)
             else:
                 first[problem] = task
-            all_found = survey.listed is not None and survey.listed <= first.keys()
+            all_found = listed is not None and listed <= first.keys()
             if len(first) == number or (all_found and len(first) + len(more) >= number):
                 break
         return [*first.values(), *more][:number]
 
     @property
     def split_note(self) -> str:
-        return self._survey.note(self.name)
+        return self._survey.note(self.name, tell_apart=_TELL_APART)
 
     @cached_property
     def _survey(self) -> ProblemSurvey:
-        """Draw the same seeds in every run, so that every run holds out the same problems."""
-        counts: dict[str, int] = {}
-        for env_seed in islice(self._seeds(HELD_OUT_SEED), _SURVEY_DRAWS):
-            problem, _ = self._reset(env_seed)
-            counts[problem] = counts.get(problem, 0) + 1
-            if len(counts) == _MANY_PROBLEMS:
-                break
-        return ProblemSurvey(counts=counts)
+        seeds = self._seeds(HELD_OUT_SEED)
+        return ProblemSurvey.of(self._reset(env_seed)[0] for env_seed in seeds)
+
+    def _is_held_out(self, problem: str, env_seed: int) -> bool:
+        survey = self._survey
+        return is_held_out(str(env_seed)) if survey.is_single else survey.is_held_out(problem)
 
     def _seeds(self, seed: int) -> Iterator[int]:
         rng = Random(f"{self.name}/{seed}")
