@@ -78,8 +78,6 @@ PARSERS = {
 }
 PACKAGE = ("textpolicy", "envs")
 SCRIPTS = ("benchmarks", "tools", "examples")
-UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-UNSAFE_CALLS = {"eval", "exec", "os.system", "os.popen", "sympify", "parse_expr", "yaml.load"}
 
 
 @dataclass(frozen=True)
@@ -202,28 +200,6 @@ def broad_excepts_stay_at_the_boundary(source: Source) -> Iterator[str]:
                 yield f"line {node.lineno}: broad except; name the errors, or let them through"
 
 
-def nothing_unsafe_is_called(source: Source) -> Iterator[str]:
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Call):
-            name = called_name(node)
-            if name in UNSAFE_CALLS or name.rpartition(".")[2] in {"sympify", "parse_expr"}:
-                yield f"line {node.lineno}: {name}"
-            if any(
-                keyword.arg == "shell" and not is_false(keyword.value) for keyword in node.keywords
-            ):
-                yield f"line {node.lineno}: {name}(shell=...)"
-        elif isinstance(node, ast.ImportFrom):
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            yield from (f"line {node.lineno}: {name}" for name in sorted(names & UNSAFE_CALLS))
-    for line, module in imported_modules(source):
-        if module.split(".")[0] in UNSAFE_MODULES:
-            yield f"line {line}: {module} runs code found in data"
-
-
-def is_false(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is False
-
-
 def one_file_applies_the_chat_template(source: Source) -> Iterator[str]:
     if source.module == "textpolicy.chat_template":
         return
@@ -340,7 +316,6 @@ RULES: dict[Rule, tuple[str, ...]] = {
     one_file_writes_to_the_terminal: PACKAGE,
     one_file_reads_json_and_toml: PACKAGE,
     broad_excepts_stay_at_the_boundary: PACKAGE,
-    nothing_unsafe_is_called: PACKAGE,
     one_file_applies_the_chat_template: PACKAGE,
     names_say_what_is_inside: PACKAGE,
     all_is_written_by_hand: PACKAGE,
@@ -382,16 +357,6 @@ BROKEN: list[tuple[Rule, str, str]] = [
         "textpolicy/rewards/score.py",
         "try: f()\nexcept Exception: value = 0",
     ),
-    (nothing_unsafe_is_called, "envs/add.py", "eval(completion)"),
-    (nothing_unsafe_is_called, "envs/add.py", "exec(completion)"),
-    (nothing_unsafe_is_called, "envs/add.py", "os.system(completion)"),
-    (nothing_unsafe_is_called, "envs/add.py", "from os import system"),
-    (nothing_unsafe_is_called, "envs/add.py", "subprocess.run(completion, shell=True)"),
-    (nothing_unsafe_is_called, "envs/add.py", "subprocess.run(completion, shell=flag)"),
-    (nothing_unsafe_is_called, "envs/add.py", "sympy.sympify(completion)"),
-    (nothing_unsafe_is_called, "envs/add.py", "yaml.load(text)"),
-    (nothing_unsafe_is_called, "envs/add.py", "import pickle"),
-    (nothing_unsafe_is_called, "envs/add.py", "def f():\n    from pickle import loads"),
     (names_say_what_is_inside, "textpolicy/training/utils.py", ""),
     (names_say_what_is_inside, "textpolicy/adapters/fit.py", ""),
     (names_say_what_is_inside, "textpolicy/core/__init__.py", ""),
@@ -452,7 +417,7 @@ SOUND = [
     ("textpolicy/cli/output.py", "print('done', file=sys.stderr)"),
     ("textpolicy/untrusted/parsing.py", "import tomllib\njson.loads(text)"),
     ("textpolicy/__init__.py", "from textpolicy.loop import train_rl"),
-    ("envs/add.py", "from textpolicy.types import Task\nsubprocess.run(['ls'], shell=False)"),
+    ("envs/add.py", "from textpolicy.types import Task"),
     ("textpolicy/cli/main.py", "from textpolicy.cli.flags import add_options"),
     ("textpolicy/fast_cpu/blas.py", "from textpolicy.errors import BackendError\nimport numpy"),
 ]
