@@ -40,6 +40,7 @@ LAYERS = (
     "textpolicy.backend",
     "textpolicy.machine",
     "textpolicy.fast_cpu",
+    "textpolicy.control_tokens",
     "textpolicy.chat_template",
     "textpolicy.types",
     "textpolicy.config",

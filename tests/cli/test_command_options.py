@@ -123,6 +123,57 @@ def test_chat_and_generate_load_weights_of_the_chosen_dtype(answer, sample):
     assert long("bfloat16") == long("bfloat16") != long("float32")
 
 
+# Control tokens in prompts and rows
+
+SPELLED = "12+30=<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def spelled(tmp_path, files):
+    """Return the options of rows whose prompts spell control tokens."""
+    rows = [{"prompt": f"{n}{SPELLED}", "completion": "x", "answer": "42"} for n in range(40)]
+    (tmp_path / "spelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--data", str(tmp_path / "spelled.jsonl")]
+
+
+def test_generate_reads_spelled_control_tokens_as_such_only_if_allowed(answer):
+    def tokens(*options: str) -> int:
+        asked = ["generate", "--prompt", SPELLED, "--max-tokens", "1", *options]
+        return len(answer(*asked)["completions"][0]["prompt_tokens"])
+
+    assert tokens() - tokens("--allow-special-tokens") > 10
+
+
+def test_chat_reads_spelled_control_tokens_as_such_only_if_allowed(answer, monkeypatch):
+    def said(*options: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("sort: 31<|im_end|><|im_end|>\n"))
+        found = answer("chat", "--temperature", "0", "--max-tokens", "8", *options)
+        return found["messages"][-1]["content"]
+
+    assert said() != said("--allow-special-tokens")
+
+
+def test_eval_reads_spelled_control_tokens_as_such_only_if_allowed(evaluated, spelled):
+    asked = ["--prompt", "{prompt}", *spelled]
+    plain = evaluated("checksum", *asked)
+    assert evaluated("checksum", *asked, "--allow-special-tokens") != plain
+
+
+def test_train_plans_with_spelled_control_tokens_as_such_only_if_allowed(answer, spelled, files):
+    reward = ["--reward", f"{files / 'rewards.py'}:length"]
+
+    def tokens(*options: str) -> int:
+        found = answer("train", *spelled, *reward, "--dry-run", *options)
+        return found["prompt_tokens"]
+
+    assert tokens() - tokens("--allow-special-tokens") > 10
+
+
+def test_sft_refuses_a_stop_token_in_a_message_only_if_it_would_be_one(failure, spelled, tmp_path):
+    asked = ["sft", *spelled, "--output", str(tmp_path / "run")]
+    assert "contains the stop token" in failure(*asked, "--allow-special-tokens")
+
+
 # eval
 
 

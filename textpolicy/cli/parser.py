@@ -20,10 +20,12 @@ _DEFAULTS = TrainConfig()
 _SETTINGS = {setting.key: setting for setting in settings_of(_DEFAULTS)}
 _TASK = tuple(key for key in _SETTINGS if key.startswith("task."))
 _PLAIN_MODEL = ("model.name", "model.threads")
+_PROMPTED_MODEL = (*_PLAIN_MODEL, "model.allow_special_tokens")
 _UNTIMED = (
     *("evaluation", "tracking", "run"),
     *(f"trainer.{name}" for name in ("lr", "schedule", "warmup", "final_lr", "weight_decay")),
     *("trainer.max_grad_norm", "rollout.steps_per_generation", "rollout.refill_rounds"),
+    "model.allow_special_tokens",
 )
 """Sections and settings that `bench` leaves out, because they do not change the time of a step."""
 
@@ -152,19 +154,19 @@ def _eval(parser: ArgumentParser) -> None:
     _add_flag(parser, "show", int, 5, text, limit=at_least(0))
     asked = ("count", "samples", "temperature", "good", "envs")
     keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
-    add_settings(parser, _DEFAULTS, (*_TASK, *_PLAIN_MODEL, "model.dtype", *keys))
+    add_settings(parser, _DEFAULTS, (*_TASK, *_PROMPTED_MODEL, "model.dtype", *keys))
 
 
 def _plan(parser: ArgumentParser) -> None:
     keys = [key for key in _SETTINGS if key.startswith(("model.", "adapter."))]
     # These settings do not change the plan.
-    idle = {"model.threads", "adapter.start", "adapter.dropout"}
+    idle = {"model.threads", "model.allow_special_tokens", "adapter.start", "adapter.dropout"}
     add_config_file(parser, _DEFAULTS)
     add_settings(parser, _DEFAULTS, [key for key in keys if key not in idle])
 
 
 def _generate(parser: ArgumentParser) -> None:
-    add_settings(parser, _DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
+    add_settings(parser, _DEFAULTS, (*_PROMPTED_MODEL, "model.dtype", "adapter.start"))
     _add_flag(parser, "prompt", str, None, "text for the model", required=True)
     _add_flag(parser, "n", int, 1, "number of completions", flag="-n", limit=at_least(1))
     _add_sampling_flags(parser)
@@ -173,7 +175,7 @@ def _generate(parser: ArgumentParser) -> None:
 
 
 def _chat(parser: ArgumentParser) -> None:
-    add_settings(parser, _DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
+    add_settings(parser, _DEFAULTS, (*_PROMPTED_MODEL, "model.dtype", "adapter.start"))
     _add_flag(parser, "system", str | None, None, "system message")
     _add_sampling_flags(parser)
 

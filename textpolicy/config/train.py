@@ -109,6 +109,11 @@ class ModelOptions:
         limit=at_least(1),
     )
 
+    allow_special_tokens: bool = option(
+        False,
+        "let prompts, replies and rows spell control tokens such as <|im_end|>; they are plain "
+        "text otherwise",
+    )
     threads: int | None = option(
         None, "CPU threads for matrix products", unset="all cores; 1 for 'tiny'", limit=at_least(1)
     )

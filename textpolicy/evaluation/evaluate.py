@@ -122,7 +122,12 @@ def evaluate(
 
     def answer(temperature: float, count: int) -> list[RolloutGroup]:
         sampling = Sampling(max_tokens=heldout.max_tokens, temperature=temperature)
-        copy = ModelPolicy(policy.model, policy.tokenizer, sampling)
+        copy = ModelPolicy(
+            policy.model,
+            policy.tokenizer,
+            sampling,
+            allow_special_tokens=policy.allow_special_tokens,
+        )
         return collect(heldout.tasks, copy, heldout.scorer, group_size=count, seed=_SEED)
 
     return Evaluation(

@@ -97,7 +97,13 @@ def assemble(
         environment=environment,
         adapters=adapters,
         reward=reward,
-        policy=ModelPolicy(shared_copy(model), tokenizer, sampling, seed=config.run.seed),
+        policy=ModelPolicy(
+            shared_copy(model),
+            tokenizer,
+            sampling,
+            seed=config.run.seed,
+            allow_special_tokens=config.model.allow_special_tokens,
+        ),
         trainer=build_trainer(
             model, config, algorithm, sampling.max_tokens, directory.rejected_batches
         ),
@@ -373,6 +379,7 @@ def load_sft_data(config: SFTConfig, tokenizer: TokenizerWrapper) -> SFTData:
         learn=config.data.learn,
         system=config.data.system,
         max_length=config.data.max_length,
+        allow_special_tokens=config.model.allow_special_tokens,
     )
     share = config.data.validation_share
     return load_data(source_of(config), encoding, validation_share=share)

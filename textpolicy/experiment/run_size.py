@@ -231,8 +231,10 @@ def _rl_lengths(
 ) -> Lengths:
     tokenizer, prompts = _tokenizer(config.model), _prompts(environment)
     context = architecture.get("max_position_embeddings") or architecture.get("n_positions")
+    allowed = config.model.allow_special_tokens
+    encoded = [encode_prompt(tokenizer, one, allow_special_tokens=allowed) for one in prompts]
     return Lengths(
-        prompt=max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
+        prompt=max(map(len, encoded)),
         completion=sampling_of(config, environment).max_tokens,
         read=len(prompts),
         context=context if isinstance(context, int) else None,

@@ -63,19 +63,28 @@ def create_policy(
     params: Mapping[str, Any] | None = None,
     *,
     follow: Path | None = None,
+    allow_special_tokens: bool = False,
 ) -> ModelPolicy:
     """Return a policy that samples from `model`, and so sees every update of the model at once.
 
     `params` are the fields of `Sampling` (max_tokens, temperature, top_p, top_k, min_p,
     repetition_penalty, stop) and `seed`. With `follow`, the policy reloads the adapter file at
-    that path before a generation whenever the file is new.
+    that path before a generation whenever the file is new. With `allow_special_tokens`, prompts may
+    spell control tokens such as <|im_end|>; otherwise they are plain text.
     """
     fast_cpu.enable()
     options = dict(params or {})
     seed = options.pop("seed", None)
     if not isinstance(seed, int | None):
         raise ConfigError(f"seed is {seed!r}; expected a whole number, or None for a random one")
-    return ModelPolicy(model, tokenizer, _read_sampling(options), follow=follow, seed=seed)
+    return ModelPolicy(
+        model,
+        tokenizer,
+        _read_sampling(options),
+        follow=follow,
+        seed=seed,
+        allow_special_tokens=allow_special_tokens,
+    )
 
 
 def stream_answer(
@@ -85,9 +94,10 @@ def stream_answer(
     sampling: Sampling,
     *,
     seed: int | None = None,
+    allow_special_tokens: bool = False,
 ) -> Iterator[str]:
     """Yield the text of the answer piece by piece while mlx-lm decodes the answer."""
-    tokens = encode_prompt(tokenizer, prompt)
+    tokens = encode_prompt(tokenizer, prompt, allow_special_tokens=allow_special_tokens)
     check_prompt(model, tokens, sampling.max_tokens)
     if seed is not None:
         mx.random.seed(seed)

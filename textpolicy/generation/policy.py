@@ -37,7 +37,8 @@ class ModelPolicy:
     """A `ConversingPolicy` that samples with the adapters that its model has at that moment.
 
     With `follow`, the policy reloads the adapter file at that path before a generation whenever
-    the file is new. With `seed`, the sequence of generations is repeatable.
+    the file is new. With `seed`, the sequence of generations is repeatable. With
+    `allow_special_tokens`, prompts and replies may spell control tokens such as <|im_end|>.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ModelPolicy:
         follow: Path | None = None,
         seed: int | None = None,
         max_rows: int = MAX_DECODING_ROWS,
+        allow_special_tokens: bool = False,
     ) -> None:
         # With dropout, the policy would sample from another distribution than the trained one.
         model.eval()
@@ -59,6 +61,7 @@ class ModelPolicy:
         self._seed = secrets.randbits(32) if seed is None else seed
         self._generations = 0
         self._max_rows = max_rows
+        self.allow_special_tokens = allow_special_tokens
         self._batched = can_decode_together(model)
 
     def __call__(self, prompt: Prompt) -> Completion:
@@ -96,7 +99,12 @@ class ModelPolicy:
             replies = respond(row.prompt, row.member, completion)
             if replies is None:
                 return None
-            reply = encode_reply(self.tokenizer, replies, row.tokens[-1])
+            reply = encode_reply(
+                self.tokenizer,
+                replies,
+                row.tokens[-1],
+                allow_special_tokens=self.allow_special_tokens,
+            )
             length = len(row.context) + len(row.tokens) + len(reply)
             return reply if has_room(self.model, length, self.sampling.max_tokens) else None
 
@@ -112,7 +120,10 @@ class ModelPolicy:
         if self._watcher and (changed := self._watcher.poll()):
             self.reload(changed)
             self._watcher.accept()
-        prompt_tokens = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        prompt_tokens = [
+            encode_prompt(self.tokenizer, prompt, allow_special_tokens=self.allow_special_tokens)
+            for prompt in prompts
+        ]
         for tokens in prompt_tokens:
             check_prompt(self.model, tokens, self.sampling.max_tokens)
         if seed is None:

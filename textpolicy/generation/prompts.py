@@ -6,7 +6,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.chat_template import encode_rendered, render_chat
+from textpolicy.chat_template import render_chat
+from textpolicy.control_tokens import PlainContent, encode_text
 from textpolicy.errors import PromptError
 from textpolicy.types import Message, Prompt
 
@@ -15,41 +16,55 @@ from textpolicy.types import Message, Prompt
 _PLACEHOLDER = "\ue0a1\ue0a2"
 
 
-def encode_prompt(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
+def encode_prompt(
+    tokenizer: TokenizerWrapper, prompt: Prompt, *, allow_special_tokens: bool = False
+) -> list[int]:
     """Return the token ids that the model reads before its answer.
 
-    A string is one user message. A tokenizer without a chat template accepts only strings.
+    A string is one user message. A tokenizer without a chat template accepts only strings. A
+    control token that the prompt spells is plain text, unless `allow_special_tokens` is given.
     """
     if not prompt:
         raise PromptError(f"the prompt is empty ({prompt!r}); pass a text or at least one message")
     if tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = render_chat(tokenizer, messages, add_generation_prompt=True)
-        return encode_rendered(tokenizer, text)
+        content = PlainContent(tokenizer, messages, allow_special_tokens=allow_special_tokens)
+        text = render_chat(tokenizer, content.hide(messages), add_generation_prompt=True)
+        return content.encode(text)
     if not isinstance(prompt, str):
         raise PromptError(
             "the prompt is a list of messages, but this model's tokenizer has no chat template; "
             "pass the prompt as one string"
         )
-    return list(tokenizer.encode(prompt))
+    return encode_text(tokenizer, prompt, allow_special_tokens=allow_special_tokens)
 
 
 def encode_reply(
-    tokenizer: TokenizerWrapper, replies: Sequence[Message], last_token: int
+    tokenizer: TokenizerWrapper,
+    replies: Sequence[Message],
+    last_token: int,
+    *,
+    allow_special_tokens: bool = False,
 ) -> list[int]:
     """Return the token ids between an answer that ended with `last_token` and the next answer.
 
     The chat template writes these tokens. They begin with the stop token of the answer, unless
-    `last_token` is that stop token. A special token that a reply spells is encoded as plain text,
-    so that a reply cannot end its own message.
+    `last_token` is that stop token. A control token that a reply spells is plain text, unless
+    `allow_special_tokens` is given, so that a reply cannot end its own message.
     """
     contents = [reply["content"] for reply in replies]
     if not tokenizer.has_chat_template:
-        return _encode_plain(tokenizer, "".join(contents))
+        return encode_text(
+            tokenizer,
+            "".join(contents),
+            add_special_tokens=False,
+            allow_special_tokens=allow_special_tokens,
+        )
+    plain = PlainContent(tokenizer, list(replies), allow_special_tokens=allow_special_tokens)
     conversation = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": _PLACEHOLDER},
-        *(dict(reply) | {"content": _PLACEHOLDER} for reply in replies),
+        *(plain.hide(dict(reply) | {"content": _PLACEHOLDER}) for reply in replies),
     ]
     text = render_chat(tokenizer, conversation, add_generation_prompt=True)
     _, *between = text.split(_PLACEHOLDER)
@@ -59,20 +74,9 @@ def encode_reply(
             f"the model's chat template leaves out messages of the roles {roles}; use roles that "
             "the template writes, such as user"
         )
-    ids: list[int] = []
-    unencoded = between[0]
-    for content, following in zip(contents, between[1:], strict=True):
-        if any(token in content for token in tokenizer.get_added_vocab()):
-            ids += encode_rendered(tokenizer, unencoded) + _encode_plain(tokenizer, content)
-            unencoded = following
-        else:
-            unencoded += content + following
-    ids += encode_rendered(tokenizer, unencoded)
+    parts = [part + plain.hide(content) for part, content in zip(between, contents, strict=False)]
+    ids = plain.encode("".join([*parts, between[-1]]))
     return ids[1:] if last_token == ids[0] and last_token in tokenizer.eos_token_ids else ids
-
-
-def _encode_plain(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 def decode_text(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:

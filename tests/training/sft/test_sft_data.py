@@ -128,7 +128,8 @@ def test_all_tokens_of_a_text_except_the_first_are_learned(tokenizer):
     assert one.tokens == [*tokenizer.encode("sort 31"), tokenizer.eos_token_id]
     assert one.mask == [False, *[True] * (len(one.tokens) - 1)]
     # A text with a stop token gets no second one.
-    assert encode(tokenizer, {"text": "sort 31<|im_end|>"}) == one
+    ended = {"text": "sort 31<|im_end|>"}
+    assert encode(tokenizer, ended, allow_special_tokens=True) == one
 
 
 def test_everything_can_be_learned(tokenizer):
@@ -195,11 +196,9 @@ def test_a_template_without_stop_tokens_ends_the_last_answer_only(tokenizer):
             {"messages": CHAT, "tools": [{"name": "add"}]},
             "the row has tools, which the model would not see",
         ),
-        ({"prompt": "a<|im_end|>", "completion": "b"}, "contains the stop token '<|im_end|>'"),
     ],
 )
 def test_a_row_that_cannot_be_learned_is_an_error_with_the_reason(tokenizer, row, message):
-    message = message.replace("|", r"\|")
     with pytest.raises(DataError, match=f"row 1: .*{message}"):
         encode(tokenizer, row)
 
@@ -302,7 +301,7 @@ def test_a_bad_line_of_csv_is_named_too(tmp_path, tokenizer):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n"1+\n1=",2\n2+2=<|im_end|>,4\n')
     with pytest.raises(DataError, match=r"rows\.csv, line 4: a message contains the stop token"):
-        load_data(path, Encoding(tokenizer=tokenizer))
+        load_data(path, Encoding(tokenizer=tokenizer, allow_special_tokens=True))
 
 
 @pytest.mark.slow

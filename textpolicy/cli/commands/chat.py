@@ -5,7 +5,11 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 
 from textpolicy.cli.answer import Answer
-from textpolicy.cli.commands.generate import load_sampling_model, sampling_from_flags
+from textpolicy.cli.commands.generate import (
+    load_sampling_model,
+    may_spell_special_tokens,
+    sampling_from_flags,
+)
 from textpolicy.cli.output import print_answer, print_note
 from textpolicy.errors import PromptError
 from textpolicy.generation.mlx_generation import stream_answer
@@ -17,6 +21,7 @@ _HELP = "/reset starts a new conversation; /quit or Ctrl-D ends the chat"
 def run(options: Namespace) -> Answer:
     sampling = sampling_from_flags(options)
     model, tokenizer = load_sampling_model(options)
+    allowed = may_spell_special_tokens(options)
     beginning: list[Message] = (
         [{"role": "system", "content": options.system}] if options.system else []
     )
@@ -32,7 +37,11 @@ def run(options: Namespace) -> Answer:
         asked = [*messages, {"role": "user", "content": line}]
         seed = None if options.seed is None else (options.seed << 32) + turn
         try:
-            answer = _print_answer(stream_answer(model, tokenizer, asked, sampling, seed=seed))
+            answer = _print_answer(
+                stream_answer(
+                    model, tokenizer, asked, sampling, seed=seed, allow_special_tokens=allowed
+                )
+            )
         except PromptError as error:
             # The line does not fit into the context: the conversation continues without it.
             print_note(f"{error}\n{_HELP}")

@@ -29,7 +29,16 @@ def run(options: Namespace) -> Answer:
     start, dtype = config.adapter.start, dtype_of(config.model)
     model, tokenizer = load_model(config.model.name, start, dtype=dtype)
     results = [
-        _evaluate(config, ModelPolicy(model, tokenizer, sampling_of(config, task[0])), *task)
+        _evaluate(
+            config,
+            ModelPolicy(
+                model,
+                tokenizer,
+                sampling_of(config, task[0]),
+                allow_special_tokens=config.model.allow_special_tokens,
+            ),
+            *task,
+        )
         for task in tasks
     ]
     own, *rest = map(_data, results)

@@ -18,7 +18,11 @@ from textpolicy.untrusted.terminal import terminal_safe
 
 def run(options: Namespace) -> Answer:
     sampling = sampling_from_flags(options, stop=tuple(options.stop or ()))
-    policy = ModelPolicy(*load_sampling_model(options), sampling)
+    policy = ModelPolicy(
+        *load_sampling_model(options),
+        sampling,
+        allow_special_tokens=may_spell_special_tokens(options),
+    )
     (completions,) = policy.generate([options.prompt], n=options.n, seed=options.seed)
     texts = [terminal_safe(completion.text) for completion in completions]
     if len(texts) > 1:
@@ -37,6 +41,11 @@ def sampling_from_flags(options: Namespace, stop: tuple[str, ...] = ()) -> Sampl
         min_p=options.min_p,
         stop=stop,
     )
+
+
+def may_spell_special_tokens(options: Namespace) -> bool:
+    """Return whether prompts may spell control tokens."""
+    return configured(TrainConfig(), options).model.allow_special_tokens
 
 
 def load_sampling_model(options: Namespace) -> tuple[nn.Module, TokenizerWrapper]:

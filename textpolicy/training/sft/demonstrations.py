@@ -4,13 +4,15 @@ The chat template is applied by the same function as in sampling (`textpolicy/ch
 the prompt of a demonstration has exactly the tokens that a policy reads when it samples.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.chat_template import encode_rendered, render_chat
+from textpolicy.chat_template import render_chat
+from textpolicy.control_tokens import ControlTokens, PlainContent, encode_text
 from textpolicy.environments.data_files import DataRow
 from textpolicy.errors import ConfigError, DataError, PromptError, TrainingError
 from textpolicy.types import Message
@@ -67,13 +69,15 @@ class Encoding:
     """How data rows become token ids.
 
     `learn` is "answers" (of a plain text: the whole text) or "everything" (all tokens but the
-    first). `system` is the system message of conversations that have none.
+    first). `system` is the system message of conversations that have none. A control token that a
+    row spells, such as <|im_end|>, is plain text, unless `allow_special_tokens` is given.
     """
 
     tokenizer: TokenizerWrapper
     learn: str = "answers"
     system: str | None = None
     max_length: int | None = 2048
+    allow_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.learn not in ("answers", "everything"):
@@ -83,6 +87,9 @@ class Encoding:
 
     def encode(self, rows: Iterable[tuple[str, DataRow]]) -> EncodedRows:
         """Return the demonstrations of rows; each row comes with its location for messages."""
+        rows = list(rows)
+        if not self.allow_special_tokens:
+            self._tell_of_control_tokens([row for _, row in rows])
         whole = [self.demonstration(row, location) for location, row in rows]
         limit = self.max_length
         short = whole if limit is None else [one.truncate(limit) for one in whole]
@@ -90,6 +97,17 @@ class Encoding:
         shortened = sum(a is not b for a, b in zip(whole, short, strict=True))
         dropped = len(whole) - len(kept)
         return EncodedRows(demonstrations=kept, truncated=shortened - dropped, dropped=dropped)
+
+    def _tell_of_control_tokens(self, rows: Sequence[DataRow]) -> None:
+        control = ControlTokens.of(self.tokenizer)
+        found = [name for row in rows if (name := control.spelled_in(row))]
+        if found:
+            warnings.warn(
+                f"{len(found)} of {len(rows)} rows spell control tokens, such as {found[0]!r}, "
+                "which are read as plain text. If the rows mean the tokens, allow them "
+                "(--allow-special-tokens)",
+                stacklevel=3,
+            )
 
     def demonstration(self, row: DataRow, location: str) -> Demonstration:
         """Return the demonstration of one row, without truncation."""
@@ -118,7 +136,7 @@ class Encoding:
             request = "\n\n".join(part for part in (_text_of(row, "instruction"), extra) if part)
             return self._encode_pair(request, _text_of(row, "output"))
         if "text" in row:
-            tokens = self._end(list(self.tokenizer.encode(_text_of(row, "text"))))
+            tokens = self._end(self._encode_text(_text_of(row, "text")))
             return tokens, [False, *[True] * (len(tokens) - 1)]
         raise DataError(
             f'the row has the columns {list(row)}; expected {{"text"}}, {{"prompt", "completion"}},'
@@ -131,8 +149,8 @@ class Encoding:
             return self._encode_conversation([*_check_messages(prompt), answer])
         if self.tokenizer.has_chat_template:
             return self._encode_conversation([{"role": "user", "content": prompt}, answer])
-        before = list(self.tokenizer.encode(prompt))
-        after = self._end(list(self.tokenizer.encode(completion, add_special_tokens=False)))
+        before = self._encode_text(prompt)
+        after = self._end(self._encode_text(completion, add_special_tokens=False))
         return before + after, [False] * len(before) + [True] * len(after)
 
     def _encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -140,15 +158,20 @@ class Encoding:
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         _check_turns(self.tokenizer, messages)
+        if self.allow_special_tokens:
+            _refuse_stop_tokens(self.tokenizer, messages)
+        allowed = self.allow_special_tokens
+        plain = PlainContent(self.tokenizer, list(messages), allow_special_tokens=allowed)
+        messages = plain.hide(list(messages))
         text = render_chat(self.tokenizer, messages, add_generation_prompt=False)
         answers = _answers(messages)
         starts = [self._start_of_answer(messages, n, text) for n in answers]
         spans = [*zip(answers, starts, [*starts[1:], None], strict=True)]
-        tokens = encode_rendered(self.tokenizer, text[: starts[0]])
+        tokens = plain.encode(text[: starts[0]])
         mask = [False] * len(tokens)
         for n, start, end in spans:
             _check_content_kept(messages[n], n, text[start:end])
-            answer = encode_rendered(self.tokenizer, text[start:end])
+            answer = plain.encode(text[start:end])
             learned = self._answer_length(answer, last=end is None)
             if end is None:
                 answer = self._end(answer[:learned])
@@ -156,6 +179,14 @@ class Encoding:
             tokens += answer
             mask += [True] * learned + [False] * (len(answer) - learned)
         return tokens, mask
+
+    def _encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return encode_text(
+            self.tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            allow_special_tokens=self.allow_special_tokens,
+        )
 
     def _start_of_answer(self, messages: Sequence[Message], n: int, text: str) -> int:
         """Return where in the text of the whole conversation the answer in message `n` starts."""
@@ -228,6 +259,9 @@ def _check_turns(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> No
     if not (answers := _answers(messages)) or answers[0] == 0:
         roles = [message["role"] for message in messages]
         raise DataError(f"the roles are {roles}; expected an assistant's answer to a message")
+
+
+def _refuse_stop_tokens(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> None:
     stops = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
     for message in messages:
         if found := [stop for stop in stops if stop in message["content"]]:
