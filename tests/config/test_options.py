@@ -19,7 +19,7 @@ from textpolicy.algorithms.parts.kl import k2
 from textpolicy.algorithms.parts.ratio_levels import SEQUENCE
 from textpolicy.algorithms.parts.token_weights import off_policy_mask
 from textpolicy.config import SFTConfig, TrainConfig, changed, read_toml, settings_of
-from textpolicy.errors import ConfigError, ModelError
+from textpolicy.errors import ConfigError, ModelError, TaskError
 from textpolicy.experiment.assembly import (
     Experiment,
     adapter_config,
@@ -90,6 +90,36 @@ def test_reward_timeout_and_on_reward_error_go_to_the_rewards(task):
     _, rewards = task(task__env="add", task__reward_timeout=3.5, task__on_reward_error="skip")
     assert (rewards.timeout, rewards.on_error) == (3.5, "skip")
     assert task(task__env="add", task__on_reward_error=-1.0)[1].on_error == -1.0
+
+
+NAPS = """
+import time
+
+def make(rng):
+    return "nap?", {}
+
+def nap(seconds: float) -> float:
+    'Sleep.'
+    time.sleep(seconds)
+    return seconds
+
+TOOLS, CALLS = [nap], "written"
+
+def reward(prompt, completion, example):
+    return 1.0
+"""
+
+
+def test_env_timeout_and_tool_timeout_are_limits_on_a_step_and_on_a_tool(task, tmp_path):
+    (tmp_path / "naps.py").write_text(NAPS)
+    path = f"{tmp_path / 'naps.py'}"
+    env = task(task__env=path, task__tool_timeout=0.2)[0].heldout(1)[0].env()
+    env.reset(seed=0)
+    assert "tool nap took longer than 0.2 s" in env.step("nap(60.0)")[0]
+    env = task(task__env=path, task__env_timeout=0.2)[0].heldout(1)[0].env()
+    env.reset(seed=0)
+    with pytest.raises(TaskError, match="step took longer than"):
+        env.step("nap(60.0)")
 
 
 def test_name_chooses_the_model(assembled, tmp_path):

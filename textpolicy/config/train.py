@@ -70,6 +70,21 @@ class TaskOptions:
         metavar="SECONDS",
         limit=above(0),
     )
+    env_timeout: float | None = option(
+        None,
+        "seconds after which reset, step or close of an environment is killed; episodes then run "
+        "in another process",
+        unset="no limit",
+        metavar="SECONDS",
+        limit=above(0),
+    )
+    tool_timeout: float | None = option(
+        None,
+        "seconds after which a call of a tool is killed; tools then run in another process",
+        unset="no limit",
+        metavar="SECONDS",
+        limit=above(0),
+    )
     on_reward_error: Literal["fail", "skip"] | float | None = option(
         None,
         "when a reward or an environment fails: fail ends the run, skip drops the sample, a number "

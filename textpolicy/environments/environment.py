@@ -1,6 +1,6 @@
 """Environments: training tasks without end, held-out tasks, and the reward of both."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, islice
@@ -17,7 +17,7 @@ from textpolicy.environments.held_out import (
     held_out_draws,
 )
 from textpolicy.rewards import Rewards, reward
-from textpolicy.types import RewardFn, Task
+from textpolicy.types import Prompt, RewardFn, Task
 
 _TELL_APART = (
     "If tasks with the same prompt are different problems, write a function problem(example) that "
@@ -157,8 +157,19 @@ class EpisodeTasks:
         return self.source.split_note if isinstance(self.source, NotedSplit) else ""
 
     def _with_env(self, task: Task) -> Task:
-        build = partial(self.build, lambda rng: (task.prompt, task.example), reward=self.reward)
-        return replace(task, env=build)
+        draw = _GivenTask(prompt=task.prompt, example=task.example)
+        return replace(task, env=partial(self.build, draw, reward=self.reward))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GivenTask:
+    """A `DrawFn` that always draws this task. Unlike a lambda, it can go to another process."""
+
+    prompt: Prompt
+    example: Mapping[str, Any]
+
+    def __call__(self, rng: Random) -> tuple[Prompt, Mapping[str, Any]]:
+        return self.prompt, self.example
 
 
 def from_function(

@@ -19,6 +19,16 @@ def call_tool(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[s
         return f"error: {describe_error(error)}", False
 
 
+def outcome_of(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Return what the call returns and None, or None and the error that the call raised."""
+    try:
+        return call(), None
+    except BaseException as error:
+        if is_ctrl_c(error):
+            raise
+        return None, str(error) if isinstance(error, TextPolicyError) else describe_error(error)
+
+
 def verify_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str, Any]) -> float:
     """Return the score of another library's verifier, or 0 if the verifier raises an error."""
     try:

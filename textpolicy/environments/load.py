@@ -3,6 +3,7 @@
 import inspect
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -25,9 +26,10 @@ from textpolicy.environments.environment import (
     from_function,
     sum_turn_rewards,
 )
+from textpolicy.environments.timeout import with_timeout
 from textpolicy.environments.tool_calls import parse_python_calls, parse_tagged_calls
 from textpolicy.environments.tools import ToolEnv
-from textpolicy.errors import TaskError
+from textpolicy.errors import ConfigError, TaskError
 from textpolicy.user_code import load_python_file, split_file_and_name
 
 _DEFAULT_MAX_TOKENS = 256
@@ -36,13 +38,41 @@ _LIBRARIES = ("reasoning_gym", "textarena", "gymnasium")
 _PARSERS = {"tagged": parse_tagged_calls, "written": parse_python_calls}
 
 
-def load(spec: str, data: str | Path | None = None) -> Environment:
+def load(
+    spec: str,
+    data: str | Path | None = None,
+    *,
+    env_timeout: float | None = None,
+    tool_timeout: float | None = None,
+) -> Environment:
     """Return the environment that `spec` names.
 
     `spec` is one of `ready_names()`, "FILE.py", "FILE.py:NAME" (a Gymnasium class or an
     `Environment` in the file), "reasoning_gym:TASK", "textarena:GAME", or "gymnasium:ID" with an
     id for `gymnasium.make`. `data` is a file of rows, for environments that are made from rows.
+    With `env_timeout`, episodes run in another process, and a call of reset, step or close that
+    takes more seconds is killed; `tool_timeout` does the same for each call of a tool.
     """
+    environment = _load(spec, data)
+    if tool_timeout is not None:
+        environment = _with_tool_timeout(environment, tool_timeout)
+    return environment if env_timeout is None else with_timeout(environment, env_timeout)
+
+
+def _with_tool_timeout(environment: Environment, seconds: float) -> Environment:
+    tasks = environment.tasks
+    if isinstance(tasks, EpisodeTasks):
+        build: Any = tasks.build
+        if isinstance(build, partial) and build.func is ToolEnv:
+            limited = partial(build, tool_timeout=seconds)
+            return replace(environment, tasks=replace(tasks, build=limited))
+    raise ConfigError(
+        f"tool_timeout is {seconds:g}, but environment {environment.name} is no file with TOOLS. "
+        "Leave tool_timeout out, or pass it to your own ToolEnv(..., tool_timeout=...)"
+    )
+
+
+def _load(spec: str, data: str | Path | None) -> Environment:
     if (file_and_name := split_file_and_name(spec)) is not None:
         return _from_file(*file_and_name, data)
     scheme, _, rest = spec.partition(":")

@@ -1,14 +1,16 @@
 """ToolEnv: an episode in which the model calls Python functions until it gives its answer."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 
 from textpolicy.environments.chat import ChatEnv, DrawFn, GoldFn, TurnRewardFn
 from textpolicy.environments.faults import call_tool
+from textpolicy.environments.request_process import call_tool_in_process, pack
 from textpolicy.environments.space import AnyText
 from textpolicy.environments.tool_calls import (
     MAX_CALLS_PER_ANSWER,
@@ -24,12 +26,16 @@ from textpolicy.types import Message, RewardFn
 
 _MAX_OUTPUT_CHARACTERS = 4000
 
+CallTool = Callable[[Tool, Mapping[str, Any]], tuple[str, bool]]
+"""Calls a tool; returns its text and True, or the text of an error and False."""
+
 
 class ToolEnv(gym.Env[str, str]):
     """Each call in an answer gets one tool message. An answer without a call ends the episode.
 
     If a call is not valid or its tool raises, the message is the error. `info["metrics"]` counts
-    calls and errors. Rewards are as in `ChatEnv`.
+    calls and errors. With `tool_timeout`, tools run in another process, and a call that takes more
+    seconds is killed, which is an error too. Rewards are as in `ChatEnv`.
     """
 
     def __init__(
@@ -42,9 +48,15 @@ class ToolEnv(gym.Env[str, str]):
         turn_reward: TurnRewardFn | None = None,
         gold: GoldFn | None = None,
         max_turns: int = 8,
+        tool_timeout: float | None = None,
     ) -> None:
         self.observation_space = AnyText()
         self.action_space = AnyText()
+        self._call: CallTool = call_tool
+        if tool_timeout is not None:
+            self._call = partial(call_tool_in_process, tool_timeout)
+            for tool in tools:
+                pack(tool, f"tool {tool.__name__}")
         self.tools = {tool.__name__: tool for tool in tools}
         self.schemas = [tool_schema(tool) for tool in tools]
         self._parse = parse
@@ -77,7 +89,7 @@ class ToolEnv(gym.Env[str, str]):
         if problem := problem_with_call(call, self.tools):
             self._errors += 1
             return f"error: {problem}"
-        output, returned = call_tool(self.tools[call.name], call.arguments)
+        output, returned = self._call(self.tools[call.name], call.arguments)
         self._errors += not returned
         if len(output) > _MAX_OUTPUT_CHARACTERS:
             return f"{output[:_MAX_OUTPUT_CHARACTERS]}… ({len(output)} characters, cut)"

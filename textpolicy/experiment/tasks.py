@@ -33,7 +33,7 @@ def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
 
 def with_environment(options: TaskOptions, env: str) -> TaskOptions:
     """Return the options for another environment, with that environment's tasks and reward."""
-    return replace(options, env=env, data=None, prompt=None, reward=None)
+    return replace(options, env=env, data=None, prompt=None, reward=None, tool_timeout=None)
 
 
 @doing("trying the reward on one answer")
@@ -52,7 +52,8 @@ def _environment(options: TaskOptions, reward: Callable[..., Any] | Rewards | No
                 f"--prompt is given with the environment {options.env}, which writes its prompts "
                 "itself. Leave out --prompt, or use --data with --prompt"
             )
-        return load(options.env, options.data)
+        limits = {"env_timeout": options.env_timeout, "tool_timeout": options.tool_timeout}
+        return load(options.env, options.data, **limits)
     if options.data is None:
         raise ConfigError(
             "no task is given. Name an environment, for example --env sort (`textpolicy envs` "

@@ -60,7 +60,8 @@ class KillableProcess:
     when `read_messages` and `read_output` have something to read.
     """
 
-    def __init__(self, entry: str) -> None:
+    def __init__(self, entry: str, *, max_message_bytes: int = _MAX_MESSAGE_BYTES) -> None:
+        self._max_message_bytes = max_message_bytes
         self.socket, worker_socket = socket.socketpair()
         # Nothing is written to this pipe. The guard reads its end when the parent has ended.
         lifeline, held_lifeline = os.pipe()
@@ -110,8 +111,8 @@ class KillableProcess:
         *lines, self._received = self._received.split(b"\n")
         for line in lines:
             yield _as_message(line)
-        if len(self._received) > _MAX_MESSAGE_BYTES:
-            raise ForgedAnswerError(f"an answer of more than {_MAX_MESSAGE_BYTES} bytes")
+        if len(self._received) > self._max_message_bytes:
+            raise ForgedAnswerError(f"an answer of more than {self._max_message_bytes} bytes")
         if ended:
             raise EOFError
 
@@ -140,7 +141,7 @@ class KillableProcess:
     def _receive(self) -> bool:
         """Read what is there without waiting; return False if no more can come."""
         try:
-            while len(self._received) <= _MAX_MESSAGE_BYTES:
+            while len(self._received) <= self._max_message_bytes:
                 data = self.socket.recv(1 << 16)
                 if not data:
                     return False
