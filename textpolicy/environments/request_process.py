@@ -20,6 +20,7 @@ from textpolicy.environments.episode_values import check_step_result, open_episo
 from textpolicy.environments.faults import call_tool, outcome_of
 from textpolicy.errors import ConfigError, TaskError
 from textpolicy.types import TextEnv
+from textpolicy.untrusted.parsing import parse_json
 from textpolicy.user_code import has_file_module_name, load_python_file, raise_user_errors_as
 from textpolicy.user_code.killable_process import ForgedAnswerError, KillableProcess, ParentLink
 
@@ -208,7 +209,7 @@ class _Server:
 def _as_json(info: dict[str, Any]) -> dict[str, Any]:
     """Return the values, or raise `TaskError` if they would come back from JSON as others."""
     try:
-        exact = json.loads(json.dumps(info)) == info
+        exact = parse_json(json.dumps(info)) == info
     except (TypeError, ValueError):
         exact = False
     if not exact:
