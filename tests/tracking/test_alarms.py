@@ -13,7 +13,7 @@ from textpolicy.cli import main
 from textpolicy.cli.commands.train import describe_result
 from textpolicy.experiment import Measurement, RunResult
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor
+from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor, low_disk
 from textpolicy.tracking.best import BestAdapter
 
 RECORDED = Path(__file__).parents[1] / "golden" / "collapse"
@@ -205,3 +205,67 @@ def test_a_run_that_collapses_is_stopped_and_ends_with_its_best_adapter(tmp_path
     assert went_on["steps"] == 30 and went_on["kept"] is None
     assert went_on["alarms"][0] == stopped["alarms"][0]
     assert went_on["after"]["reward"] < 0.1
+
+
+def with_evaluations(*values, error=0.02, reward=lambda step: 0.3 + 0.01 * step, every=10):
+    """Return steps with training rewards, and a held-out reward every `every` steps."""
+    return [
+        STEADY
+        | {"reward": reward(step)}
+        | (
+            {"eval/reward": values[step // every], "eval/standard_error": error}
+            if step % every == 0
+            else {}
+        )
+        for step in range(every * len(values))
+    ]
+
+
+def test_a_held_out_reward_that_falls_while_the_training_reward_rises_is_an_alarm():
+    found = alarms(with_evaluations(0.3, 0.4, 0.45, 0.44, 0.35))
+    assert [(alarm.name, alarm.step) for alarm in found] == [("overfit", 40)]
+    assert found[0].is_of_learning
+    assert "fell to 0.350 from 0.450" in found[0].got and "rose to" in found[0].got
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        with_evaluations(0.3, 0.4, 0.45, 0.44, 0.5),
+        with_evaluations(0.3, 0.45, 0.41, 0.44, 0.42, error=0.05),
+        with_evaluations(0.5, 0.4, reward=lambda step: 0.5 - 0.001 * step),
+        with_evaluations(0.9),
+    ],
+    ids=["a rise", "noise", "both fall", "one measurement"],
+)
+def test_other_measurements_are_no_overfitting(steps):
+    assert "overfit" not in names(steps)
+
+
+def test_the_overfit_alarm_ends_when_the_held_out_reward_is_back():
+    monitor, metric = AlarmMonitor(), []
+    for step, metrics in enumerate(with_evaluations(0.3, 0.45, 0.3, 0.46)):
+        monitor.check(step, metrics)
+        metric.append(monitor.metrics()["alarm/overfit"])
+    assert metric == [0] * 20 + [1] * 10 + [0] * 10
+
+
+def test_a_skipped_update_is_an_alarm_in_its_own_step():
+    monitor = AlarmMonitor()
+    (alarm,) = monitor.check(0, STEADY | {"update_skipped/not_finite": 0.5})
+    assert alarm.name == "not_finite" and "50% of the updates were skipped" in str(alarm)
+    assert not alarm.is_of_learning and monitor.metrics()["alarm/not_finite"] == 1
+    monitor.check(1, STEADY | {"update_skipped/not_finite": 0.0})
+    assert monitor.metrics()["alarm/not_finite"] == 0
+
+
+def test_a_disk_with_room_for_few_checkpoints_is_an_alarm(tmp_path):
+    assert low_disk(tmp_path / "none") is None
+    sign = low_disk(tmp_path)
+    assert sign is None
+    with (tmp_path / "00000001.safetensors").open("wb") as file:
+        file.truncate(2**42)  # Takes no space, and says that it has four terabytes.
+    sign = low_disk(tmp_path)
+    assert sign and "44.0 TB" in sign[1]
+    (alarm,) = AlarmMonitor().check(0, STEADY, sign)
+    assert alarm.name == "disk" and not alarm.is_of_learning

@@ -35,6 +35,9 @@ class TerminalListener:
             if event.step == self._steps:
                 self._console.close()
         else:
+            if event.kind == "killed":
+                # The panel must give the cursor back before the process ends.
+                self._console.close()
             self.note(event.text)
         return Progress.STOP if self._request.signal else Progress.MORE
 

@@ -464,7 +464,17 @@ class RunOptions:
         limit=at_least(0),
     )
     stop_on_collapse: bool = option(
-        False, "stop the run at the first alarm and keep the best adapter"
+        False, "stop the run at the first alarm about learning and keep the best adapter"
+    )
+    step_deadline: float | None = option(
+        None,
+        "seconds after which a step is reported, with what the step waits for",
+        unset="ten times the median of the steps, after five steps",
+        metavar="SECONDS",
+        limit=above(0),
+    )
+    stop_on_stall: bool = option(
+        False, "stop a run whose step is reported, with the exit code 75, so that it can be resumed"
     )
     limits: Literal["refuse", "warn"] = option(*LIMITS)
 

@@ -16,6 +16,8 @@ from textpolicy.types import Metrics, Rollout, RolloutGroup, Sampling, StopReaso
 
 # All evaluations use the same seed, so that two evaluations of one policy are equal.
 _SEED = 0
+# Fewer held-out tasks leave an error of several hundredths.
+_ENOUGH_TASKS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,19 @@ class MeanReward:
             reward=float(np.mean(rewards)),
             standard_error=float(np.std(rewards) / np.sqrt(len(rewards))),
             count=len(rewards),
+        )
+
+    @property
+    def few_tasks_note(self) -> str:
+        """Return what a score of few tasks cannot show, or an empty text if there are enough."""
+        if self.count >= _ENOUGH_TASKS:
+            return ""
+        error = self.standard_error
+        known = f"is {error:.3f}, so a gain below about {2 * error:.2f} may be chance"
+        return (
+            f"Only {self.count} tasks are held out. The standard error of their mean reward "
+            f"{known if error else 'cannot be told, because all rewards are equal'}. Measure at "
+            f"least {_ENOUGH_TASKS}: add rows, of which a tenth is held out, or raise --count"
         )
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from textpolicy.runs import RunDirectory
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics, Progress, asks_to_stop
 
-EventKind = Literal["note", "start", "step", "measurement", "alarm", "saved"]
+EventKind = Literal["note", "start", "step", "measurement", "alarm", "saved", "killed"]
 RunEnd = Literal["finished", "stopped", "alarm", "early"]
 """Why a run ended: all steps done, stopped by its listener, by an alarm, or out of patience."""
 
@@ -40,7 +40,9 @@ class RunEvent:
 
     "start" comes when the model is loaded, before the first measurement. A "step" has the metrics
     and samples of a step or, in supervised training, the metrics since the last report. `step`
-    counts finished steps. `text` is one line for people, and may quote the model or files.
+    counts finished steps. "killed" comes when the watchdog ends the process right after it; this
+    event and a stall's "alarm" come from the watchdog's thread. `text` is one line for people, and
+    may quote the model or files.
     """
 
     kind: EventKind

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 
 from textpolicy.evaluation import Evaluator
 from textpolicy.experiment.events import Measurement, Reporter
+from textpolicy.experiment.watchdog import Watchdog
 from textpolicy.loop import StepReport
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.alarms import Alarm, AlarmMonitor
+from textpolicy.tracking.alarms import AlarmMonitor, low_disk
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.tracking.tracker import Tracker
@@ -31,6 +32,7 @@ class StepObserver:
         *,
         every: int | None,
         stop_on_alarm: bool,
+        watchdog: Watchdog,
     ) -> None:
         self._directory = directory
         self._tracker = tracker
@@ -39,9 +41,10 @@ class StepObserver:
         self._evaluator = evaluator
         self._every = every
         self._stop_on_alarm = stop_on_alarm
+        self._watchdog = watchdog
         self._monitor = AlarmMonitor()
         self._evaluated: Metrics = {}
-        self.alarms: list[Alarm] = []
+        self.alarms: list[str] = []
         self.best_step = 0
         """How many steps were finished when the best adapter sampled, or was measured."""
         self.stopped_by_alarm = False
@@ -55,7 +58,7 @@ class StepObserver:
         """Continue a run whose first `steps` steps wrote these rows in an earlier process."""
         for row in rows:
             metrics = {name: value for name, value in row.items() if name != "step"}
-            self.alarms += self._monitor.check(int(row["step"]), metrics)
+            self.alarms += map(str, self._monitor.check(int(row["step"]), metrics))
             if self._best.replay_row(metrics, evaluated=self._every is not None):
                 self.best_step = int(row["step"])
         self._report.step = steps
@@ -76,6 +79,8 @@ class StepObserver:
     def evaluate(self, when: str) -> Measurement:
         """Measure the policy as it is now, for the row of the next step."""
         score, self._evaluated = self._evaluator()
+        if when == "before" and (few := score.few_tasks_note):
+            self._report.note(few)
         if self._every and self._best.record_evaluation(score.reward):
             self.best_step = self.steps
         self._directory.keep_latest_adapter()
@@ -88,21 +93,25 @@ class StepObserver:
 
     def on_step(self, step: StepReport) -> Progress:
         """Record a finished step; return STOP if the listener or an alarm ends the run."""
-        new = self._monitor.check(step.step, step.metrics)
-        self.alarms += new
+        stalled = self._watchdog.step_ended()
+        metrics = step.metrics | self._evaluated
+        new = self._monitor.check(step.step, metrics, low_disk(self._directory.checkpoints))
+        self.alarms += map(str, new)
         samples = sample_rows(step.step, step.trained, step.advantages)
         self._tracker.write_samples(step.step, samples)
-        metrics = step.metrics | self._evaluated
-        self._write(step.step, step.metrics | self._monitor.metrics())
+        alarms = self._monitor.metrics() | {"alarm/stalled": float(stalled)}
+        self._write(step.step, step.metrics | alarms)
         self._report.step = step.step + 1
-        self._report("step", _line(step), metrics=metrics, samples=samples)
+        self._report("step", _line(step), metrics=metrics | alarms, samples=samples)
         for alarm in new:
             self._report("alarm", str(alarm))
         if not self._every and self._best.record_step(step.metrics):
             self.best_step = step.step
         elif self._every and self.steps % self._every == 0 and self.steps < step.steps:
             self.evaluate(f"step {self.steps}")
-        self.stopped_by_alarm = bool(new) and self._stop_on_alarm
+        collapsed = any(alarm.is_of_learning for alarm in new)
+        self.stopped_by_alarm = collapsed and self._stop_on_alarm
+        self._watchdog.step_begins()
         stop = self.stopped_by_alarm or self._report.stop_requested
         return Progress.STOP if stop else Progress.MORE
 

@@ -8,7 +8,7 @@ from textpolicy.algorithms import Algorithm
 from textpolicy.backend import versions
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.environments import Environment
-from textpolicy.errors import DataError
+from textpolicy.errors import DataError, RunInterruptedError
 from textpolicy.experiment.assembly import (
     Experiment,
     assemble,
@@ -20,7 +20,9 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.events import Measurement, Reporter, RunResult
 from textpolicy.experiment.observer import StepObserver
+from textpolicy.experiment.resuming import resume_line
 from textpolicy.experiment.tasks import find_task
+from textpolicy.experiment.watchdog import Watchdog
 from textpolicy.loop import train_rl
 from textpolicy.rewards import Rewards, Scorer
 from textpolicy.runs import RunDirectory
@@ -65,12 +67,21 @@ def train_policy(
     report.step = resume.step if resume else 0
     with ExitStack() as opened:
         scorer = open_scorer(experiment.reward, opened, report.note)
+        watchdog = opened.enter_context(_watchdog(config, report, directory))
         observer = _open_observer(
-            experiment, config, opened, report, directory=directory, scorer=scorer, best=best
+            experiment,
+            config,
+            opened,
+            report,
+            directory=directory,
+            scorer=scorer,
+            best=best,
+            watchdog=watchdog,
         )
         started = time.perf_counter()
         report("start", f"resuming after step {resume.step}" if resume else "training starts")
         before = _measure_before(observer, directory, resume, report.note)
+        watchdog.step_begins()
         train_rl(
             tasks=environment.stream(config.run.seed),
             reward=scorer,
@@ -86,9 +97,12 @@ def train_policy(
             checkpoints=checkpoints,
             resume=resume,
         )
+        watchdog.step_ended()
         updates = experiment.trainer.version - first_version
         after = _measure_after(observer, experiment, best, config, directory)
     finished = observer.steps >= config.run.steps
+    if watchdog.asked_to_stop and not finished:
+        raise RunInterruptedError(f"{watchdog.stalls[-1]}. {_resume_text(config, directory)}")
     return RunResult(
         directory=directory,
         ended="alarm" if observer.stopped_by_alarm else "finished" if finished else "stopped",
@@ -98,7 +112,7 @@ def train_policy(
         before=before,
         after=after,
         best=_best_measurement(best, observer, config),
-        alarms=tuple(map(str, observer.alarms)),
+        alarms=(*observer.alarms, *watchdog.stalls),
         facts={"kept": best.version} if observer.stopped_by_alarm else {},
     )
 
@@ -112,6 +126,7 @@ def _open_observer(
     directory: RunDirectory,
     scorer: Scorer,
     best: BestAdapter,
+    watchdog: Watchdog,
 ) -> StepObserver:
     tracker = open_run_tracker(
         config,
@@ -128,7 +143,24 @@ def _open_observer(
         build_evaluator(experiment, scorer, config, opened, report.note),
         every=config.evaluation.every,
         stop_on_alarm=config.run.stop_on_collapse,
+        watchdog=watchdog,
     )
+
+
+def _watchdog(config: TrainConfig, report: Reporter, directory: RunDirectory) -> Watchdog:
+    return Watchdog(
+        report,
+        deadline=config.run.step_deadline,
+        stop=config.run.stop_on_stall,
+        resume_text=lambda: _resume_text(config, directory),
+        steps_per_generation=config.rollout.steps_per_generation,
+    )
+
+
+def _resume_text(config: TrainConfig, directory: RunDirectory) -> str:
+    saved = sorted(directory.checkpoints.glob("*.safetensors"))
+    last = f"The last checkpoint is of step {int(saved[-1].stem)}" if saved else "No step is saved"
+    return f"{last}. Resume the run with: {resume_line(directory, config)}"
 
 
 def _newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) -> Checkpoint | None:

@@ -13,7 +13,16 @@ from textpolicy.runs import RunDirectory
 from textpolicy.untrusted.parsing import read_toml_file
 
 # Where a run is kept and how it is tracked changes none of its numbers.
-_FREE_IN_RL = frozenset({"run.output", "run.sample_groups", "run.limits", "tracking"})
+_FREE_IN_RL = frozenset(
+    {
+        "run.output",
+        "run.sample_groups",
+        "run.limits",
+        "run.step_deadline",
+        "run.stop_on_stall",
+        "tracking",
+    }
+)
 _FREE_IN_SFT = frozenset(
     {
         "run.output",

@@ -1,4 +1,6 @@
-"""Alarms: signs that training collapses, found by comparing metrics with the run's first steps.
+"""Alarms: signs that training collapses or overfits, bad gradients, and a disk that is nearly full.
+
+Collapse is found by comparing metrics with the run's first steps.
 
 The thresholds are coarse: metrics of a healthy run vary by some per cent, while a collapsing run
 loses most of its reward or entropy within some tens of steps.
@@ -6,9 +8,12 @@ loses most of its reward or entropy within some tens of steps.
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import hypot
+from pathlib import Path
 from statistics import fmean, pstdev
 
+from textpolicy.machine import free_disk_bytes, size_text
 from textpolicy.types import Metrics
 
 REWARD = "reward"
@@ -17,6 +22,10 @@ _ENTROPY = "entropy"
 _ZERO_STD = "frac_reward_zero_std"
 _LENGTH = "completions/mean_length"
 _CLIPPED = "completions/clipped_ratio"
+_NOT_FINITE = "update_skipped/not_finite"
+_EVALUATED, _EVALUATION_ERROR = "eval/reward", "eval/standard_error"
+# A disk with room for fewer further checkpoints is nearly full.
+_CHECKPOINTS_LEFT = 10
 ALARM_METRICS = (REWARD, _REWARD_STD, _ENTROPY, _ZERO_STD, _LENGTH, _CLIPPED)
 
 
@@ -44,6 +53,8 @@ class AlarmThresholds:
     noise_factor: float = 2.0
     """Standard deviations of reward between the steps of the window that a fall must exceed,
     because the mean reward also varies with the tasks of a step."""
+    heldout_fall: float = 2.0
+    """Standard errors that the held-out reward must fall from its best to be an alarm."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,11 @@ class Alarm:
     got: str
     expected: str
     advice: str
+
+    @property
+    def is_of_learning(self) -> bool:
+        """Whether earlier adapters are better than those of this step."""
+        return self.name in _CHECKS or self.name == "overfit"
 
     def __str__(self) -> str:
         return (
@@ -82,27 +98,84 @@ class _Trend:
         return self.last[REWARD] < self.first[REWARD] - self.noise
 
 
+@dataclass(frozen=True, kw_only=True)
+class _HeldOutTrend:
+    """The last and the best held-out measurement, with the training reward at both."""
+
+    best: float
+    best_error: float
+    best_training: float
+    last: float = float("-inf")
+    last_error: float = 0.0
+    last_training: float = float("-inf")
+
+    def sign(self, limits: AlarmThresholds) -> _Sign | None:
+        """Return the sign of a held-out reward that falls while the training reward rises."""
+        least = self.best - limits.heldout_fall * hypot(self.best_error, self.last_error)
+        if self.last >= least or self.last_training <= self.best_training:
+            return None
+        return (
+            f"the held-out reward fell to {self.last:.3f} from {self.best:.3f} at its best, while "
+            f"the training reward rose to {self.last_training:.3f} from {self.best_training:.3f}",
+            f"at least {least:.3f}",
+            "Read the samples: the policy may please the reward without solving the task, or know "
+            "the training tasks by heart. Stop here and use the best adapter, or add tasks",
+        )
+
+
 class AlarmMonitor:
-    """Checks the metrics of each step and reports each alarm once. Ignores steps without reward."""
+    """Checks the metrics of each step and reports each alarm once.
+
+    Steps without reward are not compared with other steps.
+    """
 
     def __init__(self, limits: AlarmThresholds | None = None) -> None:
         self.limits = limits or AlarmThresholds()
         self._first: list[Metrics] = []
         self._last: deque[Metrics] = deque(maxlen=self.limits.window)
         self._best = self._spread = 0.0
+        self._heldout: _HeldOutTrend | None = None
         self._reported: set[str] = set()
         self._signs: dict[str, _Sign] = {}
 
-    def check(self, step: int, metrics: Metrics) -> list[Alarm]:
-        """Return the alarms that this step sets off for the first time."""
-        if not all(name in metrics for name in ALARM_METRICS):
-            return []
+    def check(self, step: int, metrics: Metrics, disk: _Sign | None = None) -> list[Alarm]:
+        """Return the alarms that this step sets off for the first time; `disk` is of `low_disk`."""
+        now: dict[str, _Sign | None] = {
+            "not_finite": _check_not_finite(metrics),
+            "disk": disk,
+        }
+        if all(name in metrics for name in ALARM_METRICS):
+            now |= self._check_trend(metrics)
+        if _EVALUATED in metrics and self._last:
+            self._add_measurement(metrics)
+            now["overfit"] = self._heldout and self._heldout.sign(self.limits)
+        self._signs = {name: sign for name, sign in self._signs.items() if name not in now}
+        self._signs |= {name: sign for name, sign in now.items() if sign}
+        new = [name for name in self._signs if name not in self._reported]
+        self._reported.update(new)
+        return [Alarm(name, step, *self._signs[name]) for name in new]
+
+    def _add_measurement(self, metrics: Metrics) -> None:
+        """Add a held-out measurement to the trend; the best one so far is what falls count from."""
+        value, error = metrics[_EVALUATED], metrics.get(_EVALUATION_ERROR, 0.0)
+        training = _mean(self._last, REWARD)
+        if self._heldout is None or value >= self._heldout.best:
+            self._heldout = _HeldOutTrend(
+                best=value, best_error=error, best_training=training, last=value, last_error=error
+            )
+        else:
+            self._heldout = replace(
+                self._heldout, last=value, last_error=error, last_training=training
+            )
+
+    def _check_trend(self, metrics: Metrics) -> dict[str, _Sign | None]:
+        """Return the signs of collapse, and None for each sign that is not there."""
         self._last.append(metrics)
         if len(self._first) < self.limits.first_steps:
             self._first.append(metrics)
             self._best, self._spread = _mean(self._first, REWARD), _mean(self._first, _REWARD_STD)
         if len(self._last) < self.limits.window:
-            return []
+            return {}
         self._best = max(self._best, _mean(self._last, REWARD))
         self._spread = max(self._spread, _mean(self._last, _REWARD_STD))
         trend = _Trend(
@@ -112,15 +185,36 @@ class AlarmMonitor:
             spread=self._spread,
             noise=self.limits.noise_factor * pstdev(metrics[REWARD] for metrics in self._last),
         )
-        signs = {name: check(trend, self.limits) for name, check in _CHECKS.items()}
-        self._signs = {name: sign for name, sign in signs.items() if sign}
-        new = [name for name in self._signs if name not in self._reported]
-        self._reported.update(new)
-        return [Alarm(name, step, *self._signs[name]) for name in new]
+        return {name: check(trend, self.limits) for name, check in _CHECKS.items()}
 
     def metrics(self) -> Metrics:
         """Return 1 for each alarm whose sign is present now, and 0 for the other alarms."""
-        return {f"alarm/{name}": float(name in self._signs) for name in _CHECKS}
+        return {f"alarm/{name}": float(name in self._signs) for name in (*_CHECKS, *_OTHERS)}
+
+
+def low_disk(checkpoints: Path) -> _Sign | None:
+    """Return the sign of a disk that has little room beside the checkpoints in this folder."""
+    sizes = [path.stat().st_size for path in checkpoints.glob("*.safetensors")]
+    free, needed = free_disk_bytes(checkpoints), _CHECKPOINTS_LEFT * max(sizes, default=0)
+    if free >= needed:
+        return None
+    return (
+        f"the disk of {checkpoints} has {size_text(free)} free",
+        f"at least {size_text(needed)}, which is {_CHECKPOINTS_LEFT} checkpoints",
+        "Free some space. A run that cannot save a checkpoint ends and can be resumed",
+    )
+
+
+def _check_not_finite(metrics: Metrics) -> _Sign | None:
+    share = metrics.get(_NOT_FINITE, 0.0)
+    if not share:
+        return None
+    return (
+        f"{share:.0%} of the updates were skipped, because their gradient was NaN or infinite",
+        "finite gradients",
+        "Look at the batch in the folder rejected of the run. Lower the learning rate, or compute "
+        "in float32 (--dtype float32)",
+    )
 
 
 def _check_entropy(trend: _Trend, limits: AlarmThresholds) -> _Sign | None:
@@ -185,6 +279,7 @@ _CHECKS = {
     "zero_std": _check_zero_std,
     "reward": _check_reward,
 }
+_OTHERS = ("overfit", "not_finite", "disk")
 
 
 def _mean(steps: Iterable[Metrics], name: str) -> float:

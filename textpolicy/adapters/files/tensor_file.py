@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import AdapterError, UnreadableError, UnwritableError
+from textpolicy.machine import free_disk_bytes, size_text
 from textpolicy.untrusted.bounds import MAX_HEADER_BYTES
 from textpolicy.untrusted.files import open_regular
 from textpolicy.untrusted.parsing import parse_json
@@ -77,6 +78,12 @@ def write_tensors(
     """Replace the safetensors file `target` in one step. The file holds its own checksum."""
     if not arrays:
         raise AdapterError(f"there are no tensors to write to {target}")
+    needed = sum(array.nbytes for array in arrays.values())
+    if (free := free_disk_bytes(target.parent)) < needed:
+        raise UnwritableError(
+            f"{target} cannot be written: it takes {size_text(needed)}, and the disk has "
+            f"{size_text(free)} free. Free some space"
+        )
     with atomic_replace(target) as temporary:
         place = secrets.token_hex(32)
         mx.save_safetensors(str(temporary), dict(arrays), {**metadata, CHECKSUM_KEY: place})
