@@ -1,3 +1,5 @@
+import pytest
+
 from tests.test_types import rollout
 from textpolicy.buffer import Buffer
 from textpolicy.types import RolloutGroup, Task
@@ -7,6 +9,7 @@ def group(version: int) -> RolloutGroup:
     return RolloutGroup(task=Task(id=str(version), prompt="p"), rollouts=[rollout(version=version)])
 
 
+@pytest.mark.proves("F17")
 def test_take_returns_fresh_groups_in_order_and_counts_the_stale_ones():
     buffer = Buffer(max_staleness=1)
     buffer.extend([group(3), group(4), group(5)])

@@ -372,6 +372,7 @@ def test_an_empty_file_may_be_replaced(path):
 # Watching
 
 
+@pytest.mark.proves("F17")
 def test_a_watcher_reports_each_new_file_once(path):
     watcher = AdapterWatcher(path)
     assert watcher.poll() is None
@@ -392,6 +393,7 @@ def test_a_file_that_was_not_accepted_is_reported_again(path):
     assert watcher.poll() == watcher.poll() == path
 
 
+@pytest.mark.proves("F17")
 def test_what_lies_there_when_watching_begins_is_not_new(path):
     write(path, 57)
     watcher = AdapterWatcher(path)
@@ -400,6 +402,7 @@ def test_what_lies_there_when_watching_begins_is_not_new(path):
     assert watcher.poll() == path
 
 
+@pytest.mark.proves("F17")
 def test_a_version_is_noticed_even_if_time_and_size_say_nothing(path):
     write(path, 1)
     watcher = AdapterWatcher(path)

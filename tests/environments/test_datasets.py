@@ -27,6 +27,7 @@ def test_jsonl_and_csv_give_the_same_rows(tmp_path):
     )
 
 
+@pytest.mark.proves("F19")
 @pytest.mark.parametrize(
     "content",
     [
@@ -40,10 +41,12 @@ def test_jsonl_as_other_programs_write_it_is_read(tmp_path, content):
     assert load_rows(write(tmp_path / "r.jsonl", content)) == [{"a": 1}, {"a": 2}]
 
 
+@pytest.mark.proves("F19")
 def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
     assert load_rows(write(tmp_path / "r.jsonl", '{"a": "x\u2028y"}')) == [{"a": "x\u2028y"}]
 
 
+@pytest.mark.proves("F19")
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -66,6 +69,7 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, message):
         load_rows(path)
 
 
+@pytest.mark.proves("F19")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -98,6 +102,7 @@ def test_templates_take_columns_and_double_braces():
     assert template_columns(system) == ["language", "question"]
 
 
+@pytest.mark.proves("S9")
 @pytest.mark.parametrize(
     "value", ["{0.__class__}", "{{cycler.__init__}}", "{question}", "%s", "${HOME}", "{"]
 )
@@ -105,6 +110,7 @@ def test_values_of_rows_stay_literal(value):
     assert fill_template("{question}!", {"question": value}) == f"{value}!"
 
 
+@pytest.mark.proves("S9")
 @pytest.mark.parametrize(
     "template", ["{row.__class__}", "{row[key]}", "{row!r}", "{row:>99999999}", "{}", "{0.x}"]
 )

@@ -28,14 +28,19 @@ class Attempts:
 
 @pytest.fixture
 def attempts(request: pytest.FixtureRequest) -> Iterator[Attempts]:
-    """Return the counter of this test's attempts. A test that passed must have made some."""
+    """Return the counter of this test's attempts."""
     counter = Attempts()
     yield counter
     request.node.user_properties.append(("attempts", counter.made))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Write the rows that a test proves to its report, and refuse rows that are not there."""
+    """Write the rows that a test proves to its report, and refuse rows that are not there.
+
+    A test that does not count its attempts is one attempt.
+    """
+    if isinstance(item, pytest.Function) and "attempts" not in item.fixturenames:
+        item.user_properties.append(("attempts", 1))
     for mark in item.iter_markers("proves"):
         for row in mark.args:
             if row not in TABLE:

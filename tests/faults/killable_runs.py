@@ -8,14 +8,16 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from random import Random
 from typing import Any
 
 STEPS, GROUPS, GROUP_SIZE = 5, 4, 4
@@ -33,14 +35,19 @@ def start(target: Callable[..., None], *args: Any) -> BaseProcess:
 
 
 def start_command(
-    arguments: Sequence[str], log: Path, instant: "Instant | None" = None
+    arguments: Sequence[str],
+    log: Path,
+    instant: "Instant | None" = None,
+    prepare: Callable[[], None] | None = None,
 ) -> tuple[BaseProcess, Connection]:
     """Start `textpolicy` in a process, and return it with the connection that `command` sends to.
 
     Unlike `start`, the process may have child processes of its own.
     """
     hear, say = context.Pipe(duplex=False)
-    process = context.Process(target=command, args=(arguments, log, say, instant))
+    process = context.Process(
+        target=command, args=(arguments, log, say, instant, prepare or do_nothing)
+    )
     process.start()
     say.close()
     return process, hear
@@ -68,6 +75,17 @@ def exit_code_of(process: BaseProcess) -> int:
 
 def do_nothing() -> None:
     """Do nothing."""
+
+
+def let_the_clock_jump() -> None:
+    """Let the clock of the day jump by up to a year, back and forth, at every look at it."""
+    real, days = time.time, Random(0)
+    time.time = lambda: real() + days.uniform(-3e7, 3e7)
+
+
+def fork_by_default() -> None:
+    """Make fork the way in which processes are started, unless the caller says another."""
+    set_start_method("fork", force=True)
 
 
 def train(
@@ -133,7 +151,11 @@ def train(
 
 
 def command(
-    arguments: Sequence[str], log: Path, connection: Connection, instant: Instant | None = None
+    arguments: Sequence[str],
+    log: Path,
+    connection: Connection,
+    instant: Instant | None,
+    prepare: Callable[[], None],
 ) -> None:
     """Run `textpolicy` in a process group of its own, and write to `log` what it prints.
 
@@ -155,6 +177,7 @@ def command(
             os.kill(os.getpid(), instant.signal)
 
     sys.addaudithook(watch)
+    prepare()
     from textpolicy.cli import main
 
     raise SystemExit(main(arguments))

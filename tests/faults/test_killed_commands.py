@@ -9,7 +9,12 @@ from random import Random
 
 import pytest
 
-from tests.faults.killable_runs import exit_code_of, start_command
+from tests.faults.killable_runs import (
+    exit_code_of,
+    fork_by_default,
+    let_the_clock_jump,
+    start_command,
+)
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_rows
 
@@ -65,14 +70,16 @@ class Runs:
         """Let the next process start a run of its own."""
         self.run = RunDirectory(self.folder / str(next(self.numbers)))
 
-    def start(self, instant=None, *, locked=True):
+    def start(self, instant=None, *, locked=True, prepare=None):
         """Start or resume the run, and return its process, at once or when it has the lock.
 
-        The process gets a signal at the instant.
+        The process calls `prepare` first, and gets a signal at the instant.
         """
         resume = [self.options[0], "--resume", str(self.run.path)]
         begin = [*self.options, "--output", str(self.run.path)]
-        process, self.hear = start_command(resume if self.run.exists else begin, self.log, instant)
+        process, self.hear = start_command(
+            resume if self.run.exists else begin, self.log, instant, prepare
+        )
         if locked:
             assert self.hear.poll(60), "the run has not begun for 60 s"
         return process
@@ -144,3 +151,18 @@ def test_a_run_killed_at_any_instants_ends_with_the_same_files(
     tmp_path, attempts, mode, kills, seed
 ):
     kill_runs(Runs(tmp_path, MODES[mode]), kills, attempts, seed)
+
+
+@pytest.mark.proves("F20")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train, rewards in a process", "sft"])
+@pytest.mark.parametrize(
+    "prepare", [let_the_clock_jump, fork_by_default], ids=lambda prepare: prepare.__name__
+)
+def test_an_odd_process_ends_with_the_same_files(tmp_path, mode, prepare):
+    runs = Runs(tmp_path, MODES[mode])
+    runs.new()
+    assert exit_code_of(runs.start(prepare=prepare)) == 0, runs.log.read_text()
+    runs.check()
+    for row in read_rows(runs.run.metrics):
+        assert all(0 <= row[name] < 100 for name in row if name.startswith("time/"))

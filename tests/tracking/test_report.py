@@ -83,6 +83,7 @@ def page(new_page):
     assert opened.run("violations") == []
 
 
+@pytest.mark.proves("S11")
 def test_the_report_is_one_file_in_the_run_that_loads_nothing(tmp_path):
     path = write_report([make_run(tmp_path / "run")])
     assert path == tmp_path / "run" / "report.html"
@@ -264,6 +265,7 @@ def test_keys_move_along_the_curves_and_open_the_samples_of_a_step(tmp_path, pag
     assert page.run("document.querySelectorAll('article').length") == 2
 
 
+@pytest.mark.proves("S11")
 @pytest.mark.slow
 def test_hostile_text_is_shown_as_text_and_not_executed(tmp_path, page):
     folder = make_run(tmp_path / "<b>run", text=NASTY, steps=2)

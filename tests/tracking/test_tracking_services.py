@@ -118,6 +118,7 @@ def samples_in(folder):
         yield from (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
 
 
+@pytest.mark.proves("F14")
 @pytest.mark.slow
 def test_without_a_key_a_run_is_offline_and_has_every_row_of_the_metrics_file(train, plain):
     directory, said = train("offline", ServiceOptions(wandb="project"))
@@ -140,6 +141,7 @@ def test_without_a_key_a_run_is_offline_and_has_every_row_of_the_metrics_file(tr
             assert row[name] == known[name]
 
 
+@pytest.mark.proves("F14")
 @pytest.mark.slow
 def test_a_server_gets_every_row_the_table_and_the_adapters(train, plain, monkeypatch):
     with serving() as server:
@@ -154,6 +156,7 @@ def test_a_server_gets_every_row_the_table_and_the_adapters(train, plain, monkey
     assert "wandb-run-incremental-table" in kinds
 
 
+@pytest.mark.proves("F14")
 @pytest.mark.slow
 def test_a_server_that_dies_changes_no_row_and_leaves_a_whole_file_to_upload(
     train, plain, monkeypatch
@@ -181,6 +184,7 @@ def test_a_server_that_dies_changes_no_row_and_leaves_a_whole_file_to_upload(
     assert timeless(read_metrics(directory.metrics)) == plain
 
 
+@pytest.mark.proves("F14")
 @pytest.mark.slow
 def test_an_address_without_an_answer_makes_an_offline_run(train, plain, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)

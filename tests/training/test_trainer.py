@@ -212,6 +212,7 @@ def test_kl_and_entropy_terms_are_learned_from_groups_without_signal(terms):
     assert distance(model, before) > 0
 
 
+@pytest.mark.proves("F6")
 def test_a_gradient_that_is_not_finite_is_skipped_kept_and_ends_the_run_after_ten(tmp_path):
     model, trainer, groups = make_trainer(loss_fn=nan_loss, rejected=tmp_path / "rejected")
     before = weights(model)
@@ -226,6 +227,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_kept_and_ends_the_run_after_te
             trainer.train(groups)
 
 
+@pytest.mark.proves("F6")
 @pytest.mark.parametrize(
     ("where", "number"),
     [
@@ -288,6 +290,7 @@ def test_a_learning_rate_of_zero_is_an_error():
         trainer.train(groups)
 
 
+@pytest.mark.proves("F17")
 def test_rollouts_of_another_policy_are_refused_at_the_first_step():
     model, trainer, groups = make_trainer()
     container = AdapterContainer.of(model)
@@ -297,6 +300,7 @@ def test_rollouts_of_another_policy_are_refused_at_the_first_step():
         trainer.train(groups)
 
 
+@pytest.mark.proves("F17")
 def test_a_sampler_with_old_weights_and_a_new_version_is_refused():
     _, trainer, groups = make_trainer(optimizer=optim.SGD(learning_rate=0.1))
     trainer.train(groups)
@@ -305,6 +309,7 @@ def test_a_sampler_with_old_weights_and_a_new_version_is_refused():
         trainer.train(change_rollouts(groups, lambda rollout, m: {"version": 1}))
 
 
+@pytest.mark.proves("F17")
 def test_a_sampler_with_new_weights_is_accepted(load_tiny):
     model, trainer, groups = make_trainer(optimizer=optim.SGD(learning_rate=0.1))
     trainer.train(groups)
