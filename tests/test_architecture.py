@@ -79,6 +79,8 @@ PARSERS = {
 }
 PACKAGE = ("textpolicy", "envs")
 SCRIPTS = ("benchmarks", "tools", "examples")
+# The programs of the sandbox: running code is what they are for. They run only in a box.
+BOXED = "textpolicy.rewards.verifiers.sandbox.inside."
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def one_file_writes_to_the_terminal(source: Source) -> Iterator[str]:
 
 
 def one_file_reads_json_and_toml(source: Source) -> Iterator[str]:
-    if source.module in PARSERS or source.layer == "textpolicy_envs":
+    boxed = source.module.startswith(BOXED)
+    if boxed or source.module in PARSERS or source.layer == "textpolicy_envs":
         return
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call) and called_name(node) in {"json.load", "json.loads"}:
@@ -191,7 +194,7 @@ def one_file_reads_json_and_toml(source: Source) -> Iterator[str]:
 
 
 def broad_excepts_stay_at_the_boundary(source: Source) -> Iterator[str]:
-    if source.module.endswith(".faults"):
+    if source.module.endswith(".faults") or source.module.startswith(BOXED):
         return
     for node in ast.walk(source.tree):
         if isinstance(node, ast.ExceptHandler):
@@ -309,6 +312,15 @@ def defined_names(statements: Sequence[ast.stmt]) -> Iterator[str]:
                 yield from defined_names(handler.body)
 
 
+def boxed_programs_are_imported_by_nobody(source: Source) -> Iterator[str]:
+    inside = source.module.startswith(BOXED)
+    for line, module in imported_modules(source):
+        if module.startswith(BOXED) and not inside:
+            yield f"line {line}: import of {module}, which may run only in a box"
+        elif inside and module.startswith("textpolicy") and not module.startswith(BOXED):
+            yield f"line {line}: import of {module}, which is not there in a box"
+
+
 Rule = Callable[[Source], Iterator[str]]
 # A rule for one file, and the folders whose files keep the rule.
 RULES: dict[Rule, tuple[str, ...]] = {
@@ -322,6 +334,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     all_is_written_by_hand: PACKAGE,
     only_the_command_imports_the_command: (*PACKAGE, *SCRIPTS),
     fast_cpu_stands_alone: PACKAGE,
+    boxed_programs_are_imported_by_nobody: PACKAGE,
 }
 PackageRule = Callable[[list[Source]], Iterator[str]]
 PACKAGE_RULES: list[PackageRule] = [files_import_in_no_circle, public_names_are_defined_once]
@@ -370,6 +383,16 @@ BROKEN: list[tuple[Rule, str, str]] = [
     ),
     (only_the_command_imports_the_command, "tools/page.py", "def f():\n    import textpolicy.cli"),
     (only_the_command_imports_the_command, "examples/circle.py", "from textpolicy import cli"),
+    (
+        boxed_programs_are_imported_by_nobody,
+        "textpolicy/rewards/x.py",
+        f"from {BOXED}tester import serve",
+    ),
+    (
+        boxed_programs_are_imported_by_nobody,
+        f"{BOXED.replace('.', '/')}x.py",
+        "from textpolicy.errors import ConfigError",
+    ),
     (fast_cpu_stands_alone, "textpolicy/fast_cpu/blas.py", "from textpolicy.types import Batch"),
     (fast_cpu_stands_alone, "textpolicy/fast_cpu/blas.py", "from textpolicy import config"),
 ]

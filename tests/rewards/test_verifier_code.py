@@ -2,17 +2,16 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-from contextlib import closing
+from importlib.util import find_spec
 
 import pytest
 
-from tests.timing import least_seconds
+from tests.rewards.honest_code import HONEST
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.verifiers import code_share, python_in, run_code
+from textpolicy.rewards.verifiers.sandbox import box
 
 boxed = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="bubblewrap is not installed: apt install bubblewrap"
@@ -60,81 +59,109 @@ def test_code_that_ends_before_the_test_does_not_pass(code):
     assert not run_code(code, "assert add(1, 2) == 3", unsafe=True).passed
 
 
-LIMITS = {
-    "loops": "while True: pass",
-    "sleeps": "import time; time.sleep(60)",
-    "takes memory": "x = bytearray(3 << 30)",
-    "floods its output": "while True: print('x' * 100_000)",
-    "floods stderr": "import sys\nwhile True: sys.stderr.write('x' * 100_000)",
-    "writes a large file": "open('/dev/shm/big', 'wb').write(bytes(1 << 24))",
-    "opens many files": "x = [open('/dev/null') for _ in range(100)]",
+@boxed
+@pytest.mark.slow
+def test_honest_code_passes_its_tests_whatever_crosses_between_them():
+    failed = {}
+    for name, (code, test) in HONEST.items():
+        if "numpy" in name and not find_spec("numpy"):
+            continue
+        run = run_code(code, test, seconds=20)
+        if not run.passed:
+            failed[name] = run.error
+    assert failed == {}
+
+
+@boxed
+def test_each_test_runs_the_code_afresh_and_a_late_one_costs_the_others_nothing():
+    code = "import time\nn = 0\ndef tick(wait):\n    global n\n    n += 1\n"
+    code += "    time.sleep(wait)\n    return n"
+    tests = ["assert tick(0) == 1", "assert tick(60) == 1", "assert tick(0) == 1", "tick(0) + ''"]
+    assert code_share(code, tests, seconds=1.5) == 0.5
+
+
+@boxed
+def test_what_is_printed_by_the_code_and_by_the_test_is_returned_in_order():
+    run = run_code("def f(): print('b')", "print('a'); f(); print('c')")
+    assert run.output == "a\nb\nc\n"
+
+
+REASONS = {
+    "assert f() + 1 == 2": "calculates with a plain value and an object of X",
+    "assert f() < 1": "compares a plain value with an object of X",
+    "g(object())": "a test can pass plain values, functions and objects of the code",
+    "h()": "the code ended its process",
+    "import os; os._exit(0)": "the test ended its process",
+    "f(": "SyntaxError",
+    "e()": "ZeroDivisionError: division by zero",
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("unsafe", SAFETY)
-@pytest.mark.parametrize("code", LIMITS.values(), ids=LIMITS)
-def test_code_that_exceeds_a_limit_is_stopped(code, unsafe):
-    def run():
-        stopped = run_code(code, seconds=0.7, unsafe=unsafe)
-        assert not stopped.passed
-        assert len(stopped.output) <= 1 << 20
+@boxed
+@pytest.mark.parametrize("test", REASONS)
+def test_a_failure_says_its_reason(test):
+    code = "import os\nclass X: pass\ndef f(): return X()\ndef g(x): return x\n"
+    code += "def h(): os._exit(0)\ndef e(): return 1 / 0\n"
+    run = run_code(code, test)
+    assert not run.passed and REASONS[test] in run.error
 
-    assert least_seconds(run, below=1.5) < 1.5
+
+def test_a_plain_process_has_limits_of_memory_output_and_time():
+    for code in ("x = bytearray(3 << 30)", "while True: print('x' * 100_000)", "while True: pass"):
+        run = run_code(code, seconds=0.7, unsafe=True)
+        assert not run.passed and run.error and len(run.output) <= 1 << 20
 
 
 @boxed
-def test_processes_that_the_code_leaves_behind_end_with_it():
-    mark = f"left-behind-{os.getpid()}"
-    code = (
-        "import subprocess, sys\n"
-        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', {mark!r}],\n"
-        "                 start_new_session=True)\n"
+def test_a_box_that_does_not_start_is_refused_with_the_reason(tmp_path, monkeypatch):
+    bubblewrap = tmp_path / "bwrap"
+    bubblewrap.write_text(
+        "#!/bin/sh\necho 'bwrap: No permissions to create a namespace' >&2\nexit 1"
     )
-    assert run_code(code).passed
-    deadline = time.monotonic() + 5
-    while (running := _is_running(mark)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not running
+    bubblewrap.chmod(0o755)
+    box.check_boxes.cache_clear()
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match=r"refused.*No permissions to create.*unsafe=True"):
+        run_code(ADD)
 
 
-def _is_running(mark: str) -> bool:
-    return mark in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+# What a bubblewrap leaves out or adds, as an older or a patched one may, and what the check says.
+HOLES = {
+    "--unshare-pid": ("", "sees processes of the machine"),
+    "--clearenv": ("", "sees the environment"),
+    "--seccomp": ("", "has no filter of system calls"),
+    "a /proc": ("--proc /proc", "sees files of the machine"),
+    "a folder to write": ("--bind {folder} /usr/lib/python3", "can write a file"),
+}
 
 
 @boxed
-def test_the_code_sees_only_the_files_of_python_no_network_and_no_environment(
-    tmp_path, monkeypatch
-):
-    secret = tmp_path / "secret"
-    secret.write_text("canary")
-    monkeypatch.setenv("CANARY_TOKEN", "canary")
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        listener.settimeout(0.1)
-        port = listener.getsockname()[1]
-        attempts = {
-            "read a file": f"open({str(secret)!r})",
-            "read the passwords": "open('/etc/shadow')",
-            "list the home": f"os.listdir({os.path.expanduser('~')!r}).index('x')",
-            "write where it stands": "open('x', 'w')",
-            "write to the root": "open('/x', 'w')",
-            "change python": f"open({os.__file__!r}, 'a')",
-            "connect": f"socket.create_connection(('127.0.0.1', {port}), 1)",
-            "find a name": "socket.getaddrinfo('localhost.example', 80)",
-            "signal the parent": f"os.kill({os.getpid()}, 0)",
-            "read the environment": "os.environ['CANARY_TOKEN']",
-            "read the parent's": f"open('/proc/{os.getpid()}/environ')",
-        }
-        for attempt, expression in attempts.items():
-            run = run_code(f"import os, socket\n{expression}")
-            assert not run.passed and "rror" in run.error, attempt
-            assert "canary" not in run.output
-        with pytest.raises(TimeoutError):
-            listener.accept()
-    assert secret.read_text() == "canary"
+@pytest.mark.slow
+@pytest.mark.proves("S6")
+@pytest.mark.parametrize("hole", HOLES)
+def test_the_check_before_the_first_use_finds_a_hole(tmp_path, monkeypatch, hole, attempts):
+    added, found = HOLES[hole]
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    added = added.format(folder=tmp_path / "open")
+    (tmp_path / "bwrap").write_text(
+        f"#!{sys.executable}\nimport os, sys\nargs = sys.argv[1:]\n"
+        f"if {hole!r} in args:\n    at = args.index({hole!r})\n"
+        f"    del args[at : at + 1 + ({hole!r} == '--seccomp')]\n"
+        f"at = args.index('--remount-ro')\nargs[at:at] = {added.split()!r}\n"
+        f"os.execv({shutil.which('bwrap')!r}, ['bwrap', *args])\n"
+    )
+    (tmp_path / "bwrap").chmod(0o755)
+    box.check_boxes.cache_clear()
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(box, "_ENVIRONMENT", {"PATH": "/usr/bin:/bin", "CANARY": "x"})
+    with pytest.raises(ConfigError, match=f"does not isolate.*{found}"):
+        run_code(ADD)
+    attempts.add()
 
 
 def test_without_bubblewrap_the_call_is_refused(monkeypatch):
+    box.check_boxes.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"needs bubblewrap.*unsafe=True"):
         run_code(ADD)

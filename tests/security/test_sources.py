@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.test_architecture import (
+    BOXED,
     PACKAGE,
     ROOT,
     Source,
@@ -28,7 +29,6 @@ FAMILIES = ("os.exec", "os.spawn", "os.posix_spawn")
 ALLOWED = {
     "subprocess": (
         "textpolicy.user_code.killable_process",
-        "textpolicy.rewards.verifiers.code_tests",
         "textpolicy.rewards.verifiers.sandbox",
     ),
     "exec_module": ("textpolicy.user_code.load_file",),
@@ -37,6 +37,8 @@ ALLOWED = {
 
 def unsafe(source: Source) -> Iterator[str]:
     """Yield what the file does that could run data."""
+    # The programs of the sandbox are for running code, and run only in a box.
+    allowed = {"exec", "compile"} if source.module.startswith(BOXED) else set()
     for line, module in imported_modules(source):
         top = module.split(".")[0]
         if top in MODULES:
@@ -46,7 +48,7 @@ def unsafe(source: Source) -> Iterator[str]:
         if module in CALLS or module.startswith(FAMILIES):
             yield f"line {line}: import of {module}"
     for node in ast.walk(source.tree):
-        if isinstance(node, ast.Name) and node.id in NAMES:
+        if isinstance(node, ast.Name) and node.id in NAMES - allowed:
             yield f"line {node.lineno}: {node.id}"
         elif isinstance(node, ast.Attribute):
             yield from unsafe_attribute(source, node)
@@ -135,6 +137,13 @@ PLANTED = [
 def test_a_planted_line_is_found(attempts, text):
     assert list(unsafe(parse("envs/add.py", text)))
     attempts.add()
+
+
+def test_a_program_of_the_sandbox_may_run_code_and_nothing_else_of_this_kind():
+    path = f"{BOXED.replace('.', '/')}x.py"
+    assert not list(unsafe(parse(path, "exec(compile(code, 'code.py', 'exec'))")))
+    assert list(unsafe(parse(path, "eval(answer)")))
+    assert list(unsafe(parse(path, "import pickle")))
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def messages_of(process, seconds=20.0):
 
 def running(mark):
     """Return the ids of the processes with this mark, zombies left out."""
-    shown = subprocess.run(["ps", "-Ao", "pid=,stat=,args="], capture_output=True, text=True)
+    shown = subprocess.run(["ps", "-wwAo", "pid=,stat=,args="], capture_output=True, text=True)
     lines = [line.split(maxsplit=2) for line in shown.stdout.splitlines()]
     return [int(pid) for pid, state, args in lines if mark in args and state[0] != "Z"]
 
