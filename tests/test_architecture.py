@@ -172,7 +172,7 @@ def stars_are_not_imported(source: Source) -> Iterator[str]:
 
 
 def one_file_writes_to_the_terminal(source: Source) -> Iterator[str]:
-    if source.module in TERMINAL_WRITERS:
+    if source.module in TERMINAL_WRITERS or source.module.startswith(BOXED):
         return
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call) and called_name(node) == "print":
