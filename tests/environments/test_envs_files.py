@@ -188,6 +188,8 @@ def test_an_environment_without_text_is_refused():
         TaskError, match=r"CartPole-v1, seed .* starts with .*ndarray\); expected text"
     ):
         load("gymnasium:CartPole-v1").heldout(1)
+    with pytest.raises(TaskError, match=r"starts with .*ndarray\); expected text"):
+        check_env(load("gymnasium:CartPole-v1"))
 
 
 def test_every_string_is_in_the_space_and_samples_repeat():

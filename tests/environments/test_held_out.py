@@ -15,6 +15,7 @@ from textpolicy.environments import AnyText, check_env, from_gymnasium, load
 from textpolicy.environments.held_out import is_held_out
 from textpolicy.environments.load import environment_from_module
 from textpolicy.errors import TaskError
+from textpolicy.rollout.task_source import TaskSource
 
 
 class Numbers(gym.Env):
@@ -185,6 +186,18 @@ def test_the_split_needs_few_resets(env):
     list(islice(environment.stream(0), 100))
     # One task in four is held out, so four resets give three tasks; the survey is kept.
     assert len(resets) <= 128 + 10 + 100 * 1.6
+
+
+@pytest.mark.parametrize("env", [Numbers, Undeclared, ManyProblems])
+def test_a_resumed_run_draws_the_tasks_that_it_would_have_drawn(env):
+    whole = TaskSource(from_gymnasium(env).stream(3))
+    whole.next_tasks(20)
+    state = whole.state()
+    resumed = TaskSource(from_gymnasium(env).stream(3))
+    resumed.restore(state)
+    assert [task.seed for task in resumed.next_tasks(20)] == [
+        task.seed for task in whole.next_tasks(20)
+    ]
 
 
 @pytest.mark.slow

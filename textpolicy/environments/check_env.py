@@ -36,6 +36,8 @@ def check_env(environment: Environment, number: int = 200) -> None:
     end to each episode. If the environment has gold answers, they must earn more than empty
     answers on `number` training tasks and `number` held-out tasks.
     """
+    # The error about a first task without text is clearer than those of Gymnasium's checker.
+    next(environment.stream(0))
     with environment_errors(environment.name, "gymnasium.make"):
         env = environment.make()
     with warnings.catch_warnings():
