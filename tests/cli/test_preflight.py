@@ -60,6 +60,13 @@ def test_limits_warn_starts_the_run_all_the_same(empty, capsys):
     assert "because of --limits warn" in capsys.readouterr().err
 
 
+def test_limits_warn_counts_for_sft_too(rows, empty, capsys):
+    beyond = ["sft", "--data", rows, "--batch-size", "1000000000", "--dry-run"]
+    assert main(beyond) == 2
+    assert main([*beyond, "--limits", "warn"]) == 0
+    assert "REFUSED" not in capsys.readouterr().out.rpartition("limits = ")[2]
+
+
 def test_a_resumed_run_may_change_what_its_limits_do(empty):
     assert main(["train", "--env", "add", *SMALL, "--output", "run"]) == 0
     assert main(["train", "--resume", "run", "--limits", "warn"]) == 0

@@ -182,3 +182,23 @@ def test_the_command_tries_an_environment_and_samples_from_a_model(capsys):
 def test_the_command_says_what_is_missing(arguments, message, capsys):
     assert main(["check", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reward_that_fails_a_check_is_not_sampled_for():
+    def flat(completion):
+        return 1.0
+
+    def sample(prompts):
+        raise AssertionError("sampling takes long")
+
+    check = check_reward(flat, ROWS, sample=sample)
+    assert not check.ok and check.findings[-1].name == "signal"
+    assert check.findings[-1].detail == "mend first: empty low"
+
+
+def test_sampling_ends_when_its_time_is_over_and_says_so(capsys):
+    argv = ["check", "--env", "add", "--rows", "40", "--sample", "8", "--max-tokens", "64"]
+    assert main([*argv, "--seconds", "0.01"]) == 0
+    shown = capsys.readouterr().out
+    assert "of 1 groups of 8 completions" in shown
+    assert "39 rows were not sampled, because the time was over" in shown

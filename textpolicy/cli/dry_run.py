@@ -54,8 +54,8 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
     found = list(problems(estimator, config, size, folder))
     data["fits"] = not found
     rows += _machine_rows(size, folder, data)
-    rows += [("REFUSED", problem) for problem in found]
     refused = bool(found) and config.run.limits == "refuse"
+    rows += [("REFUSED" if refused else "warning", problem) for problem in found]
     text = f"{to_toml(config)}\n{table(rows)}\nno run was started"
     return Answer(data=data, text=text, exit_code=2 if refused else 0)
 

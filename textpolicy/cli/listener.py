@@ -4,6 +4,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 
 from textpolicy.cli.output import error_stream
+from textpolicy.cli.progress import showing_progress
 from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.experiment import RunEvent, RunResult
 from textpolicy.tracking.console import Console
@@ -55,4 +56,6 @@ class TerminalListener:
 def listening(steps: int, *, panel: bool = True) -> Generator[TerminalListener]:
     """Make a listener that shows a run of `steps` steps: as a panel, or a line for each event."""
     with ExitStack() as opened:
-        yield TerminalListener(steps, opened, panel=panel)
+        listener = TerminalListener(steps, opened, panel=panel)
+        opened.enter_context(showing_progress(listener.note, steps=True))
+        yield listener

@@ -223,6 +223,8 @@ def _check(parser: ArgumentParser) -> None:
     _add_flag(parser, "rows", int, 64, "number of rows to check", limit=at_least(1))
     text = "completions to sample for each row, to see how often rewards differ"
     _add_flag(parser, "sample", int | None, None, text, limit=at_least(2))
+    text = "seconds for sampling; rows that do not fit into this time are not sampled"
+    _add_flag(parser, "seconds", float, 45.0, text, limit=above(0))
     keys = ("task.env", "task.data", "task.reward_timeout", "sampling.max_tokens")
     add_settings(parser, _DEFAULTS, (*keys, *_PLAIN_MODEL))
 

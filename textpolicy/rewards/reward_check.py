@@ -22,7 +22,7 @@ _GUESSES = "I am not sure, but it could be 3, or (B), or perhaps something else 
 RowColumn = str | Callable[[Mapping[str, Any]], Any] | None
 """A column of the rows, or a function of a row."""
 CompletionSampler = Callable[[Sequence[str]], Sequence[Sequence[str]]]
-"""Takes prompts and returns a group of completions of the policy for each prompt."""
+"""Takes prompts and returns a group of completions for each, or for the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,9 @@ def check_reward(
             _check_deterministic(trials),
             *_check_gold(trials),
             _check_speed(trials),
-            _check_signal(scorer, checked, sample),
         ]
+        failed = [finding.name for finding in findings if finding.verdict == "FAILED"]
+        findings.append(_check_signal(scorer, checked, sample, failed))
     names = " + ".join(member.name for member in rewards.members)
     return RewardCheck(f"reward {names} on {len(checked)} rows", findings)
 
@@ -210,22 +211,30 @@ def _check_speed(trials: Sequence[_Trial]) -> Finding:
 
 
 def _check_signal(
-    scorer: Scorer, rows: Sequence[CheckedRow], sample: CompletionSampler | None
+    scorer: Scorer,
+    rows: Sequence[CheckedRow],
+    sample: CompletionSampler | None,
+    failed: Sequence[str],
 ) -> Finding:
     if sample is None:
         return Finding("signal", "not checked", "no policy to sample from")
+    if failed:
+        # Sampling takes long, and says nothing about a reward that is wrong.
+        return Finding("signal", "not checked", f"mend first: {', '.join(failed)}")
     differ, values = 0, list[float]()
     groups = sample([row.prompt for row in rows])
-    for row, texts in zip(rows, groups, strict=True):
+    for row, texts in zip(rows[: len(groups)], groups, strict=True):
         verdicts = scorer.score([sample_of(row.prompt, text, row.example) for text in texts])
         scored = [verdict.value for verdict in verdicts if verdict.value is not None]
         values += scored
         differ += len(set(scored)) > 1
     mean = f"{sum(values) / len(values):.3g}" if values else "none"
     detail = (
-        f"rewards differ inside {differ} of {len(rows)} groups of {len(groups[0])} completions; "
+        f"rewards differ inside {differ} of {len(groups)} groups of {len(groups[0])} completions; "
         f"mean reward {mean}"
     )
+    if len(groups) < len(rows):
+        detail += f"; {len(rows) - len(groups)} rows were not sampled, because the time was over"
     return Finding("signal", "ok" if differ else "warning", detail)
 
 

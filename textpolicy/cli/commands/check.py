@@ -1,11 +1,15 @@
 """`textpolicy check`: try a reward on rows or on an environment's tasks before training on it."""
 
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from textpolicy.activity import doing
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
+from textpolicy.cli.output import print_note
+from textpolicy.cli.progress import showing_progress
 from textpolicy.config import TrainConfig
 from textpolicy.config.train import TaskOptions
 from textpolicy.environments.chat import gold_for_turn, prompt_text
@@ -20,10 +24,16 @@ from textpolicy.rewards import as_rewards, load_reward
 from textpolicy.rewards.reward_check import CheckedRow, RewardCheck, check_reward
 from textpolicy.types import Sampling
 
-_DEFAULT_MAX_TOKENS = 256
+_DEFAULT_MAX_TOKENS = 128
 
 
 def run(options: Namespace) -> Answer:
+    """Try the reward; the checks that need no model come first."""
+    with showing_progress(print_note):
+        return _run(options)
+
+
+def _run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
     if not (config.task.env or config.task.data):
@@ -31,7 +41,7 @@ def run(options: Namespace) -> Answer:
             "there is nothing to try the reward on: name rows with --data rows.jsonl, or an "
             "environment with --env NAME"
         )
-    sample = _Sampler(config, options.sample) if options.sample else None
+    sample = _Sampler(config, options.sample, options.seconds) if options.sample else None
     check = (_check_on_environment if config.task.env else _check_on_rows)(
         config.task, options, sample
     )
@@ -85,16 +95,31 @@ def _check_on_environment(
 class _Sampler:
     """Samples `count` completions for each prompt from the config's model, which a call loads.
 
-    `default_max_tokens` applies if the config does not say how long a completion may be.
+    A call samples one prompt, then two, then four, and ends before `seconds` are over, so it may
+    return groups of the first prompts only. `default_max_tokens` applies if the config does not
+    say how long a completion may be.
     """
 
     config: TrainConfig
     count: int
+    seconds: float
     default_max_tokens: int = _DEFAULT_MAX_TOKENS
 
     def __call__(self, prompts: Sequence[str]) -> list[list[str]]:
         model, tokenizer = load_model(self.config.model.name)
         max_tokens = self.config.sampling.max_tokens or self.default_max_tokens
         policy = ModelPolicy(model, tokenizer, Sampling(max_tokens=max_tokens))
-        groups = policy.generate(prompts, n=self.count, seed=0)
-        return [[completion.text for completion in group] for group in groups]
+        groups: list[list[str]] = []
+        started, size, took = time.monotonic(), 1, 0.0
+        with doing(f"sampling completions of up to {max_tokens} tokens", len(prompts)) as activity:
+            while len(groups) < len(prompts) and self._has_time(started, took):
+                before, some = time.monotonic(), prompts[len(groups) : len(groups) + size]
+                fresh = policy.generate(some, n=self.count, seed=len(groups))
+                groups += [[completion.text for completion in group] for group in fresh]
+                activity.at(len(groups))
+                took, size = time.monotonic() - before, 2 * size
+        return groups
+
+    def _has_time(self, started: float, took: float) -> bool:
+        # The next, twice as many prompts take at most twice as long.
+        return time.monotonic() - started + 2 * took < self.seconds or not took

@@ -8,6 +8,8 @@ from typing import Any
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
+from textpolicy.cli.output import print_note
+from textpolicy.cli.progress import showing_progress
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
 from textpolicy.evaluation import Comparison, Evaluation, HeldOut, compare, evaluate
@@ -22,6 +24,11 @@ _MAX_SHOWN_CHARACTERS = 200
 
 
 def run(options: Namespace) -> Answer:
+    with showing_progress(print_note):
+        return _run(options)
+
+
+def _run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
