@@ -76,6 +76,8 @@ def test_a_slow_reward_is_called_and_its_time_is_shown(benched, tmp_path):
     assert data["seconds"]["reward"] > 8 * 0.02
     isolated, _ = benched("--reward", str(reward), "--reward-timeout", "20", seconds=0.001)
     assert isolated["seconds"]["reward"] > 0
+    played, _ = benched("--env", "hilo", "--env-timeout", "20", seconds=0.001)
+    assert played["metrics"]["env/turns"] > 0
 
 
 @pytest.mark.slow

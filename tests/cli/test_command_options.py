@@ -217,6 +217,33 @@ def test_eval_stops_a_reward_that_hangs_and_gives_it_the_chosen_reward(evaluated
     assert evaluated("hang_on_numbers", *asked, "--on-reward-error", "-3")["reward"] == -3
 
 
+SLEEPER = """
+import time
+import gymnasium
+
+class Sleeper(gymnasium.Env):
+    def reset(self, *, seed=None, options=None):
+        return f"start {seed}", {}
+
+    def step(self, answer):
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_eval_stops_an_environment_that_hangs_and_gives_it_the_chosen_reward(answer, tmp_path):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    asked = ["--env", f"{tmp_path / 'sleeper.py'}", "--count", "2", "--max-tokens", "2"]
+    found = answer("eval", *asked, "--env-timeout", "0.3", "--on-reward-error", "-3")
+    assert found["base"]["reward"] == -3
+
+
+def test_eval_and_bench_refuse_a_tool_timeout_where_there_are_no_tools(failure):
+    for command in ("eval", "bench"):
+        message = failure(command, "--env", "hilo", "--tool-timeout", "1")
+        assert "environment hilo is no file with TOOLS" in message
+
+
 @pytest.mark.slow
 def test_eval_samples_at_the_chosen_temperature(evaluated):
     asked = ["--env", "add", "--eval-samples", "2"]

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import random
+import signal
+import threading
 import time
 
 import pytest
@@ -36,10 +39,11 @@ def test_a_sound_reward_passes_and_the_table_says_so():
         "gold highest": "ok",
         "empty low": "ok",
         "speed": "ok",
+        "process": "ok",
         "signal": "not checked",
     }
     lines = str(check).splitlines()
-    assert lines[0] == "reward right on 8 rows" and len(lines) == 7
+    assert lines[0] == "reward right on 8 rows" and len(lines) == 8
     assert lines[1].split() == ["finite", "ok", "40", "calls"]
 
 
@@ -202,3 +206,24 @@ def test_sampling_ends_when_its_time_is_over_and_says_so(capsys):
     shown = capsys.readouterr().out
     assert "of 1 groups of 8 completions" in shown
     assert "39 rows were not sampled, because the time was over" in shown
+
+
+def test_a_reward_that_changes_its_process_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setenv("HOW", "before")
+    stop = threading.Event()
+
+    def restless(completion, answer):
+        os.chdir(tmp_path)
+        os.environ["HOW"] = "after"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if threading.active_count() < 50:
+            threading.Thread(target=stop.wait, name="poll").start()
+        return float(completion == answer)
+
+    check = check_reward(restless, [{"prompt": "1+1=", "answer": "2"}])
+    stop.set()
+    said = detail(check, "process")
+    for what in ("handler of SIGTERM", f"directory, to {tmp_path}", "variables", "started 'poll'"):
+        assert what in said
+    assert check.ok and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -9,16 +9,26 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from textpolicy import activity, backend
+from textpolicy.cli.leftovers import end_soon
 from textpolicy.cli.output import guard_terminal, print_answer, print_note
 from textpolicy.cli.parser import build_parser
 from textpolicy.errors import RunInterruptedError, TextPolicyError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code, as `parser.EXIT_CODES` lists them."""
-    if argv is None:
-        guard_terminal()
-    given = sys.argv[1:] if argv is None else argv
+    """Run one command and return its exit code, as `parser.EXIT_CODES` lists them.
+
+    Without `argv` this is the command of a process, which ends soon after it.
+    """
+    if argv is not None:
+        return _run(argv)
+    guard_terminal()
+    exit_code = _run(sys.argv[1:])
+    end_soon(exit_code)
+    return exit_code
+
+
+def _run(given: Sequence[str]) -> int:
     options = build_parser(next(iter(given), "")).parse_args(given)
     if options.command is None:
         print_answer(_versions())

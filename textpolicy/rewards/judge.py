@@ -58,7 +58,8 @@ def judge(
     """
     if not low < high:
         raise ConfigError(f"the judge's grades go from {low} to {high}; expected a range")
-    folder = Path(cache) if cache is not None else None
+    # Another reward may change the working directory later.
+    folder = Path(cache).absolute() if cache is not None else None
     return Reward(_Judge(model, rubric, low, high, folder, prices), name, batched=True)
 
 

@@ -1,9 +1,12 @@
 """`check_reward`: try a reward on right, wrong and empty answers before a run."""
 
+import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -89,6 +92,7 @@ def check_reward(
     ]
     # The check shows all errors, and no error may end the check.
     rewards = replace(as_rewards(reward), on_error="skip", max_error_rate=1.0)
+    before = _Process()
     with scorer_of(rewards) as scorer:
         trials = [_try_answers(scorer, checked, number) for number in range(len(checked))]
         findings = [
@@ -96,6 +100,7 @@ def check_reward(
             _check_deterministic(trials),
             *_check_gold(trials),
             _check_speed(trials),
+            _check_process(scorer, before),
         ]
         failed = [finding.name for finding in findings if finding.verdict == "FAILED"]
         findings.append(_check_signal(scorer, checked, sample, failed))
@@ -208,6 +213,29 @@ def _check_speed(trials: Sequence[_Trial]) -> Finding:
     usual = median(trial.seconds for trial in trials)
     detail = f"{1e3 * usual:.2g} ms a call, {1e3 * slowest.seconds:.2g} ms in row {slowest.number}"
     return Finding("speed", "warning" if slowest.seconds > _SLOW_SECONDS else "ok", detail)
+
+
+class _Process:
+    """What a reward may change in this process and a run does not restore."""
+
+    def __init__(self) -> None:
+        self.folder = Path.cwd()
+        self.threads = {thread for thread in threading.enumerate() if not thread.daemon}
+        self.variables = dict(os.environ)
+
+
+def _check_process(scorer: Scorer, before: _Process) -> Finding:
+    """Return which parts of its process the reward has changed."""
+    now = _Process()
+    changed = list(scorer.side_effects)
+    changed += [f"the working directory, to {now.folder}"] if now.folder != before.folder else []
+    changed += ["environment variables"] if now.variables != before.variables else []
+    started = ", ".join(repr(thread.name) for thread in now.threads - before.threads)
+    if started:
+        changed.append(f"threads: it started {started}, which keep a finished run from ending")
+    if changed:
+        return Finding("process", "warning", f"the reward changes {'; '.join(changed)}")
+    return Finding("process", "ok", "the reward changes nothing that other code relies on")
 
 
 def _check_signal(

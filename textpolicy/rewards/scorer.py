@@ -21,6 +21,7 @@ from textpolicy.rewards.call_reward import (
 from textpolicy.rewards.reward_function import Sample, sample_of
 from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
 from textpolicy.rewards.worker_process import WorkerPool
+from textpolicy.user_code import keep_process_state
 
 _ERROR_WINDOW = 100
 """The number of last calls over which the error rate is taken."""
@@ -78,6 +79,8 @@ class Scorer:
         self._pool = None if timeout is None else WorkerPool(rewards, timeout)
         self._on_incident = on_incident
         self._last_calls_failed: deque[bool] = deque(maxlen=_ERROR_WINDOW)
+        self.side_effects: dict[str, None] = {}
+        """What rewards changed in this process, and what was therefore restored, in order."""
         self._faults: list[TextPolicyError] = []
         # By the index of the function, and whether the calls were slow; the other calls failed.
         self._to_report: dict[tuple[int, bool], list[tuple[Sample, RewardResult]]] = {}
@@ -182,7 +185,9 @@ class Scorer:
             if self._pool:
                 self._pool.run(index, samples, on_result)
             else:
-                call_reward(self._members[index], samples, on_result)
+                with keep_process_state() as kept:
+                    call_reward(self._members[index], samples, on_result)
+                self.side_effects |= dict.fromkeys(kept.changed)
         for position, result in sorted(results.items()):
             if result.error or result.seconds > self.rewards.slow:
                 key = (index, result.error is None)

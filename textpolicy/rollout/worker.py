@@ -25,6 +25,7 @@ from textpolicy.types import (
     TextEnv,
     Turn,
 )
+from textpolicy.user_code import keep_process_state
 
 OnFault = Callable[[TextPolicyError], None]
 """Takes the error of an environment; raises it if it must end the run."""
@@ -122,7 +123,7 @@ class Episode:
     def _noting_faults(self, what: str, where: str) -> Generator[None, None, None]:
         """Keep the first error inside the blocks as the episode's fault."""
         try:
-            with doing(what), environment_errors(self._task.id, where):
+            with doing(what), environment_errors(self._task.id, where), keep_process_state():
                 yield
         except (TaskError, RewardError) as error:
             if self.fault is None:

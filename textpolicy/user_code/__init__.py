@@ -12,12 +12,14 @@ from textpolicy.user_code.load_file import (
     load_python_file,
     split_file_and_name,
 )
+from textpolicy.user_code.process_state import keep_process_state
 
 __all__ = [
     "describe_error",
     "describe_value",
     "has_file_module_name",
     "is_ctrl_c",
+    "keep_process_state",
     "load_python_file",
     "raise_user_errors_as",
     "split_file_and_name",

@@ -1,0 +1,63 @@
+"""What the user's code changes in the process of a run is restored, and named."""
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from textpolicy.user_code import keep_process_state
+
+
+def state():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    alarm = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    streams = [sys.stdout, sys.stderr, os.fstat(1), os.fstat(2)]
+    rest = [sys.getrecursionlimit(), list(warnings.filters), np.geterr()]
+    return [*handlers, alarm, *streams, *rest]
+
+
+CHANGES = {
+    "the handler of SIGINT": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    "the handler of SIGTERM": lambda: signal.signal(signal.SIGTERM, lambda *_: None),
+    "an alarm that was left running": lambda: signal.alarm(50),
+    "the recursion limit": lambda: sys.setrecursionlimit(10**6),
+    "the filters of warnings": lambda: warnings.simplefilter("ignore"),
+    "numpy's handling of floating-point errors": lambda: np.seterr(all="raise"),
+    "standard output": lambda: setattr(sys, "stdout", sys.stderr),
+    "standard error": lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_is_undone_and_named(what):
+    before = state()
+    with keep_process_state() as kept:
+        CHANGES[what]()
+        assert state() != before
+    assert state() == before
+    assert kept.changed == [what]
+
+
+def test_nothing_is_named_where_nothing_was_changed():
+    descriptors = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        with keep_process_state() as kept:
+            signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
+        assert kept.changed == []
+    assert len(os.listdir("/dev/fd")) == descriptors
+
+
+def test_streams_that_were_closed_are_open_again():
+    program = (
+        "import os, sys\n"
+        "from textpolicy.user_code import keep_process_state\n"
+        "with keep_process_state():\n"
+        "    sys.stdout.close(); sys.stderr.close(); os.closerange(1, 3)\n"
+        "print('said'); print('warned', file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("said\n", "warned\n", 0)

@@ -1,0 +1,100 @@
+"""Keep what the run relies on in its own process, whatever the user's code changes there.
+
+The working directory is not kept, because a reward may rely on its own, and paths of a run are
+absolute. Neither are random states: a checkpoint holds them, and the library draws from none.
+"""
+
+import os
+import signal
+import sys
+import threading
+import warnings
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, TextIO, cast
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STREAMS = {"stdout": 1, "stderr": 2}
+
+
+class keep_process_state:
+    """Restore after the block what the user's code changed; `changed` then names it.
+
+    These are the handlers of SIGINT and SIGTERM, an alarm, standard output and error, the recursion
+    limit, and what warnings and numpy's floating-point errors do.
+    """
+
+    def __init__(self) -> None:
+        self.changed: list[str] = []
+
+    def __enter__(self) -> "keep_process_state":
+        self._streams: dict[str, TextIO] = {name: getattr(sys, name) for name in _STREAMS}
+        self._descriptors = {number: _duplicate(number) for number in _STREAMS.values()}
+        self._recursion = sys.getrecursionlimit()
+        self._filters = list(warnings.filters)
+        # Processes that only call rewards do not import numpy.
+        self._numpy: Any = sys.modules.get("numpy")
+        self._numpy_errors: dict[str, Any] = self._numpy.geterr() if self._numpy else {}
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._alarm = signal.getitimer(signal.ITIMER_REAL)[0]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._in_main_thread:
+            self._restore_signals()
+        if sys.getrecursionlimit() != self._recursion:
+            sys.setrecursionlimit(self._recursion)
+            self.changed.append("the recursion limit")
+        if list(warnings.filters) != self._filters:
+            # Python also forgets which warnings it has shown, as it must for other filters.
+            warnings.resetwarnings()
+            cast("list[Any]", warnings.filters)[:] = self._filters
+            self.changed.append("the filters of warnings")
+        if self._numpy and self._numpy.geterr() != self._numpy_errors:
+            self._numpy.seterr(**self._numpy_errors)
+            self.changed.append("numpy's handling of floating-point errors")
+        for name, number in _STREAMS.items():
+            self._restore_stream(name, number)
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            # None is a handler that Python code did not set, and cannot set.
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+                self.changed.append(f"the handler of {number.name}")
+        if not self._alarm and signal.getitimer(signal.ITIMER_REAL)[0]:
+            # It would go off in the middle of the trainer.
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.changed.append("an alarm that was left running")
+
+    def _restore_stream(self, name: str, number: int) -> None:
+        saved, before = self._descriptors[number], self._streams[name]
+        changed = getattr(sys, name) is not before or before.closed
+        if saved is not None:
+            if not _are_same_file(saved, number):
+                os.dup2(saved, number)
+                changed = True
+            os.close(saved)
+        if changed:
+            if before.closed and saved is not None:
+                before = open(number, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+            setattr(sys, name, before)
+            self.changed.append(f"standard {'output' if number == 1 else 'error'}")
+
+
+def _duplicate(number: int) -> int | None:
+    with suppress(OSError):
+        return os.dup(number)
+    return None
+
+
+def _are_same_file(first: int, second: int) -> bool:
+    with suppress(OSError):
+        return os.path.sameopenfile(first, second)
+    return False
