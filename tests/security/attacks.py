@@ -46,6 +46,8 @@ ESCAPES: dict[str, tuple[str, str]] = {
     "write a file of the user": (ANYONE, "open(target, 'w').write('changed')"),
     "append to a file of the user": (ANYONE, "open(target, 'a').write('changed')"),
     "make a file beside it": (ANYONE, "touch(folder + '/new')"),
+    "touch a device": (ANYONE, "os.utime('/dev/null')"),
+    "change the rights of a device": (ROOT, "os.chmod('/dev/null', 0o666)"),
     "make a folder": (ANYONE, "os.mkdir(folder + '/made')"),
     "delete a file": (ANYONE, "os.unlink(folder + '/to-delete')"),
     "rename a file": (ANYONE, "os.rename(folder + '/to-rename', folder + '/renamed')"),
@@ -130,6 +132,7 @@ ESCAPES: dict[str, tuple[str, str]] = {
     "list the home": (ANYONE, "os.listdir(os.path.dirname(folder))"),
     "list /root": (ROOT, "os.listdir('/root')"),
     "read the passwords": (ROOT, "read('/etc/shadow')"),
+    "read the name of the machine": (ANYONE, "assert os.uname().nodename == node"),
     "read the users": (ANYONE, "read('/etc/passwd')"),
     "read the environment": (ANYONE, "print(os.environ['CANARY'])"),
     "read the environment in memory": (
@@ -241,6 +244,14 @@ FLOODS: dict[str, str] = {
     "writes many files": "for n in range(10**6): open(f'/dev/shm/{n}', 'w').close()",
     "computes a huge number": "x = 9 ** 9 ** 9",
     "recurses in C": "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+    "takes memory in sockets": (
+        "import socket\nfor _ in range(6): os.fork()\nkept = []\nwhile True:\n"
+        " try:\n  a, b = socket.socketpair(); kept += [a, b]; a.setblocking(False)\n"
+        "  while True: a.send(bytes(1 << 16))\n except OSError: pass\n"
+    ),
+    "crashes in every process": (
+        "import ctypes\nfor _ in range(5): os.fork()\nctypes.string_at(0)"
+    ),
     "sends a message without end": (
         "def add(a, b): return 'x' * (1 << 28)\n#test: assert add(1, 2) == 3"
     ),
@@ -489,6 +500,45 @@ CHEATS: dict[str, tuple[str, list[str]]] = {
     "changes numbers in memory": (
         "import ctypes\ndef add(a, b):\n"
         "  ctypes.memmove(id(3) + 24, (ctypes.c_uint32 * 1)(0), 4)\n  return 0",
+        ADD,
+    ),
+    "says that it begins with everything": (
+        EVERYTHING % ("", "")
+        + "def text(a): return Everything()\n"
+        + "class Text(str):\n  def startswith(self, other): return True\n"
+        + "def other(a): return Text('no')\n",
+        [
+            "assert text(1).startswith('yes')",
+            "assert other(1).startswith('yes')",
+            "assert text(1).issubset({1, 2}) and text(1).issuperset({1})",
+        ],
+    ),
+    "is another number at each comparison": (
+        "class Number(int):\n  n = 0\n  def __int__(self):\n    Number.n += 1\n"
+        "    return Number.n\n  __index__ = __trunc__ = __int__\n"
+        "def add(a, b): return Number(0)",
+        ["found = add(1, 2)\nassert any(found == n for n in [100, 99, 3, 4, 5])"],
+    ),
+    "defines what it is compared by": (
+        "def isclose(*a, **k): return True\nclass np: allclose = isclose\ndef add(a, b): return 0",
+        ["assert isclose(add(1, 2), 3)", "assert np.allclose(add(1, 2), 3)"],
+    ),
+    "answers with numbers of objects that are not there": (
+        "import json\nold = json.dumps\ndef add(a, b):\n  global json\n"
+        "  import json\n  json.dumps = lambda m, **k: old({'value': "
+        "{'is': 'object', 'of': 'x', 'name': 3, 'plain': True}})",
+        ADD,
+    ),
+    "stops the first process of its box": (
+        "import os, signal\ndef add(a, b):\n  os.kill(os.getppid(), signal.SIGSTOP)\n  return 0",
+        ADD,
+    ),
+    "sends a descriptor with its answer": (
+        "import os, socket, array\ndef add(a, b):\n  for f in range(3, 64):\n    try:\n"
+        "      s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=f)\n"
+        "      rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [1])\n"
+        "      s.sendmsg([b'{}\\n'], [rights])\n"
+        "    except OSError: pass\n  os._exit(0)",
         ADD,
     ),
     "does nothing": ("", ADD),

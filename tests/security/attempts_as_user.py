@@ -82,6 +82,7 @@ class Canaries:
             "target": str(folder / "target"),
             "folder": str(folder),
             "pid": os.getpid(),
+            "node": os.uname().nodename,
             "port": self.sockets["a port"].getsockname()[1],
             "path": str(folder / "socket"),
             "abstract": f"\0canary-{os.getpid()}",

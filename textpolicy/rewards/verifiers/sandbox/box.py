@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -22,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from textpolicy.errors import ConfigError
@@ -45,7 +45,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
 _NAMESPACES = (
     *("--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
-    *("--die-with-parent", "--new-session", "--clearenv"),
+    *("--hostname", "box", "--die-with-parent", "--new-session", "--clearenv"),
 )
 _FIRST_USER, _USERS = 2_000_000_000, 1 << 27
 """Numbers of users that no system gives to a person or a service."""
@@ -53,7 +53,8 @@ _LIMITS = {
     "RLIMIT_FSIZE": 1 << 20,
     "RLIMIT_NOFILE": 64,
     "RLIMIT_NPROC": 64,
-    "RLIMIT_CORE": 0,
+    # With 0 the kernel would still start a program that collects crashes; with 1 it does not.
+    "RLIMIT_CORE": 1,
     "RLIMIT_MEMLOCK": 1 << 16,
     "RLIMIT_MSGQUEUE": 0,
 }
@@ -238,7 +239,7 @@ def _has_user(user_map: Path, user: int) -> bool:
 def read_to_end(pipe: int, *, seconds: float) -> str:
     """Return the rest of what is written to a pipe, or what was written within some seconds."""
     data, deadline = b"", time.monotonic() + seconds
-    while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    while wait([pipe], max(0.0, deadline - time.monotonic())):
         part = os.read(pipe, 1 << 16)
         data += part
         if not part or len(data) > _MOST_READ:

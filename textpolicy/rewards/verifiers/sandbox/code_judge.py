@@ -6,7 +6,6 @@ return wrong values, and cannot change what they are compared with, nor the verd
 """
 
 import os
-import select
 import socket
 import struct
 import sys
@@ -14,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class _Watch:
                 self.stopped = f"took longer than {self.seconds} s"
                 break
             waiting = [self.verdict, *outputs]
-            readable = select.select(waiting, [], [], min(left, _WATCH_SECONDS))[0]
+            readable = wait(waiting, min(left, _WATCH_SECONDS))
             for pipe in [pipe for pipe in readable if isinstance(pipe, int)]:
                 if not self._read(pipe):
                     outputs.remove(pipe)
@@ -165,7 +165,7 @@ class _Watch:
             # What was printed before the verdict is in the pipes by now.
             for box in self.boxes:
                 for pipe in (box.output, box.errors):
-                    while select.select([pipe], [], [], 0)[0] and self._read(pipe):
+                    while wait([pipe], 0) and self._read(pipe):
                         if self.stopped:
                             break
         passed, error = _read_answer(bytes(self.answer))

@@ -38,6 +38,10 @@ _STANDARD = {
     *("statistics", "string", "typing"),
 }
 """Modules whose names a test may take from the imports of the code: they are imported here."""
+_KEPT_NAMES = {"np": ("numpy", ""), "numpy": ("numpy", ""), "isclose": ("math", "isclose")}
+"""Names that tests compare with and often leave to the imports of the code."""
+_JUDGING_METHODS = {"startswith", "endswith", "issubset", "issuperset", "isdisjoint"}
+"""Methods of plain values that answer a comparison with their argument."""
 
 
 class _Code:
@@ -47,6 +51,8 @@ class _Code:
         self._channel = channel
         self.broken = ""
         """Why the verdict is no, whatever the test does with the error. Empty if there is none."""
+        self.requests = 0
+        """How often the code was asked for more than a plain value."""
         self._callbacks: list[Callable[..., Any]] = []
         self._exceptions: dict[int, type[Exception]] = {}
 
@@ -58,14 +64,18 @@ class _Code:
         exported = {}
         for name, data in message["exports"].items():
             # A built-in name keeps its meaning, and so does the name of a standard module.
-            if name not in vars(builtins) and name not in sys.stdlib_module_names:
-                exported |= self._import(name, data)
-            elif name in sys.stdlib_module_names and data.get("is") == "module":
+            if name in _KEPT_NAMES:
+                module, attribute = _KEPT_NAMES[name]
+                exported[name] = _imported(module, attribute)
+            elif name in sys.stdlib_module_names:
                 exported[name] = importlib.import_module(name)
+            elif name not in vars(builtins):
+                exported |= self._import(name, data)
         return exported
 
     def ask(self, what: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the answer to a request, or raise what the code raised."""
+        self.requests += what != "plain"
         named = {name: self._encode(value) for name, value in kwargs.items()}
         request = {"do": what, "on": self._encode(target), "args": self._encode(args)}
         self._send({**request, "kwargs": named})
@@ -103,7 +113,7 @@ class _Code:
     def _import(self, name: str, data: Any) -> dict[str, Any]:
         kind = data.get("is") if isinstance(data, dict) else None
         if kind == "module":
-            known = data["of"].partition(".")[0] in sys.stdlib_module_names | {"numpy"}
+            known = data["of"].partition(".")[0] in sys.stdlib_module_names
             return {name: importlib.import_module(data["of"])} if known else {}
         if kind == "import":
             if data["of"] not in _STANDARD:
@@ -185,15 +195,22 @@ class _Code:
 class _Remote:
     """A function, class or object of the judged code."""
 
-    __slots__ = ("_r_code", "_r_has_plain", "_r_name", "_r_number")
+    __slots__ = ("_r_code", "_r_has_plain", "_r_name", "_r_number", "_r_plain")
 
     def __init__(self, code: _Code, number: int, name: str, has_plain: bool) -> None:
-        for slot, value in zip(self.__slots__, (code, has_plain, name, number), strict=True):
+        values = (code, has_plain, name, number, (-1, None))
+        for slot, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, slot, value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in ("__name__", "__doc__"):
             raise AttributeError(name)
+        if name in _JUDGING_METHODS:
+            if self._r_has_plain:
+                return getattr(plain_of(self), name)
+            raise self._r_code.refuse(
+                f"the test asks {name} of an object of {self._r_name}, which is no plain value"
+            )
         return self._r_code.ask("getattr", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -238,10 +255,18 @@ def number_of(remote: _Remote) -> int:
 
 
 def plain_of(value: Any) -> Any:
-    """Return the plain value of an object whose class derives from a plain class."""
-    if isinstance(value, _Remote) and value._r_has_plain:
-        value = value._r_code.ask("plain", value)
-    return value
+    """Return the plain value of an object whose class derives from a plain class.
+
+    The code is asked again only after it was asked for something else, which may have changed the
+    value: otherwise each comparison of a test could meet another value.
+    """
+    if not isinstance(value, _Remote) or not value._r_has_plain:
+        return value
+    code, (asked, plain) = value._r_code, value._r_plain
+    if asked != code.requests:
+        plain = code.ask("plain", value)
+        object.__setattr__(value, "_r_plain", (code.requests, plain))
+    return plain
 
 
 def _compare(what: str, left: _Remote, right: Any) -> bool:
@@ -317,6 +342,15 @@ def _awaited(function: _Remote) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return call
+
+
+def _imported(module: str, attribute: str) -> Any:
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        # Not installed: a test that uses the name fails.
+        return None
+    return vars(found)[attribute] if attribute else found
 
 
 def _copy_changes(args: Sequence[Any], changed: Any) -> None:
