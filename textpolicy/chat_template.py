@@ -8,6 +8,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from textpolicy.errors import PromptError
 from textpolicy.types import Message
 
+# What a template with mistakes raises: it computes with the messages, as a program does.
+_WRONG_TEMPLATE = (
+    *(TemplateError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
+
 
 def render_chat(
     tokenizer: TokenizerWrapper, messages: Sequence[Message], *, add_generation_prompt: bool
@@ -17,15 +23,17 @@ def render_chat(
     With `add_generation_prompt`, the text ends where the model's next answer begins.
     """
     try:
-        return tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
         )
-    except (TemplateError, ValueError, KeyError) as error:
+        text.encode()  # Half a surrogate pair cannot be tokenized.
+        return text
+    except _WRONG_TEMPLATE as error:
         roles = [message.get("role") for message in messages]
         raise PromptError(
-            f"the model's chat template rejects a conversation with the roles {roles}: {error}. "
-            "Expected messages that have a role (system, user or assistant) and a content, in an "
-            "order that the template accepts"
+            f"the model's chat template rejects a conversation with the roles {roles}: "
+            f"{str(error)[:300]}. Expected messages that have a role (system, user or assistant) "
+            "and a content, in an order that the template accepts"
         ) from error
 
 

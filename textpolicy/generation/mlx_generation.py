@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,8 @@ from textpolicy.generation.model_files import find_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prompts import check_prompt, encode_prompt
 from textpolicy.types import Prompt, Sampling
+from textpolicy.untrusted.template_check import check_template_ends
+from textpolicy.user_code.faults import raise_user_errors_as
 
 
 @doing("loading the model")
@@ -41,17 +43,18 @@ def load_model(
     fast_cpu.enable()
     folder = find_model(path_or_name)
     config = {"trust_remote_code": False, **(tokenizer_config or {})}
-    try:
+    # A foreign config can make mlx-lm raise anything, also in the first forward pass.
+    with raise_user_errors_as(ModelError, f"loading the model in {folder}"):
         model, tokenizer, *_ = mlx_lm.load(str(folder), tokenizer_config=config)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise ModelError(f"cannot load the model in {folder}: {error}") from error
-    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
-        dtype = mx.float32
-    if dtype is not None:
-        model.set_dtype(dtype)
-        mx.eval(model.parameters())
-    use_fast_products(model)
-    use_fast_functions(model)
+        if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
+            dtype = mx.float32
+        if dtype is not None:
+            model.set_dtype(dtype)
+            mx.eval(model.parameters())
+        use_fast_products(model)
+        use_fast_functions(model)
+        mx.eval(cast(Any, model)(mx.array([[0]])))
+    check_template_ends(tokenizer.chat_template)
     if adapter_path is not None:
         AdapterContainer.from_directory(adapter_path).load(model)
     return model, tokenizer

@@ -9,6 +9,24 @@ MAX_TOML_BYTES = 2**18
 MAX_DEPTH = 64
 """How deep lists and tables in JSON and TOML may be nested."""
 
+MAX_VOCABULARY_BYTES = 2**29
+"""Bytes of any other file of a model that is not weights, such as tokenizer.json."""
+
+MAX_LAYERS = 4096
+"""Layers, blocks or experts that the config of a model may ask for."""
+
+MAX_SIZE = 2**31 - 1
+"""Any other number in the config of a model."""
+
+MAX_TEMPLATE_SECONDS = 3
+"""Seconds of a processor that a chat template may take for a short conversation."""
+
+MAX_TEMPLATE_MEMORY = 2**31
+"""Bytes of memory that a chat template may take for a short conversation."""
+
+MAX_PATTERN_SECONDS = 1.0
+"""Seconds that a regular expression of an adapter's config may take for the path of one module."""
+
 MAX_DATA_BYTES = 8 * 2**30
 """Bytes of a data file, which is read as a whole."""
 
