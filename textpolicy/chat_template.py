@@ -11,7 +11,7 @@ from textpolicy.types import Message
 # What a template with mistakes raises: it computes with the messages, as a program does.
 _WRONG_TEMPLATE = (
     *(TemplateError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
-    *(RecursionError, MemoryError),
+    *(RecursionError, MemoryError, SyntaxError),
 )
 
 
