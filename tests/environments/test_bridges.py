@@ -1,5 +1,6 @@
 """Environments of other libraries keep the contract, and never execute text of a model."""
 
+import json
 import re
 import subprocess
 import sys
@@ -137,6 +138,26 @@ def test_an_unknown_task_is_an_error_with_the_nearest_names():
 @pytest.mark.parametrize("game", GAMES)
 def test_a_game_of_textarena_keeps_the_contract(game):
     check_env(load(f"textarena:{game}"), 3)
+
+
+@pytest.mark.slow
+@needs_textarena
+def test_a_hidden_number_that_is_held_out_is_never_trained_on():
+    environment = load("textarena:GuessTheNumber-v0")
+
+    def hidden(tasks):
+        numbers = set()
+        for task in tasks:
+            env = task.env()
+            _, info = env.reset(seed=task.seed)
+            numbers.add(json.loads(info["problem"])["game_number"])
+        return numbers
+
+    held_out = hidden(environment.heldout(50))
+    trained = hidden(islice(environment.stream(0), 300))
+    assert (len(held_out), len(trained)) == (5, 15)
+    assert not held_out & trained
+    assert "has one problem" in load("textarena:TicTacToe-v0").split_note
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Games of the TextArena library, for one player or against an opponent with a seed."""
 
+import json
 import random
 import re
 from collections.abc import Callable, Generator
@@ -80,8 +81,9 @@ class TextArenaEnv(gym.Env[str, str]):
         with self._own_random_state():
             self._game = _start(self._name, number)
             self._over = False
+            problem = _describe_state(self._game.state.game_state)
             self._play_opponent()
-            return self._new_text(""), {}
+            return self._new_text(""), {"problem": problem}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         with self._own_random_state():
@@ -123,6 +125,14 @@ class TextArenaEnv(gym.Env[str, str]):
             self._states = (random.getstate(), np.random.get_state())
             random.setstate(outer[0])
             np.random.set_state(outer[1])
+
+
+def _describe_state(state: Any) -> str:
+    """Return the first state of a game as text, with hidden parts such as a secret number.
+
+    Objects give their type alone, because a text with their address would differ in every run.
+    """
+    return json.dumps(state, default=lambda value: type(value).__name__, skipkeys=True)
 
 
 def _start(name: str, seed: int) -> Any:
