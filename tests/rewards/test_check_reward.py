@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ import textpolicy as tp
 from textpolicy.cli import main
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.reward_check import check_reward
+from textpolicy.user_code import keep_working_directory
 
 ROWS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 9)]
 
@@ -210,6 +212,7 @@ def test_sampling_ends_when_its_time_is_over_and_says_so(capsys):
 
 def test_a_reward_that_changes_its_process_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(keep_working_directory, "users", None)
     monkeypatch.setenv("HOW", "before")
     stop = threading.Event()
 
@@ -224,6 +227,7 @@ def test_a_reward_that_changes_its_process_is_named(tmp_path, monkeypatch):
     check = check_reward(restless, [{"prompt": "1+1=", "answer": "2"}])
     stop.set()
     said = detail(check, "process")
-    for what in ("handler of SIGTERM", f"directory, to {tmp_path}", "variables", "started 'poll'"):
+    for what in ("handler of SIGTERM", "working directory", "variables", "started 'poll'"):
         assert what in said
     assert check.ok and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert Path.cwd() == tmp_path.parent

@@ -253,6 +253,14 @@ def test_extreme_rewards_and_advantages_are_a_skipped_update_with_numbers_in_its
     assert all(type(value) is float for value in metrics.values())
 
 
+def test_groups_of_which_only_the_first_rollout_has_a_reward_have_no_signal():
+    model, trainer, groups = make_trainer()
+    before = weights(model)
+    metrics = trainer.train(change_rollouts(groups, lambda r, m: {"reward": None if m else 1.0}))
+    assert metrics["update_skipped/no_signal"] == 1
+    assert distance(model, before) == 0
+
+
 @pytest.mark.parametrize("kind", [lambda x: x > 0, np.array, lambda x: x.astype(mx.bfloat16)])
 def test_advantages_may_be_any_array_of_numbers(kind):
     _, trainer, groups = make_trainer(advantage_fn=lambda x: kind(grpo.compute_advantages(x)))

@@ -4,18 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 
 import numpy as np
 import pytest
 
-from textpolicy.user_code import keep_process_state
+from textpolicy.user_code import keep_process_state, keep_working_directory
 
 
 def state():
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     alarm = signal.getitimer(signal.ITIMER_REAL)[0] > 0
     streams = [sys.stdout, sys.stderr, os.fstat(1), os.fstat(2)]
+    streams += [sys.excepthook, threading.excepthook]
     rest = [sys.getrecursionlimit(), list(warnings.filters), np.geterr()]
     return [*handlers, alarm, *streams, *rest]
 
@@ -24,6 +26,7 @@ CHANGES = {
     "the handler of SIGINT": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     "the handler of SIGTERM": lambda: signal.signal(signal.SIGTERM, lambda *_: None),
     "an alarm that was left running": lambda: signal.alarm(50),
+    "the handlers of errors that nobody catches": lambda: setattr(sys, "excepthook", None),
     "the recursion limit": lambda: sys.setrecursionlimit(10**6),
     "the filters of warnings": lambda: warnings.simplefilter("ignore"),
     "numpy's handling of floating-point errors": lambda: np.seterr(all="raise"),
@@ -40,6 +43,25 @@ def test_a_change_is_undone_and_named(what):
         assert state() != before
     assert state() == before
     assert kept.changed == [what]
+
+
+def test_the_users_code_has_a_working_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(keep_working_directory, "users", None)
+    own = os.getcwd()
+    with keep_process_state() as kept:
+        os.chdir(tmp_path)
+    assert (os.getcwd(), kept.changed) == (own, ["the working directory"])
+    with keep_process_state() as kept:
+        assert os.getcwd() == str(tmp_path)
+    assert (os.getcwd(), kept.changed) == (own, [])
+    (gone := tmp_path / "gone").mkdir()
+    with keep_process_state():
+        os.chdir(gone)
+        gone.rmdir()
+    assert os.getcwd() == own
+    with keep_process_state():
+        pass
+    assert os.getcwd() == own
 
 
 def test_nothing_is_named_where_nothing_was_changed():

@@ -32,7 +32,27 @@ def print_note(text: str, *, end: str = "\n") -> None:
 
 def error_stream() -> TextStream:
     """Return standard error, for the panel of a run."""
-    return sys.stderr
+    return _StandardError()
+
+
+class _StandardError:
+    """Standard error as it is at each write: the user's code may close it, and a run opens it."""
+
+    @property
+    def encoding(self) -> str:
+        return sys.stderr.encoding
+
+    def write(self, text: str, /) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
 
 
 def guard_terminal() -> None:
@@ -41,9 +61,7 @@ def guard_terminal() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _print_traceback
-    threading.excepthook = lambda args: _print_traceback(
-        args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback
-    )
+    threading.excepthook = _print_traceback_of_thread
     warnings.showwarning = _print_warning
 
 
@@ -52,6 +70,12 @@ def _print_traceback(
 ) -> None:
     text = "".join(traceback.format_exception(kind, error, trace)).rstrip("\n")
     print(terminal_safe(text), file=sys.stderr, flush=True)
+
+
+def _print_traceback_of_thread(args: threading.ExceptHookArgs, /) -> None:
+    # `sys.exit` in a thread ends the thread and is no error.
+    if args.exc_type is not SystemExit:
+        _print_traceback(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
 
 
 def _print_warning(message: Warning | str, *_where: Any, **_rest: Any) -> None:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -219,7 +218,6 @@ class _Process:
     """What a reward may change in this process and a run does not restore."""
 
     def __init__(self) -> None:
-        self.folder = Path.cwd()
         self.threads = {thread for thread in threading.enumerate() if not thread.daemon}
         self.variables = dict(os.environ)
 
@@ -228,7 +226,6 @@ def _check_process(scorer: Scorer, before: _Process) -> Finding:
     """Return which parts of its process the reward has changed."""
     now = _Process()
     changed = list(scorer.side_effects)
-    changed += [f"the working directory, to {now.folder}"] if now.folder != before.folder else []
     changed += ["environment variables"] if now.variables != before.variables else []
     started = ", ".join(repr(thread.name) for thread in now.threads - before.threads)
     if started:

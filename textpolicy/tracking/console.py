@@ -97,8 +97,9 @@ class LineView:
 
     def note(self, text: str) -> None:
         """Write a line."""
-        # A closed pipe, as `head` leaves after its lines, must not end a long run.
-        with suppress(BrokenPipeError):
+        # A closed pipe, as `head` leaves after its lines, must not end a long run. Neither must a
+        # file that the user's code has closed.
+        with suppress(BrokenPipeError, ValueError):
             self._stream.write(text + "\n")
             self._stream.flush()
 

@@ -19,18 +19,23 @@ def add_advantages(
     advantage_fn: AdvantageFn,
     keywords: frozenset[str],
     reward_kl: float,
+    *,
+    group_size: int,
 ) -> list[TrainingRow]:
-    """Return the rows with their advantages.
+    """Return the rows with their advantages; no group has more than `group_size` rollouts.
 
     `keywords` are those that the advantage function requests. `reward_kl` times an estimate of the
     divergence from the reference, in nats, is subtracted from the reward of each rollout.
     """
-    rewards = _array_of(rows, lambda row: _penalised_reward(row, reward_kl))
+    # The last rollouts of all groups may lack a reward, and have no row then.
+    shape = (max(row.group for row in rows) + 1, group_size)
+    rewards = _array_of(rows, shape, lambda row: _penalised_reward(row, reward_kl))
     names = dict.fromkeys(name for row in rows for name in row.rollout.rewards)
     offered: dict[str, Callable[[], Any]] = {
-        "lengths": lambda: _array_of(rows, lambda row: sum(row.rollout.mask)),
+        "lengths": lambda: _array_of(rows, shape, lambda row: sum(row.rollout.mask)),
         "parts": lambda: {
-            name: _array_of(rows, lambda row, n=name: row.rollout.rewards.get(n)) for name in names
+            name: _array_of(rows, shape, lambda row, n=name: row.rollout.rewards.get(n))
+            for name in names
         },
     }
     returned = advantage_fn(rewards, **{name: offered[name]() for name in keywords})
@@ -94,10 +99,11 @@ def _penalised_reward(row: TrainingRow, reward_kl: float) -> float | None:
 
 
 def _array_of(
-    rows: Sequence[TrainingRow], value: Callable[[TrainingRow], float | None]
+    rows: Sequence[TrainingRow],
+    shape: tuple[int, int],
+    value: Callable[[TrainingRow], float | None],
 ) -> mx.array:
     """Return the values of the rows by group and member. NaN marks a member without a value."""
-    shape = (max(row.group for row in rows) + 1, max(row.member for row in rows) + 1)
     array = np.full(shape, np.nan, np.float32)
     # A number beyond float32 becomes infinite: the trainer skips the update and counts it.
     with np.errstate(over="ignore"):

@@ -129,7 +129,13 @@ class Trainer:
         self._stalled.count("reward", missing=not rows)
         if rows:
             rows = self._add_logprobs(rows)
-            rows = add_advantages(rows, self.advantage_fn, self._keywords, self.reward_kl)
+            rows = add_advantages(
+                rows,
+                self.advantage_fn,
+                self._keywords,
+                self.reward_kl,
+                group_size=max(len(group.rollouts) for group in groups),
+            )
         self.advantages = advantages_by_group(groups, rows)
         if not rows:
             return self._update_metrics(norm=0.0)

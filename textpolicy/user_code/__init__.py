@@ -12,7 +12,7 @@ from textpolicy.user_code.load_file import (
     load_python_file,
     split_file_and_name,
 )
-from textpolicy.user_code.process_state import keep_process_state
+from textpolicy.user_code.process_state import keep_process_state, keep_working_directory
 
 __all__ = [
     "describe_error",
@@ -20,6 +20,7 @@ __all__ = [
     "has_file_module_name",
     "is_ctrl_c",
     "keep_process_state",
+    "keep_working_directory",
     "load_python_file",
     "raise_user_errors_as",
     "split_file_and_name",

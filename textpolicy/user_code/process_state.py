@@ -1,7 +1,8 @@
 """Keep what the run relies on in its own process, whatever the user's code changes there.
 
-The working directory is not kept, because a reward may rely on its own, and paths of a run are
-absolute. Neither are random states: a checkpoint holds them, and the library draws from none.
+The user's code has a working directory of its own: what it changes with `chdir` holds for its next
+call and not for the run. Random states are not kept: a checkpoint holds them, and the library draws
+from none.
 """
 
 import os
@@ -17,17 +18,46 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STREAMS = {"stdout": 1, "stderr": 2}
 
 
+class keep_working_directory:
+    """Run the block in the user's working directory; `changed` tells whether it changed there."""
+
+    users: str | None = None
+    """The directory in which the user's code left the process, if that is not the run's own."""
+
+    def __init__(self) -> None:
+        self.changed = False
+
+    def __enter__(self) -> "keep_working_directory":
+        self._own = _working_directory()
+        if self.users is not None:
+            # The directory may have been removed since.
+            with suppress(OSError):
+                os.chdir(self.users)
+        self._begun = _working_directory()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        now = _working_directory()
+        self.changed = now != self._begun
+        if now != self._own and self._own is not None:
+            keep_working_directory.users = now
+            with suppress(OSError):
+                os.chdir(self._own)
+
+
 class keep_process_state:
     """Restore after the block what the user's code changed; `changed` then names it.
 
-    These are the handlers of SIGINT and SIGTERM, an alarm, standard output and error, the recursion
-    limit, and what warnings and numpy's floating-point errors do.
+    These are the working directory, the handlers of SIGINT and SIGTERM, an alarm, standard output
+    and error, the hooks for exceptions, the recursion limit, and what warnings and numpy's
+    floating-point errors do.
     """
 
     def __init__(self) -> None:
         self.changed: list[str] = []
 
     def __enter__(self) -> "keep_process_state":
+        self._folder = keep_working_directory().__enter__()
         self._streams: dict[str, TextIO] = {name: getattr(sys, name) for name in _STREAMS}
         self._descriptors = {number: _duplicate(number) for number in _STREAMS.values()}
         self._recursion = sys.getrecursionlimit()
@@ -35,6 +65,7 @@ class keep_process_state:
         # Processes that only call rewards do not import numpy.
         self._numpy: Any = sys.modules.get("numpy")
         self._numpy_errors: dict[str, Any] = self._numpy.geterr() if self._numpy else {}
+        self._hooks = sys.excepthook, threading.excepthook
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         self._alarm = signal.getitimer(signal.ITIMER_REAL)[0]
@@ -46,8 +77,14 @@ class keep_process_state:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._folder.__exit__()
+        if self._folder.changed:
+            self.changed.append("the working directory")
         if self._in_main_thread:
             self._restore_signals()
+        if (sys.excepthook, threading.excepthook) != self._hooks:
+            sys.excepthook, threading.excepthook = self._hooks
+            self.changed.append("the handlers of errors that nobody catches")
         if sys.getrecursionlimit() != self._recursion:
             sys.setrecursionlimit(self._recursion)
             self.changed.append("the recursion limit")
@@ -86,6 +123,12 @@ class keep_process_state:
                 before = open(number, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
             setattr(sys, name, before)
             self.changed.append(f"standard {'output' if number == 1 else 'error'}")
+
+
+def _working_directory() -> str | None:
+    with suppress(OSError):
+        return os.getcwd()
+    return None
 
 
 def _duplicate(number: int) -> int | None:

@@ -23,7 +23,7 @@ from textpolicy.environments.held_out import (
 )
 from textpolicy.errors import TaskError
 from textpolicy.types import Task
-from textpolicy.user_code import raise_user_errors_as
+from textpolicy.user_code import keep_process_state, raise_user_errors_as
 
 _TELL_APART = (
     "If seeds are different problems with the same first observation, return "
@@ -121,7 +121,7 @@ class GymnasiumTasks:
 
     def _reset(self, env_seed: int) -> tuple[str, Task]:
         """Return the problem of a seed and its task."""
-        with environment_errors(self.name, f"seed {env_seed}"):
+        with environment_errors(self.name, f"seed {env_seed}"), keep_process_state():
             env = self.make_env()
             prompt, info = open_episode(env, env_seed)
             env.close()
