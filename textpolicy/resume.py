@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from textpolicy.backend import versions
 from textpolicy.buffer import Buffer
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.task_source import TaskSource
-from textpolicy.training.checkpoint import Checkpoint, random_state, restore_random_state
+from textpolicy.training.checkpoint import Checkpoint, random_states, restore_random_states
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Policy
 
@@ -21,8 +20,7 @@ def make_checkpoint(
         "tasks": tasks.state(),
         "buffer": buffer.state(),
         "scorer": scorer.state(),
-        "random": random_state(),
-        "versions": versions(),
+        "random": random_states(),
     }
     return Checkpoint(step=step, arrays=arrays, facts=parts)
 
@@ -43,5 +41,5 @@ def restore_checkpoint(
     tasks.restore(parts["tasks"])
     buffer.restore(parts["buffer"])
     scorer.restore(parts["scorer"])
-    restore_random_state(parts["random"])
+    restore_random_states(parts["random"])
     return checkpoint.step

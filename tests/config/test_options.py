@@ -453,8 +453,8 @@ def test_the_best_adapter_is_the_best_evaluated_one_with_eval_every(tmp_path):
         "evaluation.every": 1,
         "run.steps": 3,
     }
-    run(changed(DEFAULTS, values), output=tmp_path)
-    assert peek_version(RunDirectory(tmp_path).best) == 1
+    directory = run(changed(DEFAULTS, values), output=tmp_path / "run").directory
+    assert peek_version(directory.best) == 1
 
 
 @pytest.mark.slow

@@ -63,15 +63,18 @@ def test_one_function_of_the_file_can_be_named(folder, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_file_is_resumed_to_the_same_numbers(folder):
+def test_a_run_with_a_file_is_resumed_to_the_same_numbers(folder, capsys):
     asked = [*RUN, "--algorithm", "mine.py"]
     assert main([*asked, "--steps", "3", "--output", "whole"]) == 0
     assert main([*asked, "--steps", "1", "--output", "parts"]) == 0
-    assert main(["train", "--resume", "parts", "--steps", "3", "--force"]) == 0
+    assert main(["train", "--resume", "parts", "--steps", "3"]) == 0
     whole, parts = RunDirectory(folder / "whole"), RunDirectory(folder / "parts")
-    assert read_toml(parts.config, TrainConfig()).algorithm.name == "mine.py"
+    assert read_toml(parts.config, TrainConfig()).algorithm.name == str(folder / "mine.py")
     assert advantages_of(parts) == advantages_of(whole)
     assert parts.latest.read_bytes() == whole.latest.read_bytes()
+    (folder / "mine.py").write_text(MINE + "# edited\n")
+    assert main(["train", "--resume", "parts", "--steps", "4"]) == 2
+    assert "algorithm: mine.py has changed" in capsys.readouterr().err
 
 
 def test_the_error_about_a_missing_file_names_it_before_a_model_is_loaded(folder, capsys):
@@ -95,7 +98,7 @@ def test_an_exception_in_the_file_names_the_function_and_the_line(
     line = next(n for n, text in enumerate(MINE.splitlines(), start=1) if old in text)
     assert main([*RUN, "--algorithm", "mine.py", "--steps", "1", "--output", "run"]) == 1
     error = capsys.readouterr().err
-    assert f"{function} of mine.py raised" in error
+    assert f"{function} of {folder / 'mine.py'} raised" in error
     assert f"line {line}" in error
     assert "Traceback" not in error
 
@@ -105,7 +108,7 @@ def test_an_exception_in_the_file_names_the_function_and_the_line(
     [
         ('Declaration(trainer={"epoch": 2})', "gives the trainer 'epoch', which.*it can set: "),
         ('Declaration(trainer={"seed": 2})', "gives the trainer 'seed', which"),
-        ('{"epochs": 2}', "DECLARATION of mine.py is a dict; expected"),
+        ('{"epochs": 2}', r"DECLARATION of \S*mine.py is a dict; expected"),
     ],
 )
 def test_a_wrong_declaration_is_refused(folder, capsys, declaration, message):

@@ -457,6 +457,9 @@ class RunOptions:
     seed: int = option(0, "seed of all random numbers; the same seed repeats the run", limit=SEED)
     checkpoint_every: int = option(1, "steps between two checkpoints", limit=at_least(1))
     keep_checkpoints: int = option(2, "number of checkpoints to keep", limit=at_least(1))
+    keep_adapters: int = option(
+        5, "evaluated versions of the adapter to keep, beside the best", limit=at_least(1)
+    )
     sample_groups: int | None = option(
         None,
         "groups of each step to write to samples.jsonl; 0 writes none",

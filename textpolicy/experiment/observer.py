@@ -1,6 +1,7 @@
 """Watches the steps of a run: files, alarms, evaluations and the best adapter."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from textpolicy.evaluation import Evaluator
 from textpolicy.experiment.events import Measurement, Reporter
@@ -12,6 +13,9 @@ from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.types import Metrics, Progress
+
+MEASURED = "measured"
+"""The fact of a checkpoint that says what the run has measured so far."""
 
 
 class StepObserver:
@@ -33,6 +37,7 @@ class StepObserver:
         every: int | None,
         stop_on_alarm: bool,
         watchdog: Watchdog,
+        keep_adapters: int,
     ) -> None:
         self._directory = directory
         self._tracker = tracker
@@ -42,6 +47,8 @@ class StepObserver:
         self._every = every
         self._stop_on_alarm = stop_on_alarm
         self._watchdog = watchdog
+        self._keep_adapters = keep_adapters
+        self._before: Mapping[str, float] = {}
         self._monitor = AlarmMonitor()
         self._evaluated: Metrics = {}
         self.alarms: list[str] = []
@@ -54,17 +61,50 @@ class StepObserver:
         """How many steps are finished."""
         return self._report.step
 
-    def replay(self, rows: Iterable[Mapping[str, float]], steps: int) -> None:
-        """Continue a run whose first `steps` steps wrote these rows in an earlier process."""
+    def facts(self) -> dict[str, Any]:
+        """Return what `restore` needs, as JSON values."""
+        return {
+            "before": self._before,
+            "best": self._best.state(),
+            "best_step": self.best_step,
+            "every": self._every,
+            "evaluated": self._evaluated,
+        }
+
+    def restore(
+        self, facts: Mapping[str, Any], rows: Iterable[Mapping[str, float]], steps: int
+    ) -> Measurement:
+        """Continue after `steps` steps, which wrote these rows in an earlier process.
+
+        Return the measurement before the first step.
+        """
+        self._before = facts["before"]
         for row in rows:
             metrics = {name: value for name, value in row.items() if name != "step"}
             self.alarms += map(str, self._monitor.check(int(row["step"]), metrics))
-            if self._best.replay_row(metrics, evaluated=self._every is not None):
-                self.best_step = int(row["step"])
+        self._restore_best(facts)
         self._report.step = steps
-        if self._every and steps % self._every == 0:
+        if facts["every"] == self._every:
             # The evaluation after the last step belongs to a row that was not written.
+            self._evaluated = facts["evaluated"]
+        elif self._every and steps % self._every == 0:
             self.evaluate(f"step {steps}")
+        return self.measurement_in(self._before)
+
+    def _restore_best(self, facts: Mapping[str, Any]) -> None:
+        best = facts["best"]
+        if (facts["every"] is None) != (self._every is None):
+            self._report.note(
+                "The best adapter was chosen by another measure so far. From now on it is the best "
+                f"{'evaluated' if self._every else 'by its training reward'} since this resume"
+            )
+        elif self._best.restore(best, self._directory.adapter_of(best["version"])):
+            self.best_step = facts["best_step"]
+        else:
+            self._report.note(
+                f"{self._best.path} is damaged, or newer than the checkpoint. The best adapter is "
+                "chosen again from those that are measured from now on"
+            )
 
     def measurement_in(self, row: Mapping[str, float]) -> Measurement:
         """Return the held-out evaluation that is recorded in a row of metrics."""
@@ -84,6 +124,10 @@ class StepObserver:
         if self._every and self._best.record_evaluation(score.reward):
             self.best_step = self.steps
         self._directory.keep_latest_adapter()
+        self._directory.remove_kept_adapters(last=self._keep_adapters, best=self._best.version)
+        if not self._before:
+            names = ("eval/reward", "eval/standard_error")
+            self._before = {"step": 0.0, **{name: self._evaluated[name] for name in names}}
         self._report(
             "measurement",
             f"{when}  {score}  greedy reward on {score.count} held-out tasks",

@@ -5,10 +5,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from textpolicy.algorithms import Algorithm
-from textpolicy.backend import versions
-from textpolicy.config import TrainConfig, to_toml
-from textpolicy.environments import Environment
-from textpolicy.errors import DataError, RunInterruptedError
+from textpolicy.config import TrainConfig
+from textpolicy.errors import RunInterruptedError
 from textpolicy.experiment.assembly import (
     Experiment,
     assemble,
@@ -19,50 +17,49 @@ from textpolicy.experiment.assembly import (
     open_scorer,
 )
 from textpolicy.experiment.events import Measurement, Reporter, RunResult
-from textpolicy.experiment.observer import StepObserver
-from textpolicy.experiment.resuming import resume_line
+from textpolicy.experiment.observer import MEASURED, StepObserver
+from textpolicy.experiment.resuming import Start, adopt, resume_line
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.watchdog import Watchdog
 from textpolicy.loop import train_rl
-from textpolicy.rewards import Rewards, Scorer
+from textpolicy.rewards import Scorer
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.jsonl import read_metrics
-from textpolicy.training.checkpoint import Checkpoint, Checkpoints
+from textpolicy.training.checkpoint import Checkpoint
 
 
 def train_policy(
     config: TrainConfig,
     directory: RunDirectory,
     report: Reporter,
+    start: Start | None = None,
     *,
-    task: tuple[Environment, Rewards] | None = None,
-    force: bool = False,
     algorithm: Algorithm | None = None,
     prepare: Callable[[Experiment], None] | None = None,
 ) -> RunResult:
-    """Measure, train, measure again; start from the newest checkpoint if there is one.
+    """Measure, train, measure again; `start` says from where, by default from the beginning.
 
-    With `force`, a checkpoint is resumed although the tasks differ from those it was made with.
-    `task` and `algorithm` replace those that the config names, and `prepare` may change the parts
-    of the run before it starts.
+    `algorithm` replaces the one that the config names, and `prepare` may change the parts of the
+    run before it starts.
     """
-    algorithm = algorithm or find_algorithm(config.algorithm)
-    environment, rewards = task or find_task(config.task)
+    start = start or Start(checkpoints=checkpoints_of(config, directory))
+    algorithm = algorithm or start.parts.algorithm or find_algorithm(config.algorithm)
+    environment, rewards = start.parts.task or find_task(config.task)
     experiment = assemble(config, environment, rewards, algorithm, directory)
     first_version = experiment.trainer.version
     if prepare:
         prepare(experiment)
-    checkpoints = checkpoints_of(config, directory)
-    resume = _newest_checkpoint(checkpoints, report.note)
+    resume = start.resume
     if resume:
-        if force:
+        if start.force:
             resume.facts["tasks"].pop("seen", None)
         # The adapters are measured before the loop restores everything.
         experiment.trainer.restore(resume.arrays, resume.facts["trainer"])
         experiment.policy.reload(experiment.trainer.published)
+        directory.remove_adapters_after(experiment.trainer.version)
     # A checkpoint that does not fit must leave the config as it was.
-    directory.write_config(to_toml(config))
+    adopt(config, directory, start)
     best = BestAdapter(experiment.adapters, directory.best)
     report.step = resume.step if resume else 0
     with ExitStack() as opened:
@@ -81,6 +78,7 @@ def train_policy(
         started = time.perf_counter()
         report("start", f"resuming after step {resume.step}" if resume else "training starts")
         before = _measure_before(observer, directory, resume, report.note)
+        start.checkpoints.facts[MEASURED] = observer.facts
         watchdog.step_begins()
         train_rl(
             tasks=environment.stream(config.run.seed),
@@ -94,7 +92,7 @@ def train_policy(
             refill_rounds=experiment.refill_rounds,
             seed=config.run.seed,
             on_step=observer.on_step,
-            checkpoints=checkpoints,
+            checkpoints=start.checkpoints,
             resume=resume,
         )
         watchdog.step_ended()
@@ -144,6 +142,7 @@ def _open_observer(
         every=config.evaluation.every,
         stop_on_alarm=config.run.stop_on_collapse,
         watchdog=watchdog,
+        keep_adapters=config.run.keep_adapters,
     )
 
 
@@ -163,38 +162,23 @@ def _resume_text(config: TrainConfig, directory: RunDirectory) -> str:
     return f"{last}. Resume the run with: {resume_line(directory, config)}"
 
 
-def _newest_checkpoint(checkpoints: Checkpoints, note: Callable[[str], None]) -> Checkpoint | None:
-    found = checkpoints.newest()
-    for damage in checkpoints.damaged:
-        note(f"A damaged checkpoint was passed over: {damage}")
-    if found:
-        for package, now in versions().items():
-            if (then := found.facts["versions"][package]) != now:
-                note(f"{package} was {then} and is {now}: numbers may differ in their last digits")
-    return found
-
-
 def _measure_before(
     observer: StepObserver,
     directory: RunDirectory,
     resume: Checkpoint | None,
     note: Callable[[str], None],
 ) -> Measurement:
-    """Return the measurement before the first step: a new one, or that of the run's first row."""
+    """Return the measurement before the first step: a new one, or that in the checkpoint."""
     if resume is None:
         return observer.evaluate("before")
-    rows = read_metrics(directory.metrics)
-    if not rows or "eval/reward" not in rows[0]:
-        raise DataError(
-            f"{directory.metrics} has no row of the first step, which holds the measurement before "
-            "training. Restore the file, or start a new run from the adapters with: --adapter "
-            f"{directory.latest}"
-        )
+    rows = [row for row in read_metrics(directory.metrics) if row["step"] < resume.step]
     if lost := set(range(resume.step)) - {int(row["step"]) for row in rows}:
-        # A full disk or a power failure loses rows.
-        note(f"{directory.metrics} has no rows of {len(lost)} steps, from step {min(lost)} on")
-    observer.replay(rows, resume.step)
-    return observer.measurement_in(rows[0])
+        # A full disk, a power failure or a person loses rows.
+        note(
+            f"{directory.metrics} has no rows of {len(lost)} steps, from step {min(lost)} on. They "
+            "are lost; the run goes on, because its checkpoint is whole"
+        )
+    return observer.restore(resume.facts[MEASURED], rows, resume.step)
 
 
 def _measure_after(

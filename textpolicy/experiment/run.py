@@ -6,15 +6,37 @@ from typing import Any
 
 from textpolicy.config import SFTConfig, TrainConfig, changed, config_from, read_toml
 from textpolicy.errors import ConfigError
-from textpolicy.experiment.assembly import RunConfig, apply_thread_option, find_algorithm, source_of
+from textpolicy.experiment.assembly import (
+    RunConfig,
+    apply_thread_option,
+    checkpoints_of,
+    find_algorithm,
+    source_of,
+)
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
+from textpolicy.experiment.identity import identity_of
+from textpolicy.experiment.paths import with_absolute_paths
 from textpolicy.experiment.preflight import check_before_start
 from textpolicy.experiment.reinforcement import train_policy
-from textpolicy.experiment.resuming import check_changes, read_started_config, telling_how_to_resume
+from textpolicy.experiment.resuming import (
+    RUN,
+    Parts,
+    Start,
+    check_changes,
+    check_files,
+    check_kind,
+    check_length,
+    config_of_checkpoint,
+    newest_checkpoint,
+    read_started_config,
+    run_facts,
+    telling_how_to_resume,
+)
 from textpolicy.experiment.supervised import train_supervised
 from textpolicy.experiment.tasks import find_task
 from textpolicy.runs import RunDirectory, new_directory
 from textpolicy.tracking.report import write_report
+from textpolicy.training.checkpoint import seed_random_numbers
 
 
 def run(
@@ -34,36 +56,79 @@ def run(
     changes; a change that alters the numbers of the run needs `force`. `on_event` is called with
     every event, and the run stops after the step in which it returns Progress.STOP.
     """
-    earlier = RunDirectory(Path(resume)) if resume is not None else None
-    started = read_started_config(earlier) if earlier else None
-    settings = started if started and config is None else _config_of(config, started)
-    if output is not None:
-        settings = changed(settings, {"run.output": Path(output)})
-    if earlier and started:
-        check_changes(started, settings, earlier, force=force)
+    directory = RunDirectory(Path(resume)) if resume is not None else None
+    settings = with_absolute_paths(_settings(config, directory, output))
     apply_thread_option(settings.model)
-    # A task that cannot be found must leave no folder behind.
-    task, algorithm = None, None
-    if isinstance(settings, TrainConfig):
-        algorithm, task = find_algorithm(settings.algorithm), find_task(settings.task)
+    # Before the user's code is loaded, which may choose seeds of its own.
+    seed_random_numbers(settings.run.seed)
     report = Reporter(on_event)
-    folder = earlier.path if earlier else settings.run.output or Path("runs")
+    if directory:
+        return _resume(settings, directory, report, force=force)
     name = _name_of(settings)
-    data = check_before_start(settings, task[0] if task else None, folder, report.note)
-    directory = earlier or _new_run(settings, name)
+    # A task that cannot be found must leave no folder behind.
+    parts = _parts(settings, settings.run.output or Path("runs"), report)
+    directory = _new_run(settings, name)
+    with directory.lock(), telling_how_to_resume(directory, settings):
+        # Another process may have claimed the same folder, and ended.
+        directory.check_is_new()
+        directory.remove_partial_files()
+        start = Start(checkpoints=checkpoints_of(settings, directory), parts=parts)
+        return _train(settings, directory, report, start)
+
+
+def _resume(
+    settings: RunConfig, directory: RunDirectory, report: Reporter, *, force: bool
+) -> RunResult:
     with directory.lock(), telling_how_to_resume(directory, settings):
         directory.remove_partial_files()
-        if earlier is None:
-            # Another process may have claimed the same folder, and ended.
-            directory.check_is_new()
-        if isinstance(settings, SFTConfig):
-            result = train_supervised(settings, directory, report, data=data)
-        else:
-            result = train_policy(
-                settings, directory, report, task=task, algorithm=algorithm, force=force
-            )
+        checkpoints = checkpoints_of(settings, directory)
+        found = newest_checkpoint(checkpoints, directory, report.note)
+        before = config_of_checkpoint(found) if found else read_started_config(directory)
+        check_changes(with_absolute_paths(before), settings, directory, force=force)
+        if found:
+            check_length(found, before, settings, directory, report.note)
+        parts = _parts(settings, directory.path, report)
+        start = Start(checkpoints=checkpoints, parts=parts, resume=found, force=force)
+        return _train(settings, directory, report, start)
+
+
+def _parts(settings: RunConfig, folder: Path, report: Reporter) -> Parts:
+    """Return what is found before anything large is read, after the checks of the preflight."""
+    if isinstance(settings, SFTConfig):
+        return Parts(data=check_before_start(settings, None, folder, report.note))
+    algorithm, task = find_algorithm(settings.algorithm), find_task(settings.task)
+    check_before_start(settings, task[0], folder, report.note)
+    return Parts(task=task, algorithm=algorithm)
+
+
+def _train(
+    settings: RunConfig, directory: RunDirectory, report: Reporter, start: Start
+) -> RunResult:
+    identity = identity_of(settings)
+    if start.resume:
+        check_files(start.resume, identity, report.note, force=start.force)
+    else:
+        directory.remove_earlier_start()
+    start.checkpoints.facts[RUN] = lambda: run_facts(settings, identity)
+    if isinstance(settings, SFTConfig):
+        result = train_supervised(settings, directory, report, start)
+    else:
+        result = train_policy(settings, directory, report, start)
     write_report([directory.path])
     return result
+
+
+def _settings(
+    config: RunConfig | Mapping[str, Any] | str | Path | None,
+    directory: RunDirectory | None,
+    output: str | Path | None,
+) -> RunConfig:
+    """Return the config of a new run, or of the run in `directory` with what `config` changes."""
+    started = read_started_config(directory) if directory else None
+    settings = started if started and config is None else _config_of(config, started)
+    if started and directory:
+        check_kind(started, settings, directory)
+    return settings if output is None else changed(settings, {"run.output": Path(output)})
 
 
 def _config_of(

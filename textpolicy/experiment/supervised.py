@@ -4,10 +4,9 @@ import time
 
 import mlx.core as mx
 
-from textpolicy.config import SFTConfig, to_toml
+from textpolicy.config import SFTConfig
 from textpolicy.experiment.assembly import (
     adapt,
-    checkpoints_of,
     dtype_of,
     load_sft_data,
     open_run_tracker,
@@ -15,9 +14,9 @@ from textpolicy.experiment.assembly import (
     sft_parameters,
 )
 from textpolicy.experiment.events import EventKind, Measurement, Reporter, RunResult
+from textpolicy.experiment.resuming import Start, adopt, resume_line
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.training.sft import (
     SaveReport,
@@ -40,26 +39,27 @@ _KINDS: dict[type[SFTEvent], EventKind] = {
 
 
 def train_supervised(
-    config: SFTConfig, directory: RunDirectory, report: Reporter, *, data: SFTData | None = None
+    config: SFTConfig, directory: RunDirectory, report: Reporter, start: Start
 ) -> RunResult:
-    """Train adapters on rows of text, starting from the newest checkpoint if there is one.
-
-    `data` are the rows that the config names, if they are read already.
-    """
+    """Train adapters on rows of text, from the checkpoint of `start` if it has one."""
     started = time.perf_counter()
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
-    data = data or load_sft_data(config, tokenizer)
+    data = start.parts.data or load_sft_data(config, tokenizer)
     report.note(str(data))
     adapt(model, config.adapter, config.model, config.run.seed)
     parameters = sft_parameters(config, directory, data)
-    checkpoints = checkpoints_of(config, directory)
-    resume = checkpoints.newest()
+    resume = start.resume
     report.step = first = resume.step if resume else 0
     optimizer = optimizer_of(config.trainer, parameters.iterations)
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
     if resume is None:
-        directory.write_config(to_toml(config))
+        adopt(config, directory, start)
+    elif resume.step == parameters.iterations:
+        report.note(
+            f"The run is finished: all {resume.step} updates are done. For more updates, type: "
+            f"{resume_line(directory, config)} --iterations {2 * resume.step}"
+        )
     report("start", f"resuming after update {first}" if resume else "training starts")
     tracking = open_run_tracker(
         config, directory, report.note, resume_step=first + 1 if resume else 0, sample_groups=0
@@ -71,9 +71,9 @@ def train_supervised(
             data.valid,
             optimizer,
             parameters=parameters,
-            checkpoints=checkpoints,
+            checkpoints=start.checkpoints,
             resume=resume,
-            on_progress=_Recorder(config, directory, tracker, report),
+            on_progress=_Recorder(config, directory, tracker, report, start),
         )
     report.step = result.iteration
     test = None
@@ -87,18 +87,24 @@ class _Recorder:
     """Writes the events of `train_sft` to the tracker and passes them on as events of the run."""
 
     def __init__(
-        self, config: SFTConfig, directory: RunDirectory, tracker: Tracker, report: Reporter
+        self,
+        config: SFTConfig,
+        directory: RunDirectory,
+        tracker: Tracker,
+        report: Reporter,
+        start: Start,
     ) -> None:
         self._config = config
         self._directory = directory
         self._tracker = tracker
         self._report = report
+        self._start = start
         self._first = True
 
     def __call__(self, event: SFTEvent) -> Progress:
         if self._first:
             # The first event shows that a resumed checkpoint fits these options.
-            self._directory.write_config(to_toml(self._config))
+            adopt(self._config, self._directory, self._start)
             self._first = False
         metrics = _metrics(event)
         if metrics:
@@ -132,16 +138,13 @@ def _result(
     first: int,
     seconds: float,
 ) -> RunResult:
-    # The first row is of the first process of the run; a full disk may have lost it.
-    rows = [row for row in read_metrics(directory.metrics) if _LOSS in row]
-    before = _loss(rows[0][_LOSS], int(rows[0]["step"])) if rows else None
     return RunResult(
         directory=directory,
         ended=result.ended,
         steps=result.iteration,
         updates=result.iteration - first,
         seconds=seconds,
-        before=before,
+        before=_loss(result.first_loss, 0),
         after=_loss(result.validation_loss, result.iteration) if result.iteration else None,
         best=_loss(result.best_loss, result.best_iteration or 0),
         test=test,

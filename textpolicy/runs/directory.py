@@ -207,6 +207,16 @@ class RunDirectory:
             if int(path.stem) != best:
                 path.unlink()
 
+    def remove_adapters_after(self, version: int) -> None:
+        """Remove kept adapters above a version: the run makes these versions again."""
+        for path in self._kept_adapters():
+            if int(path.stem) > version:
+                path.unlink()
+
+    def _kept_adapters(self) -> list[Path]:
+        paths = self.adapters.glob(f"*{_SUFFIX}")
+        return sorted((p for p in paths if p.stem.isdecimal()), key=lambda path: int(path.stem))
+
     def remove_earlier_start(self) -> None:
         """Remove what is left of a start that saved no checkpoint. The caller holds the lock.
 

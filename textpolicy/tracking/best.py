@@ -1,11 +1,15 @@
 """The best adapter of a run so far, in a file of its own."""
 
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files.adapter_file import write_adapter_file
+from textpolicy.adapters.files.adapter_file import read_adapter_file, write_adapter_file
+from textpolicy.errors import AdapterError
 from textpolicy.tracking.alarms import REWARD
 from textpolicy.types import Metrics
 
@@ -29,23 +33,29 @@ class BestAdapter:
         if not path.exists():
             # A resumed run has one.
             write_adapter_file(path, self._sampled_with)
-        self._replayed = 0.0
 
-    def restore(self, value: float, version: int) -> None:
-        """Set the value of the adapter that an earlier process of the run left in the file."""
-        self.value, self.version = value, version
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, as JSON values."""
+        return {"value": self.value, "version": self.version, "rewards": list(self._rewards)}
 
-    def replay_row(self, metrics: Metrics, *, evaluated: bool) -> bool:
-        """Take the row of a step that an earlier process wrote; return whether it is the best."""
-        if evaluated:
-            reward = metrics.get("eval/reward", float("-inf"))
-        else:
-            self._rewards += [metrics[REWARD]] if REWARD in metrics else []
-            reward = fmean(self._rewards) if REWARD in metrics else float("-inf")
-        if better := reward > self.value:
-            self.restore(reward, int(self._replayed))
-        self._replayed = metrics.get("version", self._replayed)
-        return better
+    def restore(self, state: Mapping[str, Any], kept: Path | None = None) -> bool:
+        """Continue from a `state()`; return whether its adapter is in the file, or in `kept`.
+
+        If it is in neither, the file gets the present adapter, and the next value is the best.
+        """
+        self._sampled_with = self._adapters.adapter()
+        self._rewards.extend(state["rewards"])
+        for path in filter(None, (self.path, kept)):
+            adapter = _read(path)
+            if adapter and adapter.version == state["version"]:
+                self.value, self.version = state["value"], state["version"]
+                if path != self.path:
+                    write_adapter_file(self.path, adapter)
+                return True
+        # The file is damaged, or newer than the checkpoint, whose run has not measured it.
+        self.path.unlink(missing_ok=True)
+        write_adapter_file(self.path, self._sampled_with)
+        return False
 
     def record_step(self, metrics: Metrics) -> bool:
         """Take the metrics of a step, after its update; return whether it sampled the best mean."""
@@ -53,7 +63,7 @@ class BestAdapter:
         if REWARD in metrics:
             self._rewards.append(metrics[REWARD])
             if better := (mean := fmean(self._rewards)) > self.value:
-                self.restore(mean, self._sampled_with.version)
+                self.value, self.version = mean, self._sampled_with.version
                 write_adapter_file(self.path, self._sampled_with)
         self._sampled_with = self._adapters.adapter()
         return better
@@ -62,6 +72,14 @@ class BestAdapter:
         """Take a value of the adapter as it is now; return whether it is the best so far."""
         if better := value > self.value:
             adapter = self._adapters.adapter()
-            self.restore(value, adapter.version)
+            self.value, self.version = value, adapter.version
             write_adapter_file(self.path, adapter)
         return better
+
+
+def _read(path: Path) -> Adapter | None:
+    """Return the adapter of a file, or None if the file is missing or damaged."""
+    try:
+        return read_adapter_file(path)
+    except AdapterError:
+        return None

@@ -6,8 +6,9 @@ newest undamaged file is found by reading the files; no pointer names it.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from textpolicy.activity import doing
 from textpolicy.adapters.files.tensor_file import read_tensors, remove_partial_files, write_tensors
-from textpolicy.errors import AdapterError, ConfigError, TextPolicyError, TrainingError
+from textpolicy.errors import ConfigError, TextPolicyError, TrainingError, UnwritableError
 from textpolicy.untrusted.parsing import parse_json
 
 _FORMAT = "textpolicy.checkpoint"
-_FORMAT_VERSION = "3"
+_FORMAT_VERSION = "4"
 _SUFFIX = ".safetensors"
 # A tensor, because mlx reads no header over 100 MB, and rollouts can be larger.
 _CONTENT = "content.json"
@@ -51,6 +52,8 @@ class Checkpoints:
         self.every = every
         self.damaged: list[str] = []
         """The damaged checkpoints that `newest` passed over, and why."""
+        self.facts: dict[str, Callable[[], Any]] = {}
+        """What each checkpoint holds beside the state of training, by name, as JSON values."""
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps."""
@@ -61,7 +64,8 @@ class Checkpoints:
         """Write a checkpoint, then remove those that are no longer among the last."""
         path = self.folder / f"{checkpoint.step:08d}{_SUFFIX}"
         remove_partial_files(self.folder)
-        write_checkpoint(path, checkpoint)
+        more = {name: fact() for name, fact in self.facts.items()}
+        write_checkpoint(path, replace(checkpoint, facts={**checkpoint.facts, **more}))
         # A run that was resumed from an older checkpoint must not keep the newer ones.
         kept = [p for p in self._paths() if p.stem <= path.stem]
         for other in set(self._paths()) - set(kept[-self.keep :]):
@@ -91,13 +95,13 @@ class Checkpoints:
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint to `path` atomically, in place of any file there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     arrays = {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
     metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "sha256": _digest(arrays)}
     try:
         write_tensors(path, arrays, metadata)
-    except AdapterError as error:
-        raise TrainingError(
+    except UnwritableError as error:
+        raise UnwritableError(
             f"no checkpoint was saved after step {checkpoint.step}; earlier checkpoints are "
             f"unchanged\n{error}"
         ) from error
@@ -126,10 +130,22 @@ def training_tensors(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, 
     return _flatten(_WEIGHTS, weights) | _flatten(_OPTIMIZER, optimizer.state)
 
 
+def check_base(then: str | None, now: str | None) -> None:
+    """Raise TrainingError if the fingerprint of the base model is not that of the checkpoint."""
+    if then != now:
+        raise TrainingError(
+            f"the checkpoint was made with a model of fingerprint {then}, and this model has "
+            f"fingerprint {now}. Resume with the model and the quantization that the run began with"
+        )
+
+
 def restore_training_tensors(
     tensors: Mapping[str, mx.array], model: nn.Module, optimizer: optim.Optimizer
 ) -> None:
-    """Set weights and optimizer state; change nothing if the tensors are of another model."""
+    """Set weights and optimizer state; change nothing if the tensors are of another model.
+
+    The optimizer keeps its own learning rate and schedule.
+    """
     if problems := sorted(_misfits(tensors, training_tensors(model, optimizer))):
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise TrainingError(
@@ -138,7 +154,11 @@ def restore_training_tensors(
             + "\nMake both as they were when the run was started"
         )
     model.update(_unflatten(_WEIGHTS, tensors))
+    rate = optimizer.learning_rate
     optimizer.state = _unflatten(_OPTIMIZER, tensors)
+    # mlx 0.29 to 0.32 compute a scheduled rate in each update, and keep any other in the state.
+    if "learning_rate" not in vars(optimizer)["_schedulers"]:
+        optimizer.learning_rate = rate
 
 
 def _flatten(prefix: str, tree: Any) -> dict[str, mx.array]:
@@ -160,6 +180,32 @@ def restore_random_state(state: list[int]) -> None:
     high, low = state
     # The state cannot be assigned, but a seed of 64 bits is the whole state.
     mx.random.seed((high << 32) | low)
+
+
+def seed_random_numbers(seed: int) -> None:
+    """Seed the global random numbers of mlx, Python and numpy."""
+    mx.random.seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def random_states() -> dict[str, list[Any]]:
+    """Return the states of the global random numbers of mlx, Python and numpy, as JSON values."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    return {
+        "mlx": random_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+    }
+
+
+def restore_random_states(states: Mapping[str, list[Any]]) -> None:
+    """Restore states that `random_states()` returned."""
+    restore_random_state(states["mlx"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(states["numpy"]))
 
 
 def _misfits(found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> Iterator[str]:

@@ -30,7 +30,11 @@ from textpolicy.training.batch import (
     split_into_mini_batches,
     training_rows,
 )
-from textpolicy.training.checkpoint import restore_training_tensors, training_tensors
+from textpolicy.training.checkpoint import (
+    check_base,
+    restore_training_tensors,
+    training_tensors,
+)
 from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.logprobs import ModelLogprobs, add_logprobs
 from textpolicy.training.metrics import (
@@ -234,6 +238,7 @@ class Trainer:
         before = self.model.trainable_parameters()
         self.optimizer.update(self.model, tree_map(lambda g: g * scale, gradient))
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        metrics["learning_rate"] = float(self.optimizer.learning_rate)
         if self._updates == 0:
             check_movement(before, self.model.trainable_parameters(), self.optimizer)
         self._updates += 1
@@ -286,13 +291,7 @@ class Trainer:
 
         The adapters are published again, because the published file may be newer than the state.
         """
-        base = self.adapters.fingerprint if self.adapters else None
-        if facts["base"] != base:
-            raise TrainingError(
-                f"the checkpoint was made with a model of fingerprint {facts['base']}, and this "
-                f"model has fingerprint {base}. Resume with the model and the quantization that "
-                "the run began with"
-            )
+        check_base(facts["base"], self.adapters.fingerprint if self.adapters else None)
         restore_training_tensors(tensors, self.model, self.optimizer)
         self._updates = facts["updates"]
         version, words, gauss = facts["shuffle"]

@@ -27,8 +27,9 @@ from textpolicy.tracking.best import BestAdapter
 from textpolicy.training.checkpoint import (
     Checkpoint,
     Checkpoints,
-    random_state,
-    restore_random_state,
+    check_base,
+    random_states,
+    restore_random_states,
     restore_training_tensors,
     training_tensors,
 )
@@ -67,12 +68,14 @@ _FACT = "supervised"
 class SFTResult:
     """`iteration` updates are finished. `ended` is "stopped" by a callback, "early" for patience.
 
-    `validation_loss` is None if the last update was not followed by a validation.
-    `best_iteration` had the lowest validation loss; its adapters are in the parameters' best file.
+    `first_loss` was measured when training began. `validation_loss` is None if the last update was
+    not followed by a validation. `best_iteration` had the lowest validation loss; its adapters are
+    in the parameters' best file.
     """
 
     iteration: int
     ended: SFTEnd
+    first_loss: float | None
     validation_loss: float | None
     best_loss: float | None
     best_iteration: int | None
@@ -189,8 +192,9 @@ class _ReportWindow:
 
 @dataclass(kw_only=True)
 class _ValidationHistory:
-    """The last and the best validation, and how many in a row were not better."""
+    """The first, last and best validation, and how many in a row were not better."""
 
+    first: float | None = None
     last: float | None = None
     last_iteration: int | None = None
     best: float | None = None
@@ -198,6 +202,7 @@ class _ValidationHistory:
     worse: int = 0
 
     def add(self, loss: float, iteration: int) -> None:
+        self.first = loss if self.first is None else self.first
         self.last, self.last_iteration = loss, iteration
         self.worse += 1
         if self.best is None or loss < self.best:
@@ -281,6 +286,7 @@ class _Run:
         return SFTResult(
             iteration=self.iteration,
             ended=self.ended,
+            first_loss=validated.first,
             validation_loss=validated.last if validated.last_iteration == self.iteration else None,
             best_loss=validated.best,
             best_iteration=validated.best_iteration,
@@ -294,6 +300,12 @@ class _Run:
                 f"completed_iterations is {given}, and the checkpoint was saved after "
                 f"{checkpoint.step} iterations. Leave out completed_iterations with a checkpoint"
             )
+        if self.parameters.iterations < checkpoint.step:
+            raise ConfigError(
+                f"the run has {checkpoint.step} updates already, and iterations is "
+                f"{self.parameters.iterations}; expected at least as many. Give more iterations, "
+                "or leave them out"
+            )
         if _FACT not in checkpoint.facts:
             raise TrainingError(
                 "the checkpoint is of a run of reinforcement learning. Resume it with train_rl or "
@@ -301,15 +313,16 @@ class _Run:
             )
         progress: dict[str, Any] = checkpoint.facts[_FACT]
         check_data_order(progress["data_order"], self.data_order)
+        check_base(progress["base"], self.adapters.fingerprint if self.adapters else None)
         restore_training_tensors(checkpoint.arrays, self.model, self.optimizer)
-        restore_random_state(checkpoint.facts["random"])
+        restore_random_states(checkpoint.facts["random"])
         self.iteration = self.checkpointed = checkpoint.step
         self.window = _ReportWindow(**progress["window"])
         self.validated = _ValidationHistory(**progress["validated"])
         if self.adapters:
             self.adapters.version = progress["version"]
-        if self._best and self.validated.best is not None:
-            self._best.restore(-self.validated.best, self.validated.best_iteration or 0)
+        if self._best and progress["best"]:
+            self._best.restore(progress["best"])
         self._checked = self.iteration > 0
 
     @doing("training", begins=True)
@@ -385,12 +398,14 @@ class _Run:
         unmeasured = {"timed_updates": 0, "timed_tokens": 0, "seconds": 0.0}
         progress = {
             "data_order": self.data_order,
+            "base": self.adapters.fingerprint if self.adapters else None,
             "version": self.adapters.version if self.adapters else 0,
             "window": asdict(self.window) | unmeasured,
             "validated": asdict(self.validated),
+            "best": self._best.state() if self._best else None,
         }
         arrays = training_tensors(self.model, self.optimizer)
-        facts = {_FACT: progress, "random": random_state()}
+        facts = {_FACT: progress, "random": random_states()}
         self.checkpoints.save(Checkpoint(step=self.iteration, arrays=arrays, facts=facts))
         self.checkpointed = self.iteration
 

@@ -1,0 +1,36 @@
+"""Absolute paths in a config: a reward may change the working directory."""
+
+from pathlib import Path
+from typing import Any
+
+from textpolicy.config import changed, settings_of
+from textpolicy.experiment.assembly import RunConfig
+from textpolicy.user_code import split_file_and_name
+
+_NAMES_OF_FILES = {
+    *("task.env", "task.data", "task.reward", "data.source", "evaluation.envs"),
+    *("model.name", "algorithm.name", "algorithm.reference"),
+    *("adapter.start", "adapter.config", "run.output"),
+}
+_WORDS = {"tiny", "base"}
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with an absolute path for each file and folder that exists now."""
+    given = {one.key: one.default for one in settings_of(config) if one.key in _NAMES_OF_FILES}
+    made = {key: _absolute(value) for key, value in given.items() if value is not None}
+    return changed(config, {key: value for key, value in made.items() if value != given[key]})
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    if isinstance(value, Path):
+        return value.expanduser().absolute()
+    if value in _WORDS:
+        return value
+    path, name = split_file_and_name(value) or (Path(value), "")
+    path = path.expanduser()
+    if not path.exists():
+        return value
+    return f"{path.absolute()}:{name}" if name else str(path.absolute())
