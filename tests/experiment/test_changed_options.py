@@ -90,6 +90,7 @@ BASES = {
     "linear": {"trainer.schedule": "linear"},
     "sampled": {"evaluation.samples": 2, "evaluation.every": 1},
     "epochs": {"trainer.iterations": None, "trainer.epochs": 1},
+    "control": {"task.prompt": "{prompt}<|im_end|>", "data.system": "Add <|im_end|> now."},
     "packed": {"data.packing": True, "data.max_length": 24},
 }
 
@@ -103,6 +104,7 @@ NUMBERS = {
     "task.on_reward_error": ("failing", 0.25),
     "model.dtype": ("plain", "bfloat16"),
     "model.threads": ("plain", 2),
+    "model.allow_special_tokens": ("control", True),
     "adapter.config": ("plain", Path("{files}/adapter.json")),
     "adapter.scale": ("plain", 7.0),
     "adapter.alpha": ("plain", 99.0),
@@ -139,8 +141,13 @@ NUMBERS = {
     "evaluation.good": ("sampled", 0.99),
     "evaluation.envs": ("plain", ("add",)),
 }
-# Their effect is the memory of an update, and its numbers up to rounding.
-MEMORY = {"trainer.micro_batch_size": ("plain", 1), "trainer.checkpoint_gradients": ("plain", True)}
+# Their effect is the memory of an update, or what happens to an environment that hangs.
+MEMORY = {
+    "trainer.micro_batch_size": ("plain", 1),
+    "trainer.checkpoint_gradients": ("plain", True),
+    "task.env_timeout": ("plain", 60.0),
+    "task.tool_timeout": ("plain", 60.0),
+}
 BOUND = {
     "model.name": ("plain", "{files}/model"),
     "model.quantize": ("plain", 4),
@@ -164,6 +171,9 @@ FREE = {
     "run.keep_adapters": ("plain", 1),
     "run.sample_groups": ("plain", 1),
     "run.stop_on_collapse": ("plain", True),
+    "run.limits": ("plain", "warn"),
+    "run.step_deadline": ("plain", 900.0),
+    "run.stop_on_stall": ("plain", True),
 }
 # Services, which a test of options does not start.
 UNOPENED = {"tracking.wandb": "a", "tracking.trackio": "b", "tracking.wandb_artifacts": True}
@@ -181,6 +191,7 @@ SFT_NUMBERS = {
 }
 SFT_MEMORY = {"trainer.checkpoint_gradients": ("plain", True)}
 SFT_BOUND = {key: value for key, value in BOUND.items() if key != "adapter.dropout"} | {
+    "model.allow_special_tokens": ("control", True),
     "data.source": ("plain", "{files}/others.jsonl"),
     "data.learn": ("plain", "everything"),
     "data.system": ("plain", "Add."),
@@ -199,6 +210,7 @@ SFT_FREE = {
     "run.steps_per_eval": ("plain", 3),
     "run.validation_batches": ("plain", 0),
     "run.save_every": ("plain", 1),
+    "run.limits": ("plain", "warn"),
 }
 TABLES = {
     "train": [NUMBERS, MEMORY, BOUND, FREE],
@@ -234,7 +246,9 @@ class Base:
         def fill(value):
             if isinstance(value, str | Path):
                 return type(value)(
-                    str(value).format(files=self.files, run=run, question="{question}")
+                    str(value).format(
+                        files=self.files, run=run, question="{question}", prompt="{prompt}"
+                    )
                 )
             return value
 
@@ -335,7 +349,7 @@ def test_an_option_of_the_numbers_is_refused_and_with_force_in_effect(
 @pytest.mark.slow
 @pytest.mark.proves("F22")
 @pytest.mark.parametrize(("command", "key", "options", "value"), cases(1))
-def test_an_option_of_memory_is_refused_and_with_force_accepted(
+def test_an_option_of_memory_or_of_time_is_refused_and_with_force_accepted(
     base_of, attempts, command, key, options, value
 ):
     base, change = base_of(command, options), change_of(key, value)

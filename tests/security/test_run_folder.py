@@ -48,7 +48,7 @@ def test_a_folder_with_anything_of_the_user_is_refused_and_stays_as_it_is(
     tmp_path, capsys, attempts, command
 ):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    rows.write_text("".join(f'{{"prompt": "{n}", "completion": "b"}}\n' for n in range(20)))
     for name in FOREIGN:
         folder = tmp_path / name.replace("/", "-")
         (folder / name).parent.mkdir(parents=True)
@@ -186,6 +186,18 @@ def test_exported_adapters_follow_the_umask_of_their_owner(tmp_path, whole, atte
         os.umask(before)
 
 
+FAILING = """
+calls = 0
+
+def reward(completion):
+    global calls
+    calls += 1
+    if calls == 3:
+        raise ValueError("no")
+    return float(len(completion))
+"""
+
+
 @pytest.mark.proves("S14")
 def test_no_file_of_a_run_and_no_message_holds_a_secret(tmp_path, monkeypatch, capsys, attempts):
     secrets = {
@@ -197,14 +209,13 @@ def test_no_file_of_a_run_and_no_message_holds_a_secret(tmp_path, monkeypatch, c
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     reward = tmp_path / "reward.py"
-    reward.write_text(
-        "def reward(completion):\n    if len(completion) > 1: raise ValueError\n    return 1.0\n"
-    )
+    reward.write_text(FAILING)
     run = tmp_path / "run"
     argv = ["train", *SMALL, "--steps", "2", "--reward", str(reward)]
-    assert main([*argv, "--on-reward-error", "0", "--output", str(run)]) in (0, 1)
+    assert main([*argv, "--on-reward-error", "0", "--output", str(run)]) == 0
     assert main([*argv, "--output", str(tmp_path / "failing")]) == 1
     shown = "".join(capsys.readouterr())
+    assert "ValueError: no" in shown
     for value in secrets.values():
         assert value not in shown
         for path in tmp_path.rglob("*"):
