@@ -1,8 +1,12 @@
 """Checkpoint files: exact, checked for damage, and the newest undamaged file is found."""
 
+import json
+import random
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 
 from textpolicy.errors import AdapterError, ConfigError, TrainingError
@@ -10,9 +14,12 @@ from textpolicy.training.checkpoint import (
     Checkpoint,
     Checkpoints,
     random_state,
+    random_states,
     read_checkpoint,
     restore_random_state,
+    restore_random_states,
     restore_training_tensors,
+    training_tensors,
     write_checkpoint,
 )
 
@@ -139,3 +146,40 @@ def test_random_numbers_continue_from_a_restored_state():
     mx.random.seed(0)
     restore_random_state(state)
     assert mx.array_equal(mx.random.normal((5,)), expected)
+
+
+def test_facts_may_be_infinite(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    facts = {"best": float("-inf"), "metrics": [float("inf"), 1e308]}
+    checkpoints.save(Checkpoint(step=1, arrays={"a": mx.zeros(1)}, facts=facts))
+    assert checkpoints.newest().facts == facts
+
+
+def test_random_numbers_of_python_and_numpy_are_restored():
+    states = json.loads(json.dumps(random_states()))
+    drawn = []
+    for _ in range(2):
+        restore_random_states(states)
+        drawn.append((random.random(), random.gauss(0, 1), np.random.random(), np.random.normal()))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_restored_optimizer_keeps_its_own_learning_rate(scheduled):
+    def trained(rate):
+        model = nn.Linear(2, 2)
+        given = optim.linear_schedule(rate, 0.0, 100) if scheduled else rate
+        return model, optim.AdamW(given)
+
+    model, optimizer = trained(0.1)
+    gradient = {"weight": mx.ones((2, 2)), "bias": mx.ones(2)}
+    optimizer.update(model, gradient)
+    saved = training_tensors(model, optimizer)
+    other, resumed = trained(0.5)
+    restore_training_tensors(saved, other, resumed)
+    before = other.weight
+    resumed.update(other, gradient)
+    mx.eval(other.parameters())
+    expected = 0.5 * 0.99 if scheduled else 0.5
+    assert float(resumed.learning_rate) == pytest.approx(expected)
+    assert float(mx.abs(before - other.weight).max()) > 0.3

@@ -14,10 +14,11 @@ from textpolicy.adapters.files.tensor_file import atomic_replace
 from textpolicy.config import SFTConfig
 from textpolicy.config.train import AdapterOptions, TaskOptions
 from textpolicy.environments.load import ready_names
-from textpolicy.errors import UnwritableError
+from textpolicy.errors import UnreadableError, UnwritableError
 from textpolicy.experiment.assembly import RunConfig, adapter_config
 from textpolicy.generation.model_files import find_model
 from textpolicy.runs import make_private_folder
+from textpolicy.untrusted.parsing import read_json_file
 from textpolicy.user_code import split_file_and_name
 
 Hashes = dict[str, str]
@@ -78,8 +79,8 @@ def _cache_file() -> Path:
 
 def _read_cache() -> dict[str, list[int | str]]:
     try:
-        content = json.loads(_cache_file().read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json_file(_cache_file())
+    except UnreadableError:
         return {}
     entries = content.items() if isinstance(content, dict) else ()
     return {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 5}

@@ -2,7 +2,6 @@
 
 import errno
 import shlex
-import tomllib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.sft import SFTData
-from textpolicy.untrusted.parsing import read_toml_file
+from textpolicy.untrusted.parsing import parse_toml, read_toml_file
 
 RUN = "run"
 """The fact of a checkpoint that says with which options and files the run was trained."""
@@ -113,7 +112,7 @@ def read_started_config(directory: RunDirectory) -> RunConfig:
 
 def config_of_checkpoint(checkpoint: Checkpoint) -> RunConfig:
     """Return the config that the run had when the checkpoint was saved."""
-    content = tomllib.loads(checkpoint.facts[RUN]["config"])
+    content = parse_toml(checkpoint.facts[RUN]["config"])
     defaults = SFTConfig() if "data" in content else TrainConfig()
     return config_from(content, defaults, f"the config in the checkpoint of step {checkpoint.step}")
 

@@ -118,7 +118,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     if _digest(arrays) != metadata.get("sha256"):
         raise TrainingError(f"{path} is damaged: its content differs from what was written")
-    content = parse_json(bytes(_bytes(arrays.pop(_CONTENT))))
+    # Metrics of a rollout, and a best reward that is not there yet, may be infinite.
+    content = parse_json(bytes(_bytes(arrays.pop(_CONTENT))), constants=True)
     return Checkpoint(arrays=arrays, **content)
 
 
