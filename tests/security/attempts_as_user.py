@@ -201,8 +201,27 @@ def cheats(names: list[str]) -> dict[str, float]:
     return {name: code_share(*CHEATS[name], seconds=5.0) for name in names}
 
 
+def unsafe() -> list[bool]:
+    """Return whether a right and a wrong program pass, while this user has many processes."""
+    with ExitStack() as stack:
+        for _ in range(80):
+            process = stack.enter_context(subprocess.Popen(["sleep", "60"]))
+            stack.callback(process.kill)
+        tests = ["assert add(1, 2) == 3", "assert add(1, 2) == 4"]
+        code = "def add(a, b): return a + b"
+        return [run_code(code, test, unsafe=True).passed for test in tests]
+
+
 if __name__ == "__main__":
-    work, names = {"floods": (floods, FLOODS), "cheats": (cheats, CHEATS)}.get(
-        sys.argv[1], (None, ())
-    )
-    sys.stdout.write(json.dumps(work(sys.argv[2:] or list(names)) if work else escapes()))
+    what, *chosen = sys.argv[1:]
+    done: Any = None
+    match what:
+        case "escapes":
+            done = escapes()
+        case "floods":
+            done = floods(chosen or list(FLOODS))
+        case "cheats":
+            done = cheats(chosen or list(CHEATS))
+        case "unsafe":
+            done = unsafe()
+    sys.stdout.write(json.dumps(done))

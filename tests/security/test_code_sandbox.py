@@ -99,6 +99,11 @@ def test_no_escape_changes_reads_or_reaches_anything(attempt, attempts):
     attempts(len(found["boxed"]))
 
 
+@pytest.mark.slow
+def test_a_plain_process_is_judged_also_where_the_user_has_many_processes(attempt):
+    assert attempt("unsafe") == [True, False]
+
+
 def check_cheats(found, attempts):
     assert {name: share for name, share in found.items() if share} == {}
     attempts(len(found))

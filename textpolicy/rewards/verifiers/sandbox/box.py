@@ -49,10 +49,10 @@ _NAMESPACES = (
 )
 _FIRST_USER, _USERS = 2_000_000_000, 1 << 27
 """Numbers of users that no system gives to a person or a service."""
+_MAX_PROCESSES = 64
 _LIMITS = {
     "RLIMIT_FSIZE": 1 << 20,
     "RLIMIT_NOFILE": 64,
-    "RLIMIT_NPROC": 64,
     # With 0 the kernel would still start a program that collects crashes; with 1 it does not.
     "RLIMIT_CORE": 1,
     "RLIMIT_MEMLOCK": 1 << 16,
@@ -138,6 +138,7 @@ def _start(program: str, *, memory: int, unsafe: bool) -> Box:
         "user": user,
         "group": user,
         "packages": [] if unsafe else ["/python/packages"],
+        "processes": _MAX_PROCESSES,
         "limits": _LIMITS | {"RLIMIT_AS": memory},
     }
     arguments = ["-I", "-c", _LOADER, json.dumps(_sources(program)), json.dumps(config)]

@@ -35,7 +35,10 @@ _SENDING_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeRun:
-    """How one run ended: `passed` if it ran to its end; otherwise `error` says why it did not."""
+    """How one run ended: `passed` if it ran to its end; otherwise `error` says why it did not.
+
+    `output` is what the code and the test printed. Between the two the order may be another.
+    """
 
     passed: bool
     output: str

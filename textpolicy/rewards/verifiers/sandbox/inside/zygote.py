@@ -9,16 +9,17 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 _CAPABILITY_VERSION = 0x20080522
 HEADER = struct.Struct("!II")
 """The seconds that a test may take, and the length of the text that follows."""
 
 
-def confine() -> bool:
+def confine() -> dict[str, Any]:
     """Give up root and set the limits that the parent has passed as JSON in the last argument.
 
-    Return whether this process is in a box, and not a plain process.
+    Return what the parent has passed.
     """
     config = json.loads(sys.argv[-1])
     if config["user"] is not None:
@@ -31,7 +32,7 @@ def confine() -> bool:
     for name, most in config["limits"].items():
         if name in vars(resource):
             limit(vars(resource)[name], most)
-    return config["boxed"]
+    return config
 
 
 def _drop_inheritable_capabilities() -> None:
@@ -55,7 +56,7 @@ def limit(what: int, most: int) -> None:
 
 def serve_forks(serve: Callable[[str, Sequence[int]], None]) -> None:
     """Call `serve` in a fork of its own for each text and its descriptors that the parent sends."""
-    boxed = confine()
+    config = confine()
     control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(0))
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
@@ -70,12 +71,14 @@ def serve_forks(serve: Callable[[str, Sequence[int]], None]) -> None:
         text = _receive(control, length)
         if child:
             # In a box, -1 is every process but this one; elsewhere it would be the whole machine.
-            _end_forks(-1 if boxed else -child)
+            _end_forks(-1 if config["boxed"] else -child)
         child = os.fork()
         if not child:
             control.close()
             os.setsid()
             limit(resource.RLIMIT_CPU, seconds)
+            # Outside a box this counts all processes of the user, so it is set after the fork.
+            limit(resource.RLIMIT_NPROC, config["processes"])
             serve(text, descriptors)
             sys.stdout.flush()
             os._exit(0)
