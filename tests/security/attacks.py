@@ -29,6 +29,15 @@ def readable(descriptor):
         return bool(os.pread(descriptor, 1, 0))
     except OSError:
         return False
+def here(process):
+    time.sleep(0.05)
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 def rewrite(path):
     with open(path) as file:
         text = file.read()
@@ -123,6 +132,30 @@ ESCAPES: dict[str, tuple[str, str]] = {
     "queue calls past the filter": (NOBODY, "call(425, 8, (ctypes.c_char * 200)().raw)"),
     "handle its own page faults": (NOBODY, "call(323, 1)"),
     "a call of 32 bits": (NOBODY, "call(0x40000000 + 39)"),
+    "a call by the gate of 32 bits": (
+        NOBODY,
+        "m = mmap.mmap(-1, 4096, prot=7); m.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3')\n"
+        "at = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+        "assert ctypes.CFUNCTYPE(ctypes.c_int)(at)() > 0",
+    ),
+    "a mount that honours the user of programs": (
+        NOBODY,
+        "assert not os.statvfs('/usr/lib').f_flag & os.ST_NOSUID",
+    ),
+    "a mount that can be written": (
+        NOBODY,
+        "assert not all(os.statvfs(p).f_flag & os.ST_RDONLY for p in ('/', '/dev', '/usr/lib'))",
+    ),
+    "write out the disks of the machine": (ANYONE, "call(162)"),
+    "a share of the processor for itself": (
+        NOBODY,
+        "call(314, 0, (ctypes.c_char * 48)(48).raw, 0); os.nice(-1)",
+    ),
+    "become the parent of its harness's children": (
+        NOBODY,
+        "call(56, 0x10008011, 0, 0, 0, 0)",
+    ),
+    "signal the first process": (NOBODY, "os.kill(1, signal.SIGKILL)\nassert not here(1)"),
     "a call that is newer than the filter": (NOBODY, "call(462)"),
     # Read secrets.
     "read a file of the user": (ANYONE, "read(secret)"),

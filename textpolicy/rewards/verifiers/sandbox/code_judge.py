@@ -31,6 +31,7 @@ _MAX_VERDICT_BYTES = 1 << 16
 _MAX_ERROR = 2000
 _WATCH_SECONDS = 0.05
 _SENDING_SECONDS = 5.0
+_MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +108,7 @@ def _wait_until_ready(box: Box) -> None:
 
 def _give(box: Box, text: str, sockets: list[socket.socket], seconds: float) -> None:
     data = text.encode("utf-8", "surrogatepass")
-    header = _HEADER.pack(int(seconds) + 1, len(data))
+    header = _HEADER.pack(int(min(seconds, _MOST_SECONDS)) + 1, len(data))
     socket.send_fds(box.control, [header], [one.fileno() for one in sockets])
     box.control.sendall(data)
 
