@@ -181,6 +181,31 @@ def test_a_signal_at_any_deed_of_a_command_saves_and_ends_it(
     attempts.add()
 
 
+KILLS = {
+    "writing its config": ("/.config", 1),
+    "opening the metrics": ("metrics.jsonl", 1),
+    "rewarding the first step": ("its reward", 1 + 16 + 5),
+    "the first update": ("its update", 1),
+    "publishing the first adapter": ("/adapters/.latest", 1),
+    "saving the first checkpoint": ("/checkpoints/.", 1),
+    "keeping a best adapter": ("/adapters/.best", 2),
+    "saving the third checkpoint": ("/checkpoints/.", 3),
+    "the last measurement": ("its reward", 1 + 16 + 5 * 16 + 5),
+    "writing the report": ("/.report", 1),
+}
+
+
+@pytest.mark.proves("F1", "F2")
+@pytest.mark.long
+@pytest.mark.parametrize("deed", KILLS)
+def test_a_kill_at_any_deed_of_a_command_changes_nothing(commands, attempts, deed):
+    commands.new()
+    process = commands.start(Instant(*KILLS[deed], signal.SIGKILL))
+    assert exit_code_of(process) == -signal.SIGKILL, commands.log.read_text()
+    commands.finish()
+    attempts.add()
+
+
 @pytest.mark.proves("F5")
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
