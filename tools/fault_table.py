@@ -2,6 +2,7 @@
 
 python tools/fault_table.py build/faults.xml          print; exit with 1 if a row does not hold
 python tools/fault_table.py build/faults.xml --write  and write docs/reliability.md if all rows hold
+python tools/fault_table.py --texts                   write the page without the counts of a run
 """
 
 import platform
@@ -12,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 from rich.console import Console
@@ -21,6 +21,8 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 ROWS = tomllib.loads((ROOT / "tests" / "faults" / "table.toml").read_text("utf-8"))
+NO_RUN = "No run is recorded for this version of the table."
+NO_COUNT = "not recorded"
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
@@ -39,6 +41,9 @@ class Evidence:
 
 
 def main() -> int:
+    if sys.argv[1:] == ["--texts"]:
+        PAGE.write_text(with_table(PAGE.read_text("utf-8"), {}), "utf-8")
+        return 0
     evidence = read_evidence(Path(sys.argv[1]))
     failures = [f"{name}: {fault}" for name in evidence for fault in faults(name, evidence[name])]
     show(evidence, failures)
@@ -111,7 +116,7 @@ def show(evidence: Mapping[str, Evidence], failures: list[str]) -> None:
 
 
 def with_table(page: str, evidence: Mapping[str, Evidence]) -> str:
-    """Return the page with the tables of this run in place of the ones between the marks."""
+    """Return the page with the tables of a run between its marks; no evidence is no run."""
     for letter in ("F", "S"):
         before, mark, rest = page.partition(f"<!-- {letter} -->\n")
         _, end, after = rest.partition("<!-- end -->")
@@ -119,7 +124,7 @@ def with_table(page: str, evidence: Mapping[str, Evidence]) -> str:
             raise SystemExit(f"{PAGE} has no <!-- {letter} --> that is followed by <!-- end -->")
         rows = "\n".join(table_lines(letter, evidence))
         page = f"{before}{mark}\n{rows}\n\n{end}{after}"
-    return with_machine(page)
+    return with_machine(page, recorded=bool(evidence))
 
 
 def table_lines(letter: str, evidence: Mapping[str, Evidence]) -> Iterator[str]:
@@ -127,23 +132,26 @@ def table_lines(letter: str, evidence: Mapping[str, Evidence]) -> Iterator[str]:
     yield "| row | what is done | what must hold | tests | attempts |"
     yield "|---|---|---|---|---|"
     for name, row in ROWS.items():
-        if name.startswith(letter):
-            found: Any = evidence[name]
+        if not name.startswith(letter):
+            continue
+        counts = (NO_COUNT, NO_COUNT)
+        if "not_built" in row:
+            counts = ("not built yet", row["not_built"])
+        elif found := evidence.get(name):
             counts = (str(sum(found.tests.values())), f"{found.attempts:,}")
-            if "not_built" in row:
-                counts = ("not built yet", row["not_built"])
-            yield f"| {' | '.join([name, row['tried'], row['holds'], *counts])} |"
+        yield f"| {' | '.join([name, row['tried'], row['holds'], *counts])} |"
 
 
-def with_machine(page: str) -> str:
-    """Return the page with the line that says when and where the run was recorded."""
-    start, mark, rest = page.partition("<!-- run -->\n")
+def with_machine(page: str, *, recorded: bool) -> str:
+    """Return the page with the line that says when and where a run was recorded, if one was."""
+    start, mark, rest = page.partition("<!-- run -->\n\n")
     if not mark:
         raise SystemExit(f"{PAGE} has no <!-- run --> before the line about the recorded run")
     _, _, after = rest.partition("\n")
     day = f"{datetime.now(UTC):%d %B %Y}"
     machine = f"{platform.system()} on {platform.machine()}, Python {platform.python_version()}"
-    return f"{start}{mark}Recorded by `make faults` on {day}: {machine}.\n{after}"
+    line = f"Recorded by `make faults` on {day}: {machine}." if recorded else NO_RUN
+    return f"{start}{mark}{line}\n{after}"
 
 
 if __name__ == "__main__":
