@@ -24,6 +24,7 @@ from textpolicy.rewards.verifiers.math_values import (
 )
 
 _VECTORS = ("()", "⟨⟩")
+_MAX_PLACES = 20
 
 
 def same_answer(given: AnswerTree, wanted: AnswerTree) -> bool:
@@ -80,16 +81,29 @@ def _same_relations(given: RelationNode, wanted: RelationNode) -> bool:
     values = named_value(given, any_label=True), named_value(wanted, any_label=True)
     if values[0] is not None and values[1] is not None and _labels_agree(given, wanted):
         return same_answer(values[0], values[1])
-    solved = any(variables_in(side) for side in (given.sides[-1], wanted.sides[-1]))
+    given, wanted = map(_with_less_first, (given, wanted))
     if given.relations != wanted.relations or len(given.sides) != 2:
         return False
-    names = variables_in(given)
-    if (len(names) < 2 and not solved) or names != variables_in(wanted):
+    if _is_solved(given) or _is_solved(wanted) or variables_in(given) != variables_in(wanted):
         return False
-    left, right = (operation("-", *relation.sides) for relation in (given, wanted))
     if any(isinstance(side, LiteralNode | ListNode) for side in (*given.sides, *wanted.sides)):
         return False
+    left, right = (operation("-", *relation.sides) for relation in (given, wanted))
     return is_constant_ratio(left, right, positive=given.relations != ("=",))
+
+
+def _with_less_first(relation: RelationNode) -> RelationNode:
+    """Return a > b as b < a, and any other relation as it is."""
+    if relation.relations not in ((">",), (">=",)):
+        return relation
+    mirrored = (relation.relations[0].replace(">", "<"),)
+    return RelationNode(relation.sides[::-1], mirrored, "", relation.height)
+
+
+def _is_solved(relation: RelationNode) -> bool:
+    """Return whether a relation says what one variable is, as x = 3 does, and 2x = 6 does not."""
+    names = [isinstance(side, str) and bool(variables_in(side)) for side in relation.sides]
+    return sum(names) == 1 and len(frozenset().union(*map(variables_in, relation.sides))) == 1
 
 
 def _labels_agree(given: RelationNode, wanted: RelationNode) -> bool:
@@ -145,13 +159,16 @@ def _is_name(relation: RelationNode) -> bool:
 
 
 def _rounds_to(value: AnswerTree, rounded: AnswerTree) -> bool:
-    """Return whether a fraction is the value to within its last decimal place, or one percent."""
-    try:
-        part = operation("/", operation("-", value, rounded), value)
-        small = operation("floor", operation("*", operation("abs", part), Fraction(100)))
-        return exact_value(small) == 0
-    except UnreadableAnswerError:
+    """Return whether a decimal fraction is the value, rounded to its last decimal place."""
+    decimal = exact_value(rounded)
+    places = (
+        place for place in range(_MAX_PLACES) if decimal and 10**place % decimal.denominator == 0
+    )
+    if decimal is None or (place := next(places, None)) is None:
         return False
+    distance = operation("abs", operation("-", value, decimal))
+    units = operation("+", operation("*", distance, Fraction(10**place)), Fraction(1, 2))
+    return exact_value(operation("floor", units)) == 0
 
 
 def _as_equations(relation: RelationNode) -> ListNode | None:
@@ -267,6 +284,8 @@ def _same_ratio(given: AnswerTree, wanted: AnswerTree) -> bool:
     left, right = map(_ratio_of, (given, wanted))
     if left is None or right is None or len(left) != len(right):
         return False
+    if any(same_answer(parts[0], Fraction(0)) for parts in (left, right)):
+        return all(map(same_answer, left, right))
     return all(
         same_answer(operation("*", left[0], part), operation("*", right[0], other))
         for other, part in zip(left[1:], right[1:], strict=True)

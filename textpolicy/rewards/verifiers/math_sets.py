@@ -49,7 +49,9 @@ def is_set(tree: AnswerTree) -> bool:
 def same_set(left: AnswerTree, right: AnswerTree) -> bool:
     """Return whether two sets of real numbers are equal, or raise `UnreadableAnswerError`."""
     names = _names(left), _names(right)
-    if max(map(len, names)) > 1 or len(names[0] | names[1]) > 1:
+    if max(map(len, names)) > 1:
+        raise UnreadableAnswerError("an inequality has several variables")
+    if len(names[0] | names[1]) > 1:
         return False
     with localcontext(decimal_context(_DIGITS)):
         ends = _Ends([*_numbers(left), *_numbers(right)])
