@@ -113,8 +113,9 @@ def read_unit(text: str) -> Unit | None:
             modifier = 1
     if not powers or modifier != 1:
         return None
-    powers.pop("nothing", None)
-    return Unit(tuple(sorted(item for item in powers.items() if item[1])), size)
+    whole = powers.pop("nothing", 0)
+    left = tuple(sorted(item for item in powers.items() if item[1]))
+    return Unit(left, size) if left or whole else None
 
 
 def _exponent(words: list[str], place: int) -> tuple[int, int]:

@@ -29,9 +29,9 @@ _DIGITS = (60, 150)
 _AGREEING = 100
 CONSTANTS = frozenset({"pi", "e", "i", "infinity", "emptyset"})
 _ONE = Fraction(1)
-# The signs of the variables at each point, and the largest size. Some functions want small numbers.
-_POINTS = [(1, 1), (1, 1), (1, 4), (-1, 1), (-1, 4)]
-_WHOLE_POINTS = 5
+_POINTS = 16
+_POSITIVE_POINTS, _NEGATIVE_POINTS = 4, 4  # the first points; later ones have signs of both kinds
+_WHOLE_POINTS = 8
 _WHOLE_OPERATORS = {"!", "!!", "binom"}
 _UNDEFINED = (UndefinedValueError, ZeroDivisionError, DecimalException)
 
@@ -111,22 +111,38 @@ def _points(left: AnswerTree, right: AnswerTree) -> list[dict[str, Fraction]]:
     if not names:
         return [{}]
     source = hashlib.sha256(repr((left, right)).encode()).digest()
-    whole = _has_whole_operator(left) or _has_whole_operator(right)
-    if whole:
+    if _has_whole_operator(left) or _has_whole_operator(right):
         return [
             {name: Fraction(2 + _draw(source, name, number) % 40) for name in names}
             for number in range(_WHOLE_POINTS)
         ]
-    return [
-        {
-            # With one sign for all variables, a product would hide it.
-            name: (sign if (place + number) % 2 == 0 or sign > 0 else 1)
-            * size
+    # Some functions want small numbers, and |x - 100| wants some beyond the constants.
+    sizes = (1, 4, 4 * (1 + max(_largest_constant(left), _largest_constant(right))))
+    points: list[dict[str, Fraction]] = []
+    for number in range(0, _POINTS, 2):
+        drawn = [
+            _sign(source, name, number)
+            * sizes[number // 2 % len(sizes)]
             * Fraction(_draw(source, name, number) | 1, 2**32 + 15)
-            for place, name in enumerate(names, start=number % 2)
-        }
-        for number, (sign, size) in enumerate(_POINTS)
-    ]
+            for name in names
+        ]
+        # The other order too, because |a - b| is b - a in one of them.
+        points += [dict(zip(names, drawn, strict=True)), dict(zip(names, drawn[::-1], strict=True))]
+    return points
+
+
+def _sign(source: bytes, name: str, number: int) -> int:
+    if number < _POSITIVE_POINTS:
+        return 1
+    if number < _POSITIVE_POINTS + _NEGATIVE_POINTS:
+        return -1
+    return 1 - 2 * (_draw(source, f"sign of {name}", number) % 2)
+
+
+def _largest_constant(tree: AnswerTree) -> Fraction:
+    if isinstance(tree, Fraction):
+        return abs(tree)
+    return max(map(_largest_constant, parts_of(tree)), default=Fraction(0))
 
 
 def _draw(source: bytes, name: str, number: int) -> int:
