@@ -97,6 +97,25 @@ def test_version_names_the_packages_that_compute_and_python(capsys):
     assert f"Python {python}" in line
 
 
+def test_version_is_answered_before_anything_else(capsys):
+    assert main(["--version", "train"]) == 0
+    assert capsys.readouterr().out.startswith("textpolicy ")
+
+
+@pytest.mark.parametrize(("typed", "shown"), [("help", "exit codes"), ("help train", "--env")])
+def test_help_is_a_word_too(typed, shown, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(typed.split())
+    assert stopped.value.code == 0 and shown in capsys.readouterr().out
+
+
+def test_a_value_without_its_flag_is_answered_with_how_options_are_written(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "add"])
+    assert stopped.value.code == 2
+    assert "train takes no argument 'add'; every option has a name" in capsys.readouterr().err
+
+
 def test_python_m_textpolicy_is_the_command():
     argv = [sys.executable, "-m", "textpolicy"]
     done = subprocess.run([*argv, "--version"], capture_output=True, text=True, check=False)

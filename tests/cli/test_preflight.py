@@ -51,6 +51,13 @@ def test_a_dry_run_shows_the_numbers_by_which_the_start_decides(failure, empty, 
     assert "REFUSED" in shown and refusal in shown
 
 
+def test_a_run_that_is_refused_is_not_measured_either(empty, capsys):
+    beyond = ["train", "--env", "add", "--groups-per-step", "1000000000", "--dry-run", "--measure"]
+    started = time.monotonic()
+    assert main(beyond) == 2
+    assert time.monotonic() - started < 10 and "REFUSED" in capsys.readouterr().out
+
+
 def test_limits_warn_starts_the_run_all_the_same(empty, capsys):
     beyond = ["--keep-checkpoints", "1000000000", "--output", "run"]
     assert main(["train", "--env", "add", *SMALL, *beyond]) == 2
@@ -131,7 +138,7 @@ def test_a_missing_key_of_wandb_is_noticed_before_the_model_is_loaded(
     monkeypatch.setenv("WANDB_MODE", "offline")
     model = ["--model", model_without_weights, "--output", "run"]
     message = failure("train", "--env", "add", *SMALL, "--wandb", "mine", *model)
-    assert message.index("W&B: there is no API key") < message.index("cannot load the model")
+    assert message.index("W&B: there is no API key") < message.index("textpolicy train: ")
 
 
 def test_sft_refuses_data_that_is_not_there_in_a_dry_run_too(failure, empty):

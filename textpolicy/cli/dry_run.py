@@ -38,8 +38,9 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
     size, folder = estimator.estimate(config), config.run.output or Path("runs")
     data: dict[str, Any] = {"config": plain_settings(config)}
     rows = [*_lengths_rows(config, size, data)]
-    measured = None
-    if measure and isinstance(config, TrainConfig):
+    found, measured = list(problems(estimator, config, size, folder)), None
+    refused = bool(found) and config.run.limits == "refuse"
+    if measure and isinstance(config, TrainConfig) and not refused:
         measured = run_measured_steps(config, steps=1)
         data["measured"] = {**measured.lengths, "bytes": measured.peaks, "estimated": {}}
         if size.memory:
@@ -51,10 +52,8 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
         sizes = ", ".join(f"{size_text(peak)} in {name}" for name, peak in measured.peaks.items())
         seen = " + ".join(map(str, measured.lengths.values()))
         rows.append(("measured", f"{sizes}, with up to {seen} tokens of prompt and completion"))
-    found = list(problems(estimator, config, size, folder))
     data["fits"] = not found
     rows += _machine_rows(size, folder, data)
-    refused = bool(found) and config.run.limits == "refuse"
     rows += [("REFUSED" if refused else "warning", problem) for problem in found]
     text = f"{to_toml(config)}\n{table(rows)}\nno run was started"
     return Answer(data=data, text=text, exit_code=2 if refused else 0)

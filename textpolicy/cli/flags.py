@@ -80,6 +80,11 @@ class FlagParser(SafeParser):
         return f"; did you mean {known[near[0]]}?" if near else "; --help lists them"
 
 
+def first_word(given: Sequence[str]) -> str | None:
+    """Return the first argument that is no flag: the command."""
+    return next((word for word in given if not word.startswith("-")), None)
+
+
 class CommandsParser(SafeParser):
     """Answers an unknown command with the most similar known command."""
 
@@ -90,14 +95,26 @@ class CommandsParser(SafeParser):
         given: list[str] = list(args or ())
         (found,) = (action.choices for action in self._actions if action.dest == "command")
         commands = list(found or ())
-        name = next((word for word in given if not word.startswith("-")), None)
+        name = first_word(given)
+        if name == "help":
+            # `textpolicy help train` is what `textpolicy train --help` is.
+            at = given.index("help")
+            given = [*given[:at], *given[at + 1 :], "--help"]
+            args, name = given, first_word(given)
         if name is not None and name not in commands:
             near = get_close_matches(name, commands, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the commands: {', '.join(commands)}"
             self.error(f"there is no command {name!r}; {hint}")
-        options = super().parse_args(args, namespace)
-        if options.command is None and not options.version:
+        options, rest = self.parse_known_args(args, namespace)
+        if options.version:
+            return options
+        if options.command is None:
             self.error(f"no command is given; the commands: {', '.join(commands)}")
+        if rest:
+            self.error(
+                f"{options.command} takes no argument {rest[0]!r}; every option has a name, such "
+                f"as --env add. `textpolicy {options.command} --help` lists the options"
+            )
         return options
 
 

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Sequence[str]) -> int:
-    options = build_parser(next(iter(given), "")).parse_args(given)
-    if options.command is None:
+    options = build_parser(_command_of(given)).parse_args(given)
+    if options.version:
         print_answer(_versions())
         return 0
     begun = activity.times_begun()
@@ -56,6 +56,12 @@ def _run(given: Sequence[str]) -> int:
 def _show_warning(message: Warning | str, *_: object) -> None:
     """Print a warning without the line of our code that gave it, which says nothing to a user."""
     print_note(f"warning: {message}")
+
+
+def _command_of(given: Sequence[str]) -> str:
+    """Return the command whose options must be known: the first word, or the one after help."""
+    words = [word for word in given if not word.startswith("-") and word != "help"]
+    return next(iter(words), "")
 
 
 def _versions() -> str:
