@@ -1,5 +1,6 @@
 """Evaluation: estimators equal counting, greedy equals cold sampling, intervals cover the mean."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -76,6 +77,10 @@ def test_tasks_with_a_sample_without_a_reward_are_left_out_of_pass_at_k():
 def test_an_evaluation_without_any_reward_is_an_error():
     with pytest.raises(RewardError, match="returned None for each of 2"):
         evaluation([None, None]).metrics()
+    silent = evaluation([None, None])
+    failed = [replace(rollout, error="no route") for rollout in silent.greedy]
+    with pytest.raises(RewardError, match="because 2 calls failed; the first: no route"):
+        replace(silent, greedy=failed).metrics()
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def restless(completion, example):
     signal.alarm(1)
     sys.setrecursionlimit(150)
     warnings.simplefilter("error")
-    sys.excepthook = None
+    sys.excepthook = print
     {more}
     return random.random()
 """

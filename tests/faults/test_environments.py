@@ -1,9 +1,12 @@
 """Environments that fail: each failure is a case of `on_error`, and costs its own episode."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
-from textpolicy.environments import ChatEnv, sum_turn_rewards
+from textpolicy.environments import ChatEnv, load, sum_turn_rewards
+from textpolicy.environments.bridges.gymnasium import passing_over_faults
 from textpolicy.environments.check_env import check_env
 from textpolicy.environments.environment import Environment, GeneratedTasks
 from textpolicy.errors import RewardError, TaskError
@@ -43,6 +46,17 @@ class Game(ChatEnv):
         if isinstance(self.fault, BaseException):
             raise self.fault
         return self.fault(values)
+
+
+PICKY = """
+import gymnasium
+
+class Picky(gymnasium.Env):
+    def reset(self, *, seed=None, options=None):
+        if seed % 3 == 0:
+            raise SystemExit("odd")
+        return f"{seed}", {}
+"""
 
 
 def with_value(place, value):
@@ -164,6 +178,18 @@ def test_an_episode_that_edits_its_example_changes_no_other_episode(load_tiny):
 
     (rollout,) = play(load_tiny, [lambda: ChatEnv(lambda rng: ("x", example), reply)])
     assert rollout.error is None and example == {"secret": [1]}
+
+
+def test_seeds_that_cannot_be_drawn_are_passed_over_if_errors_may_be_skipped(tmp_path):
+    (tmp_path / "picky.py").write_text(PICKY)
+    picky = load(f"{tmp_path}/picky.py")
+    with pytest.raises(TaskError, match=r"environment Picky|environment picky, seed \d+: .*odd"):
+        list(islice(picky.stream(0), 50))
+    patient = passing_over_faults(picky)
+    assert len(list(islice(patient.stream(0), 50))) == 50 and len(patient.heldout(9)) == 9
+    (tmp_path / "never.py").write_text(PICKY.replace("% 3 == 0", ">= 0"))
+    with pytest.raises(TaskError, match="odd"):
+        next(passing_over_faults(load(f"{tmp_path}/never.py")).stream(0))
 
 
 def test_check_env_says_how_an_environment_fails_and_shows_no_traceback():

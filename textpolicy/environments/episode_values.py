@@ -14,7 +14,7 @@ from textpolicy.rewards.returned_numbers import MAX_REWARD, check_metrics, to_nu
 from textpolicy.types import Message, Prompt, TextEnv
 from textpolicy.user_code import describe_value
 
-_MAX_CHARACTERS = 1_000_000
+_MAX_CHARACTERS = 200_000
 """No model has a context for more, and reading such a text into tokens takes minutes."""
 
 

@@ -83,6 +83,12 @@ class Evaluation:
     def greedy_reward(self) -> MeanReward:
         """The mean reward of the greedy answers. Raise `RewardError` if all rewards are None."""
         rewards = [rollout.reward for rollout in self.greedy if rollout.reward is not None]
+        errors = [rollout.error for rollout in self.greedy if rollout.error]
+        if not rewards and errors:
+            raise RewardError(
+                f"none of {len(self.greedy)} held-out completions has a reward, because "
+                f"{len(errors)} calls failed; the first: {errors[0]}"
+            )
         if not rewards:
             raise RewardError(
                 f"the reward function returned None for each of {len(self.greedy)} held-out "

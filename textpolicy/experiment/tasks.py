@@ -7,6 +7,7 @@ from typing import Any
 from textpolicy.activity import doing
 from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Dataset, Environment, from_dataset, load
+from textpolicy.environments.bridges.gymnasium import passing_over_faults
 from textpolicy.environments.chat import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scorer_of
@@ -26,6 +27,8 @@ def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
         rewards = replace(rewards, timeout=options.reward_timeout)
     if options.on_reward_error is not None:
         rewards = replace(rewards, on_error=options.on_reward_error)
+    if rewards.on_error != "fail":
+        environment = passing_over_faults(environment)
     if options.reward:
         _try_reward(rewards, environment)
     return environment, rewards

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
 from itertools import islice
@@ -25,6 +25,7 @@ from textpolicy.errors import TaskError
 from textpolicy.types import Task
 from textpolicy.user_code import keep_process_state, raise_user_errors_as
 
+_MAX_FAULTS_IN_A_ROW = 10
 _TELL_APART = (
     "If seeds are different problems with the same first observation, return "
     'info["problem"] from reset, a text that tells them apart'
@@ -76,10 +77,11 @@ class GymnasiumTasks:
 
     name: str
     make_env: Callable[[], gym.Env[Any, Any]]
+    faults_in_a_row: int = 0
+    """How many seeds one after the other may be passed over, because reset or close fails."""
 
     def stream(self, seed: int) -> Iterator[Task]:
-        for env_seed in self._seeds(seed):
-            problem, task = self._reset(env_seed)
+        for env_seed, problem, task in self._drawn(self._seeds(seed)):
             if not self._is_held_out(problem, env_seed):
                 yield task
 
@@ -88,8 +90,8 @@ class GymnasiumTasks:
         listed = self._survey.listed
         first: dict[str, Task] = {}
         more: list[Task] = []
-        for env_seed in islice(self._seeds(HELD_OUT_SEED), held_out_draws(number)):
-            problem, task = self._reset(env_seed)
+        seeds = islice(self._seeds(HELD_OUT_SEED), held_out_draws(number))
+        for env_seed, problem, task in self._drawn(seeds):
             if not self._is_held_out(problem, env_seed):
                 continue
             if problem in first:
@@ -108,7 +110,7 @@ class GymnasiumTasks:
     @cached_property
     def _survey(self) -> ProblemSurvey:
         seeds = self._seeds(HELD_OUT_SEED)
-        return ProblemSurvey.of(self._reset(env_seed)[0] for env_seed in seeds)
+        return ProblemSurvey.of(problem for _, problem, _ in self._drawn(seeds))
 
     def _is_held_out(self, problem: str, env_seed: int) -> bool:
         survey = self._survey
@@ -118,6 +120,20 @@ class GymnasiumTasks:
         rng = Random(f"{self.name}/{seed}")
         while True:
             yield rng.randrange(2**31)
+
+    def _drawn(self, seeds: Iterator[int]) -> Iterator[tuple[int, str, Task]]:
+        """Yield each seed with its problem and its task."""
+        failed = 0
+        for env_seed in seeds:
+            try:
+                problem, task = self._reset(env_seed)
+            except TaskError:
+                failed += 1
+                if failed > self.faults_in_a_row:
+                    raise
+            else:
+                failed = 0
+                yield env_seed, problem, task
 
     def _reset(self, env_seed: int) -> tuple[str, Task]:
         """Return the problem of a seed and its task."""
@@ -133,6 +149,14 @@ class GymnasiumTasks:
             seed=env_seed,
         )
         return str(info.get("problem", prompt)), task
+
+
+def passing_over_faults(environment: Environment) -> Environment:
+    """Return the environment, which leaves out seeds that cannot be reset or closed."""
+    tasks = environment.tasks
+    if not isinstance(tasks, GymnasiumTasks):
+        return environment
+    return replace(environment, tasks=replace(tasks, faults_in_a_row=_MAX_FAULTS_IN_A_ROW))
 
 
 def _import_module(name: str) -> None:
