@@ -212,7 +212,7 @@ def hostile_templates() -> Iterator[tuple[str, str]]:
         "{% set ns = namespace(x='aa') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}"
         "{% endfor %}{{ ns.x }}",
         "{{ 'a' * 10**10 }}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** (9 ** 9) }}",
         "{{ [0] * 10**10 }}",
         "{{ '%099999999999d' % 1 }}",
         "{{ 'a' | center(10**11) }}",

@@ -70,7 +70,7 @@ def test_a_hostile_chat_template_is_refused_with_an_error_or_answers(
         (folder / "chat_template.jinja").write_text(template, errors="surrogatepass")
         started = time.monotonic()
         end = use(folder)
-        assert time.monotonic() - started < 60, name
+        assert time.monotonic() - started < 90, name
         assert not canary.exists(), name
         assert end != "answered" or not name.startswith("endless"), name
         attempts.add()

@@ -1,113 +1,129 @@
-"""Whatever a command prints, no character of it controls the terminal."""
+"""What others wrote reaches the terminal spelled out, by every way out of the program."""
 
-import unicodedata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from tests.bases import trained
-from tests.tiny import qwen3_model
-from textpolicy.adapters import AdapterConfig, AdapterContainer
+from tests.faults.attempts import Attempts
+from textpolicy.adapters import Adapter, AdapterConfig
+from textpolicy.adapters.files.adapter_file import write_adapter_file
 from textpolicy.cli import main
+from textpolicy.untrusted.bounds import MAX_MESSAGE_CHARACTERS
+from textpolicy.untrusted.terminal import terminal_message, terminal_safe
 
-HOSTILE = {
-    "clear the screen": "\x1b[2J\x1b[H",
-    "colours": "\x1b[31mred\x1b[0m",
-    "the title": "\x1b]0;taken\x07",
-    "the clipboard": "\x1b]52;c;cm0gLXJmIH4=\x07",
-    "a link": "\x1b]8;;http://evil.example\x1b\\text\x1b]8;;\x1b\\",
-    "an answer of the terminal": "\x1b[6n\x1b[c\x1bZ",
-    "a device string": "\x1bP+q544e\x1b\\",
-    "an application command": "\x1b_Gi=31;AAAA\x1b\\",
-    "keys": "\x1b[?1049h\x1b[?2004h",
-    "eight-bit controls": "\x9b2J\x9d0;taken\x9c\x90x\x9c",
-    "bell and backspace": "safe\x08\x08\x08\x08rm\x07",
-    "carriage return": "failed\rpassed",
-    "form feed and vertical tab": "a\x0cb\x0bc",
-    "delete": "\x7f\x7f",
-    "shift out": "\x0e\x0f",
-    "right to left": "\u202egnp.exe",
-    "isolates": "\u2066a\u2069\u2067b\u2069",
-    "marks": "\u200e\u200f\u061c",
-    "invisible": "a\u200bb\u2060c\ufeffd",
-    "tags": "\U000e0041\U000e0042",
-    "half a pair": "\ud800",
-    "separators": "a\u2028b\u2029c",
-    "private letters": "\ue000\U000f0000",
-    "markup of rich": "[bold red]x[/bold red][/foo][link=http://evil.example]y[/link]",
-}
-ALLOWED = "\n"
+# What terminals act on: escape sequences, titles, links, erasing, directions, invisible letters.
+EVIL = [
+    *(
+        "\x1b[31mred",
+        "\x1b]0;title\x07",
+        "\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\",
+        "\x1b[2J\x1b[H",
+    ),
+    *("\x9b31m", "\x9d0;t\x9c", "\x08\x08\x08", "a\rb", "\x07", "\x00", "\x7f", "\x85", "\x0b\x0c"),
+    *("\u202eevil\u202c", "\u2066x\u2069", "\u200bzero", "\ufeff", "\u2028", "\u2029", "\udc80"),
+    *("\ue000", "\U000e0041", "\x1bP+q\x1b\\", "\x1b_Gi=1\x1b\\", "\x1b[?1049h", "\x1b[6n"),
+]
 
 
-def unsafe(text):
-    return [c for c in text if c not in ALLOWED and unicodedata.category(c)[0] == "C"]
-
-
-@pytest.fixture
-def printed(capsys):
-    """Return a function that runs a command, and returns what it printed."""
-
-    def run(*arguments):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as error:
-            code = error.code
-        told = capsys.readouterr()
-        return code, told.out + told.err
-
-    return run
-
-
-def commands_that_quote(text, folder):
-    """Yield commands that fail, and quote the text."""
-    name = text.replace("/", "|")
-    yield "generate", "--prompt", "1", "--model", folder / name
-    yield "inspect", folder / f"{name}.safetensors"
-    yield "sft", "--data", folder / f"{name}.jsonl"
-    yield "train", "--env", "add", "--reward", folder / f"{name}.py"
-    yield "train", "--env", text
-    yield "train", "--env", "add", "--set", f"{text}=1"
-    yield "train", "--resume", folder / name
-    yield "report", folder / name
-    yield "eval", "--env", "add", "--config", folder / f"{name}.toml"
+def is_clean(text: str) -> bool:
+    return terminal_safe(text) == text
 
 
 @pytest.mark.proves("S12")
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_no_message_of_an_error_carries_what_it_quotes(printed, tmp_path, attempts, text):
-    for command in commands_that_quote(text, tmp_path):
-        code, told = printed(*command)
-        assert code == 2 and told
-        assert not unsafe(told), command
-        attempts.add()
+@pytest.mark.parametrize("evil", EVIL, ids=ascii)
+def test_a_character_that_controls_a_terminal_is_spelled_out(evil: str, attempts: Attempts) -> None:
+    shown = terminal_safe(f"a{evil}\n\tb")
+    assert shown != f"a{evil}\n\tb" and shown.endswith("\n\tb") and shown.startswith("a")
+    assert all(char.isprintable() or char in "\n\t" for char in shown)
+    assert is_clean(shown)
+    shown.encode()
+    attempts.add()
+
+
+def test_a_message_is_cut_at_a_bounded_length() -> None:
+    assert len(terminal_message("x" * 10**7)) < MAX_MESSAGE_CHARACTERS + 100
+    assert terminal_message("x" * 10**7).endswith("more characters)")
+
+
+NAME = "a\x1b[31m\u202eb"
+REWARD = 'def reward(completion):\n    raise ValueError("\\x1b[2Jbad \\u202e" + completion)\n'
 
 
 @pytest.mark.proves("S12")
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_no_row_and_no_exception_of_a_reward_is_printed_raw(printed, tmp_path, attempts, text):
-    rows = tmp_path / "rows.jsonl"
-    reward = tmp_path / "reward.py"
-    escaped = text.encode("unicode_escape").decode()
-    reward.write_text(f"def reward(completion):\n    raise ValueError({text!r})\n", "utf-8")
-    code, told = printed("check", reward, "--env", "add")
-    assert code != 0 and "Traceback" not in told and not unsafe(told), escaped
-    if "\ud800" not in text:
-        rows.write_text(f'{{"prompt": "1", "answer": 1}}\n{text}\n', "utf-8")
-        code, told = printed("train", "--data", rows, "--reward", reward)
-        assert code == 2 and not unsafe(told)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--env", NAME],
+        ["train", NAME],
+        ["train", f"--{NAME}"],
+        ["train", "--lr", NAME],
+        ["train", "--set", f"{NAME}=1"],
+        ["train", "--config", f"{NAME}.toml"],
+        ["train", "--model", NAME, "--env", "add"],
+        ["train", "--data", f"{NAME}.jsonl", "--reward", "reward.py"],
+        ["check", "reward.py", "--data", "rows.jsonl"],
+        ["inspect", f"{NAME}.safetensors"],
+        ["inspect", "evil.safetensors"],
+        ["sft", "--data", NAME],
+        ["sft", "--data", "bad.jsonl"],
+        ["report", NAME],
+        ["runs", NAME],
+        ["envs", NAME],
+        [NAME],
+    ],
+    ids=ascii,
+)
+def test_no_command_writes_foreign_control_characters(
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    attempts: Attempts,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("reward.py").write_text(REWARD)
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "\x1b[31m", "answer": "\x1b[2J"}) + "\n")
+    Path("bad.jsonl").write_text(json.dumps({"\x1b[31m": "\u202e"}) + "\n")
+    arrays = {f"layer{NAME}.lora_{part}": mx.zeros((4, 4)) for part in "ab"}
+    adapter = Adapter(origin="a test", arrays=arrays, config=AdapterConfig(rank=4))
+    write_adapter_file(Path("evil.safetensors"), adapter)
+    try:
+        main(argv)
+    except SystemExit as stop:
+        assert stop.code == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout or stderr
+    assert is_clean(stdout + stderr)
+    attempts.add()
+
+
+PROGRAM = """
+import sys, warnings
+import textpolicy.cli.commands.doctor as command
+def run(options):
+    warnings.warn("\\x1b[31mwarned")
+    raise ZeroDivisionError("\\x1b[31mraised \\udc80")
+command.run = run
+from textpolicy.cli.main import main
+sys.argv = ["textpolicy", "doctor"]
+main()
+"""
+
+
+@pytest.mark.proves("S12")
+def test_a_traceback_and_a_warning_pass_the_same_escapes(attempts: Attempts) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        timeout=120,
+    )
+    text = done.stderr.decode("ascii")
+    assert "raised" in text and "warned" in text and "Traceback" in text
+    assert is_clean(text)
     attempts(2)
-
-
-@pytest.mark.proves("S12")
-def test_names_and_origins_in_an_adapter_are_shown_spelled_out(printed, tmp_path, attempts):
-    model = qwen3_model()
-    container = AdapterContainer.from_model(model, AdapterConfig(rank=2))
-    container.swap(trained(container), version=1)
-    for number, text in enumerate(HOSTILE.values()):
-        folder = tmp_path / f"{number}{text.replace('/', '|')}"
-        if "\ud800" in text:
-            continue
-        folder.mkdir()
-        container.publish(folder / "a.safetensors")
-        code, told = printed("inspect", folder / "a.safetensors")
-        assert code == 0 and not unsafe(told)
-        attempts.add()

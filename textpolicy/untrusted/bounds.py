@@ -27,6 +27,9 @@ MAX_TEMPLATE_MEMORY = 2**31
 MAX_PATTERN_SECONDS = 1.0
 """Seconds that a regular expression of an adapter's config may take for the path of one module."""
 
+MAX_REPETITIONS = 1000
+"""The product of all counts of repetitions in such an expression, as in (a{10}){10}."""
+
 MAX_DATA_BYTES = 8 * 2**30
 """Bytes of a data file, which is read as a whole."""
 

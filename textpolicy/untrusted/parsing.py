@@ -3,7 +3,6 @@
 import json
 import math
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +86,10 @@ def _finite(digits: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    level: list[Any] = [value]
+    level = [value]
     for _ in range(MAX_DEPTH + 1):
+        level = [one for one in level if isinstance(one, dict | list)]
         if not level:
             return
-        level = [part for one in level for part in _parts(one)]
-    if level:
-        raise ValueError(_TOO_DEEP)
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    raise ValueError(_TOO_DEEP)

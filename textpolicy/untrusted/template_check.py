@@ -79,7 +79,7 @@ def check_template_ends(template: Any) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             # Time of the clock, for templates that wait; a busy machine needs some patience.
-            timeout=20 * MAX_TEMPLATE_SECONDS,
+            timeout=15 * MAX_TEMPLATE_SECONDS,
         ).returncode
     except subprocess.TimeoutExpired:
         code = _TEXT_TOO_LONG

@@ -1,7 +1,6 @@
 """PEFT's LoraConfig: the options of PEFT with the meaning that PEFT gives them."""
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,6 +10,7 @@ from textpolicy.adapters.config.model_layout import AdaptableModule, ModelLayout
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.config.selection import strip_expression
 from textpolicy.errors import AdapterError, ConfigError
+from textpolicy.untrusted.patterns import match_pattern
 
 _ALL_LINEAR = "all-linear"
 _Number = TypeVar("_Number", int, float)
@@ -104,7 +104,10 @@ class PeftTargets:
         if not self.layers_to_transform or path in self.target_modules:
             return True
         patterns = self.layers_pattern or (r"[^.]*",)
-        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path) for pattern in patterns)
+        found = (
+            match_pattern(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path, whole=False)
+            for pattern in patterns
+        )
         number = next((int(match[1]) for match in found if match), None)
         return number in self.layers_to_transform
 
@@ -146,12 +149,12 @@ def _split_names(given: Collection[str] | str) -> dict[str, Collection[str] | st
 
 def _matches(names: Collection[str] | str, path: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return match_pattern(names, path, whole=True) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _matches_ending(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    return match_pattern(rf"(.*\.)?({pattern})$", path, whole=False) is not None
 
 
 def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:

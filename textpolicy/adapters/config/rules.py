@@ -1,7 +1,6 @@
 """LoRARule: which modules to adapt, with which kind of adapter, and how to quantize them."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Literal, cast, get_args
@@ -11,6 +10,7 @@ import mlx.core as mx
 from textpolicy.adapters.quantization.number_formats import NumberFormat, format_by_name
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.types import check_fields
+from textpolicy.untrusted.patterns import check_pattern, match_pattern
 
 AdapterKind = Literal["lora", "dora", "none"]
 Initializer = str | Callable[[Sequence[int], mx.array], mx.array]
@@ -70,8 +70,8 @@ class LoRARule:
                     "function of a shape and a random key"
                 )
         try:
-            re.compile(self.module_path)
-        except re.error as error:
+            check_pattern(self.module_path)
+        except ValueError as error:
             raise ConfigError(
                 f"module_path is {self.module_path!r}, which is not a regular expression: {error}"
             ) from error
@@ -100,7 +100,10 @@ class LoRARule:
 
     def matches(self, path: str) -> bool:
         """Return whether `module_path` matches a whole dotted path, with dots or with "/"."""
-        return any(re.fullmatch(self.module_path, one) for one in (path, path.replace(".", "/")))
+        return any(
+            match_pattern(self.module_path, one, whole=True)
+            for one in (path, path.replace(".", "/"))
+        )
 
 
 def _scale_of(rule: LoRARule, alpha: float | None, rslora: bool) -> float:
