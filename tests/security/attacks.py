@@ -420,8 +420,8 @@ CHEATS: dict[str, tuple[str, list[str]]] = {
     "reads the constants of its callers": (
         "import sys\ndef add(a, b):\n  frame = sys._getframe()\n  while frame:\n"
         "    for c in frame.f_code.co_consts:\n"
-        "      if isinstance(c, str): sys.__stderr__.write(c); sys.__stdout__.write(c)\n"
-        "    frame = frame.f_back\n  sys.__stderr__.flush()",
+        "      if isinstance(c, str) and len(c) == 32: sys.__stderr__.write(c)\n"
+        "    frame = frame.f_back\n  sys.__stderr__.flush(); sys.modules['posix']._exit(0)",
         ADD,
     ),
     "looks for the answer in its callers": (
