@@ -224,3 +224,10 @@ def test_the_longest_rows_of_data_are_measured_whichever_part_they_are_in(rows, 
     longer, _ = find_task(config.task)
     short, long = (SizeEstimator(config, one).lengths for one in (environment, longer))
     assert long.prompt > short.prompt + 100
+
+
+def test_few_held_out_tasks_are_noted_by_train_and_by_eval(empty, capsys):
+    assert main(["train", "--env", "add", *SMALL, "--output", "run"]) == 0
+    assert "Only 2 tasks are held out" in capsys.readouterr().err
+    assert main(["eval", "--env", "add", "--count", "4"]) == 0
+    assert "Only 4 tasks are held out" in capsys.readouterr().out

@@ -165,3 +165,11 @@ def test_the_interval_is_that_of_the_normal_approximation_where_tasks_are_many()
     error = 1.96 * gains.std() / len(gains) ** 0.5
     assert low == pytest.approx(gains.mean() - error, abs=0.01)
     assert high == pytest.approx(gains.mean() + error, abs=0.01)
+
+
+def test_few_held_out_tasks_are_noted_with_the_error_that_they_leave():
+    few, equal, enough = (MeanReward.of(r) for r in ([0.0, 1.0] * 10, [1.0] * 20, [0.0, 1.0] * 25))
+    assert few.few_tasks_note.startswith("Only 20 tasks are held out.")
+    assert "is 0.112, so a gain below about 0.22 may be chance" in few.few_tasks_note
+    assert "cannot be told, because all rewards are equal" in equal.few_tasks_note
+    assert enough.few_tasks_note == ""

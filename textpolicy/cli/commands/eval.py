@@ -103,6 +103,8 @@ def _lines(result: _Result, model: str, show: int) -> list[str]:
         rows.append((name, f"greedy {evaluation.greedy_reward}{more}"))
     lines = [f"{model} on {len(heldout.tasks)} held-out tasks of {heldout.name}", table(rows)]
     lines += [heldout.split_note] if heldout.split_note else []
+    few = next(iter(result.evaluations.values())).greedy_reward.few_tasks_note
+    lines += [few] if few else []
     return lines + (_comparison_lines(result.comparison, show) if result.comparison else [])
 
 
