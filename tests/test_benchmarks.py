@@ -34,7 +34,7 @@ SMALLEST = {
     "rewards.py": "",
     "scaling.py": "--only rank --runs 1 --json",
 }
-LONGER = ("collapse.py", "learning.py", "rank.py", "sft.py")
+LONGER = ("collapse.py", "learning.py", "math_verifier.py", "rank.py", "sft.py")
 COUNTS = dict.fromkeys(
     ["compiled", "functions", "generate", "grpo_step", "prompt_sharing", "scaling"], "--runs"
 )

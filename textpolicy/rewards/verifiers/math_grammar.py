@@ -34,6 +34,7 @@ from textpolicy.rewards.verifiers.math_tree import (
 
 _RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "~", "in")
 _SEPARATORS = (",", "and", "or")
+_MAX_SEPARATORS = 64
 _JOINTS = {"or": "cup", "and": "cap"}
 
 
@@ -45,6 +46,8 @@ def parse_answer(text: str, *, letters_are_units: bool = False) -> AnswerTree:
     tokens = read_tokens(text)
     if all(token.kind == "words" for token in tokens):
         raise UnreadableAnswerError("the answer is words")
+    if sum(token.text in _SEPARATORS for token in tokens) > _MAX_SEPARATORS:
+        raise UnreadableAnswerError(f"more than {_MAX_SEPARATORS} commas")
     return _AnswerParser(TokenReader(tokens, letters_are_units=letters_are_units)).answer()
 
 
