@@ -123,7 +123,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_checkpoints_intact(whole_run, co
     run = RunDirectory(copy_run())
     adapter = run.latest.stat().st_size
     full = {adapter // 2: f"UnwritableError: {{}}/adapters/{run.latest.name} cannot be written"}
-    full[2 * adapter] = f"TrainingError: no checkpoint was saved after step {STEPS}"
+    full[2 * adapter] = f"UnwritableError: no checkpoint was saved after step {STEPS}"
     for size, expected in full.items():
         folder = copy_run()
         before = contents(folder)
