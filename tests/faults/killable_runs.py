@@ -68,8 +68,8 @@ class Instant:
 
 def exit_code_of(process: BaseProcess) -> int:
     """Wait for the process, and return its exit code, or minus the signal that killed it."""
-    process.join(60)
-    assert process.exitcode is not None, "still running after 60 s"
+    process.join(300)
+    assert process.exitcode is not None, "still running after five minutes"
     return process.exitcode
 
 

@@ -81,7 +81,7 @@ class Runs:
             resume if self.run.exists else begin, self.log, instant, prepare
         )
         if locked:
-            assert self.hear.poll(60), "the run has not begun for 60 s"
+            assert self.hear.poll(300), "the run has not begun for five minutes"
         return process
 
     def finish(self):
@@ -107,13 +107,13 @@ def results_of(run):
 
 def assert_nothing_is_left_of(process):
     """Wait until every process that the run has started is gone."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
             return
-        assert time.monotonic() < deadline, "a process of the killed run is left after 60 s"
+        assert time.monotonic() < deadline, "a process of the killed run is left after five minutes"
         time.sleep(0.01)
 
 
