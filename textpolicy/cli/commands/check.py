@@ -25,6 +25,7 @@ from textpolicy.rewards.reward_check import CheckedRow, RewardCheck, check_rewar
 from textpolicy.types import Sampling
 
 _DEFAULT_MAX_TOKENS = 128
+_PROBE_TOKENS = 8
 
 
 def run(options: Namespace) -> Answer:
@@ -97,7 +98,7 @@ class _Sampler:
 
     A call samples one prompt, then two, then four, and ends before `seconds` are over, so it may
     return groups of the first prompts only. `default_max_tokens` applies if the config does not
-    say how long a completion may be.
+    say how long a completion may be. On a slow model, completions are cut earlier.
     """
 
     config: TrainConfig
@@ -107,10 +108,18 @@ class _Sampler:
 
     def __call__(self, prompts: Sequence[str]) -> list[list[str]]:
         model, tokenizer = load_model(self.config.model.name)
-        max_tokens = self.config.sampling.max_tokens or self.default_max_tokens
+        asked = self.config.sampling.max_tokens or self.default_max_tokens
+        probe = ModelPolicy(model, tokenizer, Sampling(max_tokens=min(asked, _PROBE_TOKENS)))
+        started = time.monotonic()
+        probe.generate(prompts[:1], n=self.count, seed=0)
+        # One group of completions may take half of the time.
+        a_token = (time.monotonic() - started) / _PROBE_TOKENS
+        max_tokens = min(asked, max(_PROBE_TOKENS, int(self.seconds / 2 / a_token)))
+        if max_tokens < asked:
+            print_note(f"completions are cut at {max_tokens} of {asked} tokens, to keep the time")
         policy = ModelPolicy(model, tokenizer, Sampling(max_tokens=max_tokens))
         groups: list[list[str]] = []
-        started, size, took = time.monotonic(), 1, 0.0
+        size, took = 1, 0.0
         with doing(f"sampling completions of up to {max_tokens} tokens", len(prompts)) as activity:
             while len(groups) < len(prompts) and self._has_time(started, took):
                 before, some = time.monotonic(), prompts[len(groups) : len(groups) + size]
