@@ -227,7 +227,7 @@ def test_rows_and_a_reward_train_from_an_empty_folder(folder, capsys):
     ("options", "message"),
     [
         ([], "no task is given"),
-        (["--data", "rows.jsonl"], "the rows of rows.jsonl are given without a reward"),
+        (["--data", "rows.jsonl"], "rows.jsonl are given without a reward"),
         (["--data", "rows.jsonl", "--env", "sort"], "environment sort makes its tasks itself"),
         (
             ["--env", "sort", "--prompt", "{x}"],
