@@ -22,7 +22,7 @@ STAMP_DEV := $(VENV)/.setup-dev
 STAMP_DOCS := $(VENV)/.setup-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-fast check lint slow faults shape bench real-model tiny-model docs format constraints clean
+.PHONY: help setup setup-dev demo test test-fast check lint slow faults fuzz shape bench real-model tiny-model docs format constraints clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,11 @@ faults: setup-dev ## Break runs in every way of the table of faults, and print t
 	@mkdir -p build
 	-@$(BIN)/python -m pytest -n 2 --dist loadfile -q -m proves --junitxml build/faults.xml
 	@$(BIN)/python tools/fault_table.py build/faults.xml
+
+MINUTES := 10
+fuzz: setup-dev ## Feed the readers of files with mutated bytes for MINUTES=10, guided by coverage
+	@$(PIP) install --only-binary :all: atheris
+	@$(BIN)/python tools/fuzz_readers.py --minutes $(MINUTES)
 
 shape: $(BIN)/python ## Print our file and function sizes beside those of admired codebases
 	@$(BIN)/python tools/shape.py
