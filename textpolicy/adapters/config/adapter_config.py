@@ -1,7 +1,8 @@
 """AdapterConfig: which modules of a model get which adapter, and finding these modules."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -65,7 +66,8 @@ class AdapterConfig:
 
         Raise ConfigError for an option that is unknown or not supported.
         """
-        return cls.from_selection(json_formats.read_selection(data))
+        with _odd_values_as_config_errors():
+            return cls.from_selection(json_formats.read_selection(data))
 
     @classmethod
     def from_peft(cls, data: Mapping[str, Any], *, trained: bool = False) -> "AdapterConfig":
@@ -74,7 +76,8 @@ class AdapterConfig:
         With `trained`, the weights come with the config, so the option that says how to draw new
         weights is ignored unless it changed the base.
         """
-        return cls.from_selection(json_formats.read_peft_config(data, trained=trained))
+        with _odd_values_as_config_errors():
+            return cls.from_selection(json_formats.read_peft_config(data, trained=trained))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON that `from_dict` reads back as an equal config."""
@@ -98,6 +101,18 @@ class AdapterConfig:
     def with_dropout(self, dropout: float) -> "AdapterConfig":
         """Return the same config with this dropout in every rule."""
         return AdapterConfig.from_selection(self.selection.with_dropout(dropout))
+
+
+@contextmanager
+def _odd_values_as_config_errors() -> Generator[None]:
+    """Turn the errors of values of a wrong kind, such as a number for a list, into ours."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ConfigError(
+            f"the adapter config has a value of a wrong kind: {error!s}. Write the config again "
+            "with the library that made it"
+        ) from error
 
 
 def config_for_modules(
