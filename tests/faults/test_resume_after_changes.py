@@ -426,3 +426,11 @@ def test_two_checkpoints_of_a_supervised_run_are_kept_and_no_validation_is_made_
     directory.metrics.unlink()
     again = tp.run(resume=directory.path)
     assert (again.ended, again.before) == ("finished", result.before)
+
+
+def test_a_page_of_the_user_in_a_run_stays_and_the_run_ends_well(copies, capsys):
+    run, _ = copies
+    (run / "report.html").write_text("mine")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "is not a report that textpolicy wrote" in capsys.readouterr().err
+    assert (run / "report.html").read_text() == "mine"

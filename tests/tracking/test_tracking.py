@@ -387,7 +387,8 @@ def test_a_run_keeps_its_id_for_services(tmp_path):
     assert tracking_id(other) != tracking_id(run)
 
 
-def test_an_empty_id_file_of_a_killed_process_is_replaced(tmp_path):
-    (tmp_path / ".tracking-id").touch()
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../x"])
+def test_a_damaged_id_file_is_replaced(tmp_path, content):
+    (tmp_path / ".tracking-id").write_bytes(content)
     run = RunDirectory(tmp_path)
     assert tracking_id(run) == tracking_id(run) != ""

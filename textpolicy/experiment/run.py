@@ -114,7 +114,11 @@ def _train(
         result = train_supervised(settings, directory, report, start)
     else:
         result = train_policy(settings, directory, report, start)
-    write_report([directory.path])
+    try:
+        write_report([directory.path])
+    except ConfigError as error:
+        # A page of the user is in the place of the report. The run itself is whole.
+        report.note(str(error))
     return result
 
 

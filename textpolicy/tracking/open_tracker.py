@@ -1,5 +1,6 @@
 """Open the tracker of a run: its files, and the services that the user asked for."""
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -118,8 +119,10 @@ def _openers(
 def tracking_id(directory: RunDirectory) -> str:
     """Return the id by which services know the run. The run's folder keeps the id."""
     file = directory.tracking_id
+    known = file.read_bytes() if file.is_file() else b""
     # A full disk can leave an empty file.
-    if not (file.is_file() and file.stat().st_size):
+    if not re.fullmatch(rb"[0-9a-f]{8}", known):
+        known = secrets.token_hex(4).encode()
         with atomic_replace(file, private=True) as temporary:
-            temporary.write_text(secrets.token_hex(4), encoding="utf-8")
-    return file.read_text(encoding="utf-8")
+            temporary.write_bytes(known)
+    return known.decode()
