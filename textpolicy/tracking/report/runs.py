@@ -134,7 +134,9 @@ def choose_samples(path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[int, int]:
-    return row["step"], row.get("group", 0)
+    group = row.get("group", 0)
+    # Somebody may have edited the file.
+    return row["step"], group if isinstance(group, int) else 0
 
 
 def _cut(value: Any) -> Any:
