@@ -9,6 +9,7 @@ from tests.faults.attempts import Attempts
 from tests.security.hostile_models import copy_of_tiny, hostile_folders, hostile_templates
 from textpolicy.errors import ModelError, PromptError
 from textpolicy.generation.mlx_generation import create_policy, load_model
+from textpolicy.untrusted.template_check import check_template_ends
 
 FOLDERS = dict(hostile_folders())
 TEMPLATES = dict(hostile_templates())
@@ -74,3 +75,11 @@ def test_a_hostile_chat_template_is_refused_with_an_error_or_answers(
         assert not canary.exists(), name
         assert end != "answered" or not name.startswith("endless"), name
         attempts.add()
+
+
+def test_each_of_several_templates_must_end() -> None:
+    endless = "{{ 'a' * 10**10 }}"
+    check_template_ends({"default": "{{ messages[0].content }}"})
+    check_template_ends(None)
+    with pytest.raises(ModelError, match="does not come to an end"):
+        check_template_ends({"default": "{{ messages[0].content }}", "tool_use": endless})

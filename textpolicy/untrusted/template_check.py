@@ -66,11 +66,16 @@ for messages in asked:
 """
 
 
-@cache
 def check_template_ends(template: Any) -> None:
-    """Raise `ModelError` if a chat template takes too much time or memory."""
-    if not isinstance(template, str):
-        return
+    """Raise `ModelError` if a chat template, or one of several by name, never ends."""
+    templates = template.values() if isinstance(template, dict) else [template]
+    for one in templates:
+        if isinstance(one, str):
+            _check_one(one)
+
+
+@cache
+def _check_one(template: str) -> None:
     command = [sys.executable, "-I", "-c", _PROGRAM]
     try:
         code = subprocess.run(
