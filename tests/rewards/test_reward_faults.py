@@ -227,7 +227,7 @@ FORGERS = """
 import json, os, socket
 def forger(completion):
     if completion.startswith("{"):
-        for descriptor in range(3, 20):
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
             try:
                 if os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket"):
                     os.write(descriptor, completion.encode() + b"\\n")
