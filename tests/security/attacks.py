@@ -471,6 +471,23 @@ CHEATS: dict[str, tuple[str, list[str]]] = {
         "  except OSError: pass\ndef add(a, b): return 0",
         ADD,
     ),
+    "gives the test functions of its own for the built-in ones": (
+        "import sys\ndef add(a, b): return 0\n"
+        "frame = sys._getframe()\n"
+        "while 'server' not in frame.f_locals: frame = frame.f_back\n"
+        "server, channel = frame.f_locals['server'], frame.f_locals['channel']\n"
+        "def own(value): return {'is': 'object', 'of': server._keep(value), 'name': 'function'}\n"
+        "given = {'all': lambda *a: True, 'range': lambda *a: [], 'zip': lambda *a: []}\n"
+        "pairs = [[name, own(value)] for name, value in given.items()]\n"
+        "builtins = {'is': 'dict', 'of': pairs}\n"
+        "channel.send({'exports': {'__builtins__': builtins, 'add': own(add)}})\n"
+        "server.answer_until_reply()",
+        [
+            "assert all(add(n, 1) == n + 1 for n in [1, 2])",
+            "for n in range(3): assert add(n, 1) == n + 1",
+            "for n, m in zip([1], [2]): assert add(n, 1) == m",
+        ],
+    ),
     "answers with garbage": (
         "import os\ndef add(a, b):\n  for f in range(3, 64):\n"
         "    try: os.write(f, b'\\xff\\n[[[\\n')\n    except OSError: pass",
