@@ -38,6 +38,7 @@ LAYERS = (
     "textpolicy.adapters",
     "textpolicy.algorithms",
     "textpolicy.backend",
+    "textpolicy.file_writing",
     "textpolicy.machine",
     "textpolicy.fast_cpu",
     "textpolicy.control_tokens",

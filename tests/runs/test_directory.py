@@ -55,6 +55,23 @@ def test_asking_whether_a_run_is_running_writes_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("versions", "left"),
+    [
+        ([1, 2, 3], [1, 2, 3]),
+        ([1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6]),
+        ([*range(1, 9)], [1, *range(4, 9)]),
+    ],
+)
+def test_the_last_five_adapters_and_the_best_are_kept(tmp_path, versions, left):
+    directory = RunDirectory(tmp_path)
+    directory.adapters.mkdir()
+    for version in versions:
+        directory.adapter_of(version).touch()
+    directory.remove_kept_adapters(last=5, best=1 if len(versions) > 6 else None)
+    assert sorted(int(path.stem) for path in directory.adapters.iterdir()) == left
+
+
 def test_kept_adapters_stay_what_they_were_when_the_latest_is_replaced(load_tiny, tmp_path):
     directory = RunDirectory(tmp_path)
     model, _ = load_tiny()

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files.tensor_file import atomic_replace
 from textpolicy.config import SFTConfig
 from textpolicy.config.train import AdapterOptions, TaskOptions
 from textpolicy.environments.load import ready_names
 from textpolicy.errors import UnreadableError, UnwritableError
 from textpolicy.experiment.assembly import RunConfig, adapter_config
+from textpolicy.file_writing import atomic_replace, make_private_folder
 from textpolicy.generation.model_files import find_model
-from textpolicy.runs import make_private_folder
 from textpolicy.untrusted.parsing import read_json_file
 from textpolicy.user_code import split_file_and_name
 
@@ -29,7 +28,7 @@ _CACHED_FROM = 64 << 20
 
 
 def identity_of(config: RunConfig) -> Hashes:
-    """Return a hash of each file that the run's numbers depend on, by words for people."""
+    """Return the hash of each file that the run's numbers depend on, by a name for people."""
     found = _model_files("model", config.model.name)
     found["adapter: its config"] = _hash_of_config(_config_of(config.adapter))
     if isinstance(config, SFTConfig):

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from textpolicy.adapters.files.adapter_file import peek_version
-from textpolicy.adapters.files.tensor_file import atomic_replace, remove_partial_files
 from textpolicy.errors import ConfigError, DataError, UnreadableError
+from textpolicy.file_writing import (
+    atomic_replace,
+    make_private_folder,
+    open_private,
+    remove_partial_files,
+)
 from textpolicy.untrusted.parsing import read_toml_file
 
 _SUFFIX = ".safetensors"
 _MARK = ".textpolicy-run"
 _RUNNING = ".running"
-_FOLDER_MODE, _FILE_MODE = 0o700, 0o600
 _MOST_NAMED = 5
 
 
@@ -85,7 +89,7 @@ class RunDirectory:
         """
         try:
             self._check_is_free()
-            self.path.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+            make_private_folder(self.path)
             self._open(self._mark).close()
         except OSError as error:
             raise ConfigError(
@@ -135,14 +139,13 @@ class RunDirectory:
             mark.flush()
             self._check_own_files()
             for folder in (self.adapters, self.checkpoints):
-                folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+                make_private_folder(folder)
             yield
 
     def _open(self, path: Path) -> TextIO:
         """Open a file of the run to read and append, made if it is missing; follow no link."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         try:
-            descriptor = os.open(path, flags, _FILE_MODE)
+            descriptor = open_private(path, os.O_RDWR | os.O_APPEND)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise _not_own([f"{path} is a symbolic link"]) from error
@@ -202,20 +205,21 @@ class RunDirectory:
 
     def remove_kept_adapters(self, *, last: int, best: int | None = None) -> None:
         """Remove all adapters that were kept by their version but the `last` and the best one."""
-        kept = sorted(path for path in self.adapters.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
-        for path in kept[: len(kept) - last]:
+        kept = self._kept_adapters()
+        for path in kept[: max(0, len(kept) - last)]:
             if int(path.stem) != best:
                 path.unlink()
 
     def remove_adapters_after(self, version: int) -> None:
-        """Remove kept adapters above a version: the run makes these versions again."""
+        """Remove adapters that were kept by versions above this one: the run makes them again."""
         for path in self._kept_adapters():
             if int(path.stem) > version:
                 path.unlink()
 
     def _kept_adapters(self) -> list[Path]:
-        paths = self.adapters.glob(f"*{_SUFFIX}")
-        return sorted((p for p in paths if p.stem.isdecimal()), key=lambda path: int(path.stem))
+        """Return the adapters that were kept by their version, in the order of their versions."""
+        paths = [path for path in self.adapters.glob(f"*{_SUFFIX}") if path.stem.isdecimal()]
+        return sorted(paths, key=lambda path: int(path.stem))
 
     def remove_earlier_start(self) -> None:
         """Remove what is left of a start that saved no checkpoint. The caller holds the lock.
@@ -231,12 +235,6 @@ class RunDirectory:
         folders = (self.path, self.adapters, self.checkpoints, self.rejected_batches)
         for folder in folders:
             remove_partial_files(folder)
-
-
-def make_private_folder(path: Path) -> Path:
-    """Make a folder that only its owner can read, unless it exists, and return its path."""
-    path.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
-    return path
 
 
 def new_directory(name: str, parent: Path = Path("runs")) -> RunDirectory:

@@ -7,7 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from textpolicy.adapters.files.tensor_file import atomic_replace, flush_to_disk
+from textpolicy.file_writing import (
+    atomic_replace,
+    flush_to_disk,
+    make_private_folder,
+    open_private,
+)
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Metrics
@@ -50,15 +55,15 @@ class RunFiles:
             self._samples.close()
 
     def _open_to_append(self, path: Path, resume_step: int) -> TextIO:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         if path.exists() and path.stat().st_nlink > 1:
             # The other name may be a backup.
             with atomic_replace(path, private=True) as temporary:
                 shutil.copyfile(path, temporary)
         if damage := drop_rows_from(path, resume_step):
             self.damage.append(damage)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        file = os.fdopen(os.open(path, flags, 0o600), "a", encoding="utf-8")
+        descriptor = open_private(path, os.O_WRONLY | os.O_APPEND)
+        file = os.fdopen(descriptor, "a", encoding="utf-8")
         flush_to_disk(path.parent)
         return file
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from textpolicy.adapters.files.tensor_file import atomic_replace
 from textpolicy.errors import ConfigError
-from textpolicy.runs import RunDirectory, make_private_folder
+from textpolicy.file_writing import atomic_replace, make_private_folder
+from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import RunFiles
 from textpolicy.tracking.sink import BackgroundSink, Notify, Sink
 from textpolicy.tracking.tensorboard_run import TensorBoardRun

@@ -19,8 +19,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from textpolicy.activity import doing
-from textpolicy.adapters.files.tensor_file import read_tensors, remove_partial_files, write_tensors
+from textpolicy.adapters.files.tensor_file import read_tensors, write_tensors
 from textpolicy.errors import ConfigError, TextPolicyError, TrainingError, UnwritableError
+from textpolicy.file_writing import make_private_folder, remove_partial_files
 from textpolicy.untrusted.parsing import parse_json
 
 _FORMAT = "textpolicy.checkpoint"
@@ -51,7 +52,7 @@ class Checkpoints:
         self.keep = keep
         self.every = every
         self.damaged: list[str] = []
-        """The damaged checkpoints that `newest` passed over, and why."""
+        """The damaged checkpoints that `newest` skipped, and why."""
         self.facts: dict[str, Callable[[], Any]] = {}
         """What each checkpoint holds beside the state of training, by name, as JSON values."""
 
@@ -95,7 +96,7 @@ class Checkpoints:
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint to `path` atomically, in place of any file there."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private_folder(path.parent)
     arrays = {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
     metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "sha256": _digest(arrays)}
     try:

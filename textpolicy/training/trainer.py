@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten, tree_map
 from textpolicy import fast_cpu
 from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
-from textpolicy.adapters.files.tensor_file import atomic_replace
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.file_writing import atomic_replace, make_private_folder
 from textpolicy.training.advantages import add_advantages, advantages_by_group, requested_keywords
 from textpolicy.training.batch import (
     BatchTotals,
@@ -340,7 +340,7 @@ class Trainer:
 
 def _save_rejected_batch(groups: Sequence[RolloutGroup], folder: Path) -> None:
     """Write each rollout with its task as a JSON line of a new file, which its owner can read."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private_folder(folder)
     path = folder / f"batch-{len(list(folder.glob('batch-*.jsonl'))):04d}.jsonl"
     lines = (
         json.dumps({"task": group.task.id} | asdict(rollout))

@@ -13,12 +13,12 @@ from textpolicy.adapters.files.tensor_file import (
     CHECKSUM_KEY,
     METADATA_KEY,
     TENSOR_SUFFIX,
-    make_writable_folder,
     read_tensor_header,
     read_tensors,
     write_tensors,
 )
 from textpolicy.errors import AdapterError
+from textpolicy.file_writing import make_writable_folder
 from textpolicy.untrusted.parsing import parse_json
 
 _FORMAT = "textpolicy.adapter"

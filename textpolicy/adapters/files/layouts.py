@@ -8,8 +8,8 @@ import mlx.nn as nn
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.files import mlx_folder, peft_folder
 from textpolicy.adapters.files.adapter_file import read_adapter_file
-from textpolicy.adapters.files.tensor_file import make_writable_folder
 from textpolicy.errors import AdapterError, ConfigError
+from textpolicy.file_writing import make_writable_folder
 
 # The names of the adapter files that a run keeps.
 _RUN_FILES = ("best.safetensors", "latest.safetensors")

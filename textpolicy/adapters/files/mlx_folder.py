@@ -24,9 +24,10 @@ from textpolicy.adapters.files.adapter_file import (
     name_path_in_errors,
     read_adapter_file,
 )
-from textpolicy.adapters.files.tensor_file import atomic_replace, read_tensors, write_tensors
+from textpolicy.adapters.files.tensor_file import read_tensors, write_tensors
 from textpolicy.adapters.quantization.nf4 import NF4Module
 from textpolicy.errors import AdapterError, UnreadableError
+from textpolicy.file_writing import atomic_replace
 from textpolicy.untrusted.parsing import read_json_object
 
 CONFIG_FILE = "adapter_config.json"

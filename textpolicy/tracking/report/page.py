@@ -9,8 +9,8 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from textpolicy.adapters.files.tensor_file import atomic_replace
 from textpolicy.errors import ConfigError
+from textpolicy.file_writing import atomic_replace
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.report.charts import charts_for
 from textpolicy.tracking.report.runs import read_run
