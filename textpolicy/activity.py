@@ -20,13 +20,13 @@ class Activity:
         self.started = time.monotonic()
 
     def at(self, done: int, text: str | None = None) -> None:
-        """Record how many parts are done, and with `text` what the work is by now."""
+        """Record how many parts are done, and with `text` a new description of the work."""
         self.done = done
         self.text = text or self.text
         _CLOCK.moved = time.monotonic()
 
     def advance(self, number: int = 1) -> None:
-        """Record that so many more parts are done; 0 says that the work moves on."""
+        """Record that `number` more parts are done; 0 records that the work has not stalled."""
         self.at(self.done + number)
 
     def __str__(self) -> str:
@@ -34,7 +34,7 @@ class Activity:
 
 
 class _Clock:
-    """When the register last changed, and how often work has begun that counts as a start."""
+    """When the register last changed, and how often work with `begins` has begun."""
 
     moved = time.monotonic()
     begun = 0
@@ -47,7 +47,7 @@ _STACKS: dict[int, list[Activity]] = {threading.main_thread().ident or 0: []}
 
 @contextmanager
 def doing(text: str, total: int = 0, *, begins: bool = False) -> Generator[Activity]:
-    """Inside the block, or inside the decorated function, this thread does the work `text`.
+    """Mark the work `text` of this thread, until the block or the decorated function ends.
 
     `begins` marks work after which a command has started: sampling, training, writing a model.
     """
@@ -66,13 +66,13 @@ def doing(text: str, total: int = 0, *, begins: bool = False) -> Generator[Activ
 
 
 def now() -> Sequence[Activity]:
-    """Return what every thread does now: from the widest work of the main thread inwards."""
+    """Return the work of every thread: the main thread first, and the outermost work first."""
     return [activity for stack in list(_STACKS.values()) for activity in list(stack)]
 
 
 def described() -> str:
     """Return in one line what the process does now, such as "sampling (3 of 64), reward close"."""
-    return ", ".join(map(str, now())) or "nothing that it has named"
+    return ", ".join(map(str, now())) or "work without a name"
 
 
 def seconds_without_a_change() -> float:
@@ -81,5 +81,5 @@ def seconds_without_a_change() -> float:
 
 
 def times_begun() -> int:
-    """Return how often work has begun that counts as the start of a command."""
+    """Return how often work with `begins` has begun, after which a command has started."""
     return _CLOCK.begun

@@ -63,9 +63,13 @@ class ControlTokens:
         return _FOUND[tokenizer]
 
     def spelled_in(self, value: Any) -> str | None:
-        """Return a control token that a text spells, or a text inside the value, or None."""
+        """Return a control token that a text in the value spells, or None."""
         found = next(filter(None, map(self.pattern.search, _texts(value))), None)
         return found[0] if found else None
+
+    def count_spelled(self, text: str) -> int:
+        """Return how many control tokens a text spells."""
+        return len(self.pattern.findall(text))
 
     def respelled_tokenizer(
         self, tokenizer: TokenizerWrapper, letters: str
@@ -116,17 +120,17 @@ class PlainContent:
         return value
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Return the token ids of text in which contents are hidden. Only the rest makes control
-        tokens."""
+        """Return the token ids of a text in which contents are hidden.
+
+        Only the text around the contents makes control tokens.
+        """
         shown, control = self._show(text), self._control
         ids = list(self._tokenizer.encode(shown, add_special_tokens=add_special_tokens))
         if self._allowed:
             return ids
-        spelled = len(control.pattern.findall(text)) + self._added(add_special_tokens)
-        same = shown == text or len(control.pattern.findall(shown)) == len(
-            control.pattern.findall(text)
-        )
-        if same and self._count(ids) <= spelled:
+        around = control.count_spelled(text)
+        spelled = around + self._added(add_special_tokens)
+        if control.count_spelled(shown) == around and self._count(ids) <= spelled:
             return ids
         ids = self._encode_respelled(text, add_special_tokens)
         if self._count(ids) != spelled:

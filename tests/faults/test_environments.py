@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from textpolicy.environments import ChatEnv, load, sum_turn_rewards
-from textpolicy.environments.bridges.gymnasium import passing_over_faults
+from textpolicy.environments.bridges.gymnasium import skip_faulty_seeds
 from textpolicy.environments.check_env import check_env
 from textpolicy.environments.environment import Environment, GeneratedTasks
 from textpolicy.errors import RewardError, TaskError
@@ -185,11 +185,11 @@ def test_seeds_that_cannot_be_drawn_are_passed_over_if_errors_may_be_skipped(tmp
     picky = load(f"{tmp_path}/picky.py")
     with pytest.raises(TaskError, match=r"environment Picky|environment picky, seed \d+: .*odd"):
         list(islice(picky.stream(0), 50))
-    patient = passing_over_faults(picky)
+    patient = skip_faulty_seeds(picky)
     assert len(list(islice(patient.stream(0), 50))) == 50 and len(patient.heldout(9)) == 9
     (tmp_path / "never.py").write_text(PICKY.replace("% 3 == 0", ">= 0"))
     with pytest.raises(TaskError, match="odd"):
-        next(passing_over_faults(load(f"{tmp_path}/never.py")).stream(0))
+        next(skip_faulty_seeds(load(f"{tmp_path}/never.py")).stream(0))
 
 
 def test_check_env_says_how_an_environment_fails_and_shows_no_traceback():

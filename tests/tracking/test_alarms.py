@@ -224,7 +224,7 @@ def with_evaluations(*values, error=0.02, reward=lambda step: 0.3 + 0.01 * step,
 def test_a_held_out_reward_that_falls_while_the_training_reward_rises_is_an_alarm():
     found = alarms(with_evaluations(0.3, 0.4, 0.45, 0.44, 0.35))
     assert [(alarm.name, alarm.step) for alarm in found] == [("overfit", 40)]
-    assert found[0].is_of_learning
+    assert found[0].is_about_learning
     assert "fell to 0.350 from 0.450" in found[0].got and "rose to" in found[0].got
 
 
@@ -254,7 +254,7 @@ def test_a_skipped_update_is_an_alarm_in_its_own_step():
     monitor = AlarmMonitor()
     (alarm,) = monitor.check(0, STEADY | {"update_skipped/not_finite": 0.5})
     assert alarm.name == "not_finite" and "50% of the updates were skipped" in str(alarm)
-    assert not alarm.is_of_learning and monitor.metrics()["alarm/not_finite"] == 1
+    assert not alarm.is_about_learning and monitor.metrics()["alarm/not_finite"] == 1
     monitor.check(1, STEADY | {"update_skipped/not_finite": 0.0})
     assert monitor.metrics()["alarm/not_finite"] == 0
 
@@ -268,4 +268,4 @@ def test_a_disk_with_room_for_few_checkpoints_is_an_alarm(tmp_path):
     sign = low_disk(tmp_path)
     assert sign and "44.0 TB" in sign[1]
     (alarm,) = AlarmMonitor().check(0, STEADY, sign)
-    assert alarm.name == "disk" and not alarm.is_of_learning
+    assert alarm.name == "disk" and not alarm.is_about_learning

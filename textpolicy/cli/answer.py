@@ -7,7 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The answer of a command: `data` for --json, `text` for people."""
+    """The answer of a command: `data` for --json, `text` for people.
+
+    `print_answer` escapes the text, so a command may put any text of other people into it.
+    """
 
     data: Mapping[str, Any]
     text: str

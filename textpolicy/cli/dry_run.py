@@ -12,7 +12,7 @@ from textpolicy.experiment.assembly import (
     plain_settings,
     service_options,
 )
-from textpolicy.experiment.preflight import check_names, problems
+from textpolicy.experiment.preflight import check_names, find_problems
 from textpolicy.experiment.run_size import RunSize, SizeEstimator, has_turns, plan_step
 from textpolicy.experiment.tasks import find_task
 from textpolicy.machine import free_disk_bytes, memory_bytes, size_text
@@ -38,7 +38,7 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
     size, folder = estimator.estimate(config), config.run.output or Path("runs")
     data: dict[str, Any] = {"config": plain_settings(config)}
     rows = [*_lengths_rows(config, size, data)]
-    found, measured = list(problems(estimator, config, size, folder)), None
+    found, measured = list(find_problems(estimator, config, size, folder)), None
     refused = bool(found) and config.run.limits == "refuse"
     if measure and isinstance(config, TrainConfig) and not refused:
         measured = run_measured_steps(config, steps=1)

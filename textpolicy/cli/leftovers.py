@@ -18,7 +18,7 @@ _SERVICES = ("wandb", "trackio")
 
 
 def end_soon(exit_code: int, *, seconds: float | None = None) -> None:
-    """End the process `seconds` after its main thread, even if something keeps it, and say what."""
+    """End the process `seconds` after its main thread, and print what has kept it until then."""
     services = any(name in sys.modules for name in _SERVICES)
     patience = seconds or (_PATIENCE_WITH_SERVICES if services else _PATIENCE)
     threading.Thread(target=_end, args=(exit_code, patience), daemon=True).start()

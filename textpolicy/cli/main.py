@@ -10,7 +10,7 @@ from importlib import import_module
 
 from textpolicy import activity, backend
 from textpolicy.cli.leftovers import end_soon
-from textpolicy.cli.output import guard_terminal, print_answer, print_note
+from textpolicy.cli.output import guard_terminal, print_answer, print_note, print_warning
 from textpolicy.cli.parser import build_parser
 from textpolicy.errors import RunInterruptedError, TextPolicyError
 
@@ -40,7 +40,7 @@ def _run(given: Sequence[str]) -> int:
         return 1
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = print_warning
             answer = import_module(f"textpolicy.cli.commands.{options.command}").run(options)
     except KeyboardInterrupt:
         print_note(f"{failed}interrupted")
@@ -51,11 +51,6 @@ def _run(given: Sequence[str]) -> int:
     if text := json.dumps(answer.data) if options.json else answer.text:
         print_answer(text)
     return answer.exit_code
-
-
-def _show_warning(message: Warning | str, *_: object) -> None:
-    """Print a warning without the line of our code that gave it, which says nothing to a user."""
-    print_note(f"warning: {message}")
 
 
 def _command_of(given: Sequence[str]) -> str:

@@ -30,6 +30,11 @@ def print_note(text: str, *, end: str = "\n") -> None:
     print(terminal_message(text), end=end, file=sys.stderr, flush=True)
 
 
+def print_warning(message: Warning | str, *_where: Any, **_rest: Any) -> None:
+    """Print a warning without the line of our code that gave it, which says nothing to a user."""
+    print_note(f"warning: {message}")
+
+
 def error_stream() -> TextStream:
     """Return standard error, for the panel of a run."""
     return _StandardError()
@@ -62,7 +67,7 @@ def guard_terminal() -> None:
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _print_traceback
     threading.excepthook = _print_traceback_of_thread
-    warnings.showwarning = _print_warning
+    warnings.showwarning = print_warning
 
 
 def _print_traceback(
@@ -76,7 +81,3 @@ def _print_traceback_of_thread(args: threading.ExceptHookArgs, /) -> None:
     # `sys.exit` in a thread ends the thread and is no error.
     if args.exc_type is not SystemExit:
         _print_traceback(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
-
-
-def _print_warning(message: Warning | str, *_where: Any, **_rest: Any) -> None:
-    print_note(f"note: {message}")

@@ -16,7 +16,7 @@ _PARTS_OF_A_STEP = ("sampling", "training", "reward ", "saving", "reloading", "w
 
 @contextmanager
 def showing_progress(note: Callable[[str], None], *, steps: bool = False) -> Generator[None]:
-    """Inside, call `note` with a line after two seconds of one work, and then every ten seconds.
+    """Call `note` with a line when one work of the block has taken 2 s, and then every 10 s.
 
     With `steps`, the parts of training steps get no lines.
     """

@@ -153,7 +153,7 @@ class StepObserver:
             self.best_step = step.step
         elif self._every and self.steps % self._every == 0 and self.steps < step.steps:
             self.evaluate(f"step {self.steps}")
-        collapsed = any(alarm.is_of_learning for alarm in new)
+        collapsed = any(alarm.is_about_learning for alarm in new)
         self.stopped_by_alarm = collapsed and self._stop_on_alarm
         self._watchdog.step_begins()
         stop = self.stopped_by_alarm or self._report.stop_requested

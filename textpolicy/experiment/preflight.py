@@ -26,14 +26,13 @@ def check_before_start(
     """Raise an error about whatever would end the run later; no weight is read, nothing sampled.
 
     Return the rows of a supervised run, which are read on the way. `folder` is where the run will
-    write. `note` gets what is only worth knowing, and what
-    `run.limits = "warn"` allows.
+    write. `note` gets warnings, and the problems that `run.limits = "warn"` allows.
     """
     check_services(service_options(config), note)
     check_names(config)
     estimator = SizeEstimator(config, environment)
     size = estimator.estimate(config)
-    for problem in problems(estimator, config, size, folder):
+    for problem in find_problems(estimator, config, size, folder):
         if config.run.limits == "refuse":
             raise ConfigError(f"{problem}. {_OVERRIDE}")
         note(f"{problem}. The run starts all the same, because of --limits warn")
@@ -56,7 +55,7 @@ def check_names(config: RunConfig) -> None:
         adapter_config(config.adapter)
 
 
-def problems(
+def find_problems(
     estimator: SizeEstimator, config: RunConfig, size: RunSize, folder: Path
 ) -> Iterator[str]:
     """Yield why the run cannot work on this machine: its memory, then its disk space."""

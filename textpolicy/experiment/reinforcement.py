@@ -18,7 +18,7 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.events import Measurement, Reporter, RunResult
 from textpolicy.experiment.observer import MEASURED, StepObserver
-from textpolicy.experiment.resuming import Start, adopt, resume_line
+from textpolicy.experiment.resuming import Start, resume_line, save_options
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.watchdog import Watchdog
 from textpolicy.loop import train_rl
@@ -59,7 +59,7 @@ def train_policy(
         experiment.policy.reload(experiment.trainer.published)
         directory.remove_adapters_after(experiment.trainer.version)
     # A checkpoint that does not fit must leave the config as it was.
-    adopt(config, directory, start)
+    save_options(config, directory, start)
     best = BestAdapter(experiment.adapters, directory.best)
     report.step = resume.step if resume else 0
     with ExitStack() as opened:
@@ -176,7 +176,7 @@ def _measure_before(
         # A full disk, a power failure or a person loses rows.
         note(
             f"{directory.metrics} has no rows of {len(lost)} steps, from step {min(lost)} on. They "
-            "are lost; the run goes on, because its checkpoint is whole"
+            "are lost; the run continues, because its checkpoint is whole"
         )
     return observer.restore(resume.facts[MEASURED], rows, resume.step)
 

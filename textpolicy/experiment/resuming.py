@@ -58,7 +58,7 @@ _MACHINE_ERRORS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a config names, as far as it is found before a model is loaded."""
+    """What a config names and what is read before a model is loaded: task, algorithm, rows."""
 
     task: tuple[Environment, Rewards] | None = None
     algorithm: Algorithm | None = None
@@ -123,7 +123,7 @@ def newest_checkpoint(
     """Return the newest whole checkpoint, and note what is damaged or of other versions."""
     found = checkpoints.newest()
     for damage in checkpoints.damaged:
-        note(f"A damaged checkpoint was passed over: {damage}")
+        note(f"A damaged checkpoint was skipped: {damage}")
     if found is None:
         _check_nothing_is_lost(checkpoints, directory)
         return None
@@ -198,7 +198,7 @@ def check_length(
         )
 
 
-def adopt(config: RunConfig, directory: RunDirectory, start: Start) -> None:
+def save_options(config: RunConfig, directory: RunDirectory, start: Start) -> None:
     """Write the config of a run whose checkpoint fits, and the checkpoint if the config changed.
 
     If the process is killed now, the run resumes with the options that were given.
@@ -307,7 +307,7 @@ def _check_output(directory: RunDirectory, output: Path | None) -> None:
 
 @contextmanager
 def telling_how_to_resume(directory: RunDirectory, config: RunConfig) -> Generator[None]:
-    """Inside, a full disk and other errors of the machine say how to resume the run."""
+    """Turn a full disk and other errors of the machine into an error that says how to resume."""
     try:
         yield
     except (UnwritableError, OSError, MemoryError, RuntimeError) as error:

@@ -4,7 +4,7 @@ No weight is read. `textpolicy train --dry-run` shows the same numbers by which 
 decides (`experiment/preflight.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -43,7 +43,7 @@ _STEP_BYTES = 2500  # of a row of metrics.jsonl
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """The most tokens of a prompt, of the prompts that were read, and of a completion."""
+    """The most tokens of a prompt and of a completion; `read` is the number of prompts measured."""
 
     prompt: int
     completion: int
@@ -119,7 +119,7 @@ class SizeEstimator:
             self._held_out = _count_held_out(environment, config.evaluation.count)
             self.lengths = _rl_lengths(config, environment, self._architecture)
         else:
-            self.data = load_sft_data(config, _tokenizer(config.model))
+            self.data = load_sft_data(config, _load_tokenizer(config.model))
             self.lengths = _sft_lengths(config, self.data)
 
     def estimate(self, config: RunConfig) -> RunSize:
@@ -151,7 +151,7 @@ class SizeEstimator:
             lambda: self._plan_sft(config), lengths=self.lengths, steps_bytes=steps * _STEP_BYTES
         )
 
-    def _size(self, plan: Any, **numbers: Any) -> RunSize:
+    def _size(self, plan: Callable[[], MemoryPlan], **numbers: Any) -> RunSize:
         try:
             return RunSize(memory=plan(), **numbers)
         except ModelError as error:
@@ -218,7 +218,7 @@ def has_turns(environment: Environment) -> bool:
     return any(task.env is not None for task in environment.heldout(1))
 
 
-def _tokenizer(options: ModelOptions) -> TokenizerWrapper:
+def _load_tokenizer(options: ModelOptions) -> TokenizerWrapper:
     folder = find_model(options.name)
     try:
         return load_tokenizer(folder, {"trust_remote_code": False})
@@ -229,7 +229,7 @@ def _tokenizer(options: ModelOptions) -> TokenizerWrapper:
 def _rl_lengths(
     config: TrainConfig, environment: Environment, architecture: dict[str, Any]
 ) -> Lengths:
-    tokenizer, prompts = _tokenizer(config.model), _prompts(environment)
+    tokenizer, prompts = _load_tokenizer(config.model), _longest_prompts(environment)
     context = architecture.get("max_position_embeddings") or architecture.get("n_positions")
     allowed = config.model.allow_special_tokens
     encoded = [encode_prompt(tokenizer, one, allow_special_tokens=allowed) for one in prompts]
@@ -243,7 +243,9 @@ def _rl_lengths(
 
 def _sft_lengths(config: SFTConfig, data: SFTData) -> Lengths:
     rows = [*data.train, *data.valid]
-    longest = config.data.max_length if config.data.packing else max(len(r.tokens) for r in rows)
+    longest = (
+        config.data.max_length if config.data.packing else max(len(row.tokens) for row in rows)
+    )
     return Lengths(prompt=1, completion=longest - 1, read=len(rows))
 
 
@@ -252,15 +254,15 @@ def _count_held_out(environment: Environment, count: int) -> int:
     return min(count, len(tasks.held_out)) if isinstance(tasks, Dataset) else count
 
 
-def _prompts(environment: Environment) -> Sequence[Prompt]:
+def _longest_prompts(environment: Environment) -> Sequence[Prompt]:
     """Return the longest prompts of rows of data, or the first held-out prompts."""
     tasks = environment.tasks
     if not isinstance(tasks, Dataset):
         return [task.prompt for task in environment.heldout(READ_PROMPTS)]
     prompts = [task.prompt for task in (*tasks.train, *tasks.held_out)]
-    return sorted(prompts, key=_characters, reverse=True)[:READ_PROMPTS]
+    return sorted(prompts, key=_count_characters, reverse=True)[:READ_PROMPTS]
 
 
-def _characters(prompt: Prompt) -> int:
+def _count_characters(prompt: Prompt) -> int:
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     return sum(map(len, texts))

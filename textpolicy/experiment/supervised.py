@@ -14,7 +14,7 @@ from textpolicy.experiment.assembly import (
     sft_parameters,
 )
 from textpolicy.experiment.events import EventKind, Measurement, Reporter, RunResult
-from textpolicy.experiment.resuming import Start, adopt, resume_line
+from textpolicy.experiment.resuming import Start, resume_line, save_options
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.tracker import Tracker
@@ -54,7 +54,7 @@ def train_supervised(
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
     if resume is None:
-        adopt(config, directory, start)
+        save_options(config, directory, start)
     elif resume.step == parameters.iterations:
         report.note(
             f"The run is finished: all {resume.step} updates are done. For more updates, type: "
@@ -104,7 +104,7 @@ class _Recorder:
     def __call__(self, event: SFTEvent) -> Progress:
         if self._first:
             # The first event shows that a resumed checkpoint fits these options.
-            adopt(self._config, self._directory, self._start)
+            save_options(self._config, self._directory, self._start)
             self._first = False
         metrics = _metrics(event)
         if metrics:

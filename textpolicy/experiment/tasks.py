@@ -7,7 +7,7 @@ from typing import Any
 from textpolicy.activity import doing
 from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Dataset, Environment, from_dataset, load
-from textpolicy.environments.bridges.gymnasium import passing_over_faults
+from textpolicy.environments.bridges.gymnasium import skip_faulty_seeds
 from textpolicy.environments.chat import gold_for_turn, prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scorer_of
@@ -28,7 +28,7 @@ def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
     if options.on_reward_error is not None:
         rewards = replace(rewards, on_error=options.on_reward_error)
     if rewards.on_error != "fail":
-        environment = passing_over_faults(environment)
+        environment = skip_faulty_seeds(environment)
     if options.reward:
         _try_reward(rewards, environment)
     return environment, rewards

@@ -64,12 +64,12 @@ class Watchdog:
         self._thread.join()
 
     def step_begins(self) -> None:
-        """Start to measure the time of a step."""
+        """Start measuring the time of a step."""
         self._reported = False
         self._step_began = time.monotonic()
 
     def step_ended(self) -> bool:
-        """Stop to measure the time of the step. Return whether the step was reported."""
+        """Stop measuring the time of the step. Return whether the step was reported."""
         if self._step_began is not None:
             self.record_step(time.monotonic() - self._step_began)
         reported, self._reported = self._reported, False
@@ -77,7 +77,7 @@ class Watchdog:
         return reported
 
     def record_step(self, seconds: float) -> None:
-        """Add the time of a finished step to those whose median tells how long a step takes."""
+        """Add the time of a finished step to the times whose median is the usual time of a step."""
         self._seconds.append(seconds)
 
     @property

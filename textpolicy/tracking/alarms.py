@@ -68,7 +68,7 @@ class Alarm:
     advice: str
 
     @property
-    def is_of_learning(self) -> bool:
+    def is_about_learning(self) -> bool:
         """Whether earlier adapters are better than those of this step."""
         return self.name in _CHECKS or self.name == "overfit"
 
@@ -139,7 +139,10 @@ class AlarmMonitor:
         self._signs: dict[str, _Sign] = {}
 
     def check(self, step: int, metrics: Metrics, disk: _Sign | None = None) -> list[Alarm]:
-        """Return the alarms that this step sets off for the first time; `disk` is of `low_disk`."""
+        """Return the alarms that this step sets off for the first time.
+
+        `disk` is what `low_disk` returned.
+        """
         now: dict[str, _Sign | None] = {
             "not_finite": _check_not_finite(metrics),
             "disk": disk,
@@ -156,7 +159,7 @@ class AlarmMonitor:
         return [Alarm(name, step, *self._signs[name]) for name in new]
 
     def _add_measurement(self, metrics: Metrics) -> None:
-        """Add a held-out measurement to the trend; the best one so far is what falls count from."""
+        """Add a held-out measurement to the trend; a fall is measured from the best one so far."""
         value, error = metrics[_EVALUATED], metrics.get(_EVALUATION_ERROR, 0.0)
         training = _mean(self._last, REWARD)
         if self._heldout is None or value >= self._heldout.best:

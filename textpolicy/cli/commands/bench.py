@@ -12,6 +12,7 @@ from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
 from textpolicy.config import TrainConfig, changed
 from textpolicy.errors import ModelError
 from textpolicy.experiment.run_size import has_turns, plan_step
+from textpolicy.machine import size_text
 
 _STEPS = 20
 """More steps would hardly change the means."""
@@ -71,8 +72,8 @@ def _text(data: Mapping[str, Any]) -> str:
         speed = f"  {speeds[name]:,.0f} tokens/s" if name in speeds else ""
         rows.append((f"  {name}", f"{seconds:7.3f} s  {data['shares'][name]:4.0%}{speed}"))
     for name, peak in data["peak_bytes"].items():
-        plan = f"planned {planned[name] / 1e6:,.1f} MB" if planned else "not planned"
-        rows.append((f"peak of {name}", f"{peak / 1e6:,.1f} MB, {plan}"))
+        plan = f"planned {size_text(planned[name])}" if planned else "not planned"
+        rows.append((f"peak of {name}", f"{size_text(peak)}, {plan}"))
     lengths = f"at most {data['prompt_tokens']} and {data['completion_tokens']} tokens"
     rows.append(("prompts and completions", lengths))
     return (

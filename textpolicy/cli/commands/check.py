@@ -5,6 +5,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from textpolicy.activity import doing
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
@@ -108,15 +111,8 @@ class _Sampler:
 
     def __call__(self, prompts: Sequence[str]) -> list[list[str]]:
         model, tokenizer = load_model(self.config.model.name)
-        asked = self.config.sampling.max_tokens or self.default_max_tokens
-        probe = ModelPolicy(model, tokenizer, Sampling(max_tokens=min(asked, _PROBE_TOKENS)))
         started = time.monotonic()
-        probe.generate(prompts[:1], n=self.count, seed=0)
-        # One group of completions may take half of the time.
-        a_token = (time.monotonic() - started) / _PROBE_TOKENS
-        max_tokens = min(asked, max(_PROBE_TOKENS, int(self.seconds / 2 / a_token)))
-        if max_tokens < asked:
-            print_note(f"completions are cut at {max_tokens} of {asked} tokens, to keep the time")
+        max_tokens = self._tokens_that_fit(model, tokenizer, prompts[:1])
         policy = ModelPolicy(model, tokenizer, Sampling(max_tokens=max_tokens))
         groups: list[list[str]] = []
         size, took = 1, 0.0
@@ -128,6 +124,23 @@ class _Sampler:
                 activity.at(len(groups))
                 took, size = time.monotonic() - before, 2 * size
         return groups
+
+    def _tokens_that_fit(
+        self, model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[str]
+    ) -> int:
+        """Return how long completions may be, so that one group takes half of the time at most."""
+        asked = self.config.sampling.max_tokens or self.default_max_tokens
+        probe = ModelPolicy(model, tokenizer, Sampling(max_tokens=min(asked, _PROBE_TOKENS)))
+        started = time.monotonic()
+        probe.generate(prompts, n=self.count, seed=0)
+        seconds_a_token = (time.monotonic() - started) / _PROBE_TOKENS
+        fitting = min(asked, max(_PROBE_TOKENS, int(self.seconds / 2 / seconds_a_token)))
+        if fitting < asked:
+            print_note(
+                f"completions are cut at {fitting} of {asked} tokens, because longer ones do not "
+                f"fit into {self.seconds:g} s. Raise --seconds to sample longer completions"
+            )
+        return fitting
 
     def _has_time(self, started: float, took: float) -> bool:
         # The next, twice as many prompts take at most twice as long.

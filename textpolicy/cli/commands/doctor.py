@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from textpolicy import backend, fast_cpu
 from textpolicy.cli.answer import Answer, table
+from textpolicy.machine import size_text
 
 _TINY = Path(backend.__file__).parent / "tiny" / "model.safetensors"
 
@@ -41,7 +42,7 @@ def _for_people(data: Mapping[str, Any]) -> str:
         ("mlx", data["mlx"] or "version unknown"),
         ("mlx-lm", data["mlx-lm"] or "MISSING: pip install mlx-lm"),
         ("device", f"{data['device']} ({data['device_name']})"),
-        ("memory", f"{data['memory_bytes'] / 2**30:.1f} GiB"),
+        ("memory", size_text(data["memory_bytes"])),
         ("CPU products", f"{blas['name']}: {blas['gflops']} GFLOP/s in float32{threads}"),
         *(("", note) for note in (blas["reason"], blas["hint"]) if note),
         ("tiny model", "present" if data["tiny_model"] else f"MISSING: no {_TINY}; reinstall"),

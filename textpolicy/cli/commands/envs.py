@@ -8,7 +8,6 @@ from inspect import getdoc
 from textpolicy.cli.answer import Answer, table
 from textpolicy.environments import check_env, gold_answers, load, ready_names
 from textpolicy.environments.chat import prompt_text
-from textpolicy.untrusted.terminal import terminal_safe
 
 _LIBRARIES = {
     "reasoning_gym:NAME": ("reasoning_gym", "reasoning-gym", "a task, such as basic_arithmetic"),
@@ -47,8 +46,8 @@ def _show(spec: str, data: str | None) -> Answer:
     has_gold = environment.gold is not None or "gold" in environment.make().reset(seed=task.seed)[1]
     gold = gold_answers(environment, task) if has_gold else []
     prompt = prompt_text(task.prompt)
-    rows = [("name", environment.name), ("prompt", terminal_safe(prompt))]
-    rows += [("gold answer", terminal_safe(answer)) for answer in gold]
+    rows = [("name", environment.name), ("prompt", prompt)]
+    rows += [("gold answer", answer) for answer in gold]
     rows += [("max tokens", f"{environment.max_tokens}"), ("check", "passed")]
     rows += [("note", note)] if (note := environment.split_note) else []
     data_found = {"env": environment.name, "prompt": prompt, "gold": gold, "note": note}

@@ -18,7 +18,6 @@ from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards, scorer_of
-from textpolicy.untrusted.terminal import terminal_safe
 
 _MAX_SHOWN_CHARACTERS = 200
 
@@ -125,6 +124,6 @@ def _comparison_lines(comparison: Comparison, show: int) -> list[str]:
 
 
 def _on_one_line(text: str) -> str:
-    line = terminal_safe(text).replace("\n", "\\n")
+    line = text.replace("\n", "\\n")
     limit = _MAX_SHOWN_CHARACTERS
     return line if len(line) <= limit else f"{line[:limit]} ..."

@@ -13,7 +13,6 @@ from textpolicy.experiment.assembly import apply_thread_option, dtype_of
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.types import Sampling
-from textpolicy.untrusted.terminal import terminal_safe
 
 
 def run(options: Namespace) -> Answer:
@@ -24,7 +23,7 @@ def run(options: Namespace) -> Answer:
         allow_special_tokens=may_spell_special_tokens(options),
     )
     (completions,) = policy.generate([options.prompt], n=options.n, seed=options.seed)
-    texts = [terminal_safe(completion.text) for completion in completions]
+    texts = [completion.text for completion in completions]
     if len(texts) > 1:
         texts = [f"[{number}] {text}" for number, text in enumerate(texts, start=1)]
     data = {"prompt": options.prompt, "completions": [asdict(c) for c in completions]}

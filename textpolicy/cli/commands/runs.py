@@ -10,7 +10,6 @@ from textpolicy.cli.answer import Answer
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
-from textpolicy.untrusted.terminal import terminal_safe
 
 # The metrics that a comparison shows beside those of evaluations.
 _COMPARED = ("reward", "loss", "validation/loss", "entropy", "completions/mean_length", "time/step")
@@ -145,4 +144,4 @@ def _to_text(value: Any) -> str:
 def _columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return terminal_safe("\n".join(lines))
+    return "\n".join(lines)

@@ -11,7 +11,6 @@ from textpolicy.config import SFTConfig
 from textpolicy.experiment import RunResult
 from textpolicy.experiment import run as run_config
 from textpolicy.experiment.resuming import resume_line
-from textpolicy.untrusted.terminal import terminal_safe
 
 _ENDS = {"finished": "", "stopped": " (stopped)", "early": " (out of patience)"}
 
@@ -50,7 +49,7 @@ def _text(result: RunResult, config: SFTConfig, listener: TerminalListener) -> s
     facts["report"] = directory.report
     if result.ended == "stopped":
         facts["stopped"] = listener.stopped(resume_line(directory, config))
-    return "\n".join(f"{name}: {terminal_safe(str(value))}" for name, value in facts.items())
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def _data(result: RunResult) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class GymnasiumTasks:
     name: str
     make_env: Callable[[], gym.Env[Any, Any]]
     faults_in_a_row: int = 0
-    """How many seeds one after the other may be passed over, because reset or close fails."""
+    """How many seeds in a row may be skipped because reset or close fails."""
 
     def stream(self, seed: int) -> Iterator[Task]:
         for env_seed, problem, task in self._drawn(self._seeds(seed)):
@@ -151,8 +151,8 @@ class GymnasiumTasks:
         return str(info.get("problem", prompt)), task
 
 
-def passing_over_faults(environment: Environment) -> Environment:
-    """Return the environment, which leaves out seeds that cannot be reset or closed."""
+def skip_faulty_seeds(environment: Environment) -> Environment:
+    """Return the environment without the seeds whose reset or close fails."""
     tasks = environment.tasks
     if not isinstance(tasks, GymnasiumTasks):
         return environment
