@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from textpolicy.rewards.verifiers import math_equal
-from textpolicy.rewards.verifiers import math_precision as precise
+from textpolicy.rewards.verifiers.mathematics import precision as precise
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from textpolicy.rewards.verifiers.answer_in_text import (
 )
 from textpolicy.rewards.verifiers.code_tests import code_share, python_in, run_code
 from textpolicy.rewards.verifiers.json_schema import json_match, json_problems, read_json
-from textpolicy.rewards.verifiers.math_answers import math_equal, number_equal, number_in
+from textpolicy.rewards.verifiers.mathematics.answers import math_equal, number_equal, number_in
 from textpolicy.rewards.verifiers.sandbox.code_judge import CodeRun
 from textpolicy.rewards.verifiers.text_answers import (
     choice_in,

@@ -6,7 +6,7 @@ Every function reads the text once, for any text.
 import re
 from collections.abc import Sequence
 
-from textpolicy.rewards.verifiers.math_units import UNIT_WORDS
+from textpolicy.rewards.verifiers.mathematics.units import UNIT_WORDS
 
 _NUMBER = re.compile(r"(?<![0-9A-Za-z)\]}])-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?")
 _ANSWER = re.compile(

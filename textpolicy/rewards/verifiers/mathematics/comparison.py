@@ -4,9 +4,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from textpolicy.rewards.verifiers.math_sets import is_set, same_set
-from textpolicy.rewards.verifiers.math_tokens import UnreadableAnswerError
-from textpolicy.rewards.verifiers.math_tree import (
+from textpolicy.rewards.verifiers.mathematics.answer_tree import (
     AnswerTree,
     ListNode,
     LiteralNode,
@@ -16,7 +14,9 @@ from textpolicy.rewards.verifiers.math_tree import (
     list_of,
     operation,
 )
-from textpolicy.rewards.verifiers.math_values import (
+from textpolicy.rewards.verifiers.mathematics.sets import is_set, same_set
+from textpolicy.rewards.verifiers.mathematics.tokens import UnreadableAnswerError
+from textpolicy.rewards.verifiers.mathematics.values import (
     exact_value,
     is_constant_ratio,
     same_number,

@@ -13,15 +13,15 @@ from decimal import Decimal, DecimalException, localcontext
 from fractions import Fraction
 from math import isqrt
 
-from textpolicy.rewards.verifiers import math_precision as precise
-from textpolicy.rewards.verifiers.math_precision import Ball, Number, UndefinedValueError
-from textpolicy.rewards.verifiers.math_tokens import UnreadableAnswerError
-from textpolicy.rewards.verifiers.math_tree import (
+from textpolicy.rewards.verifiers.mathematics import precision as precise
+from textpolicy.rewards.verifiers.mathematics.answer_tree import (
     AnswerTree,
     OperationNode,
     operation,
     parts_of,
 )
+from textpolicy.rewards.verifiers.mathematics.precision import Ball, Number, UndefinedValueError
+from textpolicy.rewards.verifiers.mathematics.tokens import UnreadableAnswerError
 
 _MAX_BITS = 16_384
 """The most bits of a numerator or denominator that is kept as a fraction."""
@@ -39,7 +39,7 @@ _UNDEFINED = (UndefinedValueError, ZeroDivisionError, DecimalException)
 def same_number(left: AnswerTree, right: AnswerTree) -> bool:
     """Return whether two trees have one value wherever they are defined.
 
-    Raises `UnreadableAnswerError` if one of them is no number, or nothing can be computed.
+    Raise `UnreadableAnswerError` if one of them is no number, or nothing can be computed.
     """
     return all(_agreements(left, right, precise.agree))
 

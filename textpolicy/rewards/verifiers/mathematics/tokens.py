@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from textpolicy.rewards.verifiers.math_units import UNIT_WORDS
+from textpolicy.rewards.verifiers.mathematics.units import UNIT_WORDS
 
 _MAX_LENGTH = 256  # characters
 _MAX_EXPONENT_DIGITS = 3  # digits after the e of 1e-3

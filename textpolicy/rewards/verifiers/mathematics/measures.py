@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
-from textpolicy.rewards.verifiers.math_terms import TermParser, TokenReader
-from textpolicy.rewards.verifiers.math_tokens import UnreadableAnswerError
-from textpolicy.rewards.verifiers.math_tree import (
+from textpolicy.rewards.verifiers.mathematics.answer_tree import (
     MAX_ITEMS,
     AnswerTree,
     MeasureNode,
@@ -14,7 +12,9 @@ from textpolicy.rewards.verifiers.math_tree import (
     list_of,
     operation,
 )
-from textpolicy.rewards.verifiers.math_units import Unit, read_unit
+from textpolicy.rewards.verifiers.mathematics.terms import TermParser, TokenReader
+from textpolicy.rewards.verifiers.mathematics.tokens import UnreadableAnswerError
+from textpolicy.rewards.verifiers.mathematics.units import Unit, read_unit
 
 
 class MeasureParser:

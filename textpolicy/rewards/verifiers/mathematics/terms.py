@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from textpolicy.rewards.verifiers.math_tokens import FUNCTIONS, Token, UnreadableAnswerError
-from textpolicy.rewards.verifiers.math_tree import (
+from textpolicy.rewards.verifiers.mathematics.answer_tree import (
     MAX_ITEMS,
     AnswerTree,
     LiteralNode,
@@ -12,7 +11,8 @@ from textpolicy.rewards.verifiers.math_tree import (
     list_of,
     operation,
 )
-from textpolicy.rewards.verifiers.math_units import LETTER_UNITS
+from textpolicy.rewards.verifiers.mathematics.tokens import FUNCTIONS, Token, UnreadableAnswerError
+from textpolicy.rewards.verifiers.mathematics.units import LETTER_UNITS
 
 _MAX_DEPTH = 24  # levels of brackets
 BRACKETS = {"(": ")]", "[": ")]", "{": "}", "⟨": "⟩"}

@@ -1,6 +1,6 @@
 """Compare mathematical answers in texts.
 
-`math_grammar` reads both answers and `math_comparison` compares their values. Text that is not
+`grammar.py` reads both answers and `comparison.py` compares their values. Text that is not
 mathematics is compared as text.
 """
 
@@ -8,11 +8,15 @@ import re
 from fractions import Fraction
 
 from textpolicy.rewards.verifiers.answer_in_text import final_answer, last_number
-from textpolicy.rewards.verifiers.math_comparison import named_value, same_answer
-from textpolicy.rewards.verifiers.math_grammar import parse_answer
-from textpolicy.rewards.verifiers.math_tokens import UnreadableAnswerError
-from textpolicy.rewards.verifiers.math_tree import AnswerTree, MeasureNode, RelationNode
-from textpolicy.rewards.verifiers.math_values import exact_value
+from textpolicy.rewards.verifiers.mathematics.answer_tree import (
+    AnswerTree,
+    MeasureNode,
+    RelationNode,
+)
+from textpolicy.rewards.verifiers.mathematics.comparison import named_value, same_answer
+from textpolicy.rewards.verifiers.mathematics.grammar import parse_answer
+from textpolicy.rewards.verifiers.mathematics.tokens import UnreadableAnswerError
+from textpolicy.rewards.verifiers.mathematics.values import exact_value
 from textpolicy.rewards.verifiers.text_answers import normalise_text
 
 _MAX_TEXT = 1_000

@@ -1,4 +1,4 @@
-"""Compute with numbers that know how wrong they may be.
+"""Arithmetic of numbers with a bound on their error.
 
 A `Ball` is a decimal number, real or complex, with a bound on its error. Every operation adds the
 error of its operands and of its own rounding, so two balls that do not touch are different numbers,
@@ -83,7 +83,7 @@ def agree(left: Number, right: Number, digits: int) -> bool:
 
 
 def pi() -> Ball:
-    """Return the circle number."""
+    """Return pi."""
     return _rounded(+_pi(), _ZERO, _ZERO, True)
 
 

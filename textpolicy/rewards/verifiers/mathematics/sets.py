@@ -9,14 +9,7 @@ from decimal import localcontext
 from fractions import Fraction
 from functools import cmp_to_key
 
-from textpolicy.rewards.verifiers.math_precision import (
-    Number,
-    as_ball,
-    decimal_context,
-    is_certainly_different,
-)
-from textpolicy.rewards.verifiers.math_tokens import UnreadableAnswerError
-from textpolicy.rewards.verifiers.math_tree import (
+from textpolicy.rewards.verifiers.mathematics.answer_tree import (
     AnswerTree,
     ListNode,
     LiteralNode,
@@ -25,7 +18,14 @@ from textpolicy.rewards.verifiers.math_tree import (
     operation,
     parts_of,
 )
-from textpolicy.rewards.verifiers.math_values import real_value, variables_in
+from textpolicy.rewards.verifiers.mathematics.precision import (
+    Number,
+    as_ball,
+    decimal_context,
+    is_certainly_different,
+)
+from textpolicy.rewards.verifiers.mathematics.tokens import UnreadableAnswerError
+from textpolicy.rewards.verifiers.mathematics.values import real_value, variables_in
 
 _ORDERS = {"<", "<=", ">", ">=", "!="}
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "!=": "!="}

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from textpolicy.rewards.verifiers.math_tokens import UnreadableAnswerError
-from textpolicy.rewards.verifiers.math_units import Unit
+from textpolicy.rewards.verifiers.mathematics.tokens import UnreadableAnswerError
+from textpolicy.rewards.verifiers.mathematics.units import Unit
 
 _MAX_HEIGHT = 64  # operations on top of each other
 MAX_ITEMS = 24

@@ -4,10 +4,10 @@
     item     = set {("=" | "<" | "<=" | ">" | ">=" | "!=" | "~" | "in") set}
     set      = measure {("cup" | "cap" | "setminus") measure}
 
-    measure  = [currency] ratio {unit number} [unit]   2 hours 30 minutes     math_measures.py
+    measure  = [currency] ratio {unit number} [unit]   2 hours 30 minutes     measures.py
     ratio    = sum {":" sum}
 
-    sum      = [sign] product {sign product}           plus, minus, or both   math_terms.py
+    sum      = [sign] product {sign product}           plus, minus, or both   terms.py
     product  = power {["*" | "/"] power}               also 2x, 2(3) and 3 1/2
     power    = value ["^" signed] {"%" | "!" | "!!" | "degree"}
     value    = number | name | function | brackets | "|" sum "|" | matrix
@@ -17,10 +17,7 @@ Constants in each file bound every size before anything is computed.
 
 from collections.abc import Sequence
 
-from textpolicy.rewards.verifiers.math_measures import MeasureParser
-from textpolicy.rewards.verifiers.math_terms import BRACKETS, END, TermParser, TokenReader
-from textpolicy.rewards.verifiers.math_tokens import UnreadableAnswerError, read_tokens
-from textpolicy.rewards.verifiers.math_tree import (
+from textpolicy.rewards.verifiers.mathematics.answer_tree import (
     MAX_ITEMS,
     AnswerTree,
     ListNode,
@@ -31,6 +28,9 @@ from textpolicy.rewards.verifiers.math_tree import (
     operation,
     with_both_signs,
 )
+from textpolicy.rewards.verifiers.mathematics.measures import MeasureParser
+from textpolicy.rewards.verifiers.mathematics.terms import BRACKETS, END, TermParser, TokenReader
+from textpolicy.rewards.verifiers.mathematics.tokens import UnreadableAnswerError, read_tokens
 
 _RELATIONS = ("=", "<", "<=", ">", ">=", "!=", "~", "in")
 _SEPARATORS = (",", "and", "or")
