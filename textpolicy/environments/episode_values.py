@@ -79,7 +79,10 @@ def check_step_result(step: Any) -> StepResult:
 def gold_in(info: Mapping[str, Any]) -> str:
     """Return the gold answer to the last observation; raise `TaskError` if there is none."""
     if "gold" not in info:
-        raise TaskError("info has no key 'gold', so the gold answer is not known")
+        raise TaskError(
+            "info has no key 'gold', so the gold answer is not known; expected the right answer to "
+            "the last observation"
+        )
     return _check_text("info['gold']", info["gold"])
 
 
@@ -93,7 +96,9 @@ def _check_text(what: str, value: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise TaskError(f"{what} is no text that can be encoded: {error}") from error
+        raise TaskError(
+            f"{what} cannot be encoded: {error}; expected text without half surrogate pairs"
+        ) from error
     return text
 
 

@@ -50,14 +50,8 @@ def train_policy(
     first_version = experiment.trainer.version
     if prepare:
         prepare(experiment)
-    resume = start.resume
-    if resume:
-        if start.force:
-            resume.facts["tasks"].pop("seen", None)
-        # The adapters are measured before the loop restores everything.
-        experiment.trainer.restore(resume.arrays, resume.facts["trainer"])
-        experiment.policy.reload(experiment.trainer.published)
-        directory.remove_adapters_after(experiment.trainer.version)
+    if resume := start.resume:
+        _restore_adapters(experiment, directory, resume, force=start.force)
     # A checkpoint that does not fit must leave the config as it was.
     save_options(config, directory, start)
     best = BestAdapter(experiment.adapters, directory.best)
@@ -113,6 +107,17 @@ def train_policy(
         alarms=(*observer.alarms, *watchdog.stalls),
         facts={"kept": best.version} if observer.stopped_by_alarm else {},
     )
+
+
+def _restore_adapters(
+    experiment: Experiment, directory: RunDirectory, resume: Checkpoint, *, force: bool
+) -> None:
+    """Restore the trainer and the policy; they are measured before the loop restores the rest."""
+    if force:
+        resume.facts["tasks"].pop("seen", None)
+    experiment.trainer.restore(resume.arrays, resume.facts["trainer"])
+    experiment.policy.reload(experiment.trainer.published)
+    directory.remove_adapters_after(experiment.trainer.version)
 
 
 def _open_observer(

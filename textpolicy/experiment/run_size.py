@@ -223,7 +223,9 @@ def _load_tokenizer(options: ModelOptions) -> TokenizerWrapper:
     try:
         return load_tokenizer(folder, {"trust_remote_code": False})
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise ModelError(f"cannot load the tokenizer in {folder}: {error}") from error
+        raise ModelError(
+            f"cannot load the tokenizer in {folder}: {error}. Download the model again"
+        ) from error
 
 
 def _rl_lengths(

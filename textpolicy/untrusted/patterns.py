@@ -35,4 +35,6 @@ def match_pattern(pattern: str, text: str, *, whole: bool) -> Any:
             "without a repetition inside a repetition, such as (a+)+"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"{pattern[:100]!r} is not a regular expression: {error}") from error
+        raise ConfigError(
+            f"{pattern[:100]!r} is not a regular expression: {error}. Correct it in the config"
+        ) from error

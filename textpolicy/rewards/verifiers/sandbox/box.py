@@ -172,7 +172,7 @@ def _start(program: str, *, memory: int, unsafe: bool) -> Box:
 
 def _sources(program: str) -> list[tuple[str, str]]:
     """Return the names and texts of the modules of a program; the last one is the program."""
-    names = dict.fromkeys(["zygote", "plain_values", program])
+    names = dict.fromkeys(["fork_server", "plain_values", program])
     return [(f"{_MODULES}.{name}", (_PROGRAMS / f"{name}.py").read_text("utf-8")) for name in names]
 
 

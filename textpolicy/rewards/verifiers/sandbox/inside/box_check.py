@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 
-from textpolicy.rewards.verifiers.sandbox.inside.zygote import confine
+from textpolicy.rewards.verifiers.sandbox.inside.fork_server import confine
 
 _NO_NEW_PRIVILEGES, _SECCOMP, _NEW_USER_NAMESPACE = 39, 21, 0x10000000
 _CAPABILITY_VERSION = 0x20080522

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from textpolicy.rewards.verifiers.sandbox.inside.fork_server import serve_forks
 from textpolicy.rewards.verifiers.sandbox.inside.plain_values import (
     CALCULATIONS,
     COMPARISONS,
@@ -24,7 +25,6 @@ from textpolicy.rewards.verifiers.sandbox.inside.plain_values import (
     decode_value,
     encode_value,
 )
-from textpolicy.rewards.verifiers.sandbox.inside.zygote import serve_forks
 
 _IS_COROUTINE = 0x80
 _BASES = (bool, int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset)

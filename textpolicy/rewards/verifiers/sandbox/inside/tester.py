@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partialmethod
 from typing import Any, cast
 
+from textpolicy.rewards.verifiers.sandbox.inside.fork_server import serve_forks
 from textpolicy.rewards.verifiers.sandbox.inside.plain_values import (
     CALCULATIONS,
     COMPARISONS,
@@ -28,7 +29,6 @@ from textpolicy.rewards.verifiers.sandbox.inside.plain_values import (
     decode_value,
     encode_value,
 )
-from textpolicy.rewards.verifiers.sandbox.inside.zygote import serve_forks
 
 _MAX_ITEMS = 100_000
 _MAX_ERROR = 4000
