@@ -167,7 +167,7 @@ def test_more_groups_take_no_more_memory():
         # How far mlx runs ahead depends on the machine's load, which only adds to a peak.
         peaks.append(min(peak_of(partial(trainer.train, rollouts), before) for _ in range(3)))
         del model, trainer
-    assert peaks[1] < 1.05 * peaks[0]
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_rows_that_wait_are_not_in_the_plan():
