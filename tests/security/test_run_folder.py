@@ -103,6 +103,18 @@ def test_no_link_in_a_run_is_followed_out_of_it(tmp_path, whole, capsys, attempt
         attempts.add()
 
 
+@pytest.mark.parametrize("name", [".textpolicy-run", ".running", "metrics.jsonl", "samples.jsonl"])
+def test_a_pipe_in_a_run_is_named_and_keeps_no_report_waiting(tmp_path, whole, capsys, name):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-a", str(whole.path), str(run)], check=True)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert f"{run / name} is not a file" in capsys.readouterr().err
+    if name == "samples.jsonl":
+        assert main(["report", str(run)]) == 0
+
+
 @pytest.mark.proves("S8")
 def test_files_that_are_replaced_replace_a_link_and_not_what_it_names(tmp_path, whole, attempts):
     run, secret = tmp_path / "run", tmp_path / "secret.txt"

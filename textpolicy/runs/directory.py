@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import count
@@ -150,6 +151,9 @@ class RunDirectory:
             if error.errno == errno.ELOOP:
                 raise _not_own([f"{path} is a symbolic link"]) from error
             raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _not_own([f"{path} is not a file"])
         return os.fdopen(descriptor, "r+", encoding="utf-8")
 
     def _check_own_files(self) -> None:

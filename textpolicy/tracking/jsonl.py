@@ -126,7 +126,8 @@ def _to_float(value: Any) -> float | None:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file, without lines that cannot be read. No file has no rows."""
-    return (row for _, row in _lines(path) if row is not None) if path.exists() else iter(())
+    # Opening a named pipe would wait for a writer.
+    return (row for _, row in _lines(path) if row is not None) if path.is_file() else iter(())
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
