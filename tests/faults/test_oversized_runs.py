@@ -34,6 +34,7 @@ BEYOND = {
     "group": (["--group-size", "1000000000"], "16,000,000,000 completions"),
     "generation": (["--steps-per-generation", "100000000"], "12,800,000,000 completions"),
     "held out": (["--count", "1000000000"], "1,000,000,000 completions"),
+    "held-out samples": (["--eval-samples", "1000000"], "512,000,000 completions"),
 }
 
 

@@ -127,6 +127,7 @@ def _milder(config: RunConfig) -> Iterator[dict[str, Any]]:
     if (config.trainer.micro_batch_size or 2) > 1:
         yield {"trainer.micro_batch_size": 1}
     yield from _halved("rollout.steps_per_generation", config.rollout.steps_per_generation, 1)
+    yield from _halved("evaluation.samples", config.evaluation.samples, 1)
     yield from _halved("evaluation.count", config.evaluation.count, 512)
     yield from _halved("rollout.groups_per_step", config.rollout.groups_per_step, 1)
     yield from _halved("rollout.group_size", config.rollout.group_size, 2)
@@ -139,6 +140,7 @@ def _halved(key: str, value: int, least: int) -> Iterator[dict[str, Any]]:
 
 
 def _flag(key: str, value: Any) -> str:
-    name = {"evaluation.count": "count"}.get(key, key.rpartition(".")[2])
+    names = {"evaluation.count": "count", "evaluation.samples": "eval_samples"}
+    name = names.get(key, key.rpartition(".")[2])
     flag = f"--{name.replace('_', '-')}"
     return flag if value is True else f"{flag} {value}"
