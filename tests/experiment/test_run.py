@@ -149,3 +149,10 @@ def test_a_wrong_config_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         tp.run(config)
     assert not any(tmp_path.rglob("*.toml"))
+
+
+def test_a_config_file_that_is_not_utf_8_is_a_config_error(tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_bytes(b'name = "\xe9"\n')
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        tp.run(config)

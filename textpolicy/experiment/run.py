@@ -150,7 +150,7 @@ def _config_of(
             "run directory to resume: run(resume='runs/sort')"
         )
     path = Path(config)
-    supervised = path.is_file() and "\n[data]" in f"\n{path.read_text('utf-8')}"
+    supervised = path.is_file() and "\n[data]" in f"\n{path.read_text('utf-8', 'replace')}"
     return read_toml(path, started or (SFTConfig() if supervised else TrainConfig()))
 
 
