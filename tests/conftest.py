@@ -13,10 +13,30 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from tests.faults.attempts import attempts, pytest_itemcollected
 
 __all__ = ["attempts", "pytest_itemcollected"]
+
+# The same examples in every run. `pytest --hypothesis-profile thorough` draws 50 times as many, new
+# ones each time. Fixtures of a test are shared by its examples.
+QUICK = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    # Without the phase that explains a failure, which takes minutes.
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("quick", QUICK)
+settings.register_profile(
+    "thorough", QUICK, max_examples=50 * QUICK.max_examples, derandomize=False
+)
+settings.load_profile("quick")
+set_hypothesis_home_dir(Path(__file__).parents[1] / ".pytest_cache" / "hypothesis")
 
 # The fixtures import textpolicy, and this file does not: an import here would run before pytest
 # installs the shape checks, and the checks would then check nothing.

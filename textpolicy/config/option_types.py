@@ -107,7 +107,10 @@ def _truth(text: str) -> bool:
 
 
 def _number(value: str | float) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(value) from error
     if math.isnan(number):
         raise ValueError(value)
     return number

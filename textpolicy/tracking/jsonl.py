@@ -16,6 +16,7 @@ from textpolicy.file_writing import (
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Metrics
+from textpolicy.untrusted.bounds import MAX_STEP
 from textpolicy.untrusted.parsing import parse_json
 
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
@@ -138,10 +139,12 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
-    """Return the row, or None if the line is not a whole JSON object with a step."""
+    """Return the row, or None if the line is not a whole JSON object with the number of a step."""
     try:
         row = parse_json(line)
     except ValueError:
         return None
-    whole = line.endswith(b"\n") and isinstance(row, dict) and type(row.get("step")) is int
-    return row if whole else None
+    if not line.endswith(b"\n") or not isinstance(row, dict):
+        return None
+    step = row.get("step")
+    return row if type(step) is int and abs(step) <= MAX_STEP else None

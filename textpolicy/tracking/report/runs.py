@@ -17,6 +17,8 @@ from textpolicy.tracking.report.charts import STACKED_METRICS
 # A chart is some hundreds of pixels wide.
 _MAX_POINTS = 400
 _MAX_SAMPLE_STEPS = 60
+# Sums of larger numbers can be infinite, which the page cannot hold.
+_LARGEST = 1e300
 MAX_TEXT_CHARACTERS = 6000
 
 _Rows = Sequence[Mapping[str, float]]
@@ -68,8 +70,9 @@ def read_run(path: Path, *, sample_bytes: int) -> dict[str, Any]:
     }
 
 
-def _points(rows: _Rows, name: str) -> _Points:
-    return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+def _points(rows: _Rows, name: str, absent: float = math.nan) -> _Points:
+    values = ((row["step"], row.get(name, absent)) for row in rows)
+    return [(step, value) for step, value in values if abs(value) <= _LARGEST]
 
 
 def _curve(rows: _Rows, name: str) -> _Points:
@@ -77,7 +80,7 @@ def _curve(rows: _Rows, name: str) -> _Points:
     points = _points(rows, name)
     if name in STACKED_METRICS:
         # A step that did not do this took no time for it.
-        points = [(row["step"], row.get(name, 0.0)) for row in rows if "time/step" in row]
+        points = _points([row for row in rows if "time/step" in row], name, absent=0.0)
     size = max(1, math.ceil(len(points) / _MAX_POINTS))
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [
