@@ -1,4 +1,4 @@
-"""Rewards without a timeout run in the process of the run: whatever they do is a policy's case."""
+"""Rewards without a timeout run in the process of the run: `on_error` decides what they cost."""
 
 import asyncio
 import signal

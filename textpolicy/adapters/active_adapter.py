@@ -158,7 +158,7 @@ class ActiveAdapter:
             with self.without_layers() as model:
                 targets, problems = find_adapter_targets(model, adapter, self.base)
             given = {path: target.rule for path, target in targets.items()}
-        problems = [*problems, *_other_layers(given, self.rules)]
+        problems = [*problems, *_problems_of_other_layers(given, self.rules)]
         rules = {
             path: replace(own, rank=new.rank, scale=new.scale, dropout=new.dropout)
             for path, own in self.rules.items()
@@ -239,8 +239,10 @@ class ActiveAdapter:
             layer.dropout.train(layer.training)
 
 
-def _other_layers(given: Mapping[str, LoRARule], own: Mapping[str, LoRARule]) -> list[str]:
-    """Return what to do if rules are for other layers, or for another kind of adapter."""
+def _problems_of_other_layers(
+    given: Mapping[str, LoRARule], own: Mapping[str, LoRARule]
+) -> list[str]:
+    """Return why `swap` cannot take rules for other layers or another kind, or nothing."""
     theirs, ours = ({path: rule.kind for path, rule in some.items()} for some in (given, own))
     if theirs == ours:
         return []

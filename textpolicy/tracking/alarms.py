@@ -192,7 +192,7 @@ class AlarmMonitor:
 
     def metrics(self) -> Metrics:
         """Return 1 for each alarm whose sign is present now, and 0 for the other alarms."""
-        return {f"alarm/{name}": float(name in self._signs) for name in (*_CHECKS, *_OTHERS)}
+        return {f"alarm/{name}": float(name in self._signs) for name in (*_CHECKS, *_OTHER_ALARMS)}
 
 
 def low_disk(checkpoints: Path) -> _Sign | None:
@@ -282,7 +282,7 @@ _CHECKS = {
     "zero_std": _check_zero_std,
     "reward": _check_reward,
 }
-_OTHERS = ("overfit", "not_finite", "disk")
+_OTHER_ALARMS = ("overfit", "not_finite", "disk")
 
 
 def _mean(steps: Iterable[Metrics], name: str) -> float:
