@@ -72,6 +72,20 @@ ESCAPES: dict[str, tuple[str, str]] = {
     "write to /run": (ROOT, "make(f'/run/escape-{os.getpid()}')"),
     "write where it runs": (NOBODY, "make('escape')"),
     "change Python": (ROOT, "touch(os.__file__)"),
+    "lock a file of the machine": (
+        ANYONE,
+        "import fcntl; fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)",
+    ),
+    "lock a part of a file of the machine": (
+        ANYONE,
+        "import fcntl; fcntl.lockf(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)",
+    ),
+    "lock a file of the machine as an open file": (
+        ANYONE,
+        "import fcntl, struct; lock = struct.pack('hhqqi4x', fcntl.F_RDLCK, 0, 0, 1, 0)\n"
+        "fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), 37, lock)",
+    ),
+    "watch which files are opened": (ANYONE, "call(294, 0)"),
     "change a system library": (ROOT, "touch(glob.glob('/usr/lib/*/libc.so.6')[0])"),
     "change the program of crashes": (ROOT, "rewrite('/proc/sys/kernel/core_pattern')"),
     "change the program of modules": (NOBODY, "rewrite('/proc/sys/kernel/modprobe')"),

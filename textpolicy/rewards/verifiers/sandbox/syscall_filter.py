@@ -86,6 +86,11 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "futimesat": (261, None),
     "utimes": (235, None),
     "utime": (132, None),
+    # The files of a box are those of the machine: a lock would make its programs wait, and a watch
+    # would tell which files they open.
+    "flock": (73, 32),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     # Each writes out what all programs of the machine have written.
     "sync": (162, 81),
     "syncfs": (306, 267),
@@ -100,9 +105,9 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "move_pages": (279, 239),
 }
 _MACHINES = {
-    # The number of the machine, the column above, clone and socketpair.
-    "x86_64": (0xC000003E, 0, 56, 53),
-    "aarch64": (0xC00000B7, 1, 220, 199),
+    # The number of the machine, the column above, clone, socketpair and fcntl.
+    "x86_64": (0xC000003E, 0, 56, 53, 72),
+    "aarch64": (0xC00000B7, 1, 220, 199, 25),
 }
 _CLONE3 = 435
 
@@ -115,7 +120,7 @@ def system_call_filter(machine: str) -> bytes:
             f"this processor ({machine}); run on {' or '.join(_MACHINES)}, or pass unsafe=True to "
             "run the code as a plain process that can delete your files"
         )
-    audit_number, column, clone, socketpair = _MACHINES[machine]
+    audit_number, column, clone, socketpair, fcntl = _MACHINES[machine]
     lines = [
         (_LOAD, 0, 0, _MACHINE_AT),
         (_EQUAL, 1, 0, audit_number),
@@ -137,6 +142,15 @@ def system_call_filter(machine: str) -> bytes:
         (_ANY_BIT, 0, 1, _NEW_NAMESPACES),
         (_RETURN, 0, 0, _ERRNO | _EPERM),
         (_RETURN, 0, 0, _ALLOW),
+        # The commands of fcntl that lock: F_SETLK, F_SETLKW, and the two of open files.
+        (_EQUAL, 0, 7, fcntl),
+        (_LOAD, 0, 0, _ARGUMENTS_AT + 8),
+        (_EQUAL, 4, 0, 6),
+        (_EQUAL, 3, 0, 7),
+        (_EQUAL, 2, 0, 37),
+        (_EQUAL, 1, 0, 38),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _ERRNO | _EPERM),
         # A pair of connected sockets is what asyncio wakes itself with.
         (_EQUAL, 0, 7, socketpair),
         (_LOAD, 0, 0, _ARGUMENTS_AT),
