@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from queue import Queue
 
 import pytest
@@ -218,4 +220,28 @@ def test_a_signal_before_the_first_step_ends_a_command_at_once(
     assert exit_code_of(process) in (code, -number), commands.log.read_text()
     assert "Traceback" not in commands.log.read_text()
     commands.finish()
+    attempts.add()
+
+
+INTERRUPTED_WHILE_IT_IMPORTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == os.environ["LOADS"]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+from textpolicy.cli import main
+sys.exit(main())
+"""
+LOADED_IN_TURN = ["textpolicy.cli.parser", "mlx.core", "textpolicy.cli.commands.doctor"]
+
+
+@pytest.mark.proves("F5")
+@pytest.mark.parametrize("name", LOADED_IN_TURN)
+def test_an_interrupt_while_the_command_loads_shows_no_traceback(name, attempts):
+    command = [sys.executable, "-c", INTERRUPTED_WHILE_IT_IMPORTS, "doctor"]
+    environment = os.environ | {"LOADS": name}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, "Traceback" in run.stderr) == (130, False), run.stderr
     attempts.add()

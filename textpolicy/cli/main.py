@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _run(argv)
     guard_terminal()
-    exit_code = _run(sys.argv[1:])
+    try:
+        exit_code = _run(sys.argv[1:])
+    except KeyboardInterrupt:
+        # Before the command began, while its parser and mlx were loaded.
+        print_note("textpolicy: interrupted")
+        exit_code = 130
     end_soon(exit_code)
     return exit_code
 
