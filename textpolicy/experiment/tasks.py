@@ -44,7 +44,9 @@ def _try_reward(rewards: Rewards, environment: Environment) -> None:
     """Score one answer, so that a reward that cannot score fails before a model is loaded."""
     (task,) = environment.heldout(1)
     gold = gold_for_turn(environment.gold(task.example), -1) if environment.gold else ""
-    with scorer_of(replace(rewards, on_error="fail")) as scorer:
+    # A reward may fail on an empty answer, if the user has said what that costs.
+    tried = replace(rewards, on_error="fail") if gold else rewards
+    with scorer_of(tried) as scorer:
         scorer.score([sample_of(prompt_text(task.prompt), gold, task.example)])
 
 
