@@ -79,7 +79,7 @@ def test_a_reward_that_fails_on_an_empty_answer_starts_if_the_user_has_set_its_c
     rows, reward = tmp_path / "rows.jsonl", tmp_path / "mine.py"
     rows.write_text("".join(f'{{"prompt": "{n}+1="}}\n' for n in range(8)))
     reward.write_text("def last_digit(completion):\n    return int(completion[-1:])\n")
-    argv = ["train", *SMALL[2:], "--data", str(rows), "--reward", str(reward), "--count", "1"]
+    argv = ["train", *SMALL[2:], "--data", str(rows), "--reward", str(reward), "--count", "2"]
     assert main([*argv, "--output", str(tmp_path / "refused")]) == 2
     assert "completion ''" in capsys.readouterr().err
     assert main([*argv, "--output", str(tmp_path / "run"), "--on-reward-error", "-1"]) == 0
