@@ -1,6 +1,7 @@
 """Configs of any allowed values survive TOML, and flags mean what a file means."""
 
 import argparse
+from datetime import date
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -136,6 +137,25 @@ def test_flags_give_the_config_that_a_file_of_the_same_values_gives(tmp_path, co
     path = tmp_path / "run.toml"
     path.write_text(to_toml(expected), "utf-8")
     assert read_toml(path, config) == expected
+
+
+@given(TABLES)
+@example({"since": date(2026, 1, 2), "a.b": {"": [1, "x"]}})
+def test_any_table_of_options_survives_writing_and_reading(tmp_path, table):
+    written = changed(TrainConfig(), {"algorithm.options": table})
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(written), "utf-8")
+    assert read_toml(path, TrainConfig()) == written
+
+
+@given(st.sampled_from(SETTINGS), st.data())
+@examples(2)
+def test_the_text_of_a_value_is_parsed_to_the_value(setting, data):
+    value = data.draw(values_of(setting))
+    text = str(value).lower() if isinstance(value, bool) else as_text(value)
+    assume(is_allowed(setting, value) and text is not None)
+    assume(not (isinstance(value, str) and text == UNSET))
+    assert setting.parse(text) == setting.accept(value)
 
 
 @given(st.sampled_from(SETTINGS), ANYTHING)

@@ -28,6 +28,7 @@ from textpolicy.training.batch import (
     training_rows,
 )
 from textpolicy.training.logprobs import ModelLogprobs, add_logprobs
+from textpolicy.training.output_head import find_output_head
 from textpolicy.types import Batch, Rollout, RolloutGroup, Sampling, StopReason, Task
 
 SIZES = st.none() | st.integers(1, 7)
@@ -219,16 +220,17 @@ def model(load_tiny):
     return load_tiny()[0]
 
 
-@given(drawn=groups(most_groups=3, most_members=3), size=SIZES)
-@examples(0.2)
-def test_batched_logprobs_are_those_of_each_row_alone(model, drawn, size):
+@given(drawn=groups(most_groups=3, most_members=3), size=SIZES, share=st.booleans())
+@examples(0.4)
+def test_batched_logprobs_are_those_of_each_row_alone(model, drawn, size, share):
     rows = training_rows(drawn)
     # The embedded model has 256 tokens or more.
     small = [
         replace(row, rollout=replace(row.rollout, tokens=[t % 251 for t in row.rollout.tokens]))
         for row in rows
     ]
-    done = add_logprobs(small, policy=ModelLogprobs.of(model), micro_batch_size=size)
+    policy = ModelLogprobs(model, find_output_head(model), share)
+    done = add_logprobs(small, policy=policy, micro_batch_size=size)
     assert sorted(map(identity, done)) == sorted(map(identity, rows))
     for row in done:
         temperature = mx.array([row.rollout.sampling.temperature])
