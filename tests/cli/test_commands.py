@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -246,6 +247,8 @@ def test_a_run_continues_after_the_reader_of_its_output_has_closed_the_pipe(tmp_
         [*COMMAND, *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        # Python keeps what it could not write, and writes it again at exit.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
     assert process.stdout
     process.stdout.readline()

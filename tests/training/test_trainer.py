@@ -141,7 +141,7 @@ def test_a_policy_learns_a_one_token_bandit(load_tiny):
     trainer = Trainer(
         model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(learning_rate=5e-3)
     )
-    policy = create_policy(model, tokenizer, {"max_tokens": 1})
+    policy = create_policy(model, tokenizer, {"max_tokens": 1, "temperature": 1.5})
     task = Task(id="bandit", prompt="Pick a letter")
     (draws,) = policy.generate([task.prompt], n=256, seed=0)
     arms = Counter(completion.text for completion in draws).most_common()

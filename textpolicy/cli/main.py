@@ -10,7 +10,13 @@ from importlib import import_module
 
 from textpolicy import activity, backend
 from textpolicy.cli.leftovers import end_soon
-from textpolicy.cli.output import guard_terminal, print_answer, print_note, print_warning
+from textpolicy.cli.output import (
+    forget_closed_pipes,
+    guard_terminal,
+    print_answer,
+    print_note,
+    print_warning,
+)
 from textpolicy.cli.parser import build_parser
 from textpolicy.errors import RunInterruptedError, TextPolicyError
 
@@ -29,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before the command began, while its parser and mlx were loaded.
         print_note("textpolicy: interrupted")
         exit_code = 130
+    forget_closed_pipes()
     end_soon(exit_code)
     return exit_code
 

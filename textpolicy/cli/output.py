@@ -21,8 +21,21 @@ def print_answer(text: str, *, end: str = "\n") -> None:
     try:
         print(terminal_safe(text), end=end, flush=True)
     except BrokenPipeError:
-        # A reader such as `head` closed the pipe; Python would write again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_closed_pipes()
+
+
+def forget_closed_pipes() -> None:
+    """Drop what a closed pipe did not take, because Python would write it again at exit.
+
+    A reader such as `head` closes the pipe after its lines, and the exit code would be 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:
+            continue  # The user's code has closed the stream.
 
 
 def print_note(text: str, *, end: str = "\n") -> None:

@@ -75,7 +75,8 @@ class KillableProcess:
         )
         with worker_socket:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program],
+                # Unbuffered: the last words of code that crashes are then read too.
+                [sys.executable, "-u", "-c", program],
                 pass_fds=[worker_socket.fileno(), lifeline],
                 stdin=subprocess.DEVNULL,
                 stdout=worker_output,
