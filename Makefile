@@ -53,7 +53,7 @@ slow: setup-dev ## Run only the slow tests
 # The tests may fail: the table then says which rows do, and the exit code is the table's.
 faults: setup-dev ## Break runs in every way of the table of faults, and print the table
 	@mkdir -p build && rm -f build/faults.xml
-	-@$(BIN)/python -m pytest -n 2 --dist loadfile -q -m proves --junitxml build/faults.xml
+	-@$(BIN)/python -m pytest -n 2 --dist worksteal -q -m proves --junitxml build/faults.xml
 	@$(BIN)/python tools/fault_table.py build/faults.xml
 
 MINUTES := 10

@@ -136,7 +136,7 @@ DEEDS = {
     "sampling": ("its reward", 1 + 16 + 2 * 16 + 5, 3),
     "computing advantages": ("its advantages", 2, 2),
     "updating": ("its update", 1, 1),
-    "saving an adapter": ("/adapters/.latest", 2, 2),
+    "saving an adapter": ("/adapters/.latest", 2, 1),
     "saving a checkpoint": ("/checkpoints/.", 1, 1),
 }
 USER_CODE = """
