@@ -4,7 +4,7 @@ import json
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.strategies import examples, rollouts
 from tests.test_types import rollout
@@ -22,18 +22,20 @@ class BufferMachine(RuleBasedStateMachine):
         self.groups: list[RolloutGroup] = []
         self.buffer = Buffer()
 
-    @precondition(lambda self: not self.made)
-    @rule(staleness=st.integers(0, 3))
+    @initialize(staleness=st.integers(0, 3))
     def choose_staleness(self, staleness: int) -> None:
         self.buffer = Buffer(max_staleness=staleness)
 
-    @rule(ages=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=2), max_size=3))
+    @rule(
+        ages=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=2), min_size=1, max_size=3)
+    )
     def extend(self, ages: list[list[int]]) -> None:
         groups = []
         for members in ages:
             self.made += 1
             # Small draws: hypothesis gives up on long sequences of large ones.
-            drawn = [rollout(version=self.version - age, reward=self.made / 8) for age in members]
+            numbers = {"reward": self.made / 8, "turns": []}
+            drawn = [rollout(version=self.version - age, **numbers) for age in members]
             task = Task(id=f"task {self.made}", prompt="p", example={"answer": "4"})
             groups.append(RolloutGroup(task=task, rollouts=drawn))
         self.buffer.extend(iter(groups))
@@ -43,6 +45,8 @@ class BufferMachine(RuleBasedStateMachine):
     def train(self, steps: int) -> None:
         self.version += steps
 
+    # Nearly all draws would take from an empty buffer otherwise.
+    @precondition(lambda self: self.groups)
     @rule(limit=st.none() | st.integers(0, 4))
     def take(self, limit: int | None) -> None:
         fresh = []

@@ -40,7 +40,7 @@ BOUNDED = st.floats(-LARGEST, LARGEST, width=32)
 USUAL = st.sampled_from([0.0, 1.0, -1.0, 0.5, 0.1, 1e-3])
 MISSING = st.just(float("nan"))
 REWARDS = tables(BOUNDED | USUAL | MISSING)
-WHOLE = tables(st.integers(-1000, 1000).map(float) | MISSING)
+WHOLE = tables(st.integers(-1000, 1000).map(float) | MISSING) | tables(st.sampled_from([0.0, 1.0]))
 
 
 def advantages(name: str, rewards: np.ndarray) -> np.ndarray:
