@@ -121,6 +121,7 @@ def kill_runs(runs, kills, attempts, seed):
     """Kill runs at `kills` instants that are spread evenly over a whole run, in any order."""
     random = Random(seed)
     parts = random.sample(range(kills), kills)
+    is_new = False
     while parts:
         # Every fifth process is killed while it still loads.
         started = time.monotonic()
@@ -131,9 +132,12 @@ def kill_runs(runs, kills, attempts, seed):
         if exit_code_of(process) == -signal.SIGKILL:
             attempts.add()
             parts.pop()
+            is_new = False
         else:
-            # The machine is faster than it was when the length of a run was measured.
-            runs.seconds = min(runs.seconds, time.monotonic() - started)
+            if is_new:
+                # The machine is faster than it was when the length of a run was measured.
+                runs.seconds = min(runs.seconds, time.monotonic() - started)
+            is_new = True
             assert process.exitcode == 0, runs.log.read_text()
             runs.check()
             runs.new()
