@@ -1,5 +1,6 @@
 """`textpolicy demo`: one short run on the embedded model in a temporary folder."""
 
+import shlex
 from argparse import Namespace
 from tempfile import TemporaryDirectory
 
@@ -29,4 +30,6 @@ def run(options: Namespace) -> Answer:
         "seconds": round(result.seconds, 1),
         "steps": result.steps,
     }
-    return Answer(data=data, text=describe_result(result))
+    kept = shlex.join(["textpolicy", "train", "--env", str(config.task.env), "--steps", str(steps)])
+    text = f"{describe_result(result)}\nThe run was not kept. To keep one, type: {kept}"
+    return Answer(data=data, text=text)

@@ -7,6 +7,7 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import TerminalListener, listening
+from textpolicy.cli.next_commands import next_commands, next_lines
 from textpolicy.config import SFTConfig
 from textpolicy.experiment import RunResult
 from textpolicy.experiment import run as run_config
@@ -26,7 +27,11 @@ def run(options: Namespace) -> Answer:
     with listening(config.trainer.iterations or 0, panel=False) as listener:
         result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
         text = _text(result, config, listener)
-        return Answer(data=_data(result), text=text, exit_code=listener.exit_code(result))
+        following = {} if result.ended == "stopped" else next_commands(result, config)
+        if following:
+            text += f"\n{next_lines(following)}"
+        data = _data(result) | {"next": list(following.values())}
+        return Answer(data=data, text=text, exit_code=listener.exit_code(result))
 
 
 def _text(result: RunResult, config: SFTConfig, listener: TerminalListener) -> str:

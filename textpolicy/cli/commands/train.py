@@ -8,6 +8,7 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import listening
+from textpolicy.cli.next_commands import next_commands, next_lines
 from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError
 from textpolicy.experiment import Measurement, RunResult
@@ -33,10 +34,13 @@ def run(options: Namespace) -> Answer:
         if result.after:
             directory = result.directory
             files = f"adapters in {directory.latest}\nreport in {directory.report}"
-            text = f"{describe_result(result)}\n{files}"
+            following = next_commands(result, config)
+            text = f"{describe_result(result)}\n{files}\n{next_lines(following)}"
         else:
+            following = {}
             text = listener.stopped(resume_line(result.directory, config))
-        return Answer(data=_data(result), text=text, exit_code=listener.exit_code(result))
+        data = _data(result) | {"next": list(following.values())}
+        return Answer(data=data, text=text, exit_code=listener.exit_code(result))
 
 
 def describe_result(result: RunResult) -> str:
