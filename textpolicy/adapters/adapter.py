@@ -21,7 +21,8 @@ class Adapter:
     base. `quantization` holds the arguments of `quantize` that made the base, or None for a float
     base. `embedding_lookup_only` is True if embeddings are adapted for looking tokens up but not
     as an output head; such an adapter does not fit a model whose output head is the embedding
-    table.
+    table. `rows_in_pairs` is True if the rows of queries and keys are in llama.cpp's order, which
+    only the numbers of heads of the model can undo; `AdapterContainer` undoes it.
     """
 
     origin: str
@@ -31,6 +32,7 @@ class Adapter:
     fingerprint: str | None = None
     quantization: Mapping[str, Any] | None = None
     embedding_lookup_only: bool = False
+    rows_in_pairs: bool = False
 
     def rules_by_module(self) -> dict[str, LoRARule]:
         """Return the rule of each module that has tensors, with the rank of these tensors."""

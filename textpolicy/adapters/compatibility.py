@@ -40,6 +40,8 @@ def find_adapter_targets(
     the base too.
     """
     problems = base.differences(adapter) if base else []
+    if adapter.rows_in_pairs:
+        problems.append("its rows are in llama.cpp's order: load it with AdapterContainer")
     if adapter.embedding_lookup_only and not (layout := read_model_layout(model)).has_head:
         problems += [
             f"{path}: adapted for looking tokens up only, but it is the model's output head too. "

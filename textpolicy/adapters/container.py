@@ -13,6 +13,7 @@ from textpolicy.adapters.adapter import Adapter, check_float32
 from textpolicy.adapters.base_quantization import quantize_by_rules, quantize_for_adapter
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.files.adapter_file import write_adapter_file
+from textpolicy.adapters.files.gguf_layout import with_row_order_for
 from textpolicy.adapters.files.layouts import read_adapter, write_folder
 from textpolicy.adapters.fuse import FuseReport
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer, adapter_layers
@@ -59,7 +60,7 @@ class AdapterContainer:
 
     @classmethod
     def from_directory(cls, path: str | Path, *, name: str = _DEFAULT_NAME) -> "AdapterContainer":
-        """Read a file or folder of this library, mlx-lm, mlx-swift-lm or PEFT.
+        """Read a file of this library, a GGUF file, or a folder of mlx-lm, mlx-swift-lm or PEFT.
 
         `load` then puts the adapter into a model.
         """
@@ -196,7 +197,11 @@ class AdapterContainer:
         present version plus one.
         """
         active = self._require_active()
-        active.swap(read_adapter(source) if isinstance(source, str | Path) else source)
+        if isinstance(source, str | Path):
+            source = read_adapter(source)
+        if isinstance(source, Adapter):
+            source = with_row_order_for(active.model, source)
+        active.swap(source)
         if version is not None:
             active.version = version
         return active.version
@@ -212,6 +217,7 @@ class AdapterContainer:
                 "or swap its tensors"
             )
         adapter = source if isinstance(source, Adapter) else read_adapter(source)
+        adapter = with_row_order_for(active.model, adapter)
         active.check(adapter)
         self._inactive[name] = adapter
 
@@ -243,9 +249,10 @@ class AdapterContainer:
         """
         if self._active:
             raise AdapterError("These adapters are in a model already: call unload() first")
+        own = with_row_order_for(model, self._inactive[self.name])
         if dropout is not None:
-            own = self._inactive[self.name]
-            self._inactive[self.name] = replace(own, config=own.config.with_dropout(dropout))
+            own = replace(own, config=own.config.with_dropout(dropout))
+        self._inactive[self.name] = own
         quantize_for_adapter(model, self._inactive[self.name])
         active = ActiveAdapter(model, self._enabled)
         for name in self.names[1:]:

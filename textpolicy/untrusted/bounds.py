@@ -42,5 +42,8 @@ MAX_STEP = 2**53
 MAX_HEADER_BYTES = 100_000_000
 """Bytes of the header of a safetensors file; the format has the same bound."""
 
+MAX_TENSORS = 2**20
+"""Tensors in a GGUF file."""
+
 MAX_MESSAGE_CHARACTERS = 4000
 """Characters of an error message that the command prints."""

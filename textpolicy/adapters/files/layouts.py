@@ -8,6 +8,7 @@ import mlx.nn as nn
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.files import mlx_folder, peft_folder
 from textpolicy.adapters.files.adapter_file import read_adapter_file
+from textpolicy.adapters.files.gguf_lora import read_gguf_lora
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.file_writing import make_writable_folder
 
@@ -21,13 +22,15 @@ _READERS = {
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Return the adapter in a file of this library, or in a folder of mlx-lm, mlx-swift-lm or PEFT.
+    """Return the adapter in a file of this library, a GGUF file, or a folder of another library.
+
+    Folders of mlx-lm, mlx-swift-lm and PEFT are read, and GGUF files with LoRA.
 
     The adapter is evaluated, so that replacing the file later has no effect.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        return read_adapter_file(path)
+        return read_gguf_lora(path) if path.suffix == ".gguf" else read_adapter_file(path)
     found = {name for name in _READERS if (path / name).exists()}
     if len(found) != 1:
         raise AdapterError(

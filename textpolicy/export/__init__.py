@@ -1,0 +1,1 @@
+"""Exporting what was trained: other formats, each shown to compute what was trained."""
