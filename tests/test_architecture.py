@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "textpolicy",
     "textpolicy.cli",
+    "textpolicy.export",
     "textpolicy.experiment",
     "textpolicy.loop",
     "textpolicy.resume",

@@ -28,6 +28,7 @@ FAMILIES = ("os.exec", "os.spawn", "os.posix_spawn")
 # Only these may start a program or load a file of the user's code.
 ALLOWED = {
     "subprocess": (
+        "textpolicy.export.gguf.llama_cpp",
         "textpolicy.untrusted.template_check",
         "textpolicy.user_code.killable_process",
         "textpolicy.rewards.verifiers.sandbox",

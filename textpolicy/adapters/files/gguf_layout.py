@@ -58,10 +58,12 @@ class GGUFFamily:
 
 
 _ATTENTION = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
+_LINEAR = _ATTENTION | {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 _FAMILIES = (
-    GGUFFamily(name="llama", model_class="llama", rotates_pairs=True, biases=_ATTENTION),
+    GGUFFamily(name="llama", model_class="llama", rotates_pairs=True, biases=_LINEAR),
+    GGUFFamily(name="smollm3", model_class="smollm3", rotates_pairs=True, biases=_ATTENTION),
     GGUFFamily(name="qwen2", model_class="qwen2", rotates_pairs=False, biases=_ATTENTION),
-    GGUFFamily(name="qwen3", model_class="qwen3", rotates_pairs=False, biases=frozenset()),
+    GGUFFamily(name="qwen3", model_class="qwen3", rotates_pairs=False, biases=_ATTENTION),
 )
 FAMILIES = {family.name: family for family in _FAMILIES}
 _BY_MODEL_TYPE = {**FAMILIES, "mistral": FAMILIES["llama"]}

@@ -15,11 +15,7 @@ import mlx.core as mx
 from textpolicy.adapters.adapter import Adapter, join_module_tensors
 from textpolicy.adapters.config.adapter_config import config_for_modules
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.files.adapter_file import (
-    has_our_format,
-    name_path_in_errors,
-    read_facts,
-)
+from textpolicy.adapters.files.adapter_file import has_our_format, read_facts
 from textpolicy.adapters.files.gguf_file import GGUFTensor, parse_gguf
 from textpolicy.adapters.files.gguf_layout import (
     FAMILIES,

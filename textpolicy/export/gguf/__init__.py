@@ -7,10 +7,12 @@ from textpolicy.export.gguf.llama_cpp import (
 )
 from textpolicy.export.gguf.lora_file import write_gguf_lora
 from textpolicy.export.gguf.model_file import write_gguf
+from textpolicy.export.gguf.opened_model import read_gguf_model
 
 __all__ = [
     "has_llama_cpp",
     "logprobs_by_llama_cpp",
+    "read_gguf_model",
     "tokens_by_llama_cpp",
     "write_gguf",
     "write_gguf_lora",

@@ -5,6 +5,7 @@ never runs in the process that asks.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,17 +39,21 @@ params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(params)
 
-def tokens_of(text):
-    asked = {"content": text, "add_special": True, "parse_special": True}
+def tokens_of(text, special=True):
+    asked = {"content": text, "add_special": special, "parse_special": special}
     request = urllib.request.Request(
         server.listening_address + "/tokenize", json.dumps(asked).encode(),
         {"Content-Type": "application/json"})
     return json.load(urllib.request.urlopen(request))["tokens"]
 
+# Of an answer that ends at once, or in half a character, the server gives no log-probabilities. The
+# bias makes it answer a letter. The log-probabilities are those without the bias.
+letter = tokens_of("a", special=False)[-1]
+
 def logprobs_after(prompt):
     answer = server.handle_completions({
-        "prompt": prompt, "max_tokens": 1, "logprobs": job["vocabulary_size"], "temperature": 1.0,
-        "cache_prompt": False})
+        "prompt": prompt, "max_tokens": 1, "logprobs": job["vocabulary_size"],
+        "logit_bias": [[letter, 10000.0]], "cache_prompt": False})
     row = numpy.full(job["vocabulary_size"], numpy.nan, numpy.float32)
     for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         row[token["id"]] = token["logprob"]
@@ -61,7 +66,6 @@ with open(job["output"] + ".json", "w") as file:
     json.dump([tokens_of(text) for text in job["texts"]], file)
 """
 _MAX_SECONDS = 600
-_THREADS = 2
 
 
 def has_llama_cpp() -> bool:
@@ -111,7 +115,8 @@ def _run(
             "prompts": [list(map(int, prompt)) for prompt in prompts],
             "vocabulary_size": vocabulary_size,
             "texts": list(texts),
-            "threads": _THREADS,
+            # Its threads wait busily for each other, so it is slow if they have no cores.
+            "threads": max(1, (os.cpu_count() or 1) // 2),
             "output": str(output),
         }
         _run_program(model, json.dumps(job))

@@ -96,15 +96,14 @@ def _check(
             f"{architecture.get('model_type')!r}; supported are {', '.join(MODEL_TYPES)}. Write "
             "the adapter in the format peft or mlx-lm"
         )
-    problems = [
-        f"{module}: llama.cpp has no DoRA" for module, rule in rules.items() if rule.kind == "dora"
-    ]
-    problems += [
-        f"{module}: llama.cpp's adapters have no bias" for module, rule in rules.items() if rule.bias
-    ]
-    problems += [
-        f"{module}: it has no name in GGUF files" for module in rules if tensor_name(module) is None
-    ]
+    problems: list[str] = []
+    for module, rule in rules.items():
+        if rule.kind == "dora":
+            problems.append(f"{module}: llama.cpp has no DoRA")
+        if rule.bias:
+            problems.append(f"{module}: llama.cpp's adapters have no bias")
+        if tensor_name(module) is None:
+            problems.append(f"{module}: it has no name in GGUF files")
     if architecture.get("tie_word_embeddings", True) and _EMBEDDING in rules:
         problems.append(
             f"{_EMBEDDING}: it is the model's output head too, where llama.cpp does not adapt it"

@@ -40,7 +40,11 @@ def checked_family(model: nn.Module) -> GGUFFamily:
     others = set(vars(args).get("layer_types") or ()) - {"full_attention"}
     if others:
         problems.append(f"its layers have the types {sorted(others)}")
+    if family.name == "smollm3" and list(args.no_rope_layers) != _llama_cpp_layers(args):
+        problems.append(f"its no_rope_layers are {args.no_rope_layers}")
     scaling = rope_scaling(args)
+    if scaling and scaling["rope_type"] == "llama3" and not family.rotates_pairs:
+        problems.append("its positions are scaled as those of Llama 3")
     if scaling and (unknown := set(scaling) - {"rope_type"} - _KNOWN_SCALING[scaling["rope_type"]]):
         problems.append(f"its rope_scaling has the options {sorted(unknown)}")
     if problems:
@@ -49,6 +53,11 @@ def checked_family(model: nn.Module) -> GGUFFamily:
             f"{_ADVICE}"
         )
     return family
+
+
+def _llama_cpp_layers(args: Any) -> list[int]:
+    """Return which layers of a SmolLM3 llama.cpp rotates: all but every fourth."""
+    return [int(number % 4 != 0) for number in range(1, args.num_hidden_layers + 1)]
 
 
 def rope_scaling(args: Any) -> Mapping[str, Any] | None:
@@ -100,12 +109,12 @@ def model_metadata(family: GGUFFamily, args: Any, context: int) -> Metadata:
 
 def rope_factors(model: nn.Module) -> mx.array | None:
     """Return what llama.cpp divides the frequencies by, for the scaling of Llama 3, or None."""
-    args: Any = model.args
-    scaling = rope_scaling(args)
+    llama: Any = model
+    scaling = rope_scaling(llama.args)
     if scaling is None or scaling["rope_type"] != "llama3":
         return None
-    periods = model.layers[0].self_attn.rope._freqs
-    return periods / plain_periods(head_size(args), args.rope_theta)
+    periods = llama.layers[0].self_attn.rope._freqs
+    return periods / plain_periods(head_size(llama.args), llama.args.rope_theta)
 
 
 def plain_periods(size: int, base: float) -> mx.array:

@@ -1,0 +1,91 @@
+"""llama.cpp itself computes from our GGUF files what mlx computes from the model.
+
+Most of the time of these tests is the start of llama.cpp, about half a second each.
+"""
+
+from typing import Any
+
+import pytest
+
+from tests.export.gguf.models import (
+    LINEAR,
+    LLAMA3,
+    PROMPTS,
+    VOCABULARY,
+    YARN,
+    adapted,
+    difference,
+    logprobs,
+    make,
+)
+from textpolicy.adapters import AdapterContainer
+from textpolicy.export.gguf import (
+    logprobs_by_llama_cpp,
+    read_gguf_model,
+    tokens_by_llama_cpp,
+    write_gguf,
+    write_gguf_lora,
+)
+
+TOLERANCE = 1e-4
+BIASES = {"attention_bias": True, "mlp_bias": True}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with a head and wide heads": ("llama", {"tie_word_embeddings": False, "head_dim": 32}),
+    "llama with biases": ("llama", BIASES),
+    "llama scaled as Llama 3": ("llama", {"rope_scaling": LLAMA3}),
+    "llama scaled linearly": ("llama", {"rope_scaling": LINEAR}),
+    "llama scaled by yarn": ("llama", {"rope_scaling": YARN}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 scaled by yarn": ("qwen2", {"rope_scaling": YARN}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 scaled by yarn": ("qwen3", {"rope_scaling": YARN, "tie_word_embeddings": False}),
+    "smollm3": ("smollm3", {}),
+}
+# Accents, digits, several spaces and line breaks, contractions, CJK, emoji, control tokens.
+TEXTS = [
+    "Crème brûlée, naïve; it's 1,234,567 miles \N{EN DASH} isn't it? I'LL say",
+    "  two spaces\n\n\n\tthree lines \r\n end   ",
+    "日本語のテキスト、中文 and 한국어 ١٢٣ ²³",
+    "🙂👍🏽 e\N{COMBINING ACUTE ACCENT} <|im_start|>user\nHi<|im_end|>\n<|endoftext|>x",
+    "def f(x):\n    return x**2 # (a+b)!=c\n\n",
+    "'s 't a's A'S x'Re\N{NO-BREAK SPACE}y\N{LINE SEPARATOR}z",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(load_tiny):
+    return load_tiny()[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_what_mlx_does_with_an_adapter_and_without(name, tokenizer, tmp_path):
+    model_type, changes = MODELS[name]
+    model, architecture = make(model_type, **changes)
+    check_in_llama_cpp(model, architecture, tokenizer, tmp_path)
+
+
+def test_the_embedded_model_is_the_same_in_llama_cpp_with_its_adapter_and_merged(
+    load_tiny, tiny_architecture, tmp_path
+):
+    model, tokenizer = load_tiny()
+    trained = check_in_llama_cpp(model, tiny_architecture, tokenizer, tmp_path)
+    AdapterContainer.of(model).fuse()
+    merged = write_gguf(tmp_path / "merged.gguf", model, tokenizer, tiny_architecture)
+    assert difference(logprobs_by_llama_cpp(merged, PROMPTS, VOCABULARY), trained) < TOLERANCE
+    assert tokens_by_llama_cpp(merged, TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+def check_in_llama_cpp(model, architecture, tokenizer, folder):
+    """Compare base and adapter with llama.cpp, and return what the adapted model computes."""
+    base = logprobs(model)
+    file = write_gguf(folder / "base.gguf", model, tokenizer, architecture)
+    assert difference(logprobs_by_llama_cpp(file, PROMPTS, VOCABULARY), base) < TOLERANCE
+    assert difference(logprobs(read_gguf_model(file)), base) < TOLERANCE
+    container = adapted(model)
+    trained = logprobs(model)
+    assert difference(trained, base) > 1
+    lora = write_gguf_lora(folder / "lora.gguf", container.adapter(), architecture)
+    found = logprobs_by_llama_cpp(file, PROMPTS, VOCABULARY, lora=lora)
+    assert difference(found, trained) < TOLERANCE
+    return trained
