@@ -46,6 +46,8 @@ class StopReason(StrEnum):
     """The text contains one of the stop strings."""
     LENGTH = "length"
     """The completion was cut off after `max_tokens` tokens."""
+    CANCELLED = "cancelled"
+    """The caller no longer wanted the completion."""
 
 
 FieldCheck = tuple[type | UnionType, Callable[[Any], bool], str]

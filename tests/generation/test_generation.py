@@ -14,8 +14,9 @@ from tests.logprobs import token_logprobs
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
 from textpolicy.generation.decoding_batch import DecodingRow
-from textpolicy.generation.engine import decode, prefill_prompts
+from textpolicy.generation.engine import decode
 from textpolicy.generation.mlx_generation import create_policy, load_model
+from textpolicy.generation.prefill import prefill_prompts
 from textpolicy.generation.prompts import check_prompt, encode_prompt
 from textpolicy.generation.sampling import draw_tokens, random_keys
 from textpolicy.types import Sampling, StopReason
@@ -79,6 +80,13 @@ def test_a_row_does_not_depend_on_the_number_of_rows_beside_it(loaded):
     assert run(6) == at_once
     assert run(1) == at_once
     assert len({len(tokens) for tokens in at_once}) > 1
+
+
+def row_of(context, seed=0, member=0, sampling=None, stop=lambda tokens: None, **options):
+    (key,) = random_keys(seed, [(0, member)])
+    sampling = sampling or Sampling(max_tokens=8)
+    options = {"sampling": sampling, "stop": stop, "key": key, "member": member, **options}
+    return DecodingRow(context=context, **options)
 
 
 class PositionCounter(nn.Module):
@@ -242,8 +250,7 @@ def test_the_cache_builds_a_mask_only_if_a_row_is_padded(loaded):
     model, _ = loaded
 
     def mask_after(*prompts: list[int]):
-        rows = [[DecodingRow(p, 0, prompt)] for p, prompt in enumerate(prompts)]
-        return prefill_prompts(model, rows, seed=0, room=8).cache[0]
+        return prefill_prompts(model, [[row_of(prompt)] for prompt in prompts]).cache[0]
 
     assert mask_after([1, 2, 3], [4, 5, 6]).make_mask(1) is None
     cache = mask_after([1, 2, 3], [4, 5])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -10,21 +10,48 @@ import numpy as np
 from jaxtyping import Int, UInt32
 from mlx_lm.models.cache import BatchKVCache
 
-from textpolicy.types import StopReason
+from textpolicy.generation.sampling import NEXT_KEY, SamplingPlan, plan_sampling
+from textpolicy.types import Sampling, StopReason
 
 StopRule = Callable[[list[int]], StopReason | None]
 """Takes the tokens that a row has sampled; returns why the row ends now, or None to continue."""
+Key = UInt32[np.ndarray, " 2"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class TokenDetails:
+    """What the model itself says of a sampled token, before temperature, truncation and penalty.
+
+    `logprob` is the log-probability of the token, and `top` are the likeliest tokens with theirs.
+    """
+
+    logprob: float
+    top: Sequence[tuple[int, float]]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class DecodingRow:
-    """A completion that is being decoded. The KV cache holds `cached` tokens of its context."""
+    """A completion that is being decoded.
 
-    prompt: int
-    member: int
+    `key` decides the draws of the row, whatever decodes beside it. `prompt` and `member` are
+    numbers that the caller chooses. With `top_logprobs`, `details` has an entry for each token,
+    with that many of the likeliest tokens. `on_token` is called after each token. `may_continue`
+    says that the row may get a reply when it has ended. The KV cache holds `cached` tokens of the
+    context.
+    """
+
     context: list[int]
+    sampling: Sampling
+    stop: StopRule
+    key: Key
+    prompt: int = 0
+    member: int = 0
+    top_logprobs: int | None = None
+    on_token: "Callable[[DecodingRow], None] | None" = None
+    may_continue: bool = False
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
+    details: list[TokenDetails] = field(default_factory=list[TokenDetails])
     stop_reason: StopReason | None = None
     cached: int = 0
 
@@ -32,52 +59,105 @@ class DecodingRow:
         """Return the row of the next turn: its context is this row's tokens and the reply."""
         history = self.context + self.tokens
         # The model has not processed the last sampled token.
-        return DecodingRow(self.prompt, self.member, history + reply, cached=len(history) - 1)
+        return replace(
+            self,
+            context=history + reply,
+            tokens=[],
+            logprobs=[],
+            details=[],
+            stop_reason=None,
+            cached=len(history) - 1,
+        )
 
-    def append(self, token: int, logprob: float, stop: StopRule, max_tokens: int) -> bool:
+    def append(self, token: int, logprob: float) -> bool:
         """Append a sampled token and return whether the row ends with this token."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        full = len(self.tokens) >= max_tokens
-        self.stop_reason = stop(self.tokens) or (StopReason.LENGTH if full else None)
+        full = len(self.tokens) >= self.sampling.max_tokens
+        self.stop_reason = self.stop(self.tokens) or (StopReason.LENGTH if full else None)
         return self.stop_reason is not None
 
 
-RespondToRow = Callable[[DecodingRow], list[int] | None]
-"""Takes a row that ended; returns the tokens of the reply to it, or None to end its episode."""
+@dataclass(slots=True)
+class DrawnDetails:
+    """The arrays of the `TokenDetails` of some rows: chosen token, likeliest tokens, and theirs."""
+
+    rows: Sequence[DecodingRow]
+    logprobs: mx.array
+    top_tokens: mx.array
+    top_logprobs: mx.array
+
+
+@dataclass(slots=True)
+class DrawnTokens:
+    """The tokens that a step drew, and their log-probabilities, on the device."""
+
+    tokens: mx.array
+    logprobs: mx.array
+    details: Sequence[DrawnDetails] = ()
+
+    def select(self, index: mx.array) -> "DrawnTokens":
+        """Return the tokens of some rows. The details find their rows by themselves."""
+        return DrawnTokens(self.tokens[index], self.logprobs[index], self.details)
+
+    def merge(self, other: "DrawnTokens") -> "DrawnTokens":
+        """Return the tokens of the rows of both."""
+        return DrawnTokens(
+            mx.concatenate([self.tokens, other.tokens]),
+            mx.concatenate([self.logprobs, other.logprobs]),
+            [*self.details, *other.details],
+        )
 
 
 @dataclass(slots=True)
 class DecodingBatch:
     """The rows that decode together, and their device arrays in the same order.
 
-    `keys` are the random keys of the next draw. `pending` holds the tokens and log-probabilities
-    of a step that the device may still compute and that `rows` do not have yet, or nothing.
-    `last_tokens` are the tokens that the model reads next.
+    `keys` are the random keys of the next draw. `pending` is a step that the device may still
+    compute and that `rows` do not have yet, or None. `last_tokens` are the tokens that the model
+    reads next.
     """
 
     rows: list[DecodingRow]
     cache: list[Any]
     last_tokens: mx.array
     keys: UInt32[np.ndarray, "rows 2"]
-    pending: Sequence[mx.array] = ()
+    pending: DrawnTokens | None = None
+    plan: SamplingPlan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = plan_sampling([row.sampling for row in self.rows])
 
     @property
     def unfinished(self) -> int:
         """The number of rows that have not ended."""
         return sum(row.stop_reason is None for row in self.rows)
 
-    def copy_rows(self, indices: list[int]) -> "DecodingBatch":
-        """Return a batch with copies of these rows and of their cache."""
-        return self._select(deepcopy(self.cache), indices)
+    @property
+    def can_take_back(self) -> bool:
+        """Whether the position that a pending step has added to the cache can be removed."""
+        return all(isinstance(layer, BatchKVCache) for layer in self.cache)
 
-    def drop_finished(self) -> "DecodingBatch | None":
-        """Return a batch of the unfinished rows, or None if all have ended.
+    def copy_rows(self, indices: list[int]) -> "DecodingBatch":
+        """Return a batch with copies of these rows and of their cache, without a pending step."""
+        rows = self._select(deepcopy(self.cache), indices)
+        if rows.pending is not None:
+            for layer in rows.cache:
+                layer.trim(1)
+            rows.keys, rows.pending = rows.keys - NEXT_KEY, None
+        return rows
+
+    def keep_rows(self, indices: list[int]) -> "DecodingBatch":
+        """Return a batch of these rows.
 
         The new batch takes over the cache: do not use this batch afterwards.
         """
+        return self._select(self.cache, indices)
+
+    def drop_finished(self) -> "DecodingBatch | None":
+        """Return what `keep_rows` of the unfinished rows returns, or None if all have ended."""
         keep = [i for i, row in enumerate(self.rows) if row.stop_reason is None]
-        return self._select(self.cache, keep) if keep else None
+        return self.keep_rows(keep) if keep else None
 
     def _select(self, cache: list[Any], indices: list[int]) -> "DecodingBatch":
         index = mx.array(indices)
@@ -88,7 +168,7 @@ class DecodingBatch:
             cache=cache,
             last_tokens=self.last_tokens[index],
             keys=self.keys[indices],
-            pending=[array[index] for array in self.pending],
+            pending=self.pending and self.pending.select(index),
         )
 
 
@@ -101,13 +181,12 @@ def merge_batches(first: DecodingBatch | None, second: DecodingBatch) -> Decodin
         return second
     for ours, theirs in zip(first.cache, second.cache, strict=True):
         ours.extend(theirs)
-    pending = zip(first.pending, second.pending, strict=True)
     return DecodingBatch(
         rows=first.rows + second.rows,
         cache=first.cache,
         last_tokens=mx.concatenate([first.last_tokens, second.last_tokens]),
         keys=np.concatenate([first.keys, second.keys]),
-        pending=[mx.concatenate([*both]) for both in pending],
+        pending=first.pending and second.pending and first.pending.merge(second.pending),
     )
 
 

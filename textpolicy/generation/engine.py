@@ -1,4 +1,4 @@
-"""Continuous batched decoding: rows of many prompts advance together; a shared prompt runs once.
+"""Continuous batched decoding: rows enter and leave at any step; a shared prompt runs once.
 
 mlx-lm provides the caches and the ragged prefill. mlx-lm's `BatchGenerator` is not used, because it
 returns log-probabilities of the whole vocabulary in the model's dtype, before temperature and
@@ -8,31 +8,190 @@ log-probability of each sampled token, and a row must not depend on the rows bes
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from jaxtyping import Float
-from mlx_lm.generate import PromptProcessingBatch
-from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
+from textpolicy.generation.decode_step import launch_step, next_logits, record_details
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
-    DecodingCache,
     DecodingRow,
-    RespondToRow,
     StopRule,
     merge_batches,
 )
-from textpolicy.generation.sampling import draw_tokens, penalise_repetition, random_keys
-from textpolicy.types import Sampling
+from textpolicy.generation.prefill import prefill_prompts, prefill_replies
+from textpolicy.generation.sampling import random_keys
+from textpolicy.types import Sampling, StopReason
 
 MAX_DECODING_ROWS = 256
 """The number of rows that decode together, unless a policy is given another number."""
-PREFILL_CHUNK_TOKENS = 2048
-"""The number of prompt positions, over all rows, that one forward pass processes."""
-_NEXT_KEY = np.array([0, 1], dtype=np.uint32)
+
+RespondToRow = Callable[[DecodingRow], list[int] | None]
+"""Takes a row that ended; returns the tokens of the reply to it, or None to end its episode."""
+
+
+class Engine:
+    """Decodes rows together. A row's results depend on nothing but the row.
+
+    `submit` adds a group of rows with one prompt. `step` appends a token to every row that
+    decodes, and returns the rows that end with it. Before the next step, `reply` continues such a
+    row from its own KV cache, and `hold` keeps its cache until a later `reply` or `cancel`.
+    `cancel` ends a row at any time.
+
+    A group starts as soon as its rows fit into `max_rows` beside the rows that still decode; a
+    group larger than `max_rows` decodes alone. If not `batched`, each row decodes alone. With
+    `launch_ahead`, the device starts the next step before Python reads the tokens of this step,
+    unless a penalty needs these tokens first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_rows: int = MAX_DECODING_ROWS,
+        batched: bool = True,
+        launch_ahead: bool = False,
+    ) -> None:
+        self._model = model
+        self._max_rows = max_rows if batched else 1
+        self._batched = batched
+        self._launch_ahead = launch_ahead
+        self._waiting: deque[list[DecodingRow]] = deque()
+        self._batch: DecodingBatch | None = None
+        # The caches of ended rows that may continue, and the next turns of those with a reply.
+        self._resting: DecodingBatch | None = None
+        self._next_turns: dict[DecodingRow, DecodingRow | None] = {}
+        self._has_cancelled = False
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would do anything: not if every row has ended or is held."""
+        decoding = self._batch is not None and self._batch.unfinished > 0
+        return decoding or bool(self._waiting) or any(self._next_turns.values())
+
+    def submit(self, rows: Sequence[DecodingRow]) -> None:
+        """Add rows that have one and the same context, which is read once for all of them."""
+        self._waiting.extend([list(rows)] if self._batched else [[row] for row in rows])
+
+    def hold(self, row: DecodingRow) -> None:
+        """Keep the cache of a row that has just ended, until its reply is known."""
+        self._next_turns[row] = None
+
+    def reply(self, row: DecodingRow, tokens: list[int]) -> DecodingRow:
+        """Return the next turn of a row that has just ended or is held; the turn decodes next."""
+        turn = self._next_turns[row] = row.next_turn(tokens)
+        return turn
+
+    def cancel(self, row: DecodingRow) -> None:
+        """End a row that waits, decodes or is held; its place is free from the next step on."""
+        if row.stop_reason is None:
+            row.stop_reason = StopReason.CANCELLED
+        self._next_turns.pop(row, None)
+        self._has_cancelled = True
+
+    def step(self) -> list[DecodingRow]:
+        """Append one token to every row that decodes; return the rows that end now."""
+        self._rest_ended_rows()
+        self._drop_ended_rows()
+        decoding = self._batch.unfinished if self._batch else 0
+        self._admit_groups()
+        self._merge_replies(decoding)
+        return self._decode_step(self._batch) if self._batch else []
+
+    def _rest_ended_rows(self) -> None:
+        """Copy the caches of the rows that ended in the last step and may continue."""
+        if not self._next_turns:
+            self._resting = None
+        if not self._next_turns or self._batch is None:
+            return
+        resting = {*self._resting.rows} if self._resting else set[DecodingRow]()
+        new = [
+            index
+            for index, row in enumerate(self._batch.rows)
+            if row in self._next_turns and row not in resting
+        ]
+        if new:
+            self._resting = merge_batches(self._resting, self._batch.copy_rows(new))
+
+    def _drop_ended_rows(self) -> None:
+        if self._batch is None:
+            return
+        # Dropping rows copies the whole cache, so it waits until half of the rows have ended.
+        if self._has_cancelled or 2 * self._batch.unfinished <= len(self._batch.rows):
+            self._batch = self._batch.drop_finished()
+        self._has_cancelled = False
+
+    def _admit_groups(self) -> None:
+        room = self._max_rows - len(self._next_turns)
+        room -= len(self._batch.rows) if self._batch else 0
+        admitted: list[list[DecodingRow]] = []
+        while self._waiting:
+            group = [row for row in self._waiting[0] if row.stop_reason is None]
+            alone = not (admitted or self._batch or self._next_turns)
+            if len(group) > room and not alone:
+                break
+            self._waiting.popleft()
+            room -= len(group)
+            admitted += [group] if group else []
+        if admitted:
+            self._enter(prefill_prompts(self._model, admitted))
+
+    def _merge_replies(self, decoding: int) -> None:
+        """Read the replies, once there are so many that few rows wait for the forward pass."""
+        replied = [row for row, turn in self._next_turns.items() if turn]
+        if not replied or len(replied) < decoding:
+            return
+        assert self._resting is not None
+        indices = [i for i, row in enumerate(self._resting.rows) if self._next_turns.get(row)]
+        held = [
+            index
+            for index, row in enumerate(self._resting.rows)
+            if row in self._next_turns and not self._next_turns[row]
+        ]
+        if held:
+            turns = self._resting.copy_rows(indices)
+            self._resting = self._resting.keep_rows(held)
+        else:
+            whole = len(indices) == len(self._resting.rows)
+            turns = self._resting if whole else self._resting.keep_rows(indices)
+            self._resting = None
+        turns.rows = [turn for row in turns.rows if (turn := self._next_turns.pop(row))]
+        self._enter(prefill_replies(self._model, turns))
+
+    def _enter(self, fresh: DecodingBatch) -> None:
+        """Let rows decode whose contexts are in the cache.
+
+        This is a function of its own so that none of its names keeps an old cache alive.
+        """
+        if self._batch and self._batch.pending:
+            fresh.pending = launch_step(self._model, fresh)
+        self._batch = merge_batches(self._batch, fresh)
+
+    def _decode_step(self, batch: DecodingBatch) -> list[DecodingRow]:
+        drawn = batch.pending or launch_step(self._model, batch)
+        batch.pending = launch_step(self._model, batch) if self._can_launch(batch) else None
+        # One transfer to numpy for all rows.
+        numbers = zip(batch.rows, np.array(drawn.tokens), np.array(drawn.logprobs), strict=True)
+        record_details(drawn.details)
+        ended: list[DecodingRow] = []
+        for row, token, logprob in numbers:
+            if row.stop_reason is None:
+                if row.append(int(token), float(logprob)):
+                    ended.append(row)
+                if row.on_token:
+                    row.on_token(row)
+        return ended
+
+    def _can_launch(self, batch: DecodingBatch) -> bool:
+        """Return whether the next step may start before the tokens of this step are read."""
+        if not self._launch_ahead or batch.plan.penalises:
+            return False
+        rows = [row for row in batch.rows if row.stop_reason is None]
+        if any(row.may_continue for row in rows) and not batch.can_take_back:
+            return False
+        return any(len(row.tokens) < row.sampling.max_tokens - 1 for row in rows)
 
 
 def decode(
@@ -49,44 +208,37 @@ def decode(
     respond: RespondToRow | None = None,
     on_ended: Callable[[int], None] = lambda number: None,
 ) -> list[list[DecodingRow]]:
-    """Return `n` finished rows for each prompt.
+    """Return `n` finished rows for each prompt, in an engine of their own.
 
-    A group starts as soon as its `n` rows fit into `max_rows` beside the rows that still decode; a
-    group larger than `max_rows` decodes alone. If not `batched`, each row decodes alone.
-
-    With `respond`, a row that ended continues with its next turn from its own KV cache, and the
-    last turn of each row is returned. With `launch_ahead`, the device starts the next step before
-    Python reads the tokens of this step, unless a reply or a penalty needs these tokens first.
-    `on_ended` is called after each step with the number of rows that have ended in it.
+    With `respond`, a row that ended continues with its next turn, and the last turn of each row is
+    returned. `on_ended` is called after each step with the number of rows that have ended in it.
     """
-    launch_ahead = launch_ahead and respond is None and sampling.repetition_penalty == 1.0
-    groups = [[DecodingRow(p, m, prompt) for m in range(n)] for p, prompt in enumerate(prompts)]
-    waiting = deque(groups if batched else [[row] for group in groups for row in group])
-    size, limit = (n, max_rows) if batched else (1, 1)
-    batch: DecodingBatch | None = None
-    replied: DecodingBatch | None = None
-    while waiting or replied or batch:
-        decoding, unread = (rows.unfinished if rows else 0 for rows in (batch, replied))
-        room = limit - (len(batch.rows) if batch else 0) - unread
-        admitted = [waiting.popleft() for _ in range(min(len(waiting), room // size))]
-        if not (admitted or batch or replied):
-            admitted = [waiting.popleft()]
-        if admitted:
-            batch = _admit_groups(model, batch, admitted, sampling, seed)
-        # The prefill of replies is one ragged pass, so it waits until enough rows share the pass.
-        if replied and unread >= decoding:
-            batch, replied = merge_batches(batch, prefill_replies(model, replied)), None
-        assert batch is not None
-        ended = _decode_step(model, batch, sampling, stop, launch_ahead=launch_ahead)
-        next_turns = begin_next_turns(batch, ended, respond) if respond else None
-        if next_turns:
-            replied = merge_batches(replied, next_turns)
-            for row in next_turns.rows:
-                groups[row.prompt][row.member] = row
-        on_ended(len(ended) - (len(next_turns.rows) if next_turns else 0))
-        # Dropping rows copies the whole cache, so it waits until half of the rows have ended.
-        if 2 * batch.unfinished <= len(batch.rows):
-            batch = batch.drop_finished()
+    engine = Engine(model, max_rows=max_rows, batched=batched, launch_ahead=launch_ahead)
+    keys = random_keys(seed, [(p, m) for p in range(len(prompts)) for m in range(n)])
+    groups = [
+        [
+            DecodingRow(
+                context=prompt,
+                sampling=sampling,
+                stop=stop,
+                key=keys[p * n + m],
+                prompt=p,
+                member=m,
+                may_continue=respond is not None,
+            )
+            for m in range(n)
+        ]
+        for p, prompt in enumerate(prompts)
+    ]
+    for group in groups:
+        engine.submit(group)
+    while engine.can_step:
+        ended = engine.step()
+        replies = [respond(row) for row in ended] if respond else [None] * len(ended)
+        for row, reply in zip(ended, replies, strict=True):
+            if reply is not None:
+                groups[row.prompt][row.member] = engine.reply(row, reply)
+        on_ended(replies.count(None))
     return groups
 
 
@@ -112,154 +264,15 @@ def _two_turn_logits(
     model: nn.Module, prompts: list[list[int]], replies: list[list[int]]
 ) -> Float[mx.array, "turns rows vocab"]:
     """Return the logits after each prompt, and after a reply to the answer of one token 0."""
-    rows = [DecodingRow(p, 0, prompt, tokens=[0]) for p, prompt in enumerate(prompts)]
-    batch = prefill_prompts(model, [[row] for row in rows], seed=0, room=1)
-    first = _next_logits(model, batch)
-    next_turns = begin_next_turns(batch, range(len(rows)), lambda row: replies[row.prompt])
-    assert next_turns is not None
-    return mx.stack([first, _next_logits(model, prefill_replies(model, next_turns))])
-
-
-def _next_logits(model: nn.Module, batch: DecodingBatch) -> Float[mx.array, "rows vocab"]:
-    return model(batch.last_tokens[:, None], cache=batch.cache)[:, -1, :]
-
-
-def _admit_groups(
-    model: nn.Module,
-    batch: DecodingBatch | None,
-    groups: list[list[DecodingRow]],
-    sampling: Sampling,
-    seed: int,
-) -> DecodingBatch:
-    """Return the batch with the rows of these groups.
-
-    This is a function of its own so that none of its names keeps an old cache alive.
-    """
-    fresh = prefill_prompts(model, groups, seed, room=sampling.max_tokens)
-    if batch and batch.pending:
-        fresh.pending = _launch_step(model, fresh, sampling)
-    return merge_batches(batch, fresh)
-
-
-def begin_next_turns(
-    batch: DecodingBatch, ended: Sequence[int], respond: RespondToRow
-) -> DecodingBatch | None:
-    """Return the next turns of the rows that ended, or None if no row has a next turn.
-
-    The KV cache of the result does not hold the replies yet.
-    """
-    answers = {index: respond(batch.rows[index]) for index in ended}
-    replies = {index: reply for index, reply in answers.items() if reply is not None}
-    if not replies:
-        return None
-    turns = batch.copy_rows(list(replies))
-    turns.rows = [row.next_turn(replies[i]) for i, row in zip(replies, turns.rows, strict=True)]
-    return turns
-
-
-def prefill_replies(model: nn.Module, turns: DecodingBatch) -> DecodingBatch:
-    """Return the batch with each row's context in the KV cache, except the last token."""
-    numbers = list(range(len(turns.rows)))
-    uncached = [row.context[row.cached : -1] for row in turns.rows]
-    size = _prefill_chunk(uncached)
-    if all(isinstance(layer, BatchKVCache) for layer in turns.cache):
-        prefill = PromptProcessingBatch(model, numbers, [], prefill_step_size=size)
-        prefill.prompt_cache = turns.cache
-    else:
-        # A rotated sliding-window cache is put in order by splitting and merging its rows.
-        caches = [[layer.extract(number) for layer in turns.cache] for number in numbers]
-        prefill = PromptProcessingBatch(model, numbers, caches, prefill_step_size=size)
-    prefill.prompt(uncached)
-    last_tokens = mx.array([row.context[-1] for row in turns.rows])
-    return DecodingBatch(turns.rows, prefill.prompt_cache, last_tokens, turns.keys)
-
-
-def prefill_prompts(
-    model: nn.Module, groups: list[list[DecodingRow]], seed: int, *, room: int
-) -> DecodingBatch:
-    """Return a batch of all rows with their prompts in the KV cache, except the last token.
-
-    The prompt of a group runs once, and its cache is copied for each row of the group.
-    """
-    prompts = [group[0].context[:-1] for group in groups]
-    if {*map(len, prompts)} == {0, 1}:
-        # A sliding-window cache takes a single position for a decoded token, of all rows or none.
-        empty, single = (
-            prefill_prompts(
-                model, [g for g in groups if len(g[0].context) == length], seed, room=room
-            )
-            for length in (1, 2)
+    sampling, key = Sampling(max_tokens=1), np.zeros(2, np.uint32)
+    rows = [
+        DecodingRow(
+            context=prompt, sampling=sampling, stop=lambda tokens: None, key=key, tokens=[0]
         )
-        return merge_batches(empty, single)
-    prefill = PromptProcessingBatch(
-        model,
-        list(range(len(groups))),
-        [make_prompt_cache(model) for _ in groups],
-        prefill_step_size=_prefill_chunk(prompts),
-    )
-    prefill.prompt(prompts)
-    rows = [row for group in groups for row in group]
-    owner = mx.array([g for g, group in enumerate(groups) for _ in group])
-    room = min(room, BatchKVCache.step)
-    return DecodingBatch(
-        rows=rows,
-        cache=[_repeat_prompts(layer, owner, room) for layer in prefill.prompt_cache],
-        last_tokens=mx.array([row.context[-1] for row in rows]),
-        keys=random_keys(seed, [(row.prompt, row.member) for row in rows]),
-    )
-
-
-def _prefill_chunk(texts: Sequence[Sequence[int]]) -> int:
-    """Return how many positions of each text one forward pass processes."""
-    longest = max(map(len, texts))
-    size = max(2, PREFILL_CHUNK_TOKENS // len(texts))
-    # No chunk may have a single position: a sliding-window cache takes it for a decoded token.
-    while longest > size and longest % size == 1:
-        size += 1
-    return size
-
-
-def _repeat_prompts(layer: Any, owner: mx.array, room: int) -> Any:
-    if type(layer) is BatchKVCache and not layer.empty():
-        return DecodingCache.repeat_prompts(layer, owner, room)
-    layer.filter(owner)
-    return layer
-
-
-def _decode_step(
-    model: nn.Module,
-    batch: DecodingBatch,
-    sampling: Sampling,
-    stop: StopRule,
-    *,
-    launch_ahead: bool,
-) -> list[int]:
-    """Append one token to every unfinished row; return the indices of the rows that end now."""
-    tokens, logprobs = batch.pending or _launch_step(model, batch, sampling)
-    before_last = sampling.max_tokens - 1
-    unfinished = [row for row in batch.rows if row.stop_reason is None]
-    another = launch_ahead and any(len(row.tokens) < before_last for row in unfinished)
-    batch.pending = _launch_step(model, batch, sampling) if another else ()
-    # One transfer to numpy for all rows.
-    drawn = zip(batch.rows, np.array(tokens), np.array(logprobs), strict=True)
-    return [
-        index
-        for index, (row, token, logprob) in enumerate(drawn)
-        if row.stop_reason is None
-        and row.append(int(token), float(logprob), stop, sampling.max_tokens)
+        for prompt in prompts
     ]
-
-
-def _launch_step(
-    model: nn.Module, batch: DecodingBatch, sampling: Sampling
-) -> tuple[mx.array, mx.array]:
-    """Start one decode step on the device; return its tokens and their log-probabilities."""
-    logits = _next_logits(model, batch).astype(mx.float32)
-    if sampling.repetition_penalty != 1.0:
-        contexts = [row.context + row.tokens for row in batch.rows]
-        logits = penalise_repetition(logits, contexts, sampling.repetition_penalty)
-    drawn = draw_tokens(logits, mx.array(batch.keys), sampling)
-    mx.async_eval(drawn, [layer.state for layer in batch.cache])
-    batch.last_tokens = drawn[0]
-    batch.keys = batch.keys + _NEXT_KEY
-    return drawn
+    batch = prefill_prompts(model, [[row] for row in rows])
+    first = next_logits(model, batch)
+    turns = batch.copy_rows([*range(len(rows))])
+    turns.rows = [row.next_turn(reply) for row, reply in zip(rows, replies, strict=True)]
+    return mx.stack([first, next_logits(model, prefill_replies(model, turns))])

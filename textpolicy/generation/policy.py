@@ -12,8 +12,13 @@ from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
-from textpolicy.generation.decoding_batch import DecodingRow, RespondToRow
-from textpolicy.generation.engine import MAX_DECODING_ROWS, can_decode_together, decode
+from textpolicy.generation.decoding_batch import DecodingRow
+from textpolicy.generation.engine import (
+    MAX_DECODING_ROWS,
+    RespondToRow,
+    can_decode_together,
+    decode,
+)
 from textpolicy.generation.prompts import (
     check_prompt,
     decode_text,

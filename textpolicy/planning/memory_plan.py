@@ -19,7 +19,8 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
-from textpolicy.generation.engine import MAX_DECODING_ROWS, PREFILL_CHUNK_TOKENS
+from textpolicy.generation.engine import MAX_DECODING_ROWS
+from textpolicy.generation.prefill import PREFILL_CHUNK_TOKENS
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.training.batch import MICRO_BATCH_TOKENS
