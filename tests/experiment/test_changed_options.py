@@ -211,6 +211,8 @@ SFT_FREE = {
     "run.validation_batches": ("plain", 0),
     "run.save_every": ("plain", 1),
     "run.limits": ("plain", "warn"),
+    "run.step_deadline": ("plain", 900.0),
+    "run.stop_on_stall": ("plain", True),
 }
 TABLES = {
     "train": [NUMBERS, MEMORY, BOUND, FREE],

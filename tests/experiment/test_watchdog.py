@@ -7,8 +7,11 @@ import time
 
 import pytest
 
+import textpolicy as tp
 from textpolicy import activity
 from textpolicy.activity import doing
+from textpolicy.cli import main
+from textpolicy.errors import RunInterruptedError
 from textpolicy.experiment.events import Reporter, RunEvent
 from textpolicy.experiment.watchdog import Watchdog
 from textpolicy.runs import RunDirectory
@@ -191,3 +194,87 @@ def test_the_register_shows_what_every_thread_does():
         leave.set()
         thread.join()
     assert activity.described() == before
+
+
+# The listener waits when it hears of update 3.
+SUPERVISED = """
+import json, sys, time
+import textpolicy as tp
+
+def wait(event):
+    if event.kind == "step" and event.step == 3:
+        time.sleep(float(sys.argv[2]))
+
+tp.run(json.loads(sys.argv[1]), output=sys.argv[3], on_event=wait)
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """Return the config of a small supervised run with a deadline of a second for each step."""
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(10, 30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "data": {"source": str(tmp_path / "rows.jsonl")},
+        "trainer": {"iterations": 6, "batch_size": 2},
+        "run": {
+            **{"steps_per_report": 1, "steps_per_eval": 2, "save_every": 2},
+            **{"step_deadline": 1.5, "stop_on_stall": True},
+        },
+    }
+
+
+def stalled_rows(directory):
+    rows = map(json.loads, directory.metrics.read_text().splitlines())
+    return [int(row["step"]) for row in rows if row.get("alarm/stalled")]
+
+
+@pytest.mark.slow
+def test_supervised_training_that_stalls_stops_with_75_and_a_checkpoint_and_resumes(
+    supervised, tmp_path
+):
+    heard = []
+
+    def wait(event):
+        heard.append(event.text)
+        if event.kind == "step" and event.step == 3:
+            time.sleep(2)
+
+    with pytest.raises(RunInterruptedError, match=r"The last checkpoint is of step 3\. Resume"):
+        tp.run(supervised, output=tmp_path / "run", on_event=wait)
+    (alarm,) = [text for text in heard if text.startswith("alarm")]
+    assert "nothing has moved for" in alarm and "after step 3" in alarm
+    assert "more than --step-deadline 1.5. Now: reporting" in alarm
+    resumed = tp.run(resume=tmp_path / "run")
+    whole = tp.run(supervised, output=tmp_path / "whole")
+    assert resumed.after and whole.after and resumed.after.value == whole.after.value
+    assert resumed.directory.latest.read_bytes() == whole.directory.latest.read_bytes()
+    assert not whole.alarms
+
+
+@pytest.mark.slow
+def test_supervised_training_that_hangs_ends_as_by_a_kill_with_75_and_its_last_checkpoint(
+    supervised, tmp_path
+):
+    hanging = [sys.executable, "-c", SUPERVISED, json.dumps(supervised), "600"]
+    started = time.monotonic()
+    ended = subprocess.run([*hanging, str(tmp_path / "run")], check=False, timeout=120)
+    assert ended.returncode == 75 and time.monotonic() - started < 60
+    assert main(["sft", "--resume", str(tmp_path / "run")]) == 0
+    assert main(["sft", "--resume", str(tmp_path / "run"), "--stop-on-stall"]) == 0
+
+
+@pytest.mark.slow
+def test_without_stop_on_stall_supervised_training_reports_a_stall_and_goes_on(
+    supervised, tmp_path
+):
+    supervised["run"]["stop_on_stall"] = False
+    result = tp.run(
+        supervised,
+        output=tmp_path / "run",
+        on_event=lambda event: time.sleep(2) if event.text.startswith("iteration 3: tr") else None,
+    )
+    assert result.ended == "finished" and result.steps == 6
+    (alarm,) = result.alarms
+    assert alarm.startswith("nothing has moved for") and "after step 3" in alarm
+    assert stalled_rows(result.directory) == [4]

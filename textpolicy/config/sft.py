@@ -7,10 +7,13 @@ from typing import Literal
 from textpolicy.config.settings import SEED, above, at_least, check, option
 from textpolicy.config.train import (
     CHECKPOINT_GRADIENTS,
+    DEADLINE_UNSET,
     FINAL_LR,
     LIMITS,
     LR,
     SCHEDULE,
+    STEP_DEADLINE,
+    STOP_ON_STALL,
     WARMUP,
     WEIGHT_DECAY,
     AdapterOptions,
@@ -109,6 +112,10 @@ class SFTRunOptions:
     save_every: int = option(
         100, "updates between two saves of adapters and checkpoint", limit=at_least(1)
     )
+    step_deadline: float | None = option(
+        *STEP_DEADLINE, unset=DEADLINE_UNSET, metavar="SECONDS", limit=above(0)
+    )
+    stop_on_stall: bool = option(*STOP_ON_STALL)
     limits: Literal["refuse", "warn"] = option(*LIMITS)
 
     def __post_init__(self) -> None:

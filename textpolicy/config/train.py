@@ -32,6 +32,15 @@ LIMITS = (
     "refuse",
     "what to do if the run needs more memory or disk space than the machine has, by an estimate",
 )
+STEP_DEADLINE = (
+    None,
+    "seconds after which a step is reported, with what the step waits for",
+)
+DEADLINE_UNSET = "ten times the median of the steps, after five steps"
+STOP_ON_STALL = (
+    False,
+    "stop a run whose step is reported, with the exit code 75, so that it can be resumed",
+)
 CHECKPOINT_GRADIENTS = (False, "recompute activations in the backward pass: less memory, more time")
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -470,15 +479,9 @@ class RunOptions:
         False, "stop the run at the first alarm about learning and keep the best adapter"
     )
     step_deadline: float | None = option(
-        None,
-        "seconds after which a step is reported, with what the step waits for",
-        unset="ten times the median of the steps, after five steps",
-        metavar="SECONDS",
-        limit=above(0),
+        *STEP_DEADLINE, unset=DEADLINE_UNSET, metavar="SECONDS", limit=above(0)
     )
-    stop_on_stall: bool = option(
-        False, "stop a run whose step is reported, with the exit code 75, so that it can be resumed"
-    )
+    stop_on_stall: bool = option(*STOP_ON_STALL)
     limits: Literal["refuse", "warn"] = option(*LIMITS)
 
     def __post_init__(self) -> None:

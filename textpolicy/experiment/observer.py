@@ -42,7 +42,7 @@ class StepObserver:
         self._directory = directory
         self._tracker = tracker
         self._report = report
-        self._best = best
+        self.best = best
         self._evaluator = evaluator
         self._every = every
         self._stop_on_alarm = stop_on_alarm
@@ -65,7 +65,7 @@ class StepObserver:
         """Return what `restore` needs, as JSON values."""
         return {
             "before": self._before,
-            "best": self._best.state(),
+            "best": self.best.state(),
             "best_step": self.best_step,
             "every": self._every,
             "evaluated": self._evaluated,
@@ -98,11 +98,11 @@ class StepObserver:
                 "The best adapter was chosen by another measure so far. From now on it is the best "
                 f"{'evaluated' if self._every else 'by its training reward'} since this resume"
             )
-        elif self._best.restore(best, self._directory.adapter_of(best["version"])):
+        elif self.best.restore(best, self._directory.adapter_of(best["version"])):
             self.best_step = facts["best_step"]
         else:
             self._report.note(
-                f"{self._best.path} is damaged, or newer than the checkpoint. The best adapter is "
+                f"{self.best.path} is damaged, or newer than the checkpoint. The best adapter is "
                 "chosen again from those that are measured from now on"
             )
 
@@ -121,10 +121,10 @@ class StepObserver:
         score, self._evaluated = self._evaluator()
         if when == "before" and (few := score.few_tasks_note):
             self._report.note(few)
-        if self._every and self._best.record_evaluation(score.reward):
+        if self._every and self.best.record_evaluation(score.reward):
             self.best_step = self.steps
         self._directory.keep_latest_adapter()
-        self._directory.remove_kept_adapters(last=self._keep_adapters, best=self._best.version)
+        self._directory.remove_kept_adapters(last=self._keep_adapters, best=self.best.version)
         if not self._before:
             names = ("eval/reward", "eval/standard_error")
             self._before = {"step": 0.0, **{name: self._evaluated[name] for name in names}}
@@ -149,7 +149,7 @@ class StepObserver:
         self._report("step", _line(step), metrics=metrics | alarms, samples=samples)
         for alarm in new:
             self._report("alarm", str(alarm))
-        if not self._every and self._best.record_step(step.metrics):
+        if not self._every and self.best.record_step(step.metrics):
             self.best_step = step.step
         elif self._every and self.steps % self._every == 0 and self.steps < step.steps:
             self.evaluate(f"step {self.steps}")

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.config import TrainConfig
-from textpolicy.errors import RunInterruptedError
 from textpolicy.experiment.assembly import (
     Experiment,
     assemble,
@@ -18,9 +17,9 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.events import Measurement, Reporter, RunResult
 from textpolicy.experiment.observer import MEASURED, StepObserver
-from textpolicy.experiment.resuming import Start, resume_line, save_options
+from textpolicy.experiment.resuming import Start, save_options
 from textpolicy.experiment.tasks import find_task
-from textpolicy.experiment.watchdog import Watchdog
+from textpolicy.experiment.watchdog import Watchdog, watch
 from textpolicy.loop import train_rl
 from textpolicy.rewards import Scorer
 from textpolicy.runs import RunDirectory
@@ -50,15 +49,14 @@ def train_policy(
     first_version = experiment.trainer.version
     if prepare:
         prepare(experiment)
-    if resume := start.resume:
-        _restore_adapters(experiment, directory, resume, force=start.force)
+    if start.resume:
+        _restore_adapters(experiment, directory, start.resume, force=start.force)
     # A checkpoint that does not fit must leave the config as it was.
     save_options(config, directory, start)
-    best = BestAdapter(experiment.adapters, directory.best)
-    report.step = resume.step if resume else 0
+    report.step = start.resume.step if start.resume else 0
     with ExitStack() as opened:
         scorer = open_scorer(experiment.reward, opened, report.note)
-        watchdog = opened.enter_context(_watchdog(config, report, directory))
+        watchdog = opened.enter_context(watch(config, directory, report))
         observer = _open_observer(
             experiment,
             config,
@@ -66,35 +64,17 @@ def train_policy(
             report,
             directory=directory,
             scorer=scorer,
-            best=best,
             watchdog=watchdog,
         )
         started = time.perf_counter()
-        report("start", f"resuming after step {resume.step}" if resume else "training starts")
-        before = _measure_before(observer, directory, resume, report.note)
-        start.checkpoints.facts[MEASURED] = observer.facts
-        watchdog.step_begins()
-        train_rl(
-            tasks=environment.stream(config.run.seed),
-            reward=scorer,
-            policy=experiment.policy,
-            trainer=experiment.trainer,
-            steps=config.run.steps,
-            groups_per_step=config.rollout.groups_per_step,
-            group_size=config.rollout.group_size,
-            steps_per_generation=config.rollout.steps_per_generation,
-            refill_rounds=experiment.refill_rounds,
-            seed=config.run.seed,
-            on_step=observer.on_step,
-            checkpoints=start.checkpoints,
-            resume=resume,
-        )
-        watchdog.step_ended()
+        report("start", f"resuming after step {report.step}" if start.resume else "training starts")
+        before = _measure_before(observer, directory, start.resume, report.note)
+        _train(experiment, config, start, scorer=scorer, observer=observer, watchdog=watchdog)
         updates = experiment.trainer.version - first_version
-        after = _measure_after(observer, experiment, best, config, directory)
+        after = _measure_after(observer, experiment, config, directory)
     finished = observer.steps >= config.run.steps
-    if watchdog.asked_to_stop and not finished:
-        raise RunInterruptedError(f"{watchdog.stalls[-1]}. {_resume_text(config, directory)}")
+    if not finished:
+        watchdog.check_not_stalled()
     return RunResult(
         directory=directory,
         ended="alarm" if observer.stopped_by_alarm else "finished" if finished else "stopped",
@@ -103,9 +83,9 @@ def train_policy(
         seconds=time.perf_counter() - started,
         before=before,
         after=after,
-        best=_best_measurement(best, observer, config),
+        best=_best_measurement(observer, config),
         alarms=(*observer.alarms, *watchdog.stalls),
-        facts={"kept": best.version} if observer.stopped_by_alarm else {},
+        facts={"kept": observer.best.version} if observer.stopped_by_alarm else {},
     )
 
 
@@ -128,7 +108,6 @@ def _open_observer(
     *,
     directory: RunDirectory,
     scorer: Scorer,
-    best: BestAdapter,
     watchdog: Watchdog,
 ) -> StepObserver:
     tracker = open_run_tracker(
@@ -142,7 +121,7 @@ def _open_observer(
         directory,
         opened.enter_context(tracker),
         report,
-        best,
+        BestAdapter(experiment.adapters, directory.best),
         build_evaluator(experiment, scorer, config, opened, report.note),
         every=config.evaluation.every,
         stop_on_alarm=config.run.stop_on_collapse,
@@ -151,20 +130,34 @@ def _open_observer(
     )
 
 
-def _watchdog(config: TrainConfig, report: Reporter, directory: RunDirectory) -> Watchdog:
-    return Watchdog(
-        report,
-        deadline=config.run.step_deadline,
-        stop=config.run.stop_on_stall,
-        resume_text=lambda: _resume_text(config, directory),
+def _train(
+    experiment: Experiment,
+    config: TrainConfig,
+    start: Start,
+    *,
+    scorer: Scorer,
+    observer: StepObserver,
+    watchdog: Watchdog,
+) -> None:
+    """Run the steps that are not done yet."""
+    start.checkpoints.facts[MEASURED] = observer.facts
+    watchdog.step_begins()
+    train_rl(
+        tasks=experiment.environment.stream(config.run.seed),
+        reward=scorer,
+        policy=experiment.policy,
+        trainer=experiment.trainer,
+        steps=config.run.steps,
+        groups_per_step=config.rollout.groups_per_step,
+        group_size=config.rollout.group_size,
         steps_per_generation=config.rollout.steps_per_generation,
+        refill_rounds=experiment.refill_rounds,
+        seed=config.run.seed,
+        on_step=observer.on_step,
+        checkpoints=start.checkpoints,
+        resume=start.resume,
     )
-
-
-def _resume_text(config: TrainConfig, directory: RunDirectory) -> str:
-    saved = sorted(directory.checkpoints.glob("*.safetensors"))
-    last = f"The last checkpoint is of step {int(saved[-1].stem)}" if saved else "No step is saved"
-    return f"{last}. Resume the run with: {resume_line(directory, config)}"
+    watchdog.step_ended()
 
 
 def _measure_before(
@@ -189,7 +182,6 @@ def _measure_before(
 def _measure_after(
     observer: StepObserver,
     experiment: Experiment,
-    best: BestAdapter,
     config: TrainConfig,
     directory: RunDirectory,
 ) -> Measurement | None:
@@ -199,7 +191,7 @@ def _measure_after(
     """
     adapters, policy = experiment.adapters, experiment.policy
     if observer.stopped_by_alarm:
-        adapters.swap(best.path)
+        adapters.swap(observer.best.path)
         adapters.publish()
         policy.reload(experiment.trainer.published)
     elif not directory.latest.exists():
@@ -210,10 +202,8 @@ def _measure_after(
     return None
 
 
-def _best_measurement(
-    best: BestAdapter, observer: StepObserver, config: TrainConfig
-) -> Measurement | None:
-    if best.value == float("-inf"):
+def _best_measurement(observer: StepObserver, config: TrainConfig) -> Measurement | None:
+    if observer.best.value == float("-inf"):
         return None
     name = "greedy reward" if config.evaluation.every else "mean training reward"
-    return Measurement(name=name, value=best.value, step=observer.best_step)
+    return Measurement(name=name, value=observer.best.value, step=observer.best_step)

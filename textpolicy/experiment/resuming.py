@@ -39,6 +39,7 @@ _FREE_IN_SFT = frozenset(
     {
         *("tracking", "run.output", "run.steps_per_report", "run.steps_per_eval"),
         *("run.validation_batches", "run.save_every", "run.limits"),
+        *("run.step_deadline", "run.stop_on_stall"),
         *("trainer.iterations", "trainer.epochs", "trainer.patience"),
     }
 )

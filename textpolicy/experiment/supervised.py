@@ -4,6 +4,7 @@ import time
 
 import mlx.core as mx
 
+from textpolicy.activity import doing
 from textpolicy.config import SFTConfig
 from textpolicy.experiment.assembly import (
     adapt,
@@ -15,14 +16,13 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.events import EventKind, Measurement, Reporter, RunResult
 from textpolicy.experiment.resuming import Start, resume_line, save_options
+from textpolicy.experiment.watchdog import Watchdog, watch
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.training.sft import (
     SaveReport,
-    SFTData,
     SFTEvent,
-    SFTResult,
     TrainReport,
     ValidationReport,
     evaluate_sft,
@@ -64,7 +64,8 @@ def train_supervised(
     tracking = open_run_tracker(
         config, directory, report.note, resume_step=first + 1 if resume else 0, sample_groups=0
     )
-    with tracking as tracker:
+    with tracking as tracker, watch(config, directory, report) as watchdog:
+        recorder = _Recorder(config, directory, tracker, report, start, watchdog)
         result = train_sft(
             model,
             data.train,
@@ -73,14 +74,29 @@ def train_supervised(
             parameters=parameters,
             checkpoints=start.checkpoints,
             resume=resume,
-            on_progress=_Recorder(config, directory, tracker, report, start),
+            on_progress=recorder.on_progress,
+            on_update=recorder.on_update,
         )
     report.step = result.iteration
+    if result.ended == "stopped":
+        watchdog.check_not_stalled()
     test = None
     if data.test:
         loss = evaluate_sft(model, data.test, batch_size=config.trainer.batch_size)
         test = Measurement(name="test loss", value=loss, step=result.iteration)
-    return _result(result, directory, data, test, first, time.perf_counter() - started)
+    return RunResult(
+        directory=directory,
+        ended=result.ended,
+        steps=result.iteration,
+        updates=result.iteration - first,
+        seconds=time.perf_counter() - started,
+        before=_loss(result.first_loss, 0),
+        after=_loss(result.validation_loss, result.iteration) if result.iteration else None,
+        best=_loss(result.best_loss, result.best_iteration or 0),
+        test=test,
+        alarms=tuple(watchdog.stalls),
+        facts={"data": str(data), "truncated": data.truncated, "dropped": data.dropped},
+    )
 
 
 class _Recorder:
@@ -93,24 +109,45 @@ class _Recorder:
         tracker: Tracker,
         report: Reporter,
         start: Start,
+        watchdog: Watchdog,
     ) -> None:
         self._config = config
         self._directory = directory
         self._tracker = tracker
         self._report = report
         self._start = start
+        self._watchdog = watchdog
         self._first = True
+        self._stalled = False
+        self._updated = time.monotonic()
 
-    def __call__(self, event: SFTEvent) -> Progress:
+    @doing("reporting")
+    def on_progress(self, event: SFTEvent) -> Progress:
+        """Record an event; return STOP if the listener ends the run."""
         if self._first:
             # The first event shows that a resumed checkpoint fits these options.
             save_options(self._config, self._directory, self._start)
             self._first = False
         metrics = _metrics(event)
+        if isinstance(event, TrainReport):
+            metrics["alarm/stalled"] = float(self._stalled)
+            self._stalled = False
         if metrics:
             self._tracker.write(event.iteration, metrics)
         self._report.step = event.iteration
         self._report(_KINDS[type(event)], str(event), metrics=metrics)
+        return self._answer()
+
+    def on_update(self, iteration: int) -> Progress:
+        """Tell the watchdog that an update is done; return STOP if a stall ends the run."""
+        now = time.monotonic()
+        self._watchdog.record_step(now - self._updated)
+        self._updated = now
+        self._stalled |= self._watchdog.step_ended()
+        self._report.step = iteration
+        return self._answer()
+
+    def _answer(self) -> Progress:
         return Progress.STOP if self._report.stop_requested else Progress.MORE
 
 
@@ -128,28 +165,6 @@ def _metrics(event: SFTEvent) -> Metrics:
             return {_LOSS: event.loss, "time/validation": event.seconds}
         case SaveReport():
             return {}
-
-
-def _result(
-    result: SFTResult,
-    directory: RunDirectory,
-    data: SFTData,
-    test: Measurement | None,
-    first: int,
-    seconds: float,
-) -> RunResult:
-    return RunResult(
-        directory=directory,
-        ended=result.ended,
-        steps=result.iteration,
-        updates=result.iteration - first,
-        seconds=seconds,
-        before=_loss(result.first_loss, 0),
-        after=_loss(result.validation_loss, result.iteration) if result.iteration else None,
-        best=_loss(result.best_loss, result.best_iteration or 0),
-        test=test,
-        facts={"data": str(data), "truncated": data.truncated, "dropped": data.dropped},
-    )
 
 
 def _loss(value: float | None, step: int) -> Measurement | None:

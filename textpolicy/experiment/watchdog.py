@@ -14,7 +14,12 @@ from collections.abc import Callable
 from threading import Event, Thread
 
 from textpolicy import activity
+from textpolicy.config import TrainConfig
+from textpolicy.errors import RunInterruptedError
+from textpolicy.experiment.assembly import RunConfig
 from textpolicy.experiment.events import Reporter
+from textpolicy.experiment.resuming import resume_line
+from textpolicy.runs import RunDirectory
 
 _FACTOR = 10
 _STEPS_FIRST = 5  # whose median is a measure of the steps to come
@@ -27,9 +32,9 @@ class Watchdog:
     """Reports a step that takes too long; as a context, runs while the block does.
 
     Too long is `deadline` seconds or, without a deadline, ten times the median of the steps so far,
-    once there are five. A measurement is too long if nothing in it moves for that time. With `stop`
-    the run is asked to stop after the step, and a step that takes twice too long ends the process
-    with the exit code 75. `resume_text` returns what to say about resuming.
+    once there are five. Outside of steps, as in a measurement, it is too long if nothing moves for
+    that time. With `stop` the run is asked to stop after the step, and a step that takes twice too
+    long ends the process with the exit code 75. `resume_text` returns what to say about resuming.
     """
 
     def __init__(
@@ -80,10 +85,10 @@ class Watchdog:
         """Add the time of a finished step to the times whose median is the usual time of a step."""
         self._seconds.append(seconds)
 
-    @property
-    def asked_to_stop(self) -> bool:
-        """Whether a stall is the reason why the run stops."""
-        return self._stop and bool(self.stalls)
+    def check_not_stalled(self) -> None:
+        """Raise `RunInterruptedError`, with the exit code 75, if a stall has stopped the run."""
+        if self._stop and self.stalls:
+            raise RunInterruptedError(f"{self.stalls[-1]}. {self._resume_text()}")
 
     @property
     def limit(self) -> float | None:
@@ -111,13 +116,13 @@ class Watchdog:
 
     def _report_stall(self, waited: float, *, in_step: bool) -> None:
         self._reported = True
-        what = f"step {self._report.step + 1}" if in_step else "the measurement"
-        usual = ""
+        usual = f"more than --step-deadline {self._deadline:g}"
         if self._deadline is None:
-            usual = f", and a step takes {statistics.median(self._seconds):.1f} s at the median"
-        elif in_step:
-            usual = f", more than --step-deadline {self._deadline:g}"
-        text = f"{what} has taken {waited:.0f} s{usual}. Now: {activity.described()}"
+            usual = f"and a step takes {statistics.median(self._seconds):.1f} s at the median"
+        what = f"step {self._report.step + 1} has taken {waited:.0f} s"
+        if not in_step:
+            what = f"nothing has moved for {waited:.0f} s after step {self._report.step}"
+        text = f"{what}, {usual}. Now: {activity.described()}"
         self.stalls.append(text)
         if self._stop:
             self._report.stop_requested = True
@@ -131,3 +136,21 @@ class Watchdog:
             f"of this step can be saved while it waits, so the process ends. {self._resume_text()}",
         )
         os._exit(os.EX_TEMPFAIL)
+
+
+def watch(config: RunConfig, directory: RunDirectory, report: Reporter) -> Watchdog:
+    """Return the watchdog of a run, with the deadline of its config."""
+    in_rl = isinstance(config, TrainConfig)
+    return Watchdog(
+        report,
+        deadline=config.run.step_deadline,
+        stop=config.run.stop_on_stall,
+        resume_text=lambda: _resume_text(config, directory),
+        steps_per_generation=config.rollout.steps_per_generation if in_rl else 1,
+    )
+
+
+def _resume_text(config: RunConfig, directory: RunDirectory) -> str:
+    saved = sorted(directory.checkpoints.glob("*.safetensors"))
+    last = f"The last checkpoint is of step {int(saved[-1].stem)}" if saved else "No step is saved"
+    return f"{last}. Resume the run with: {resume_line(directory, config)}"

@@ -69,6 +69,7 @@ def _data(result: RunResult) -> dict[str, Any]:
         "truncated": result.facts["truncated"],
         "dropped": result.facts["dropped"],
         "seconds": result.seconds,
+        "alarms": result.alarms,
         "adapters": str(directory.latest),
         "best_adapters": str(directory.best) if best else None,
         "report": str(directory.report),

@@ -93,15 +93,16 @@ def train_sft(
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
     on_progress: Callable[[SFTEvent], Progress | None] | None = None,
+    on_update: Callable[[int], Progress | None] | None = None,
 ) -> SFTResult:
-    """Update the trainable weights until all iterations are done or `on_progress` returns STOP.
+    """Update the trainable weights until all iterations are done or a callback returns STOP.
 
     Data is a list, or another collection with a length that can be read more than once.
     Validation happens before the first update, every `steps_per_eval` updates and after the last.
     However training ends, the adapters are saved to `adapter_path` and the state to `checkpoints`,
     where these are given. `resume` is one of these checkpoints, for example
     `checkpoints.newest()`: training continues to the same numbers, given the same model, data and
-    settings.
+    settings. `on_update` is called after each update with the number of finished updates.
     """
     fast_cpu.enable()
     parameters = parameters or SFTParameters()
@@ -128,6 +129,7 @@ def train_sft(
         loss=make_batch_loss(model, loss),
         data_order=data_order(source, parameters),
         checkpoints=checkpoints,
+        on_update=on_update,
     )
     if resume is not None:
         run.restore(resume)
@@ -142,7 +144,6 @@ def train_sft(
     return run.result()
 
 
-@doing("validating", begins=True)
 def evaluate_sft(
     model: nn.Module,
     data: Sequence[Example],
@@ -220,6 +221,7 @@ class _Run:
     loss: BatchLoss
     data_order: Mapping[str, Any]
     checkpoints: Checkpoints | None
+    on_update: Callable[[int], Progress | None] | None
     ended: SFTEnd = "finished"
     window: _ReportWindow = field(default_factory=_ReportWindow)
     validated: _ValidationHistory = field(default_factory=_ValidationHistory)
@@ -253,6 +255,9 @@ class _Run:
                 self.ended = "early"
                 break
             self._update(rows)
+            if self.on_update and asks_to_stop(self.on_update(self.iteration)):
+                self.ended = "stopped"
+                return
             yield from self._due()
         if self.window.timed_updates:
             yield self._report()
@@ -373,7 +378,6 @@ class _Run:
             learning_rate=float(self.optimizer.learning_rate),
         )
 
-    @doing("validating", begins=True)
     def _validate(self) -> ValidationReport:
         started = time.perf_counter()
         loss = _evaluate(self.model, self.validation, self.loss, self.parameters)
@@ -422,11 +426,13 @@ def _evaluate(
         number = min(count * size, len(demonstrations))
         demonstrations = Random(0).sample(demonstrations, number)
     total, tokens = 0.0, 0
-    with in_mode(model, training=False):
-        for rows in batches_by_length(demonstrations, size):
+    batches = batches_by_length(demonstrations, size)
+    with doing("validating", len(batches), begins=True) as activity, in_mode(model, training=False):
+        for rows in batches:
             mean, counted = loss(make_sft_batch(rows))
             total += float(mean) * int(counted)
             tokens += int(counted)
+            activity.advance()
     _check_counted(tokens)
     return total / tokens
 
