@@ -20,10 +20,10 @@ from tests.faults.attempts import attempts, pytest_itemcollected
 
 __all__ = ["attempts", "pytest_itemcollected"]
 
-# The same examples in every run. `pytest --hypothesis-profile thorough` draws 50 times as many, new
-# ones each time. Fixtures of a test are shared by its examples.
+# The same examples in every run. `pytest --hypothesis-profile thorough` draws 150 times as many,
+# and new ones each time. Fixtures of a test are shared by its examples.
 QUICK = settings(
-    max_examples=60,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,
@@ -33,7 +33,7 @@ QUICK = settings(
 )
 settings.register_profile("quick", QUICK)
 settings.register_profile(
-    "thorough", QUICK, max_examples=50 * QUICK.max_examples, derandomize=False
+    "thorough", QUICK, max_examples=150 * QUICK.max_examples, derandomize=False
 )
 settings.load_profile("quick")
 set_hypothesis_home_dir(Path(__file__).parents[1] / ".pytest_cache" / "hypothesis")

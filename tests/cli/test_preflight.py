@@ -75,6 +75,7 @@ def test_limits_warn_counts_for_sft_too(rows, empty, capsys):
     assert "REFUSED" not in capsys.readouterr().out.rpartition("limits = ")[2]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_change_what_its_limits_do(empty):
     assert main(["train", "--env", "add", *SMALL, "--output", "run"]) == 0
     assert main(["train", "--resume", "run", "--limits", "warn"]) == 0

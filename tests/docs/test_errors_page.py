@@ -5,6 +5,7 @@ import importlib
 import io
 import re
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -17,13 +18,18 @@ FENCE = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SOURCES = sorted((ROOT / "textpolicy").rglob("*.py"))
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text("utf-8"))))
+
+
 @pytest.fixture(scope="module")
 def errors() -> dict[str, type]:
     """Return every public error class of the package by name. A class may be in any file."""
     classes = {
         node.name: (path, {ast.unparse(base) for base in node.bases})
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in nodes_of(path)
         if isinstance(node, ast.ClassDef)
     }
     found = {"TextPolicyError"}
@@ -55,7 +61,7 @@ def test_the_table_names_the_other_base_of_each_class(errors):
 def names_raised(path: Path) -> set[str]:
     """Return the classes that a file raises, or names for others to raise."""
     found = set[str]()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             found.add(ast.unparse(node.exc.func))
         elif isinstance(node, ast.Return) and isinstance(node.value, ast.Call):

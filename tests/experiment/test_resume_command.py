@@ -197,6 +197,7 @@ def test_a_forced_resume_uses_the_new_options(tmp_path, capsys):
     assert read_toml(directory.config, TrainConfig()).run.steps == 8
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(whole, capsys):
     with whole.lock():
         assert main(["train", "--resume", str(whole.path)]) == 2

@@ -61,7 +61,7 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_its_weights_are_
     shutil.copytree(tiny, folder)
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
-    sizes = {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 400}
+    sizes = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 16}
     (folder / "config.json").write_text(json.dumps(config | sizes))
     message = refused("train", "--env", "add", "--model", str(folder))
     assert "TB of memory" in message and "Choose a smaller model" in message

@@ -122,8 +122,15 @@ CHANGES = {
 }
 
 
+# Two kinds of files; the others take the same path.
+QUICK = {"model: model.safetensors has changed", "reward: reward.py has changed"}
+
+
 @pytest.mark.proves("F22")
-@pytest.mark.parametrize("told", CHANGES)
+@pytest.mark.parametrize(
+    "told",
+    [told if told in QUICK else pytest.param(told, marks=pytest.mark.slow) for told in CHANGES],
+)
 def test_a_changed_file_is_named_and_refused_unless_forced(copies, attempts, capsys, told):
     run, own = copies
     before = RunDirectory(run).config.read_bytes()
@@ -190,6 +197,7 @@ def test_random_numbers_of_a_reward_continue_where_the_run_was_stopped(files, tm
     assert len({row["reward"] for row in whole[:4]}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.proves("F22")
 def test_lost_and_damaged_metrics_are_told_and_stop_no_resume(files, copies, attempts, capsys):
     run, _ = copies
@@ -248,6 +256,7 @@ def test_a_forced_option_holds_although_the_process_ends_before_the_next_checkpo
     assert tp.run(resume=run).ended == "finished"
 
 
+@pytest.mark.slow
 def test_more_steps_need_no_force_and_a_finished_run_says_so(copies, capsys):
     run, _ = copies
     resume = ["train", "--resume", str(run)]
@@ -263,6 +272,7 @@ def test_more_steps_need_no_force_and_a_finished_run_says_so(copies, capsys):
     assert "has 4 steps already, and --steps is 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_without_its_checkpoints_keeps_its_adapters(copies, capsys):
     run, _ = copies
     assert main(["train", "--resume", str(run)]) == 0
@@ -275,6 +285,7 @@ def test_a_run_without_its_checkpoints_keeps_its_adapters(copies, capsys):
     assert (run / "adapters" / "latest.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_new_start_keeps_no_adapter_of_a_start_that_saved_no_checkpoint(files, tmp_path):
     run = RunDirectory(tmp_path / "run")
     tp.run(options_of(files) | {"run": {"steps": 1}}, output=run.path)
@@ -299,6 +310,7 @@ def test_a_damaged_best_adapter_is_replaced_by_the_one_that_was_measured(copies,
     assert facts["version"] <= best.version <= 3 and rewards
 
 
+@pytest.mark.slow
 def test_only_the_last_evaluated_adapters_and_the_best_are_kept(files, tmp_path):
     run = tmp_path / "run"
     config = options_of(files) | {"run": {"steps": 5, "keep_adapters": 2}}
@@ -318,6 +330,7 @@ def reward(completion):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_that_changes_the_working_directory_moves_no_file(files, tmp_path, monkeypatch):
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     home.mkdir()
@@ -379,6 +392,7 @@ with RunDirectory(Path(sys.argv[1])).lock():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.proves("F18")
 def test_a_second_start_is_refused_and_the_lock_of_a_dead_process_is_taken_over(
     copies, attempts, capsys
@@ -406,6 +420,7 @@ def test_checkpoints_of_a_loop_of_your_own_are_not_resumed_by_the_command(copies
         tp.run(resume=run)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_of_a_supervised_run_are_kept_and_no_validation_is_made_up(
     files, tmp_path, capsys
 ):

@@ -117,6 +117,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.proves("F10", "F21")
 def test_what_goes_wrong_costs_its_episode_and_the_others_go_on(load_tiny, game, attempts):
     scripts = [["a", "b", "c"], *[["a", fault, "c"] for fault in FAULTS], ["a", "bb", "c"]]
@@ -135,6 +136,7 @@ def test_what_goes_wrong_costs_its_episode_and_the_others_go_on(load_tiny, game,
     assert [first.turns, last.turns] == [alone[0].turns, alone[-1].turns]
 
 
+@pytest.mark.slow
 @pytest.mark.proves("F10")
 def test_reset_and_close_that_hang_are_killed_too(load_tiny, game, attempts, monkeypatch):
     attempts(2)
@@ -148,6 +150,7 @@ def test_reset_and_close_that_hang_are_killed_too(load_tiny, game, attempts, mon
         next(load(game, env_timeout=0.5).stream(0))
 
 
+@pytest.mark.slow
 @pytest.mark.proves("F10")
 def test_a_session_that_a_hanging_step_started_is_killed_too(
     load_tiny, game, attempts, monkeypatch
@@ -161,7 +164,13 @@ def test_a_session_that_a_hanging_step_started_is_killed_too(
     assert mark not in running
 
 
-@pytest.mark.parametrize("name", ["hilo", "calculator", "tictactoe", "wordle"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hilo",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("calculator", "tictactoe", "wordle")),
+    ],
+)
 def test_episodes_in_another_process_equal_those_in_this_one(load_tiny, name):
     model, tokenizer = load_tiny()
     found = []
@@ -174,6 +183,7 @@ def test_episodes_in_another_process_equal_those_in_this_one(load_tiny, name):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.proves("F10")
 def test_a_tool_that_hangs_is_killed_and_the_model_is_told(load_tiny, tmp_path, attempts):
     path = tmp_path / "tools.py"

@@ -21,18 +21,34 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_right_answers_are_told_from_wrong_ones(kind):
-    wrong = [
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Return a process without the type checks of the tests, which take most of the time."""
+    with get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
+def judged_wrongly(kind):
+    """Return the pairs of a kind that the verifier does not judge as their writer does."""
+    return [
         pair for pair in KINDS[kind] if math_equal(pair["answer"], pair["gold"]) != pair["equal"]
     ]
-    assert not wrong
+
+
+def refused_in_a_box(kind):
+    """Return the right answers of a kind that are not right in a box."""
+    golds = {pair["gold"] for pair in KINDS[kind]}
+    return [gold for gold in golds if not math_equal(f"\\boxed{{{gold}}}", gold)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_answer_of_a_row_is_right_as_it_is_written_and_in_a_box(kind):
-    golds = {pair["gold"] for pair in KINDS[kind]}
-    assert not [gold for gold in golds if not math_equal(f"\\boxed{{{gold}}}", gold)]
+def test_right_answers_are_told_from_wrong_ones(elsewhere, kind):
+    assert elsewhere.apply(judged_wrongly, [kind]) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_of_a_row_is_right_as_it_is_written_and_in_a_box(elsewhere, kind):
+    assert elsewhere.apply(refused_in_a_box, [kind]) == []
 
 
 # A change of one digit changes these answers, whichever digit it is.
@@ -60,10 +76,8 @@ def accepted_with_another_digit():
     return len(pairs), [pair for pair in pairs if math_equal(f"\\boxed{{{pair[1]}}}", pair[0])]
 
 
-def test_an_answer_with_another_digit_is_wrong():
-    # The type checks of the tests take longer than the verifier, so another process compares.
-    with get_context("spawn").Pool(1) as pool:
-        tried, accepted = pool.apply(accepted_with_another_digit)
+def test_an_answer_with_another_digit_is_wrong(elsewhere):
+    tried, accepted = elsewhere.apply(accepted_with_another_digit)
     assert tried > 1500 and accepted == []
 
 

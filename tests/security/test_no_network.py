@@ -116,6 +116,7 @@ def look_up(connection):
     connection.send(deeds)
 
 
+@pytest.mark.slow
 def test_a_connection_would_be_recorded():
     hear, say = context.Pipe(duplex=False)
     assert exit_code_of(start(look_up, say)) == 0

@@ -43,7 +43,7 @@ FOREIGN = [
 
 
 @pytest.mark.proves("S8", "F12")
-@pytest.mark.parametrize("command", ["train", "sft"])
+@pytest.mark.parametrize("command", ["train", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_folder_with_anything_of_the_user_is_refused_and_stays_as_it_is(
     tmp_path, capsys, attempts, command
 ):
@@ -158,7 +158,7 @@ def test_a_page_that_is_no_report_is_not_replaced(tmp_path, capsys):
 
 
 @pytest.mark.proves("S16")
-@pytest.mark.parametrize("made_before", [False, True])
+@pytest.mark.parametrize("made_before", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_files_of_a_run_are_private_under_an_open_umask(tmp_path, attempts, made_before):
     pytest.importorskip("tensorboardX")
     run = tmp_path / "run"
@@ -210,6 +210,7 @@ def reward(completion):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.proves("S14")
 def test_no_file_of_a_run_and_no_message_holds_a_secret(tmp_path, monkeypatch, capsys, attempts):
     secrets = {
@@ -244,6 +245,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_reports_that_are_written_at_once_do_not_disturb_each_other(tmp_path, whole):
     run = tmp_path / "run"
     subprocess.run(["cp", "-a", str(whole.path), str(run)], check=True)

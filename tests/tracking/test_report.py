@@ -152,6 +152,7 @@ def test_samples_are_whole_groups_within_the_limit_of_bytes(tmp_path):
     assert all(text.endswith("[5 characters more in samples.jsonl]") for text in cut)
 
 
+@pytest.mark.slow
 def test_a_report_of_several_runs_stays_at_a_few_megabytes(tmp_path):
     runs = [make_run(tmp_path / name, text="y" * 4000) for name in "abc"]
     path = write_report(runs, tmp_path / "all.html")

@@ -15,13 +15,15 @@ _PARTS_OF_A_STEP = ("sampling", "training", "reward ", "saving", "reloading", "w
 
 
 @contextmanager
-def showing_progress(note: Callable[[str], None], *, steps: bool = False) -> Generator[None]:
-    """Call `note` with a line when one work of the block has taken 2 s, and then every 10 s.
+def showing_progress(
+    note: Callable[[str], None], *, steps: bool = False, after: float = _FIRST_LINE
+) -> Generator[None]:
+    """Call `note` with a line when one work of the block has taken `after` s, then every 10 s.
 
     With `steps`, the parts of training steps get no lines.
     """
     ended = Event()
-    thread = Thread(target=_show, args=(note, ended, steps), name="progress", daemon=True)
+    thread = Thread(target=_show, args=(note, ended, steps, after), name="progress", daemon=True)
     thread.start()
     try:
         yield
@@ -30,7 +32,7 @@ def showing_progress(note: Callable[[str], None], *, steps: bool = False) -> Gen
         thread.join()
 
 
-def _show(note: Callable[[str], None], ended: Event, steps: bool) -> None:
+def _show(note: Callable[[str], None], ended: Event, steps: bool, after: float) -> None:
     shown: Activity | None = None
     due = 0.0
     while not ended.wait(_POLL):
@@ -39,7 +41,7 @@ def _show(note: Callable[[str], None], ended: Event, steps: bool) -> None:
             continue
         now = time.monotonic()
         if works[0] is not shown:
-            shown, due = works[0], works[0].started + _FIRST_LINE
+            shown, due = works[0], works[0].started + after
         if now >= due:
             due = now + _NEXT_LINES
             # A closed terminal must not end the work.
