@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from textpolicy.buffer import Buffer
     from textpolicy.config import SFTConfig, TrainConfig
     from textpolicy.experiment import Measurement, RunEvent, RunResult, run
+    from textpolicy.export import Exported, export_adapter
     from textpolicy.generation.mlx_generation import create_policy, load_model
     from textpolicy.generation.model_files import tiny_model
     from textpolicy.loop import StepReport, train_rl
@@ -45,6 +46,7 @@ __all__ = [
     "Batch",
     "Buffer",
     "Completion",
+    "Exported",
     "LoRARule",
     "Measurement",
     "Policy",
@@ -68,6 +70,7 @@ __all__ = [
     "collect",
     "create_policy",
     "evaluate_sft",
+    "export_adapter",
     "load_model",
     "plan_memory",
     "reward",
@@ -85,6 +88,7 @@ _MODULES = {
     "textpolicy.buffer": ["Buffer"],
     "textpolicy.config": ["SFTConfig", "TrainConfig"],
     "textpolicy.experiment": ["Measurement", "RunEvent", "RunResult", "run"],
+    "textpolicy.export": ["Exported", "export_adapter"],
     "textpolicy.generation.mlx_generation": ["create_policy", "load_model"],
     "textpolicy.generation.model_files": ["tiny_model"],
     "textpolicy.loop": ["StepReport", "train_rl"],

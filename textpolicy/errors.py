@@ -21,6 +21,10 @@ class UnwritableError(AdapterError):
     """A file cannot be written: permission is missing, or the disk is full or absent."""
 
 
+class ExportError(TextPolicyError, ValueError):
+    """A format cannot hold what was trained, or what was written is not what was trained."""
+
+
 class RunInterruptedError(TextPolicyError, RuntimeError):
     """The machine ended the run. The run can be resumed from its checkpoint."""
 

@@ -5,6 +5,7 @@ A file is written under a temporary name in the same folder, flushed and renamed
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from textpolicy.errors import UnwritableError
 
 # The number is of the process that writes the file.
 _PARTIAL = re.compile(r"\..*\.(\d+)-\w+\.partial(\.\w+)?")
+_PARTIAL_FOLDER = re.compile(r"\..*\.(\d+)-\w+\.unfinished")
 _LONGEST_STEM = 100
 _PRIVATE_FILE, _PRIVATE_FOLDER = 0o600, 0o700
 
@@ -55,6 +57,51 @@ def remove_partial_files(folder: Path) -> None:
             writer = int(match[1])
             if writer == os.getpid() or not _is_alive(writer):
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(target: Path) -> Generator[Path]:
+    """Yield an empty temporary folder to fill, and rename it to `target` after the block.
+
+    An earlier folder at `target` is moved aside first and removed last. A kill leaves the earlier
+    folder, or none, or the new one, and never a part of one.
+    """
+    temporary: Path | None = None
+    try:
+        temporary = _new_partial_folder(target)
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask() & _mode(target.parent))
+        for path in (*temporary.rglob("*"), temporary):
+            flush_to_disk(path)
+        if target.exists():
+            earlier = _new_partial_folder(target)
+            os.replace(target, earlier)
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                os.replace(earlier, target)
+                raise
+            shutil.rmtree(earlier)
+        else:
+            os.replace(temporary, target)
+        flush_to_disk(target.parent)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    except RuntimeError as error:
+        if temporary and (reason := _why_disk_refuses(temporary / "more")):
+            raise _unwritable(target, reason) from error
+        raise
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_partial_folders(parent: Path) -> None:
+    """Remove temporary folders that killed processes left in the folder `parent`."""
+    for path in parent.glob(".*.unfinished"):
+        match = _PARTIAL_FOLDER.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink() and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -99,6 +146,11 @@ def _new_partial_file(target: Path) -> Path:
     )
     os.close(descriptor)
     return Path(name)
+
+
+def _new_partial_folder(target: Path) -> Path:
+    prefix = f".{target.name[:_LONGEST_STEM]}.{os.getpid()}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, suffix=".unfinished", dir=target.parent))
 
 
 def _is_alive(process: int) -> bool:

@@ -60,7 +60,7 @@ def threads():
 LOADING = {
     "generate": ["generate", "--prompt", "1+1="],
     "chat": ["chat"],
-    "fuse": ["fuse", "--output", "fused", "--adapter", "any"],
+    "export": ["export", "any", "--to", "mlx", "--output", "exported"],
     "eval": ["eval", "--env", "add", "--count", "2"],
     "check": ["check", "--env", "add", "--sample", "2", "--rows", "2"],
     "sft": ["sft", "--data", "shown.jsonl", "--output", "run"],

@@ -1,4 +1,4 @@
-"""The commands chat and fuse, and the commands that list and compare runs."""
+"""The command chat, and the commands that list and compare runs."""
 
 import io
 import json
@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import mlx.core as mx
-import mlx_lm
 import pytest
 
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -108,81 +107,6 @@ def test_chat_answers_with_the_adapters(chat, trained):
     (base,), _ = chat("12+30=")
     (adapted,), _ = chat("12+30=", options=("--adapter", trained(None, 0.2)))
     assert adapted != base
-
-
-def said_by(model, tokenizer) -> list[str]:
-    policy = create_policy(model, tokenizer, GREEDY)
-    return [policy(prompt).text for prompt in ("12+30=", "sort: 3 1 2", "reverse: abc")]
-
-
-@pytest.mark.slow
-def test_mlx_lm_loads_a_fused_model_and_it_answers_as_with_the_adapters(trained, answer, tmp_path):
-    adapter = trained(None, 0.2)
-    report = answer(
-        "fuse", "--adapter", adapter, "--output", str(tmp_path / "f"), "--dtype", "float32"
-    )
-    assert report["survival"] == pytest.approx(1) and report["quantization"] is None
-    adapted, base = said_by(*load_model("tiny", adapter)), said_by(*load_model("tiny"))
-    model, tokenizer = mlx_lm.load(str(tmp_path / "f"))
-    assert said_by(model, tokenizer) == adapted != base
-    assert not [name for name, _ in model.named_modules() if "lora" in name.lower()]
-
-
-def test_fusing_keeps_the_dtype_of_the_checkpoint(trained, answer, tmp_path):
-    report = answer("fuse", "--adapter", trained(None, 0.2), "--output", str(tmp_path / "f"))
-    assert {module["dtype"] for module in report["modules"]} == {"bfloat16"}
-    weights = mx.load(str(tmp_path / "f" / "model.safetensors"))
-    assert {weight.dtype for weight in weights.values()} == {mx.bfloat16}
-
-
-def test_a_quantized_base_stays_quantized_if_enough_of_the_update_survives(
-    trained, answer, tmp_path
-):
-    adapter = trained(8, 0.1)
-    report = answer("fuse", "--adapter", adapter, "--output", str(tmp_path / "f"))
-    assert report["quantization"] == {"bits": 8, "group_size": 64, "mode": "affine"}
-    assert 0.9 < report["survival"] < 1.1
-    tokens = mx.array([[5, 17, 3, 44, 60, 2]])
-    model, _ = mlx_lm.load(str(tmp_path / "f"))
-    adapted, _ = load_model("tiny", adapter)
-    base, _ = load_model("tiny")
-    expected, moved = adapted(tokens), adapted(tokens) - base(tokens)
-    # Rounding to 8 bits loses a small part of the update.
-    assert mx.linalg.norm((model(tokens) - expected).flatten()) < 0.2 * mx.linalg.norm(
-        moved.flatten()
-    )
-
-
-@pytest.mark.slow
-def test_dequantize_makes_every_weight_of_a_quantized_base_a_float(trained, answer, tmp_path):
-    adapter = trained(4, 0.3)
-    argv = ["fuse", "--adapter", adapter, "--output", str(tmp_path / "f"), "--dequantize"]
-    assert answer(*argv, "--dtype", "float32")["survival"] == pytest.approx(1)
-    weights = mx.load(str(tmp_path / "f" / "model.safetensors"))
-    assert not [name for name in weights if name.endswith("scales")]
-    model, tokenizer = mlx_lm.load(str(tmp_path / "f"))
-    assert said_by(model, tokenizer) == said_by(*load_model("tiny", adapter))
-
-
-def test_an_update_that_rounding_would_erase_is_fused_only_with_min_survival_zero(
-    trained, failure, answer, tmp_path
-):
-    adapter, output = trained(4, 1e-3), str(tmp_path / "f")
-    message = failure("fuse", "--adapter", adapter, "--output", output, code=1)
-    assert "of the update" in message and "--dequantize" in message
-    assert not (tmp_path / "f").exists()
-    assert answer("fuse", "--adapter", adapter, "--output", output, "--min-survival", "0")
-
-
-def test_fusing_into_a_folder_with_files_is_an_error(trained, failure, tmp_path):
-    (tmp_path / "thesis.txt").write_text("precious")
-    argv = ["fuse", "--adapter", trained(None, 0.1), "--output", str(tmp_path)]
-    assert "not empty" in failure(*argv, code=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_fusing_without_adapters_is_an_error(failure, tmp_path):
-    assert "--adapter PATH" in failure("fuse", "--output", str(tmp_path / "f"), code=2)
 
 
 @pytest.fixture

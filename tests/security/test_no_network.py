@@ -31,7 +31,7 @@ COMMANDS = {
     "chat": ["chat", "--max-tokens", "2"],
     "check": ["check", "reward.py", "--env", "add"],
     "inspect": ["inspect", "run/adapters/best.safetensors"],
-    "fuse": ["fuse", "--adapter", "run/adapters/best.safetensors", "--output", "fused"],
+    "export": ["export", "run", "--to", "mlx", "--output", "exported"],
     "plan": ["plan"],
     "runs": ["runs", "."],
     "report": ["report", "run"],

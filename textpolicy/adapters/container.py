@@ -64,8 +64,13 @@ class AdapterContainer:
 
         `load` then puts the adapter into a model.
         """
+        return cls.from_adapter(read_adapter(path), name=name)
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter, *, name: str = _DEFAULT_NAME) -> "AdapterContainer":
+        """Hold an adapter that is in memory. `load` then puts the adapter into a model."""
         container = cls(name)
-        container._inactive[name] = read_adapter(path)
+        container._inactive[name] = adapter
         return container
 
     @staticmethod

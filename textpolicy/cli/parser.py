@@ -3,7 +3,7 @@
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from textpolicy.cli.flags import (
     CommandsParser,
@@ -202,13 +202,28 @@ def _add_sampling_flags(parser: ArgumentParser) -> None:
     )
 
 
-def _fuse(parser: ArgumentParser) -> None:
-    add_settings(parser, _DEFAULTS, (*_PLAIN_MODEL, "model.dtype", "adapter.start"))
-    _add_flag(parser, "output", Path, None, "folder for the model", required=True, metavar="DIR")
+def _export(parser: ArgumentParser) -> None:
+    text = "the folder of a run (its best adapter, or else its latest), or an adapter"
+    parser.add_argument("source", help=text, type=Path, metavar="RUN|ADAPTER")
+    formats = "mlx, hf, peft, mlx-lm, vllm, lmstudio"
+    _add_flag(parser, "to", str, None, formats, required=True, metavar="FORMAT")
+    _add_flag(parser, "output", Path, None, "folder for the export", required=True, metavar="DIR")
+    text = "base model of the adapter"
+    _add_flag(parser, "model", str | None, None, text, unset="that of the run", metavar="NAME")
+    text = "number format of merged weights; q8_0 is for GGUF"
+    formats = Literal["float32", "bfloat16", "float16", "q8_0"] | None
+    _add_flag(parser, "dtype", formats, None, text, unset="that of the checkpoint")
     text = "write a quantized base as floats, which keeps the whole update"
     parser.add_argument("--dequantize", action="store_true", help=text)
-    text = "refuse if rounding leaves less than this share of the update"
+    text = "write an adapter of a quantized base for its float base, where it computes otherwise"
+    parser.add_argument("--over-float-base", action="store_true", help=text)
+    text = "refuse if less than this share of the update, or of its effect, is left"
     _add_flag(parser, "min_survival", float, 0.9, text, limit=at_least(0))
+    text, unset = "largest difference of log-probabilities", "that of the format, on docs/export.md"
+    _add_flag(parser, "tolerance", float | None, None, text, unset=unset, limit=at_least(0))
+    text = "replace an earlier export at --output"
+    parser.add_argument("--force", action="store_true", help=text)
+    add_settings(parser, _DEFAULTS, ("model.threads",))
 
 
 def _check(parser: ArgumentParser) -> None:
@@ -302,10 +317,11 @@ COMMANDS = {
         _chat,
         "textpolicy chat --adapter runs/mine/adapters/latest.safetensors --temperature 0.7",
     ),
-    "fuse": Command(
-        "write a model with its adapters merged into the weights, for mlx-lm to load",
-        _fuse,
-        "textpolicy fuse --adapter runs/add/adapters/latest.safetensors --output fused",
+    "export": Command(
+        "write what was trained for another program, and prove that it is what was trained",
+        _export,
+        "textpolicy export runs/add --to mlx --output add-mlx",
+        "textpolicy export runs/add --to peft --output add-peft",
     ),
     "eval": Command(
         "measure the reward on held-out tasks, without and with adapters",

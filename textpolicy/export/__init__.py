@@ -1,1 +1,6 @@
-"""Exporting what was trained: other formats, each shown to compute what was trained."""
+"""Exports: what was trained, as folders for other programs, each proved to be what was trained."""
+
+from textpolicy.export.exporting import Exported, export_adapter
+from textpolicy.export.proof import Proof
+
+__all__ = ["Exported", "Proof", "export_adapter"]

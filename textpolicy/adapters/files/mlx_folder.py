@@ -6,15 +6,13 @@ of this library too, with version and base in its header.
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.adapters.adapter import Adapter, group_by_module, join_module_tensors
-from textpolicy.adapters.config.adapter_config import AdapterConfig, config_for_modules
+from textpolicy.adapters.adapter import Adapter, group_by_module
+from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.config.json_formats import write_selection
 from textpolicy.adapters.config.model_layout import ModelLayout, read_model_layout
 from textpolicy.adapters.config.selection import LastBlocks
@@ -24,6 +22,7 @@ from textpolicy.adapters.files.adapter_file import (
     name_path_in_errors,
     read_adapter_file,
 )
+from textpolicy.adapters.files.single_rank import with_single_rank
 from textpolicy.adapters.files.tensor_file import read_tensors, write_tensors
 from textpolicy.adapters.quantization.nf4 import NF4Module
 from textpolicy.errors import AdapterError, UnreadableError
@@ -56,7 +55,7 @@ def write_mlx_folder(
 ) -> None:
     """Write both files of the folder, each in one step. `model` must be without adapters."""
     _refuse_unsupported(adapter, model, over_float_base)
-    adapter = _to_single_rank(adapter)
+    adapter = with_single_rank(adapter)
     write_json_file(folder / CONFIG_FILE, _make_config(adapter, read_model_layout(model)))
     write_tensors(folder / MLX_TENSOR_FILE, adapter.arrays, adapter_metadata(adapter))
 
@@ -76,32 +75,6 @@ def write_json_file(path: Path, data: Mapping[str, Any]) -> None:
     """Replace a JSON file in one step."""
     with atomic_replace(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _to_single_rank(adapter: Adapter) -> Adapter:
-    """Return an adapter that computes the same with one rank and one scale for all modules.
-
-    A library that knows one rank and one scale would silently scale some modules wrongly. Here each
-    scale is multiplied into B, and factors of lower rank are padded with zeros.
-    """
-    rules = adapter.rules_by_module()
-    if len({(rule.rank, rule.scale) for rule in rules.values()}) == 1:
-        return adapter
-    rank = max(rule.rank for rule in rules.values())
-    modules = group_by_module(adapter.arrays)
-    for path, tensors in modules.items():
-        axis_a, axis_b = (1, 2) if tensors["lora_a"].ndim == 3 else (1, 0)
-        tensors["lora_a"] = _pad(tensors["lora_a"], axis_a, rank)
-        tensors["lora_b"] = _pad(tensors["lora_b"] * rules[path].scale, axis_b, rank)
-    made = {path: replace(rule, rank=rank, scale=1.0) for path, rule in rules.items()}
-    config = config_for_modules(made, adapter.config.quantize_only_rules)
-    return replace(adapter, arrays=join_module_tensors(modules), config=config)
-
-
-def _pad(factor: mx.array, axis: int, rank: int) -> mx.array:
-    widths = [(0, 0)] * factor.ndim
-    widths[axis] = (0, rank - factor.shape[axis])
-    return mx.pad(factor, widths)
 
 
 def _make_config(adapter: Adapter, layout: ModelLayout) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""`export`: every format is opened again and compared, and a wrong one leaves nothing."""
+
+import json
+import os
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+import textpolicy as tp
+from textpolicy.errors import ExportError, TextPolicyError
+from textpolicy.export import exporting
+from textpolicy.export.formats import FORMATS
+from textpolicy.export.job import ExportOptions
+from textpolicy.export.source import find_source
+
+OURS = ("mlx", "hf", "peft", "mlx-lm", "vllm", "lmstudio")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_export_is_a_folder_with_a_proof_that_holds(name, trained, tmp_path):
+    path = trained(None, 0.05)
+    exported = tp.export_adapter(path, name, tmp_path / "out", model="tiny")
+    proof = exported.proof
+    assert proof.adapter_effect > 0.1 and proof.kept == pytest.approx(1, abs=0.05)
+    assert proof.largest_difference <= proof.tolerance and proof.tokens > 40
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert facts["proof"]["kept"] == proof.kept and facts["format"] == name
+    assert set(facts["files"]) == set(os.listdir(tmp_path / "out"))
+    assert str(proof) in (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path / "out") in exported.commands[0]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def break_arrays(name, change):
+    """Return the format `name` with a writer whose tensors `change` spoils."""
+    whole = FORMATS[name]
+
+    def write(job, folder):
+        whole.write(job, folder)
+        (path,) = folder.glob("*.safetensors")
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        change(arrays)
+        mx.eval(arrays)
+        mx.save_safetensors(str(path), arrays, metadata)
+
+    return replace(whole, write=write)
+
+
+def lose_one_module(arrays):
+    """Set one module's B to zero: the export lost one part of the adapter."""
+    name = next(name for name in arrays if "lora_b" in name.lower())
+    arrays[name] = mx.zeros_like(arrays[name])
+
+
+def double_the_adapter(arrays):
+    for name in arrays:
+        if "lora_b" in name.lower():
+            arrays[name] = arrays[name] * 2
+
+
+def swap_two_modules(arrays):
+    first, second = [name for name in arrays if "q_proj" in name and "lora_b" in name.lower()]
+    arrays[first], arrays[second] = arrays[second], arrays[first]
+
+
+def put_nan(arrays):
+    name = next(iter(arrays))
+    arrays[name] = arrays[name] * float("nan")
+
+
+def swap_two_weights(arrays):
+    first, second = [name for name in arrays if name.endswith("self_attn.o_proj.weight")]
+    arrays[first], arrays[second] = arrays[second], arrays[first]
+
+
+def lose_a_weight(arrays):
+    del arrays[next(name for name in arrays if name.endswith("o_proj.weight"))]
+
+
+WRONG = [
+    *(("peft", spoil) for spoil in (lose_one_module, double_the_adapter, swap_two_modules)),
+    *(("mlx-lm", spoil) for spoil in (lose_one_module, double_the_adapter, put_nan)),
+    ("vllm", lose_one_module),
+    *(("mlx", spoil) for spoil in (swap_two_weights, lose_a_weight, put_nan)),
+    *(("hf", spoil) for spoil in (swap_two_weights, lose_a_weight)),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil"), WRONG, ids=lambda one: getattr(one, "__name__", one))
+def test_a_wrong_file_fails_the_export_and_leaves_nothing(name, spoil, trained, tmp_path):
+    source = find_source(trained(None, 0.05), model="tiny")
+    with pytest.raises(TextPolicyError) as caught:
+        exporting.export(source, break_arrays(name, spoil), tmp_path / "out", ExportOptions())
+    assert os.listdir(tmp_path) == [], caught.value
+
+
+def test_a_small_adapter_that_got_lost_fails_the_export(trained, tmp_path):
+    def write_the_base(job, folder):
+        adapters = job.adapters
+        adapters.swap({n: mx.zeros_like(a) for n, a in adapters.parameters().items()})
+        FORMATS["hf"].write(job, folder)
+
+    source = find_source(trained(None, 0.003), model="tiny")
+    lost = replace(FORMATS["hf"], write=write_the_base)
+    with pytest.raises(ExportError, match="0% of the adapter's effect is left") as caught:
+        exporting.export(source, lost, tmp_path / "out", ExportOptions())
+    # In bfloat16, the log-probabilities alone would not have shown it.
+    assert "differ by" not in str(caught.value)

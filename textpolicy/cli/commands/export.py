@@ -1,0 +1,45 @@
+"""`textpolicy export`: write what was trained for another program, and prove it."""
+
+from argparse import Namespace
+from dataclasses import asdict
+
+from textpolicy.cli.answer import Answer, table
+from textpolicy.cli.flags import configured
+from textpolicy.config import TrainConfig
+from textpolicy.config.train import ModelOptions
+from textpolicy.experiment.assembly import apply_thread_option
+from textpolicy.export.exporting import Exported, export_adapter
+
+
+def run(options: Namespace) -> Answer:
+    threads = configured(TrainConfig(), options).model.threads
+    apply_thread_option(ModelOptions(name=options.model or "of the run", threads=threads))
+    exported = export_adapter(
+        options.source,
+        options.to,
+        options.output,
+        model=options.model,
+        dtype=options.dtype,
+        dequantize=options.dequantize,
+        over_float_base=options.over_float_base,
+        min_survival=options.min_survival,
+        tolerance=options.tolerance,
+        force=options.force,
+    )
+    data = asdict(exported) | {"folder": str(exported.folder)}
+    if fused := exported.survival:
+        data["survival"] = asdict(fused) | {"survival": fused.survival, "noise": fused.noise}
+    return Answer(data=data, text=_report_text(exported))
+
+
+def _report_text(exported: Exported) -> str:
+    rows = [("folder", str(exported.folder))]
+    if fused := exported.survival:
+        rows += [
+            ("merged", f"{len(fused.modules)} modules, as {fused.worst.dtype}"),
+            ("survived", f"{fused.survival:.1%} of the update, with noise of {fused.noise:.1%}"),
+        ]
+    rows += [("proof", str(exported.proof))]
+    rows += [("note", note) for note in exported.notes]
+    rows += [("use", command) for command in exported.commands]
+    return table(rows)

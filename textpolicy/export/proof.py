@@ -1,0 +1,193 @@
+"""The proof of an export: log-probabilities of what was written beside those of what was trained.
+
+All numbers are measured on prompts of the run and the greedy answers of the trained model. Answers
+of an untrained adapter are as good for this as any other text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from textpolicy.activity import doing
+from textpolicy.errors import ExportError
+from textpolicy.generation.lora import adapters_of
+from textpolicy.generation.prompts import encode_prompt
+from textpolicy.types import Prompt
+
+ANSWER_TOKENS = 12
+MEASURABLE_EFFECT = 1e-4
+"""Below this largest effect on a log-probability, an adapter cannot be told from rounding."""
+_PROMPT_TOKENS = 128
+LogProbabilities = Callable[[Sequence[int]], np.ndarray]
+"""A function of token ids: the log-probabilities of the whole vocabulary after each token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """How an export differs from base and adapter as they were trained, on `tokens` tokens.
+
+    `largest_difference` and `adapter_effect` are over all log-probabilities of the vocabulary:
+    of the export from the trained model, and of the trained model from its base. `kept` is the
+    share of the adapter's effect that the export has: 1 is all of it, 0 is the base alone. `noise`
+    is the size of what the export computes otherwise, divided by the size of the adapter's effect.
+    `equal_greedy` is the share of tokens after which the likeliest next token is equal.
+
+    An adapter that is exported over a float base is compared with the same adapter over that base
+    in memory. `from_trained` is then the largest difference from the quantized model that was
+    trained, which nothing can remove.
+    """
+
+    opened_by: str
+    prompts: int
+    tokens: int
+    largest_difference: float
+    tolerance: float
+    adapter_effect: float
+    kept: float
+    noise: float
+    equal_greedy: float
+    from_trained: float | None = None
+
+    def check(self, min_kept: float) -> None:
+        """Raise `ExportError` if the export is not what was trained."""
+        problems: list[str] = []
+        # A comparison with NaN is False, and must be a problem.
+        if not self.largest_difference <= self.tolerance:
+            problems.append(
+                f"log-probabilities differ by up to {self.largest_difference:.1e}; expected at "
+                f"most {self.tolerance:.1e}"
+            )
+        measurable = self.adapter_effect > MEASURABLE_EFFECT
+        # An effect that is too large is as wrong: a scale that was applied twice.
+        if measurable and not min_kept <= self.kept <= max(1.1, 2 - min_kept):
+            problems.append(
+                f"{self.kept:.1%} of the adapter's effect is left; expected at least {min_kept:.0%}"
+            )
+        if problems:
+            raise ExportError(
+                f"What was written is not what was trained, as {self.opened_by} computes it: "
+                f"{'; '.join(problems)}. Nothing was kept"
+            )
+
+    def __str__(self) -> str:
+        """Return the proof in one line."""
+        effect = f"{self.kept:.1%} of its effect is left"
+        if self.adapter_effect <= MEASURABLE_EFFECT:
+            effect = f"its effect of {self.adapter_effect:.0e} is too small to be measured"
+        text = (
+            f"opened again by {self.opened_by}: log-probabilities within "
+            f"{self.largest_difference:.1e} (tolerance {self.tolerance:.1e}; the adapter moves "
+            f"them by up to {self.adapter_effect:.2g}, {effect}), {self.equal_greedy:.1%} of "
+            f"{self.tokens} greedy tokens equal"
+        )
+        if self.from_trained is None:
+            return text
+        return (
+            f"{text}. Over the float base they differ by up to {self.from_trained:.2g} from what "
+            "was trained over the quantized base"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Token ids of prompts and greedy answers, with log-probabilities from the answers on.
+
+    `prompts` are the token ids that the whole prompts have.
+    """
+
+    prompts: Sequence[tuple[Prompt, Sequence[int]]]
+    sequences: Sequence[Sequence[int]]
+    starts: Sequence[int]
+    trained: np.ndarray
+    base: np.ndarray
+    from_trained: float | None = None
+
+    def compare(self, opened: LogProbabilities, opened_by: str, tolerance: float) -> Proof:
+        """Return how the export, opened again, differs from the trained model."""
+        export = self._rows(opened)
+        if export.shape != self.trained.shape:
+            raise ExportError(
+                f"{opened_by} finds {export.shape[-1]} tokens in the vocabulary of what was "
+                f"written; expected {self.trained.shape[-1]}. Nothing was kept"
+            )
+        moved, wrong = self.trained - self.base, export - self.trained
+        size = float((moved**2).sum())
+        return Proof(
+            opened_by=opened_by,
+            prompts=len(self.sequences),
+            tokens=len(self.trained),
+            largest_difference=float(np.abs(wrong).max()),
+            tolerance=tolerance,
+            adapter_effect=float(np.abs(moved).max()),
+            kept=float(((export - self.base) * moved).sum()) / size if size else 1.0,
+            noise=(float((wrong**2).sum()) / size) ** 0.5 if size else 0.0,
+            equal_greedy=float((export.argmax(-1) == self.trained.argmax(-1)).mean()),
+            from_trained=self.from_trained,
+        )
+
+    @doing("measuring the model over its float base", begins=True)
+    def over(self, model: nn.Module) -> "Reference":
+        """Return the same measurement of the adapter over another base."""
+        trained, base = _trained_and_base(model, self._rows)
+        difference = float(np.abs(trained - self.trained).max())
+        return replace(self, trained=trained, base=base, from_trained=difference)
+
+    def _rows(self, compute: LogProbabilities) -> np.ndarray:
+        return answer_rows(compute, self.sequences, self.starts)
+
+
+@doing("measuring the trained model", begins=True)
+def measure(model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[Prompt]) -> Reference:
+    """Return what the model computes with its adapter and without it, on prompts and answers."""
+    encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    begins = [tokens[-_PROMPT_TOKENS:] for _, tokens in encoded]
+    sequences = [[*tokens, *_greedy_answer(model, tokens)] for tokens in begins]
+    starts = [len(tokens) - 1 for tokens in begins]
+    trained, base = _trained_and_base(model, lambda f: answer_rows(f, sequences, starts))
+    return Reference(
+        prompts=encoded, sequences=sequences, starts=starts, trained=trained, base=base
+    )
+
+
+def answer_rows(
+    compute: LogProbabilities, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+) -> np.ndarray:
+    """Return the log-probabilities after each token from `starts` on, of all sequences."""
+    pairs = zip(sequences, starts, strict=True)
+    return np.concatenate([compute(tokens)[start:] for tokens, start in pairs])
+
+
+def log_probabilities_of(model: nn.Module) -> LogProbabilities:
+    """Return the function that computes the log-probabilities by an mlx model."""
+
+    def compute(tokens: Sequence[int]) -> np.ndarray:
+        logits = cast(Any, model)(mx.array([list(tokens)]))[0].astype(mx.float32)
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    return compute
+
+
+def _trained_and_base(
+    model: nn.Module, rows: Callable[[LogProbabilities], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    compute = log_probabilities_of(model)
+    trained = rows(compute)
+    with adapters_of(model).disabled():
+        return trained, rows(compute)
+
+
+def _greedy_answer(model: nn.Module, prompt: Sequence[int]) -> list[int]:
+    cache = make_prompt_cache(model)
+    answer: list[int] = []
+    tokens = list(prompt)
+    for _ in range(ANSWER_TOKENS):
+        logits = cast(Any, model)(mx.array([tokens]), cache=cache)
+        tokens = [int(logits[0, -1].argmax())]
+        answer += tokens
+    return answer

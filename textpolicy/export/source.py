@@ -1,0 +1,201 @@
+"""What is exported: an adapter, the base model that it belongs to, and the run that trained it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from textpolicy.adapters.adapter import Adapter
+from textpolicy.adapters.config.adapter_config import config_for_modules
+from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.files.layouts import read_adapter
+from textpolicy.adapters.quantization.quantize import dequantize
+from textpolicy.adapters.quantization.stored_weights import is_quantized
+from textpolicy.errors import ConfigError, UnreadableError
+from textpolicy.experiment.assembly import DTYPES
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.generation.model_files import find_model, read_architecture_file
+from textpolicy.runs import RunDirectory
+from textpolicy.types import Prompt
+from textpolicy.untrusted.bounds import MAX_LINE_CHARACTERS
+from textpolicy.untrusted.files import open_regular
+from textpolicy.untrusted.parsing import parse_json
+
+_PROMPTS = ("Hello", "12+30=", "Write one sentence about the sea.", "List three colours.")
+"""Prompts for the proof of an adapter whose run is unknown."""
+_MAX_ROWS = 10_000
+"""Rows of samples that are read to find different prompts."""
+_ROLES = {"system", "user", "assistant", "tool"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An adapter on disk and its base. `directory` is the run that trained it, if it is known."""
+
+    adapter: Path
+    model: str
+    dtype: mx.Dtype | None = None
+    directory: RunDirectory | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the base model."""
+        return find_model(self.model)
+
+    @property
+    def model_name(self) -> str:
+        """The name of the base model without the folders of this machine."""
+        folder = Path(self.model).expanduser()
+        return folder.resolve().name if folder.is_dir() else self.model
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether other programs find the base model by the same name, on a hub."""
+        return self.model != "tiny" and not Path(self.model).expanduser().is_dir()
+
+    @property
+    def name(self) -> str:
+        """The name of what is exported: that of the run, or of the adapter file or folder."""
+        return self.directory.path.name if self.directory else self.adapter.absolute().stem
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the config.json of the base model."""
+        return read_architecture_file(self.checkpoint)
+
+    def load(self) -> tuple[nn.Module, TokenizerWrapper]:
+        """Return the model with the adapter as it was trained, and the tokenizer."""
+        return load_model(self.model, self.adapter, dtype=self.dtype)
+
+    def load_over_float_base(self, adapter: Path) -> nn.Module:
+        """Return the model with its weights as floats and an adapter on disk over them."""
+        model, _ = load_model(self.model, dtype=self.dtype)
+        if any(is_quantized(module) for module in model.modules()):
+            dequantize(model)
+        read = _without_quantization(read_adapter(adapter))
+        AdapterContainer.from_adapter(read).load(model)
+        return model
+
+    def prompts(self, count: int) -> Sequence[Prompt]:
+        """Return up to `count` different prompts of the run, or plain ones without a run.
+
+        Lines of samples.jsonl that hold no prompt are left out.
+        """
+        found: dict[str, Prompt] = {}
+        for prompt in self._sampled_prompts():
+            found.setdefault(json.dumps(prompt), prompt)
+            if len(found) == count:
+                break
+        return list(found.values()) or _PROMPTS[:count]
+
+    def system(self) -> str | None:
+        """Return the system message that all prompts of the run begin with, or None."""
+        firsts = {
+            "" if isinstance(prompt, str) or prompt[0]["role"] != "system" else prompt[0]["content"]
+            for prompt in self._sampled_prompts()
+        }
+        return firsts.pop() or None if len(firsts) == 1 else None
+
+    def _sampled_prompts(self) -> Iterator[Prompt]:
+        if self.directory is None or not self.directory.samples.exists():
+            return
+        for row in _rows(self.directory.samples):
+            if _is_prompt(row.get("prompt")):
+                yield row["prompt"]
+
+
+def find_source(path: str | Path, *, model: str | None = None) -> Source:
+    """Return the adapter of a run or of a file, with the base that the run or `model` names.
+
+    A run gives its best adapter, or its latest one if nothing was evaluated.
+    """
+    if model is not None:
+        find_model(model)
+    path = Path(path).expanduser()
+    directory = _run_of(path)
+    if directory is None:
+        if not path.exists():
+            raise ConfigError(
+                f"there is no run and no adapter at {path}. Name the folder of a run, an adapter "
+                "file, or an adapter folder of mlx-lm or PEFT"
+            )
+        if model is None:
+            raise ConfigError(
+                f"{path} belongs to no run, so the base model of the adapter is not known. Name "
+                "the model: --model NAME"
+            )
+        return Source(adapter=path, model=model)
+    adapter = path
+    if path.absolute() == directory.path:
+        adapter = directory.best if directory.best.exists() else directory.latest
+    if not adapter.exists():
+        raise ConfigError(
+            f"the run {directory.path} has no adapter {adapter.name}. Let the run train for a "
+            "step, or name another adapter"
+        )
+    settings = directory.read_settings().get("model", {})
+    named = settings.get("name", "tiny")
+    if model is None and not isinstance(named, str):
+        raise ConfigError(
+            f"{directory.config} names the model {named!r}; expected a text. Name the model: "
+            "--model NAME"
+        )
+    return Source(
+        adapter=adapter,
+        model=model or named,
+        dtype=DTYPES.get(str(settings.get("dtype"))),
+        directory=directory,
+    )
+
+
+def _run_of(path: Path) -> RunDirectory | None:
+    """Return the run that is at the path, or that the adapter at the path belongs to."""
+    candidates = (RunDirectory(path), RunDirectory(path.absolute().parent.parent))
+    return next((directory for directory in candidates if directory.exists), None)
+
+
+def _rows(samples: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the first rows of a file of samples, without lines that are too long or no rows."""
+    try:
+        with open_regular(samples) as file:
+            for _ in range(_MAX_ROWS):
+                line = file.readline(MAX_LINE_CHARACTERS)
+                if not line:
+                    return
+                try:
+                    row = parse_json(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    yield row
+    except UnreadableError:
+        return
+
+
+def _is_prompt(value: Any) -> bool:
+    """Return whether a value is a text, or messages with known roles and texts."""
+    if isinstance(value, str):
+        return bool(value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and message.get("role") in _ROLES
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )
+
+
+def _without_quantization(adapter: Adapter) -> Adapter:
+    """Return the adapter for a float base, which is not the base that it names."""
+    rules = {
+        path: replace(rule, weight_qtype=None, tile_size=None)
+        for path, rule in adapter.rules_by_module().items()
+    }
+    return replace(adapter, config=config_for_modules(rules), fingerprint=None, quantization=None)

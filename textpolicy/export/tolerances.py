@@ -1,0 +1,43 @@
+"""How much log-probabilities may change by an export: the one place where this is stated.
+
+The numbers are for the largest difference over the whole vocabulary. Each is a few times what was
+measured with the embedded model and SmolLM2-135M, whose adapters move log-probabilities by 0.5 to
+2. A wrong scale, a lost module or rows in another order change them by more than 0.1 there, and the
+share of the adapter's effect shows these faults where rounding hides them.
+"""
+
+import mlx.core as mx
+
+from textpolicy.export.job import Job
+from textpolicy.export.merged import precision_of
+
+_FLOAT32 = 2e-3
+"""Other programs add the same numbers up in another order: at most 2e-4 was measured."""
+_MERGED = {"float32": _FLOAT32, "float16": 0.05, "bfloat16": 0.5, "q8_0": 0.5}
+"""Rounding of merged weights to fewer bits."""
+_QUANTIZED = 8.0
+"""Quantizing merged weights again moves them by up to half a step of their grid, and only the
+share of the effect that is left can be judged."""
+_BFLOAT16_ARITHMETIC = 0.5
+"""On a GPU the trained model itself is computed in the dtype of the checkpoint."""
+
+
+def for_adapter(job: Job) -> float:
+    """Return the tolerance for an adapter that is written as it is."""
+    return _at_least_arithmetic(job, _FLOAT32)
+
+
+def for_merged(job: Job) -> float:
+    """Return the tolerance for merged float weights, or weights of GGUF."""
+    return _at_least_arithmetic(job, _MERGED[job.weight_format])
+
+
+def for_mlx(job: Job) -> float:
+    """Return the tolerance for a folder of mlx-lm, which may be quantized again."""
+    if job.base_is_quantized and not job.options.dequantize:
+        return _QUANTIZED
+    return for_merged(job)
+
+
+def _at_least_arithmetic(job: Job, tolerance: float) -> float:
+    return tolerance if precision_of(job) == mx.float32 else max(tolerance, _BFLOAT16_ARITHMETIC)
