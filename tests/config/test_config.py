@@ -15,10 +15,20 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+import textpolicy as tp
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.cli.flags import add_config_file, add_settings, configured
 from textpolicy.cli.parser import build_parser, commands_of
-from textpolicy.config import DEMO, SFTConfig, TrainConfig, changed, read_toml, settings_of, to_toml
+from textpolicy.config import (
+    DEMO,
+    SFTConfig,
+    TrainConfig,
+    changed,
+    check_can_be_read_back,
+    read_toml,
+    settings_of,
+    to_toml,
+)
 from textpolicy.config.option_types import Table, alternatives
 from textpolicy.config.settings import above, check, option
 from textpolicy.errors import ConfigError
@@ -316,3 +326,40 @@ def test_the_page_of_options_is_what_the_tool_writes():
 def test_artifacts_need_a_project():
     with pytest.raises(ConfigError, match="without a project of Weights & Biases"):
         changed(SFTConfig(), {"tracking.wandb_artifacts": True})
+
+
+DEEP = {"a": {}}
+for _ in range(70):
+    DEEP = {"a": DEEP}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "problem"),
+    [
+        (
+            SFTConfig(),
+            {"data.system": "x" * 300_000},
+            r"has 301,\d+ bytes, and at most 262,144",
+        ),
+        (SFTConfig(), {"data.system": "." * 2001}, "a line has 2,001 dots; expected at most 2,000"),
+        (SFTConfig(), {"data.system": "é" * 140_000}, r"has 28\d,\d+ bytes"),
+        (TrainConfig(), {"algorithm.options": DEEP}, "nested more than 64 deep"),
+    ],
+    ids=["large", "dots", "bytes and not characters", "deep"],
+)
+def test_a_config_that_could_not_be_read_back_starts_no_run(
+    tmp_path, config, changes, problem, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = changed(config, changes)
+    (key,) = changes
+    with pytest.raises(ConfigError, match=rf"{problem}.*The longest setting is {key}"):
+        tp.run(config, output="run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_at_the_bounds_is_read_back(tmp_path):
+    config = changed(SFTConfig(), {"data.system": "." * 2000, "data.source": "x" * 250_000})
+    check_can_be_read_back(config)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert read_toml(tmp_path / "run.toml", SFTConfig()) == config

@@ -4,11 +4,15 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 
 from textpolicy.cli import main
-from textpolicy.machine import memory_bytes, size_text
+from textpolicy.config import TrainConfig
+from textpolicy.experiment.preflight import disk_problems
+from textpolicy.experiment.run_size import Lengths, RunSize
+from textpolicy.machine import free_disk_bytes, memory_bytes, size_text
 
 
 @pytest.fixture
@@ -83,3 +87,30 @@ def test_more_checkpoints_than_the_disk_holds_are_refused(refused, attempts):
     message = refused("train", "--env", "add", "--keep-checkpoints", "1000000000")
     assert "1,000,000,001 checkpoints" in message and "free" in message
     attempts.add()
+
+
+@pytest.mark.proves("F13")
+def test_more_samples_than_the_disk_holds_are_refused_and_the_advice_fits(
+    refused, attempts, capsys
+):
+    many = ["train", "--env", "add", "--steps", "1000000000"]
+    message = refused(*many)
+    assert re.search(r"would write about [\d,.]+ TB", message) and " GB free" in message
+    assert "samples.jsonl" in message and "--limits warn" in message
+    # The advice leaves the metrics, which are too many too.
+    assert "metrics.jsonl" in refused(*many, "--sample-groups", "0")
+    assert main([*many[:-1], "100000", "--sample-groups", "0", "--dry-run"]) == 0
+    attempts.add()
+
+
+def test_what_a_run_has_written_is_not_asked_for_again(tmp_path):
+    config = TrainConfig()
+    size = RunSize(
+        lengths=Lengths(prompt=1, completion=1),
+        memory=None,
+        samples_bytes=free_disk_bytes(tmp_path),
+    )
+    size = replace(size, steps_bytes=10**9)
+    (problem,) = disk_problems(config, size, tmp_path, written=0)
+    assert "would write about" in problem
+    assert not list(disk_problems(config, size, tmp_path, written=2 * 10**9))

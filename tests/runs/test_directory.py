@@ -167,3 +167,16 @@ def test_a_directory_that_cannot_be_made_is_an_error_before_anything_else(tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to the output folder"):
         RunDirectory(tmp_path / "file" / "run").claim()
+
+
+@pytest.mark.parametrize("inside", ["", "runs/mine"])
+def test_a_folder_behind_a_link_to_nothing_is_refused_with_the_link_and_its_target(
+    tmp_path, inside
+):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "unmounted")
+    told = rf"{link} is a symbolic link to {tmp_path / 'unmounted'}, which is not there"
+    with pytest.raises(ConfigError, match=told):
+        RunDirectory(link / inside).claim()
+    (tmp_path / "unmounted").mkdir()
+    RunDirectory(link / inside).claim()

@@ -3,6 +3,7 @@
 import json
 import struct
 import time
+import tracemalloc
 from threading import Event
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from textpolicy.tracking.tensorboard_run import TensorBoardRun
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.tracking.values import to_floats
 from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task, Turn
+from textpolicy.untrusted.bounds import MAX_ROW_BYTES
 
 ROWS = [{"reward": 0.25, "completions/mean_length": 4.5}, {"reward": 0.5, "time/step": 0.125}]
 INF = float("inf")
@@ -392,3 +394,22 @@ def test_a_damaged_id_file_is_replaced(tmp_path, content):
     (tmp_path / ".tracking-id").write_bytes(content)
     run = RunDirectory(tmp_path)
     assert tracking_id(run) == tracking_id(run) != ""
+
+
+def test_a_line_that_never_ends_is_passed_over_and_not_held_in_memory(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"step": 0, "reward": 1.0}\n')
+        file.seek(8 * MAX_ROW_BYTES)
+        file.write(b'\n{"step": 1, "reward": 2.0}\n')
+    tracemalloc.start()
+    assert [row["step"] for row in read_metrics(path)] == [0, 1]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * MAX_ROW_BYTES
+    # A resume says so, and keeps the rows around the line.
+    files = RunFiles(path, resume_step=2)
+    files.close()
+    (damage,) = files.damage
+    assert "metrics.jsonl was damaged" in damage
+    assert path.read_bytes() == b'{"step": 0, "reward": 1.0}\n{"step": 1, "reward": 2.0}\n'

@@ -2,7 +2,7 @@
 
 from textpolicy.config.settings import changed, settings_of
 from textpolicy.config.sft import SFTConfig
-from textpolicy.config.toml import config_from, read_toml, to_toml
+from textpolicy.config.toml import check_can_be_read_back, config_from, read_toml, to_toml
 from textpolicy.config.train import ALGORITHMS, DEMO, DYNAMIC_ROUNDS, TrainConfig
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SFTConfig",
     "TrainConfig",
     "changed",
+    "check_can_be_read_back",
     "config_from",
     "read_toml",
     "settings_of",

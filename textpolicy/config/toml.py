@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
 from textpolicy.errors import ConfigError, UnreadableError
-from textpolicy.untrusted.parsing import read_toml_file
+from textpolicy.untrusted.bounds import MAX_TOML_BYTES
+from textpolicy.untrusted.parsing import parse_toml, read_toml_file
 
 _C = TypeVar("_C")
 
@@ -29,6 +30,29 @@ def to_toml(config: Any) -> str:
         else:
             lines.append(f"{setting.name} = {_value(setting.default)}")
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def check_can_be_read_back(config: Any) -> None:
+    """Raise ConfigError if the config as TOML is too large, too deep or too long in a line to read.
+
+    A run with such a config could not be resumed.
+    """
+    text = to_toml(config)
+    problem, size = "", len(text.encode())
+    if size > MAX_TOML_BYTES:
+        problem = f"it has {size:,} bytes, and at most {MAX_TOML_BYTES:,} are read"
+    else:
+        try:
+            parse_toml(text)
+        except ValueError as error:
+            problem = str(error)
+    if problem:
+        given = [one for one in settings_of(config) if one.default is not None]
+        longest = max(given, key=lambda one: len(_value(one.default)))
+        raise ConfigError(
+            f"the config could not be read back from its file, so the run could not be resumed: "
+            f"{problem}. The longest setting is {longest.key}. Shorten it"
+        )
 
 
 def read_toml(path: Path, defaults: _C) -> _C:

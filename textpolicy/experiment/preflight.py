@@ -1,5 +1,6 @@
 """What is checked before a run loads anything: names, packages, lengths, memory and disk space."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,23 @@ def check_before_start(
     environment: Environment | None,
     folder: Path,
     note: Callable[[str], None],
+    *,
+    written: int = 0,
 ) -> SFTData | None:
     """Raise an error about whatever would end the run later; no weight is read, nothing sampled.
 
     Return the rows of a supervised run, which are read on the way. `folder` is where the run will
-    write. `note` gets warnings, and the problems that `run.limits = "warn"` allows.
+    write, and `written` are the bytes that it has written there. `note` gets warnings, and the
+    problems that `run.limits = "warn"` allows.
     """
     check_services(service_options(config), note)
     check_names(config)
     estimator = SizeEstimator(config, environment)
     size = estimator.estimate(config)
-    for problem in find_problems(estimator, config, size, folder):
+    for problem in find_problems(estimator, config, size, folder, written=written):
         if config.run.limits == "refuse":
             raise ConfigError(f"{problem}. {_OVERRIDE}")
         note(f"{problem}. The run starts all the same, because of --limits warn")
-    if (free := free_disk_bytes(folder)) < size.disk_bytes:
-        note(
-            f"The run writes about {size_text(size.disk_bytes)}, and the disk of {folder} has "
-            f"{size_text(free)} free. Free some space, or write less: --sample-groups 0 writes no "
-            "samples"
-        )
     return estimator.data
 
 
@@ -56,17 +54,34 @@ def check_names(config: RunConfig) -> None:
 
 
 def find_problems(
-    estimator: SizeEstimator, config: RunConfig, size: RunSize, folder: Path
+    estimator: SizeEstimator, config: RunConfig, size: RunSize, folder: Path, *, written: int = 0
 ) -> Iterator[str]:
     """Yield why the run cannot work on this machine: its memory, then its disk space."""
     check_context(size)
     if size.memory_bytes > memory_bytes():
-        yield f"{_memory_text(config, size)}. {_what_fits(estimator, config, size)}"
-    if (free := free_disk_bytes(folder)) < size.needed_disk_bytes:
+        room = free_disk_bytes(folder) + written
+        yield f"{_memory_text(config, size)}. {_what_fits(estimator, config, size, room)}"
+    yield from disk_problems(config, size, folder, written=written)
+
+
+def disk_problems(config: RunConfig, size: RunSize, folder: Path, *, written: int) -> Iterator[str]:
+    """Yield why the disk of `folder` is too small for what the run has still to write."""
+    free = free_disk_bytes(folder)
+    has = f"the disk of {folder} has {size_text(free)} free"
+    if free + written < size.needed_disk_bytes:
         yield (
-            f"the disk of {folder} has {size_text(free)} free, and the run needs at least "
-            f"{size_text(size.needed_disk_bytes)} for {size.checkpoints + 1:,} checkpoints and its "
-            "adapters. Free some space, or name another disk by --output"
+            f"{has}, and the run needs at least {size_text(size.needed_disk_bytes)} for "
+            f"{size.checkpoints + 1:,} checkpoints and its adapters. Free some space, or name "
+            "another disk by --output"
+        )
+    elif free + written < size.disk_bytes:
+        rows = {"samples.jsonl": size.samples_bytes, "metrics.jsonl": size.steps_bytes}
+        largest = max(rows, key=rows.__getitem__)
+        less = ". --sample-groups 0 writes no samples" if largest == "samples.jsonl" else ""
+        yield (
+            f"the run would write about {size_text(size.disk_bytes - written)}, by an estimate, of "
+            f"which up to {size_text(rows[largest])} in {largest}; {has}. Free some space, name "
+            f"another disk by --output, or give fewer steps{less}"
         )
 
 
@@ -94,8 +109,11 @@ def _memory_text(config: RunConfig, size: RunSize) -> str:
     )
 
 
-def _what_fits(estimator: SizeEstimator, config: RunConfig, size: RunSize) -> str:
-    """Return in words the mildest changes with which the run fits, or that none was found."""
+def _what_fits(estimator: SizeEstimator, config: RunConfig, size: RunSize, room: float) -> str:
+    """Return in words the mildest changes with which the run fits, or that none was found.
+
+    `room` are the bytes that the run may write.
+    """
     if size.memory and (weights := size.memory.arrays["weights"].bytes) > memory_bytes():
         return (
             f"The weights alone take {size_text(weights)}. Choose a smaller model, or quantize the "
@@ -104,17 +122,21 @@ def _what_fits(estimator: SizeEstimator, config: RunConfig, size: RunSize) -> st
     given: dict[str, Any] = {}
     for change in _milder(config):
         given |= change
-        if _fits(estimator, config, given):
+        if _fits(estimator, config, given, room):
             # Changes that alone were too little may not be needed beside the last one.
             for key in list(given)[:-1]:
                 without = {other: value for other, value in given.items() if other != key}
-                given = without if _fits(estimator, config, without) else given
+                given = without if _fits(estimator, config, without, room) else given
             return f"This would fit: {' '.join(_flag(key, value) for key, value in given.items())}"
+    if room < math.inf:
+        # Its length makes the run too large for the disk, whatever a step takes.
+        return _what_fits(estimator, config, size, math.inf)
     return "No smaller step fits either. Choose a smaller model, or a machine with more memory"
 
 
-def _fits(estimator: SizeEstimator, config: RunConfig, given: dict[str, Any]) -> bool:
-    return estimator.estimate(changed(config, given)).memory_bytes <= memory_bytes()
+def _fits(estimator: SizeEstimator, config: RunConfig, given: dict[str, Any], room: float) -> bool:
+    size = estimator.estimate(changed(config, given))
+    return size.memory_bytes <= memory_bytes() and size.disk_bytes <= room
 
 
 def _milder(config: RunConfig) -> Iterator[dict[str, Any]]:

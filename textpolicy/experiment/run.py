@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from textpolicy.config import SFTConfig, TrainConfig, changed, config_from, read_toml
+from textpolicy.config import (
+    SFTConfig,
+    TrainConfig,
+    changed,
+    check_can_be_read_back,
+    config_from,
+    read_toml,
+)
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import (
     RunConfig,
@@ -58,6 +65,7 @@ def run(
     """
     directory = RunDirectory(Path(resume)) if resume is not None else None
     settings = with_absolute_paths(_settings(config, directory, output))
+    check_can_be_read_back(settings)
     apply_thread_option(settings.model)
     # Before the user's code is loaded, which may choose seeds of its own.
     seed_random_numbers(settings.run.seed)
@@ -87,17 +95,18 @@ def _resume(
         check_changes(with_absolute_paths(before), settings, directory, force=force)
         if found:
             check_length(found, before, settings, directory, report.note)
-        parts = _parts(settings, directory.path, report)
+        parts = _parts(settings, directory.path, report, written=directory.size)
         start = Start(checkpoints=checkpoints, parts=parts, resume=found, force=force)
         return _train(settings, directory, report, start)
 
 
-def _parts(settings: RunConfig, folder: Path, report: Reporter) -> Parts:
+def _parts(settings: RunConfig, folder: Path, report: Reporter, written: int = 0) -> Parts:
     """Return what is found before anything large is read, after the checks of the preflight."""
     if isinstance(settings, SFTConfig):
-        return Parts(data=check_before_start(settings, None, folder, report.note))
+        data = check_before_start(settings, None, folder, report.note, written=written)
+        return Parts(data=data)
     algorithm, task = find_algorithm(settings.algorithm), find_task(settings.task)
-    check_before_start(settings, task[0], folder, report.note)
+    check_before_start(settings, task[0], folder, report.note, written=written)
     return Parts(task=task, algorithm=algorithm)
 
 

@@ -142,7 +142,8 @@ class SizeEstimator:
             samples_bytes=run.steps * groups * rollout.group_size * (_SAMPLE_BYTES + text),
             steps_bytes=run.steps * _STEP_BYTES,
             checkpoints=run.keep_checkpoints,
-            evaluations=2 + (run.steps // evaluation.every if evaluation.every else 0),
+            # Beside the best one; the oldest are removed.
+            evaluations=1 + run.keep_adapters,
         )
 
     def _estimate_sft(self, config: SFTConfig) -> RunSize:

@@ -72,6 +72,11 @@ class RunDirectory:
         return any(path.stem.isdecimal() for path in self.checkpoints.glob(f"*{_SUFFIX}"))
 
     @property
+    def size(self) -> int:
+        """The bytes of the files in the folder."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    @property
     def is_running(self) -> bool:
         """Whether a process writes the run now. Asking cannot keep a process from starting."""
         if not self._running.is_file():
@@ -108,6 +113,13 @@ class RunDirectory:
 
     def _check_is_free(self) -> None:
         self.check_is_new()
+        for folder in (self.path, *self.path.parents):
+            if folder.is_symlink() and not folder.exists():
+                raise ConfigError(
+                    f"the output folder {self.path} cannot be made: {folder} is a symbolic link "
+                    f"to {os.readlink(folder)}, which is not there. Make that folder, or choose "
+                    "another --output"
+                )
         if self._mark.is_file() or not self.path.is_dir():
             return
         if found := sorted(os.listdir(self.path)):

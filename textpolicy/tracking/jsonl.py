@@ -16,7 +16,7 @@ from textpolicy.file_writing import (
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Metrics
-from textpolicy.untrusted.bounds import MAX_STEP
+from textpolicy.untrusted.bounds import MAX_ROW_BYTES, MAX_STEP
 from textpolicy.untrusted.parsing import parse_json
 
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
@@ -132,19 +132,25 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yield each line with its row, or with None if the line is not a whole row."""
+    """Yield each line with its row, or with None if the line is not a whole row.
+
+    A line that is too long comes in parts, none of which is a row.
+    """
     with path.open("rb") as file:
-        for line in file:
-            yield line, _parse_row(line)
+        begins = True
+        while line := file.readline(MAX_ROW_BYTES):
+            ends = line.endswith(b"\n")
+            yield line, _parse_row(line) if begins and ends else None
+            begins = ends
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
-    """Return the row, or None if the line is not a whole JSON object with the number of a step."""
+    """Return the row, or None if the line is not a JSON object with the number of a step."""
     try:
         row = parse_json(line)
     except ValueError:
         return None
-    if not line.endswith(b"\n") or not isinstance(row, dict):
+    if not isinstance(row, dict):
         return None
     step = row.get("step")
     return row if type(step) is int and abs(step) <= MAX_STEP else None

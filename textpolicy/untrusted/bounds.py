@@ -36,6 +36,9 @@ MAX_DATA_BYTES = 8 * 2**30
 MAX_LINE_CHARACTERS = 16 * 2**20
 """Characters of one line of a data file."""
 
+MAX_ROW_BYTES = 16 * 2**20
+"""Bytes of one line of metrics.jsonl or samples.jsonl."""
+
 MAX_STEP = 2**53
 """The number of a step in the files of a run; a larger one is no exact float."""
 
