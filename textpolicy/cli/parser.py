@@ -205,7 +205,7 @@ def _add_sampling_flags(parser: ArgumentParser) -> None:
 def _export(parser: ArgumentParser) -> None:
     text = "the folder of a run (its best adapter, or else its latest), or an adapter"
     parser.add_argument("source", help=text, type=Path, metavar="RUN|ADAPTER")
-    formats = "mlx, hf, peft, mlx-lm, vllm, lmstudio"
+    formats = "mlx, hf, peft, mlx-lm, gguf, gguf-lora, ollama, vllm or lmstudio"
     _add_flag(parser, "to", str, None, formats, required=True, metavar="FORMAT")
     _add_flag(parser, "output", Path, None, "folder for the export", required=True, metavar="DIR")
     text = "base model of the adapter"
@@ -321,7 +321,8 @@ COMMANDS = {
         "write what was trained for another program, and prove that it is what was trained",
         _export,
         "textpolicy export runs/add --to mlx --output add-mlx",
-        "textpolicy export runs/add --to peft --output add-peft",
+        "textpolicy export runs/add --to gguf --dtype q8_0 --output add-gguf",
+        "textpolicy export runs/add/adapters/latest.safetensors --to peft --output add-peft",
     ),
     "eval": Command(
         "measure the reward on held-out tasks, without and with adapters",

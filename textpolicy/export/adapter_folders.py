@@ -1,5 +1,6 @@
 """Folders with the adapter alone, for mlx-lm, PEFT and vLLM, which load it over the base."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx_lm
@@ -15,7 +16,7 @@ from textpolicy.backend import versions
 from textpolicy.errors import AdapterError, ExportError
 from textpolicy.export.job import Job
 from textpolicy.export.merged import in_precision_of
-from textpolicy.export.proof import LogProbabilities, log_probabilities_of
+from textpolicy.export.proof import Opened, log_probabilities_of
 from textpolicy.generation.mlx_generation import load_model
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -67,18 +68,12 @@ def rank_of_job(job: Job) -> int:
     return max(layer.rank for layer in job.adapters.layers().values())
 
 
-@doing("opening the export again")
-def reopen_peft(job: Job, folder: Path) -> tuple[LogProbabilities, str]:
+def reopen_peft(job: Job, folder: Path) -> Iterator[Opened]:
     """Load the base and the written adapter folder afresh."""
-    source = job.source
-    if job.over_float_base:
-        model = source.load_over_float_base(folder)
-    else:
-        model, _ = load_model(source.model, folder, dtype=source.dtype)
-    return log_probabilities_of(model), "TextPolicy's reader of PEFT folders"
+    yield open_adapter(job, folder, "TextPolicy's reader of PEFT folders")
 
 
-def reopen_for_vllm(job: Job, folder: Path) -> tuple[LogProbabilities, str]:
+def reopen_for_vllm(job: Job, folder: Path) -> Iterator[Opened]:
     """Load the base and the adapter folder, which must have one rank and one scale."""
     config = read_adapter_config(folder)
     if config["rank_pattern"] or config["alpha_pattern"]:
@@ -86,14 +81,26 @@ def reopen_for_vllm(job: Job, folder: Path) -> tuple[LogProbabilities, str]:
     return reopen_peft(job, folder)
 
 
-@doing("opening the export again")
-def reopen_over_checkpoint(job: Job, folder: Path) -> tuple[LogProbabilities, str]:
+def reopen_over_checkpoint(job: Job, folder: Path) -> Iterator[Opened]:
     """Load checkpoint and adapter folder as any program does that uses mlx-lm."""
-    config = {"trust_remote_code": False}
-    model, *_ = mlx_lm.load(
-        str(job.source.checkpoint), adapter_path=str(folder), tokenizer_config=config
-    )
-    return in_precision_of(job, model), f"mlx-lm {versions()['mlx-lm']}"
+    with doing("opening the export again"):
+        model, *_ = mlx_lm.load(
+            str(job.source.checkpoint),
+            adapter_path=str(folder),
+            tokenizer_config={"trust_remote_code": False},
+        )
+    yield Opened(compute=in_precision_of(job, model), by=f"mlx-lm {versions()['mlx-lm']}")
+
+
+@doing("opening the export again")
+def open_adapter(job: Job, path: Path, by: str) -> Opened:
+    """Load the base and an adapter afresh, by this library's reader of its layout."""
+    source = job.source
+    if job.over_float_base:
+        model = source.load_over_float_base(path)
+    else:
+        model, _ = load_model(source.model, path, dtype=source.dtype)
+    return Opened(compute=log_probabilities_of(model), by=by)
 
 
 def adapter_bytes(job: Job) -> int:

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from textpolicy.activity import doing
 from textpolicy.adapters.files.layouts import read_adapter
 from textpolicy.adapters.fuse import FuseReport
 from textpolicy.backend import versions
@@ -30,12 +29,14 @@ _PROMPTS = 6
 class Exported:
     """An export that is complete: its folder, its proof, and the commands that use it.
 
+    `more_proofs` are those by other programs that are installed here.
     `survival` says what is left of the update after rounding, or is None for an adapter.
     """
 
     folder: Path
     format: str
     proof: Proof
+    more_proofs: tuple[Proof, ...]
     survival: FuseReport | None
     commands: tuple[str, ...]
     notes: tuple[str, ...]
@@ -104,11 +105,12 @@ def export(source: Source, to: Format, target: Path, options: ExportOptions) -> 
     with replace_folder(target) as folder:
         to.write(job, folder)
         job.release_model()
-        proof = _prove(job, to, folder, reference, tolerance)
+        proof, *more = _prove(job, to, folder, reference, tolerance)
         exported = Exported(
             folder=target,
             format=to.name,
             proof=proof,
+            more_proofs=tuple(more),
             survival=job.survival,
             commands=commands,
             notes=tuple(job.notes),
@@ -179,15 +181,19 @@ def _change_to_float_base(job: Job, reference: Reference) -> Reference:
     return reference.over(job.model)
 
 
-def _prove(job: Job, to: Format, folder: Path, reference: Reference, tolerance: float) -> Proof:
+def _prove(
+    job: Job, to: Format, folder: Path, reference: Reference, tolerance: float
+) -> list[Proof]:
+    """Return a proof by each program that opens the export. Raise an error if one does not hold."""
+    proofs: list[Proof] = []
     # What was written may be wrong in any way, and then the program that opens it may raise
     # anything.
     with raise_user_errors_as(ExportError, f"opening the {to.name} export again"):
-        opened, opened_by = to.reopen(job, folder)
-        with doing("comparing the export with the trained model"):
-            proof = reference.compare(opened, opened_by, tolerance)
-    proof.check(job.options.min_survival)
-    return proof
+        for opened in to.reopen(job, folder):
+            proof = reference.compare(opened, tolerance)
+            proof.check(job.options.min_survival)
+            proofs.append(proof)
+    return proofs
 
 
 def _facts(exported: Exported, source: Source) -> dict[str, Any]:
@@ -202,6 +208,7 @@ def _facts(exported: Exported, source: Source) -> dict[str, Any]:
         },
         "survival": asdict(exported.survival) if exported.survival else None,
         "proof": asdict(exported.proof),
+        "more_proofs": [asdict(proof) for proof in exported.more_proofs],
         "notes": list(exported.notes),
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

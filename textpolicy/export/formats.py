@@ -1,15 +1,16 @@
 """The formats of an export, in one table: how each is written, opened again and used."""
 
 import json
+import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from textpolicy.export import adapter_folders, merged, tolerances
+from textpolicy.export import adapter_folders, gguf_folders, merged, tolerances
 from textpolicy.export.job import FLOATS, Base, Job, WeightFormat
-from textpolicy.export.proof import LogProbabilities
+from textpolicy.export.proof import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Format:
     refuse: Callable[[Job], None] = lambda job: None
     size: Callable[[Job], int]
     write: Callable[[Job, Path], None]
-    reopen: Callable[[Job, Path], tuple[LogProbabilities, str]]
+    reopen: Callable[[Job, Path], Iterator[Opened]]
     tolerance: Callable[[Job], float]
     use: Callable[[Job, Path], Sequence[str]]
 
@@ -75,6 +76,21 @@ def _use_vllm(job: Job, folder: Path) -> Sequence[str]:
     base, named = shlex.quote(_base(job)), shlex.quote(f"{job.source.name}={folder}")
     options = f"--enable-lora --lora-modules {named} --max-lora-rank {most}"
     return (f"vllm serve {base} {options}",)
+
+
+def _use_gguf(job: Job, folder: Path) -> Sequence[str]:
+    return (f"llama-cli --model {_quoted(folder / gguf_folders.MODEL_FILE)}",)
+
+
+def _use_gguf_adapter(job: Job, folder: Path) -> Sequence[str]:
+    lora = _quoted(folder / gguf_folders.ADAPTER_FILE)
+    return (f"llama-cli --model BASE.gguf --lora {lora}",)
+
+
+def _use_ollama(job: Job, folder: Path) -> Sequence[str]:
+    name = re.sub(r"[^a-z0-9._-]+", "-", job.source.name.lower()).strip("-._") or "model"
+    file = _quoted(folder / gguf_folders.MODELFILE)
+    return (f"ollama create {name} -f {file}", f"ollama run {name}")
 
 
 def _quoted(folder: Path) -> str:
@@ -134,6 +150,41 @@ _ALL = (
         reopen=adapter_folders.reopen_over_checkpoint,
         tolerance=tolerances.for_adapter,
         use=_use_mlx_lm,
+    ),
+    Format(
+        name="gguf",
+        summary="merged model for llama.cpp",
+        base="merged",
+        weight_formats=tuple(gguf_folders.GGUF_FORMATS),
+        refuse=gguf_folders.refuse_for_gguf,
+        size=_float_bytes,
+        write=gguf_folders.write_gguf_folder,
+        reopen=gguf_folders.reopen_gguf,
+        tolerance=tolerances.for_merged,
+        use=_use_gguf,
+    ),
+    Format(
+        name="gguf-lora",
+        summary="adapter for llama.cpp, over a GGUF file of the base",
+        base="float",
+        refuse=gguf_folders.refuse_for_gguf_adapter,
+        size=adapter_folders.adapter_bytes,
+        write=gguf_folders.write_gguf_adapter,
+        reopen=gguf_folders.reopen_gguf_adapter,
+        tolerance=tolerances.for_adapter,
+        use=_use_gguf_adapter,
+    ),
+    Format(
+        name="ollama",
+        summary="merged model and Modelfile for Ollama",
+        base="merged",
+        weight_formats=tuple(gguf_folders.GGUF_FORMATS),
+        refuse=gguf_folders.refuse_for_gguf,
+        size=_float_bytes,
+        write=gguf_folders.write_ollama,
+        reopen=gguf_folders.reopen_gguf,
+        tolerance=tolerances.for_merged,
+        use=_use_ollama,
     ),
     Format(
         name="vllm",

@@ -79,6 +79,12 @@ class Job:
         """The dtype that the adapter is merged in: float32 before weights are rounded to q8_0."""
         return DTYPES.get(self.weight_format, mx.float32)
 
+    @property
+    def base_bytes(self) -> int:
+        """The bytes of the weights in the checkpoint's files."""
+        files = self.source.checkpoint.glob("*.safetensors")
+        return sum(path.stat().st_size for path in files)
+
     def needs_float_base(self, base: Base) -> bool:
         """Return whether the result would compute over other weights than those of the training."""
         if base == "merged" or not self.base_is_quantized:

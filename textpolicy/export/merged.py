@@ -1,7 +1,7 @@
 """Folders with the adapter merged into the weights, for mlx-lm, LM Studio and Transformers."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from textpolicy.adapters.quantization.stored_weights import is_quantized, module
 from textpolicy.backend import versions
 from textpolicy.errors import AdapterError, ExportError
 from textpolicy.export.job import Job
-from textpolicy.export.proof import LogProbabilities, log_probabilities_of
+from textpolicy.export.proof import LogProbabilities, Opened, log_probabilities_of
 from textpolicy.generation.prompts import encode_prompt
 
 # The files of a checkpoint that are neither weights nor its config.
@@ -121,12 +121,13 @@ def refuse_experts(job: Job) -> None:
         )
 
 
-@doing("opening the export again")
-def reopen_with_mlx_lm(job: Job, folder: Path) -> tuple[LogProbabilities, str]:
+def reopen_with_mlx_lm(job: Job, folder: Path) -> Iterator[Opened]:
     """Load the folder as any program does that uses mlx-lm, and compute in the job's precision."""
-    model, tokenizer, *_ = mlx_lm.load(str(folder), tokenizer_config={"trust_remote_code": False})
-    check_tokens(job, tokenizer)
-    return in_precision_of(job, model), f"mlx-lm {versions()['mlx-lm']}"
+    config = {"trust_remote_code": False}
+    with doing("opening the export again"):
+        model, tokenizer, *_ = mlx_lm.load(str(folder), tokenizer_config=config)
+        check_tokens(job, tokenizer)
+    yield Opened(compute=in_precision_of(job, model), by=f"mlx-lm {versions()['mlx-lm']}")
 
 
 def in_precision_of(job: Job, model: nn.Module) -> LogProbabilities:

@@ -28,6 +28,18 @@ LogProbabilities = Callable[[Sequence[int]], np.ndarray]
 """A function of token ids: the log-probabilities of the whole vocabulary after each token."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What a program computes by the files of an export: after each token, or after whole texts.
+
+    `compute_ends` returns a row of log-probabilities for each of several sequences of token ids.
+    """
+
+    by: str
+    compute: LogProbabilities | None = None
+    compute_ends: Callable[[Sequence[Sequence[int]]], np.ndarray] | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
     """How an export differs from base and adapter as they were trained, on `tokens` tokens.
@@ -108,26 +120,35 @@ class Reference:
     base: np.ndarray
     from_trained: float | None = None
 
-    def compare(self, opened: LogProbabilities, opened_by: str, tolerance: float) -> Proof:
+    @doing("comparing the export with the trained model")
+    def compare(self, opened: Opened, tolerance: float) -> Proof:
         """Return how the export, opened again, differs from the trained model."""
-        export = self._rows(opened)
-        if export.shape != self.trained.shape:
+        trained, base = self.trained, self.base
+        if opened.compute:
+            export = self._rows(opened.compute)
+        else:
+            assert opened.compute_ends
+            export = opened.compute_ends(self.sequences)
+            lengths = [len(tokens) - start for tokens, start in self._pairs()]
+            ends = np.cumsum(lengths) - 1
+            trained, base = trained[ends], base[ends]
+        if export.shape != trained.shape:
             raise ExportError(
-                f"{opened_by} finds {export.shape[-1]} tokens in the vocabulary of what was "
-                f"written; expected {self.trained.shape[-1]}. Nothing was kept"
+                f"{opened.by} finds {export.shape[-1]} tokens in the vocabulary of what was "
+                f"written; expected {trained.shape[-1]}. Nothing was kept"
             )
-        moved, wrong = self.trained - self.base, export - self.trained
+        moved, wrong = trained - base, export - trained
         size = float((moved**2).sum())
         return Proof(
-            opened_by=opened_by,
+            opened_by=opened.by,
             prompts=len(self.sequences),
-            tokens=len(self.trained),
+            tokens=len(trained),
             largest_difference=float(np.abs(wrong).max()),
             tolerance=tolerance,
             adapter_effect=float(np.abs(moved).max()),
-            kept=float(((export - self.base) * moved).sum()) / size if size else 1.0,
+            kept=float(((export - base) * moved).sum()) / size if size else 1.0,
             noise=(float((wrong**2).sum()) / size) ** 0.5 if size else 0.0,
-            equal_greedy=float((export.argmax(-1) == self.trained.argmax(-1)).mean()),
+            equal_greedy=float((export.argmax(-1) == trained.argmax(-1)).mean()),
             from_trained=self.from_trained,
         )
 
@@ -139,7 +160,10 @@ class Reference:
         return replace(self, trained=trained, base=base, from_trained=difference)
 
     def _rows(self, compute: LogProbabilities) -> np.ndarray:
-        return answer_rows(compute, self.sequences, self.starts)
+        return answer_rows(compute, self._pairs())
+
+    def _pairs(self) -> list[tuple[Sequence[int], int]]:
+        return list(zip(self.sequences, self.starts, strict=True))
 
 
 @doing("measuring the trained model", begins=True)
@@ -149,17 +173,17 @@ def measure(model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[Pro
     begins = [tokens[-_PROMPT_TOKENS:] for _, tokens in encoded]
     sequences = [[*tokens, *_greedy_answer(model, tokens)] for tokens in begins]
     starts = [len(tokens) - 1 for tokens in begins]
-    trained, base = _trained_and_base(model, lambda f: answer_rows(f, sequences, starts))
+    pairs = list(zip(sequences, starts, strict=True))
+    trained, base = _trained_and_base(model, lambda compute: answer_rows(compute, pairs))
     return Reference(
         prompts=encoded, sequences=sequences, starts=starts, trained=trained, base=base
     )
 
 
 def answer_rows(
-    compute: LogProbabilities, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+    compute: LogProbabilities, pairs: Sequence[tuple[Sequence[int], int]]
 ) -> np.ndarray:
-    """Return the log-probabilities after each token from `starts` on, of all sequences."""
-    pairs = zip(sequences, starts, strict=True)
+    """Return the log-probabilities after the tokens from a start on, for tokens with a start."""
     return np.concatenate([compute(tokens)[start:] for tokens, start in pairs])
 
 

@@ -39,7 +39,7 @@ def _report_text(exported: Exported) -> str:
             ("merged", f"{len(fused.modules)} modules, as {fused.worst.dtype}"),
             ("survived", f"{fused.survival:.1%} of the update, with noise of {fused.noise:.1%}"),
         ]
-    rows += [("proof", str(exported.proof))]
+    rows += [("proof", str(proof)) for proof in (exported.proof, *exported.more_proofs)]
     rows += [("note", note) for note in exported.notes]
     rows += [("use", command) for command in exported.commands]
     return table(rows)
