@@ -26,8 +26,9 @@ from textpolicy.generation.prompts import (
     encode_reply,
     has_room,
 )
+from textpolicy.generation.stop_rules import StopAtStrings
 from textpolicy.machine import memory_bytes, size_text
-from textpolicy.types import Completion, Prompt, RespondFn, Sampling, StopReason
+from textpolicy.types import Completion, Prompt, RespondFn, Sampling
 
 # Measured with 512 rollouts of 20 tokens: Python objects, at the most that are held at once.
 _ROLLOUT_BYTES, _TOKEN_BYTES = 1000, 60
@@ -140,7 +141,7 @@ class ModelPolicy:
                 prompt_tokens,
                 n=n,
                 sampling=self.sampling,
-                stop=self._stop_reason,
+                stop=StopAtStrings(self.tokenizer, self.sampling.stop),
                 seed=seed,
                 max_rows=self._max_rows,
                 batched=self._batched,
@@ -159,15 +160,6 @@ class ModelPolicy:
                 f"about {size_text(needed)} of memory, and this machine has {size_text(there)}. "
                 "Sample fewer at once, or fewer tokens"
             )
-
-    def _stop_reason(self, tokens: list[int]) -> StopReason | None:
-        if tokens[-1] in self.tokenizer.eos_token_ids:
-            return StopReason.STOP_TOKEN
-        if self.sampling.stop:
-            text = decode_text(self.tokenizer, tokens)
-            if any(stop in text for stop in self.sampling.stop):
-                return StopReason.STOP_STRING
-        return None
 
     def _completion(self, row: DecodingRow, version: int) -> Completion:
         assert row.stop_reason is not None
