@@ -34,8 +34,8 @@ from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.fast_cpu.model_functions import use_fast_functions
+from textpolicy.generation.decode import decode
 from textpolicy.generation.decoding_batch import DecodingRow
-from textpolicy.generation.engine import decode
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task

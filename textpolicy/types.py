@@ -278,7 +278,8 @@ class ConversingPolicy(Policy, Protocol):
 
         The `prompt_tokens` of a turn begin with all tokens of the turn before: no token is
         tokenized again. `respond` is called once for each completion as soon as it is finished,
-        the last completion of a row included.
+        the last completion of a row included. It may be called from several threads at the same
+        time, for different rows.
         """
         ...
 

@@ -13,7 +13,7 @@ from textpolicy.algorithms import grpo
 from textpolicy.environments import ChatEnv, ToolEnv, sum_turn_rewards
 from textpolicy.environments.tool_calls import parse_python_calls
 from textpolicy.errors import ConfigError, PromptError, TaskError
-from textpolicy.generation.engine import decode
+from textpolicy.generation.decode import decode
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.generation.prompts import encode_prompt, encode_reply
 from textpolicy.generation.scripted import ScriptedPolicy

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import pytest
@@ -134,6 +135,34 @@ def test_what_goes_wrong_costs_its_episode_and_the_others_go_on(load_tiny, game,
     # The process was killed four times in between: the others were restored, and did not notice.
     alone = play(load_tiny, load(game), [scripts[0], *[["x"] * 3] * len(FAULTS), scripts[-1]])
     assert [first.turns, last.turns] == [alone[0].turns, alone[-1].turns]
+
+
+@pytest.mark.slow
+def test_episodes_of_several_threads_share_a_process_in_which_one_hangs(game):
+    scripts = [["a", "b", "c"], ["a", "hang"], ["dd", "e", "f"], ["a", "bb", "c"]]
+
+    def steps(task, answers):
+        env = task.env()
+        env.reset(seed=task.seed)
+        seen = []
+        for answer in answers:
+            try:
+                seen.append(env.step(answer))
+            except TaskError as error:
+                seen.append(str(error))
+        return seen
+
+    tasks = list(islice(load(game, env_timeout=1.0).stream(0), len(scripts)))
+    with ThreadPoolExecutor(len(scripts)) as threads:
+        first, faulty, *others = threads.map(steps, tasks, scripts)
+    assert faulty[1] == "step took longer than 1 s and was stopped, with all that it had started"
+    alone = list(islice(load(game, env_timeout=1.0).stream(0), len(scripts)))
+    expected = [
+        steps(task, script)
+        for task, script in zip(alone, scripts, strict=True)
+        if "hang" not in script
+    ]
+    assert [first, *others] == expected
 
 
 @pytest.mark.slow

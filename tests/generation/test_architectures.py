@@ -8,7 +8,8 @@ from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekArgs
 
 from tests.logprobs import token_logprobs
 from tests.training.rows import RAGGED, batches_of, groups_of
-from textpolicy.generation.engine import can_decode_together, decode
+from textpolicy.generation.decode import decode
+from textpolicy.generation.engine import can_decode_together
 from textpolicy.training.logprobs import ModelLogprobs
 from textpolicy.types import Sampling
 

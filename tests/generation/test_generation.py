@@ -13,8 +13,8 @@ from jaxtyping import TypeCheckError
 from tests.logprobs import token_logprobs
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
+from textpolicy.generation.decode import decode
 from textpolicy.generation.decoding_batch import DecodingRow
-from textpolicy.generation.engine import decode
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prefill import prefill_prompts
 from textpolicy.generation.prompts import check_prompt, encode_prompt

@@ -16,7 +16,7 @@ from textpolicy.adapters.container import shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.model_functions import use_fast_functions
-from textpolicy.generation.engine import decode
+from textpolicy.generation.decode import decode
 from textpolicy.planning.memory_plan import plan_memory
 from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.training.trainer import Trainer

@@ -83,3 +83,31 @@ def test_streams_that_were_closed_are_open_again():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("said\n", "warned\n", 0)
+
+
+def test_of_blocks_that_overlap_in_threads_the_last_restores_what_was_before_the_first(tmp_path):
+    before = state()
+    descriptors = len(os.listdir("/dev/fd"))
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with keep_process_state():
+            entered.set()
+            may_leave.wait()
+            assert sys.stdout is sys.stderr
+
+    thread = threading.Thread(target=other)
+    with keep_process_state() as kept:
+        thread.start()
+        entered.wait()
+        sys.stdout = sys.stderr
+        with keep_process_state():
+            sys.setrecursionlimit(10**6)
+    assert kept.changed == [] and state() != before
+    may_leave.set()
+    thread.join()
+    assert state() == before
+    assert len(os.listdir("/dev/fd")) == descriptors
+    with keep_process_state() as kept:
+        warnings.simplefilter("ignore")
+    assert kept.changed == ["the filters of warnings"]

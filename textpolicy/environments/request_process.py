@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from textpolicy.environments.episode_values import check_step_result, open_episode
@@ -33,12 +34,15 @@ _MAX_EXCERPT = 80
 class RequestProcess:
     """The parent's end. Each request may take `seconds`.
 
-    `generation` counts the processes that were killed: what they knew is lost.
+    `generation` counts the processes that were killed: what they knew is lost. Requests of several
+    threads take turns: whoever holds `lock` is alone with the process. The time of a request starts
+    when it is its turn.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.generation = 0
+        self.lock = RLock()
         self._child: KillableProcess | None = None
         self._files: set[str] = set()
         self._requests = 0
@@ -135,8 +139,9 @@ def call_tool_in_process(
     """Call a tool as `call_tool` does, in another process that is killed if this takes longer."""
     process, packed, name = _tool_process(seconds), pack(tool, "a tool"), tool.__name__
     try:
-        process.load(packed)
-        answer = process.request(f"tool {name}", "tool", packed, dict(arguments))
+        with process.lock:
+            process.load(packed)
+            answer = process.request(f"tool {name}", "tool", packed, dict(arguments))
     except TaskError as error:
         return f"error: {error}", False
     match answer:

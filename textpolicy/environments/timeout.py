@@ -73,23 +73,26 @@ class IsolatedEnv:
     ) -> tuple[Any, dict[str, Any]]:
         """Make the environment in the process and reset it."""
         self._seed, self._actions = seed, []
-        self._last = self._open()
+        with self._process.lock:
+            self._last = self._open()
         prompt, info = self._last
         return (prompt, info) if isinstance(prompt, str) else ("", info | {"messages": prompt})
 
     def step(self, action: str, /) -> tuple[Any, ...]:
         """Play one turn; the episode is restored first if its process was killed."""
-        if self._generation != self._process.generation:
-            self._replay()
-        self._last = self._process.request("step", "step", self._number, action)
+        with self._process.lock:
+            if self._generation != self._process.generation:
+                self._replay()
+            self._last = self._process.request("step", "step", self._number, action)
         self._actions.append(action)
         reward, terminated, truncated, info = self._last
         return "", reward, terminated, truncated, info
 
     def close(self) -> None:
         """Close the environment, if its process still has it."""
-        if self._generation == self._process.generation:
-            self._process.request("close", "close", self._number)
+        with self._process.lock:
+            if self._generation == self._process.generation:
+                self._process.request("close", "close", self._number)
 
     def _open(self) -> Any:
         self._process.load(self._packed)

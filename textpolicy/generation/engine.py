@@ -7,7 +7,7 @@ log-probability of each sampled token, and a row must not depend on the rows bes
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,18 +18,16 @@ from textpolicy.generation.decode_step import launch_step, next_logits, record_d
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
     DecodingRow,
-    StopRule,
     merge_batches,
 )
 from textpolicy.generation.prefill import prefill_prompts, prefill_replies
-from textpolicy.generation.sampling import random_keys
 from textpolicy.types import Sampling, StopReason
 
 MAX_DECODING_ROWS = 256
 """The number of rows that decode together, unless a policy is given another number."""
 
-RespondToRow = Callable[[DecodingRow], list[int] | None]
-"""Takes a row that ended; returns the tokens of the reply to it, or None to end its episode."""
+_STEPS_TO_WAIT = 3
+"""The number of steps for which a late reply waits for others to share its forward pass."""
 
 
 class Engine:
@@ -64,6 +62,8 @@ class Engine:
         self._resting: DecodingBatch | None = None
         self._next_turns: dict[DecodingRow, DecodingRow | None] = {}
         self._has_cancelled = False
+        # The number of steps that the oldest reply to a held row has waited.
+        self._late: int | None = None
 
     @property
     def can_step(self) -> bool:
@@ -81,6 +81,8 @@ class Engine:
 
     def reply(self, row: DecodingRow, tokens: list[int]) -> DecodingRow:
         """Return the next turn of a row that has just ended or is held; the turn decodes next."""
+        if row in self._next_turns and self._late is None:
+            self._late = 0
         turn = self._next_turns[row] = row.next_turn(tokens)
         return turn
 
@@ -88,8 +90,8 @@ class Engine:
         """End a row that waits, decodes or is held; its place is free from the next step on."""
         if row.stop_reason is None:
             row.stop_reason = StopReason.CANCELLED
+            self._has_cancelled = True
         self._next_turns.pop(row, None)
-        self._has_cancelled = True
 
     def step(self) -> list[DecodingRow]:
         """Append one token to every row that decodes; return the rows that end now."""
@@ -141,8 +143,12 @@ class Engine:
     def _merge_replies(self, decoding: int) -> None:
         """Read the replies, once there are so many that few rows wait for the forward pass."""
         replied = [row for row, turn in self._next_turns.items() if turn]
-        if not replied or len(replied) < decoding:
+        if self._late is not None:
+            self._late += 1
+        overdue = self._late is not None and self._late > _STEPS_TO_WAIT
+        if not replied or (len(replied) < decoding and not overdue):
             return
+        self._late = None
         assert self._resting is not None
         indices = [i for i, row in enumerate(self._resting.rows) if self._next_turns.get(row)]
         held = [
@@ -192,54 +198,6 @@ class Engine:
         if any(row.may_continue for row in rows) and not batch.can_take_back:
             return False
         return any(len(row.tokens) < row.sampling.max_tokens - 1 for row in rows)
-
-
-def decode(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    *,
-    n: int,
-    sampling: Sampling,
-    stop: StopRule,
-    seed: int,
-    max_rows: int,
-    batched: bool = True,
-    launch_ahead: bool = False,
-    respond: RespondToRow | None = None,
-    on_ended: Callable[[int], None] = lambda number: None,
-) -> list[list[DecodingRow]]:
-    """Return `n` finished rows for each prompt, in an engine of their own.
-
-    With `respond`, a row that ended continues with its next turn, and the last turn of each row is
-    returned. `on_ended` is called after each step with the number of rows that have ended in it.
-    """
-    engine = Engine(model, max_rows=max_rows, batched=batched, launch_ahead=launch_ahead)
-    keys = random_keys(seed, [(p, m) for p in range(len(prompts)) for m in range(n)])
-    groups = [
-        [
-            DecodingRow(
-                context=prompt,
-                sampling=sampling,
-                stop=stop,
-                key=keys[p * n + m],
-                prompt=p,
-                member=m,
-                may_continue=respond is not None,
-            )
-            for m in range(n)
-        ]
-        for p, prompt in enumerate(prompts)
-    ]
-    for group in groups:
-        engine.submit(group)
-    while engine.can_step:
-        ended = engine.step()
-        replies = [respond(row) for row in ended] if respond else [None] * len(ended)
-        for row, reply in zip(ended, replies, strict=True):
-            if reply is not None:
-                groups[row.prompt][row.member] = engine.reply(row, reply)
-        on_ended(replies.count(None))
-    return groups
 
 
 def can_decode_together(model: nn.Module) -> bool:

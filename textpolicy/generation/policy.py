@@ -12,13 +12,9 @@ from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
+from textpolicy.generation.decode import LateReply, RespondToRow, decode
 from textpolicy.generation.decoding_batch import DecodingRow
-from textpolicy.generation.engine import (
-    MAX_DECODING_ROWS,
-    RespondToRow,
-    can_decode_together,
-    decode,
-)
+from textpolicy.generation.engine import MAX_DECODING_ROWS, can_decode_together
 from textpolicy.generation.prompts import (
     check_prompt,
     decode_text,
@@ -28,7 +24,8 @@ from textpolicy.generation.prompts import (
 )
 from textpolicy.generation.stop_rules import StopAtStrings
 from textpolicy.machine import memory_bytes, size_text
-from textpolicy.types import Completion, Prompt, RespondFn, Sampling
+from textpolicy.types import Completion, Message, Prompt, RespondFn, Sampling
+from textpolicy.user_code import WaitingCalls
 
 # Measured with 512 rollouts of 20 tokens: Python objects, at the most that are held at once.
 _ROLLOUT_BYTES, _TOKEN_BYTES = 1000, 60
@@ -69,6 +66,7 @@ class ModelPolicy:
         self._max_rows = max_rows
         self.allow_special_tokens = allow_special_tokens
         self._batched = can_decode_together(model)
+        self._replies = WaitingCalls()
 
     def __call__(self, prompt: Prompt) -> Completion:
         """Return one completion of one prompt."""
@@ -99,23 +97,29 @@ class ModelPolicy:
         """See `ConversingPolicy`. A row also ends when its context has no room for an answer."""
         turns_P_N: list[list[list[Completion]]] = [[[] for _ in range(n)] for _ in prompts]
 
-        def respond_to_row(row: DecodingRow) -> list[int] | None:
+        def respond_to_row(row: DecodingRow) -> list[int] | LateReply | None:
             completion = self._completion(row, self.version)
             turns_P_N[row.prompt][row.member].append(completion)
-            replies = respond(row.prompt, row.member, completion)
-            if replies is None:
-                return None
-            reply = encode_reply(
-                self.tokenizer,
-                replies,
-                row.tokens[-1],
-                allow_special_tokens=self.allow_special_tokens,
-            )
-            length = len(row.context) + len(row.tokens) + len(reply)
-            return reply if has_room(self.model, length, self.sampling.max_tokens) else None
+            future = self._replies.start(respond, row.prompt, row.member, completion)
+            late = LateReply(future, lambda: self._reply_tokens(row, future.result()))
+            return late.read() if future.done() else late
 
         self._decode(prompts, n, seed, respond_to_row)
         return turns_P_N
+
+    def _reply_tokens(
+        self, row: DecodingRow, replies: Sequence[Message] | None
+    ) -> list[int] | None:
+        if replies is None:
+            return None
+        reply = encode_reply(
+            self.tokenizer,
+            replies,
+            row.tokens[-1],
+            allow_special_tokens=self.allow_special_tokens,
+        )
+        length = len(row.context) + len(row.tokens) + len(reply)
+        return reply if has_room(self.model, length, self.sampling.max_tokens) else None
 
     def _decode(
         self, prompts: Sequence[Prompt], n: int, seed: int | None, respond: RespondToRow | None

@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from textpolicy.activity import Activity, doing
@@ -251,15 +252,17 @@ class BackgroundScorer(Generic[_Key]):
         self._waiting: deque[tuple[_Key, Sample]] = deque()
         self._calls: deque[Future[None]] = deque()
         self._verdicts: dict[_Key, Verdict] = {}
+        self._lock = Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
 
     def add(self, key: _Key, sample: Sample) -> None:
         """Add a sample to score; raise the error with which an earlier sample ended the run."""
-        while self._calls and self._calls[0].done():
-            self._calls.popleft().result()
-        self._waiting.append((key, sample))
-        if len(self._waiting) >= self._scorer.parallel_samples:
-            self._calls.append(self._thread.submit(self._score_waiting))
+        with self._lock:
+            while self._calls and self._calls[0].done():
+                self._calls.popleft().result()
+            self._waiting.append((key, sample))
+            if len(self._waiting) >= self._scorer.parallel_samples:
+                self._calls.append(self._thread.submit(self._score_waiting))
 
     def verdicts(self) -> dict[_Key, Verdict]:
         """Wait for the last sample and return the verdicts of all, by their keys."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from textpolicy.activity import doing
@@ -25,7 +26,7 @@ from textpolicy.types import (
     TextEnv,
     Turn,
 )
-from textpolicy.user_code import keep_process_state
+from textpolicy.user_code import WaitingCalls, keep_process_state
 
 OnFault = Callable[[TextPolicyError], None]
 """Takes the error of an environment; raises it if it must end the run."""
@@ -44,7 +45,8 @@ def collect(
 
     The same `seed` gives the same rollouts. All rows of all tasks decode together. If rewards run
     in processes of their own and no task has an environment, the rewards score answers while the
-    policy still decodes other answers. An episode ends after `max_turns`, even if its environment
+    policy still decodes other answers. While an environment waits for something, other rows decode
+    and other environments are called. An episode ends after `max_turns`, even if its environment
     continues.
     """
     with scorer_of(reward) as scorer:
@@ -191,9 +193,21 @@ def _play(
             "in turns with its environment; give the policy the method converse of "
             "textpolicy.types.ConversingPolicy"
         )
-    episodes = [
-        [Episode(task, max_turns, on_fault) if task.env else None for _ in range(group_size)]
+    calls, lock = WaitingCalls(), Lock()
+
+    def on_fault_in_turn(fault: TextPolicyError) -> None:
+        with lock:
+            on_fault(fault)
+
+    opening = [
+        [
+            calls.start(Episode, task, max_turns, on_fault_in_turn) if task.env else None
+            for _ in range(group_size)
+        ]
         for task in tasks
+    ]
+    episodes: list[list[Episode | None]] = [
+        [future and future.result() for future in members] for members in opening
     ]
 
     def respond(t: int, member: int, completion: Completion) -> Sequence[Message] | None:
@@ -201,8 +215,9 @@ def _play(
         return episode.respond(completion) if episode else None
 
     groups = policy.converse(prompts, respond, n=group_size, seed=seed)
-    for episode in (one for members in episodes for one in members if one):
-        episode.close()
+    closing = [calls.start(one.close) for members in episodes for one in members if one]
+    for future in closing:
+        future.result()
     return [
         [_UnscoredRollout(turns, episode) for turns, episode in zip(group, members, strict=True)]
         for group, members in zip(groups, episodes, strict=True)

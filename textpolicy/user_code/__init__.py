@@ -13,8 +13,10 @@ from textpolicy.user_code.load_file import (
     split_file_and_name,
 )
 from textpolicy.user_code.process_state import keep_process_state, keep_working_directory
+from textpolicy.user_code.waiting_calls import WaitingCalls
 
 __all__ = [
+    "WaitingCalls",
     "describe_error",
     "describe_value",
     "has_file_module_name",

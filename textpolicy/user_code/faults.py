@@ -2,6 +2,8 @@
 
 import signal
 import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
 from os.path import abspath
 from types import TracebackType
 from typing import Any
@@ -50,6 +52,20 @@ class raise_user_errors_as:
         message = f"{self._what} raised {describe_error(error)}{where}"
         sample = [self._sample] if self._sample else []
         raise self._error_class("\n  ".join([message, *sample])) from error
+
+
+def complete_future(
+    future: Future[Any], before: Callable[[], None], call: Callable[[], Any]
+) -> None:
+    """Call `call`, then `before`, and then give the future the result or the error of the call."""
+    try:
+        result = call()
+    except BaseException as error:
+        before()
+        future.set_exception(error)
+    else:
+        before()
+        future.set_result(result)
 
 
 def is_ctrl_c(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import threading
 import warnings
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import Any, ClassVar, TextIO, cast
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STREAMS = {"stdout": 1, "stderr": 2}
@@ -51,24 +51,29 @@ class keep_process_state:
     These are the working directory, the handlers of SIGINT and SIGTERM, an alarm, standard output
     and error, the hooks for exceptions, the recursion limit, and what warnings and numpy's
     floating-point errors do.
+
+    All threads share these, except numpy's errors. If blocks of several threads overlap, the last
+    one that ends restores what was there before the first one began.
     """
+
+    _lock = threading.Lock()
+    _blocks_by_thread: ClassVar[dict[int, int]] = {}
+    _left: ClassVar[list["_SavedState"]] = []
+    """What the first of several overlapping blocks has saved, if it ended before the others."""
 
     def __init__(self) -> None:
         self.changed: list[str] = []
+        self._saved: _SavedState | None = None
 
     def __enter__(self) -> "keep_process_state":
-        self._folder = keep_working_directory().__enter__()
-        self._streams: dict[str, TextIO] = {name: getattr(sys, name) for name in _STREAMS}
-        self._descriptors = {number: _duplicate(number) for number in _STREAMS.values()}
-        self._recursion = sys.getrecursionlimit()
-        self._filters = list(warnings.filters)
         # Processes that only call rewards do not import numpy.
         self._numpy: Any = sys.modules.get("numpy")
         self._numpy_errors: dict[str, Any] = self._numpy.geterr() if self._numpy else {}
-        self._hooks = sys.excepthook, threading.excepthook
-        self._in_main_thread = threading.current_thread() is threading.main_thread()
-        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-        self._alarm = signal.getitimer(signal.ITIMER_REAL)[0]
+        thread = threading.get_ident()
+        with self._lock:
+            if self._blocks_by_thread.keys() <= {thread}:
+                self._saved = _SavedState()
+            self._blocks_by_thread[thread] = self._blocks_by_thread.get(thread, 0) + 1
         return self
 
     def __exit__(
@@ -77,11 +82,47 @@ class keep_process_state:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        thread = threading.get_ident()
+        with self._lock:
+            self._blocks_by_thread[thread] -= 1
+            if not self._blocks_by_thread[thread]:
+                del self._blocks_by_thread[thread]
+            if self._blocks_by_thread.keys() <= {thread}:
+                last = not self._blocks_by_thread and self._left
+                saved = self._left.pop() if last else self._saved
+                self.changed += saved.restore() if saved else []
+            elif self._saved and thread in self._blocks_by_thread:
+                self._saved.discard()
+            elif self._saved:
+                self._left.append(self._saved)
+        if self._numpy and self._numpy.geterr() != self._numpy_errors:
+            self._numpy.seterr(**self._numpy_errors)
+            self.changed.append("numpy's handling of floating-point errors")
+
+
+class _SavedState:
+    """What all threads share of the state of the process, at the time when this object was made."""
+
+    def __init__(self) -> None:
+        self.changed: list[str] = []
+        self._folder = keep_working_directory().__enter__()
+        self._streams: dict[str, TextIO] = {name: getattr(sys, name) for name in _STREAMS}
+        self._descriptors = {number: _duplicate(number) for number in _STREAMS.values()}
+        self._recursion = sys.getrecursionlimit()
+        self._filters = list(warnings.filters)
+        self._hooks = sys.excepthook, threading.excepthook
+        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._alarm = signal.getitimer(signal.ITIMER_REAL)[0]
+
+    def restore(self) -> list[str]:
+        """Restore the state, and return the names of what had changed."""
         self._folder.__exit__()
         if self._folder.changed:
             self.changed.append("the working directory")
-        if self._in_main_thread:
+        # Only the main thread can set handlers, so no other thread has changed them.
+        if threading.current_thread() is threading.main_thread():
             self._restore_signals()
+        self._restore_alarm()
         if (sys.excepthook, threading.excepthook) != self._hooks:
             sys.excepthook, threading.excepthook = self._hooks
             self.changed.append("the handlers of errors that nobody catches")
@@ -93,11 +134,15 @@ class keep_process_state:
             warnings.resetwarnings()
             cast("list[Any]", warnings.filters)[:] = self._filters
             self.changed.append("the filters of warnings")
-        if self._numpy and self._numpy.geterr() != self._numpy_errors:
-            self._numpy.seterr(**self._numpy_errors)
-            self.changed.append("numpy's handling of floating-point errors")
         for name, number in _STREAMS.items():
             self._restore_stream(name, number)
+        return self.changed
+
+    def discard(self) -> None:
+        """Close what is held for the time of the restoration."""
+        for saved in self._descriptors.values():
+            if saved is not None:
+                os.close(saved)
 
     def _restore_signals(self) -> None:
         for number, handler in self._handlers.items():
@@ -105,6 +150,8 @@ class keep_process_state:
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
                 self.changed.append(f"the handler of {number.name}")
+
+    def _restore_alarm(self) -> None:
         if not self._alarm and signal.getitimer(signal.ITIMER_REAL)[0]:
             # It would go off in the middle of the trainer.
             signal.setitimer(signal.ITIMER_REAL, 0)
