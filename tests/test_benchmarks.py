@@ -29,6 +29,7 @@ SMALLEST = {
     "generate.py": "--rows 1 --runs 1 --threads 1 --json",
     "grpo_step.py": f"{STEP} --runs 1 --threads 1 --json",
     "long.py": "--tokens 32 --json",
+    "outside.py": "--engines mlx-lm llama.cpp --adapters ranks --json",
     "products.py": "--size 64 --json",
     "prompt_sharing.py": "--prompt-tokens 8 --completion-tokens 8 --group-size 2 --runs 1 --json",
     "rewards.py": "",

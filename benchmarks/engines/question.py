@@ -39,7 +39,8 @@ def write_answer(
     """Write the log-probabilities, the versions, and the prompts of the texts as token ids."""
     arrays = {name: np.stack(list(rows)) for name, rows in rows_by_case.items()}
     versions = {name: version(name) for name in packages}
-    np.savez(sys.argv[2], **arrays, about=json.dumps({"versions": versions, "prompts": prompts}))
+    about = np.array(json.dumps({"versions": versions, "prompts": prompts}))
+    np.savez(sys.argv[2], about=about, **arrays)
 
 
 def chat(text: str) -> list[dict[str, str]]:

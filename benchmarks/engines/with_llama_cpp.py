@@ -50,7 +50,10 @@ def prompt(server: Server, text: str) -> list[int]:
 
 
 def log_probabilities(server: Server, ids: list[int], vocabulary: int) -> np.ndarray:
-    body = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": vocabulary}
+    # llama.cpp gives no log-probabilities of an answer that ends at once, or in half a character.
+    # This bias makes it answer "a". The log-probabilities are those without the bias.
+    (letter,) = ask(server, "/tokenize", {"content": "a"})["tokens"]
+    body = {"prompt": ids, "n_predict": 1, "n_probs": vocabulary, "logit_bias": [[letter, 1e4]]}
     (first,) = ask(server, "/completion", body)["completion_probabilities"]
     row = np.full(vocabulary, np.nan)
     for one in first["top_logprobs"]:
