@@ -179,7 +179,7 @@ class Exports:
         except ExportError as error:
             if (kind, to) not in REFUSED:
                 raise
-            reason = str(error)
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
             self.refused.append(
                 {"model": subject.name, "adapter": kind, "format": to, "reason": reason}
             )
