@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from textpolicy.config import SFTConfig, TrainConfig
     from textpolicy.experiment import Measurement, RunEvent, RunResult, run
     from textpolicy.export import Exported, export_adapter
+    from textpolicy.export.push import push_export
     from textpolicy.generation.mlx_generation import create_policy, load_model
     from textpolicy.generation.model_files import tiny_model
     from textpolicy.loop import StepReport, train_rl
@@ -73,6 +74,7 @@ __all__ = [
     "export_adapter",
     "load_model",
     "plan_memory",
+    "push_export",
     "reward",
     "run",
     "tiny_model",
@@ -89,6 +91,7 @@ _MODULES = {
     "textpolicy.config": ["SFTConfig", "TrainConfig"],
     "textpolicy.experiment": ["Measurement", "RunEvent", "RunResult", "run"],
     "textpolicy.export": ["Exported", "export_adapter"],
+    "textpolicy.export.push": ["push_export"],
     "textpolicy.generation.mlx_generation": ["create_policy", "load_model"],
     "textpolicy.generation.model_files": ["tiny_model"],
     "textpolicy.loop": ["StepReport", "train_rl"],

@@ -25,6 +25,10 @@ class ExportError(TextPolicyError, ValueError):
     """A format cannot hold what was trained, or what was written is not what was trained."""
 
 
+class UploadError(TextPolicyError, RuntimeError):
+    """The hub refused an upload, or the connection to it was lost."""
+
+
 class RunInterruptedError(TextPolicyError, RuntimeError):
     """The machine ended the run. The run can be resumed from its checkpoint."""
 

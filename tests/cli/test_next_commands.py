@@ -40,7 +40,7 @@ def assert_works(argv: list[str], monkeypatch, capsys) -> None:
 @pytest.mark.slow
 def test_every_line_that_a_run_prints_as_next_works(printed, monkeypatch, capsys):
     following = printed("train", *SMALL, "--output", "my runs/a b")
-    assert [line[0] for line in following.values()] == ["chat", "eval", "report"]
+    assert [line[0] for line in following.values()] == ["chat", "eval", "report", "export"]
     assert "my runs/a b/adapters/best.safetensors" in following["try it"]
     for argv in following.values():
         assert_works(argv, monkeypatch, capsys)
@@ -55,10 +55,20 @@ def test_every_line_that_supervised_training_prints_as_next_works(
         *("sft", "--data", "rows.jsonl", "--iterations", "1", "--batch-size", "2"),
         *("--dtype", "bfloat16", "--allow-special-tokens"),
     )
-    assert [line[0] for line in following.values()] == ["chat", "report"]
+    assert [line[0] for line in following.values()] == ["chat", "report", "export"]
     assert following["try it"][-3:] == ["--dtype", "bfloat16", "--allow-special-tokens"]
     for argv in following.values():
         assert_works(argv, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_the_lines_work_for_a_quantized_base_and_again_after_a_resume(printed, monkeypatch, capsys):
+    quantized = ("--quantize", "4", "--quantize-mode", "nf4", "--output", "run")
+    for argv in (("train", *SMALL, *quantized), ("train", "--resume", "run", "--steps", "2")):
+        following = printed(*argv)
+        assert "--dequantize" in following["export it"]
+        for argv in following.values():
+            assert_works(argv, monkeypatch, capsys)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_an_export_is_a_folder_with_a_proof_that_holds(name, trained, tmp_path):
     facts = json.loads((tmp_path / "out" / "export.json").read_text())
     assert facts["proof"]["kept"] == proof.kept and facts["format"] == name
     assert set(facts["files"]) == set(os.listdir(tmp_path / "out"))
-    assert str(proof) in (tmp_path / "out" / "README.md").read_text()
+    assert f"{proof.largest_difference:.1e} (" in (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path / "out") in exported.commands[0]
     assert os.listdir(tmp_path) == ["out"]
 

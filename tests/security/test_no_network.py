@@ -32,6 +32,7 @@ COMMANDS = {
     "check": ["check", "reward.py", "--env", "add"],
     "inspect": ["inspect", "run/adapters/best.safetensors"],
     "export": ["export", "run", "--to", "mlx", "--output", "exported"],
+    "push, dry run": ["push", "exported", "--repo", "me/mine", "--dry-run"],
     "plan": ["plan"],
     "runs": ["runs", "."],
     "report": ["report", "run"],

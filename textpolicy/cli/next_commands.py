@@ -25,6 +25,7 @@ def next_commands(result: RunResult, config: RunConfig) -> dict[str, str]:
         settings = short_path(directory.config)
         commands["compare it"] = ["eval", "--config", settings, "--adapter", adapter]
     commands["look at it"] = ["report", run]
+    commands["export it"] = ["export", run, *_export_flags(config, f"{run}-export")]
     return {name: shlex.join(["textpolicy", *words]) for name, words in commands.items()}
 
 
@@ -38,6 +39,15 @@ def short_path(path: Path) -> str:
     relative = os.path.relpath(path)
     # A name that begins with a dash would be read as a flag.
     return str(path) if relative.startswith(("..", "-")) else relative
+
+
+def _export_flags(config: RunConfig, output: str) -> list[str]:
+    """Return the flags of an export that keeps the whole update, whatever the base is."""
+    flags = ["--to", "mlx-lm", "--output", output]
+    if config.model.quantize is not None:
+        # No other program quantizes the base as the run did.
+        flags = ["--to", "mlx", "--dequantize", "--dtype", "float32", "--output", output]
+    return [*flags, "--force"] if os.path.exists(output) else flags
 
 
 def _model_flags(config: RunConfig) -> list[str]:

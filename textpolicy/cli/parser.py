@@ -226,6 +226,16 @@ def _export(parser: ArgumentParser) -> None:
     add_settings(parser, _DEFAULTS, ("model.threads",))
 
 
+def _push(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="the folder of an export", type=Path, metavar="FOLDER")
+    text = "repository on the hub, such as USER/MODEL; without a user it is in your account"
+    _add_flag(parser, "repo", str, None, text, required=True, metavar="NAME")
+    text = "make a new repository that everybody can see; it is private otherwise"
+    parser.add_argument("--public", action="store_true", help=text)
+    text = "list the files, their sizes and the repository, and upload nothing"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+
+
 def _check(parser: ArgumentParser) -> None:
     text = "the reward to check (default: the reward of --env)"
     parser.add_argument(
@@ -323,6 +333,12 @@ COMMANDS = {
         "textpolicy export runs/add --to mlx --output add-mlx",
         "textpolicy export runs/add --to gguf --dtype q8_0 --output add-gguf",
         "textpolicy export runs/add/adapters/latest.safetensors --to peft --output add-peft",
+    ),
+    "push": Command(
+        "upload an export to a model hub, privately unless you say otherwise",
+        _push,
+        "textpolicy push add-peft --repo me/add --dry-run",
+        "textpolicy push add-peft --repo me/add",
     ),
     "eval": Command(
         "measure the reward on held-out tasks, without and with adapters",

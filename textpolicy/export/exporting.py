@@ -14,6 +14,7 @@ from textpolicy.adapters.files.layouts import read_adapter
 from textpolicy.adapters.fuse import FuseReport
 from textpolicy.backend import versions
 from textpolicy.errors import ConfigError, ExportError
+from textpolicy.export.card import write_card
 from textpolicy.export.formats import FORMATS, Format
 from textpolicy.export.job import ExportOptions, Job, WeightFormat
 from textpolicy.export.proof import Proof, Reference, measure
@@ -102,6 +103,7 @@ def export(source: Source, to: Format, target: Path, options: ExportOptions) -> 
     job.prompts = reference.prompts
     tolerance = to.tolerance(job) if options.tolerance is None else options.tolerance
     commands = tuple(to.use(job, target))
+    card_commands = tuple(to.use(job, Path(target.name)))
     with replace_folder(target) as folder:
         to.write(job, folder)
         job.release_model()
@@ -115,7 +117,16 @@ def export(source: Source, to: Format, target: Path, options: ExportOptions) -> 
             commands=commands,
             notes=tuple(job.notes),
         )
-        (folder / "README.md").write_text(_readme(exported, source), "utf-8")
+        write_card(
+            folder,
+            name=target.name,
+            format=to.name,
+            source=source,
+            proof=proof,
+            commands=card_commands,
+            survival=job.survival,
+            notes=job.notes,
+        )
         write_export_file(folder, _facts(exported, source))
     return exported
 
@@ -213,12 +224,3 @@ def _facts(exported: Exported, source: Source) -> dict[str, Any]:
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _readme(exported: Exported, source: Source) -> str:
-    commands = "\n".join(exported.commands)
-    notes = "".join(f"\n{note}\n" for note in exported.notes)
-    return (
-        f"# {source.name}\n\nAn adapter for {source.model_name}, exported by TextPolicy as "
-        f"{exported.format}.\n\n```sh\n{commands}\n```\n\nProof: {exported.proof}.\n{notes}"
-    )

@@ -16,7 +16,7 @@ _MARK = "textpolicy_export"
 _VERSION = 1
 _FILE_SUFFIXES = {".gguf", ".safetensors", ".bin", ".json", ".zip"}
 # Files that a system or a hub puts beside the files of a folder.
-_ADDED_BY_OTHERS = {".DS_Store"}
+ADDED_BY_OTHERS = {".DS_Store"}
 _MARGIN = 50_000_000
 
 
@@ -62,10 +62,10 @@ def _check_replaceable(target: Path, force: bool) -> None:
         return
     if not target.is_dir():
         raise ConfigError(f"{target} is a file. Name a folder that does not exist yet")
-    found = _files_in(target)
+    found = files_in(target)
     if not found:
         return
-    if (ours := _files_of_export(target)) is None:
+    if (ours := files_of_export(target)) is None:
         raise ConfigError(
             f"the folder {target} is not empty and is no export of TextPolicy (it has no "
             f"{EXPORT_FILE} of one). Name a folder that does not exist yet"
@@ -82,16 +82,16 @@ def _check_replaceable(target: Path, force: bool) -> None:
         )
 
 
-def _files_in(target: Path) -> set[str]:
+def files_in(target: Path) -> set[str]:
     """Return all that is in a folder but its folders, without following links."""
     found: set[str] = set()
     for place, folders, files in os.walk(target):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         found |= {os.path.relpath(os.path.join(place, n), target) for n in (*files, *links)}
-    return {name for name in found if Path(name).name not in _ADDED_BY_OTHERS}
+    return {name for name in found if Path(name).name not in ADDED_BY_OTHERS}
 
 
-def _files_of_export(target: Path) -> set[str] | None:
+def files_of_export(target: Path) -> set[str] | None:
     """Return the files that an export in the folder consists of, or None if there is no export."""
     try:
         content = read_json_object(target / EXPORT_FILE)
