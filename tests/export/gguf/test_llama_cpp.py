@@ -18,6 +18,7 @@ from tests.export.gguf.models import (
     logprobs,
     make,
 )
+from tests.export.gguf.tokenizers import odd_texts, tokenizer_with
 from textpolicy.adapters import AdapterContainer
 from textpolicy.export.gguf import (
     logprobs_by_llama_cpp,
@@ -26,6 +27,7 @@ from textpolicy.export.gguf import (
     write_gguf,
     write_gguf_lora,
 )
+from textpolicy.export.gguf.pretokenizers import PRE_TOKENIZERS
 
 TOLERANCE = 1e-4
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -58,6 +60,11 @@ def tokenizer(load_tiny):
     return load_tiny()[1]
 
 
+# Weights are rounded to a number format, and llama.cpp rounds what they are multiplied with too.
+# Measured on the embedded model: 0.0025, 0.022 and 0.08.
+ROUNDING = {"f16": 0.01, "bf16": 0.06, "q8_0": 0.2}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_what_mlx_does_with_an_adapter_and_without(name, tokenizer, tmp_path):
     model_type, changes = MODELS[name]
@@ -74,6 +81,47 @@ def test_the_embedded_model_is_the_same_in_llama_cpp_with_its_adapter_and_merged
     merged = write_gguf(tmp_path / "merged.gguf", model, tokenizer, tiny_architecture)
     assert difference(logprobs_by_llama_cpp(merged, PROMPTS, VOCABULARY), trained) < TOLERANCE
     assert tokens_by_llama_cpp(merged, TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("number_format", ROUNDING)
+def test_a_number_format_rounds_no_more_than_it_says(
+    number_format, load_tiny, tiny_architecture, tmp_path
+):
+    model, tokenizer = load_tiny()
+    # The embedded model is in bfloat16, which would hide the rounding.
+    adapted(model)
+    AdapterContainer.of(model).fuse()
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model, tokenizer, tiny_architecture, number_format=number_format)
+    expected, bound = logprobs(model), ROUNDING[number_format]
+    assert 0 < difference(logprobs(read_gguf_model(path)), expected) < bound
+    assert 0 < difference(logprobs_by_llama_cpp(path, PROMPTS, VOCABULARY), expected) < bound
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, YARN, LINEAR], ids=lambda one: str(one.values()))
+def test_a_scaling_of_positions_makes_a_difference_that_the_tolerance_sees(scaling):
+    plain, scaled = (logprobs(make("llama", rope_scaling=one).model) for one in (None, scaling))
+    assert difference(plain, scaled) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_llama_cpp_makes_the_same_tokens_by_a_pre_tokenizer_of_the_table(name, tmp_path):
+    tokenizer = tokenizer_with(name)
+    model, architecture = make("llama", vocab_size=len(tokenizer.get_vocab()) + 4)
+    path = write_gguf(tmp_path / "model.gguf", model, tokenizer, architecture)
+    texts = [*TEXTS, *odd_texts(600)]
+    found = tokens_by_llama_cpp(path, texts)
+    pairs = zip(texts, found, strict=True)
+    assert [text for text, own in pairs if own != tokenizer.encode(text)] == []
+
+
+def test_llama_cpp_adds_the_same_tokens_around_a_text(tmp_path):
+    tokenizer = tokenizer_with("llama-bpe", begin="<|endoftext|>")
+    model, architecture = make("llama", vocab_size=len(tokenizer.get_vocab()))
+    path = write_gguf(tmp_path / "model.gguf", model, tokenizer, architecture)
+    expected = tokenizer.encode("Hi")
+    assert expected[0] == tokenizer.bos_token_id
+    assert tokens_by_llama_cpp(path, ["Hi"]) == [expected]
 
 
 def check_in_llama_cpp(model, architecture, tokenizer, folder):

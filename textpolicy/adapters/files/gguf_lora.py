@@ -3,6 +3,8 @@
 llama.cpp multiplies B (A x) by alpha / rank, or by 1 if alpha is 0.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from textpolicy.adapters.adapter import Adapter, join_module_tensors
 from textpolicy.adapters.config.adapter_config import config_for_modules
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.files.adapter_file import has_our_format, read_facts
-from textpolicy.adapters.files.gguf_file import GGUFTensor, parse_gguf
+from textpolicy.adapters.files.gguf_file import parse_gguf
 from textpolicy.adapters.files.gguf_layout import (
     FAMILIES,
     GGUFFamily,
@@ -28,6 +31,8 @@ from textpolicy.errors import AdapterError, UnreadableError
 from textpolicy.untrusted.files import open_regular
 
 METADATA_PREFIX = "textpolicy."
+DIGEST_KEY = "textpolicy.content_sha256"
+"""The metadata that holds `content_digest`. Files of other programs have none."""
 _FACTOR = re.compile(r"(.+)\.weight\.lora_([ab])")
 _EMBEDDING = "model.embed_tokens"
 _ALPHA = "adapter.lora.alpha"
@@ -49,8 +54,15 @@ def read_gguf_lora(path: str | Path) -> Adapter:
     alpha = metadata.get(_ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise AdapterError(f"{path} has {_ALPHA} {alpha!r}; expected a finite number of type f32")
-    factors = _group_factors(path, content.tensors)
-    modules = {module: _read_factors(path, module, own) for module, own in factors.items()}
+    arrays = {name: tensor.read() for name, tensor in content.tensors.items()}
+    if metadata.get(DIGEST_KEY, digest := content_digest(metadata, arrays)) != digest:
+        raise AdapterError(
+            f"{path} is damaged: its content differs from what was written. Write the file again"
+        )
+    modules = {
+        module: _own_factors(path, module, factors)
+        for module, factors in _group_by_module(path, arrays).items()
+    }
     rules = {
         module: LoRARule(rank=rank, scale=alpha / rank if alpha else 1.0)
         for module, own in modules.items()
@@ -72,6 +84,16 @@ def read_gguf_lora(path: str | Path) -> Adapter:
         if key.startswith(METADATA_PREFIX) and isinstance(value, str)
     }
     return replace(adapter, **read_facts(path, ours)) if has_our_format(ours) else adapter
+
+
+def content_digest(metadata: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> str:
+    """Return the SHA-256 of what a file must hold unchanged: metadata, and tensors in float32."""
+    kept = {key: metadata[key] for key in sorted(metadata.keys() - {DIGEST_KEY})}
+    digest = hashlib.sha256(json.dumps(kept).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].shape}".encode())
+        digest.update(np.array(arrays[name].astype(mx.float32)).tobytes())
+    return digest.hexdigest()
 
 
 def _check_kind(path: Path, metadata: Mapping[str, Any]) -> GGUFFamily:
@@ -97,32 +119,28 @@ def _check_kind(path: Path, metadata: Mapping[str, Any]) -> GGUFFamily:
     return FAMILIES[name]
 
 
-def _group_factors(
-    path: Path, tensors: Mapping[str, GGUFTensor]
-) -> dict[str, dict[str, GGUFTensor]]:
+def _group_by_module(path: Path, arrays: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
     """Return "a" and "b" by the paths of modules."""
-    modules: dict[str, dict[str, GGUFTensor]] = {}
+    modules: dict[str, dict[str, mx.array]] = {}
     unknown: list[str] = []
-    for name, tensor in tensors.items():
+    for name, array in arrays.items():
         match = _FACTOR.fullmatch(name)
         if match is None or (module := module_path(match[1])) is None:
             unknown.append(name)
             continue
-        modules.setdefault(module, {})[match[2]] = tensor
+        modules.setdefault(module, {})[match[2]] = array
     if unknown or not modules:
+        found = f"{min(unknown)!r} and {len(unknown) - 1} more" if unknown else "no"
         raise AdapterError(
-            f"{path} has {len(unknown)} tensors that are not LoRA weights of a module that is "
-            f"known here{', such as ' + repr(min(unknown)) if unknown else ', and no others'}. "
-            "Load the folder that PEFT or mlx-lm wrote"
+            f"{path} has {found} tensors; expected LoRA weights of linear layers and embeddings "
+            "only. Load the folder that PEFT or mlx-lm wrote"
         )
     return modules
 
 
-def _read_factors(
-    path: Path, module: str, factors: Mapping[str, GGUFTensor]
-) -> dict[str, mx.array]:
+def _own_factors(path: Path, module: str, factors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Return A and B with our names and axes."""
-    shapes = {name: tensor.shape for name, tensor in factors.items()}
+    shapes = {name: array.shape for name, array in factors.items()}
     ranks = {
         shape[-1] if name == "b" or module == _EMBEDDING else shape[0]
         for name, shape in shapes.items()
@@ -132,9 +150,9 @@ def _read_factors(
             f"{path}: {module} has factors of the shapes {shapes}; expected two matrices of one "
             "rank. Write the file again"
         )
-    a, b = factors["a"].read(), factors["b"].read()
     # A of an embedding is a table of tokens, as here.
-    return {"lora_a": a if module == _EMBEDDING else a.T, "lora_b": b.T}
+    a = factors["a"] if module == _EMBEDDING else factors["a"].T
+    return {"lora_a": a, "lora_b": factors["b"].T}
 
 
 def _read_heads(metadata: Mapping[str, Any], family: GGUFFamily) -> Heads | None:

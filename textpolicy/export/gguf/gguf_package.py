@@ -27,6 +27,11 @@ class TensorToWrite:
     read: Callable[[], mx.array]
 
 
+def tensor_in_memory(array: mx.array, number_format: str = "f32") -> TensorToWrite:
+    """Return a tensor that is in memory already."""
+    return TensorToWrite(shape=array.shape, number_format=number_format, read=lambda: array)
+
+
 def import_gguf() -> Any:
     """Return the package `gguf`. Raise ConfigError if it is not installed."""
     try:

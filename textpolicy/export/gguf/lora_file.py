@@ -14,12 +14,13 @@ from textpolicy.adapters.files.gguf_layout import (
     GGUFFamily,
     Heads,
     family_of,
+    restore_row_order,
     tensor_name,
     to_pairs,
 )
-from textpolicy.adapters.files.gguf_lora import METADATA_PREFIX
+from textpolicy.adapters.files.gguf_lora import DIGEST_KEY, METADATA_PREFIX, content_digest
 from textpolicy.errors import AdapterError
-from textpolicy.export.gguf.gguf_package import TensorToWrite, write_gguf_file
+from textpolicy.export.gguf.gguf_package import tensor_in_memory, write_gguf_file
 
 _EMBEDDING = "model.embed_tokens"
 
@@ -40,15 +41,16 @@ def write_gguf_lora(
     rules = adapter.rules_by_module()
     family = _check(adapter, rules, architecture, over_float_base)
     heads = Heads.of(architecture)
+    if adapter.rows_in_pairs:
+        adapter = restore_row_order(adapter, heads)
     # The file has one alpha, and llama.cpp multiplies by alpha / rank.
     alpha = float(mx.array(_alpha_of(next(iter(rules.values())))))
-    tensors: dict[str, TensorToWrite] = {}
+    arrays: dict[str, mx.array] = {}
     for module, own in group_by_module(adapter.arrays).items():
         factor = _alpha_of(rules[module]) / alpha
         a, b = _file_factors(own, module, family, heads)
-        name = tensor_name(module)
-        tensors[f"{name}.weight.lora_a"] = _tensor(a)
-        tensors[f"{name}.weight.lora_b"] = _tensor(b * factor if factor != 1 else b)
+        name = f"{tensor_name(module)}.weight"
+        arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b * factor if factor != 1 else b}
     metadata = {
         "general.type": "adapter",
         "general.name": "textpolicy adapter",
@@ -59,15 +61,14 @@ def write_gguf_lora(
         f"{family.name}.attention.head_count_kv": heads.keys,
         **{f"{METADATA_PREFIX}{key}": text for key, text in adapter_metadata(adapter).items()},
     }
+    whole = metadata | {"general.architecture": family.name}
+    metadata[DIGEST_KEY] = content_digest(whole, arrays)
+    tensors = {name: tensor_in_memory(array) for name, array in arrays.items()}
     return write_gguf_file(Path(path), family.name, metadata, tensors)
 
 
 def _alpha_of(rule: LoRARule) -> float:
     return rule.scale * rule.rank
-
-
-def _tensor(array: mx.array) -> TensorToWrite:
-    return TensorToWrite(shape=array.shape, number_format="f32", read=lambda: array)
 
 
 def _file_factors(

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.adapters.files.gguf_layout import GGUFFamily, Heads, tensor_name, to_pairs
+from textpolicy.adapters.layers.adapter_layer import adapter_layers
 from textpolicy.adapters.quantization.stored_weights import (
     float_weight,
     module_kind,
@@ -21,6 +22,7 @@ from textpolicy.export.gguf.gguf_package import (
     Metadata,
     TensorToWrite,
     import_gguf,
+    tensor_in_memory,
     write_gguf_file,
 )
 from textpolicy.export.gguf.model_metadata import checked_family, model_metadata, rope_factors
@@ -78,12 +80,17 @@ def _plan_tensors(
     model: nn.Module, family: GGUFFamily, number_format: str
 ) -> dict[str, TensorToWrite]:
     """Return the tensors by their names. Raise ModelError with all that have no place in a file."""
+    if adapters := adapter_layers(model):
+        raise ModelError(
+            f"The model has adapters ({min(adapters)} and {len(adapters) - 1} more). Fuse them "
+            "first: AdapterContainer.of(model).fuse()"
+        )
     args: Any = model.args
     heads = Heads(args.num_attention_heads, args.num_key_value_heads)
     tensors: dict[str, TensorToWrite] = {}
     problems: list[str] = []
     if (factors := rope_factors(model)) is not None:
-        tensors["rope_freqs.weight"] = _vector(factors)
+        tensors["rope_freqs.weight"] = tensor_in_memory(factors)
     for path, module in model.named_modules():
         if "weight" not in module:
             continue
@@ -91,7 +98,7 @@ def _plan_tensors(
         rotated = heads.rotated_in(path) if family.rotates_pairs else None
         problems += _problems(path, module, family, name, number_format)
         if module_kind(module) is None:
-            tensors[f"{name}.weight"] = _vector(module["weight"])
+            tensors[f"{name}.weight"] = tensor_in_memory(module["weight"])
             continue
         tensors[f"{name}.weight"] = TensorToWrite(
             shape=weight_shape(module),
@@ -100,7 +107,7 @@ def _plan_tensors(
         )
         if "bias" in module:
             bias = module["bias"]
-            tensors[f"{name}.bias"] = _vector(to_pairs(bias, rotated) if rotated else bias)
+            tensors[f"{name}.bias"] = tensor_in_memory(to_pairs(bias, rotated) if rotated else bias)
     if problems:
         shown = [*problems[:8], *([f"... and {len(problems) - 8} more"] if problems[8:] else [])]
         raise ModelError(
@@ -113,8 +120,6 @@ def _problems(
     path: str, module: nn.Module, family: GGUFFamily, name: str | None, number_format: str
 ) -> list[str]:
     """Return why a module cannot be written, or nothing."""
-    if "lora_a" in module:
-        return [f"{path}: it has an adapter; fuse the adapter first"]
     if name is None or module["weight"].ndim > 2:
         return [f"{path}: it has no name in GGUF files of {family.name}"]
     inside = path.partition("layers.")[2].partition(".")[2]
@@ -127,10 +132,6 @@ def _problems(
             f"{_Q8_0_BLOCK}; choose f16 or bf16 instead of q8_0"
         ]
     return []
-
-
-def _vector(values: mx.array) -> TensorToWrite:
-    return TensorToWrite(shape=values.shape, number_format="f32", read=lambda: values)
 
 
 def _ordered_weight(module: nn.Module, rotated: int | None) -> mx.array:

@@ -1,7 +1,9 @@
 """The pre-tokenizers that llama.cpp has a name for, by their definitions in tokenizer.json.
 
 A pre-tokenizer cuts a text into the words that BPE merges within. llama.cpp holds each one as code
-under a name, so a definition that is not in this table cannot be exported.
+under a name, so a definition that is not in this table cannot be exported. The table has only those
+that cut every text in the same way: llama.cpp's code for "tekken" (Mistral Nemo) and "gpt-4o" cuts
+before combining marks, where these tokenizers do not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,10 @@ from typing import Any
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{_REST}"
+_QWEN35 = (
+    rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{_REST}"
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 _GPT2 = [_BYTES | {"use_regex": True}]
@@ -26,6 +32,7 @@ _TABLE: Sequence[tuple[list[dict[str, Any]], bool, str]] = (
     (_GPT2, False, "gpt-2"),
     (_DIGITS, False, "smollm"),
     (_split(_QWEN2), False, "qwen2"),
+    (_split(_QWEN35), False, "qwen35"),
     (_split(_LLAMA3), True, "llama-bpe"),
     (_split(_LLAMA3), False, "smaug-bpe"),
 )

@@ -72,11 +72,11 @@ def _check(definition: Mapping[str, Any]) -> None:
     model, normalizer = definition["model"], definition["normalizer"]
     problems: list[str] = []
     if model["type"] != "BPE" or not _is_byte_level(definition):
-        problems.append(f"it is {model['type']} and not byte-level BPE")
+        problems.append(f"its model is {model['type']}; only byte-level BPE can be written")
     problems += [
         f"its option {name} is {model[name]!r}"
         for name, plain in _PLAIN_BPE.items()
-        if model.get(name) not in plain
+        if model.get(name, plain[0]) not in plain
     ]
     if normalizer is not None and normalizer != {"type": "NFC"}:
         problems.append(f"it normalizes text: {str(normalizer)[:200]}")
