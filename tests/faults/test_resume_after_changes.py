@@ -244,6 +244,29 @@ def test_an_edited_config_is_a_changed_option(copies, attempts, capsys):
     attempts(2)
 
 
+@pytest.mark.proves("F22")
+def test_another_shape_of_the_adapters_is_refused_by_its_option_with_force_too(
+    copies, attempts, capsys
+):
+    run, _ = copies
+    before = RunDirectory(run).config.read_bytes()
+    shapes = {
+        "adapter.rank": ["--rank", "8"],
+        "adapter.kind": ["--kind", "dora"],
+        "adapter.num_layers": ["--num-layers", "1"],
+        "adapter.keys": ["--keys", "self_attn.q_proj"],
+        "adapter.target_modules": ["--target-modules", "q_proj"],
+        "model.quantize": ["--quantize", "4"],
+    }
+    for key, flags in shapes.items():
+        assert main(["train", "--resume", str(run), *flags, "--force"]) == 2
+        message = capsys.readouterr().err
+        assert f"{key}: not given before, " in message
+        assert f"The checkpoint is bound to {key}, and --force does not change that" in message
+        assert RunDirectory(run).config.read_bytes() == before
+        attempts.add()
+
+
 def test_a_forced_option_holds_although_the_process_ends_before_the_next_checkpoint(copies):
     run, _ = copies
     edit(RunDirectory(run).config, "lr = 0.0005", "lr = 0.05")

@@ -44,9 +44,16 @@ _FREE_IN_SFT = frozenset(
     }
 )
 # What a checkpoint holds cannot change, with --force neither: its weights began with these
-# adapters, and its random states with this seed. Supervised training is bound to the rows of each
-# update as well, so another [data] section needs rows that come out the same.
-_BOUND_IN_RL = frozenset({"adapter.start", "run.seed"})
+# adapters, have this shape and are trained on this base, and its random states began with this
+# seed. Supervised training is bound to the rows of each update as well, so another [data] section
+# needs rows that come out the same.
+_BOUND_IN_RL = frozenset(
+    {
+        *("adapter.start", "adapter.kind", "adapter.rank", "adapter.num_layers", "adapter.keys"),
+        *("adapter.target_modules", "model.quantize", "model.quantize_mode"),
+        *("model.quantize_group", "run.seed"),
+    }
+)
 _BOUND_IN_SFT = _BOUND_IN_RL | {"trainer.batch_size", "trainer.accumulation", "data.packing"}
 # What a write error means for the run, not for what the user has typed.
 _MACHINE_ERRORS = frozenset(

@@ -1,6 +1,5 @@
 """`textpolicy doctor`: the versions, the device and the measured speed of this installation."""
 
-import os
 import platform
 from argparse import Namespace
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import mlx.core as mx
 
 from textpolicy import backend, fast_cpu
 from textpolicy.cli.answer import Answer, table
-from textpolicy.machine import size_text
+from textpolicy.machine import memory_bytes, size_text
 
 _TINY = Path(backend.__file__).parent / "tiny" / "model.safetensors"
 
@@ -26,7 +25,7 @@ def run(options: Namespace) -> Answer:
         "device": mx.default_device().type.name,
         "device_name": str(mx.device_info().get("device_name", "unknown")),
         "blas": asdict(blas) | {"gflops": round(fast_cpu.measure_gflops(), 1)},
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "tiny_model": _TINY.is_file(),
     }
     data["usable"] = bool(data["mlx-lm"]) and data["tiny_model"]
