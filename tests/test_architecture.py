@@ -41,6 +41,7 @@ LAYERS = (
     "textpolicy.backend",
     "textpolicy.file_writing",
     "textpolicy.machine",
+    "textpolicy.layer_gradients",
     "textpolicy.fast_cpu",
     "textpolicy.control_tokens",
     "textpolicy.chat_template",

@@ -1,119 +1,72 @@
-"""Batched decoding and shared prompts give the results of single rows, for many architectures."""
+"""Sampling, training and reloading give the results of single rows, for many families of models."""
+
+from functools import cache
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import pytest
-from mlx_lm.models import gemma2, gemma3_text, llama, mamba, qwen2, qwen3_moe
-from mlx_lm.models.deepseek_v3 import Model as DeepseekModel
-from mlx_lm.models.deepseek_v3 import ModelArgs as DeepseekArgs
 
+from tests.families import family_model
 from tests.logprobs import token_logprobs
+from tests.test_types import rollout
 from tests.training.rows import RAGGED, batches_of, groups_of
+from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
+from textpolicy.algorithms import grpo
 from textpolicy.generation.decode import decode
 from textpolicy.generation.engine import can_decode_together
 from textpolicy.training.logprobs import ModelLogprobs
-from textpolicy.types import Sampling
+from textpolicy.training.trainer import Trainer
+from textpolicy.types import RolloutGroup, Sampling, Task
 
-COMMON = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 260,
-}
-WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
-MOE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 32,
-    "rope_theta": 10000.0,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "norm_topk_prob": True,
-}
-LATENT = {
-    "model_type": "deepseek_v3",
-    "n_routed_experts": None,
-    "n_shared_experts": None,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-}
-
-
-def build(name: str):
-    """Return a random model of two layers; its weights are large enough to show mistakes."""
-    mx.random.seed(3)
-    kinds = {
-        "llama": (llama, COMMON),
-        "llama with a window": (llama, COMMON | WINDOW),
-        "qwen2": (qwen2, COMMON),
-        "qwen3_moe": (qwen3_moe, COMMON | MOE),
-        "gemma2": (gemma2, COMMON | {"head_dim": 16}),
-        "gemma3_text": (
-            gemma3_text,
-            COMMON | {"head_dim": 16, "sliding_window": 4, "sliding_window_pattern": 2},
-        ),
-        "mamba": (
-            mamba,
-            {
-                "vocab_size": 260,
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "state_size": 8,
-                "num_hidden_layers": 2,
-                "conv_kernel": 4,
-                "use_bias": False,
-                "use_conv_bias": True,
-                "time_step_rank": 4,
-            },
-        ),
-    }
-    if name == "deepseek_v3":
-        model = DeepseekModel(DeepseekArgs(**(COMMON | LATENT)))
-    else:
-        module, options = kinds[name]
-        model = module.Model(module.ModelArgs(model_type=name.split()[0], **options))
-    model.eval()
-    mx.eval(model.parameters())
-    return model
-
-
+# Family, whether rows of unequal length decode together, and whether rows share their prompt.
 FAMILIES = [
     ("llama", True, True),
     ("llama with a window", True, False),
     ("qwen2", True, True),
+    ("qwen3", True, True),
     ("qwen3_moe", True, True),
+    ("olmoe", True, True),
     ("gemma2", False, False),
     ("gemma3_text", True, False),
-    ("mamba", False, False),
+    ("gemma4_text", True, False),
     ("deepseek_v3", True, True),
+    ("mamba", False, False),
+    ("mamba2", True, False),
+    ("nemotron_h", False, False),
+    ("granitemoehybrid", True, False),
+    ("falcon_h1", True, False),
+    ("rwkv7", False, False),
+    ("qwen3_5", True, False),
+    ("qwen3_5_moe", True, False),
+    ("qwen3_next", True, False),
+    ("olmo_hybrid", False, False),
+    ("kimi_linear", True, False),
+    ("bailing_moe_v3", True, False),
 ]
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9], [10, 11, 12]]
+build = cache(family_model)
 
 
-@pytest.mark.parametrize("prompts", [[[1, 2, 3, 4, 5, 6, 7], [9], [10, 11, 12]], [[1, 2], [9]]])
+def sample(model, prompts, *, batched=None, max_tokens=9):
+    """Return two rows of each prompt."""
+    return decode(
+        model,
+        prompts,
+        n=2,
+        sampling=Sampling(max_tokens=max_tokens),
+        stop=lambda tokens: None,
+        seed=0,
+        max_rows=4,
+        batched=can_decode_together(model) if batched is None else batched,
+    )
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [9]]])
 @pytest.mark.parametrize(("name", "batches", "shares"), FAMILIES)
 def test_the_recorded_logprobs_equal_those_of_a_forward_pass(name, batches, shares, prompts):
     model = build(name)
     assert can_decode_together(model) is batches
-    rows = decode(
-        model,
-        prompts,
-        n=2,
-        sampling=Sampling(max_tokens=9),
-        stop=lambda tokens: None,
-        seed=0,
-        max_rows=4,
-        batched=batches,
-    )
-    for row in (row for group in rows for row in group):
+    for row in (row for group in sample(model, prompts, batched=batches) for row in group):
         logp, _ = token_logprobs(model, mx.array([row.context + row.tokens]), mx.ones(1))
         recomputed = logp[0, len(row.context) :]
         assert mx.abs(recomputed - mx.array(row.logprobs)).mean().item() < 1e-4
@@ -143,7 +96,7 @@ def test_the_logprobs_of_a_ragged_batch_equal_those_of_single_rows(name, batches
     model = build(name)
     read = ModelLogprobs.of(model)
     assert read.share_prompts is shares
-    (batch,) = batches_of(groups_of(*RAGGED))
+    (batch,) = batches_of(groups_of(*RAGGED, vocabulary=96))
     logp, _ = read(batch)
     for row in range(batch.tokens.shape[0]):
         owner = batch.owner[row].item()
@@ -152,3 +105,52 @@ def test_the_logprobs_of_a_ragged_batch_equal_those_of_single_rows(name, batches
         tokens = mx.concatenate([prompt, batch.tokens[row, :count]])[None]
         alone, _ = token_logprobs(model, tokens, mx.ones(1))
         assert mx.abs(alone[0, len(prompt) :] - logp[row, :count]).max().item() < 1e-4
+
+
+def base(name, bits):
+    model = family_model(name)
+    if bits:
+        quantize(model, bits, 32)
+    return model
+
+
+QUICK = {"qwen3_5", "kimi_linear", "nemotron_h", "qwen3_moe", "rwkv7"}
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=["float32", "4 bits"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f, *_ in FAMILIES],
+)
+def test_a_step_of_training_moves_the_adapters_that_others_reload(name, bits, tmp_path):
+    model, other = base(name, bits), base(name, bits)
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=4, scale=2.0))
+    container.publish_path = tmp_path / "adapters.safetensors"
+    trainer = Trainer(model, grpo.compute_advantages, grpo.policy_loss, optim.Adam(1e-3))
+    before = container.parameters()
+    groups = [rollout_group(rows) for rows in sample(model, PROMPTS)]
+
+    metrics = trainer.train(groups)
+    assert metrics["sampling/sampling_logp_difference/mean"] < 1e-4
+    after = container.parameters()
+    assert sum(not mx.array_equal(before[path], after[path]) for path in after) >= len(after) / 2
+
+    tokens = mx.array([groups[0].rollouts[0].tokens])
+    untrained = other(tokens)
+    AdapterContainer.from_directory(container.publish_path).load(other)
+    assert mx.abs(model(tokens) - untrained).max().item() > 1e-3
+    assert mx.array_equal(model(tokens), other(tokens))
+
+
+def rollout_group(rows):
+    """Return a group in which the second row is better than the first."""
+    rollouts = [
+        rollout(
+            tokens=row.context + row.tokens,
+            mask=[False] * len(row.context) + [True] * len(row.tokens),
+            logprobs=[0.0] * len(row.context) + row.logprobs,
+            reward=float(member),
+        )
+        for member, row in enumerate(rows)
+    ]
+    return RolloutGroup(task=Task(id=str(rows[0].prompt), prompt="p"), rollouts=rollouts)

@@ -15,10 +15,12 @@ from textpolicy.types import Batch, RolloutGroup, Sampling, Task
 RAGGED = [(9, [3, 7, 1]), (4, [2, 2, 5]), (1, [6, 4, 2])]
 
 
-def groups_of(*shapes: tuple[int, list[int]], temperature: float = 1.0) -> list[RolloutGroup]:
+def groups_of(
+    *shapes: tuple[int, list[int]], temperature: float = 1.0, vocabulary: int = 250
+) -> list[RolloutGroup]:
     """Return a group for each shape: the prompt length, and the lengths of the completions."""
     random = np.random.default_rng(0)
-    draw = lambda n: random.integers(0, 250, n).tolist()  # noqa: E731
+    draw = lambda n: random.integers(0, vocabulary, n).tolist()  # noqa: E731
     groups = []
     for given, lengths in shapes:
         prompt = draw(given)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from textpolicy.layer_gradients import differentiable_layers
 from textpolicy.training.gradient_checkpointing import recompute_activations
 
 _Part = TypeVar("_Part")
@@ -34,7 +35,8 @@ def accumulate_gradient(
     total: Any = None
     values: list[_Values] = []
     for part in parts:
-        with recompute_activations(model) if checkpoint else nullcontext():
+        recompute = recompute_activations(model) if checkpoint else nullcontext()
+        with differentiable_layers(model), recompute:
             value, gradient = value_and_grad(part)
         # The activations of the previous part are freed here. The device was busy with them while
         # the graph of this part was built.

@@ -6,6 +6,7 @@ The backward pass keeps the input of each block instead of all activations of ea
 one more forward pass. One model is changed for a while; other models of its class are not.
 """
 
+import inspect
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +14,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from textpolicy.errors import TrainingError
 
 
 @contextmanager
@@ -33,27 +37,47 @@ def recompute_activations(model: nn.Module) -> Generator[None, None, None]:
 def _recomputing_class(plain: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass whose `__call__` is an `mx.checkpoint`, and that is equal otherwise."""
 
-    def __call__(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    signature = inspect.signature(plain.__call__)
+
+    def __call__(self: nn.Module, *positional: Any, **named: Any) -> Any:
         # Gradients flow through arguments and results only, not through captured variables.
         # Therefore weights, array masks and cached keys are arguments and results too.
-        def run(weights: Any, x: mx.array, mask: Any, state: Any) -> tuple[mx.array, Any]:
+        def run(weights: Any, arrays: Any, state: Any) -> tuple[Any, Any]:
             self.update(weights)
+            bound.arguments.update(arrays)
             with same_draws:
                 if cache is None:
-                    return plain.__call__(self, x, mask), None
+                    return plain.__call__(*bound.args, **bound.kwargs), None
                 cache.state = state
-                return plain.__call__(self, x, mask, cache), cache.state
+                return plain.__call__(*bound.args, **bound.kwargs), cache.state
 
         same_draws = _SameDraws()
+        bound = signature.bind(self, *positional, **named)
+        cache: Any = bound.arguments.get("cache")
+        if isinstance(cache, tuple):
+            cache = None  # falcon_h1 in mlx-lm 0.32 stands a pair of None for no cache.
+        others = {n: x for n, x in bound.arguments.items() if n not in ("self", "cache")}
+        _check_all_seen(plain, others)
         weights = self.trainable_parameters()
         state = None if cache is None else cache.state
-        y, state = mx.checkpoint(run)(weights, x, mask, state)
+        result, state = mx.checkpoint(run)(weights, others, state)
         self.update(weights)
         if cache is not None:
             cache.state = state
-        return y
+        return result
 
     return type(f"Recomputed{plain.__name__}", (plain,), {"__call__": __call__})
+
+
+def _check_all_seen(block: type[nn.Module], arguments: dict[str, Any]) -> None:
+    """Raise if an argument is an object, whose arrays the gradient would not see."""
+    for name, value in tree_flatten(arguments):
+        if not isinstance(value, mx.array | str | int | float | None):
+            raise TrainingError(
+                f"gradient checkpointing cannot run {block.__name__}: its argument {name} is a "
+                f"{type(value).__name__}, and only arrays and plain values can be computed again. "
+                "Train this model without gradient checkpointing"
+            )
 
 
 class _SameDraws:

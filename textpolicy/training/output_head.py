@@ -3,6 +3,7 @@
 The logits of a whole batch are often its largest array. Here, logits exist for one chunk only.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,11 +92,19 @@ def find_output_head(model: nn.Module) -> OutputHead | None:
     if "model" not in inner or not ("lm_head" in inner or "embed_tokens" in inner.model):
         return None
     head = OutputHead(inner, tied="lm_head" not in inner)
+    if _takes_more_than_tokens(head.body):
+        return None
     tokens = mx.array([[1, 2]])
     hidden, logits = head.body(tokens), model(tokens)
     if not isinstance(hidden, mx.array):
         return None
     return head if mx.array_equal(head.project(hidden), logits) else None
+
+
+def _takes_more_than_tokens(body: nn.Module) -> bool:
+    """Return whether the body requires another argument, as that of rwkv7 requires a cache."""
+    _, *others = inspect.signature(body.__call__).parameters.values()
+    return any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in others)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from textpolicy.training.metrics import (
 from textpolicy.training.trainer_checks import (
     SamplerCheck,
     StalledSteps,
+    check_differentiable,
     check_gradient,
     check_movement,
 )
@@ -108,6 +109,7 @@ class Trainer:
         fast_cpu.enable()
         self.adapters = AdapterContainer.of(self.model)
         self._check_options()
+        check_differentiable(self.model)
         self._logprobs = ModelLogprobs.of(self.model)
         self._reference_logprobs = self._logprobs
         if isinstance(self.reference, nn.Module):

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from textpolicy.errors import TrainingError
+from textpolicy.layer_gradients import differentiable_layers
 
 # In nats a token. float32 agrees to 1e-5 and bfloat16 to a few hundredths. A prompt that went
 # through the chat template twice, or sampling with other weights, is far above.
@@ -69,6 +71,24 @@ class StalledSteps:
         self.lacking[what] = self.lacking.get(what, 0) + 1 if missing else 0
         if self.lacking[what] == _STALLED_LIMIT:
             raise TrainingError(_STALLED_MESSAGES[what])
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Raise if a function that the model calls has no gradient. Nothing is computed."""
+    forward: Any = model
+    weights = model.trainable_parameters()
+    try:
+        with differentiable_layers(model):
+            nn.value_and_grad(model, lambda: forward(mx.array([[1, 2]])).sum())()
+    except ValueError as error:
+        raise TrainingError(
+            f"{type(model).__module__} cannot be trained: a function that it calls has no gradient "
+            f"on this device ({error}). The model can be sampled from and served; train another "
+            "family, or ask mlx-lm for a gradient of this one"
+        ) from error
+    finally:
+        # mlx leaves the arrays in the model that it traced.
+        model.update(weights)
 
 
 def check_gradient(norm: float, *, has_signal: bool) -> None:

@@ -58,6 +58,7 @@ from textpolicy.training.sft.parameters import (
     TrainReport,
     ValidationReport,
 )
+from textpolicy.training.trainer_checks import check_differentiable
 from textpolicy.types import Progress, asks_to_stop
 
 SFTEnd = Literal["finished", "stopped", "early"]
@@ -112,8 +113,9 @@ def train_sft(
         check_examples("train", train)
     check_examples("validate", validate)
     source = train if isinstance(train, BatchStream) else epochs_of(train, parameters, tokenizer)
-    if parameters.packing:
-        with in_mode(model, training=False):
+    with in_mode(model, training=False):
+        check_differentiable(model)
+        if parameters.packing:
             check_packable(model)
     validation = encode_examples(validate, parameters, tokenizer)
     if parameters.patience and not validation:
