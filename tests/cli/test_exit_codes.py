@@ -1,12 +1,14 @@
 """The exit code says whether work had begun, and a mistyped command is answered with a near one."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from textpolicy.cli import main
-from textpolicy.cli.parser import EXIT_CODES, build_parser
+from textpolicy.cli.flags import OTHER_WAYS
+from textpolicy.cli.parser import EXIT_CODES, build_parser, commands_of
 
 SMALL = ["--env", "add", "--group-size", "2", "--groups-per-step", "2", "--count", "2"]
 
@@ -79,6 +81,16 @@ def test_a_command_that_is_near_none_is_answered_with_all_of_them(capsys):
         main(["zzz"])
     error = capsys.readouterr().err
     assert "there is no command 'zzz'; the commands: demo, train, sft" in error
+
+
+@pytest.mark.parametrize("name", OTHER_WAYS)
+def test_a_command_of_other_libraries_is_answered_with_ours(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "adapters"])
+    error = capsys.readouterr().err
+    assert f"there is no command {name!r}; {OTHER_WAYS[name]}" in error
+    named = re.search(r"textpolicy (\w+)|--adapter|did you mean (\w+)", OTHER_WAYS[name])
+    assert named and set(filter(None, named.groups())) <= set(commands_of(build_parser()))
 
 
 def test_help_lists_the_exit_codes(capsys):

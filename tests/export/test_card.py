@@ -18,8 +18,9 @@ from markdown_it import MarkdownIt
 import textpolicy as tp
 from textpolicy.cli import main
 from textpolicy.export.base_model import hub_id, licence_of
-from textpolicy.export.card import FORMAT_FACTS, write_card
+from textpolicy.export.card import write_card
 from textpolicy.export.curve_picture import draw_curves
+from textpolicy.export.format_facts import FORMAT_FACTS
 from textpolicy.export.formats import FORMATS
 from textpolicy.export.markdown import code, code_block, plain
 from textpolicy.export.proof import Proof
@@ -152,6 +153,13 @@ def test_a_card_without_a_run_leaves_out_what_nobody_knows(trained, tmp_path):
     assert "None" not in card and "nan" not in card
     assert "To continue" not in card
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_an_adapter_that_changes_nothing_is_called_so(run, tmp_path):
+    source, nothing = find_source(run.path), "changes nothing that can be measured"
+    assert nothing not in card_of(source, tmp_path / "moved")
+    idle = replace(PROOF, adapter_effect=0.0, kept=1.0)
+    assert nothing in card_of(source, tmp_path / "idle", proof=idle)
 
 
 def test_a_card_shows_no_folder_of_this_machine_and_no_completion(run, tmp_path):

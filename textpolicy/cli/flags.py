@@ -43,6 +43,15 @@ FLAGS_OF_OTHER_LIBRARIES = {
 }
 
 
+OTHER_WAYS = {
+    "import": "--adapter PATH reads the adapters of mlx-lm, PEFT and llama.cpp in every command",
+    "fuse": "merge by: textpolicy export ADAPTER --to mlx --output DIR",
+    "merge": "merge by: textpolicy export ADAPTER --to mlx --output DIR",
+    "upload": "did you mean push?",
+}
+"""What to type in place of a command that other libraries have, or that was here before."""
+
+
 class SafeParser(ArgumentParser):
     """Spells out what could control the terminal in its messages, which quote the command line."""
 
@@ -104,6 +113,7 @@ class CommandsParser(SafeParser):
         if name is not None and name not in commands:
             near = get_close_matches(name, commands, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the commands: {', '.join(commands)}"
+            hint = OTHER_WAYS.get(name, hint)
             self.error(f"there is no command {name!r}; {hint}")
         options, rest = self.parse_known_args(args, namespace)
         if options.version:

@@ -18,8 +18,9 @@ from textpolicy.adapters.fuse import FuseReport
 from textpolicy.backend import versions
 from textpolicy.export.base_model import hub_id, licence_of
 from textpolicy.export.curve_picture import draw_curves
+from textpolicy.export.format_facts import FORMAT_FACTS, FormatFacts
 from textpolicy.export.markdown import code, code_block, markdown_table, plain
-from textpolicy.export.proof import Proof
+from textpolicy.export.proof import MEASURABLE_EFFECT, Proof
 from textpolicy.export.run_facts import RunFacts, public_name, read_run_facts
 from textpolicy.export.source import Source
 from textpolicy.file_writing import atomic_replace
@@ -49,43 +50,6 @@ _CONTINUED = {
     "task.reward": "--reward",
     "data.source": "--data",
     "algorithm.name": "--algorithm",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FormatFacts:
-    """What a card says about a format: `library` is the hub's name of the library that loads it.
-
-    `continued_by` is the flag by which training continues from such a folder, or None.
-    """
-
-    library: str
-    tags: Sequence[str]
-    is_adapter: bool
-    continued_by: str | None
-
-
-_MERGED = FormatFacts(library="mlx", tags=("mlx",), is_adapter=False, continued_by="--model")
-_PEFT = FormatFacts(
-    library="peft", tags=("peft", "lora"), is_adapter=True, continued_by="--adapter"
-)
-_GGUF = FormatFacts(library="gguf", tags=("gguf",), is_adapter=False, continued_by=None)
-FORMAT_FACTS: Mapping[str, FormatFacts] = {
-    "mlx": _MERGED,
-    "lmstudio": _MERGED,
-    "hf": FormatFacts(
-        library="transformers", tags=("safetensors",), is_adapter=False, continued_by="--model"
-    ),
-    "peft": _PEFT,
-    "vllm": _PEFT,
-    "mlx-lm": FormatFacts(
-        library="mlx", tags=("mlx", "lora"), is_adapter=True, continued_by="--adapter"
-    ),
-    "gguf": _GGUF,
-    "ollama": _GGUF,
-    "gguf-lora": FormatFacts(
-        library="gguf", tags=("gguf", "lora"), is_adapter=True, continued_by="--adapter"
-    ),
 }
 
 
@@ -298,9 +262,10 @@ def _proof(proof: Proof, survival: FuseReport | None, notes: Sequence[str]) -> I
             f"{proof.largest_difference:.1e} (allowed: {proof.tolerance:.1e})",
         ),
         ("largest change of log-probabilities by the adapter", f"{proof.adapter_effect:.1e}"),
-        ("share of that change that was kept", f"{proof.kept:.2%}"),
         ("equal greedy tokens", f"{proof.equal_greedy:.1%}"),
     ]
+    if is_measurable := proof.adapter_effect > MEASURABLE_EFFECT:
+        rows.append(("share of that change that was kept", f"{proof.kept:.2%}"))
     if proof.from_trained is not None:
         rows.append(
             ("largest difference from the quantized model in training", f"{proof.from_trained:.1e}")
@@ -311,6 +276,8 @@ def _proof(proof: Proof, survival: FuseReport | None, notes: Sequence[str]) -> I
             ("norm of the rounding error, as a share of the update", f"{survival.noise:.2%}"),
         ]
     yield markdown_table(rows)
+    if not is_measurable:
+        yield "The adapter changes nothing that can be measured: it computes what the base does."
     yield from map(plain, notes)
 
 

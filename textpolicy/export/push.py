@@ -54,8 +54,8 @@ class Upload:
     def __str__(self) -> str:
         """Return a line for the repository and a line for each file."""
         visibility = "private" if self.private else "public: everybody can see it"
-        width = max(map(len, self.files))
-        lines = [f"  {name:{width}}  {size_text(size)}" for name, size in self.files.items()]
+        wide, long = max(map(len, self.files)), len(f"{max(self.files.values()):,}")
+        lines = [f"  {name:{wide}}  {size:>{long},} bytes" for name, size in self.files.items()]
         count = f"{len(self.files)} files, {size_text(self.bytes)}"
         return "\n".join([f"{self.repository} ({visibility}): {count}", *lines])
 

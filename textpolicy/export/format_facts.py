@@ -1,0 +1,41 @@
+"""What a model card says about each format: the library that loads it, its tags, its kind."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatFacts:
+    """What a card says about a format: `library` is the hub's name of the library that loads it.
+
+    `continued_by` is the flag by which training continues from such a folder, or None.
+    """
+
+    library: str
+    tags: Sequence[str]
+    is_adapter: bool
+    continued_by: str | None
+
+
+_MERGED = FormatFacts(library="mlx", tags=("mlx",), is_adapter=False, continued_by="--model")
+_PEFT = FormatFacts(
+    library="peft", tags=("peft", "lora"), is_adapter=True, continued_by="--adapter"
+)
+_GGUF = FormatFacts(library="gguf", tags=("gguf",), is_adapter=False, continued_by=None)
+FORMAT_FACTS: Mapping[str, FormatFacts] = {
+    "mlx": _MERGED,
+    "lmstudio": _MERGED,
+    "hf": FormatFacts(
+        library="transformers", tags=("safetensors",), is_adapter=False, continued_by="--model"
+    ),
+    "peft": _PEFT,
+    "vllm": _PEFT,
+    "mlx-lm": FormatFacts(
+        library="mlx", tags=("mlx", "lora"), is_adapter=True, continued_by="--adapter"
+    ),
+    "gguf": _GGUF,
+    "ollama": _GGUF,
+    "gguf-lora": FormatFacts(
+        library="gguf", tags=("gguf", "lora"), is_adapter=True, continued_by="--adapter"
+    ),
+}
