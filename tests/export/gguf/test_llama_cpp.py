@@ -4,8 +4,10 @@ Most of the time of these tests is the start of llama.cpp, about half a second e
 """
 
 from typing import Any
+from unicodedata import normalize
 
 import pytest
+from tokenizers import normalizers
 
 from tests.export.gguf.models import (
     LINEAR,
@@ -38,6 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama scaled as Llama 3": ("llama", {"rope_scaling": LLAMA3}),
     "llama scaled linearly": ("llama", {"rope_scaling": LINEAR}),
     "llama scaled by yarn": ("llama", {"rope_scaling": YARN}),
+    "mistral whose window mlx-lm ignores": ("mistral", {"sliding_window": 16}),
     "qwen2": ("qwen2", {}),
     "qwen2 scaled by yarn": ("qwen2", {"rope_scaling": YARN}),
     "qwen3": ("qwen3", {}),
@@ -113,6 +116,14 @@ def test_llama_cpp_makes_the_same_tokens_by_a_pre_tokenizer_of_the_table(name, t
     found = tokens_by_llama_cpp(path, texts)
     pairs = zip(texts, found, strict=True)
     assert [text for text, own in pairs if own != tokenizer.encode(text)] == []
+
+
+def test_llama_cpp_makes_the_same_tokens_of_text_that_is_in_nfc(tmp_path):
+    tokenizer = tokenizer_with("qwen2", normalizer=normalizers.NFC())
+    model, architecture = make("qwen2", vocab_size=len(tokenizer.get_vocab()))
+    path = write_gguf(tmp_path / "model.gguf", model, tokenizer, architecture)
+    texts = [normalize("NFC", text) for text in TEXTS]
+    assert tokens_by_llama_cpp(path, texts) == [tokenizer.encode(text) for text in texts]
 
 
 def test_llama_cpp_adds_the_same_tokens_around_a_text(tmp_path):

@@ -166,6 +166,13 @@ def test_a_pre_tokenizer_without_a_name_is_refused_and_not_guessed(tmp_path):
     assert_refused(model, tokenizer, tmp_path, r"no name for the pre-tokenizer.*smollm, qwen2")
 
 
+def test_a_chat_template_with_a_bos_that_the_tokenizer_lacks_is_refused(tmp_path):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer._tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    model, _ = make("llama", vocab_size=700)
+    assert_refused(model, tokenizer, tmp_path, "the chat template writes bos_token")
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     model, _ = make("llama")
     assert_refused(model, tokenizer_with("qwen2"), tmp_path, "the model has 320 tokens")

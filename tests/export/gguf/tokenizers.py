@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -26,7 +27,9 @@ def odd_texts(count: int) -> list[str]:
     return ["".join(dice.choices(dice.choice(parts), k=dice.randint(1, 24))) for _ in range(count)]
 
 
-def tokenizer_with(name: str, *, begin: str | None = None) -> TokenizerWrapper:
+def tokenizer_with(
+    name: str, *, begin: str | None = None, normalizer: Any = None
+) -> TokenizerWrapper:
     """Return a tokenizer with the pre-tokenizer of a name, which writes `begin` before a text."""
     steps, whole = next((s, w) for s, w, known in pretokenizers._TABLE if known == name)
     definition = json.loads(Tokenizer(models.BPE(ignore_merges=whole)).to_str())
@@ -44,6 +47,8 @@ def tokenizer_with(name: str, *, begin: str | None = None) -> TokenizerWrapper:
         trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False),
     )
     backend.add_special_tokens(SPECIAL)
+    if normalizer:
+        backend.normalizer = normalizer
     if begin:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", special_tokens=[(begin, backend.token_to_id(begin))]

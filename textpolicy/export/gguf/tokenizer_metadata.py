@@ -52,6 +52,12 @@ def tokenizer_metadata(tokenizer: TokenizerWrapper, vocabulary_size: int) -> Met
         **_added_ends(tokenizer),
     }
     if template := _chat_template(tokenizer):
+        if "bos_token" in template and "tokenizer.ggml.bos_token_id" not in metadata:
+            raise ModelError(
+                "the chat template writes bos_token, which the tokenizer does not have; llama.cpp "
+                "would write another token there. Name it in tokenizer_config.json, or take "
+                "bos_token out of the chat template"
+            )
         metadata["tokenizer.chat_template"] = template
     return metadata
 
