@@ -25,6 +25,15 @@ SIZES = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+OWN_SIZES = {"qwen3": {"head_dim": 32}, "qwen3_moe": {"head_dim": 32} | EXPERTS}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -51,8 +60,7 @@ def make(model_type: str, *, seed: int = 0, **changes: Any) -> Made:
     # mlx-lm has no class for mistral and takes that of llama.
     name = {"mistral": "llama"}.get(model_type, model_type)
     module = import_module(f"mlx_lm.models.{name}")
-    head = {"head_dim": 32} if model_type == "qwen3" else {}
-    config = {"model_type": model_type} | SIZES | head | changes
+    config = {"model_type": model_type} | SIZES | OWN_SIZES.get(model_type, {}) | changes
     model = module.Model(module.ModelArgs.from_dict(config))
     return Made(randomized(model, seed), config)
 

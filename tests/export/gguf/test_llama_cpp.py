@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 scaled by yarn": ("qwen2", {"rope_scaling": YARN}),
     "qwen3": ("qwen3", {}),
     "qwen3 scaled by yarn": ("qwen3", {"rope_scaling": YARN, "tie_word_embeddings": False}),
+    "qwen3_moe": ("qwen3_moe", {"tie_word_embeddings": False}),
     "smollm3": ("smollm3", {}),
 }
 # Accents, digits, several spaces and line breaks, contractions, CJK, emoji, control tokens.

@@ -178,7 +178,7 @@ def test_an_adapter_of_a_quantized_base_is_written_only_if_asked_for(tmp_path):
 def test_a_model_type_without_a_family_is_refused(tmp_path):
     model, _ = make("llama")
     own = adapted(model).adapter()
-    with pytest.raises(AdapterError, match=r"'gemma3'; supported are llama, .*peft"):
+    with pytest.raises(AdapterError, match=r"'gemma3'; supported are mistral, llama, .*peft"):
         write_gguf_lora(tmp_path / "a.gguf", own, {"model_type": "gemma3"})
 
 

@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
 
-from tests.export.gguf.models import adapted, difference, logprobs, make
+from tests.export.gguf.models import YARN, adapted, difference, logprobs, make
 from tests.export.gguf.tokenizers import tokenizer_with
-from tests.tiny import expert_model
 from tests.tokenizers import make_tokenizer
 from textpolicy.adapters import quantize
 from textpolicy.adapters.files.gguf_layout import (
-    BLOCK_NAMES,
     FAMILIES,
-    OTHER_NAMES,
     module_path,
     tensor_name,
     to_halves,
@@ -33,15 +30,16 @@ def tokenizer(load_tiny):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_every_module_has_the_name_that_the_gguf_package_gives_it(family):
-    names = get_tensor_name_map(MODEL_ARCH[family.name.upper()], 12)
-    paths = [*OTHER_NAMES, *(f"model.layers.11.{inside}" for inside in BLOCK_NAMES)]
+    names = get_tensor_name_map(MODEL_ARCH[family.name.upper()], 4)
+    model, _ = make(family.model_class, tie_word_embeddings=False)
+    paths = [path for path, module in model.named_modules() if "weight" in module]
+    assert {f"model.layers.3.{inside}" for inside in ("self_attn.q_proj", "input_layernorm")} < {
+        *paths
+    }
     for path in paths:
-        # Other families have no norms of queries and keys.
-        if names.get_name(path) is not None:
-            assert tensor_name(path) == names.get_name(path)
+        # Hugging Face has one module for each expert, and names the list of them.
+        assert tensor_name(path) == names.get_name(path.replace("switch_mlp", "experts"))
         assert module_path(tensor_name(path)) == path
-    known = [path for path in paths if names.get_name(path)]
-    assert len(known) == len(paths) - (0 if family.name == "qwen3" else 2)
 
 
 def test_rows_in_pairs_come_back_in_halves():
@@ -109,7 +107,8 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(case, tokeniz
 
 
 def test_models_without_a_family_and_models_with_adapters_are_refused(tokenizer, tmp_path):
-    assert_refused(expert_model(), tokenizer, tmp_path, "qwen3_moe; supported model types")
+    model, _ = make("olmo2")
+    assert_refused(model, tokenizer, tmp_path, "olmo2; supported model types are mistral, llama")
     model, _ = make("llama")
     adapted(model)
     assert_refused(model, tokenizer, tmp_path, "Fuse them first")
@@ -121,6 +120,22 @@ def test_qwen_scaled_as_llama_3_and_other_layers_of_smollm3_are_refused(tokenize
     assert_refused(model, tokenizer, tmp_path, "Llama 3")
     model, _ = make("smollm3", no_rope_layers=[1, 0, 1, 1])
     assert_refused(model, tokenizer, tmp_path, "no_rope_layers")
+
+
+MIXTURES = {
+    "norm_topk_prob": False,
+    "mlp_only_layers": [0],
+    "decoder_sparse_step": 2,
+    "rope_scaling": YARN,
+}
+
+
+@pytest.mark.parametrize("option", MIXTURES)
+def test_a_mixture_of_experts_that_llama_cpp_has_no_option_for_is_refused(
+    option, tokenizer, tmp_path
+):
+    model, _ = make("qwen3_moe", **{option: MIXTURES[option]})
+    assert_refused(model, tokenizer, tmp_path, f"its {option} is")
 
 
 def test_a_bias_that_llama_cpp_does_not_add_is_refused(tokenizer, tmp_path):

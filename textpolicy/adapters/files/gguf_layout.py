@@ -28,6 +28,10 @@ BLOCK_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.switch_mlp.gate_proj": "ffn_gate_exps",
+    "mlp.switch_mlp.up_proj": "ffn_up_exps",
+    "mlp.switch_mlp.down_proj": "ffn_down_exps",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -36,6 +40,8 @@ OTHER_NAMES = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
+ROUTER = "mlp.gate"
+"""The end of the path of a module that chooses experts."""
 _QUERIES, _KEYS = "self_attn.q_proj", "self_attn.k_proj"
 _MODULE = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.([\w.]+)")
 _TENSOR = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)")
@@ -48,13 +54,14 @@ class GGUFFamily:
     """A family of models by llama.cpp's name. `model_class` names the file in mlx_lm.models.
 
     `rotates_pairs` is True if llama.cpp rotates neighbouring rows. `biases` names the modules of a
-    block that may have a bias there.
+    block that may have a bias there. `has_experts` is True if each block has a mixture of experts.
     """
 
     name: str
     model_class: str
     rotates_pairs: bool
     biases: frozenset[str]
+    has_experts: bool = False
 
 
 _ATTENTION = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
@@ -64,9 +71,20 @@ _FAMILIES = (
     GGUFFamily(name="smollm3", model_class="smollm3", rotates_pairs=True, biases=_ATTENTION),
     GGUFFamily(name="qwen2", model_class="qwen2", rotates_pairs=False, biases=_ATTENTION),
     GGUFFamily(name="qwen3", model_class="qwen3", rotates_pairs=False, biases=_ATTENTION),
+    GGUFFamily(
+        name="qwen3moe",
+        model_class="qwen3_moe",
+        rotates_pairs=False,
+        biases=_ATTENTION,
+        has_experts=True,
+    ),
 )
 FAMILIES = {family.name: family for family in _FAMILIES}
-_BY_MODEL_TYPE = {**FAMILIES, "mistral": FAMILIES["llama"]}
+# mlx-lm has no class for mistral and takes that of llama.
+_BY_MODEL_TYPE = {
+    "mistral": FAMILIES["llama"],
+    **{family.model_class: family for family in _FAMILIES},
+}
 MODEL_TYPES = tuple(_BY_MODEL_TYPE)
 """The `model_type` of each model that can be written as GGUF."""
 

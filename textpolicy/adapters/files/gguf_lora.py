@@ -35,6 +35,7 @@ DIGEST_KEY = "textpolicy.content_sha256"
 """The metadata that holds `content_digest`. Files of other programs have none."""
 _FACTOR = re.compile(r"(.+)\.weight\.lora_([ab])")
 _EMBEDDING = "model.embed_tokens"
+_EXPERTS = ".switch_mlp."
 _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
 
@@ -66,7 +67,7 @@ def read_gguf_lora(path: str | Path) -> Adapter:
     rules = {
         module: LoRARule(rank=rank, scale=alpha / rank if alpha else 1.0)
         for module, own in modules.items()
-        for rank in [own["lora_b"].shape[0]]
+        for rank in [own["lora_b"].shape[-1 if own["lora_b"].ndim == 3 else 0]]
     }
     adapter = Adapter(
         origin=str(path),
@@ -141,18 +142,22 @@ def _group_by_module(path: Path, arrays: Mapping[str, mx.array]) -> dict[str, di
 def _own_factors(path: Path, module: str, factors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Return A and B with our names and axes."""
     shapes = {name: array.shape for name, array in factors.items()}
+    axes = 3 if _EXPERTS in module else 2
     ranks = {
-        shape[-1] if name == "b" or module == _EMBEDDING else shape[0]
+        shape[-1] if name == "b" or module == _EMBEDDING else shape[-2]
         for name, shape in shapes.items()
+        if len(shape) == axes
     }
-    if len(shapes) != 2 or len(ranks) != 1 or any(len(shape) != 2 for shape in shapes.values()):
+    if len(shapes) != 2 or len(ranks) != 1 or {len(s) for s in shapes.values()} != {axes}:
         raise AdapterError(
-            f"{path}: {module} has factors of the shapes {shapes}; expected two matrices of one "
-            "rank. Write the file again"
+            f"{path}: {module} has factors of the shapes {shapes}; expected two of {axes} axes and "
+            "of one rank. Write the file again"
         )
+    a, b = factors["a"], factors["b"]
+    if axes == 3:
+        return {"lora_a": a, "lora_b": b}
     # A of an embedding is a table of tokens, as here.
-    a = factors["a"] if module == _EMBEDDING else factors["a"].T
-    return {"lora_a": a, "lora_b": factors["b"].T}
+    return {"lora_a": a if module == _EMBEDDING else a.T, "lora_b": b.T}
 
 
 def _read_heads(metadata: Mapping[str, Any], family: GGUFFamily) -> Heads | None:

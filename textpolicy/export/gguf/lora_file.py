@@ -75,6 +75,9 @@ def _file_factors(
     tensors: Mapping[str, mx.array], module: str, family: GGUFFamily, heads: Heads
 ) -> tuple[mx.array, mx.array]:
     """Return A and B with the axes and the row order of GGUF files."""
+    if tensors["lora_a"].ndim == 3:
+        # Factors of experts have the same axes in both.
+        return tensors["lora_a"], tensors["lora_b"]
     a, b = tensors["lora_a"], tensors["lora_b"].T
     rotated = heads.rotated_in(module) if family.rotates_pairs else None
     if rotated is not None:

@@ -9,7 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.adapters.files.gguf_layout import GGUFFamily, Heads, tensor_name, to_pairs
+from textpolicy.adapters.files.gguf_layout import (
+    ROUTER,
+    GGUFFamily,
+    Heads,
+    tensor_name,
+    to_pairs,
+)
 from textpolicy.adapters.layers.adapter_layer import adapter_layers
 from textpolicy.adapters.quantization.stored_weights import (
     float_weight,
@@ -102,7 +108,8 @@ def _plan_tensors(
             continue
         tensors[f"{name}.weight"] = TensorToWrite(
             shape=weight_shape(module),
-            number_format=number_format,
+            # Rounding could choose other experts.
+            number_format="f32" if path.endswith(ROUTER) else number_format,
             read=partial(_ordered_weight, module, rotated),
         )
         if "bias" in module:
@@ -120,7 +127,7 @@ def _problems(
     path: str, module: nn.Module, family: GGUFFamily, name: str | None, number_format: str
 ) -> list[str]:
     """Return why a module cannot be written, or nothing."""
-    if name is None or module["weight"].ndim > 2:
+    if name is None:
         return [f"{path}: it has no name in GGUF files of {family.name}"]
     inside = path.partition("layers.")[2].partition(".")[2]
     if "bias" in module and inside not in family.biases:

@@ -42,6 +42,8 @@ def checked_family(model: nn.Module) -> GGUFFamily:
         problems.append(f"its layers have the types {sorted(others)}")
     if family.name == "smollm3" and list(args.no_rope_layers) != _llama_cpp_layers(args):
         problems.append(f"its no_rope_layers are {args.no_rope_layers}")
+    if family.has_experts:
+        problems += _expert_problems(args)
     scaling = rope_scaling(args)
     if scaling and scaling["rope_type"] == "llama3" and not family.rotates_pairs:
         problems.append("its positions are scaled as those of Llama 3")
@@ -53,6 +55,19 @@ def checked_family(model: nn.Module) -> GGUFFamily:
             f"{_ADVICE}"
         )
     return family
+
+
+def _expert_problems(args: Any) -> list[str]:
+    """Return what llama.cpp has no option for in a mixture of experts."""
+    plain = {
+        "norm_topk_prob": (True,),
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": ([], None),
+        # mlx-lm ignores it here, and llama.cpp would not.
+        "rope_scaling": (None,),
+    }
+    values = vars(args)
+    return [f"its {key} is {values[key]!r}" for key in plain if values[key] not in plain[key]]
 
 
 def _llama_cpp_layers(args: Any) -> list[int]:
@@ -97,6 +112,12 @@ def model_metadata(family: GGUFFamily, args: Any, context: int) -> Metadata:
         "rope.freq_base": float(args.rope_theta),
         "vocab_size": args.vocab_size,
     }
+    if family.has_experts:
+        values |= {
+            "expert_count": args.num_experts,
+            "expert_used_count": args.num_experts_per_tok,
+            "expert_feed_forward_length": args.moe_intermediate_size,
+        }
     scaling = rope_scaling(args)
     if scaling and scaling["rope_type"] != "llama3":
         values["rope.scaling.type"] = scaling["rope_type"]

@@ -64,7 +64,7 @@ def _build(content: GGUFContent) -> nn.Module:
 
 def _config(family: GGUFFamily, values: Mapping[str, Any], content: GGUFContent) -> dict[str, Any]:
     """Return the config of mlx-lm's model."""
-    return {
+    config = {
         "model_type": family.model_class,
         "num_hidden_layers": values["block_count"],
         "max_position_embeddings": values["context_length"],
@@ -79,6 +79,16 @@ def _config(family: GGUFFamily, values: Mapping[str, Any], content: GGUFContent)
         "vocab_size": values["vocab_size"],
         "tie_word_embeddings": "output.weight" not in content.tensors,
     }
+    if family.has_experts:
+        config |= {
+            "num_experts": values["expert_count"],
+            "num_experts_per_tok": values["expert_used_count"],
+            "moe_intermediate_size": values["expert_feed_forward_length"],
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return config
 
 
 def _scaling(values: Mapping[str, Any]) -> dict[str, Any] | None:
