@@ -98,14 +98,24 @@ def fuse_layer(
     fused = make_float_module(layer.base, (base + delta).astype(dtype), layer.merged_bias())
     if number_format:
         fused = quantize_module(path, fused, number_format)
-    moved = float_weight(fused) - base
+    mx.eval(fused.parameters())
+    name = number_format.name if number_format else str(dtype).removeprefix("mlx.core.")
+    rounded = float_weight(fused)
+    return fused, measure_survival(path, name, base=base, delta=delta, rounded=rounded)
+
+
+def measure_survival(
+    path: str, dtype: str, *, base: mx.array, delta: mx.array, rounded: mx.array
+) -> FusedModule:
+    """Return how much of an update `delta` of the weight `base` is left in the `rounded` weight."""
+    moved = rounded - base
     squared, kept, size = mx.square(delta).sum(), (moved * delta).sum(), mx.linalg.norm(base)
     noise = mx.linalg.norm(moved - delta)
-    mx.eval(fused.parameters(), squared, kept, size, noise)
+    mx.eval(squared, kept, size, noise)
     squared_norm = float(squared)
-    return fused, FusedModule(
+    return FusedModule(
         path=path,
-        dtype=number_format.name if number_format else str(dtype).removeprefix("mlx.core."),
+        dtype=dtype,
         relative_size=squared_norm**0.5 / float(size),
         survival=float(kept) / squared_norm if squared_norm else 1.0,
         noise=float(noise) / squared_norm**0.5 if squared_norm else 0.0,

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from textpolicy.activity import doing
 from textpolicy.adapters.files.layouts import read_adapter
 from textpolicy.adapters.fuse import FuseReport
 from textpolicy.backend import versions
@@ -17,6 +18,7 @@ from textpolicy.errors import ConfigError, ExportError
 from textpolicy.export.card import write_card
 from textpolicy.export.formats import FORMATS, Format
 from textpolicy.export.job import ExportOptions, Job, WeightFormat
+from textpolicy.export.merged import in_precision_of
 from textpolicy.export.proof import Proof, Reference, measure
 from textpolicy.export.source import Source, find_source
 from textpolicy.export.target import check_space, prepare_target, write_export_file
@@ -106,6 +108,9 @@ def export(source: Source, to: Format, target: Path, options: ExportOptions) -> 
     card_commands = tuple(to.use(job, Path(target.name)))
     with replace_folder(target) as folder:
         to.write(job, folder)
+        if to.base == "merged":
+            with doing("measuring the merged model"):
+                reference = reference.with_merged(in_precision_of(job, job.model))
         job.release_model()
         proof, *more = _prove(job, to, folder, reference, tolerance)
         exported = Exported(

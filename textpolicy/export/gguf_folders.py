@@ -24,6 +24,7 @@ from textpolicy.export.job import Job, WeightFormat
 from textpolicy.export.merged import merge
 from textpolicy.export.modelfile import modelfile
 from textpolicy.export.proof import Opened, log_probabilities_of
+from textpolicy.export.q8_0 import round_to_q8_0
 from textpolicy.generation.mlx_generation import load_model
 
 MODEL_FILE, ADAPTER_FILE, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
@@ -78,6 +79,9 @@ def write_gguf_folder(job: Job, folder: Path) -> None:
             number_format=GGUF_FORMATS[job.weight_format],
             name=job.source.name,
         )
+    if job.weight_format == "q8_0":
+        # What the file holds, for the proof.
+        round_to_q8_0(job.model)
 
 
 def write_ollama(job: Job, folder: Path) -> None:

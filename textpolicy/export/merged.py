@@ -22,6 +22,7 @@ from textpolicy.backend import versions
 from textpolicy.errors import AdapterError, ExportError
 from textpolicy.export.job import Job
 from textpolicy.export.proof import LogProbabilities, Opened, log_probabilities_of
+from textpolicy.export.q8_0 import survival_in_q8_0
 from textpolicy.generation.prompts import encode_prompt
 
 # The files of a checkpoint that are neither weights nor its config.
@@ -41,11 +42,14 @@ def merge(job: Job, *, keep_quantization: bool) -> None:
     keep = quantized and keep_quantization
     with doing("merging the adapter"):
         try:
-            job.survival = job.adapters.fuse(
-                dtype=job.dtype,
-                qtype=SAME_FORMAT if keep else None,
-                min_survival=job.options.min_survival,
+            least = job.options.min_survival
+            if job.weight_format == "q8_0":
+                job.survival = survival_in_q8_0(job.adapters)
+                job.survival.check(least)
+            fused = job.adapters.fuse(
+                dtype=job.dtype, qtype=SAME_FORMAT if keep else None, min_survival=least
             )
+            job.survival = job.survival or fused
         except AdapterError as error:
             dequantized = "--dequantize, " if keep else ""
             raise ExportError(

@@ -23,6 +23,11 @@ from textpolicy.types import Prompt
 ANSWER_TOKENS = 12
 MEASURABLE_EFFECT = 1e-4
 """Below this largest effect on a log-probability, an adapter cannot be told from rounding."""
+MERGED_TOLERANCE = 2e-3
+"""The largest difference between merged weights in memory and the same weights read from a file.
+
+Both are the same numbers. What is left is the order in which a program adds them up.
+"""
 _PROMPT_TOKENS = 128
 LogProbabilities = Callable[[Sequence[int]], np.ndarray]
 """A function of token ids: the log-probabilities of the whole vocabulary after each token."""
@@ -47,8 +52,12 @@ class Proof:
     `largest_difference` and `adapter_effect` are over all log-probabilities of the vocabulary:
     of the export from the trained model, and of the trained model from its base. `kept` is the
     share of the adapter's effect that the export has: 1 is all of it, 0 is the base alone. `noise`
-    is the size of what the export computes otherwise, divided by the size of the adapter's effect.
+    is the size of all else that the export changes, divided by the size of the adapter's effect.
     `equal_greedy` is the share of tokens after which the likeliest next token is equal.
+
+    `from_merged` is the largest difference from the merged and rounded weights in memory, and None
+    for an adapter and for programs with other arithmetic. It shows a wrong file also where rounding
+    hides one from the other numbers.
 
     An adapter that is exported over a float base is compared with the same adapter over that base
     in memory. `from_trained` is then the largest difference from the quantized model that was
@@ -64,6 +73,7 @@ class Proof:
     kept: float
     noise: float
     equal_greedy: float
+    from_merged: float | None = None
     from_trained: float | None = None
 
     def check(self, min_kept: float) -> None:
@@ -75,9 +85,16 @@ class Proof:
                 f"log-probabilities differ by up to {self.largest_difference:.1e}; expected at "
                 f"most {self.tolerance:.1e}"
             )
-        measurable = self.adapter_effect > MEASURABLE_EFFECT
-        # An effect that is too large is as wrong: a scale that was applied twice.
-        if measurable and not min_kept <= self.kept <= max(1.1, 2 - min_kept):
+        if self.from_merged is not None and not self.from_merged <= MERGED_TOLERANCE:
+            problems.append(
+                f"they differ by up to {self.from_merged:.1e} from the merged weights in memory; "
+                f"expected at most {MERGED_TOLERANCE:.1e}"
+            )
+        measurable = self.adapter_effect > MEASURABLE_EFFECT and min_kept > 0
+        # Rounding moves the share up or down by about its noise. An effect that is too large is as
+        # wrong as one that is too small: a scale that was applied twice.
+        low, high = self.kept - self.noise, self.kept + self.noise
+        if measurable and not (high >= min_kept and low <= max(1.1, 2 - min_kept)):
             problems.append(
                 f"{self.kept:.1%} of the adapter's effect is left; expected at least {min_kept:.0%}"
             )
@@ -118,19 +135,21 @@ class Reference:
     starts: Sequence[int]
     trained: np.ndarray
     base: np.ndarray
+    merged: np.ndarray | None = None
     from_trained: float | None = None
 
     @doing("comparing the export with the trained model")
     def compare(self, opened: Opened, tolerance: float) -> Proof:
         """Return how the export, opened again, differs from the trained model."""
-        trained, base = self.trained, self.base
+        trained, base, from_merged = self.trained, self.base, None
         if opened.compute:
             export = self._rows(opened.compute)
+            if self.merged is not None and export.shape == trained.shape:
+                from_merged = float(np.abs(export - self.merged).max())
         else:
             assert opened.compute_ends
             export = opened.compute_ends(self.sequences)
-            lengths = [len(tokens) - start for tokens, start in self._pairs()]
-            ends = np.cumsum(lengths) - 1
+            ends = np.cumsum([len(tokens) - start for tokens, start in self._pairs()]) - 1
             trained, base = trained[ends], base[ends]
         if export.shape != trained.shape:
             raise ExportError(
@@ -139,6 +158,8 @@ class Reference:
             )
         moved, wrong = trained - base, export - trained
         size = float((moved**2).sum())
+        kept = float(((export - base) * moved).sum()) / size if size else 1.0
+        other = export - base - kept * moved
         return Proof(
             opened_by=opened.by,
             prompts=len(self.sequences),
@@ -146,9 +167,10 @@ class Reference:
             largest_difference=float(np.abs(wrong).max()),
             tolerance=tolerance,
             adapter_effect=float(np.abs(moved).max()),
-            kept=float(((export - base) * moved).sum()) / size if size else 1.0,
-            noise=(float((wrong**2).sum()) / size) ** 0.5 if size else 0.0,
+            kept=kept,
+            noise=(float((other**2).sum()) / size) ** 0.5 if size else 0.0,
             equal_greedy=float((export.argmax(-1) == trained.argmax(-1)).mean()),
+            from_merged=from_merged,
             from_trained=self.from_trained,
         )
 
@@ -158,6 +180,10 @@ class Reference:
         trained, base = _trained_and_base(model, self._rows)
         difference = float(np.abs(trained - self.trained).max())
         return replace(self, trained=trained, base=base, from_trained=difference)
+
+    def with_merged(self, compute: LogProbabilities) -> "Reference":
+        """Return the same measurement with what the merged weights in memory compute."""
+        return replace(self, merged=self._rows(compute))
 
     def _rows(self, compute: LogProbabilities) -> np.ndarray:
         return answer_rows(compute, self._pairs())
