@@ -99,6 +99,17 @@ def test_a_string_in_the_middle_of_a_token_and_one_over_many_tokens_end_a_row(to
     assert first_stop_of_rule(tokenizer, [*smiling, *smiling[:3]], ["🙂🙂"]) is None
 
 
+@pytest.mark.parametrize("string", ["é🙂", "🙂é🙂", "日é", "é"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_string_after_many_characters_of_several_tokens_ends_a_row(tokenizers, which, string):
+    tokenizer = tokenizers[which]
+    for before in range(5):
+        text = "é" * before + "🙂" * 12 + string
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        expected = first_stop(tokenizer, tokens, [string])
+        assert first_stop_of_rule(tokenizer, tokens, [string]) == expected != None  # noqa: E711
+
+
 def test_special_tokens_inside_a_stop_string_have_no_text(load_tiny):
     _, tokenizer = load_tiny()
     (special,) = set(tokenizer.all_special_ids) - tokenizer.eos_token_ids

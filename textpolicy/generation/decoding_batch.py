@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Int, UInt32
-from mlx_lm.models.cache import BatchKVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from textpolicy.generation.sampling import NEXT_KEY, SamplingPlan, plan_sampling
 from textpolicy.types import Sampling, StopReason
@@ -36,8 +36,8 @@ class DecodingRow:
     `key` decides the draws of the row, whatever decodes beside it. `prompt` and `member` are
     numbers that the caller chooses. With `top_logprobs`, `details` has an entry for each token,
     with that many of the likeliest tokens. `on_token` is called after each token. `may_continue`
-    says that the row may get a reply when it has ended. The KV cache holds `cached` tokens of the
-    context.
+    says that the row may get a reply when it has ended, and `keep_prefix` that a later prompt may
+    begin with its text. The KV cache holds `cached` tokens of the context.
     """
 
     context: list[int]
@@ -49,6 +49,7 @@ class DecodingRow:
     top_logprobs: int | None = None
     on_token: "Callable[[DecodingRow], None] | None" = None
     may_continue: bool = False
+    keep_prefix: bool = False
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     details: list[TokenDetails] = field(default_factory=list[TokenDetails])
@@ -146,6 +147,11 @@ class DecodingBatch:
                 layer.trim(1)
             rows.keys, rows.pending = rows.keys - NEXT_KEY, None
         return rows
+
+    def read_text(self, index: int) -> tuple[list[int], list[KVCache]]:
+        """Return the tokens of a row that the model has read, and a copy of their cache."""
+        row, cache = self.rows[index], [layer.extract(index) for layer in self.cache]
+        return (row.context + row.tokens)[: cache[0].offset], cache
 
     def keep_rows(self, indices: list[int]) -> "DecodingBatch":
         """Return a batch of these rows.

@@ -21,6 +21,7 @@ from textpolicy.generation.decoding_batch import (
     merge_batches,
 )
 from textpolicy.generation.prefill import prefill_prompts, prefill_replies
+from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.types import Sampling, StopReason
 
 MAX_DECODING_ROWS = 256
@@ -41,7 +42,8 @@ class Engine:
     A group starts as soon as its rows fit into `max_rows` beside the rows that still decode; a
     group larger than `max_rows` decodes alone. If not `batched`, each row decodes alone. With
     `launch_ahead`, the device starts the next step before Python reads the tokens of this step,
-    unless a penalty needs these tokens first.
+    unless a penalty needs these tokens first. With `prefixes`, prompts continue from texts that
+    were read before, and the texts of rows with `keep_prefix` are kept for later prompts.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Engine:
         max_rows: int = MAX_DECODING_ROWS,
         batched: bool = True,
         launch_ahead: bool = False,
+        prefixes: PrefixCache | None = None,
     ) -> None:
+        self._prefixes = prefixes
         self._model = model
         self._max_rows = max_rows if batched else 1
         self._batched = batched
@@ -138,7 +142,7 @@ class Engine:
             room -= len(group)
             admitted += [group] if group else []
         if admitted:
-            self._enter(prefill_prompts(self._model, admitted))
+            self._enter(prefill_prompts(self._model, admitted, self._prefixes))
 
     def _merge_replies(self, decoding: int) -> None:
         """Read the replies, once there are so many that few rows wait for the forward pass."""
@@ -182,10 +186,12 @@ class Engine:
         numbers = zip(batch.rows, np.array(drawn.tokens), np.array(drawn.logprobs), strict=True)
         record_details(drawn.details)
         ended: list[DecodingRow] = []
-        for row, token, logprob in numbers:
+        for index, (row, token, logprob) in enumerate(numbers):
             if row.stop_reason is None:
                 if row.append(int(token), float(logprob)):
                     ended.append(row)
+                    if row.keep_prefix and self._prefixes and batch.can_take_back:
+                        self._prefixes.keep(*batch.read_text(index))
                 if row.on_token:
                     row.on_token(row)
         return ended

@@ -1,6 +1,6 @@
-"""Loading a model, making a policy of a model, and streaming one answer."""
+"""Loading a model, and making a policy of a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy import fast_cpu
@@ -20,8 +19,7 @@ from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.model_files import find_model
 from textpolicy.generation.policy import ModelPolicy
-from textpolicy.generation.prompts import check_prompt, encode_prompt
-from textpolicy.types import Prompt, Sampling
+from textpolicy.types import Sampling
 from textpolicy.untrusted.template_check import check_template_ends
 from textpolicy.user_code.faults import raise_user_errors_as
 
@@ -88,33 +86,6 @@ def create_policy(
         seed=seed,
         allow_special_tokens=allow_special_tokens,
     )
-
-
-def stream_answer(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    prompt: Prompt,
-    sampling: Sampling,
-    *,
-    seed: int | None = None,
-    allow_special_tokens: bool = False,
-) -> Iterator[str]:
-    """Yield the text of the answer piece by piece while mlx-lm decodes the answer."""
-    tokens = encode_prompt(tokenizer, prompt, allow_special_tokens=allow_special_tokens)
-    check_prompt(model, tokens, sampling.max_tokens)
-    if seed is not None:
-        mx.random.seed(seed)
-    sampler = make_sampler(
-        sampling.temperature,
-        top_p=sampling.top_p if sampling.top_p < 1 else 0.0,
-        min_p=sampling.min_p,
-        top_k=sampling.top_k,
-    )
-    for response in mlx_lm.stream_generate(
-        model, tokenizer, prompt=tokens, max_tokens=sampling.max_tokens, sampler=sampler
-    ):
-        if response.text:
-            yield response.text
 
 
 def _read_sampling(options: dict[str, Any]) -> Sampling:

@@ -1,7 +1,7 @@
 """A policy that samples from an MLX language model: prompts in, completions out."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +14,8 @@ from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.errors import ConfigError
 from textpolicy.generation.decode import LateReply, RespondToRow, decode
 from textpolicy.generation.decoding_batch import DecodingRow
-from textpolicy.generation.engine import MAX_DECODING_ROWS, can_decode_together
+from textpolicy.generation.engine import MAX_DECODING_ROWS, Engine, can_decode_together
+from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.generation.prompts import (
     check_prompt,
     decode_text,
@@ -22,7 +23,9 @@ from textpolicy.generation.prompts import (
     encode_reply,
     has_room,
 )
+from textpolicy.generation.sampling import random_keys
 from textpolicy.generation.stop_rules import StopAtStrings
+from textpolicy.generation.streamed_text import StreamedText
 from textpolicy.machine import memory_bytes, size_text
 from textpolicy.types import Completion, Message, Prompt, RespondFn, Sampling
 from textpolicy.user_code import WaitingCalls
@@ -67,6 +70,7 @@ class ModelPolicy:
         self.allow_special_tokens = allow_special_tokens
         self._batched = can_decode_together(model)
         self._replies = WaitingCalls()
+        self._prefixes = PrefixCache()
 
     def __call__(self, prompt: Prompt) -> Completion:
         """Return one completion of one prompt."""
@@ -107,6 +111,29 @@ class ModelPolicy:
         self._decode(prompts, n, seed, respond_to_row)
         return turns_P_N
 
+    def stream(self, prompt: Prompt, *, seed: int | None = None) -> Iterator[str]:
+        """Yield the text of one completion piece by piece, the completion of `generate`.
+
+        What the model has read of an earlier prompt or answer of `stream` is not read again.
+        """
+        ((prompt_tokens,), seed) = self._prepare([prompt], 1, seed)
+        self._prefixes.use_version(self.version)
+        engine = Engine(self.model, launch_ahead=_can_launch_ahead(), prefixes=self._prefixes)
+        row = DecodingRow(
+            context=prompt_tokens,
+            sampling=self.sampling,
+            stop=StopAtStrings(self.tokenizer, self.sampling.stop),
+            key=random_keys(seed, [(0, 0)])[0],
+            keep_prefix=True,
+        )
+        engine.submit([row])
+        text = StreamedText(self.tokenizer)
+        with doing("sampling", 1, begins=True):
+            while engine.can_step:
+                engine.step()
+                if piece := text.next_piece(row.tokens, ended=row.stop_reason is not None):
+                    yield piece
+
     def _reply_tokens(
         self, row: DecodingRow, replies: Sequence[Message] | None
     ) -> list[int] | None:
@@ -124,6 +151,26 @@ class ModelPolicy:
     def _decode(
         self, prompts: Sequence[Prompt], n: int, seed: int | None, respond: RespondToRow | None
     ) -> list[list[DecodingRow]]:
+        prompt_tokens, seed = self._prepare(prompts, n, seed)
+        with doing("sampling", n * len(prompts), begins=True) as activity:
+            return decode(
+                self.model,
+                prompt_tokens,
+                n=n,
+                sampling=self.sampling,
+                stop=StopAtStrings(self.tokenizer, self.sampling.stop),
+                seed=seed,
+                max_rows=self._max_rows,
+                batched=self._batched,
+                launch_ahead=_can_launch_ahead(),
+                respond=respond,
+                on_ended=activity.advance,
+            )
+
+    def _prepare(
+        self, prompts: Sequence[Prompt], n: int, seed: int | None
+    ) -> tuple[list[list[int]], int]:
+        """Reload changed adapters; return the checked tokens of the prompts, and the seed."""
         if n < 1:
             raise ConfigError(f"n is {n}; expected at least 1 completion of each prompt")
         self._check_memory(n * len(prompts))
@@ -139,21 +186,7 @@ class ModelPolicy:
         if seed is None:
             self._generations += 1
             seed = (self._seed << 32) + self._generations
-        with doing("sampling", n * len(prompts), begins=True) as activity:
-            return decode(
-                self.model,
-                prompt_tokens,
-                n=n,
-                sampling=self.sampling,
-                stop=StopAtStrings(self.tokenizer, self.sampling.stop),
-                seed=seed,
-                max_rows=self._max_rows,
-                batched=self._batched,
-                # On a CPU the next step would compete with Python for the same cores.
-                launch_ahead=mx.default_device().type == mx.gpu,
-                respond=respond,
-                on_ended=activity.advance,
-            )
+        return prompt_tokens, seed
 
     def _check_memory(self, completions: int) -> None:
         """Raise `ConfigError` if so many completions do not fit into memory as Python objects."""
@@ -176,3 +209,8 @@ class ModelPolicy:
             sampling=self.sampling,
             version=version,
         )
+
+
+def _can_launch_ahead() -> bool:
+    # On a CPU the next step would compete with Python for the same cores.
+    return mx.default_device().type == mx.gpu

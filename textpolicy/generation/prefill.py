@@ -15,15 +15,21 @@ from textpolicy.generation.decoding_batch import (
     DecodingRow,
     merge_batches,
 )
+from textpolicy.generation.prefix_cache import PrefixCache
 
 PREFILL_CHUNK_TOKENS = 2048
 """The number of prompt positions, over all rows, that one forward pass processes."""
 
 
-def prefill_prompts(model: nn.Module, groups: Sequence[Sequence[DecodingRow]]) -> DecodingBatch:
+def prefill_prompts(
+    model: nn.Module,
+    groups: Sequence[Sequence[DecodingRow]],
+    prefixes: PrefixCache | None = None,
+) -> DecodingBatch:
     """Return a batch of all rows with their prompts in the KV cache, except the last token.
 
-    The prompt of a group runs once, and its cache is copied for each row of the group.
+    The prompt of a group runs once, and its cache is copied for each row of the group. What
+    `prefixes` has of a prompt does not run again.
     """
     prompts = [group[0].context[:-1] for group in groups]
     if {*map(len, prompts)} == {0, 1}:
@@ -33,13 +39,15 @@ def prefill_prompts(model: nn.Module, groups: Sequence[Sequence[DecodingRow]]) -
             for length in (1, 2)
         )
         return merge_batches(empty, single)
+    known = [prefixes.longest(prompt) if prefixes else (0, []) for prompt in prompts]
+    unread = [prompt[length:] for prompt, (length, _) in zip(prompts, known, strict=True)]
     prefill = PromptProcessingBatch(
         model,
         list(range(len(groups))),
-        [make_prompt_cache(model) for _ in groups],
-        prefill_step_size=_prefill_chunk(prompts),
+        [cache or make_prompt_cache(model) for _, cache in known],
+        prefill_step_size=_prefill_chunk(unread),
     )
-    prefill.prompt(prompts)
+    prefill.prompt(unread)
     rows = [row for group in groups for row in group]
     owner = mx.array([g for g, group in enumerate(groups) for _ in group])
     room = min(max(row.sampling.max_tokens for row in rows), BatchKVCache.step)

@@ -9,6 +9,8 @@ from textpolicy.types import StopReason
 
 # Text at the edge of a window may differ: half a character, a space that a tokenizer leaves out.
 _EDGE_TOKENS = 8
+_CHARACTER_BYTES = 4
+_UNKNOWN = "\ufffd"
 
 
 class StopAtStrings:
@@ -29,18 +31,31 @@ class StopAtStrings:
     def __call__(self, tokens: list[int]) -> StopReason | None:
         if tokens[-1] in self._ends:
             return StopReason.STOP_TOKEN
-        if self._strings and self._holds_string(self._last(tokens)) and self._holds_string(tokens):
+        if self._strings and self._may_hold_string(tokens) and self._find(self._text(tokens)):
             return StopReason.STOP_STRING
         return None
 
-    def _last(self, tokens: list[int]) -> list[int]:
-        """Return the last tokens that have text, enough of them for the longest string."""
-        last = [token for token in tokens[-self._window :] if token not in self._silent]
-        if len(last) == self._window or len(tokens) <= self._window:
-            return last
-        # Special tokens have no text, so the window reaches as far back as it needs others.
-        return [token for token in tokens if token not in self._silent][-self._window :]
+    def _may_hold_string(self, tokens: list[int]) -> bool:
+        """Return whether the last tokens hold a string."""
+        for more in range(_CHARACTER_BYTES):
+            text = self._text(self._last(tokens, self._window + more))
+            if self._find(text):
+                return True
+            # The window may begin inside a character. Some tokenizers then show none of the
+            # characters after it, so the window has to begin one token earlier.
+            if _UNKNOWN not in text:
+                return False
+        return False
 
-    def _holds_string(self, tokens: Sequence[int]) -> bool:
-        text = decode_text(self._tokenizer, tokens)
+    def _last(self, tokens: list[int], number: int) -> list[int]:
+        """Return the last tokens that have text. Special tokens have none."""
+        last = [token for token in tokens[-number:] if token not in self._silent]
+        if len(last) == number or len(tokens) <= number:
+            return last
+        return [token for token in tokens if token not in self._silent][-number:]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return decode_text(self._tokenizer, tokens)
+
+    def _find(self, text: str) -> bool:
         return any(string in text for string in self._strings)

@@ -12,16 +12,18 @@ from textpolicy.cli.commands.generate import (
 )
 from textpolicy.cli.output import print_answer, print_note
 from textpolicy.errors import PromptError
-from textpolicy.generation.mlx_generation import stream_answer
+from textpolicy.generation.policy import ModelPolicy
 from textpolicy.types import Message
 
 _HELP = "/reset starts a new conversation; /quit or Ctrl-D ends the chat"
 
 
 def run(options: Namespace) -> Answer:
-    sampling = sampling_from_flags(options)
-    model, tokenizer = load_sampling_model(options)
-    allowed = may_spell_special_tokens(options)
+    policy = ModelPolicy(
+        *load_sampling_model(options),
+        sampling_from_flags(options),
+        allow_special_tokens=may_spell_special_tokens(options),
+    )
     beginning: list[Message] = (
         [{"role": "system", "content": options.system}] if options.system else []
     )
@@ -37,11 +39,7 @@ def run(options: Namespace) -> Answer:
         asked = [*messages, {"role": "user", "content": line}]
         seed = None if options.seed is None else (options.seed << 32) + turn
         try:
-            answer = _print_answer(
-                stream_answer(
-                    model, tokenizer, asked, sampling, seed=seed, allow_special_tokens=allowed
-                )
-            )
+            answer = _print_answer(policy.stream(asked, seed=seed))
         except PromptError as error:
             # The line does not fit into the context: the conversation continues without it.
             print_note(f"{error}\n{_HELP}")
