@@ -39,7 +39,7 @@ REACHED = {
     "falcon_h1": {"ssm_update_kernel"},
     "deepseek_v41": {"_sinkhorn_kernel"},
 }
-TRAINABLE = [*(REACHED.keys() - {"deepseek_v41"}), "gemma4_text"]
+TRAINABLE = sorted([*(REACHED.keys() - {"deepseek_v41"}), "gemma4_text"])
 DEMONSTRATION = Demonstration(tokens=[1, 2, 3], mask=[False, True, True])
 PROMPT = mx.array([[5, 6, 7]])
 
