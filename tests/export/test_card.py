@@ -65,7 +65,7 @@ def run(tmp_path_factory) -> RunDirectory:
 def card_of(source: Source, folder: Path, **changes) -> str:
     """Return the card of an export, which is written into a folder."""
     folder.mkdir(exist_ok=True)
-    facts = {"name": "my-export", "format": "peft", "proof": PROOF, "commands": ["echo done"]}
+    facts = {"name": "my-export", "format": "peft", "proofs": [PROOF], "commands": ["echo done"]}
     return write_card(folder, source=source, **(facts | changes)).read_text("utf-8")
 
 
@@ -159,7 +159,13 @@ def test_an_adapter_that_changes_nothing_is_called_so(run, tmp_path):
     source, nothing = find_source(run.path), "changes nothing that can be measured"
     assert nothing not in card_of(source, tmp_path / "moved")
     idle = replace(PROOF, adapter_effect=0.0, kept=1.0)
-    assert nothing in card_of(source, tmp_path / "idle", proof=idle)
+    assert nothing in card_of(source, tmp_path / "idle", proofs=[idle])
+
+
+def test_every_proof_has_a_table_of_its_own(run, tmp_path):
+    engines = [replace(PROOF, opened_by=name) for name in ("a reader of GGUF", "llama.cpp")]
+    card = card_of(find_source(run.path), tmp_path, proofs=engines)
+    assert re.findall(r"\| opened by \| `(.*)` \|", card) == ["a reader of GGUF", "llama.cpp"]
 
 
 def test_a_card_shows_no_folder_of_this_machine_and_no_completion(run, tmp_path):
@@ -287,14 +293,14 @@ def test_every_curve_can_be_drawn(curve):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["peft", "mlx", "mlx-lm", "hf"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMAT_FACTS[name].continued_by])
 def test_the_line_that_continues_training_works(name, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tp.export_adapter(run.path, name, tmp_path / "my export")
     card = (tmp_path / "my export" / "README.md").read_text()
     (line,) = re.findall(r"^textpolicy (train .*)$", card, re.MULTILINE)
     small = ["--steps", "1", "--count", "2", "--group-size", "2", "--groups-per-step", "2"]
-    assert "'my export'" in line and main([*shlex.split(line), *small, "--max-tokens", "2"]) == 0
+    assert "'my export" in line and main([*shlex.split(line), *small, "--max-tokens", "2"]) == 0
 
 
 def test_the_card_and_the_picture_are_files_of_the_export(run, tmp_path):

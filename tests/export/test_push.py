@@ -152,6 +152,13 @@ def test_a_hub_that_cannot_be_reached_is_named(hub, exported, monkeypatch):
             push_export(exported, REPO)
 
 
+def test_a_client_that_is_set_to_be_offline_says_which_variable_does_it(hub, exported, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UploadError, match="HF_HUB_OFFLINE"):
+        push_export(exported, REPO)
+    assert not hub.requests
+
+
 def test_a_repository_of_somebody_else_is_refused(hub, exported):
     with pytest.raises(UploadError, match="may not write"):
         push_export(exported, "grace/sums")

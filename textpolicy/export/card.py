@@ -87,7 +87,7 @@ def write_card(
     name: str,
     format: str,
     source: Source,
-    proof: Proof,
+    proofs: Sequence[Proof],
     commands: Sequence[str],
     survival: FuseReport | None = None,
     notes: Sequence[str] = (),
@@ -111,7 +111,7 @@ def write_card(
         _summary(card),
         markdown_table(list(_training_rows(card))),
         *_result(card, folder),
-        *_proof(proof, survival, notes),
+        *_proof(proofs, survival, notes),
         *_use(card, commands),
     ]
     target = folder / CARD
@@ -248,37 +248,43 @@ def _caption(run: RunFacts) -> str:
     return f"{text[0].upper()}{text[1:]}, by step"
 
 
-def _proof(proof: Proof, survival: FuseReport | None, notes: Sequence[str]) -> Iterator[str]:
+def _proof(
+    proofs: Sequence[Proof], survival: FuseReport | None, notes: Sequence[str]
+) -> Iterator[str]:
     """Yield the part that compares the files with the adapter as it was trained."""
     yield "## Proof of the export"
     yield (
         "The files were opened again after they were written, and compared with the base and the "
-        f"adapter as they were trained, on {proof.tokens:,} tokens of {proof.prompts} prompts."
+        "adapter as they were trained."
     )
-    rows = [
-        ("opened by", code(proof.opened_by)),
-        (
-            "largest difference of log-probabilities",
-            f"{proof.largest_difference:.1e} (allowed: {proof.tolerance:.1e})",
-        ),
-        ("largest change of log-probabilities by the adapter", f"{proof.adapter_effect:.1e}"),
-        ("equal greedy tokens", f"{proof.equal_greedy:.1%}"),
-    ]
-    if is_measurable := proof.adapter_effect > MEASURABLE_EFFECT:
-        rows.append(("share of that change that was kept", f"{proof.kept:.2%}"))
-    if proof.from_trained is not None:
-        rows.append(
-            ("largest difference from the quantized model in training", f"{proof.from_trained:.1e}")
-        )
-    if survival:
-        rows += [
-            ("share of the update that survived rounding", f"{survival.survival:.2%}"),
-            ("norm of the rounding error, as a share of the update", f"{survival.noise:.2%}"),
-        ]
-    yield markdown_table(rows)
-    if not is_measurable:
+    for proof in proofs:
+        yield markdown_table(list(_proof_rows(proof)))
+    if not any(_is_measurable(proof) for proof in proofs):
         yield "The adapter changes nothing that can be measured: it computes what the base does."
+    if survival:
+        yield (
+            f"Rounding to {survival.worst.dtype} left {survival.survival:.2%} of the update, and "
+            f"the norm of its error is {survival.noise:.2%} of the norm of the update."
+        )
     yield from map(plain, notes)
+
+
+def _proof_rows(proof: Proof) -> Iterator[tuple[str, str]]:
+    yield "opened by", code(proof.opened_by)
+    yield "compared on", f"{proof.tokens:,} tokens of {proof.prompts} prompts"
+    difference = f"{proof.largest_difference:.1e} (allowed: {proof.tolerance:.1e})"
+    yield "largest difference of log-probabilities", difference
+    yield "largest change of log-probabilities by the adapter", f"{proof.adapter_effect:.1e}"
+    if _is_measurable(proof):
+        yield "share of that change that was kept", f"{proof.kept:.2%}"
+    yield "equal greedy tokens", f"{proof.equal_greedy:.1%}"
+    if proof.from_trained is not None:
+        text = "largest difference from the quantized model in training"
+        yield text, f"{proof.from_trained:.1e}"
+
+
+def _is_measurable(proof: Proof) -> bool:
+    return proof.adapter_effect > MEASURABLE_EFFECT
 
 
 def _use(card: _Card, commands: Sequence[str]) -> Iterator[str]:
@@ -306,7 +312,8 @@ def _continuing(card: _Card) -> str | None:
             words += [flag_of_task, public_name(value)]
     if card.facts.is_adapter:
         words += ["--model", card.base_name, *_quantize_flags(run)]
-    line = shlex.join([*words, flag, card.name])
+    path = f"{card.name}/{card.facts.file}" if card.facts.file else card.name
+    line = shlex.join([*words, flag, path])
     return line if len(line) <= _LONGEST_LINE else None
 
 

@@ -127,7 +127,7 @@ def export(source: Source, to: Format, target: Path, options: ExportOptions) -> 
             name=target.name,
             format=to.name,
             source=source,
-            proof=proof,
+            proofs=(proof, *more),
             commands=card_commands,
             survival=job.survival,
             notes=job.notes,

@@ -3,18 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from textpolicy.export.gguf_folders import ADAPTER_FILE
+
 
 @dataclass(frozen=True, kw_only=True)
 class FormatFacts:
     """What a card says about a format: `library` is the hub's name of the library that loads it.
 
-    `continued_by` is the flag by which training continues from such a folder, or None.
+    `continued_by` is the flag by which training continues from such a folder, or None. It takes
+    the folder, or the `file` in it.
     """
 
     library: str
     tags: Sequence[str]
     is_adapter: bool
     continued_by: str | None
+    file: str = ""
 
 
 _MERGED = FormatFacts(library="mlx", tags=("mlx",), is_adapter=False, continued_by="--model")
@@ -36,6 +40,10 @@ FORMAT_FACTS: Mapping[str, FormatFacts] = {
     "gguf": _GGUF,
     "ollama": _GGUF,
     "gguf-lora": FormatFacts(
-        library="gguf", tags=("gguf", "lora"), is_adapter=True, continued_by="--adapter"
+        library="gguf",
+        tags=("gguf", "lora"),
+        is_adapter=True,
+        continued_by="--adapter",
+        file=ADAPTER_FILE,
     ),
 }
