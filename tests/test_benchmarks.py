@@ -26,6 +26,7 @@ SMALLEST = {
     "adapters.py": "--only times --json",
     "compiled.py": "--lengths 2+2 --runs 1 --json",
     "functions.py": "--tokens 96 --runs 1 --json",
+    "gated_delta.py": "--tokens 32 --runs 1 --json",
     "generate.py": "--rows 1 --runs 1 --threads 1 --json",
     "grpo_step.py": f"{STEP} --runs 1 --threads 1 --json",
     "long.py": "--tokens 32 --json",
@@ -37,7 +38,7 @@ SMALLEST = {
 }
 LONGER = ("collapse.py", "learning.py", "math_verifier.py", "rank.py", "sft.py")
 COUNTS = dict.fromkeys(
-    ["compiled", "functions", "generate", "grpo_step", "prompt_sharing", "scaling"], "--runs"
+    ["compiled", "functions", "gated_delta", "generate", "grpo_step", "prompt_sharing", "scaling"], "--runs"
 )
 
 
