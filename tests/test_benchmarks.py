@@ -38,7 +38,8 @@ SMALLEST = {
 }
 LONGER = ("collapse.py", "learning.py", "math_verifier.py", "rank.py", "sft.py")
 COUNTS = dict.fromkeys(
-    ["compiled", "functions", "gated_delta", "generate", "grpo_step", "prompt_sharing", "scaling"], "--runs"
+    ["compiled", "functions", "gated_delta", "generate", "grpo_step", "prompt_sharing", "scaling"],
+    "--runs",
 )
 
 
