@@ -20,7 +20,7 @@ from tests.export.gguf.models import (
     logprobs,
     make,
 )
-from tests.export.gguf.tokenizers import odd_texts, tokenizer_with
+from tests.export.gguf.tokenizers import PLAIN, WIDE, odd_texts, tokenizer_with
 from textpolicy.adapters import AdapterContainer
 from textpolicy.export.gguf import (
     logprobs_by_llama_cpp,
@@ -113,7 +113,7 @@ def test_llama_cpp_makes_the_same_tokens_by_a_pre_tokenizer_of_the_table(name, t
     tokenizer = tokenizer_with(name)
     model, architecture = make("llama", vocab_size=len(tokenizer.get_vocab()) + 4)
     path = write_gguf(tmp_path / "model.gguf", model, tokenizer, architecture)
-    texts = [*TEXTS, *odd_texts(600)]
+    texts = [*TEXTS, f"x{WIDE} {PLAIN}{PLAIN}y {PLAIN[:-1]} >", *odd_texts(600)]
     found = tokens_by_llama_cpp(path, texts)
     pairs = zip(texts, found, strict=True)
     assert [text for text, own in pairs if own != tokenizer.encode(text)] == []

@@ -72,7 +72,7 @@ def test_unused_ids_are_padded_and_an_answer_may_end_at_three_tokens(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", model, tokenizer, architecture)
     values = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
     assert values["tokenizer.ggml.tokens"][used:] == [f"[PAD{used + n}]" for n in range(3)]
-    assert values["tokenizer.ggml.token_type"][used - 3 :] == [3, 3, 3, 5, 5, 5]
+    assert values["tokenizer.ggml.token_type"][used - 2 :] == [3, 4, 5, 5, 5]
     ends = [values[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")]
     assert ends == [
         tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>", "<|im_start|>")

@@ -5,11 +5,13 @@ import random
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from textpolicy.export.gguf import pretokenizers
 
+# As Qwen's, a plain token that is added, and as DeepSeek's, a control token of wide letters.
+PLAIN, WIDE = "<tool_call>", "<\uff5cUser\uff5c>"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Letters of all kinds, digits, marks, spaces and line breaks of all kinds, controls, emoji.
 _LETTERS = (
@@ -46,7 +48,8 @@ def tokenizer_with(
         odd_texts(2000),
         trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False),
     )
-    backend.add_special_tokens(SPECIAL)
+    backend.add_special_tokens([*SPECIAL, WIDE])
+    backend.add_tokens([AddedToken(PLAIN, special=False)])
     if normalizer:
         backend.normalizer = normalizer
     if begin:
