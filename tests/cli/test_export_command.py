@@ -27,6 +27,7 @@ def test_the_answer_has_the_proof_and_the_commands(trained, answer, tmp_path):
 def test_a_difference_above_the_tolerance_fails_the_export(trained, failure, tmp_path):
     argv = ["export", trained(None, 0.05), "--model", "tiny", "--to", "mlx"]
     message = failure(*argv, "--output", str(tmp_path / "out"), "--tolerance", "1e-6", code=1)
+    assert message.startswith("textpolicy export: What was written is not what was trained")
     assert "log-probabilities differ by up to" in message and "expected at most 1.0e-06" in message
     assert not list(tmp_path.iterdir())
 
@@ -45,6 +46,8 @@ def test_an_adapter_of_a_quantized_base_goes_over_a_float_base_only_if_asked(
     ("options", "said"),
     [
         (("--to", "lm-studio"), "Did you mean lmstudio?"),
+        (("--to", "GGUF"), "Did you mean gguf?"),
+        (("--to", "Transformers"), "Did you mean hf?"),
         (("--to", "mlx", "--dtype", "q8_0"), "expected one of float32, bfloat16, float16"),
         (("--to", "peft", "--dtype", "float32"), "writes the adapter as it is"),
         (("--to", "peft", "--dequantize"), "--dequantize is for merged weights"),

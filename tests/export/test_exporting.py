@@ -113,3 +113,17 @@ def test_a_small_adapter_that_got_lost_fails_the_export(trained, tmp_path):
         exporting.export(source, lost, tmp_path / "out", ExportOptions())
     # In bfloat16, the log-probabilities alone would not have shown it.
     assert "differ by" not in str(caught.value)
+
+
+def test_the_export_of_an_untrained_adapter_names_the_last_one_of_the_run(tmp_path):
+    # After one step, the best adapter is the one that sampled this step.
+    settings = {
+        "task": {"env": "add"},
+        "rollout": {"groups_per_step": 4, "group_size": 4},
+        "evaluation": {"count": 4},
+        "run": {"steps": 1, "seed": 7},
+    }
+    run = tp.run(settings, output=tmp_path / "run").directory
+    (note,) = tp.export_adapter(run.path, "peft", tmp_path / "best").notes
+    assert "best.safetensors changes nothing" in note and "latest.safetensors in" in note
+    assert tp.export_adapter(run.latest, "peft", tmp_path / "latest").notes == ()

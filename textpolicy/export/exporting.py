@@ -4,6 +4,7 @@ Until the last step everything is in a temporary folder beside the output. An ex
 is killed, leaves nothing at the output, or the earlier export.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -19,13 +20,22 @@ from textpolicy.export.card import write_card
 from textpolicy.export.formats import FORMATS, Format
 from textpolicy.export.job import ExportOptions, Job, WeightFormat
 from textpolicy.export.merged import in_precision_of
-from textpolicy.export.proof import Proof, Reference, measure
+from textpolicy.export.proof import MEASURABLE_EFFECT, Proof, Reference, measure
 from textpolicy.export.source import Source, find_source
 from textpolicy.export.target import check_space, prepare_target, write_export_file
 from textpolicy.file_writing import replace_folder
 from textpolicy.user_code.faults import raise_user_errors_as
 
 _PROMPTS = 6
+_OTHER_NAMES = {
+    "huggingface": "hf",
+    "transformers": "hf",
+    "safetensors": "hf",
+    "llama.cpp": "gguf",
+    "lora": "peft",
+    "mlx_lm": "mlx-lm",
+}
+"""The formats that other names may mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +97,8 @@ def export_adapter(
 def find_format(name: str) -> Format:
     """Return the format of this name."""
     if name not in FORMATS:
-        near = get_close_matches(name, FORMATS, n=1)
+        lower = name.lower()
+        near = [_OTHER_NAMES[lower]] if lower in _OTHER_NAMES else get_close_matches(lower, FORMATS)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise ConfigError(
             f"there is no format {name!r}. {hint}The formats are {', '.join(FORMATS)}"
@@ -120,7 +131,7 @@ def export(source: Source, to: Format, target: Path, options: ExportOptions) -> 
             more_proofs=tuple(more),
             survival=job.survival,
             commands=commands,
-            notes=tuple(job.notes),
+            notes=(*job.notes, *_notes_about_no_effect(source, proof)),
         )
         write_card(
             folder,
@@ -202,14 +213,29 @@ def _prove(
 ) -> list[Proof]:
     """Return a proof by each program that opens the export. Raise an error if one does not hold."""
     proofs: list[Proof] = []
-    # What was written may be wrong in any way, and then the program that opens it may raise
-    # anything.
-    with raise_user_errors_as(ExportError, f"opening the {to.name} export again"):
-        for opened in to.reopen(job, folder):
-            proof = reference.compare(opened, tolerance)
-            proof.check(job.options.min_survival)
-            proofs.append(proof)
-    return proofs
+    readers = iter(to.reopen(job, folder))
+    while True:
+        # What was written may be wrong in any way, and then the program that opens it may raise
+        # anything.
+        with raise_user_errors_as(ExportError, f"opening the {to.name} export again"):
+            opened = next(readers, None)
+            proof = opened and reference.compare(opened, tolerance)
+        if proof is None:
+            return proofs
+        proof.check(job.options.min_survival)
+        proofs.append(proof)
+
+
+def _notes_about_no_effect(source: Source, proof: Proof) -> Iterator[str]:
+    """Yield what to do about an adapter that changes nothing, such as that of an untrained run."""
+    if proof.adapter_effect > MEASURABLE_EFFECT:
+        return
+    run = source.directory
+    yield f"The adapter {source.adapter.name} changes nothing that can be measured." + (
+        f" The run has a later one: name {run.latest.name} in its folder {run.latest.parent.name}"
+        if run and source.adapter == run.best and run.latest.exists()
+        else ""
+    )
 
 
 def _facts(exported: Exported, source: Source) -> dict[str, Any]:
