@@ -37,6 +37,7 @@ PROOF = Proof(
     kept=0.9876,
     noise=1e-5,
     equal_greedy=0.75,
+    from_merged=4e-6,
 )
 HOSTILE = [
     "`; **bold** [link](javascript:x) ![image](x.png) <script>alert(1)</script>",
@@ -117,6 +118,7 @@ def test_the_card_of_a_run_says_what_its_files_say(run, tmp_path):
     assert rows["largest difference of log-probabilities"] == "3.0e-06 (allowed: 1.0e-04)"
     assert rows["share of that change that was kept"] == "98.76%"
     assert rows["equal greedy tokens"] == "75.0%"
+    assert rows["largest difference from the rounded weights in memory"] == "4.0e-06"
     assert rows["versions in training"].startswith("textpolicy ")
     assert "\necho done\n" in card and "![" in card
 

@@ -278,6 +278,8 @@ def _proof_rows(proof: Proof) -> Iterator[tuple[str, str]]:
     if _is_measurable(proof):
         yield "share of that change that was kept", f"{proof.kept:.2%}"
     yield "equal greedy tokens", f"{proof.equal_greedy:.1%}"
+    if proof.from_merged is not None:
+        yield "largest difference from the rounded weights in memory", f"{proof.from_merged:.1e}"
     if proof.from_trained is not None:
         text = "largest difference from the quantized model in training"
         yield text, f"{proof.from_trained:.1e}"
