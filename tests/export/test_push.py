@@ -127,7 +127,7 @@ def test_an_error_of_the_hub_is_one_message_that_says_what_to_do(
     hub.failing[failing] = status
     with pytest.raises(UploadError, match=f"(?s){words}") as raised:
         push_export(exported, REPO)
-    assert len(str(raised.value)) < 500 and TOKEN not in str(raised.value)
+    assert len(str(raised.value)) < 800 and TOKEN not in str(raised.value)
     assert not [one for one in hub.repositories.values() if one.files]
 
 
@@ -141,6 +141,15 @@ def test_an_upload_that_broke_off_is_completed_by_the_same_line(hub, exported):
     push_export(exported, REPO)
     assert hub.repositories[REPO].files == content_of(exported)
     assert sent and not [request for request in hub.requests if request.startswith("PUT")]
+
+
+def test_a_card_that_the_hub_refuses_is_named_before_anything_is_sent(hub, exported):
+    card = exported / "README.md"
+    edited = card.read_text().replace("library_name: peft", "base_model: /home/ada/model")
+    card.write_text(edited)
+    with pytest.raises(UploadError, match=r'README\.md.*"base_model" is not a model id'):
+        push_export(exported, REPO)
+    assert not hub.objects and not hub.repositories[REPO].files
 
 
 def test_a_hub_that_cannot_be_reached_is_named(hub, exported, monkeypatch):

@@ -167,27 +167,33 @@ def _telling_what_failed(upload: Upload) -> Generator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise UploadError(
-            f"{_REASONS.get(status, _OTHER_STATUS)} ({_first_line(error)})"
-        ) from error
+        said = _on_one_line(error.server_message or error)
+        reason = _REASONS.get(error.response.status_code, _OTHER_STATUS)
+        raise UploadError(f"{reason} (the hub says: {said})") from error
     except OfflineModeIsEnabled as error:
         raise UploadError(
             "the environment says HF_HUB_OFFLINE, so the hub is not called. Unset it"
         ) from error
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        cause = error.__cause__ or error
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise UploadError(
-            f"the upload to {upload.repository} broke off: {_first_line(cause)}. Check that "
+            f"the hub refused the upload to {upload.repository}: {_on_one_line(error)}. Correct "
+            "what this names, and type the same line again"
+        ) from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        cause = _on_one_line(error.__cause__ or error)
+        raise UploadError(
+            f"the upload to {upload.repository} broke off: {cause}. Check that "
             f"{constants.ENDPOINT} can be reached, and type the same line again: parts that the "
             "hub has are not sent again"
         ) from error
 
 
 _LOGGED_IN = f"Log in with a token that may write: {LOG_IN}"
+_MOST_CHARACTERS = 300
 _REASONS = {
+    400: "the hub does not accept what was sent",
     401: f"the hub does not accept the token of this machine. {_LOGGED_IN}",
     403: f"the token of this machine may not write to this repository. {_LOGGED_IN}, or name a "
     "repository of your own account",
@@ -200,5 +206,6 @@ _OTHER_STATUS = (
 )
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _on_one_line(said: object) -> str:
+    text = " ".join(str(said).split()) or type(said).__name__
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
