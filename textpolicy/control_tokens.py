@@ -39,12 +39,15 @@ class ControlTokens:
     answer.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+    def __init__(
+        self, tokenizer: TokenizerWrapper, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        written = _written_by_template(tokenizer, chat_template_kwargs)
         special = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
         stops = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
-        names = {*special, *tokenizer.all_special_tokens, *stops, *_written_by_template(tokenizer)}
+        names = {*special, *tokenizer.all_special_tokens, *stops, *written}
         spellings = sorted(filter(None, names), key=lambda s: (-len(s), s))
         ids = cast(list[int], tokenizer.convert_tokens_to_ids(spellings))
         self.ids = dict(zip(spellings, ids, strict=True))
@@ -56,11 +59,15 @@ class ControlTokens:
         self._respelled: dict[str, tuple[Tokenizer, Mapping[int, int]]] = {}
 
     @classmethod
-    def of(cls, tokenizer: TokenizerWrapper) -> "ControlTokens":
-        """Return the control tokens of a tokenizer, which are found once."""
-        if tokenizer not in _FOUND:
-            _FOUND[tokenizer] = cls(tokenizer)
-        return _FOUND[tokenizer]
+    def of(
+        cls, tokenizer: TokenizerWrapper, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> "ControlTokens":
+        """Return the control tokens of a tokenizer, which are found once for given arguments."""
+        found = _FOUND.setdefault(tokenizer, {})
+        key = json.dumps(dict(chat_template_kwargs or {}), sort_keys=True)
+        if key not in found:
+            found[key] = cls(tokenizer, chat_template_kwargs)
+        return found[key]
 
     def spelled_in(self, value: Any) -> str | None:
         """Return a control token that a text in the value spells, or None."""
@@ -83,29 +90,39 @@ class ControlTokens:
         return self._respelled[letters]
 
 
-_FOUND: WeakKeyDictionary[TokenizerWrapper, ControlTokens] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[TokenizerWrapper, dict[str, ControlTokens]] = WeakKeyDictionary()
 
 
 class PlainContent:
     """Hides the control tokens that contents spell, and encodes text with hidden ones.
 
-    `contents` is everything that will be hidden: messages or texts. With `allow_special_tokens`
-    nothing is hidden, and contents may spell control tokens.
+    `contents` is everything that will be hidden: messages or texts. `chat_template_kwargs` are
+    hidden as well, in `self.arguments`. With `allow_special_tokens` nothing is hidden, and contents
+    may spell control tokens.
     """
 
     def __init__(
-        self, tokenizer: TokenizerWrapper, contents: Any, *, allow_special_tokens: bool = False
+        self,
+        tokenizer: TokenizerWrapper,
+        contents: Any,
+        *,
+        allow_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._control = ControlTokens.of(tokenizer)
+        self._control = ControlTokens.of(tokenizer, chat_template_kwargs)
         self._allowed = allow_special_tokens
         if not allow_special_tokens:
-            letters = _rare_letters(2 * len(self._control.ids) + 1, set().union(*_texts(contents)))
+            letters = _rare_letters(
+                2 * len(self._control.ids) + 1,
+                set().union(*_texts([contents, chat_template_kwargs])),
+            )
             count = len(self._control.ids)
             self._hidden = dict(zip(self._control.ids, letters, strict=False))
             self._real = letters[count : 2 * count]
             # Keeps a content from completing a control token together with text beside it.
             self._wall = letters[-1]
+        self.arguments = self.hide(dict(chat_template_kwargs or {}))
 
     def hide(self, value: _T) -> _T:
         """Return the value with hidden control tokens in all its texts, which may be nested."""
@@ -114,7 +131,7 @@ class PlainContent:
         if isinstance(value, str):
             return cast(_T, self._hide_in(value))
         if isinstance(value, Mapping):
-            return cast(_T, {name: self.hide(part) for name, part in value.items()})
+            return cast(_T, {self._hide_key(name): self.hide(part) for name, part in value.items()})
         if isinstance(value, list | tuple):
             return cast(_T, [self.hide(part) for part in value])
         return value
@@ -149,6 +166,10 @@ class PlainContent:
         first = self._wall if core.startswith(control.endings) else ""
         last = self._wall if core.endswith(control.beginnings) else ""
         return f"{text[:start]}{first}{core}{last}{text[start + len(core) :]}"
+
+    def _hide_key(self, name: Any) -> Any:
+        """Return the name of a part, which only JSON in a prompt would show."""
+        return self._hide_in(name) if self._control.spelled_in(name) else name
 
     def _show(self, text: str) -> str:
         if self._allowed:
@@ -196,7 +217,7 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from (text for part in value.values() for text in _texts(part))
+        yield from (text for pair in value.items() for part in pair for text in _texts(part))
     elif isinstance(value, list | tuple):
         yield from (text for part in value for text in _texts(part))
 
@@ -228,12 +249,19 @@ def _respell(tokenizer: Tokenizer, new: Mapping[str, str]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(data))
 
 
-def _written_by_template(tokenizer: TokenizerWrapper) -> set[str]:
+def _written_by_template(
+    tokenizer: TokenizerWrapper, chat_template_kwargs: Mapping[str, Any] | None
+) -> set[str]:
     """Return the added tokens that the chat template writes around harmless messages."""
     if not tokenizer.has_chat_template:
         return set()
+    plain = dict(chat_template_kwargs or {})
+    # Texts among the arguments are contents too.
+    arguments = {name: part for name, part in plain.items() if not any(_texts(part))}
     try:
-        text = render_chat(tokenizer, _PROBE, add_generation_prompt=True)
+        text = render_chat(
+            tokenizer, _PROBE, add_generation_prompt=True, chat_template_kwargs=arguments
+        )
     except PromptError:
         return set()  # The template wants other roles, and the caller will hear of it.
     marks = {tokenizer.think_start, tokenizer.think_end}

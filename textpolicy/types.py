@@ -116,7 +116,8 @@ class Task:
     """One row of the data: a prompt, and in `example` the columns that its reward needs.
 
     With `env`, each rollout of the task is an episode: `env()` makes an environment, and
-    `reset(seed=seed)` starts it.
+    `reset(seed=seed)` starts it. `preamble` is what the model reads before the prompt: a system
+    message, and questions with their answers as examples.
     """
 
     id: str
@@ -124,6 +125,22 @@ class Task:
     example: Mapping[str, Any] = field(default_factory=dict[str, Any])
     env: Callable[[], TextEnv] | None = None
     seed: int = 0
+    preamble: Sequence[Message] = ()
+
+    @property
+    def asked(self) -> Prompt:
+        """What a policy is asked: the prompt, with the preamble before it."""
+        if not self.preamble:
+            return self.prompt
+        own = (
+            [{"role": "user", "content": self.prompt}]
+            if isinstance(self.prompt, str)
+            else self.prompt
+        )
+        has_system = own[0]["role"] == "system"
+        before = [one for one in self.preamble if not (has_system and one["role"] == "system")]
+        first = 1 if has_system else 0
+        return [*own[:first], *before, *own[first:]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +150,9 @@ class Completion:
     `prompt_tokens` are the ids that the model read, with the chat template applied. `tokens` are
     the ids that were sampled, with the stop token, and `logprobs` are their log-probabilities
     under the distribution they were sampled from. `text` has no special tokens.
+
+    `in_thought` says that the prompt has opened a thought, so that the text begins inside it.
+    `thought` and `answer` are the parts of the text; None if the policy does not tell them apart.
     """
 
     prompt_tokens: list[int]
@@ -142,6 +162,9 @@ class Completion:
     stop_reason: StopReason
     sampling: Sampling
     version: int
+    in_thought: bool = False
+    thought: str | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

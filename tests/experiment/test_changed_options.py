@@ -13,6 +13,7 @@ import mlx.core as mx
 import pytest
 
 import textpolicy as tp
+from tests.thinking_models import write_thinking_model
 from textpolicy import fast_cpu
 from textpolicy.config import SFTConfig, TrainConfig, changed, settings_of
 from textpolicy.errors import TextPolicyError
@@ -53,6 +54,7 @@ def files(tmp_path_factory):
     (folder / "adapter.json").write_text(
         json.dumps({"lora_parameters": {"rank": 16, "scale": 9.0, "dropout": 0.0}})
     )
+    write_thinking_model(folder / "thinker", "qwen3_5")
     shutil.copytree(tiny_model(), folder / "model")
     weights = mx.load(str(folder / "model" / "model.safetensors"))
     changed = {name: array * 1.01 for name, array in weights.items()}
@@ -87,6 +89,8 @@ BASES = {
     "failing": {"task.reward": "{files}/reward.py:failing", "task.on_reward_error": "skip"},
     "quantized": {"model.quantize": 4},
     "kl": {"algorithm.beta": 0.1},
+    "thinking": {"model.name": "{files}/thinker"},
+    "examples": {"task.few_shot": 2},
     "linear": {"trainer.schedule": "linear"},
     "sampled": {"evaluation.samples": 2, "evaluation.every": 1},
     "epochs": {"trainer.iterations": None, "trainer.epochs": 1},
@@ -94,17 +98,25 @@ BASES = {
     "packed": {"data.packing": True, "data.max_length": 24},
 }
 
+THINKING = {
+    "model.thinking": ("thinking", "off"),
+    "model.chat_template_kwargs": ("thinking", {"enable_thinking": False}),
+}
 # The base that the option is changed from, and its other value.
 NUMBERS = {
     "task.env": ("plain", {"task.env": "sort", "task.data": None, "task.reward": None}),
     "task.data": ("plain", "{files}/others.jsonl"),
     "task.prompt": ("plain", "{question}"),
+    "task.system": ("plain", "Be brief."),
+    "task.few_shot": ("plain", 1),
+    "task.gold_column": ("examples", "question"),
     "task.reward": ("plain", "{files}/reward.py:other"),
     "task.reward_timeout": ("plain", 60.0),
     "task.on_reward_error": ("failing", 0.25),
     "model.dtype": ("plain", "bfloat16"),
     "model.threads": ("plain", 2),
     "model.allow_special_tokens": ("control", True),
+    **THINKING,
     "adapter.config": ("plain", Path("{files}/adapter.json")),
     "adapter.scale": ("plain", 7.0),
     "adapter.alpha": ("plain", 99.0),
@@ -192,6 +204,7 @@ SFT_NUMBERS = {
 SFT_MEMORY = {"trainer.checkpoint_gradients": ("plain", True)}
 SFT_BOUND = {key: value for key, value in BOUND.items() if key != "adapter.dropout"} | {
     "model.allow_special_tokens": ("control", True),
+    **THINKING,
     "data.source": ("plain", "{files}/others.jsonl"),
     "data.learn": ("plain", "everything"),
     "data.system": ("plain", "Add."),

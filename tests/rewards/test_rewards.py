@@ -142,6 +142,9 @@ def test_keyword_context_holds_all_context_fields():
         "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "hi"}],
         "turns": ["hi"],
         "turn_rewards": [0.0],
+        "thought": "",
+        "visible_answer": "hi",
+        "in_thought": False,
     }
 
 

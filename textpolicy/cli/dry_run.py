@@ -31,7 +31,7 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
     environment = None
     if isinstance(config, TrainConfig):
         find_algorithm(config.algorithm)
-        environment, _ = find_task(config.task)
+        environment, _ = find_task(config.task, config.run.seed)
     check_services(service_options(config))
     check_names(config)
     estimator = SizeEstimator(config, environment)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from textpolicy.config.option_types import Table, alternatives
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
 from textpolicy.config.toml import NAMES_IN_OTHER_LIBRARIES, read_toml, suggestion_for
 from textpolicy.errors import ConfigError
@@ -32,6 +33,7 @@ FLAGS_OF_OTHER_LIBRARIES = {
     _flag_of(name): _flag_of(ours) for name, ours in NAMES_IN_OTHER_LIBRARIES.items()
 } | {
     "--base-model": "--model",
+    "--chat-template-kwargs": "--template-args",
     "--model-name-or-path": "--model",
     "--dataset": "--data",
     "--dataset-name": "--data",
@@ -151,10 +153,26 @@ def add_settings(parser: ArgumentParser, config: Any, only: Collection[str] = ()
 def add_setting(parser: Any, setting: Setting, **rest: Any) -> None:
     """Add the flag of one setting."""
     shape: dict[str, Any] = {"action": BooleanOptionalAction}
-    if setting.annotation is not bool:
+    if Table in alternatives(setting.annotation):
+        # Each argument is a table or one entry of it.
+        shape = {"type": partial(parse_flag, setting.parse), "metavar": "KEY=VALUE"}
+        shape |= {"nargs": "+", "action": _MergeTables}
+    elif setting.annotation is not bool:
         shape = {"type": partial(parse_flag, setting.parse), "metavar": setting.metavar}
     known = {"dest": setting.key, "default": SUPPRESS, "help": help_of(setting)}
     parser.add_argument(setting.flag, **(known | shape | rest))
+
+
+class _MergeTables(Action):
+    """Stores one table of all entries that a flag and its repetitions give."""
+
+    def __call__(
+        self, parser: Any, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        merged = vars(namespace).get(self.dest)
+        for table in values:
+            merged = None if table is None else {**(merged or {}), **table}
+        setattr(namespace, self.dest, merged)
 
 
 def help_of(setting: Setting) -> str:
@@ -251,7 +269,7 @@ def _assigned(text: str, known: dict[str, Setting], given: dict[str, Any]) -> tu
         except ConfigError as error:
             raise ConfigError(f"{key} is {error}") from error
     table, _, name = key.rpartition(".")
-    if table in known and known[table].metavar == "TABLE":
+    if table in known and Table in alternatives(known[table].annotation):
         entry = known[table].parse(f"{{{name} = {value}}}")
         return table, (given.get(table) or {}) | entry
     raise ConfigError(f"{key} is not a setting{suggestion_for(key, list(known))}")

@@ -64,7 +64,8 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
     """
     config, bytes_before = changed(config, _SETTINGS), mx.get_active_memory()
     apply_thread_option(config.model)
-    algorithm, (environment, rewards) = find_algorithm(config.algorithm), find_task(config.task)
+    algorithm = find_algorithm(config.algorithm)
+    environment, rewards = find_task(config.task, config.run.seed)
     reports: list[StepReport] = []
     with TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))

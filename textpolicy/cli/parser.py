@@ -20,7 +20,10 @@ _DEFAULTS = TrainConfig()
 _SETTINGS = {setting.key: setting for setting in settings_of(_DEFAULTS)}
 _TASK = tuple(key for key in _SETTINGS if key.startswith("task."))
 _PLAIN_MODEL = ("model.name", "model.threads")
-_PROMPTED_MODEL = (*_PLAIN_MODEL, "model.allow_special_tokens")
+_PROMPTS = ("model.thinking", "model.chat_template_kwargs", "model.allow_special_tokens")
+"""Settings that decide how a prompt becomes tokens."""
+_PROMPTED_MODEL = (*_PLAIN_MODEL, *_PROMPTS)
+_SAMPLED = ("task.system", *_PROMPTED_MODEL, "model.dtype", "adapter.start")
 _UNTIMED = (
     *("evaluation", "tracking", "run"),
     *(f"trainer.{name}" for name in ("lr", "schedule", "warmup", "final_lr", "weight_decay")),
@@ -160,13 +163,13 @@ def _eval(parser: ArgumentParser) -> None:
 def _plan(parser: ArgumentParser) -> None:
     keys = [key for key in _SETTINGS if key.startswith(("model.", "adapter."))]
     # These settings do not change the plan.
-    idle = {"model.threads", "model.allow_special_tokens", "adapter.start", "adapter.dropout"}
+    idle = {"model.threads", *_PROMPTS, "adapter.start", "adapter.dropout"}
     add_config_file(parser, _DEFAULTS)
     add_settings(parser, _DEFAULTS, [key for key in keys if key not in idle])
 
 
 def _generate(parser: ArgumentParser) -> None:
-    add_settings(parser, _DEFAULTS, (*_PROMPTED_MODEL, "model.dtype", "adapter.start"))
+    add_settings(parser, _DEFAULTS, _SAMPLED)
     _add_flag(parser, "prompt", str, None, "text for the model", required=True)
     _add_flag(parser, "n", int, 1, "number of completions", flag="-n", limit=at_least(1))
     _add_sampling_flags(parser)
@@ -175,8 +178,7 @@ def _generate(parser: ArgumentParser) -> None:
 
 
 def _chat(parser: ArgumentParser) -> None:
-    add_settings(parser, _DEFAULTS, (*_PROMPTED_MODEL, "model.dtype", "adapter.start"))
-    _add_flag(parser, "system", str | None, None, "system message")
+    add_settings(parser, _DEFAULTS, _SAMPLED)
     _add_sampling_flags(parser)
 
 
@@ -241,8 +243,6 @@ def _check(parser: ArgumentParser) -> None:
     parser.add_argument(
         "task.reward", help=text, nargs="?", default=SUPPRESS, metavar="FILE.py[:NAME]"
     )
-    text, known = "column of right answers", "the first of gold, answer, solution, ... that exists"
-    _add_flag(parser, "gold_column", str | None, None, text, unset=known, metavar="NAME")
     text, known = "column of prompts", "the first of prompt, question, problem, ... that exists"
     _add_flag(parser, "prompt_column", str | None, None, text, unset=known, metavar="NAME")
     _add_flag(parser, "rows", int, 64, "number of rows to check", limit=at_least(1))
@@ -250,8 +250,9 @@ def _check(parser: ArgumentParser) -> None:
     _add_flag(parser, "sample", int | None, None, text, limit=at_least(2))
     text = "seconds for sampling; rows that do not fit into this time are not sampled"
     _add_flag(parser, "seconds", float, 45.0, text, limit=above(0))
-    keys = ("task.env", "task.data", "task.reward_timeout", "sampling.max_tokens")
-    add_settings(parser, _DEFAULTS, (*keys, *_PLAIN_MODEL))
+    keys = ("env", "data", "prompt", "system", "few_shot", "gold_column", "reward_timeout")
+    asked = (*(f"task.{key}" for key in keys), *_PROMPTED_MODEL, "sampling.max_tokens")
+    add_settings(parser, _DEFAULTS, asked)
 
 
 def _inspect(parser: ArgumentParser) -> None:

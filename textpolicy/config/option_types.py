@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from textpolicy.untrusted.parsing import parse_toml
+from textpolicy.untrusted.parsing import parse_json, parse_toml
 
 Table = Mapping[str, Any]
 UNSET = "none"
@@ -138,7 +138,23 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _table(text: str) -> Table:
-    return _exactly(parse_toml(f"table = {text}")["table"], dict)
+    """Return the table of {key = value}, of {"key": value} as in JSON, or of KEY=VALUE."""
+    name, equals, value = text.partition("=")
+    if equals and re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name):
+        return {name.strip(): _table_value(value)}
+    try:
+        return _exactly(parse_toml(f"table = {text}")["table"], dict)
+    except ValueError:
+        return _exactly(parse_json(text), dict)
+
+
+def _table_value(text: str) -> Any:
+    """Return the value of TOML, such as false, 3 or "a b", or else the text itself."""
+    words = {"True": True, "False": False}
+    try:
+        return words[text] if text in words else parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        return text
 
 
 _NONE = OptionType(

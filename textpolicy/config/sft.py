@@ -14,6 +14,7 @@ from textpolicy.config.train import (
     SCHEDULE,
     STEP_DEADLINE,
     STOP_ON_STALL,
+    SYSTEM,
     WARMUP,
     WEIGHT_DECAY,
     AdapterOptions,
@@ -36,7 +37,7 @@ class DataOptions:
         metavar="DIR",
     )
     learn: Literal["answers", "everything"] = option("answers", "the part of a row that is learned")
-    system: str | None = option(None, "system message for conversations without one")
+    system: str | None = option(None, SYSTEM, metavar="TEXT|FILE")
     max_length: int = option(
         2048,
         "tokens after which a row is cut, and the length of packed rows; cut rows are reported",

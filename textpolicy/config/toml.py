@@ -91,6 +91,8 @@ NAMES_IN_OTHER_LIBRARIES = {
     "warmup_steps": "warmup",
     "lora_alpha": "alpha",
     "report_to": "wandb",
+    "enable_thinking": "thinking",
+    "system_prompt": "system",
 }
 
 

@@ -4,10 +4,12 @@ Each default is set here. None leaves the value to the part of the library that 
 `unset` says in words what happens then.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Literal
+from typing import Any, Literal
 
 from textpolicy.config.option_types import Table
 from textpolicy.config.settings import FINITE, SEED, above, at_least, check, option
@@ -41,10 +43,22 @@ STOP_ON_STALL = (
     False,
     "stop a run whose step is reported, with the exit code 75, so that it can be resumed",
 )
+SYSTEM = "system message for conversations without one: a text, or a file that holds the text"
 CHECKPOINT_GRADIENTS = (False, "recompute activations in the backward pass: less memory, more time")
 
 Schedule = Literal["constant", "linear", "cosine"]
 Bits = Literal[2, 3, 4, 5, 6, 8]
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether JSON can hold the value."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_json(part) for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    if isinstance(value, float):
+        return isfinite(value)
+    return value is None or isinstance(value, str | int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +79,19 @@ class TaskOptions:
     )
     prompt: str | None = option(
         None, "template of the prompt with columns of --data in braces", unset="the column 'prompt'"
+    )
+    system: str | None = option(None, SYSTEM, metavar="TEXT|FILE")
+    few_shot: int = option(
+        0,
+        "training tasks with their right answers that the model reads before each prompt",
+        metavar="N",
+        limit=at_least(0),
+    )
+    gold_column: str | None = option(
+        None,
+        "column of right answers in --data, for --few-shot",
+        unset="the first of gold, answer, solution, ... that exists",
+        metavar="NAME",
     )
     reward: str | None = option(
         None,
@@ -138,6 +165,17 @@ class ModelOptions:
         "let prompts, replies and rows spell control tokens such as <|im_end|>; they are plain "
         "text otherwise",
     )
+    thinking: Literal["on", "off"] | None = option(
+        None,
+        "whether the model thinks before it answers, by the switch of its chat template",
+        unset="the default of the chat template, which the run tells",
+    )
+    chat_template_kwargs: Table | None = option(
+        None,
+        "arguments of the chat template, such as enable_thinking=false or reasoning_effort=low",
+        unset="the defaults of the chat template",
+        flag="--template-args",
+    )
     threads: int | None = option(
         None, "CPU threads for matrix products", unset="all cores; 1 for 'tiny'", limit=at_least(1)
     )
@@ -148,6 +186,11 @@ class ModelOptions:
             raise ConfigError(
                 "quantize_mode or quantize_group is given without quantize. Add quantize, for "
                 "example --quantize 4"
+            )
+        if not _is_json(self.chat_template_kwargs):
+            raise ConfigError(
+                "chat_template_kwargs holds a value that JSON does not have, such as a date. "
+                "Expected texts, finite numbers, true, false, lists and tables"
             )
 
 

@@ -47,8 +47,8 @@ class Dataset:
         chosen = _held_out_prompts(tasks, held_out)
         return cls(
             name=name,
-            train=[task for task in tasks if _key(task.prompt) not in chosen],
-            held_out=[task for task in tasks if _key(task.prompt) in chosen],
+            train=[task for task in tasks if prompt_key(task.prompt) not in chosen],
+            held_out=[task for task in tasks if prompt_key(task.prompt) in chosen],
         )
 
     @classmethod
@@ -116,7 +116,7 @@ def _held_out_prompts(tasks: Sequence[Task], share: float) -> set[str]:
     if not 0 < share < 1:
         raise DataError(f"held_out is {share}; expected a share between 0 and 1")
     prompts = sorted(
-        {_key(task.prompt) for task in tasks},
+        {prompt_key(task.prompt) for task in tasks},
         key=lambda text: blake2b(text.encode(), digest_size=8).digest(),
     )
     if len(prompts) < 2:
@@ -127,5 +127,6 @@ def _held_out_prompts(tasks: Sequence[Task], share: float) -> set[str]:
     return set(prompts[: min(ceil(share * len(prompts)), len(prompts) - 1)])
 
 
-def _key(prompt: Prompt) -> str:
+def prompt_key(prompt: Prompt) -> str:
+    """Return a text that tells prompts apart."""
     return prompt if isinstance(prompt, str) else json.dumps(list(map(dict, prompt)))

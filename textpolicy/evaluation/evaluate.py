@@ -148,6 +148,7 @@ def evaluate(
             policy.tokenizer,
             sampling,
             allow_special_tokens=policy.allow_special_tokens,
+            chat_template_kwargs=policy.chat_template_kwargs,
         )
         return collect(heldout.tasks, copy, heldout.scorer, group_size=count, seed=_SEED)
 

@@ -32,11 +32,13 @@ from textpolicy.config.train import (
     TrainerOptions,
 )
 from textpolicy.environments import Environment
+from textpolicy.environments.preamble import read_system
 from textpolicy.errors import ConfigError, UnreadableError
 from textpolicy.evaluation import Evaluator, HeldOut
 from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
+from textpolicy.generation.thinking import template_arguments
 from textpolicy.rewards import Incident, Rewards, Scorer
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.open_tracker import ServiceOptions, open_tracker
@@ -103,6 +105,7 @@ def assemble(
             sampling,
             seed=config.run.seed,
             allow_special_tokens=config.model.allow_special_tokens,
+            chat_template_kwargs=template_arguments_of(config.model, tokenizer),
         ),
         trainer=build_trainer(
             model, config, algorithm, sampling.max_tokens, directory.rejected_batches
@@ -122,6 +125,11 @@ def sampling_of(config: TrainConfig, environment: Environment) -> Sampling:
 def dtype_of(options: ModelOptions) -> mx.Dtype | None:
     """Return the dtype of unquantized weights, or None for the default of `load_model`."""
     return DTYPES[options.dtype] if options.dtype else None
+
+
+def template_arguments_of(options: ModelOptions, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    """Return the arguments of the chat template; raise `ConfigError` if it does not read them."""
+    return template_arguments(tokenizer, options.chat_template_kwargs, options.thinking)
 
 
 def quantization_of(options: ModelOptions) -> dict[str, Any] | None:
@@ -302,7 +310,7 @@ def build_evaluator(
 def _heldout_of(
     name: str, config: TrainConfig, opened: ExitStack, note: Callable[[str], None]
 ) -> HeldOut:
-    environment, rewards = find_task(with_environment(config.task, name))
+    environment, rewards = find_task(with_environment(config.task, name), config.run.seed)
     return HeldOut(
         name=environment.name,
         tasks=environment.heldout(config.evaluation.count),
@@ -377,9 +385,10 @@ def load_sft_data(config: SFTConfig, tokenizer: TokenizerWrapper) -> SFTData:
     encoding = Encoding(
         tokenizer=tokenizer,
         learn=config.data.learn,
-        system=config.data.system,
+        system=read_system(config.data.system),
         max_length=config.data.max_length,
         allow_special_tokens=config.model.allow_special_tokens,
+        chat_template_kwargs=template_arguments_of(config.model, tokenizer),
     )
     share = config.data.validation_share
     return load_data(source_of(config), encoding, validation_share=share)

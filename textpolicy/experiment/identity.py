@@ -13,6 +13,7 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.config import SFTConfig
 from textpolicy.config.train import AdapterOptions, TaskOptions
 from textpolicy.environments.load import ready_names
+from textpolicy.environments.preamble import system_file
 from textpolicy.errors import UnreadableError, UnwritableError
 from textpolicy.experiment.assembly import RunConfig, adapter_config
 from textpolicy.file_writing import atomic_replace, make_private_folder
@@ -31,6 +32,9 @@ def identity_of(config: RunConfig) -> Hashes:
     """Return the hash of each file that the run's numbers depend on, by a name for people."""
     found = _model_files("model", config.model.name)
     found["adapter: its config"] = _hash_of_config(_config_of(config.adapter))
+    found |= _system_file(
+        config.data.system if isinstance(config, SFTConfig) else config.task.system
+    )
     if isinstance(config, SFTConfig):
         return found
     found |= _task_files(config.task)
@@ -121,6 +125,11 @@ def _task_files(task: TaskOptions) -> Hashes:
         files = sorted(path for path in rows.rglob("*") if path.is_file())
         found |= {f"rows: {path.relative_to(rows)}": hash_of(path) for path in files}
     return found
+
+
+def _system_file(text_or_file: str | None) -> Hashes:
+    path = system_file(text_or_file)
+    return {f"system message: {path.name}": hash_of(path)} if path and path.is_file() else {}
 
 
 def _environment_file(spec: str) -> Path | None:

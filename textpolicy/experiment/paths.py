@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.config import changed, settings_of
+from textpolicy.environments.preamble import system_file
 from textpolicy.experiment.assembly import RunConfig
 from textpolicy.user_code import split_file_and_name
 
@@ -12,6 +13,7 @@ _NAMES_OF_FILES = {
     *("model.name", "algorithm.name", "algorithm.reference"),
     *("adapter.start", "adapter.config", "run.output"),
 }
+_SYSTEM = {"task.system", "data.system"}
 _WORDS = {"tiny", "base"}
 
 
@@ -19,6 +21,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the config with an absolute path for each file and folder that exists now."""
     given = {one.key: one.default for one in settings_of(config) if one.key in _NAMES_OF_FILES}
     made = {key: _absolute(value) for key, value in given.items() if value is not None}
+    for one in settings_of(config):
+        if one.key in _SYSTEM and (path := system_file(one.default)):
+            given[one.key], made[one.key] = one.default, str(path.absolute())
     return changed(config, {key: value for key, value in made.items() if value != given[key]})
 
 

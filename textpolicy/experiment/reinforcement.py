@@ -16,6 +16,7 @@ from textpolicy.experiment.assembly import (
     open_scorer,
 )
 from textpolicy.experiment.events import Measurement, Reporter, RunResult
+from textpolicy.experiment.first_prompt import describe_prompt
 from textpolicy.experiment.observer import MEASURED, StepObserver
 from textpolicy.experiment.resuming import Start, save_options
 from textpolicy.experiment.tasks import find_task
@@ -44,7 +45,7 @@ def train_policy(
     """
     start = start or Start(checkpoints=checkpoints_of(config, directory))
     algorithm = algorithm or start.parts.algorithm or find_algorithm(config.algorithm)
-    environment, rewards = start.parts.task or find_task(config.task)
+    environment, rewards = start.parts.task or find_task(config.task, config.run.seed)
     experiment = assemble(config, environment, rewards, algorithm, directory)
     first_version = experiment.trainer.version
     if prepare:
@@ -53,6 +54,11 @@ def train_policy(
         _restore_adapters(experiment, directory, start.resume, force=start.force)
     # A checkpoint that does not fit must leave the config as it was.
     save_options(config, directory, start)
+    policy = experiment.policy
+    (first,) = environment.heldout(1)
+    report.note(
+        describe_prompt(policy.tokenizer, policy.encode(first.asked), policy.chat_template_kwargs)
+    )
     report.step = start.resume.step if start.resume else 0
     with ExitStack() as opened:
         scorer = open_scorer(experiment.reward, opened, report.note)

@@ -105,7 +105,8 @@ def _parts(settings: RunConfig, folder: Path, report: Reporter, written: int = 0
     if isinstance(settings, SFTConfig):
         data = check_before_start(settings, None, folder, report.note, written=written)
         return Parts(data=data)
-    algorithm, task = find_algorithm(settings.algorithm), find_task(settings.task)
+    algorithm = find_algorithm(settings.algorithm)
+    task = find_task(settings.task, settings.run.seed)
     check_before_start(settings, task[0], folder, report.note, written=written)
     return Parts(task=task, algorithm=algorithm)
 

@@ -25,6 +25,7 @@ from textpolicy.experiment.assembly import (
     load_sft_data,
     quantization_of,
     sampling_of,
+    template_arguments_of,
 )
 from textpolicy.generation.model_files import find_model, read_architecture_file
 from textpolicy.generation.policy import rollout_bytes
@@ -119,7 +120,7 @@ class SizeEstimator:
             self._held_out = _count_held_out(environment, config.evaluation.count)
             self.lengths = _rl_lengths(config, environment, self._architecture)
         else:
-            self.data = load_sft_data(config, _load_tokenizer(config.model))
+            self.data = load_sft_data(config, read_tokenizer(config.model))
             self.lengths = _sft_lengths(config, self.data)
 
     def estimate(self, config: RunConfig) -> RunSize:
@@ -219,7 +220,8 @@ def has_turns(environment: Environment) -> bool:
     return any(task.env is not None for task in environment.heldout(1))
 
 
-def _load_tokenizer(options: ModelOptions) -> TokenizerWrapper:
+def read_tokenizer(options: ModelOptions) -> TokenizerWrapper:
+    """Return the tokenizer of a model whose weights are not read."""
     folder = find_model(options.name)
     try:
         return load_tokenizer(folder, {"trust_remote_code": False})
@@ -232,10 +234,13 @@ def _load_tokenizer(options: ModelOptions) -> TokenizerWrapper:
 def _rl_lengths(
     config: TrainConfig, environment: Environment, architecture: dict[str, Any]
 ) -> Lengths:
-    tokenizer, prompts = _load_tokenizer(config.model), _longest_prompts(environment)
+    tokenizer, prompts = read_tokenizer(config.model), _longest_prompts(environment)
     context = architecture.get("max_position_embeddings") or architecture.get("n_positions")
-    allowed = config.model.allow_special_tokens
-    encoded = [encode_prompt(tokenizer, one, allow_special_tokens=allowed) for one in prompts]
+    options: dict[str, Any] = {
+        "allow_special_tokens": config.model.allow_special_tokens,
+        "chat_template_kwargs": template_arguments_of(config.model, tokenizer),
+    }
+    encoded = [encode_prompt(tokenizer, one, **options) for one in prompts]
     return Lengths(
         prompt=max(map(len, encoded)),
         completion=sampling_of(config, environment).max_tokens,
@@ -261,8 +266,8 @@ def _longest_prompts(environment: Environment) -> Sequence[Prompt]:
     """Return the longest prompts of rows of data, or the first held-out prompts."""
     tasks = environment.tasks
     if not isinstance(tasks, Dataset):
-        return [task.prompt for task in environment.heldout(READ_PROMPTS)]
-    prompts = [task.prompt for task in (*tasks.train, *tasks.held_out)]
+        return [task.asked for task in environment.heldout(READ_PROMPTS)]
+    prompts = [task.asked for task in (*tasks.train, *tasks.held_out)]
     return sorted(prompts, key=_count_characters, reverse=True)[:READ_PROMPTS]
 
 

@@ -13,8 +13,10 @@ from textpolicy.experiment.assembly import (
     open_run_tracker,
     optimizer_of,
     sft_parameters,
+    template_arguments_of,
 )
 from textpolicy.experiment.events import EventKind, Measurement, Reporter, RunResult
+from textpolicy.experiment.first_prompt import describe_prompt
 from textpolicy.experiment.resuming import Start, resume_line, save_options
 from textpolicy.experiment.watchdog import Watchdog, watch
 from textpolicy.generation.mlx_generation import load_model
@@ -46,10 +48,14 @@ def train_supervised(
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
     data = start.parts.data or load_sft_data(config, tokenizer)
     report.note(str(data))
+    first = data.train[0]
+    if (length := first.mask.index(True)) > 1:
+        arguments = template_arguments_of(config.model, tokenizer)
+        report.note(describe_prompt(tokenizer, first.tokens[:length], arguments))
     adapt(model, config.adapter, config.model, config.run.seed)
     parameters = sft_parameters(config, directory, data)
     resume = start.resume
-    report.step = first = resume.step if resume else 0
+    report.step = first_step = resume.step if resume else 0
     optimizer = optimizer_of(config.trainer, parameters.iterations)
     mx.random.seed(config.run.seed)
     mx.reset_peak_memory()
@@ -60,9 +66,9 @@ def train_supervised(
             f"The run is finished: all {resume.step} updates are done. For more updates, type: "
             f"{resume_line(directory, config)} --iterations {2 * resume.step}"
         )
-    report("start", f"resuming after update {first}" if resume else "training starts")
+    report("start", f"resuming after update {first_step}" if resume else "training starts")
     tracking = open_run_tracker(
-        config, directory, report.note, resume_step=first + 1 if resume else 0, sample_groups=0
+        config, directory, report.note, resume_step=first_step + 1 if resume else 0, sample_groups=0
     )
     with tracking as tracker, watch(config, directory, report) as watchdog:
         recorder = _Recorder(config, directory, tracker, report, start, watchdog)
@@ -88,7 +94,7 @@ def train_supervised(
         directory=directory,
         ended=result.ended,
         steps=result.iteration,
-        updates=result.iteration - first,
+        updates=result.iteration - first_step,
         seconds=time.perf_counter() - started,
         before=_loss(result.first_loss, 0),
         after=_loss(result.validation_loss, result.iteration) if result.iteration else None,

@@ -9,16 +9,17 @@ from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Dataset, Environment, from_dataset, load
 from textpolicy.environments.bridges.gymnasium import skip_faulty_seeds
 from textpolicy.environments.chat import gold_for_turn, prompt_text
+from textpolicy.environments.preamble import read_system, with_preamble
 from textpolicy.errors import ConfigError
 from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scorer_of
 
 
 @doing("reading the tasks")
-def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
+def find_task(options: TaskOptions, seed: int = 0) -> tuple[Environment, Rewards]:
     """Return the environment and its reward, or the reward of the file that the options name.
 
     Without an environment, the rows of `data` become one. Time limits and error policies of the
-    options replace those that the reward's file sets.
+    options replace those that the reward's file sets. `seed` chooses the examples of `few_shot`.
     """
     given = load_reward(options.reward) if options.reward else None
     environment = _environment(options, given)
@@ -31,7 +32,18 @@ def find_task(options: TaskOptions) -> tuple[Environment, Rewards]:
         environment = skip_faulty_seeds(environment)
     if options.reward:
         _try_reward(rewards, environment)
-    return environment, rewards
+    return with_task_preamble(options, environment, seed), rewards
+
+
+def with_task_preamble(options: TaskOptions, environment: Environment, seed: int) -> Environment:
+    """Return the environment with the system message and the examples of the options."""
+    return with_preamble(
+        environment,
+        system=read_system(options.system),
+        few_shot=options.few_shot,
+        gold_column=options.gold_column,
+        seed=seed,
+    )
 
 
 def with_environment(options: TaskOptions, env: str) -> TaskOptions:

@@ -65,13 +65,15 @@ def create_policy(
     *,
     follow: Path | None = None,
     allow_special_tokens: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ModelPolicy:
     """Return a policy that samples from `model`, and so sees every update of the model at once.
 
     `params` are the fields of `Sampling` (max_tokens, temperature, top_p, top_k, min_p,
     repetition_penalty, stop) and `seed`. With `follow`, the policy reloads the adapter file at
     that path before a generation whenever the file is new. With `allow_special_tokens`, prompts may
-    spell control tokens such as <|im_end|>; otherwise they are plain text.
+    spell control tokens such as <|im_end|>; otherwise they are plain text. `chat_template_kwargs`
+    are arguments of the chat template, such as {"enable_thinking": False}.
     """
     fast_cpu.enable()
     options = dict(params or {})
@@ -85,6 +87,7 @@ def create_policy(
         follow=follow,
         seed=seed,
         allow_special_tokens=allow_special_tokens,
+        chat_template_kwargs=chat_template_kwargs,
     )
 
 

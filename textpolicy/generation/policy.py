@@ -1,8 +1,9 @@
 """A policy that samples from an MLX language model: prompts in, completions out."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.publishing import AdapterWatcher
+from textpolicy.chat_template import check_arguments
 from textpolicy.errors import ConfigError
 from textpolicy.generation.decode import LateReply, RespondToRow, decode
 from textpolicy.generation.decoding_batch import DecodingRow
@@ -26,6 +28,7 @@ from textpolicy.generation.prompts import (
 from textpolicy.generation.sampling import random_keys
 from textpolicy.generation.stop_rules import StopAtStrings
 from textpolicy.generation.streamed_text import StreamedText
+from textpolicy.generation.thinking import ThoughtReader
 from textpolicy.machine import memory_bytes, size_text
 from textpolicy.types import Completion, Message, Prompt, RespondFn, Sampling
 from textpolicy.user_code import WaitingCalls
@@ -45,6 +48,7 @@ class ModelPolicy:
     With `follow`, the policy reloads the adapter file at that path before a generation whenever
     the file is new. With `seed`, the sequence of generations is repeatable. With
     `allow_special_tokens`, prompts and replies may spell control tokens such as <|im_end|>.
+    `chat_template_kwargs` are arguments of the chat template, such as {"enable_thinking": False}.
     """
 
     def __init__(
@@ -57,7 +61,9 @@ class ModelPolicy:
         seed: int | None = None,
         max_rows: int = MAX_DECODING_ROWS,
         allow_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        check_arguments(tokenizer, chat_template_kwargs)
         # With dropout, the policy would sample from another distribution than the trained one.
         model.eval()
         self.model = model
@@ -68,6 +74,8 @@ class ModelPolicy:
         self._generations = 0
         self._max_rows = max_rows
         self.allow_special_tokens = allow_special_tokens
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._thoughts = ThoughtReader(tokenizer, chat_template_kwargs)
         self._batched = can_decode_together(model)
         self._replies = WaitingCalls()
         self._prefixes = PrefixCache()
@@ -75,6 +83,15 @@ class ModelPolicy:
     def __call__(self, prompt: Prompt) -> Completion:
         """Return one completion of one prompt."""
         return self.generate([prompt])[0][0]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the tokens that the model reads before its answer to a prompt."""
+        return encode_prompt(
+            self.tokenizer,
+            prompt,
+            allow_special_tokens=self.allow_special_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     @property
     def version(self) -> int:
@@ -144,6 +161,7 @@ class ModelPolicy:
             replies,
             row.tokens[-1],
             allow_special_tokens=self.allow_special_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
         length = len(row.context) + len(row.tokens) + len(reply)
         return reply if has_room(self.model, length, self.sampling.max_tokens) else None
@@ -177,10 +195,7 @@ class ModelPolicy:
         if self._watcher and (changed := self._watcher.poll()):
             self.reload(changed)
             self._watcher.accept()
-        prompt_tokens = [
-            encode_prompt(self.tokenizer, prompt, allow_special_tokens=self.allow_special_tokens)
-            for prompt in prompts
-        ]
+        prompt_tokens = [self.encode(prompt) for prompt in prompts]
         for tokens in prompt_tokens:
             check_prompt(self.model, tokens, self.sampling.max_tokens)
         if seed is None:
@@ -200,14 +215,20 @@ class ModelPolicy:
 
     def _completion(self, row: DecodingRow, version: int) -> Completion:
         assert row.stop_reason is not None
+        text = decode_text(self.tokenizer, row.tokens)
+        in_thought = self._thoughts.begins_inside(row.context)
+        thought, answer = self._thoughts.split(row.tokens, text, in_thought=in_thought)
         return Completion(
             prompt_tokens=row.context,
             tokens=row.tokens,
             logprobs=row.logprobs,
-            text=decode_text(self.tokenizer, row.tokens),
+            text=text,
             stop_reason=row.stop_reason,
             sampling=self.sampling,
             version=version,
+            in_thought=in_thought,
+            thought=thought,
+            answer=answer,
         )
 
 

@@ -1,6 +1,6 @@
 """Prompts and replies as token ids, sampled tokens as text, and checks of a prompt's length."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.nn as nn
@@ -17,19 +17,34 @@ _PLACEHOLDER = "\ue0a1\ue0a2"
 
 
 def encode_prompt(
-    tokenizer: TokenizerWrapper, prompt: Prompt, *, allow_special_tokens: bool = False
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    *,
+    allow_special_tokens: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids that the model reads before its answer.
 
     A string is one user message. A tokenizer without a chat template accepts only strings. A
-    control token that the prompt spells is plain text, unless `allow_special_tokens` is given.
+    control token that the prompt or an argument of the template spells is plain text, unless
+    `allow_special_tokens` is given.
     """
     if not prompt:
         raise PromptError(f"the prompt is empty ({prompt!r}); pass a text or at least one message")
     if tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        content = PlainContent(tokenizer, messages, allow_special_tokens=allow_special_tokens)
-        text = render_chat(tokenizer, content.hide(messages), add_generation_prompt=True)
+        content = PlainContent(
+            tokenizer,
+            messages,
+            allow_special_tokens=allow_special_tokens,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        text = render_chat(
+            tokenizer,
+            content.hide(messages),
+            add_generation_prompt=True,
+            chat_template_kwargs=content.arguments,
+        )
         return content.encode(text)
     if not isinstance(prompt, str):
         raise PromptError(
@@ -45,6 +60,7 @@ def encode_reply(
     last_token: int,
     *,
     allow_special_tokens: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids between an answer that ended with `last_token` and the next answer.
 
@@ -60,13 +76,23 @@ def encode_reply(
             add_special_tokens=False,
             allow_special_tokens=allow_special_tokens,
         )
-    plain = PlainContent(tokenizer, list(replies), allow_special_tokens=allow_special_tokens)
+    plain = PlainContent(
+        tokenizer,
+        list(replies),
+        allow_special_tokens=allow_special_tokens,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     conversation = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": _PLACEHOLDER},
         *(plain.hide(dict(reply) | {"content": _PLACEHOLDER}) for reply in replies),
     ]
-    text = render_chat(tokenizer, conversation, add_generation_prompt=True)
+    text = render_chat(
+        tokenizer,
+        conversation,
+        add_generation_prompt=True,
+        chat_template_kwargs=plain.arguments,
+    )
     _, *between = text.split(_PLACEHOLDER)
     if len(between) != 1 + len(replies):
         roles = [reply["role"] for reply in replies]

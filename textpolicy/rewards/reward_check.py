@@ -10,12 +10,15 @@ from statistics import median
 from typing import Any, Literal
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.reward_function import sample_of
+from textpolicy.rewards.reward_function import Sample, sample_of
 from textpolicy.rewards.scorer import Scorer, Verdict, scorer_of
+from textpolicy.rewards.thoughts import thought_fields
 from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
+from textpolicy.types import Completion, Prompt
 
 _PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "input")
-_GOLD_COLUMNS = ("gold", "answer", "solution", "target", "completion", "output")
+GOLD_COLUMNS = ("gold", "answer", "solution", "target", "completion", "output")
+"""Usual names of a column of right answers, in the order in which they are looked for."""
 _DEFAULT_ROWS = 64
 _SLOW_SECONDS = 0.1
 _RIGHT, _EMPTY, _OTHER_ROW = "the right answer", "no answer", "another row's answer"
@@ -23,7 +26,7 @@ _GUESSES = "I am not sure, but it could be 3, or (B), or perhaps something else 
 
 RowColumn = str | Callable[[Mapping[str, Any]], Any] | None
 """A column of the rows, or a function of a row."""
-CompletionSampler = Callable[[Sequence[str]], Sequence[Sequence[str]]]
+CompletionSampler = Callable[[Sequence[Any]], Sequence[Sequence[str | Completion]]]
 """Takes prompts and returns a group of completions for each, or for the first of them."""
 
 
@@ -55,11 +58,15 @@ class RewardCheck:
 
 @dataclass(frozen=True, slots=True)
 class CheckedRow:
-    """A row whose prompt and right answer, if it is known, are not columns."""
+    """A row whose prompt and right answer, if it is known, are not columns.
+
+    `asked` is what a model is asked, if that is more than the prompt.
+    """
 
     prompt: str
     example: Mapping[str, Any]
     gold: str | None = None
+    asked: Prompt | None = None
 
 
 def check_reward(
@@ -80,15 +87,7 @@ def check_reward(
     chosen = [row for _, row in zip(range(limit), rows, strict=False)]
     if not chosen:
         raise ConfigError("there are no rows to try the reward on; expected at least one")
-    columns = () if isinstance(chosen[0], CheckedRow) else chosen[0]
-    prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in columns), None)
-    gold = gold or next((name for name in _GOLD_COLUMNS if name in columns), None)
-    checked = [
-        row
-        if isinstance(row, CheckedRow)
-        else CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
-        for row in chosen
-    ]
+    checked = checked_rows(chosen, prompt=prompt, gold=gold)
     # The check shows all errors, and no error may end the check.
     rewards = replace(as_rewards(reward), on_error="skip", max_error_rate=1.0)
     before = _Process()
@@ -105,6 +104,24 @@ def check_reward(
         findings.append(_check_signal(scorer, checked, sample, failed))
     names = " + ".join(member.name for member in rewards.members)
     return RewardCheck(f"reward {names} on {len(checked)} rows", findings)
+
+
+def checked_rows(
+    rows: Sequence[Mapping[str, Any] | CheckedRow],
+    *,
+    prompt: RowColumn = None,
+    gold: RowColumn = None,
+) -> list[CheckedRow]:
+    """Return the rows with their prompts and right answers, from columns of the usual names."""
+    columns = () if isinstance(rows[0], CheckedRow) else rows[0]
+    prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in columns), None)
+    gold = gold or next((name for name in GOLD_COLUMNS if name in columns), None)
+    return [
+        row
+        if isinstance(row, CheckedRow)
+        else CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +188,7 @@ def _check_deterministic(trials: Sequence[_Trial]) -> Finding:
 def _check_gold(trials: Sequence[_Trial]) -> list[Finding]:
     known = [trial for trial in trials if _RIGHT in trial.verdicts]
     if not known:
-        detail = f"no right answers: name their column; looked for {', '.join(_GOLD_COLUMNS)}"
+        detail = f"no right answers: name their column; looked for {', '.join(GOLD_COLUMNS)}"
         return [Finding(name, "not checked", detail) for name in ("gold highest", "empty low")]
     return [_check_gold_highest(known), _check_empty_low(known)]
 
@@ -247,9 +264,9 @@ def _check_signal(
         # Sampling takes long, and says nothing about a reward that is wrong.
         return Finding("signal", "not checked", f"mend first: {', '.join(failed)}")
     differ, values = 0, list[float]()
-    groups = sample([row.prompt for row in rows])
-    for row, texts in zip(rows[: len(groups)], groups, strict=True):
-        verdicts = scorer.score([sample_of(row.prompt, text, row.example) for text in texts])
+    groups = sample([row.asked or row.prompt for row in rows])
+    for row, group in zip(rows[: len(groups)], groups, strict=True):
+        verdicts = scorer.score([_sample(row, completion) for completion in group])
         scored = [verdict.value for verdict in verdicts if verdict.value is not None]
         values += scored
         differ += len(set(scored)) > 1
@@ -261,6 +278,18 @@ def _check_signal(
     if len(groups) < len(rows):
         detail += f"; {len(rows) - len(groups)} rows were not sampled, because the time was over"
     return Finding("signal", "ok" if differ else "warning", detail)
+
+
+def _sample(row: CheckedRow, completion: str | Completion) -> Sample:
+    if isinstance(completion, str):
+        return sample_of(row.prompt, completion, row.example)
+    fields = thought_fields(
+        completion.text,
+        in_thought=completion.in_thought,
+        thought=completion.thought,
+        answer=completion.answer,
+    )
+    return sample_of(row.prompt, completion.text, row.example, **fields)
 
 
 def _column_text(row: Mapping[str, Any], column: RowColumn) -> str | None:

@@ -16,15 +16,22 @@ from types import FunctionType, MappingProxyType, NoneType
 from typing import Any, overload
 
 from textpolicy.errors import ConfigError
+from textpolicy.rewards.thoughts import thought_fields
 
-CONTEXT_FIELDS = ("tokens", "stop_reason", "messages", "turns", "turn_rewards")
+CONTEXT_FIELDS = (
+    *("tokens", "stop_reason", "messages", "turns", "turn_rewards"),
+    *("thought", "visible_answer", "in_thought"),
+)
 """What a reward may ask for besides the row: the sampled token ids; why sampling stopped
 ("stop_token", "stop_string" or "length"); the conversation including the completion; the model's
-text of each turn; the environment's reward of each turn."""
+text of each turn; the environment's reward of each turn; the thought; the text after the thought;
+whether the prompt has opened the thought. `answer` is another name of `visible_answer`, if the
+rows have no column of this name."""
 
 _CONSTANTS = frozenset({str, int, float, bool, bytes, NoneType})
 _SINGLE = ("prompt", "completion", "example")
 _BATCHED = ("prompts", "completions", "examples")
+_ANSWER = "answer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +56,7 @@ def sample_of(prompt: str, completion: str, example: Mapping[str, Any], **contex
         "messages": append_completion([{"role": "user", "content": prompt}], completion),
         "turns": [completion],
         "turn_rewards": [0.0],
+        **thought_fields(completion),
     }
     return Sample(prompt=prompt, completion=completion, example=example, context=made_up | context)
 
@@ -113,7 +121,8 @@ class Reward:
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         sees_completion = bool({standard[1], *CONTEXT_FIELDS} & {p.name for p in named})
         by_position = not sees_completion and _takes_three_by_position(parameters)
-        if not (sees_completion or by_position):
+        only_answer = not (sees_completion or by_position) and _ANSWER in {p.name for p in named}
+        if not (sees_completion or by_position or only_answer):
             raise ConfigError(
                 f"reward {self.name} takes ({', '.join(map(str, parameters))}): it would not see "
                 f"the completion; expected ({', '.join(standard)}), or the names of some of these "
@@ -126,6 +135,7 @@ class Reward:
             required=tuple(p.name for p in names if p.default is p.empty),
             optional=tuple(p.name for p in names if p.default is not p.empty),
             takes_context=any(p.kind is p.VAR_KEYWORD for p in parameters),
+            only_answer=only_answer,
         )
 
     def call(self, sample: Sample) -> Any:
@@ -153,7 +163,8 @@ class Reward:
             return self.function(*own_copy(list(first)), **own_copy(extra))
         # A context field hides a column of the same name.
         known = {**columns, **context, **dict(zip(asked.standard, first, strict=True))}
-        named = {name: known[name] for name in asked.required}
+        own_answer = {_ANSWER: context.get("visible_answer")}
+        named = {name: {**own_answer, **known}[name] for name in asked.required}
         named |= {name: known[name] for name in asked.optional if name in known}
         return self.function(**own_copy(extra | named))
 
@@ -161,6 +172,14 @@ class Reward:
         """Raise `ConfigError` if the function needs a column that the rows do not have."""
         standard, required = self.parameters.standard, self.parameters.required
         known = {*standard, *CONTEXT_FIELDS, *columns}
+        if self.parameters.only_answer and _ANSWER in columns:
+            raise ConfigError(
+                f"your reward {self.name} would not see the completion: the rows have a column "
+                f"`{_ANSWER}`, which the parameter receives. Ask for `{standard[1]}` or "
+                "`visible_answer` as well"
+            )
+        if self._takes_own_answer(columns):
+            known.add(_ANSWER)
         missing = [name for name in required if name not in known]
         if not missing:
             return
@@ -171,6 +190,16 @@ class Reward:
             f"{_quoted(columns) or 'no columns'}.{hint} Rename the parameter, give it a default, "
             f"or ask for `{standard[2]}`, which is the whole row"
         )
+
+    def _takes_own_answer(self, columns: Collection[str]) -> bool:
+        """Return whether `answer` is what the model answered, and not a column of another name.
+
+        A function that compares the completion with `answer` and reads nothing of the row would
+        compare the model's text with itself.
+        """
+        asked = {*self.parameters.required, *self.parameters.optional}
+        reads_row = asked & {self.parameters.standard[2], *columns}
+        return bool(reads_row) or self.parameters.standard[1] not in asked
 
 
 @overload
@@ -245,6 +274,8 @@ class _Parameters:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     takes_context: bool
+    only_answer: bool
+    """Whether `answer` is the only parameter that could show what the model wrote."""
 
 
 def _takes_three_by_position(parameters: Sequence[inspect.Parameter]) -> bool:

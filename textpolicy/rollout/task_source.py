@@ -39,6 +39,7 @@ class TaskSource:
         for task in tasks:
             # What a rollout and its reward depend on; an object without a text gives its type.
             content = [task.prompt, task.example, task.seed]
+            content += [list(task.preamble)] if task.preamble else []
             text = json.dumps(content, default=lambda value: type(value).__name__)
             self._digest.update(text.encode())
         if len(tasks) < count:

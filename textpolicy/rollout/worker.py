@@ -13,6 +13,7 @@ from textpolicy.environments.faults import environment_errors
 from textpolicy.errors import ConfigError, RewardError, TaskError, TextPolicyError
 from textpolicy.rewards import RewardLike, Sample, Scorer, Verdict, append_completion, scorer_of
 from textpolicy.rewards.scorer import BackgroundScorer
+from textpolicy.rewards.thoughts import thought_fields
 from textpolicy.types import (
     Completion,
     ConversingPolicy,
@@ -167,7 +168,7 @@ def _answer_and_score(
         def score(t: int, member: int, completion: Completion) -> None:
             background.add((t, member), _sample(tasks[t], _UnscoredRollout([completion])))
 
-        groups = policy.converse([task.prompt for task in tasks], score, n=group_size, seed=seed)
+        groups = policy.converse([task.asked for task in tasks], score, n=group_size, seed=seed)
         verdicts = background.verdicts()
     unscored = [[_UnscoredRollout(turns) for turns in group] for group in groups]
     return unscored, [verdicts[t, m] for t, group in enumerate(groups) for m in range(len(group))]
@@ -182,7 +183,7 @@ def _play(
     on_fault: OnFault,
 ) -> list[list[_UnscoredRollout]]:
     """Return the rollouts of each task: an episode if it has an environment, else one answer."""
-    prompts = [task.prompt for task in tasks]
+    prompts = [task.asked for task in tasks]
     episodic = next((task for task in tasks if task.env), None)
     if episodic is None:
         answers = policy.generate(prompts, n=group_size, seed=seed)
@@ -242,7 +243,7 @@ def _sample(task: Task, unscored: _UnscoredRollout) -> Sample:
         prompt=prompt_text(task.prompt),
         completion=unscored.last.text,
         example=task.example,
-        context=_context(task.prompt, unscored),
+        context=_context(task.asked, unscored),
     )
 
 
@@ -257,6 +258,12 @@ def _context(prompt: Prompt, unscored: _UnscoredRollout) -> Mapping[str, Any]:
         "messages": append_completion(messages, unscored.last.text),
         "turns": [turn.text for turn in unscored.completions],
         "turn_rewards": [turn.reward for turn in unscored.turns] or [0.0],
+        **thought_fields(
+            unscored.last.text,
+            in_thought=unscored.last.in_thought,
+            thought=unscored.last.thought,
+            answer=unscored.last.answer,
+        ),
     }
 
 

@@ -7,26 +7,23 @@ from collections.abc import Iterable, Iterator
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.commands.generate import (
     load_sampling_model,
-    may_spell_special_tokens,
+    prompt_options,
     sampling_from_flags,
+    system_messages,
 )
 from textpolicy.cli.output import print_answer, print_note
 from textpolicy.errors import PromptError
 from textpolicy.generation.policy import ModelPolicy
-from textpolicy.types import Message
 
 _HELP = "/reset starts a new conversation; /quit or Ctrl-D ends the chat"
 
 
 def run(options: Namespace) -> Answer:
+    model, tokenizer = load_sampling_model(options)
     policy = ModelPolicy(
-        *load_sampling_model(options),
-        sampling_from_flags(options),
-        allow_special_tokens=may_spell_special_tokens(options),
+        model, tokenizer, sampling_from_flags(options), **prompt_options(options, tokenizer)
     )
-    beginning: list[Message] = (
-        [{"role": "system", "content": options.system}] if options.system else []
-    )
+    beginning = system_messages(options)
     messages = list(beginning)
     for turn, line in enumerate(_read_lines()):
         if line == "/quit":

@@ -13,10 +13,16 @@ from textpolicy.cli.progress import showing_progress
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
 from textpolicy.evaluation import Comparison, Evaluation, HeldOut, compare, evaluate
-from textpolicy.experiment.assembly import apply_thread_option, dtype_of, sampling_of
+from textpolicy.experiment.assembly import (
+    apply_thread_option,
+    dtype_of,
+    sampling_of,
+    template_arguments_of,
+)
 from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
+from textpolicy.generation.thinking import describe_thinking
 from textpolicy.rewards import Rewards, scorer_of
 
 _MAX_SHOWN_CHARACTERS = 200
@@ -31,9 +37,12 @@ def _run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
-    tasks = [find_task(task) for task in (config.task, *others)]
+    tasks = [find_task(task, config.run.seed) for task in (config.task, *others)]
     start, dtype = config.adapter.start, dtype_of(config.model)
     model, tokenizer = load_model(config.model.name, start, dtype=dtype)
+    arguments = template_arguments_of(config.model, tokenizer)
+    if thinking := describe_thinking(tokenizer, arguments):
+        print_note(thinking)
     results = [
         _evaluate(
             config,
@@ -42,6 +51,7 @@ def _run(options: Namespace) -> Answer:
                 tokenizer,
                 sampling_of(config, task[0]),
                 allow_special_tokens=config.model.allow_special_tokens,
+                chat_template_kwargs=arguments,
             ),
             *task,
         )

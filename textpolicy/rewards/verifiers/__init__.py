@@ -3,6 +3,7 @@
 Only `code_share` and `run_code` run what a model wrote. No check takes long, whatever the text.
 """
 
+from textpolicy.rewards.thoughts import split_thought
 from textpolicy.rewards.verifiers.answer_in_text import (
     final_answer,
     has_layout,
@@ -53,6 +54,7 @@ __all__ = [
     "run_code",
     "set_match",
     "set_overlap",
+    "split_thought",
     "tag_share",
     "tagged",
 ]

@@ -122,9 +122,14 @@ def last_number(text: str) -> str | None:
     return numbers[-1].rstrip(",") if numbers else None
 
 
-def has_layout(text: str, tags: Sequence[str] = ("think", "answer")) -> bool:
-    """Return whether the text is only these tags, each opened and closed once, in this order."""
-    rest = text.strip()
+def has_layout(
+    text: str, tags: Sequence[str] = ("think", "answer"), *, in_thought: bool = False
+) -> bool:
+    """Return whether the text is only these tags, each opened and closed once, in this order.
+
+    With `in_thought`, the prompt has opened the first tag, and the text begins inside it.
+    """
+    rest = _with_opened(text, tags, in_thought).strip()
     for tag in tags:
         opening, closing = f"<{tag}>", f"</{tag}>"
         if not rest.startswith(opening) or rest.count(opening) != 1 or rest.count(closing) != 1:
@@ -136,10 +141,20 @@ def has_layout(text: str, tags: Sequence[str] = ("think", "answer")) -> bool:
     return not rest
 
 
-def tag_share(text: str, tags: Sequence[str] = ("think", "answer")) -> float:
-    """Return the share of opening and closing tags that occur exactly once in the text."""
+def tag_share(
+    text: str, tags: Sequence[str] = ("think", "answer"), *, in_thought: bool = False
+) -> float:
+    """Return the share of opening and closing tags that occur exactly once in the text.
+
+    With `in_thought`, the prompt has opened the first tag, and the text begins inside it.
+    """
+    text = _with_opened(text, tags, in_thought)
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
     return sum(text.count(mark) == 1 for mark in marks) / len(marks)
+
+
+def _with_opened(text: str, tags: Sequence[str], in_thought: bool) -> str:
+    return f"<{tags[0]}>{text}" if in_thought and tags else text
 
 
 def tagged(text: str, tag: str) -> str | None:

@@ -5,13 +5,13 @@ the prompt of a demonstration has exactly the tokens that a policy reads when it
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.chat_template import render_chat
+from textpolicy.chat_template import check_arguments, render_chat
 from textpolicy.control_tokens import ControlTokens, PlainContent, encode_text
 from textpolicy.environments.data_files import DataRow
 from textpolicy.errors import ConfigError, DataError, PromptError, TrainingError
@@ -71,6 +71,7 @@ class Encoding:
     `learn` is "answers" (of a plain text: the whole text) or "everything" (all tokens but the
     first). `system` is the system message of conversations that have none. A control token that a
     row spells, such as <|im_end|>, is plain text, unless `allow_special_tokens` is given.
+    `chat_template_kwargs` are arguments of the chat template.
     """
 
     tokenizer: TokenizerWrapper
@@ -78,8 +79,10 @@ class Encoding:
     system: str | None = None
     max_length: int | None = 2048
     allow_special_tokens: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_arguments(self.tokenizer, self.chat_template_kwargs)
         if self.learn not in ("answers", "everything"):
             raise ConfigError(f"learn is {self.learn!r}; expected 'answers' or 'everything'")
         if self.max_length is not None and self.max_length < 2:
@@ -161,11 +164,25 @@ class Encoding:
         if self.allow_special_tokens:
             _refuse_stop_tokens(self.tokenizer, messages)
         allowed = self.allow_special_tokens
-        plain = PlainContent(self.tokenizer, list(messages), allow_special_tokens=allowed)
+        plain = PlainContent(
+            self.tokenizer,
+            list(messages),
+            allow_special_tokens=allowed,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
         messages = plain.hide(list(messages))
-        text = render_chat(self.tokenizer, messages, add_generation_prompt=False)
+
+        def render(part: Sequence[Message], *, add_generation_prompt: bool) -> str:
+            return render_chat(
+                self.tokenizer,
+                part,
+                add_generation_prompt=add_generation_prompt,
+                chat_template_kwargs=plain.arguments,
+            )
+
+        text = render(messages, add_generation_prompt=False)
         answers = _answers(messages)
-        starts = [self._start_of_answer(messages, n, text) for n in answers]
+        starts = [_start_of_answer(render, messages, n, text) for n in answers]
         spans = [*zip(answers, starts, [*starts[1:], None], strict=True)]
         tokens = plain.encode(text[: starts[0]])
         mask = [False] * len(tokens)
@@ -187,17 +204,6 @@ class Encoding:
             add_special_tokens=add_special_tokens,
             allow_special_tokens=self.allow_special_tokens,
         )
-
-    def _start_of_answer(self, messages: Sequence[Message], n: int, text: str) -> int:
-        """Return where in the text of the whole conversation the answer in message `n` starts."""
-        before = render_chat(self.tokenizer, messages[:n], add_generation_prompt=True)
-        if not text.startswith(before):
-            raise DataError(
-                f"the chat template writes the conversation before message {n + 1} differently "
-                "when more messages follow, so the prompt of this answer is unknown. Make a row of "
-                "each answer"
-            )
-        return len(before)
 
     def _answer_length(self, tokens: Sequence[int], *, last: bool) -> int:
         """Return the number of tokens up to the stop token of an answer, stop token included."""
@@ -244,6 +250,21 @@ def _check_messages(value: Any) -> list[Message]:
                 "learned. Write all that the model should say into the content"
             )
     return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _start_of_answer(
+    render: Callable[..., str], messages: Sequence[Message], n: int, text: str
+) -> int:
+    """Return where in the text of the whole conversation the answer in message `n` starts."""
+    before = render(messages[:n], add_generation_prompt=True)
+    if not text.startswith(before):
+        raise DataError(
+            f"the chat template writes the conversation before message {n + 1} differently "
+            "when more messages follow, so the prompt of this answer is unknown. Make a row of "
+            "each answer. If the prompt opens a thought that the answers do not have, switch "
+            "thinking off (--thinking off)"
+        )
+    return len(before)
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
