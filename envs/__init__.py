@@ -6,8 +6,9 @@ A module of one turn has four parts and imports only the standard library:
         Draws one task from a `random.Random`: the prompt, and the columns that the reward needs.
         Equal generator states give equal tasks. Each problem has one prompt, so that a held-out
         prompt is a held-out problem.
-    reward(prompt, completion, example) -> float
-        Returns 1.0 for a right answer, and at most 0.1 for the empty completion.
+    reward(prompt, visible_answer, example) -> float
+        Returns 1.0 for a right answer, and at most 0.1 for the empty one. The visible answer is the
+        completion without the thought that a model may begin with.
     gold(example) -> str
         Returns an answer whose reward is 1.0. Supervised warm-up trains on gold answers.
     MAX_TOKENS

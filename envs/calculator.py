@@ -43,5 +43,5 @@ def gold(example: Mapping[str, Any]) -> list[str]:
     return [f"{tool}({example['a']},{example['b']})", str(example["answer"])]
 
 
-def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    return float(completion.strip() == str(example["answer"]))
+def reward(prompt: str, visible_answer: str, example: Mapping[str, Any]) -> float:
+    return float(visible_answer.strip() == str(example["answer"]))

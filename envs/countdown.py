@@ -39,10 +39,10 @@ def gold(example: Mapping[str, Any]) -> str:
     raise ValueError(f"no expression without parentheses reaches {example['target']}")
 
 
-def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    if value(completion) != example["target"]:
+def reward(prompt: str, visible_answer: str, example: Mapping[str, Any]) -> float:
+    if value(visible_answer) != example["target"]:
         return 0.0
-    used = sorted(int(number) for number in re.findall(r"[0-9]+", completion))
+    used = sorted(int(number) for number in re.findall(r"[0-9]+", visible_answer))
     return float(used == sorted(example["numbers"]))
 
 

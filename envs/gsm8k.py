@@ -38,8 +38,8 @@ def gold(example: Mapping[str, Any]) -> str:
     return str(example["answer"])
 
 
-def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    answer, right = number_in(completion), number_in(str(example["answer"]))
+def reward(prompt: str, visible_answer: str, example: Mapping[str, Any]) -> float:
+    answer, right = number_in(visible_answer), number_in(str(example["answer"]))
     return float(answer is not None and answer == right)
 
 

@@ -42,8 +42,8 @@ def gold(example: Mapping[str, Any]) -> list[str]:
     return guesses
 
 
-def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    return float(completion.strip() == example["digits"])
+def reward(prompt: str, visible_answer: str, example: Mapping[str, Any]) -> float:
+    return float(visible_answer.strip() == example["digits"])
 
 
 def _mark(guessed: str, hidden: str) -> str:

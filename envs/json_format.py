@@ -40,9 +40,9 @@ def gold(example: Mapping[str, Any]) -> str:
     return json.dumps(dict(example))
 
 
-def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+def reward(prompt: str, visible_answer: str, example: Mapping[str, Any]) -> float:
     try:
-        answer = json.loads(completion) if len(completion) <= LONGEST else None
+        answer = json.loads(visible_answer) if len(visible_answer) <= LONGEST else None
     except (ValueError, RecursionError):
         return 0.0
     if not isinstance(answer, dict):

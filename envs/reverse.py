@@ -18,5 +18,5 @@ def gold(example: Mapping[str, Any]) -> str:
     return example["letters"][::-1]
 
 
-def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    return float(completion.strip() == gold(example))
+def reward(prompt: str, visible_answer: str, example: Mapping[str, Any]) -> float:
+    return float(visible_answer.strip() == gold(example))

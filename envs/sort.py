@@ -17,5 +17,5 @@ def gold(example: Mapping[str, Any]) -> str:
     return "".join(sorted(example["digits"]))
 
 
-def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    return float(completion.strip() == gold(example))
+def reward(prompt: str, visible_answer: str, example: Mapping[str, Any]) -> float:
+    return float(visible_answer.strip() == gold(example))

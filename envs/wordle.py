@@ -69,8 +69,8 @@ def gold(example: Mapping[str, Any]) -> list[str]:
     return [example["word"]]
 
 
-def reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    return float(completion.strip().lower() == example["word"])
+def reward(prompt: str, visible_answer: str, example: Mapping[str, Any]) -> float:
+    return float(visible_answer.strip().lower() == example["word"])
 
 
 def mark(guess: str, word: str) -> str:

@@ -84,8 +84,8 @@ class _Judge:
     cache: Path | None
     prices: tuple[float, float] | None
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Score]:
-        questions = list(map(self.question, prompts, completions))
+    def __call__(self, prompts: Sequence[str], visible_answer: Sequence[str]) -> list[Score]:
+        questions = list(map(self.question, prompts, visible_answer))
         # Completions of a group are often equal; the model answers equal questions once.
         cached = {question: self._read_cache(question) for question in dict.fromkeys(questions)}
         new = [question for question, reply in cached.items() if reply is None]

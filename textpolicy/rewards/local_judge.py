@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from textpolicy.rewards.endpoint import JudgeReply
-from textpolicy.types import Policy
+from textpolicy.types import Completion, Policy
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class LocalJudge:
         """Return the replies to the questions, in order."""
         groups = self.policy.generate(list(questions), n=1, seed=0)
         return [
-            JudgeReply(completion.text, len(completion.prompt_tokens), len(completion.tokens))
+            JudgeReply(_reply_of(completion), len(completion.prompt_tokens), len(completion.tokens))
             for (completion,) in groups
         ]
+
+
+def _reply_of(completion: Completion) -> str:
+    """Return what the judge says after its thought."""
+    return completion.text if completion.answer is None else completion.answer

@@ -163,8 +163,8 @@ class Reward:
             return self.function(*own_copy(list(first)), **own_copy(extra))
         # A context field hides a column of the same name.
         known = {**columns, **context, **dict(zip(asked.standard, first, strict=True))}
-        own_answer = {_ANSWER: context.get("visible_answer")}
-        named = {name: {**own_answer, **known}[name] for name in asked.required}
+        with_answer = {_ANSWER: context.get("visible_answer"), **known}
+        named = {name: with_answer[name] for name in asked.required}
         named |= {name: known[name] for name in asked.optional if name in known}
         return self.function(**own_copy(extra | named))
 
