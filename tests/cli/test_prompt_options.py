@@ -118,8 +118,8 @@ def test_check_shows_what_the_model_would_be_asked(answer, model, rows):
         f"<|im_start|>assistant\n{ON}\n"
         "thinking: on, the default of the chat template; --thinking off changes it"
     )
-    few = ["--few-shot", "1", "--gold-column", "question", "--system", "Add.", "--prompt", "Q"]
-    few[-1] = "Sum: {question}"
+    few = ["--few-shot", "1", "--gold-column", "answer", "--system", "Add."]
+    few += ["--prompt", "Sum: {question}"]
     asked = answer(*argv, "--model", model, *few, *WAYS[OFF])["asked"]
     assert "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\nSum: " in asked
     assert asked.count("<|im_start|>assistant\n") == 2
