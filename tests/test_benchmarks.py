@@ -28,6 +28,7 @@ SMALLEST = {
     "functions.py": "--tokens 96 --runs 1 --json",
     "gated_delta.py": "--tokens 32 --runs 1 --json",
     "generate.py": "--rows 1 --runs 1 --threads 1 --json",
+    "generation_versions.py": "--names rows,sleeping_alone --runs 1 --threads 1 --json",
     "grpo_step.py": f"{STEP} --runs 1 --threads 1 --json",
     "long.py": "--tokens 32 --json",
     "outside.py": "--engines mlx-lm llama.cpp --adapters ranks --json",
@@ -38,7 +39,16 @@ SMALLEST = {
 }
 LONGER = ("collapse.py", "learning.py", "math_verifier.py", "rank.py", "sft.py")
 COUNTS = dict.fromkeys(
-    ["compiled", "functions", "gated_delta", "generate", "grpo_step", "prompt_sharing", "scaling"],
+    [
+        "compiled",
+        "functions",
+        "gated_delta",
+        "generate",
+        "generation_versions",
+        "grpo_step",
+        "prompt_sharing",
+        "scaling",
+    ],
     "--runs",
 )
 

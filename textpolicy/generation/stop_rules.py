@@ -36,7 +36,9 @@ class StopAtStrings:
         return None
 
     def _may_hold_string(self, tokens: list[int]) -> bool:
-        """Return whether the last tokens hold a string."""
+        """Return whether the last tokens hold a string, as far as they can tell."""
+        if len(tokens) <= self._window:
+            return True
         for more in range(_CHARACTER_BYTES):
             text = self._text(self._last(tokens, self._window + more))
             if self._find(text):
@@ -49,8 +51,8 @@ class StopAtStrings:
 
     def _last(self, tokens: list[int], number: int) -> list[int]:
         """Return the last tokens that have text. Special tokens have none."""
-        last = [token for token in tokens[-number:] if token not in self._silent]
-        if len(last) == number or len(tokens) <= number:
+        last = tokens[-number:]
+        if self._silent.isdisjoint(last):
             return last
         return [token for token in tokens if token not in self._silent][-number:]
 
