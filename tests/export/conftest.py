@@ -25,14 +25,21 @@ def trained(tmp_path_factory) -> Callable[..., str]:
     made: dict[str, str] = {}
 
     def save(
-        bits: int | None, size: float, mode: str = "affine", config: Any = None, name: str = "plain"
+        bits: int | None,
+        size: float,
+        mode: str = "affine",
+        config: Any = None,
+        name: str = "plain",
+        model: str = "tiny",
     ) -> str:
         key = f"{bits}-{mode}-{size}-{name}"
         if key not in made:
-            model, _ = load_model("tiny")
+            network, _ = load_model(model)
             if bits:
-                quantize(model, bits=bits, mode=mode)
-            container = AdapterContainer.from_model(model, config or AdapterConfig(rank=4), seed=3)
+                quantize(network, bits=bits, mode=mode)
+            container = AdapterContainer.from_model(
+                network, config or AdapterConfig(rank=4), seed=3
+            )
             keys = iter(mx.random.split(mx.random.key(0), 100))
             container.swap(
                 {

@@ -15,7 +15,7 @@ from textpolicy.adapters.files.single_rank import with_single_rank
 from textpolicy.backend import versions
 from textpolicy.errors import AdapterError, ExportError
 from textpolicy.export.job import Job
-from textpolicy.export.merged import in_precision_of
+from textpolicy.export.merged import has_experts, in_precision_of
 from textpolicy.export.proof import Opened, log_probabilities_of
 from textpolicy.generation.mlx_generation import load_model
 
@@ -43,6 +43,20 @@ def write_vllm(job: Job, folder: Path) -> None:
     _save(job, folder, "peft")
 
 
+def refuse_bias_for_mlx_lm(job: Job) -> None:
+    """Raise `ExportError` if the adapter has a bias."""
+    refuse_bias(job, "mlx-lm")
+
+
+def refuse_bias(job: Job, program: str) -> None:
+    """Raise `ExportError` if the adapter has a bias, which this program does not load."""
+    if any(name.endswith(".lora_bias") for name in job.adapters.parameters()):
+        raise ExportError(
+            f"{program} loads no adapter with a bias. Export the adapter for PEFT, which does: "
+            "--to peft"
+        )
+
+
 def refuse_for_vllm(job: Job) -> None:
     """Raise `ExportError` for what vLLM does not load, or would load wrongly."""
     layers = job.adapters.layers()
@@ -50,8 +64,7 @@ def refuse_for_vllm(job: Job) -> None:
     problems: list[str] = []
     if "dora" in kinds:
         problems.append("vLLM loads no DoRA")
-    if any(name.endswith(".lora_bias") for name in job.adapters.parameters()):
-        problems.append("vLLM loads no adapter with a bias")
+    refuse_bias(job, "vLLM")
     if tables := [path for path, layer in layers.items() if layer.module_kind == "embedding"]:
         problems.append(f"{tables[0]} is an embedding table, whose adapter vLLM reads otherwise")
     if (rank := rank_of_job(job)) > VLLM_RANKS[-1]:
@@ -59,7 +72,7 @@ def refuse_for_vllm(job: Job) -> None:
     if problems:
         raise ExportError(
             f"vLLM cannot load this adapter: {'; '.join(problems)}. Export the merged model, which "
-            "vLLM serves without an adapter: --to hf"
+            f"vLLM serves without an adapter: --to {_merged_format(job)}"
         )
 
 
@@ -112,7 +125,12 @@ def _save(job: Job, folder: Path, layout: str) -> None:
     try:
         job.adapters.save(folder, layout=layout, over_float_base=job.over_float_base)
     except AdapterError as error:
-        raise ExportError(f"{error}. Export the merged model: --to hf, or --to mlx") from error
+        raise ExportError(f"{error}. Merge it: --to {_merged_format(job)}") from error
     if layout == "peft" and job.source.is_on_hub:
         config = read_adapter_config(folder) | {"base_model_name_or_path": job.source.model}
         write_json_file(folder / CONFIG_FILE, config)
+
+
+def _merged_format(job: Job) -> str:
+    """Return the format of a merged model that can hold this kind of model."""
+    return "mlx" if has_experts(job) else "hf"

@@ -145,6 +145,7 @@ _ALL = (
         name="mlx-lm",
         summary="adapter folder for mlx-lm and mlx-swift-lm",
         base="checkpoint",
+        refuse=adapter_folders.refuse_bias_for_mlx_lm,
         size=adapter_folders.adapter_bytes,
         write=adapter_folders.write_mlx_lm,
         reopen=adapter_folders.reopen_over_checkpoint,

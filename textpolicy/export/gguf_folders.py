@@ -9,7 +9,7 @@ import numpy as np
 
 from textpolicy.activity import doing
 from textpolicy.errors import AdapterError, ExportError
-from textpolicy.export.adapter_folders import open_adapter
+from textpolicy.export.adapter_folders import open_adapter, refuse_bias
 from textpolicy.export.gguf import (
     has_llama_cpp,
     logprobs_by_llama_cpp,
@@ -63,6 +63,7 @@ def refuse_for_gguf(job: Job) -> None:
 def refuse_for_gguf_adapter(job: Job) -> None:
     """Raise an error for a model or a tokenizer that llama.cpp would not compute as mlx-lm does."""
     import_gguf()
+    refuse_bias(job, "llama.cpp")
     checked_family(job.model)
     tokenizer_metadata(job.tokenizer, job.architecture["vocab_size"])
 

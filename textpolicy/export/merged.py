@@ -118,7 +118,7 @@ def write_hf(job: Job, folder: Path) -> None:
 def refuse_experts(job: Job) -> None:
     """Raise `ExportError` if the model has experts, whose weights mlx-lm stacks while loading."""
     refuse_new_biases(job)
-    if any(module_kind(module) == "experts" for module in job.model.modules()):
+    if has_experts(job):
         raise ExportError(
             "mlx-lm stacks the weights of the experts of this model while loading, and "
             "Transformers has them otherwise. Export the merged model for mlx-lm: --to mlx"
@@ -201,6 +201,11 @@ def copy_small_files(checkpoint: Path, folder: Path) -> None:
     for pattern in _COPIED:
         for path in checkpoint.glob(pattern):
             shutil.copyfile(path, folder / path.name)
+
+
+def has_experts(job: Job) -> bool:
+    """Return whether the model is a mixture of experts."""
+    return any(module_kind(module) == "experts" for module in job.model.modules())
 
 
 def _check_names(job: Job) -> None:

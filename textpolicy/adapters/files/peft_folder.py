@@ -56,6 +56,10 @@ def read_peft_folder(folder: Path) -> Adapter:
             f"{folder / CONFIG_FILE} has fan_in_fan_out: its base has Conv1D layers (GPT-2), whose "
             "adapters are not supported. Merge the adapter with PEFT and load the result as a model"
         )
+    if tied:
+        # The head's adapter is that of the table.
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            data[pattern] = {n: own for n, own in (data.get(pattern) or {}).items() if n != _HEAD}
     with name_path_in_errors(folder):
         config = AdapterConfig.from_peft(data, trained=True)
     modules, embeddings = _read_modules(folder, arrays)
