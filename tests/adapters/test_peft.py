@@ -218,6 +218,19 @@ def test_pytorch_finds_the_format_that_it_asks_for(tmp_path):
     assert mx.load(str(file), return_metadata=True)[1]["format"] == "pt"
 
 
+def test_a_tied_table_of_another_rank_than_the_other_modules_is_read_again(tmp_path):
+    model, _ = load_model("tiny", dtype=mx.float32)
+    rules = [LoRARule(module_path=".*embed_tokens", rank=2, scale=3.0), LoRARule(rank=4)]
+    container = AdapterContainer.from_model(model, AdapterConfig(rules=rules))
+    container.swap(trained(container))
+    container.save(tmp_path, layout="peft")
+    assert "lm_head" in config_of(tmp_path)["rank_pattern"]
+    expected = model(TOKENS)
+    container.unload()
+    AdapterContainer.from_directory(tmp_path).load(model)
+    assert mx.array_equal(model(TOKENS), expected)
+
+
 # What is refused
 
 

@@ -1,0 +1,113 @@
+"""What an export reads of a run: its adapter, its base, its prompts, its system message."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+import textpolicy as tp
+from textpolicy.config import TrainConfig, changed, to_toml
+from textpolicy.errors import ConfigError
+from textpolicy.export.source import find_source
+from textpolicy.runs import RunDirectory
+from textpolicy.untrusted.bounds import MAX_LINE_CHARACTERS
+
+
+@pytest.fixture
+def run(tmp_path, trained):
+    """Return the directory of a run with a latest adapter and no samples."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim()
+    directory.write_config(to_toml(changed(TrainConfig(), {"task.env": "add"})))
+    directory.adapters.mkdir()
+    shutil.copy(trained(None, 0.05), directory.latest)
+    return directory
+
+
+def write_samples(run, prompts):
+    rows = [{"step": 0, "prompt": prompt} for prompt in prompts]
+    run.samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_gives_its_best_adapter_or_else_its_latest(run):
+    assert find_source(run.path).adapter == run.latest
+    shutil.copy(run.latest, run.best)
+    source = find_source(run.path)
+    assert source.adapter == run.best and source.model == "tiny"
+    # An adapter of a run is that adapter, over the model of the run.
+    assert find_source(run.latest).adapter == run.latest
+    assert find_source(run.latest).directory.path == run.path
+
+
+def test_a_run_that_names_no_adapter_or_no_model_is_an_error(run):
+    run.config.write_text("[model]\nname = 3\n")
+    with pytest.raises(ConfigError, match="names the model 3; expected a text"):
+        find_source(run.path)
+    run.latest.unlink()
+    with pytest.raises(ConfigError, match="has no adapter latest"):
+        find_source(run.path)
+    with pytest.raises(ConfigError, match="no run and no adapter at"):
+        find_source(run.path / "nothing", model="tiny")
+
+
+def test_the_prompts_are_the_first_different_ones_of_the_run(run):
+    source = find_source(run.path)
+    plain = source.prompts(3)
+    assert len(plain) == 3
+    write_samples(run, ["1+1=", "1+1=", [{"role": "user", "content": "2+2="}], "3+3=", "4+4="])
+    assert source.prompts(3) == ["1+1=", [{"role": "user", "content": "2+2="}], "3+3="]
+    assert source.prompts(9)[-1] == "4+4="
+
+
+DAMAGE = {
+    "no rows": b"\x00\xff not json\n[1]\n3\n",
+    "no prompts": b'{"prompt": 3}\n{"prompt": ""}\n{"prompt": []}\n{}\n',
+    "wrong messages": b'{"prompt": [{"role": "root", "content": "x"}]}\n{"prompt": [1]}\n',
+    "nested too deep": b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_lines_that_hold_no_prompt_are_left_out(damage, run):
+    good = b'{"step": 0, "prompt": "5+5="}\n'
+    run.samples.write_bytes(DAMAGE[damage] + good)
+    assert find_source(run.path).prompts(4) == ["5+5="]
+
+
+def test_a_line_without_end_is_read_in_bounded_pieces(run):
+    with run.samples.open("wb") as file:
+        file.truncate(3 * MAX_LINE_CHARACTERS)
+    assert find_source(run.path).prompts(2) == find_source(run.path).prompts(9)[:2]
+
+
+def test_samples_that_are_a_pipe_are_not_waited_for(run):
+    os.mkfifo(run.samples)
+    assert find_source(run.path).prompts(2)
+
+
+def test_the_system_message_is_the_one_that_all_prompts_begin_with(run):
+    source = find_source(run.path)
+    assert source.system() is None
+    asked = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": q}] for q in "ab"
+    ]
+    write_samples(run, asked)
+    assert source.system() == "Be brief."
+    write_samples(run, [*asked, "c"])
+    assert source.system() is None
+
+
+def test_an_export_of_a_run_says_which_run_and_no_path_of_the_machine(run, tmp_path):
+    write_samples(run, ["12+30=", "7+8="])
+    exported = tp.export_adapter(run.path, "peft", tmp_path / "out")
+    assert exported.proof.prompts == 2
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert facts["source"] == {
+        "run": "run",
+        "adapter": "latest.safetensors",
+        "adapter_version": 1,
+        "model": "tiny",
+    }
+    for path in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
