@@ -38,8 +38,7 @@ def merge(job: Job, *, keep_quantization: bool) -> None:
 
     With `keep_quantization`, the modules of a quantized base stay in their number format.
     """
-    quantized = job.base_is_quantized
-    keep = quantized and keep_quantization
+    keep = job.base_is_quantized and keep_quantization
     with doing("merging the adapter"):
         try:
             least = job.options.min_survival
@@ -56,7 +55,8 @@ def merge(job: Job, *, keep_quantization: bool) -> None:
                 f"{error}\nOn the command line, pass {dequantized}--dtype float32 or "
                 "--min-survival 0, or export an adapter: --to peft, --to mlx-lm"
             ) from error
-        if quantized and not keep:
+        # An adapter of all quantized modules has left none.
+        if not keep and job.base_is_quantized:
             dequantize(job.model, job.dtype)
         job.model.set_dtype(job.dtype)
         mx.eval(job.model.parameters())
