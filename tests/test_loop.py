@@ -11,7 +11,7 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, TaskError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
-from textpolicy.loop import keep_memory_wired, train_rl
+from textpolicy.loop import train_rl
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.training.trainer import Trainer
@@ -274,19 +274,3 @@ def test_rollout_metrics_equal_numbers_computed_by_hand():
     assert metrics["completions/clipped_ratio"] == 0.25
     assert metrics["completions/mean_length"] == 2
     assert metrics["num_tokens"] == 8
-
-
-def test_a_run_leaves_the_wired_limit_as_it_was():
-    before = mx.set_wired_limit(0)
-    mx.set_wired_limit(before)
-    with keep_memory_wired():
-        assert mx.square(mx.array(3.0)).item() == 9
-    assert mx.set_wired_limit(before) == before
-
-
-@pytest.mark.metal
-@pytest.mark.skipif(not mx.metal.is_available(), reason="needs an Apple GPU")
-def test_inside_a_run_the_device_keeps_what_it_recommends():
-    with keep_memory_wired():
-        limit = mx.device_info()["max_recommended_working_set_size"]
-        assert mx.set_wired_limit(limit) == limit

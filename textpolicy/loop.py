@@ -4,15 +4,14 @@ Read this file to see what a run does. The imports name the files with the detai
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from textpolicy.buffer import Buffer
 from textpolicy.errors import TrainingError
+from textpolicy.machine import keep_memory_in_bounds
 from textpolicy.resume import make_checkpoint, restore_checkpoint
 from textpolicy.rewards import RewardLike, Scorer, scorer_of
 from textpolicy.rollout.dynamic_sampling import SampledGroups, collect_with_dynamic_sampling
@@ -69,7 +68,7 @@ def train_rl(
     """
     source, buffer = TaskSource(tasks), Buffer(max_staleness=steps_per_generation - 1)
     metrics: Metrics = {}
-    with scorer_of(reward) as scorer, keep_memory_wired():
+    with scorer_of(reward) as scorer, keep_memory_in_bounds():
         first = restore_checkpoint(resume, trainer, policy, source, buffer, scorer) if resume else 0
         timer = _StepTimer(scorer)
         for step in range(first, steps):
@@ -165,18 +164,3 @@ def _reload_policy(policy: Policy, trainer: Trainer) -> None:
             f"{trainer.published}; expected version {trainer.version}. Make the policy's reload() "
             "load that file and return its version"
         )
-
-
-@contextmanager
-def keep_memory_wired() -> Generator[None, None, None]:
-    """Keep as much of mlx's memory wired as the Metal device recommends, until the block ends.
-
-    Without a limit, macOS may page out weights between two steps. Other devices have no such limit.
-    """
-    before = maybe_set_recommended_wired_limit()
-    try:
-        yield
-    finally:
-        if before is not None:
-            mx.synchronize()
-            mx.set_wired_limit(before)

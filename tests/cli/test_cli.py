@@ -238,6 +238,9 @@ def test_doctor_reports_versions_device_and_blas(answer, capsys):
     assert report["device"] in ("cpu", "gpu")
     assert report["blas"]["gflops"] > 0
     assert report["memory_bytes"] > 2**28
+    if threads := report["threads"]:
+        assert 1 <= threads["of_a_run"] <= os.cpu_count()
+        assert threads["gflops"] > 0 and threads["gflops_of_one"] > 0
     assert main(["doctor"]) == 0
     assert "GFLOP/s" in capsys.readouterr().out
 

@@ -220,6 +220,22 @@ def test_the_number_of_threads_can_be_chosen_and_is_reported():
     assert fast_cpu.enable().threads == before
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (3, 2), (8, 7)])
+def test_a_run_leaves_a_core_to_others_if_it_has_more_than_two(cores, threads):
+    assert blas.threads_beside_others(cores) == threads
+
+
+@linux
+def test_a_number_of_threads_in_the_environment_is_kept(monkeypatch):
+    if (now := fast_cpu.enable().threads) is None:
+        pytest.skip("the threads of this BLAS cannot be set")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", str(now))
+    assert fast_cpu.default_threads() == now
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert 1 <= fast_cpu.default_threads() <= os.cpu_count()
+
+
 def test_speed_is_a_measured_number():
     assert fast_cpu.measure_gflops(n=64) > 0
 

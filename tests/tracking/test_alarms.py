@@ -12,8 +12,9 @@ from textpolicy.adapters.files.adapter_file import read_adapter_file
 from textpolicy.cli import main
 from textpolicy.cli.commands.train import describe_result
 from textpolicy.experiment import Measurement, RunResult
+from textpolicy.machine import MemoryPressure, memory_bytes
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor, low_disk
+from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor, low_disk, low_memory
 from textpolicy.tracking.best import BestAdapter
 
 RECORDED = Path(__file__).parents[1] / "golden" / "collapse"
@@ -259,6 +260,18 @@ def test_a_skipped_update_is_an_alarm_in_its_own_step():
     assert monitor.metrics()["alarm/not_finite"] == 0
 
 
+def test_a_machine_that_begins_to_swap_is_an_alarm():
+    before, share = MemoryPressure(10**9), memory_bytes() // 50
+    assert low_memory(before, MemoryPressure(10**9 + share // 2)) is None
+    sign = low_memory(before, MemoryPressure(10**9 + 2 * share))
+    assert sign and "were moved to swap since the run began" in sign[0]
+    warned = low_memory(before, MemoryPressure(0, warned=True))
+    assert warned and "0.0 MB" in warned[0] and "macOS warns" in warned[0]
+    (alarm,) = AlarmMonitor().check(0, STEADY, memory=sign)
+    assert alarm.name == "memory" and not alarm.is_about_learning
+    assert "--checkpoint-gradients" in str(alarm)
+
+
 def test_a_disk_with_room_for_few_checkpoints_is_an_alarm(tmp_path):
     assert low_disk(tmp_path / "none") is None
     sign = low_disk(tmp_path)
@@ -267,5 +280,5 @@ def test_a_disk_with_room_for_few_checkpoints_is_an_alarm(tmp_path):
         file.truncate(2**42)  # Takes no space, and says that it has four terabytes.
     sign = low_disk(tmp_path)
     assert sign and "44.0 TB" in sign[1]
-    (alarm,) = AlarmMonitor().check(0, STEADY, sign)
+    (alarm,) = AlarmMonitor().check(0, STEADY, disk=sign)
     assert alarm.name == "disk" and not alarm.is_about_learning

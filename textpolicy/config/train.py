@@ -177,7 +177,10 @@ class ModelOptions:
         flag="--template-args",
     )
     threads: int | None = option(
-        None, "CPU threads for matrix products", unset="all cores; 1 for 'tiny'", limit=at_least(1)
+        None,
+        "CPU threads for matrix products",
+        unset="all cores but one, or both of two; 1 for 'tiny'",
+        limit=at_least(1),
     )
 
     def __post_init__(self) -> None:

@@ -422,8 +422,13 @@ def sft_parameters(config: SFTConfig, directory: RunDirectory, data: SFTData) ->
 
 
 def apply_thread_option(options: ModelOptions) -> None:
-    """Set the threads of matrix products: one for the embedded model, whose products are small."""
+    """Set the threads of matrix products: one for the embedded model, whose products are small.
+
+    Runs of other models leave a core to other programs.
+    """
     if options.threads:
         fast_cpu.set_threads(options.threads)
     elif options.name == "tiny" and fast_cpu.enable().threads:
         fast_cpu.set_threads(1)
+    elif threads := fast_cpu.default_threads():
+        fast_cpu.set_threads(threads)

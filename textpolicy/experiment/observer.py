@@ -7,8 +7,9 @@ from textpolicy.evaluation import Evaluator
 from textpolicy.experiment.events import Measurement, Reporter
 from textpolicy.experiment.watchdog import Watchdog
 from textpolicy.loop import StepReport
+from textpolicy.machine import MemoryPressure
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.alarms import AlarmMonitor, low_disk
+from textpolicy.tracking.alarms import AlarmMonitor, low_disk, low_memory
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.tracking.tracker import Tracker
@@ -50,6 +51,7 @@ class StepObserver:
         self._keep_adapters = keep_adapters
         self._before: Mapping[str, float] = {}
         self._monitor = AlarmMonitor()
+        self._pressure = MemoryPressure.now()
         self._evaluated: Metrics = {}
         self.alarms: list[str] = []
         self.best_step = 0
@@ -139,7 +141,12 @@ class StepObserver:
         """Record a finished step; return STOP if the listener or an alarm ends the run."""
         stalled = self._watchdog.step_ended()
         metrics = step.metrics | self._evaluated
-        new = self._monitor.check(step.step, metrics, low_disk(self._directory.checkpoints))
+        new = self._monitor.check(
+            step.step,
+            metrics,
+            disk=low_disk(self._directory.checkpoints),
+            memory=low_memory(self._pressure, MemoryPressure.now()),
+        )
         self.alarms += map(str, new)
         samples = sample_rows(step.step, step.trained, step.advantages)
         self._tracker.write_samples(step.step, samples)

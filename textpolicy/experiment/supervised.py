@@ -20,7 +20,9 @@ from textpolicy.experiment.first_prompt import describe_prompt
 from textpolicy.experiment.resuming import Start, resume_line, save_options
 from textpolicy.experiment.watchdog import Watchdog, watch
 from textpolicy.generation.mlx_generation import load_model
+from textpolicy.machine import MemoryPressure
 from textpolicy.runs import RunDirectory
+from textpolicy.tracking.alarms import Alarm, low_memory
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.training.sft import (
     SaveReport,
@@ -125,7 +127,17 @@ class _Recorder:
         self._watchdog = watchdog
         self._first = True
         self._stalled = False
+        self._pressure = MemoryPressure.now()
+        self.alarms: list[str] = []
         self._updated = time.monotonic()
+
+    def _report_low_memory(self, iteration: int) -> bool:
+        """Return whether the machine swaps; report it the first time."""
+        sign = low_memory(self._pressure, MemoryPressure.now())
+        if sign and not self.alarms:
+            self.alarms.append(str(Alarm("memory", iteration - 1, *sign)))
+            self._report("alarm", self.alarms[0])
+        return sign is not None
 
     @doing("reporting")
     def on_progress(self, event: SFTEvent) -> Progress:
@@ -138,6 +150,7 @@ class _Recorder:
         if isinstance(event, TrainReport):
             metrics["alarm/stalled"] = float(self._stalled)
             self._stalled = False
+            metrics["alarm/memory"] = float(self._report_low_memory(event.iteration))
         if metrics:
             self._tracker.write(event.iteration, metrics)
         self._report.step = event.iteration

@@ -4,6 +4,12 @@ Importing this package changes nothing. `enable` switches the BLAS of the proces
 calls `enable`; if you build a model without `load_model`, call `enable` yourself.
 """
 
-from textpolicy.fast_cpu.blas import BlasStatus, enable, measure_gflops, set_threads
+from textpolicy.fast_cpu.blas import (
+    BlasStatus,
+    default_threads,
+    enable,
+    measure_gflops,
+    set_threads,
+)
 
-__all__ = ["BlasStatus", "enable", "measure_gflops", "set_threads"]
+__all__ = ["BlasStatus", "default_threads", "enable", "measure_gflops", "set_threads"]

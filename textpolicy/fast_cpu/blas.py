@@ -30,6 +30,7 @@ _PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _SHAPES = ((64, 64, 64), (33, 130, 17))
 # How long idle OpenBLAS threads poll for the next product before they sleep, as a power of two of
 # processor ticks. OpenBLAS' own value of 26 takes tens of milliseconds from mlx's threads.
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 _TIMEOUT = ("OPENBLAS_THREAD_TIMEOUT", "16")
 
 
@@ -65,6 +66,25 @@ def set_threads(count: int) -> None:
     if openblas is None:
         raise ConfigError(f"the threads of {status.name} cannot be set; leave out --threads")
     _function(openblas, "openblas_set_num_threads")(count)
+
+
+def default_threads() -> int | None:
+    """Return the threads of a run: one fewer than OpenBLAS takes, if it takes more than two.
+
+    OpenBLAS waits for the slowest of its threads, so a core that another program uses slows the
+    threads on all cores down. None means that the number cannot be set.
+    """
+    _, openblas = _choose_once()
+    if openblas is None:
+        return None
+    if any(name in os.environ for name in _THREAD_VARIABLES):
+        return enable().threads
+    return threads_beside_others(_function(openblas, "openblas_get_num_procs")())
+
+
+def threads_beside_others(cores: int) -> int:
+    """Return the threads that leave room on so many cores. Half of two would be too few."""
+    return cores - 1 if cores > 2 else cores
 
 
 def measure_gflops(n: int = 1024) -> float:

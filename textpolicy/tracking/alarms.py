@@ -1,4 +1,4 @@
-"""Alarms: signs that training collapses or overfits, bad gradients, and a disk that is nearly full.
+"""Alarms: signs that training collapses or overfits, bad gradients, and a machine that runs full.
 
 Collapse is found by comparing metrics with the run's first steps.
 
@@ -13,7 +13,7 @@ from math import hypot
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from textpolicy.machine import free_disk_bytes, size_text
+from textpolicy.machine import MemoryPressure, free_disk_bytes, memory_bytes, size_text
 from textpolicy.types import Metrics
 
 REWARD = "reward"
@@ -26,6 +26,8 @@ _NOT_FINITE = "update_skipped/not_finite"
 _EVALUATED, _EVALUATION_ERROR = "eval/reward", "eval/standard_error"
 # A disk with room for fewer further checkpoints is nearly full.
 _CHECKPOINTS_LEFT = 10
+# The share of the memory that all programs may move to swap during a run.
+_SWAPPED_SHARE = 1 / 50
 ALARM_METRICS = (REWARD, _REWARD_STD, _ENTROPY, _ZERO_STD, _LENGTH, _CLIPPED)
 
 
@@ -138,14 +140,22 @@ class AlarmMonitor:
         self._reported: set[str] = set()
         self._signs: dict[str, _Sign] = {}
 
-    def check(self, step: int, metrics: Metrics, disk: _Sign | None = None) -> list[Alarm]:
+    def check(
+        self,
+        step: int,
+        metrics: Metrics,
+        *,
+        disk: _Sign | None = None,
+        memory: _Sign | None = None,
+    ) -> list[Alarm]:
         """Return the alarms that this step sets off for the first time.
 
-        `disk` is what `low_disk` returned.
+        `disk` is what `low_disk` returned, and `memory` what `low_memory` returned.
         """
         now: dict[str, _Sign | None] = {
             "not_finite": _check_not_finite(metrics),
             "disk": disk,
+            "memory": memory,
         }
         if all(name in metrics for name in ALARM_METRICS):
             now |= self._check_trend(metrics)
@@ -205,6 +215,20 @@ def low_disk(checkpoints: Path) -> _Sign | None:
         f"the disk of {checkpoints} has {size_text(free)} free",
         f"at least {size_text(needed)}, which is {_CHECKPOINTS_LEFT} checkpoints",
         "Free some space. A run that cannot save a checkpoint ends and can be resumed",
+    )
+
+
+def low_memory(before: MemoryPressure, now: MemoryPressure) -> _Sign | None:
+    """Return the sign of a machine that has begun to swap since the pressure was as before."""
+    swapped, most = now.swapped - before.swapped, int(memory_bytes() * _SWAPPED_SHARE)
+    if swapped <= most and not now.warned:
+        return None
+    warned = ", and macOS warns of memory pressure" if now.warned else ""
+    return (
+        f"{size_text(max(swapped, 0))} were moved to swap since the run began{warned}",
+        f"at most {size_text(most)}, and no warning",
+        "A machine that swaps is slow, and a Mac can freeze. Close other programs, or start a "
+        "smaller run: --checkpoint-gradients, --micro-batch-size 1, fewer --max-tokens",
     )
 
 
@@ -282,7 +306,7 @@ _CHECKS = {
     "zero_std": _check_zero_std,
     "reward": _check_reward,
 }
-_OTHER_ALARMS = ("overfit", "not_finite", "disk")
+_OTHER_ALARMS = ("overfit", "not_finite", "disk", "memory")
 
 
 def _mean(steps: Iterable[Metrics], name: str) -> float:

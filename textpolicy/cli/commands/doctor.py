@@ -1,8 +1,9 @@
 """`textpolicy doctor`: the versions, the device and the measured speed of this installation."""
 
+import os
 import platform
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ def run(options: Namespace) -> Answer:
         "device": mx.default_device().type.name,
         "device_name": str(mx.device_info().get("device_name", "unknown")),
         "blas": asdict(blas) | {"gflops": round(fast_cpu.measure_gflops(), 1)},
+        "threads": _measure_threads(),
         "memory_bytes": memory_bytes(),
         "tiny_model": _TINY.is_file(),
     }
@@ -32,9 +34,30 @@ def run(options: Namespace) -> Answer:
     return Answer(data=data, text=_for_people(data), exit_code=0 if data["usable"] else 1)
 
 
+def _measure_threads() -> dict[str, float] | None:
+    """Return the threads of a run, and the speed of products with them and with one thread."""
+    default, before = fast_cpu.default_threads(), fast_cpu.enable().threads
+    if default is None or before is None:
+        return None
+    speeds: list[float] = []
+    for count in (default, 1):
+        fast_cpu.set_threads(count)
+        speeds.append(round(fast_cpu.measure_gflops(), 1))
+    fast_cpu.set_threads(before)
+    return {"of_a_run": default, "gflops": speeds[0], "gflops_of_one": speeds[1]}
+
+
+def _threads_text(threads: Mapping[str, float] | None) -> Iterator[str]:
+    if threads is None:
+        return
+    count, speed, alone = threads["of_a_run"], threads["gflops"], threads["gflops_of_one"]
+    yield f"a run takes {count} of {os.cpu_count()} cores: {speed} GFLOP/s; one thread: {alone}"
+    if alone > speed:
+        yield "one thread is faster now, because other programs use this machine: --threads 1"
+
+
 def _for_people(data: Mapping[str, Any]) -> str:
     blas = data["blas"]
-    threads = f", {blas['threads']} threads" if blas["threads"] else ""
     rows = [
         ("python", f"{data['python']} on {data['platform']}"),
         ("textpolicy", data["textpolicy"] or "runs from its sources, not installed"),
@@ -42,7 +65,8 @@ def _for_people(data: Mapping[str, Any]) -> str:
         ("mlx-lm", data["mlx-lm"] or "MISSING: pip install mlx-lm"),
         ("device", f"{data['device']} ({data['device_name']})"),
         ("memory", size_text(data["memory_bytes"])),
-        ("CPU products", f"{blas['name']}: {blas['gflops']} GFLOP/s in float32{threads}"),
+        ("CPU products", f"{blas['name']}: {blas['gflops']} GFLOP/s in float32"),
+        *(("", text) for text in _threads_text(data["threads"])),
         *(("", note) for note in (blas["reason"], blas["hint"]) if note),
         ("tiny model", "present" if data["tiny_model"] else f"MISSING: no {_TINY}; reinstall"),
         ("verdict", "ready: try `textpolicy demo`" if data["usable"] else "not usable yet"),

@@ -23,6 +23,7 @@ from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import prepare_adapter_path
 from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.machine import keep_memory_in_bounds
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.training.checkpoint import (
     Checkpoint,
@@ -135,7 +136,7 @@ def train_sft(
     )
     if resume is not None:
         run.restore(resume)
-    with in_mode(model, training=True):
+    with in_mode(model, training=True), keep_memory_in_bounds():
         for event in run.events(source.updates(run.iteration)):
             if on_progress is not None and asks_to_stop(on_progress(event)):
                 run.ended = "stopped"
