@@ -11,6 +11,7 @@ from textpolicy.activity import doing
 from textpolicy.errors import AdapterError, ExportError
 from textpolicy.export.adapter_folders import open_adapter, refuse_bias
 from textpolicy.export.gguf import (
+    check_tokens,
     has_llama_cpp,
     logprobs_by_llama_cpp,
     read_gguf_model,
@@ -112,6 +113,8 @@ def reopen_gguf(job: Job, folder: Path) -> Iterator[Opened]:
     with doing("opening the GGUF file again"):
         compute = log_probabilities_of(read_gguf_model(path))
     yield Opened(compute=compute, by="TextPolicy's reader of GGUF files")
+    if has_llama_cpp():
+        check_tokens(path, job.tokenizer)
     yield from _by_llama_cpp(job, path)
 
 

@@ -4,11 +4,11 @@ Most of the time of these tests is the start of llama.cpp, about half a second e
 """
 
 from typing import Any
-from unicodedata import normalize
 
 import pytest
 from tokenizers import normalizers
 
+from tests.export.gguf.files import rewrite
 from tests.export.gguf.models import (
     LINEAR,
     LLAMA3,
@@ -22,7 +22,9 @@ from tests.export.gguf.models import (
 )
 from tests.export.gguf.tokenizers import PLAIN, WIDE, odd_texts, tokenizer_with
 from textpolicy.adapters import AdapterContainer
+from textpolicy.errors import ModelError
 from textpolicy.export.gguf import (
+    check_tokens,
     logprobs_by_llama_cpp,
     read_gguf_model,
     tokens_by_llama_cpp,
@@ -30,6 +32,7 @@ from textpolicy.export.gguf import (
     write_gguf_lora,
 )
 from textpolicy.export.gguf.pretokenizers import PRE_TOKENIZERS
+from textpolicy.export.gguf.token_check import DIFFICULT_TEXTS
 
 TOLERANCE = 1e-4
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -48,22 +51,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"tie_word_embeddings": False}),
     "smollm3": ("smollm3", {}),
 }
-# Accents, digits, several spaces and line breaks, contractions, CJK, emoji, control tokens.
-TEXTS = [
-    "Crème brûlée, naïve; it's 1,234,567 miles \N{EN DASH} isn't it? I'LL say",
-    "  two spaces\n\n\n\tthree lines \r\n end   ",
-    "日本語のテキスト、中文 and 한국어 ١٢٣ ²³",
-    "🙂👍🏽 e\N{COMBINING ACUTE ACCENT} <|im_start|>user\nHi<|im_end|>\n<|endoftext|>x",
-    "def f(x):\n    return x**2 # (a+b)!=c\n\n",
-    "'s 't a's A'S x'Re\N{NO-BREAK SPACE}y\N{LINE SEPARATOR}z",
-]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(load_tiny):
-    return load_tiny()[1]
-
-
 # Weights are rounded to a number format, and llama.cpp rounds what they are multiplied with too.
 # Measured on the embedded model: 0.0025, 0.022 and 0.08.
 ROUNDING = {"f16": 0.01, "bf16": 0.06, "q8_0": 0.2}
@@ -84,7 +71,7 @@ def test_the_embedded_model_is_the_same_in_llama_cpp_with_its_adapter_and_merged
     AdapterContainer.of(model).fuse()
     merged = write_gguf(tmp_path / "merged.gguf", model, tokenizer, tiny_architecture)
     assert difference(logprobs_by_llama_cpp(merged, PROMPTS, VOCABULARY), trained) < TOLERANCE
-    assert tokens_by_llama_cpp(merged, TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    check_tokens(merged, tokenizer)
 
 
 @pytest.mark.parametrize("number_format", ROUNDING)
@@ -113,7 +100,7 @@ def test_llama_cpp_makes_the_same_tokens_by_a_pre_tokenizer_of_the_table(name, t
     tokenizer = tokenizer_with(name)
     model, architecture = make("llama", vocab_size=len(tokenizer.get_vocab()) + 4)
     path = write_gguf(tmp_path / "model.gguf", model, tokenizer, architecture)
-    texts = [*TEXTS, f"x{WIDE} {PLAIN}{PLAIN}y {PLAIN[:-1]} >", *odd_texts(600)]
+    texts = [*DIFFICULT_TEXTS, f"x{WIDE} {PLAIN}{PLAIN}y {PLAIN[:-1]} >", *odd_texts(600)]
     found = tokens_by_llama_cpp(path, texts)
     pairs = zip(texts, found, strict=True)
     assert [text for text, own in pairs if own != tokenizer.encode(text)] == []
@@ -123,8 +110,17 @@ def test_llama_cpp_makes_the_same_tokens_of_text_that_is_in_nfc(tmp_path):
     tokenizer = tokenizer_with("qwen2", normalizer=normalizers.NFC())
     model, architecture = make("qwen2", vocab_size=len(tokenizer.get_vocab()))
     path = write_gguf(tmp_path / "model.gguf", model, tokenizer, architecture)
-    texts = [normalize("NFC", text) for text in TEXTS]
-    assert tokens_by_llama_cpp(path, texts) == [tokenizer.encode(text) for text in texts]
+    check_tokens(path, tokenizer)
+
+
+def test_a_file_with_the_pre_tokenizer_of_another_model_is_found_out(tmp_path):
+    tokenizer = tokenizer_with("qwen2")
+    model, architecture = make("llama", vocab_size=len(tokenizer.get_vocab()))
+    path = write_gguf(tmp_path / "right.gguf", model, tokenizer, architecture)
+    check_tokens(path, tokenizer)
+    wrong = rewrite(path, tmp_path / "wrong.gguf", **{"tokenizer.ggml.pre": "gpt-2"})
+    with pytest.raises(ModelError, match="other tokens than the tokenizer of the text"):
+        check_tokens(wrong, tokenizer)
 
 
 def test_llama_cpp_adds_the_same_tokens_around_a_text(tmp_path):
