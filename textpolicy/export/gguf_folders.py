@@ -11,7 +11,7 @@ from textpolicy.activity import doing
 from textpolicy.errors import AdapterError, ExportError
 from textpolicy.export.adapter_folders import open_adapter, refuse_bias
 from textpolicy.export.gguf import (
-    check_tokens,
+    compare_tokens_with_llama_cpp,
     has_llama_cpp,
     logprobs_by_llama_cpp,
     read_gguf_model,
@@ -114,7 +114,7 @@ def reopen_gguf(job: Job, folder: Path) -> Iterator[Opened]:
         compute = log_probabilities_of(read_gguf_model(path))
     yield Opened(compute=compute, by="TextPolicy's reader of GGUF files")
     if has_llama_cpp():
-        check_tokens(path, job.tokenizer)
+        compare_tokens_with_llama_cpp(path, job.tokenizer)
     yield from _by_llama_cpp(job, path)
 
 

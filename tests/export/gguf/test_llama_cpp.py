@@ -24,7 +24,7 @@ from tests.export.gguf.tokenizers import PLAIN, WIDE, odd_texts, tokenizer_with
 from textpolicy.adapters import AdapterContainer
 from textpolicy.errors import ModelError
 from textpolicy.export.gguf import (
-    check_tokens,
+    compare_tokens_with_llama_cpp,
     logprobs_by_llama_cpp,
     read_gguf_model,
     tokens_by_llama_cpp,
@@ -71,7 +71,7 @@ def test_the_embedded_model_is_the_same_in_llama_cpp_with_its_adapter_and_merged
     AdapterContainer.of(model).fuse()
     merged = write_gguf(tmp_path / "merged.gguf", model, tokenizer, tiny_architecture)
     assert difference(logprobs_by_llama_cpp(merged, PROMPTS, VOCABULARY), trained) < TOLERANCE
-    check_tokens(merged, tokenizer)
+    compare_tokens_with_llama_cpp(merged, tokenizer)
 
 
 @pytest.mark.parametrize("number_format", ROUNDING)
@@ -110,17 +110,17 @@ def test_llama_cpp_makes_the_same_tokens_of_text_that_is_in_nfc(tmp_path):
     tokenizer = tokenizer_with("qwen2", normalizer=normalizers.NFC())
     model, architecture = make("qwen2", vocab_size=len(tokenizer.get_vocab()))
     path = write_gguf(tmp_path / "model.gguf", model, tokenizer, architecture)
-    check_tokens(path, tokenizer)
+    compare_tokens_with_llama_cpp(path, tokenizer)
 
 
 def test_a_file_with_the_pre_tokenizer_of_another_model_is_found_out(tmp_path):
     tokenizer = tokenizer_with("qwen2")
     model, architecture = make("llama", vocab_size=len(tokenizer.get_vocab()))
     path = write_gguf(tmp_path / "right.gguf", model, tokenizer, architecture)
-    check_tokens(path, tokenizer)
+    compare_tokens_with_llama_cpp(path, tokenizer)
     wrong = rewrite(path, tmp_path / "wrong.gguf", **{"tokenizer.ggml.pre": "gpt-2"})
     with pytest.raises(ModelError, match="other tokens than the tokenizer of the text"):
-        check_tokens(wrong, tokenizer)
+        compare_tokens_with_llama_cpp(wrong, tokenizer)
 
 
 def test_llama_cpp_adds_the_same_tokens_around_a_text(tmp_path):

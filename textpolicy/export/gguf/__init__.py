@@ -8,10 +8,10 @@ from textpolicy.export.gguf.llama_cpp import (
 from textpolicy.export.gguf.lora_file import write_gguf_lora
 from textpolicy.export.gguf.model_file import write_gguf
 from textpolicy.export.gguf.opened_model import read_gguf_model
-from textpolicy.export.gguf.token_check import check_tokens
+from textpolicy.export.gguf.token_check import compare_tokens_with_llama_cpp
 
 __all__ = [
-    "check_tokens",
+    "compare_tokens_with_llama_cpp",
     "has_llama_cpp",
     "logprobs_by_llama_cpp",
     "read_gguf_model",

@@ -1,4 +1,4 @@
-"""check_tokens: llama.cpp makes the same tokens of difficult texts as the tokenizer."""
+"""Whether llama.cpp makes the same tokens of difficult texts as the tokenizer."""
 
 from pathlib import Path
 from typing import cast
@@ -20,7 +20,7 @@ DIFFICULT_TEXTS = (
 )
 
 
-def check_tokens(path: Path, tokenizer: TokenizerWrapper) -> None:
+def compare_tokens_with_llama_cpp(path: Path, tokenizer: TokenizerWrapper) -> None:
     """Raise ModelError if llama.cpp, which must be installed, makes other tokens of some text.
 
     The texts are in the normal form NFC, because llama.cpp does not normalise text.
