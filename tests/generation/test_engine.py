@@ -257,3 +257,19 @@ def test_a_held_row_may_be_cancelled(loaded):
         engine.step()
     assert first.stop_reason is second.stop_reason is turn.stop_reason is StopReason.LENGTH
     assert len(turn.tokens) == 8
+
+
+def test_a_row_that_waits_for_the_place_of_a_held_row_starts_when_that_is_free(loaded):
+    engine = Engine(loaded[0], max_rows=1)
+    first, second = (row_of([5, 6], member=m, may_continue=True) for m in range(2))
+    engine.submit([first])
+    engine.submit([second])
+    while engine.can_step:
+        for row in engine.step():
+            engine.hold(row)
+    assert [len(row.tokens) for row in (first, second)] == [8, 0]
+    engine.cancel(first)
+    assert engine.can_step
+    while engine.can_step:
+        engine.step()
+    assert len(second.tokens) == 8

@@ -96,16 +96,16 @@ def quick(loaded):
 def test_environments_wait_side_by_side_and_the_rollouts_do_not_depend_on_it(loaded, quick):
     record = Record()
     started = time.monotonic()
-    assert numbers(play(loaded, tasks_of(record, 0.03))) == quick
+    assert numbers(play(loaded, tasks_of(record, 0.04))) == quick
     seconds = time.monotonic() - started
     turns = sum(len(rollout[3]) for rollout in quick)
     assert record.most > 8
-    assert seconds < 0.03 * (turns + 2 * 16)
+    assert seconds < 0.04 * (turns + 2 * 16)
 
 
 @pytest.mark.parametrize("max_rows", [3, 8])
 def test_rows_wait_for_a_place_while_environments_wait(loaded, quick, max_rows):
-    assert numbers(play(loaded, tasks_of(Record(), 0.02), max_rows)) == quick
+    assert numbers(play(loaded, tasks_of(Record(), 0.04), max_rows)) == quick
 
 
 def test_an_environment_that_fails_in_a_thread_ends_the_run_by_name(loaded):
@@ -113,13 +113,13 @@ def test_an_environment_that_fails_in_a_thread_ends_the_run_by_name(loaded):
     with pytest.raises(
         TaskError, match=r"environment \d, turn 2, on .*OSError: the server is gone"
     ):
-        play(loaded, tasks_of(record, 0.03, fails_at=2))
+        play(loaded, tasks_of(record, 0.04, fails_at=2))
     assert record.most > 1
 
 
 def test_an_environment_that_fails_in_a_thread_costs_its_rollout_only(loaded, quick):
-    tasks = tasks_of(Record(), 0.03)
-    tasks[3] = tasks_of(Record(), 0.03, fails_at=2)[3]
+    tasks = tasks_of(Record(), 0.04)
+    tasks[3] = tasks_of(Record(), 0.04, fails_at=2)[3]
     reward = Rewards(sum_turn_rewards, on_error="skip")
     groups = play(loaded, tasks, reward=reward)
     assert all("the server is gone" in rollout.error for rollout in groups[3].rollouts)

@@ -23,7 +23,7 @@ def waiting() -> WaitingCalls:
     """Return an object whose last calls have waited."""
     calls = WaitingCalls()
     while not calls.wait:
-        assert calls.start(time.sleep, 0.03).done()
+        assert calls.start(time.sleep, 0.04).done()
     return calls
 
 
@@ -37,7 +37,7 @@ def test_quick_calls_run_at_once_in_the_caller_s_thread():
 def test_calls_that_compute_for_long_run_at_once_too():
     calls = WaitingCalls()
     for _ in range(5):
-        assert calls.start(compute, 0.03).done()
+        assert calls.start(compute, 0.05).done()
     assert calls.start(in_main_thread).result()
 
 

@@ -71,9 +71,11 @@ class Engine:
 
     @property
     def can_step(self) -> bool:
-        """Whether a step would do anything: not if every row has ended or is held."""
-        decoding = self._batch is not None and self._batch.unfinished > 0
-        return decoding or bool(self._waiting) or any(self._next_turns.values())
+        """Whether a step would do anything: not if only held rows could make it do something."""
+        if (self._batch and self._batch.unfinished) or any(self._next_turns.values()):
+            return True
+        room = self._max_rows - len(self._next_turns)
+        return bool(self._waiting) and (not self._next_turns or len(self._waiting[0]) <= room)
 
     def submit(self, rows: Sequence[DecodingRow]) -> None:
         """Add rows that have one and the same context, which is read once for all of them."""

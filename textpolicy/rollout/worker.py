@@ -1,8 +1,10 @@
 """Collecting rollouts: a policy answers tasks or plays their environments, and rewards score."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -194,21 +196,17 @@ def _play(
             "in turns with its environment; give the policy the method converse of "
             "textpolicy.types.ConversingPolicy"
         )
-    calls, lock = WaitingCalls(), Lock()
+    calls, lock, members = WaitingCalls(), Lock(), range(group_size)
 
-    def on_fault_in_turn(fault: TextPolicyError) -> None:
+    def on_fault_in_thread(fault: TextPolicyError) -> None:
         with lock:
             on_fault(fault)
 
-    opening = [
-        [
-            calls.start(Episode, task, max_turns, on_fault_in_turn) if task.env else None
-            for _ in range(group_size)
-        ]
-        for task in tasks
-    ]
+    start = partial(Episode, max_turns=max_turns, on_fault=on_fault_in_thread)
+    played = [task for task in tasks if task.env]
+    opened = iter(_call_all(calls, [partial(start, task) for task in played for _ in members]))
     episodes: list[list[Episode | None]] = [
-        [future and future.result() for future in members] for members in opening
+        [next(opened) if task.env else None for _ in members] for task in tasks
     ]
 
     def respond(t: int, member: int, completion: Completion) -> Sequence[Message] | None:
@@ -216,13 +214,21 @@ def _play(
         return episode.respond(completion) if episode else None
 
     groups = policy.converse(prompts, respond, n=group_size, seed=seed)
-    closing = [calls.start(one.close) for members in episodes for one in members if one]
-    for future in closing:
-        future.result()
+    _call_all(calls, [episode.close for group in episodes for episode in group if episode])
     return [
         [_UnscoredRollout(turns, episode) for turns, episode in zip(group, members, strict=True)]
         for group, members in zip(groups, episodes, strict=True)
     ]
+
+
+def _call_all(calls: WaitingCalls, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Return the results of all calls. An error that ends the run comes before the next call."""
+    futures: list[Future[Any]] = []
+    for function in functions:
+        futures.append(calls.start(function))
+        if futures[-1].done():
+            futures[-1].result()
+    return [future.result() for future in futures]
 
 
 def _score(

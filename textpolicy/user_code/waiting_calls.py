@@ -12,7 +12,7 @@ from textpolicy.user_code.faults import complete_future
 
 MAX_THREADS = 64
 """The number of calls that may wait at the same time."""
-_WAIT_SECONDS = 0.02
+_WAIT_SECONDS = 0.03
 _OBSERVED_CALLS = 3
 _MAX_BUSY_SHARE = 0.1
 
@@ -20,7 +20,7 @@ _MAX_BUSY_SHARE = 0.1
 class WaitingCalls:
     """Runs calls at once, as long as they are quick or compute; runs calls that wait in threads.
 
-    Calls wait if each of the last three took 20 ms or more and used the processor for less than a
+    Calls wait if each of the last three took 30 ms or more and used the processor for less than a
     tenth of the time. Calls that compute would only compete with the caller, and a quick call is
     over before a thread has started; so both run in the caller's thread, in the order of the calls.
     """
