@@ -88,6 +88,7 @@ def test_a_step_that_takes_all_the_time_is_the_measurement(benched):
     assert time.perf_counter() - started < 10
 
 
+@pytest.mark.slow
 def test_without_json_the_bench_prints_a_table(capsys):
     assert main([*SMALL, "--seconds", "0.001"]) == 0
     text = capsys.readouterr().out

@@ -72,6 +72,7 @@ def test_the_output_is_a_folder(trained, failure, tmp_path):
     assert "is the name of a file" in message and str(tmp_path / "model") in message
 
 
+@pytest.mark.slow
 def test_an_export_is_replaced_only_with_force(trained, answer, failure, tmp_path):
     argv = ["export", trained(None, 0.05), "--model", "tiny", "--output", str(tmp_path / "out")]
     answer(*argv, "--to", "peft")

@@ -59,6 +59,7 @@ def test_a_run_that_is_refused_is_not_measured_either(empty, capsys):
     assert time.monotonic() - started < 10 and "REFUSED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_limits_warn_starts_the_run_all_the_same(empty, capsys):
     beyond = ["--keep-checkpoints", "1000000000", "--output", "run"]
     assert main(["train", "--env", "add", *SMALL, *beyond]) == 2
@@ -68,6 +69,7 @@ def test_limits_warn_starts_the_run_all_the_same(empty, capsys):
     assert "because of --limits warn" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_limits_warn_counts_for_sft_too(rows, empty, capsys):
     beyond = ["sft", "--data", rows, "--batch-size", "1000000000", "--dry-run"]
     assert main(beyond) == 2
@@ -206,6 +208,7 @@ def test_a_policy_refuses_more_completions_than_memory_holds(failure):
     assert "Sample fewer" in failure("generate", "--prompt", "x", "-n", str(10**10), code=2)
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_process_is_a_limit_of_its_memory():
     half = memory_bytes() // 2
     program = (

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from tests.quick import quick_first
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.cli import main
 from textpolicy.generation.mlx_generation import create_policy
@@ -132,7 +133,7 @@ def test_the_page_s_warm_up_is_longer_than_a_short_run_and_that_is_said(tmp_path
     assert rates == pytest.approx([2e-4 / 101, 4e-4 / 101])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", quick_first(1, ["bfloat16", "float16"]))
 def test_mixed_precision(tmp_path, dtype, capsys):
     instructions(tmp_path, 8)
     assert sft(tmp_path, "--iterations", "2", "--dtype", dtype) == 0

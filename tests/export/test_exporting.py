@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 import textpolicy as tp
+from tests.quick import quick_first
 from textpolicy.errors import ExportError, TextPolicyError
 from textpolicy.export import exporting
 from textpolicy.export.formats import FORMATS
@@ -15,7 +16,7 @@ from textpolicy.export.job import ExportOptions
 from textpolicy.export.source import find_source
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", quick_first(3, FORMATS))
 def test_an_export_is_a_folder_with_a_proof_that_holds(name, trained, tmp_path):
     path = trained(None, 0.05)
     exported = tp.export_adapter(path, name, tmp_path / "out", model="tiny")

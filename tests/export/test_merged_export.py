@@ -67,6 +67,7 @@ def test_dequantize_makes_every_weight_of_a_quantized_base_a_float(trained, answ
     assert said_by(model, tokenizer) == said_by(*load_model("tiny", adapter))
 
 
+@pytest.mark.slow
 def test_an_update_that_rounding_would_erase_is_merged_only_with_min_survival_zero(
     trained, failure, answer, tmp_path
 ):

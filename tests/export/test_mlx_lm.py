@@ -10,6 +10,7 @@ from mlx_lm.utils import save_model
 import textpolicy as tp
 from tests.bases import trained
 from tests.export.gguf.models import difference, logprobs, make
+from tests.quick import quick_first
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule
 from textpolicy.generation.mlx_generation import load_model
 
@@ -27,7 +28,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=quick_first(1, ["llama", "qwen3"]))
 def checkpoint(request, tiny, tmp_path_factory):
     """Return the folder of a random model with the tokenizer of the embedded model."""
     model, config = make(request.param)
@@ -39,7 +40,7 @@ def checkpoint(request, tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=quick_first(2, CONFIGS))
 def adapter(request, checkpoint, tmp_path_factory):
     """Return an adapter file, and the log-probabilities with the adapter and without it."""
     model, _ = load_model(checkpoint)

@@ -7,6 +7,7 @@ from random import Random
 import mlx.core as mx
 import pytest
 
+from tests.quick import quick_first
 from tests.test_resume import Run
 from textpolicy.errors import AdapterError, TrainingError
 from textpolicy.training.checkpoint import Checkpoints, read_checkpoint
@@ -101,7 +102,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.proves("F3")
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", quick_first(3, DAMAGES), ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_is_refused_or_equal(
     folder, tmp_path, attempts, damage: Callable[[bytearray, Random], None]
 ):
@@ -125,7 +126,7 @@ def test_a_damaged_checkpoint_is_refused_or_equal(
 
 
 @pytest.mark.proves("F3")
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", quick_first(3, DAMAGES), ids=lambda damage: damage.__name__)
 def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damage_is_told(
     folder, tmp_path, attempts, damage: Callable[[bytearray, Random], None]
 ):

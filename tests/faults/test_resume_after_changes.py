@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import textpolicy as tp
+from tests.quick import quick_first
 from textpolicy.cli import main
 from textpolicy.errors import ConfigError
 from textpolicy.experiment import identity
@@ -122,15 +123,8 @@ CHANGES = {
 }
 
 
-# Two kinds of files; the others take the same path.
-QUICK = {"model: model.safetensors has changed", "reward: reward.py has changed"}
-
-
 @pytest.mark.proves("F22")
-@pytest.mark.parametrize(
-    "told",
-    [told if told in QUICK else pytest.param(told, marks=pytest.mark.slow) for told in CHANGES],
-)
+@pytest.mark.parametrize("told", quick_first(1, CHANGES))
 def test_a_changed_file_is_named_and_refused_unless_forced(copies, attempts, capsys, told):
     run, own = copies
     before = RunDirectory(run).config.read_bytes()
@@ -267,6 +261,7 @@ def test_another_shape_of_the_adapters_is_refused_by_its_option_with_force_too(
         attempts.add()
 
 
+@pytest.mark.slow
 def test_a_forced_option_holds_although_the_process_ends_before_the_next_checkpoint(copies):
     run, _ = copies
     edit(RunDirectory(run).config, "lr = 0.0005", "lr = 0.05")
@@ -466,6 +461,7 @@ def test_two_checkpoints_of_a_supervised_run_are_kept_and_no_validation_is_made_
     assert (again.ended, again.before) == ("finished", result.before)
 
 
+@pytest.mark.slow
 def test_a_page_of_the_user_in_a_run_stays_and_the_run_ends_well(copies, capsys):
     run, _ = copies
     (run / "report.html").write_text("mine")

@@ -9,6 +9,7 @@ from itertools import islice
 
 import pytest
 
+from tests.quick import quick_first
 from textpolicy.environments import load, sum_turn_rewards
 from textpolicy.errors import ConfigError, TaskError
 from textpolicy.generation.mlx_generation import create_policy
@@ -193,13 +194,7 @@ def test_a_session_that_a_hanging_step_started_is_killed_too(
     assert mark not in running
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "hilo",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("calculator", "tictactoe", "wordle")),
-    ],
-)
+@pytest.mark.parametrize("name", quick_first(1, ["hilo", "calculator", "tictactoe", "wordle"]))
 def test_episodes_in_another_process_equal_those_in_this_one(load_tiny, name):
     model, tokenizer = load_tiny()
     found = []

@@ -7,6 +7,7 @@ import pytest
 from mlx_lm.models import gated_delta
 
 from tests.memory import peak_of
+from tests.quick import quick_first
 from textpolicy.layer_gradients.gated_delta import gated_delta_in_chunks, gated_delta_update
 
 NAMES = ["q", "k", "v", "log_decay", "beta", "state"]
@@ -136,7 +137,7 @@ def test_half_precision_is_computed_in_float32_and_returned_as_it_came():
     assert mx.array_equal(y, expected.astype(mx.bfloat16)) and mx.array_equal(state, last)
 
 
-@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize("vector", quick_first(1, [False, True]))
 def test_memory_grows_with_length_and_not_faster(vector):
     def peak(time):
         arrays = inputs(time, vector=vector)

@@ -72,6 +72,7 @@ def test_honest_code_passes_its_tests_whatever_crosses_between_them():
     assert failed == {}
 
 
+@pytest.mark.slow
 @boxed
 def test_each_test_runs_the_code_afresh_and_a_late_one_costs_the_others_nothing():
     code = "import time\nn = 0\ndef tick(wait):\n    global n\n    n += 1\n"

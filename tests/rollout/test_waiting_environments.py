@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from tests.quick import quick_first
 from textpolicy.environments import ChatEnv, sum_turn_rewards
 from textpolicy.errors import TaskError
 from textpolicy.generation.policy import ModelPolicy
@@ -103,7 +104,7 @@ def test_environments_wait_side_by_side_and_the_rollouts_do_not_depend_on_it(loa
     assert seconds < 0.04 * (turns + 2 * 16)
 
 
-@pytest.mark.parametrize("max_rows", [3, 8])
+@pytest.mark.parametrize("max_rows", quick_first(1, [3, 8]))
 def test_rows_wait_for_a_place_while_environments_wait(loaded, quick, max_rows):
     assert numbers(play(loaded, tasks_of(Record(), 0.04), max_rows)) == quick
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import textpolicy as tp
+from tests.quick import quick_first
 from textpolicy.cli import main
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.report import write_report
@@ -43,7 +44,7 @@ FOREIGN = [
 
 
 @pytest.mark.proves("S8", "F12")
-@pytest.mark.parametrize("command", ["train", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", quick_first(1, ["train", "sft"]))
 def test_a_folder_with_anything_of_the_user_is_refused_and_stays_as_it_is(
     tmp_path, capsys, attempts, command
 ):
@@ -157,8 +158,9 @@ def test_a_page_that_is_no_report_is_not_replaced(tmp_path, capsys):
         assert main(["report", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.proves("S16")
-@pytest.mark.parametrize("made_before", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("made_before", [False, True])
 def test_files_of_a_run_are_private_under_an_open_umask(tmp_path, attempts, made_before):
     pytest.importorskip("tensorboardX")
     run = tmp_path / "run"

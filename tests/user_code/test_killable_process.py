@@ -179,6 +179,7 @@ FORGERIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.proves("S5")
 def test_bytes_that_are_no_answer_are_an_error_of_the_process_and_nothing_else(start, attempts):
     for name, forged in FORGERIES.items():

@@ -21,6 +21,7 @@ from tests.export.gguf.models import (
     make,
 )
 from tests.export.gguf.tokenizers import PLAIN, WIDE, odd_texts, tokenizer_with
+from tests.quick import quick_first
 from textpolicy.adapters import AdapterContainer
 from textpolicy.errors import ModelError
 from textpolicy.export.gguf import (
@@ -56,13 +57,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 ROUNDING = {"f16": 0.01, "bf16": 0.06, "q8_0": 0.2}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick_first(2, MODELS))
 def test_llama_cpp_computes_what_mlx_does_with_an_adapter_and_without(name, tokenizer, tmp_path):
     model_type, changes = MODELS[name]
     model, architecture = make(model_type, **changes)
     check_in_llama_cpp(model, architecture, tokenizer, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_the_same_in_llama_cpp_with_its_adapter_and_merged(
     load_tiny, tiny_architecture, tmp_path
 ):
@@ -74,7 +76,7 @@ def test_the_embedded_model_is_the_same_in_llama_cpp_with_its_adapter_and_merged
     compare_tokens_with_llama_cpp(merged, tokenizer)
 
 
-@pytest.mark.parametrize("number_format", ROUNDING)
+@pytest.mark.parametrize("number_format", quick_first(1, ROUNDING))
 def test_a_number_format_rounds_no_more_than_it_says(
     number_format, load_tiny, tiny_architecture, tmp_path
 ):
@@ -95,7 +97,7 @@ def test_a_scaling_of_positions_makes_a_difference_that_the_tolerance_sees(scali
     assert difference(plain, scaled) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@pytest.mark.parametrize("name", quick_first(1, PRE_TOKENIZERS))
 def test_llama_cpp_makes_the_same_tokens_by_a_pre_tokenizer_of_the_table(name, tmp_path):
     tokenizer = tokenizer_with(name)
     model, architecture = make("llama", vocab_size=len(tokenizer.get_vocab()) + 4)

@@ -205,6 +205,7 @@ def test_a_file_that_is_cut_anywhere_is_refused_by_name(whole, tmp_path):
         assert_refused(tmp_path / "a.gguf", whole[:size])
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_that_counts_is_refused_by_name(whole, tmp_path):
     dice = random.Random(0)
     path = tmp_path / "a.gguf"
@@ -231,6 +232,7 @@ def test_a_flipped_bit_anywhere_that_counts_is_refused_by_name(whole, tmp_path):
 COUNTS = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**31, 2**63, 2**64 - 1])
 
 
+@pytest.mark.slow
 @given(COUNTS, st.integers(0, 300))
 @examples(5)
 def test_any_number_in_the_header_is_read_in_bounded_time(whole, tmp_path, number, place):
