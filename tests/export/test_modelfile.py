@@ -7,6 +7,7 @@ import jinja2
 import pytest
 
 import textpolicy as tp
+from textpolicy.export.asking import Asking
 from textpolicy.export.modelfile import chat_texts, modelfile
 from textpolicy.generation.mlx_generation import load_model
 
@@ -111,7 +112,7 @@ def test_the_template_of_ollama_writes_what_the_chat_template_writes(
     template, system, with_template
 ):
     tokenizer = with_template(template)
-    commands = dict(parse(modelfile(tokenizer, None, [])))
+    commands = dict(parse(modelfile(tokenizer, Asking(), [])))
     messages = [{"role": "system", "content": system}, *CONVERSATION] if system else CONVERSATION
     # Ollama puts the SYSTEM of the Modelfile before a conversation without a system message.
     own = [] if system or "system" not in commands else [commands["system"]]
@@ -120,18 +121,32 @@ def test_the_template_of_ollama_writes_what_the_chat_template_writes(
     assert render_go(commands["template"], given) == expected
 
 
+SWITCHED = CHATML + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_template_of_ollama_has_the_arguments_that_the_run_gave(thinking, with_template):
+    asking = Asking(arguments={"thinking": thinking})
+    commands = dict(parse(modelfile(with_template(SWITCHED), asking, [])))
+    ending = "<|im_start|>assistant\n" + ("" if thinking else "<think></think>")
+    assert render_go(commands["template"], CONVERSATION).endswith(f"<|im_end|>\n{ending}")
+
+
 @pytest.mark.parametrize("template", [TRIMMED + BEGIN, ALTERNATING, "{{ messages[0].content }}"])
 def test_a_template_that_is_not_certain_is_left_out_and_said(template, with_template):
     tokenizer, notes = with_template(template), []
     assert chat_texts(tokenizer) is None
-    assert "template" not in dict(parse(modelfile(tokenizer, None, notes)))
+    assert "template" not in dict(parse(modelfile(tokenizer, Asking(), notes)))
     assert "no TEMPLATE" in notes[0]
 
 
 def test_a_model_without_a_chat_template_gets_the_bare_prompt(with_template):
     tokenizer = with_template(None)
     tokenizer.has_chat_template = False
-    assert dict(parse(modelfile(tokenizer, None, [])))["template"] == "{{ .Prompt }}"
+    assert dict(parse(modelfile(tokenizer, Asking(), [])))["template"] == "{{ .Prompt }}"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +161,7 @@ def test_a_model_without_a_chat_template_gets_the_bare_prompt(with_template):
 )
 def test_a_system_message_is_written_unchanged_or_left_out(system, written, with_template):
     notes = []
-    commands = dict(parse(modelfile(with_template(CHATML + BEGIN), system, notes)))
+    commands = dict(parse(modelfile(with_template(CHATML + BEGIN), Asking(system=system), notes)))
     assert commands.get("system") == (system if written else None)
     assert written or "no SYSTEM" in notes[0]
 

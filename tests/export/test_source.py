@@ -5,11 +5,14 @@ import os
 import shutil
 
 import pytest
+from mlx_lm.utils import load_tokenizer
 
 import textpolicy as tp
 from textpolicy.config import TrainConfig, changed, to_toml
 from textpolicy.errors import ConfigError
+from textpolicy.export.asking import read_asking
 from textpolicy.export.source import find_source
+from textpolicy.generation.model_files import tiny_model
 from textpolicy.runs import RunDirectory
 from textpolicy.untrusted.bounds import MAX_LINE_CHARACTERS
 
@@ -23,6 +26,14 @@ def run(tmp_path, trained):
     directory.adapters.mkdir()
     shutil.copy(trained(None, 0.05), directory.latest)
     return directory
+
+
+def prompts_of(run, count):
+    return list(read_asking(run, load_tokenizer(tiny_model()), count).prompts)
+
+
+def system_of(run):
+    return read_asking(run, load_tokenizer(tiny_model()), 1).system
 
 
 def write_samples(run, prompts):
@@ -52,12 +63,11 @@ def test_a_run_that_names_no_adapter_or_no_model_is_an_error(run):
 
 
 def test_the_prompts_are_the_first_different_ones_of_the_run(run):
-    source = find_source(run.path)
-    plain = source.prompts(3)
+    plain = prompts_of(run, 3)
     assert len(plain) == 3
     write_samples(run, ["1+1=", "1+1=", [{"role": "user", "content": "2+2="}], "3+3=", "4+4="])
-    assert source.prompts(3) == ["1+1=", [{"role": "user", "content": "2+2="}], "3+3="]
-    assert source.prompts(9)[-1] == "4+4="
+    assert prompts_of(run, 3) == ["1+1=", [{"role": "user", "content": "2+2="}], "3+3="]
+    assert prompts_of(run, 9)[-1] == "4+4="
 
 
 DAMAGE = {
@@ -72,30 +82,51 @@ DAMAGE = {
 def test_lines_that_hold_no_prompt_are_left_out(damage, run):
     good = b'{"step": 0, "prompt": "5+5="}\n'
     run.samples.write_bytes(DAMAGE[damage] + good)
-    assert find_source(run.path).prompts(4) == ["5+5="]
+    assert prompts_of(run, 4) == ["5+5="]
 
 
 def test_a_line_without_end_is_read_in_bounded_pieces(run):
     with run.samples.open("wb") as file:
         file.truncate(3 * MAX_LINE_CHARACTERS)
-    assert find_source(run.path).prompts(2) == find_source(run.path).prompts(9)[:2]
+    assert prompts_of(run, 2) == prompts_of(run, 9)[:2]
 
 
 def test_samples_that_are_a_pipe_are_not_waited_for(run):
     os.mkfifo(run.samples)
-    assert find_source(run.path).prompts(2)
+    assert prompts_of(run, 2)
 
 
 def test_the_system_message_is_the_one_that_all_prompts_begin_with(run):
-    source = find_source(run.path)
-    assert source.system() is None
+    assert system_of(run) is None
     asked = [
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": q}] for q in "ab"
     ]
     write_samples(run, asked)
-    assert source.system() == "Be brief."
+    assert system_of(run) == "Be brief."
     write_samples(run, [*asked, "c"])
-    assert source.system() is None
+    assert system_of(run) is None
+
+
+def test_the_system_message_of_the_config_comes_first_and_is_exported(run, tmp_path):
+    config = {"task.env": "add", "task.system": "Say the sum."}
+    run.write_config(to_toml(changed(TrainConfig(), config)))
+    write_samples(
+        run, ["1+1=", [{"role": "system", "content": "x"}, {"role": "user", "content": "2"}]]
+    )
+    assert system_of(run) == "Say the sum."
+    assert [prompt[0]["content"] for prompt in prompts_of(run, 2)] == ["Say the sum.", "x"]
+    (tmp_path / "rules.txt").write_text("From a file.\n")
+    config["task.system"] = str(tmp_path / "rules.txt")
+    run.write_config(to_toml(changed(TrainConfig(), config)))
+    exported = tp.export_adapter(run.path, "ollama", tmp_path / "out")
+    assert 'SYSTEM """From a file."""' in (tmp_path / "out" / "Modelfile").read_text()
+    assert "The system message is the content of rules.txt." in exported.notes
+
+
+def test_arguments_of_the_chat_template_that_the_model_does_not_read_are_an_error(run, tmp_path):
+    run.config.write_text("[model]\nchat_template_kwargs = {enable_thinking = false}\n")
+    with pytest.raises(ConfigError, match="enable_thinking"):
+        tp.export_adapter(run.path, "peft", tmp_path / "out")
 
 
 def test_an_export_of_a_run_says_which_run_and_no_path_of_the_machine(run, tmp_path):

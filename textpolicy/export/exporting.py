@@ -16,6 +16,7 @@ from textpolicy.adapters.files.layouts import read_adapter
 from textpolicy.adapters.fuse import FuseReport
 from textpolicy.backend import versions
 from textpolicy.errors import ConfigError, ExportError
+from textpolicy.export.asking import read_asking
 from textpolicy.export.card import write_card
 from textpolicy.export.formats import FORMATS, Format
 from textpolicy.export.job import ExportOptions, Job, WeightFormat
@@ -110,7 +111,7 @@ def export(source: Source, to: Format, target: Path, options: ExportOptions) -> 
     """Write, open again, compare, and rename the complete folder to `target`."""
     job = _load(source, to, options)
     check_space(target, to.size(job))
-    reference = measure(job.model, job.tokenizer, source.prompts(_PROMPTS))
+    reference = measure(job.model, job.tokenizer, job.asking)
     if job.needs_float_base(to.base):
         reference = _change_to_float_base(job, reference)
     job.prompts = reference.prompts
@@ -179,12 +180,15 @@ def _check_options(to: Format, options: ExportOptions) -> None:
 def _load(source: Source, to: Format, options: ExportOptions) -> Job:
     """Return the job with the trained model. Raise `ExportError` if the format cannot hold it."""
     model, tokenizer = source.load()
+    asking = read_asking(source.directory, tokenizer, _PROMPTS)
     job = Job(
         source=source,
         options=options,
         model=model,
         tokenizer=tokenizer,
         architecture=source.architecture(),
+        asking=asking,
+        notes=list(asking.notes),
     )
     if job.needs_float_base(to.base) and not options.over_float_base:
         raise ExportError(

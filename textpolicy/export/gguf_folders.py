@@ -89,7 +89,7 @@ def write_gguf_folder(job: Job, folder: Path) -> None:
 def write_ollama(job: Job, folder: Path) -> None:
     """Write the merged model as one GGUF file, and a Modelfile over it."""
     write_gguf_folder(job, folder)
-    text = modelfile(job.tokenizer, job.source.system(), job.notes)
+    text = modelfile(job.tokenizer, job.asking, job.notes)
     (folder / MODELFILE).write_text(text, "utf-8")
     job.notes.append("`ollama create` was not run by TextPolicy, whose tests have no Ollama.")
 

@@ -12,6 +12,7 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.fuse import FuseReport
 from textpolicy.adapters.quantization.stored_weights import is_quantized
 from textpolicy.experiment.assembly import DTYPES
+from textpolicy.export.asking import Asking
 from textpolicy.export.source import Source
 from textpolicy.generation.lora import adapters_of
 from textpolicy.types import Prompt
@@ -46,6 +47,7 @@ class Job:
     model: nn.Module
     tokenizer: TokenizerWrapper
     architecture: Mapping[str, Any]
+    asking: Asking
     over_float_base: bool = False
     """Whether the model has float weights in place of the quantized ones of the training."""
     prompts: Sequence[tuple[Prompt, Sequence[int]]] = ()

@@ -153,7 +153,7 @@ def precision_of(job: Job) -> mx.Dtype:
 def check_tokens(job: Job, tokenizer: TokenizerWrapper) -> None:
     """Raise `ExportError` if a tokenizer encodes the prompts otherwise than that of the base."""
     for prompt, expected in job.prompts:
-        found = encode_prompt(tokenizer, prompt)
+        found = encode_prompt(tokenizer, prompt, chat_template_kwargs=job.asking.arguments)
         if list(found) != list(expected):
             raise ExportError(
                 f"the tokenizer that was written encodes a prompt in {len(found)} tokens otherwise "

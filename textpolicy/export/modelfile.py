@@ -8,11 +8,13 @@ content and a text after, which depend on its role alone.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.chat_template import render_chat
 from textpolicy.errors import PromptError
+from textpolicy.export.asking import Asking
 from textpolicy.types import Message
 
 _Render = Callable[[Sequence[Message], bool], str]
@@ -51,13 +53,13 @@ class ChatTexts:
         return f"{{{{- range .Messages }}}}{{{{ {chosen}{{{{ end }}}}{{{{ end }}}}{self.answer}"
 
 
-def modelfile(tokenizer: TokenizerWrapper, system: str | None, notes: list[str]) -> str:
+def modelfile(tokenizer: TokenizerWrapper, asking: Asking, notes: list[str]) -> str:
     """Return the content of a Modelfile. What it cannot say is added to `notes`."""
     lines = ["FROM ./model.gguf"]
     texts = None
     if not tokenizer.has_chat_template:
         lines += ['TEMPLATE "{{ .Prompt }}"']
-    elif (texts := chat_texts(tokenizer)) is not None:
+    elif (texts := chat_texts(tokenizer, asking.arguments)) is not None:
         lines += [f"TEMPLATE {_quoted(texts.go_template())}"]
     else:
         notes.append(
@@ -65,7 +67,7 @@ def modelfile(tokenizer: TokenizerWrapper, system: str | None, notes: list[str])
             "written in Ollama's language with certainty. Ollama uses a template that it knows, or "
             "none: compare `ollama show --template NAME` with chat_template.jinja of the base."
         )
-    system = system or (texts.default_system if texts else "")
+    system = asking.system or (texts.default_system if texts else "")
     if system and _is_writable(system):
         lines += [f"SYSTEM {_quoted(system)}"]
     elif system:
@@ -80,11 +82,18 @@ def modelfile(tokenizer: TokenizerWrapper, system: str | None, notes: list[str])
     return "\n".join(lines) + "\n"
 
 
-def chat_texts(tokenizer: TokenizerWrapper) -> ChatTexts | None:
+def chat_texts(
+    tokenizer: TokenizerWrapper, arguments: Mapping[str, Any] | None = None
+) -> ChatTexts | None:
     """Return the texts that the chat template consists of, or None if it is more than texts."""
 
     def render(messages: Sequence[Message], begin_answer: bool) -> str:
-        return render_chat(tokenizer, messages, add_generation_prompt=begin_answer)
+        return render_chat(
+            tokenizer,
+            messages,
+            add_generation_prompt=begin_answer,
+            chat_template_kwargs=arguments,
+        )
 
     try:
         texts = _find_texts(render)

@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.activity import doing
 from textpolicy.errors import ExportError
+from textpolicy.export.asking import Asking
 from textpolicy.generation.lora import adapters_of
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.types import Prompt
@@ -193,9 +194,12 @@ class Reference:
 
 
 @doing("measuring the trained model", begins=True)
-def measure(model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[Prompt]) -> Reference:
+def measure(model: nn.Module, tokenizer: TokenizerWrapper, asking: Asking) -> Reference:
     """Return what the model computes with its adapter and without it, on prompts and answers."""
-    encoded = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    encoded = [
+        (prompt, encode_prompt(tokenizer, prompt, chat_template_kwargs=asking.arguments))
+        for prompt in asking.prompts
+    ]
     begins = [tokens[-_PROMPT_TOKENS:] for _, tokens in encoded]
     sequences = [[*tokens, *_greedy_answer(model, tokens)] for tokens in begins]
     starts = [len(tokens) - 1 for tokens in begins]

@@ -1,7 +1,5 @@
 """What is exported: an adapter, the base model that it belongs to, and the run that trained it."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +14,11 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.layouts import read_adapter
 from textpolicy.adapters.quantization.quantize import dequantize
 from textpolicy.adapters.quantization.stored_weights import is_quantized
-from textpolicy.errors import ConfigError, UnreadableError
+from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import DTYPES
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import find_model, read_architecture_file
 from textpolicy.runs import RunDirectory
-from textpolicy.types import Prompt
-from textpolicy.untrusted.bounds import MAX_LINE_CHARACTERS
-from textpolicy.untrusted.files import open_regular
-from textpolicy.untrusted.parsing import parse_json
-
-_PROMPTS = ("Hello", "12+30=", "Write one sentence about the sea.", "List three colours.")
-"""Prompts for the proof of an adapter whose run is unknown."""
-_MAX_ROWS = 10_000
-"""Rows of samples that are read to find different prompts."""
-_ROLES = {"system", "user", "assistant", "tool"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,33 +67,6 @@ class Source:
         read = _without_quantization(read_adapter(adapter))
         AdapterContainer.from_adapter(read).load(model)
         return model
-
-    def prompts(self, count: int) -> Sequence[Prompt]:
-        """Return up to `count` different prompts of the run, or plain ones without a run.
-
-        Lines of samples.jsonl that hold no prompt are left out.
-        """
-        found: dict[str, Prompt] = {}
-        for prompt in self._sampled_prompts():
-            found.setdefault(json.dumps(prompt), prompt)
-            if len(found) == count:
-                break
-        return list(found.values()) or _PROMPTS[:count]
-
-    def system(self) -> str | None:
-        """Return the system message that all prompts of the run begin with, or None."""
-        firsts = {
-            "" if isinstance(prompt, str) or prompt[0]["role"] != "system" else prompt[0]["content"]
-            for prompt in self._sampled_prompts()
-        }
-        return firsts.pop() or None if len(firsts) == 1 else None
-
-    def _sampled_prompts(self) -> Iterator[Prompt]:
-        if self.directory is None or not self.directory.samples.exists():
-            return
-        for row in _rows(self.directory.samples):
-            if _is_prompt(row.get("prompt")):
-                yield row["prompt"]
 
 
 def find_source(path: str | Path, *, model: str | None = None) -> Source:
@@ -156,40 +117,6 @@ def _run_of(path: Path) -> RunDirectory | None:
     """Return the run that is at the path, or that the adapter at the path belongs to."""
     candidates = (RunDirectory(path), RunDirectory(path.absolute().parent.parent))
     return next((directory for directory in candidates if directory.exists), None)
-
-
-def _rows(samples: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the first rows of a file of samples, without lines that are too long or no rows."""
-    try:
-        with open_regular(samples) as file:
-            for _ in range(_MAX_ROWS):
-                line = file.readline(MAX_LINE_CHARACTERS)
-                if not line:
-                    return
-                try:
-                    row = parse_json(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict):
-                    yield row
-    except UnreadableError:
-        return
-
-
-def _is_prompt(value: Any) -> bool:
-    """Return whether a value is a text, or messages with known roles and texts."""
-    if isinstance(value, str):
-        return bool(value)
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, dict)
-            and message.get("role") in _ROLES
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    )
 
 
 def _without_quantization(adapter: Adapter) -> Adapter:
