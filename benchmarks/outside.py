@@ -1,6 +1,6 @@
 """Compare what other engines compute with exported models and adapters with what TextPolicy does.
 
-    python benchmarks/outside.py --model build/smollm2-135m \\
+    python benchmarks/outside.py --model tiny build/smollm2-135m \\
         --python-transformers /path/to/its/bin/python --python-vllm /path/to/its/bin/python
 
 Each model gets random adapters that move its log-probabilities far. Each adapter is exported in
@@ -243,7 +243,8 @@ def read_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [engine.name for engine in ENGINES]
-    parser.add_argument("--model", action="append", default=[], help="a folder, besides tiny")
+    text = "names or folders (default: %(default)s)"
+    parser.add_argument("--model", nargs="+", default=[EMBEDDED], help=text)
     parser.add_argument("--engines", nargs="+", choices=names, default=names)
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
     for name in ("transformers", "vllm"):
@@ -292,8 +293,7 @@ def main() -> None:
     for engine in absent:
         del pythons[engine.name]
     with tempfile.TemporaryDirectory() as folder:
-        models = [EMBEDDED, *options.model]
-        rows, found = measure(models, options.adapters, pythons, Path(folder))
+        rows, found = measure(options.model, options.adapters, pythons, Path(folder))
     record = {"setting": setting(), **found, "skipped": {one.name: one.install for one in absent}}
     record["results"] = [asdict(row) | {"ok": row.ok} for row in rows]
     if options.output:

@@ -36,7 +36,7 @@ def write_peft(job: Job, folder: Path) -> None:
 def write_vllm(job: Job, folder: Path) -> None:
     """Write an adapter folder of PEFT with one rank and one scale, as vLLM reads it.
 
-    vLLM ignores ranks and alphas of single modules without a word.
+    Ranks and alphas of single modules are read by vLLM 0.32, and ignored by older releases.
     """
     adapters = job.adapters
     adapters.swap(with_single_rank(adapters.adapter()))
@@ -90,7 +90,9 @@ def reopen_for_vllm(job: Job, folder: Path) -> Iterator[Opened]:
     """Load the base and the adapter folder, which must have one rank and one scale."""
     config = read_adapter_config(folder)
     if config["rank_pattern"] or config["alpha_pattern"]:
-        raise ExportError(f"{folder} has ranks or alphas of single modules, which vLLM ignores")
+        raise ExportError(
+            f"{folder} has ranks or alphas of single modules, which older releases of vLLM ignore"
+        )
     return reopen_peft(job, folder)
 
 

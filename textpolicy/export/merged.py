@@ -50,10 +50,12 @@ def merge(job: Job, *, keep_quantization: bool) -> None:
             )
             job.survival = job.survival or fused
         except AdapterError as error:
-            dequantized = "--dequantize, " if keep else ""
+            more_bits = "--dequantize" if keep else "--dtype float32"
+            alone = (
+                "" if job.base_is_quantized else ", or export an adapter: --to peft, --to mlx-lm"
+            )
             raise ExportError(
-                f"{error}\nOn the command line, pass {dequantized}--dtype float32 or "
-                "--min-survival 0, or export an adapter: --to peft, --to mlx-lm"
+                f"{error}\nOn the command line, pass {more_bits} or --min-survival 0{alone}"
             ) from error
         # An adapter of all quantized modules has left none.
         if not keep and job.base_is_quantized:
