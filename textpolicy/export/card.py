@@ -152,11 +152,9 @@ def _relation(card: _Card) -> str | None:
 def _summary(card: _Card) -> str:
     kinds = " and ".join(sorted({_KINDS[module.kind] for module in card.adapter.modules}))
     what = f"{kinds} adapter of" if card.facts.is_adapter else f"{kinds} adapter, merged into"
-    how = ""
-    if card.run:
-        how = ", trained by "
-        how += "supervised training" if card.run.supervised else "reinforcement learning"
-    return f"{what} {code(card.base_name)}{how} with TextPolicy, as {card.format}."
+    way = "supervised training" if card.run and card.run.supervised else "reinforcement learning"
+    how = f", trained by {way} with TextPolicy" if card.run else ""
+    return f"{what} {code(card.base_name)}{how}. Exported by TextPolicy as {card.format}."
 
 
 def _training_rows(card: _Card) -> Iterator[tuple[str, str]]:
