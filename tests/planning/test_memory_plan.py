@@ -8,6 +8,7 @@ import mlx.optimizers as optim
 import pytest
 from mlx_lm.models import gemma2
 
+from tests.families import family_model
 from tests.memory import peak_of
 from tests.tiny import SIZES, expert_model, qwen3_model
 from textpolicy import algorithms
@@ -222,6 +223,8 @@ def test_a_batch_without_whole_groups_and_a_model_that_is_not_known_are_refused(
         plan_memory(qwen3_model(), batch=6, group_size=4, **step)
     with pytest.raises(ModelError, match=r"qwen3_moe cannot be estimated.*dry-run --measure"):
         plan_memory(expert_model(), batch=4, **step)
+    with pytest.raises(ModelError, match=r"kimi_linear cannot be estimated.*several kinds"):
+        plan_memory(family_model("kimi_linear"), batch=4, **step)
     sizes = SIZES | {"model_type": "gemma2", "head_dim": 32, "num_hidden_layers": 1}
     more_norms = gemma2.Model(gemma2.ModelArgs.from_dict(sizes))
     with pytest.raises(ModelError, match="extra post_feedforward_layernorm, pre_feedforward"):

@@ -157,6 +157,8 @@ class _Block:
             self.heads, self.vocabulary = int(args.num_attention_heads), int(args.vocab_size)
             if more := blocks[0].children().keys() - _PARTS:
                 raise KeyError(f"extra {', '.join(sorted(more))}")
+            if len({frozenset(dict(block.named_modules())) for block in blocks}) > 1:
+                raise KeyError("blocks of several kinds")
         except (AttributeError, KeyError) as error:
             raise ModelError(
                 f"the memory of {type(model).__module__} cannot be estimated ({error}): "

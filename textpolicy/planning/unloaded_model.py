@@ -34,13 +34,16 @@ def build_unloaded_model(config: Mapping[str, Any], dtype: mx.Dtype | None = Non
     stored = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16)
     model.set_dtype(dtype or (mx.float32 if mx.default_device().type == mx.cpu else stored))
     if quantization := config.get("quantization"):
-        # As mlx-lm does: some modules may have options of their own, or none.
+        # As mlx-lm does: some modules may have options of their own, or none, and rows that are no
+        # multiple of a group stay as they are.
         nn.quantize(
             model,
             **{name: quantization[name] for name in ("group_size", "bits")},
             mode=quantization.get("mode", "affine"),
             class_predicate=lambda path, module: (
-                hasattr(module, "to_quantized") and quantization.get(path, True)
+                hasattr(module, "to_quantized")
+                and module["weight"].shape[-1] % quantization["group_size"] == 0
+                and quantization.get(path, True)
             ),
         )
     return model
