@@ -45,8 +45,16 @@ TEMPLATES = {
         "{{- '/think' if enable_thinking else '/no_think' }}{{- '<|im_end|>\\n' }}"
         + _chatml(f"{{%- if not enable_thinking %}}{_CLOSED}{{%- endif %}}")
     ),
-    "glm": _chatml(
-        "{%- if enable_thinking is defined and not enable_thinking %}{{- '/nothink' }}{%- endif %}"
+    # Off is a word after each message of the user, and an empty thought.
+    "glm": _chatml(f"{_IF_OFF}{{{{- '<think></think>' }}}}{{%- endif %}}").replace(
+        "{{- message.content }}",
+        f"{{{{- message.content }}}}{_IF_OFF}{{{{- '/nothink' }}}}{{%- endif %}}",
+    ),
+    # A word in a message switches, and no variable.
+    "nemotron": (
+        "{%- set ns = namespace(enable_thinking=true) %}{%- for message in messages %}"
+        "{%- if '/no_think' in message.content %}{%- set ns.enable_thinking = false %}{%- endif %}"
+        "{%- endfor %}" + _chatml("{%- if ns.enable_thinking %}{{- '<think>' }}{%- endif %}")
     ),
     # Thinking is off by default.
     "granite": (
@@ -59,6 +67,11 @@ TEMPLATES = {
         + _chatml("{%- if thinking %}{{- '<think>' }}{%- else %}{{- '</think>' }}{%- endif %}")
     ),
     # How much, and not whether.
+    "seed_oss": (
+        "{%- if thinking_budget is not defined %}{%- set thinking_budget = -1 %}{%- endif %}"
+        "{{- '<|im_start|>system\\nBudget: ' + thinking_budget | string + '<|im_end|>\\n' }}"
+        + _chatml("")
+    ),
     "gpt_oss": (
         "{%- if reasoning_effort is not defined %}{%- set reasoning_effort = 'medium' %}"
         "{%- endif %}{{- '<|im_start|>system\\nReasoning: ' + reasoning_effort + '<|im_end|>\\n' }}"

@@ -94,8 +94,12 @@ def test_a_model_that_cannot_be_switched_is_refused_with_what_its_template_reads
     assert str(error.value) == (
         "thinking is 'off', but the model's chat template has no switch for it, such as "
         "enable_thinking or thinking. The template reads: reasoning_effort. reasoning_effort says "
-        "how much the model thinks: --template-args reasoning_effort=low, for example"
+        "how much the model thinks: --template-args reasoning_effort=low"
     )
+    with pytest.raises(ConfigError, match="--template-args thinking_budget=512"):
+        template_arguments(thinking_tokenizer("seed_oss"), None, "off")
+    with pytest.raises(ConfigError, match="looks for /no_think in a message: --system /no_think"):
+        template_arguments(thinking_tokenizer("nemotron"), None, "off")
     with pytest.raises(ConfigError, match="The template reads no arguments"):
         template_arguments(load_tokenizer(tiny_model()), None, "on")
     bare = load_tokenizer(tiny_model())
@@ -190,21 +194,46 @@ def test_a_prompt_opens_a_thought_only_by_what_the_template_writes() -> None:
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_marks_that_are_tokens_are_found_in_prompts_and_completions(special: bool) -> None:
+@pytest.mark.parametrize("opening", ["<think>", "<seed:think>", "[THINK]"])
+def test_marks_that_are_tokens_are_found_in_prompts_and_completions(
+    special: bool, opening: str
+) -> None:
+    closing = f"{opening[0]}/{opening[1:]}"
     inner = thinking_tokenizer("qwen3_5")._tokenizer
-    inner.add_tokens(["<think>", "</think>"], special_tokens=special)
+    inner.chat_template = inner.chat_template.replace("<think>", opening)
+    inner.add_tokens([opening, closing], special_tokens=special)
     tokenizer = TokenizerWrapper(inner)
     reader = ThoughtReader(tokenizer)
-    prompt = encode_prompt(tokenizer, "<think>7+5=")
-    assert prompt[-2] == tokenizer.think_start_id
+    prompt = encode_prompt(tokenizer, f"{opening}7+5=")
+    assert prompt[-2] == tokenizer.convert_tokens_to_ids(opening)
     assert reader.begins_inside(prompt)
-    tokens = tokenizer.encode("so 12</think> 12<|im_end|>", add_special_tokens=False)
+    assert not reader.begins_inside(encode_prompt(tokenizer, opening)[:-2])
+    tokens = tokenizer.encode(f"so 12{closing} 12<|im_end|>", add_special_tokens=False)
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    assert ("</think>" in text) is not special
+    assert (closing in text) is not special
     assert reader.split(tokens, text, in_thought=True) == ("so 12", "12")
     unclosed = tokens[:3]
     text = tokenizer.decode(unclosed, skip_special_tokens=True)
     assert reader.split(unclosed, text, in_thought=True)[1] == ""
+
+
+def test_marks_of_several_tokens_around_thought_and_answer_are_found() -> None:
+    inner = thinking_tokenizer("qwen3")._tokenizer
+    names = ["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"]
+    inner.add_tokens(names, special_tokens=True)
+    inner.chat_template = (
+        "{% for m in messages %}<|open|>{{ m.role }}<|sep|>{{ m.content }}<|end_of_msg|>"
+        "{% endfor %}<|open|>{{ 'think' if thinking else 'response' }}<|sep|>"
+    )
+    tokenizer = TokenizerWrapper(inner)
+    for way in (True, False):
+        reader = ThoughtReader(tokenizer, {"thinking": way})
+        prompt = encode_prompt(tokenizer, "7+5=", chat_template_kwargs={"thinking": way})
+        assert reader.begins_inside(prompt) is way
+    answer = "so<|close|>think<|sep|><|open|>response<|sep|>12<|close|>response<|sep|><|im_end|>"
+    tokens = tokenizer.encode(answer, add_special_tokens=False)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert reader.split(tokens, text, in_thought=True) == ("so", "12")
 
 
 def test_a_policy_tells_the_thought_and_the_answer_apart(tmp_path: Path) -> None:

@@ -20,6 +20,14 @@ from textpolicy.untrusted.template_check import SWITCHES
 Thinking = Literal["on", "off"]
 # Variables of templates that choose how much a model thinks, and not whether.
 _AMOUNTS = ("reasoning_effort", "thinking_budget", "thinking_effort", "reasoning_budget")
+# Marks of thoughts, each one token, that mlx-lm 0.32 does not know.
+_OTHER_MARKS = (
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+# Words in a message that some templates look for.
+_WORD_FOR_OFF = "/no_think"
 _PROBE: list[Message] = [{"role": "user", "content": "a"}]
 
 
@@ -86,9 +94,7 @@ class ThoughtReader:
         self, tokenizer: TokenizerWrapper, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> None:
         self._tokenizer = tokenizer
-        opening, closing = tokenizer.think_start, tokenizer.think_end
-        self._marks = (opening, closing) if opening and closing else THINK_MARKS
-        mark_ids = {*(tokenizer.think_start_tokens or ()), *(tokenizer.think_end_tokens or ())}
+        self._marks, mark_ids = _marks_of(tokenizer)
         control = ControlTokens.of(tokenizer, chat_template_kwargs)
         self._around_messages = set(control.ids.values()) - mark_ids
         special = {n for n, one in tokenizer.added_tokens_decoder.items() if one.special}
@@ -117,7 +123,23 @@ class ThoughtReader:
         if self._unseen is not None:
             kept = [token for token in tokens if token not in self._unseen]
             text = self._tokenizer.decode(kept, skip_special_tokens=False)
+            # Some models mark the answer as well.
+            for mark in self._tokenizer.structural_markers:
+                text = text.replace(mark, "")
         return split_thought(text, in_thought=in_thought, marks=self._marks)
+
+
+def _marks_of(tokenizer: TokenizerWrapper) -> tuple[tuple[str, str], set[int]]:
+    """Return the marks of thoughts, and the tokens that they consist of, if they are tokens."""
+    opening, closing = tokenizer.think_start, tokenizer.think_end
+    if opening and closing:
+        ids = (*(tokenizer.think_start_tokens or ()), *(tokenizer.think_end_tokens or ()))
+        return (opening, closing), set(ids)
+    vocabulary = tokenizer.get_vocab()
+    for marks in _OTHER_MARKS:
+        if all(mark in vocabulary for mark in marks):
+            return marks, {vocabulary[mark] for mark in marks}
+    return THINK_MARKS, set()
 
 
 def _switch(tokenizer: TokenizerWrapper) -> str | None:
@@ -129,11 +151,13 @@ def _no_switch(tokenizer: TokenizerWrapper) -> str:
     if not tokenizer.has_chat_template:
         return "this model's tokenizer has no chat template. Leave the option out"
     found = [name for name in _AMOUNTS if name in argument_names(tokenizer)]
-    advice = (
-        f"{found[0]} says how much the model thinks: --template-args {found[0]}=low, for example"
-        if found
-        else "Ask for a short thought in the system message, or choose another model"
-    )
+    value = "512" if found and "budget" in found[0] else "low"
+    if found:
+        advice = f"{found[0]} says how much the model thinks: --template-args {found[0]}={value}"
+    elif _WORD_FOR_OFF in str(tokenizer.chat_template):
+        advice = f"It looks for {_WORD_FOR_OFF} in a message: --system {_WORD_FOR_OFF}"
+    else:
+        advice = "Ask for a short thought in the system message, or choose another model"
     return (
         "the model's chat template has no switch for it, such as enable_thinking or thinking. "
         f"{words_of_arguments(tokenizer)}. {advice}"
