@@ -5,25 +5,19 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 
 from textpolicy.cli.answer import Answer
-from textpolicy.cli.commands.generate import (
-    load_sampling_model,
-    prompt_options,
-    sampling_from_flags,
-    system_messages,
-)
+from textpolicy.cli.commands.generate import load_policy, sampling_from_flags, system_messages
+from textpolicy.cli.flags import configured
 from textpolicy.cli.output import print_answer, print_note
+from textpolicy.config import TrainConfig
 from textpolicy.errors import PromptError
-from textpolicy.generation.policy import ModelPolicy
 
 _HELP = "/reset starts a new conversation; /quit or Ctrl-D ends the chat"
 
 
 def run(options: Namespace) -> Answer:
-    model, tokenizer = load_sampling_model(options)
-    policy = ModelPolicy(
-        model, tokenizer, sampling_from_flags(options), **prompt_options(options, tokenizer)
-    )
-    beginning = system_messages(options)
+    config = configured(TrainConfig(), options)
+    policy = load_policy(config, sampling_from_flags(options))
+    beginning = system_messages(config)
     messages = list(beginning)
     for turn, line in enumerate(_read_lines()):
         if line == "/quit":

@@ -2,10 +2,6 @@
 
 from argparse import Namespace
 from dataclasses import asdict
-from typing import Any
-
-import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
@@ -20,10 +16,9 @@ from textpolicy.types import Message, Sampling
 
 
 def run(options: Namespace) -> Answer:
-    sampling = sampling_from_flags(options, stop=tuple(options.stop or ()))
-    model, tokenizer = load_sampling_model(options)
-    policy = ModelPolicy(model, tokenizer, sampling, **prompt_options(options, tokenizer))
-    asked = [*system_messages(options), {"role": "user", "content": options.prompt}]
+    config = configured(TrainConfig(), options)
+    policy = load_policy(config, sampling_from_flags(options, stop=tuple(options.stop or ())))
+    asked = [*system_messages(config), {"role": "user", "content": options.prompt}]
     prompt = asked if len(asked) > 1 else options.prompt
     (completions,) = policy.generate([prompt], n=options.n, seed=options.seed)
     texts = [completion.text for completion in completions]
@@ -45,26 +40,25 @@ def sampling_from_flags(options: Namespace, stop: tuple[str, ...] = ()) -> Sampl
     )
 
 
-def prompt_options(options: Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    """Return how prompts become tokens, and say whether the model thinks if it can."""
-    config = configured(TrainConfig(), options)
+def load_policy(config: TrainConfig, sampling: Sampling) -> ModelPolicy:
+    """Return the policy that `generate` and `chat` sample with; say whether the model thinks."""
+    apply_thread_option(config.model)
+    model, tokenizer = load_model(
+        config.model.name, config.adapter.start, dtype=dtype_of(config.model)
+    )
     arguments = template_arguments_of(config.model, tokenizer)
     if thinking := describe_thinking(tokenizer, arguments):
         print_note(thinking)
-    return {
-        "allow_special_tokens": config.model.allow_special_tokens,
-        "chat_template_kwargs": arguments,
-    }
+    return ModelPolicy(
+        model,
+        tokenizer,
+        sampling,
+        allow_special_tokens=config.model.allow_special_tokens,
+        chat_template_kwargs=arguments,
+    )
 
 
-def system_messages(options: Namespace) -> list[Message]:
+def system_messages(config: TrainConfig) -> list[Message]:
     """Return the system message with which a conversation begins, if one is given."""
-    system = read_system(configured(TrainConfig(), options).task.system)
+    system = read_system(config.task.system)
     return [{"role": "system", "content": system}] if system else []
-
-
-def load_sampling_model(options: Namespace) -> tuple[nn.Module, TokenizerWrapper]:
-    """Return the model and the tokenizer that `generate` and `chat` sample with."""
-    config = configured(TrainConfig(), options)
-    apply_thread_option(config.model)
-    return load_model(config.model.name, config.adapter.start, dtype=dtype_of(config.model))
