@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.families import family_model
 from tests.logprobs import token_logprobs
 from tests.tiny import qwen3_model
 from tests.training.rows import RAGGED, batches_of, groups_of
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.logprobs import ModelLogprobs, can_share_prompts
 from textpolicy.training.output_head import find_output_head
 
@@ -48,6 +51,26 @@ def test_sharing_prompts_changes_no_gradient(model):
             return mx.where(batch.mask, logp + 0.1 * entropy, 0).sum()
 
         _, gradient = nn.value_and_grad(model, objective)()
+        gradients.append(dict(tree_flatten(gradient)))
+    largest = max(mx.abs(g).max().item() for g in gradients[1].values())
+    for name, gradient in gradients[1].items():
+        assert mx.abs(gradients[0][name] - gradient).max().item() < 3e-6 * largest, name
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "family", ["mamba", "nemotron_h", "granitemoehybrid", "qwen3_5", "kimi_linear", "rwkv7"]
+)
+def test_completions_continue_the_state_of_a_shared_prompt(family, checkpoint):
+    """The states of prompts of unequal length must not take in any padding."""
+    model = family_model(family)
+    AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    (batch,) = batches_of(groups_of(*RAGGED, vocabulary=96))
+    gradients = []
+    for share in (True, False):
+        logprobs = ModelLogprobs(model, find_output_head(model), share)
+        loss = lambda part, logprobs=logprobs: (logprobs(part)[0].mean(), {})  # noqa: E731
+        gradient, _ = accumulate_gradient(model, loss, [batch], checkpoint=checkpoint and share)
         gradients.append(dict(tree_flatten(gradient)))
     largest = max(mx.abs(g).max().item() for g in gradients[1].values())
     for name, gradient in gradients[1].items():

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from jaxtyping import Float, Int
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from textpolicy.training.batch import BatchTotals, TrainingRow, make_batch, split_into_micro_batches
 from textpolicy.training.output_head import OutputHead, find_output_head, logprobs_from_logits
@@ -93,10 +93,10 @@ def add_logprobs(
 def can_share_prompts(model: nn.Module) -> bool:
     """Return whether completions after a shared prompt get the log-probabilities of whole rows.
 
-    Recurrent and windowed layers keep more than keys and values, and some models (gemma2 in mlx-lm
-    0.32) broadcast a batch's mask over their heads. A batch of two short rows is compared.
+    Windowed layers keep more than keys and values, and some models (gemma2 in mlx-lm 0.32)
+    broadcast a batch's mask over their heads. A batch of two short rows is compared.
     """
-    if not all(type(layer) is KVCache for layer in make_prompt_cache(model)):
+    if not all(type(layer) in (KVCache, ArraysCache) for layer in make_prompt_cache(model)):
         return False
     shape = (2, 2)
     batch = Batch(
