@@ -44,7 +44,7 @@ SIZE = 0.005
 
 def table(title):
     """Return the cells of the table whose first column has this title, by row and by column."""
-    (found,) = re.findall(rf"^\| {title} \|.*?(?=\n\n)", PAGE, re.MULTILINE | re.DOTALL)
+    (found,) = re.findall(rf"^\| {title} \| `mlx` \|.*?(?=\n\n)", PAGE, re.MULTILINE | re.DOTALL)
     head, _, *rows = [
         [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in found.split("\n")
     ]
