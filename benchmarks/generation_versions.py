@@ -8,7 +8,7 @@ generation, so that other load on the machine slows both alike, and reports medi
 from the first to the third quartile, and the median of the ratios of each turn. "tokens" and
 "logprobs" say whether both have drawn the same tokens, and recorded the same log-probabilities to
 the last bit. "sleeping" is 16 episodes of an environment that waits 50 ms in each step, and
-"sleeping_alone" one of them.
+"sleeping_alone" the slowest of these episodes when each is played alone.
 """
 
 import argparse

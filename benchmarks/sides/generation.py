@@ -24,19 +24,27 @@ ROWS = 32
 
 
 class SleepingEnv:
-    """Four turns of an environment that waits 50 ms in each step."""
+    """Four to seven turns of an environment that waits 50 ms in each step."""
+
+    def __init__(self, number: int) -> None:
+        self._prompt = "x" * (1 + number % 5)
+        self._last = 4 + number % 4
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict[str, Any]]:
-        self.turns = 0
-        return "guess", {}
+        self._turns = 0
+        return self._prompt, {}
 
     def step(self, action: str, /) -> tuple[str, float, bool, bool, dict[str, Any]]:
         time.sleep(0.05)
-        self.turns += 1
-        return "again", 1.0, self.turns == 4, False, {}
+        self._turns += 1
+        return "r" * self._turns, 1.0, self._turns == self._last, False, {}
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def task(self) -> Task:
+        """Return the task that an environment like this one plays."""
+        return Task(id="sleeping", prompt=self._prompt, env=lambda: self)
 
 
 class Generations:
@@ -47,6 +55,8 @@ class Generations:
         self._calculator = load("calculator")
         stream = self._calculator.tasks.stream(0)
         self._tasks = [next(stream) for _ in range(ROWS // 4)]
+        self._sleeping_tasks = [SleepingEnv(number).task() for number in range(16)]
+        self._sleeping_policy = ModelPolicy(*self._loaded, Sampling(max_tokens=12))
 
     def rows(self, tokens: int = 64, **options: Any) -> list[Any]:
         """Return 32 rows of four prompts."""
@@ -65,19 +75,24 @@ class Generations:
 
     def calculator(self) -> list[Any]:
         """Return 32 episodes with tools."""
-        return self._play(self._tasks, 4, self._calculator.max_tokens)
+        policy = ModelPolicy(*self._loaded, Sampling(max_tokens=self._calculator.max_tokens))
+        return self._collect(self._tasks, 4, policy)
 
-    def sleeping(self, rows: int = 16) -> list[Any]:
+    def sleeping(self) -> list[Any]:
         """Return 16 episodes of the environment that waits."""
-        task = Task(id="sleeping", prompt="guess", env=SleepingEnv)
-        return self._play([task], rows, 12)
+        return self._collect(self._sleeping_tasks, 1, self._sleeping_policy)
 
-    def sleeping_alone(self) -> list[Any]:
-        """Return one episode of the environment that waits."""
-        return self.sleeping(rows=1)
+    def sleeping_alone(self) -> tuple[list[Any], float]:
+        """Return each of the 16 episodes played alone, and the seconds of the slowest one."""
+        rows: list[Any] = []
+        slowest = 0.0
+        for task in self._sleeping_tasks:
+            started = time.perf_counter()
+            rows += self._collect([task], 1, self._sleeping_policy)
+            slowest = max(slowest, time.perf_counter() - started)
+        return rows, slowest
 
-    def _play(self, tasks: list[Task], group_size: int, tokens: int) -> list[Any]:
-        policy = ModelPolicy(*self._loaded, Sampling(max_tokens=tokens))
+    def _collect(self, tasks: list[Task], group_size: int, policy: ModelPolicy) -> list[Any]:
         groups = collect(tasks, policy, lambda completion: 1.0, group_size=group_size, seed=0)
         return [(one.tokens, one.logprobs) for group in groups for one in group.rollouts]
 
@@ -90,10 +105,12 @@ def main() -> None:
         fast_cpu.set_threads(int(threads))
     generations = Generations(model)
     for line in sys.stdin:
-        run: Callable[[], list[Any]] = getattr(generations, line.strip())
+        run: Callable[[], Any] = getattr(generations, line.strip())
         started = time.perf_counter()
         rows = run()
         seconds = time.perf_counter() - started
+        if isinstance(rows, tuple):
+            rows, seconds = rows
         hashes = [
             hashlib.sha256(json.dumps(column).encode()).hexdigest()[:16]
             for column in zip(*rows, strict=True)

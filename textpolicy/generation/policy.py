@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,11 @@ class ModelPolicy:
     ) -> list[list[list[Completion]]]:
         """See `ConversingPolicy`. A row also ends when its context has no room for an answer."""
         turns_P_N: list[list[list[Completion]]] = [[[] for _ in range(n)] for _ in prompts]
+        # Read once, after the reload: finding the adapters goes through all layers of the model.
+        version = cache(lambda: self.version)
 
         def respond_to_row(row: DecodingRow) -> list[int] | LateReply | None:
-            completion = self._completion(row, self.version)
+            completion = self._completion(row, version())
             turns_P_N[row.prompt][row.member].append(completion)
             future = self._replies.start(respond, row.prompt, row.member, completion)
             late = LateReply(future, lambda: self._reply_tokens(row, future.result()))
