@@ -154,3 +154,11 @@ def rollout_group(rows):
         for member, row in enumerate(rows)
     ]
     return RolloutGroup(task=Task(id=str(rows[0].prompt), prompt="p"), rollouts=rollouts)
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "rwkv7", "mamba", "mamba2", "qwen3_5", "falcon_h1"])
+def test_half_precision_does_not_hide_padding_in_recurrent_states(name):
+    model = family_model(name)
+    expected = can_decode_together(model)
+    model.set_dtype(mx.bfloat16)
+    assert can_decode_together(model) is expected
