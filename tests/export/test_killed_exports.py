@@ -9,13 +9,14 @@ import pytest
 import textpolicy as tp
 from tests.faults.killable_runs import Instant, exit_code_of, start_command
 
+# The first file that is renamed is the model card.
 INSTANTS = {
     "before anything is written": ("unfinished", 1),
     "while the weights are written": ("index.json", 1),
     "while the result is opened again": ("unfinished/config.json", 2),
     "before the mark is written": ("unfinished/export.json", 1),
-    "before the earlier export moves": ("os.rename", 1),
-    "before the new export moves": ("os.rename", 2),
+    "before the earlier export moves": ("os.rename", 2),
+    "before the new export moves": ("os.rename", 3),
     "before the earlier export is removed": ("shutil.rmtree", 1),
 }
 
