@@ -32,6 +32,7 @@ from textpolicy.rewards.verifiers import (
     repetition,
     set_match,
     set_overlap,
+    split_thought,
     tag_share,
     tagged,
 )
@@ -61,6 +62,7 @@ READERS = {
     "tag_share": tag_share,
     "json_problems": lambda text: list(json_problems(text, {"type": "object"})),
     "python_in": python_in,
+    "split_thought": split_thought,
     "length_score": lambda text: length_score(text, 1, 5),
     "overlong_penalty": lambda text: overlong_penalty([1] * len(text), 100, 10),
     "repetition": repetition,

@@ -57,6 +57,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 ROUNDING = {"f16": 0.01, "bf16": 0.06, "q8_0": 0.2}
 
 
+@pytest.fixture(scope="module")
+def tokenizer(load_tiny):
+    return load_tiny()[1]
+
+
 @pytest.mark.parametrize("name", quick_first(2, MODELS))
 def test_llama_cpp_computes_what_mlx_does_with_an_adapter_and_without(name, tokenizer, tmp_path):
     model_type, changes = MODELS[name]
