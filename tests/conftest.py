@@ -1,6 +1,7 @@
 """Fixtures of all tests: the embedded model, and a fresh random state for each test."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from tests.faults.attempts import attempts, pytest_itemcollected
 
 __all__ = ["attempts", "pytest_itemcollected"]
+
+# A shell starts a job in the background with Ctrl-C ignored, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run. `pytest --hypothesis-profile thorough` draws 150 times as many,
 # and new ones each time. Fixtures of a test are shared by its examples.

@@ -267,10 +267,11 @@ def test_a_forced_option_holds_although_the_process_ends_before_the_next_checkpo
     edit(RunDirectory(run).config, "lr = 0.0005", "lr = 0.05")
 
     def interrupt(event):
-        raise KeyboardInterrupt
+        if event.kind == "start":
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tp.run(resume=run, force=True, on_event=lambda e: e.kind == "start" and interrupt(e))
+        tp.run(resume=run, force=True, on_event=interrupt)
     assert tp.run(resume=run).ended == "finished"
 
 

@@ -234,9 +234,6 @@ def test_an_async_reward_that_breaks_its_event_loop_costs_the_samples_that_wait(
 
 @pytest.mark.proves("F7")
 def test_ctrl_c_ends_the_scoring_and_a_keyboard_interrupt_of_a_reward_does_not(attempts):
-    # A shell starts a job in the background with Ctrl-C ignored, and this process inherits that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
     def presses(completion):
         signal.raise_signal(signal.SIGINT)
         return 1.0
@@ -245,13 +242,13 @@ def test_ctrl_c_ends_the_scoring_and_a_keyboard_interrupt_of_a_reward_does_not(a
         signal.raise_signal(signal.SIGINT)
         await asyncio.sleep(60)
 
+    for function in (presses, in_turn(KeyboardInterrupt()), presses_and_waits):
+        attempts.add()
+        with pytest.raises(KeyboardInterrupt):
+            score_all(Rewards(function, on_error="skip"), "odd")
+    # A run handles Ctrl-C itself: then Python never raises KeyboardInterrupt for it.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        for function in (presses, in_turn(KeyboardInterrupt()), presses_and_waits):
-            attempts.add()
-            with pytest.raises(KeyboardInterrupt):
-                score_all(Rewards(function, on_error="skip"), "odd")
-        # A run handles Ctrl-C itself: then Python never raises KeyboardInterrupt for it.
-        signal.signal(signal.SIGINT, lambda *_: None)
         for form in (in_turn, awaited, in_batch):
             attempts.add()
             rewards = Rewards(form(KeyboardInterrupt()), on_error="skip", max_error_rate=1)
