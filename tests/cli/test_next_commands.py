@@ -4,7 +4,13 @@ import io
 import json
 import re
 import shlex
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 
@@ -25,7 +31,7 @@ def printed(capsys, monkeypatch, tmp_path):
         capsys.readouterr()
         assert main(argv) == 0
         lines = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
-        found = [re.fullmatch(r"  (.+?)  +textpolicy (.+)", line) for line in lines]
+        found = [re.fullmatch(r"  (\w+ \w+(?: \w+)?)  +(.+)", line) for line in lines]
         assert found and all(found)
         return {match[1]: shlex.split(match[2]) for match in found if match}
 
@@ -33,19 +39,58 @@ def printed(capsys, monkeypatch, tmp_path):
 
 
 def assert_works(argv: list[str], monkeypatch, capsys) -> None:
+    program, *rest = argv
+    if program == "mlx_lm.server":
+        assert_serves(rest)
+        return
+    assert program == "textpolicy"
     monkeypatch.setattr(sys, "stdin", io.StringIO("1+2=\n"))
-    assert main(argv) == 0, capsys.readouterr().err
+    assert main(rest) == 0, capsys.readouterr().err
+
+
+def assert_serves(flags: list[str]) -> None:
+    """Start the server of mlx-lm and ask it a question."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = str(Path(sys.executable).with_name("mlx_lm.server"))
+    asked = {"messages": [{"role": "user", "content": "1+2="}], "max_tokens": 2}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with subprocess.Popen(
+        [program, *flags, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as server:
+        try:
+            answer = ask_until_it_listens(server, request)
+        finally:
+            server.kill()
+    assert answer["usage"]["completion_tokens"] > 0
+
+
+def ask_until_it_listens(server: subprocess.Popen[bytes], request: urllib.request.Request) -> dict:
+    while server.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)
+        except URLError as error:
+            assert isinstance(error.reason, ConnectionRefusedError), error
+            time.sleep(0.1)
+    raise AssertionError(server.communicate()[0].decode())
 
 
 @pytest.mark.slow
 def test_every_line_that_a_run_prints_as_next_works(printed, monkeypatch, capsys):
     following = printed("train", *SMALL, "--output", "my runs/a b")
-    assert [line[0] for line in following.values()] == ["chat", "eval", "report", "export"]
+    assert [line[1] for line in following.values()][:4] == ["chat", "eval", "report", "export"]
     assert "my runs/a b/adapters/best.safetensors" in following["try it"]
     for argv in following.values():
         assert_works(argv, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_every_line_that_supervised_training_prints_as_next_works(
     printed, monkeypatch, capsys, tmp_path
 ):
@@ -55,7 +100,7 @@ def test_every_line_that_supervised_training_prints_as_next_works(
         *("sft", "--data", "rows.jsonl", "--iterations", "1", "--batch-size", "2"),
         *("--dtype", "bfloat16", "--allow-special-tokens"),
     )
-    assert [line[0] for line in following.values()] == ["chat", "report", "export"]
+    assert [line[1] for line in following.values()][:3] == ["chat", "report", "export"]
     assert following["try it"][-3:] == ["--dtype", "bfloat16", "--allow-special-tokens"]
     for argv in following.values():
         assert_works(argv, monkeypatch, capsys)
@@ -76,11 +121,11 @@ def test_the_line_that_the_demo_prints_keeps_a_run(monkeypatch, capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--steps", "1"]) == 0
     line = capsys.readouterr().out.rpartition("type: textpolicy ")[2]
-    assert_works(shlex.split(line), monkeypatch, capsys)
+    assert_works(["textpolicy", *shlex.split(line)], monkeypatch, capsys)
     assert (tmp_path / "runs" / "add" / "adapters" / "latest.safetensors").is_file()
 
 
 def test_a_run_outside_the_working_directory_is_named_by_its_whole_path(printed, tmp_path):
     outside = tmp_path.parent / f"{tmp_path.name}-elsewhere"
     following = printed("train", *SMALL, "--output", str(outside))
-    assert following["look at it"] == ["report", str(outside)]
+    assert following["look at it"] == ["textpolicy", "report", str(outside)]
