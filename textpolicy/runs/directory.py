@@ -69,7 +69,10 @@ class RunDirectory:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint, damaged or whole."""
-        return any(path.stem.isdecimal() for path in self.checkpoints.glob(f"*{_SUFFIX}"))
+        # Python 3.13 raises if it lists a folder whose name no file can have.
+        return self.checkpoints.is_dir() and any(
+            path.stem.isdecimal() for path in self.checkpoints.glob(f"*{_SUFFIX}")
+        )
 
     @property
     def size(self) -> int:
