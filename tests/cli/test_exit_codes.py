@@ -48,6 +48,28 @@ def test_whatever_is_named_and_not_there_ends_with_2_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--env", "add", "--output"],
+        ["train", "--resume"],
+        ["generate", "--prompt", "x", "--adapter"],
+        ["generate", "--prompt", "x", "--model"],
+        ["inspect"],
+        ["report"],
+        ["export", "--to", "mlx", "--output", "folder"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_the_system_refuses_is_named_with_what_to_do(
+    argv, failure, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    message = failure(*argv, 300 * "x", code=2)
+    assert "cannot be used: File name too long. Choose another path" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_data_and_a_missing_reward_end_with_the_same_code(failure, rows, tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text("def reward(completion):\n    return 0.0\n")

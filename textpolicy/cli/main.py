@@ -58,7 +58,7 @@ def _run(given: Sequence[str]) -> int:
         print_note(f"{failed}interrupted")
         return 130
     except (TextPolicyError, OSError) as error:
-        print_note(f"{failed}{error}")
+        print_note(f"{failed}{_message(error)}")
         return _exit_code(error, begun=activity.times_begun() > begun)
     if text := json.dumps(answer.data) if options.json else answer.text:
         print_answer(text)
@@ -76,6 +76,14 @@ def _versions() -> str:
     (own, version), *others = backend.versions().items()
     packages = ", ".join(f"{name} {found or 'not installed'}" for name, found in others)
     return f"{own} {version or 'from its sources'} ({packages}, Python {platform.python_version()})"
+
+
+def _message(error: Exception) -> str:
+    """Return what an error says, and of an error of the system what to do next."""
+    if isinstance(error, TextPolicyError) or not isinstance(error, OSError) or not error.filename:
+        return str(error)
+    path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    return f"{path} cannot be used: {error.strerror}. Choose another path, or put this one right"
 
 
 def _exit_code(error: Exception, *, begun: bool) -> int:
