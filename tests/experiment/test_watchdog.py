@@ -115,10 +115,10 @@ def test_without_stop_on_stall_a_slow_step_is_an_alarm_and_the_run_goes_on(
 
 @pytest.fixture
 def watched():
-    """Return a watchdog that reports after a tenth of a second, and the events that it reported."""
+    """Return a watchdog that reports after half a second, and the events that it reported."""
     events: list[RunEvent] = []
     report = Reporter(events.append)
-    dog = Watchdog(report, deadline=0.1, stop=False, resume_text=lambda: "")
+    dog = Watchdog(report, deadline=0.5, stop=False, resume_text=lambda: "")
     with dog:
         yield dog, events
 
