@@ -92,8 +92,8 @@ def check_arguments(
     if unknown := [name for name in chat_template_kwargs if name not in known]:
         raise ConfigError(
             f"chat_template_kwargs names {', '.join(map(repr, unknown))}, which the model's chat "
-            f"template does not read. {words_of_arguments(tokenizer)}. Leave out the others "
-            "(--template-args)"
+            f"template does not read. {words_of_arguments(tokenizer)}. Remove the "
+            "unknown names from chat_template_kwargs (--template-args)"
         )
     for name in SWITCHES:
         if not isinstance(value := chat_template_kwargs.get(name, True), bool):

@@ -88,7 +88,7 @@ def test_every_format_has_its_facts():
 def test_the_front_matter_is_what_the_hub_reads(name, run, tmp_path):
     card = ModelCard(card_of(find_source(run.path), tmp_path, format=name))
     data = card.data.to_dict()
-    assert data.pop("library_name") == FORMAT_FACTS[name].library
+    assert data.pop("library_name") == FORMAT_FACTS[name].loaded_by
     assert {"textpolicy", "reinforcement-learning", "grpo"} <= set(data.pop("tags"))
     # The embedded model is on no hub, so it is no `base_model`.
     assert data == {"license": "mit", "pipeline_tag": "text-generation"}

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+from itertools import count
 
 import pytest
 
 import textpolicy as tp
 from tests.faults.killable_runs import Instant, exit_code_of, start_command
+from textpolicy.file_writing import replace_folder
 
 # The first file that is renamed is the model card.
 INSTANTS = {
@@ -65,3 +67,21 @@ def test_an_export_removes_only_what_exports_have_left(trained, tmp_path):
     tp.export_adapter(trained(None, 0.05), "peft", tmp_path / "out", model="tiny")
     left = {*kept, alive, "out", ".link.99999999-abc.unfinished"}
     assert set(os.listdir(tmp_path)) == left
+
+
+def test_ctrl_c_between_the_two_renames_keeps_the_earlier_folder(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "earlier").touch()
+    replace, calls = os.replace, count(1)
+
+    def interrupted(source, destination):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr("textpolicy.file_writing.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), replace_folder(target) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["earlier"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

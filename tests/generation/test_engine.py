@@ -145,6 +145,19 @@ def test_a_cancelled_row_frees_its_place_at_the_next_step(loaded):
     assert {row.stop_reason for row in rows} == {StopReason.CANCELLED}
 
 
+def test_a_turn_that_is_cancelled_before_it_is_read_never_decodes(loaded):
+    engine = Engine(loaded[0])
+    row = row_of([5, 6], may_continue=True)
+    engine.submit([row])
+    ended = []
+    while not ended:
+        ended = engine.step()
+    turn = engine.reply(row, [7, 8])
+    engine.cancel(turn)
+    assert not engine.can_step
+    assert turn.stop_reason is StopReason.CANCELLED and not turn.tokens
+
+
 def test_a_row_that_is_cancelled_while_it_waits_never_decodes(loaded):
     engine = Engine(loaded[0], max_rows=1)
     rows = [row_of([5, 6], member=number) for number in range(3)]

@@ -81,3 +81,19 @@ def test_the_error_of_a_call_is_raised_where_its_result_is_read(make):
     future = make().start(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         future.result()
+
+
+def test_dropped_calls_never_begin():
+    calls, begun, release = waiting(), [], threading.Event()
+
+    def hold(number: int) -> None:
+        begun.append(number)
+        release.wait(10)
+
+    futures = [calls.start(hold, number) for number in range(MAX_THREADS + 5)]
+    calls.drop()
+    release.set()
+    for future in futures[:MAX_THREADS]:
+        future.result(10)
+    time.sleep(0.05)
+    assert sorted(begun) == [*range(MAX_THREADS)]

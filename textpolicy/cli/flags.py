@@ -46,7 +46,7 @@ FLAGS_OF_OTHER_LIBRARIES = {
 
 
 OTHER_WAYS = {
-    "import": "--adapter PATH reads the adapters of mlx-lm, PEFT and llama.cpp in every command",
+    "import": "--adapter PATH, as in train, reads the adapters of mlx-lm, PEFT and llama.cpp",
     "fuse": "merge by: textpolicy export ADAPTER --to mlx --output DIR",
     "merge": "merge by: textpolicy export ADAPTER --to mlx --output DIR",
     "upload": "did you mean push?",

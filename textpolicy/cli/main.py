@@ -83,7 +83,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, TextPolicyError) or not isinstance(error, OSError) or not error.filename:
         return str(error)
     path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
-    return f"{path} cannot be used: {error.strerror}. Choose another path, or put this one right"
+    return f"{path} cannot be used: {error.strerror}. Choose another path, or correct this one"
 
 
 def _exit_code(error: Exception, *, begun: bool) -> int:

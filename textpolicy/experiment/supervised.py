@@ -102,7 +102,7 @@ def train_supervised(
         after=_loss(result.validation_loss, result.iteration) if result.iteration else None,
         best=_loss(result.best_loss, result.best_iteration or 0),
         test=test,
-        alarms=tuple(watchdog.stalls),
+        alarms=(*recorder.alarms, *watchdog.stalls),
         facts={"data": str(data), "truncated": data.truncated, "dropped": data.dropped},
     )
 

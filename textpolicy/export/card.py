@@ -136,7 +136,7 @@ def _front_matter(card: _Card) -> str:
         **licence,
         base_model=card.base,
         base_model_relation=_relation(card),
-        library_name=facts.library,
+        library_name=facts.loaded_by,
         pipeline_tag="text-generation",
         datasets=[run.dataset] if run and run.dataset else None,
         tags=list(dict.fromkeys(tags)),

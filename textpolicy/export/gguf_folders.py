@@ -22,7 +22,7 @@ from textpolicy.export.gguf.gguf_package import import_gguf
 from textpolicy.export.gguf.model_metadata import checked_family
 from textpolicy.export.gguf.tokenizer_metadata import tokenizer_metadata
 from textpolicy.export.job import Job, WeightFormat
-from textpolicy.export.merged import merge
+from textpolicy.export.merged import merge, new_biases
 from textpolicy.export.modelfile import modelfile
 from textpolicy.export.proof import Opened, log_probabilities_of
 from textpolicy.export.q8_0 import round_to_q8_0
@@ -45,13 +45,10 @@ def refuse_for_gguf(job: Job) -> None:
     import_gguf()
     family = checked_family(job.model)
     tokenizer_metadata(job.tokenizer, job.architecture["vocab_size"])
-    layers = job.adapters.layers()
     new = [
         path
-        for path, layer in layers.items()
-        if layer.merged_bias() is not None
-        and "bias" not in layer.base
-        and path.partition("layers.")[2].partition(".")[2] not in family.biases
+        for path in new_biases(job)
+        if path.partition("layers.")[2].partition(".")[2] not in family.biases
     ]
     if new:
         raise ExportError(

@@ -64,15 +64,18 @@ def merge(job: Job, *, keep_quantization: bool) -> None:
         mx.eval(job.model.parameters())
 
 
-def refuse_new_biases(job: Job) -> None:
-    """Raise `ExportError` if merging would give a bias to modules that have none in the model."""
-    layers = job.adapters.layers()
-    new = [
+def new_biases(job: Job) -> list[str]:
+    """Return the modules to which merging would give a bias that they do not have in the model."""
+    return [
         path
-        for path, layer in layers.items()
+        for path, layer in job.adapters.layers().items()
         if layer.merged_bias() is not None and "bias" not in layer.base
     ]
-    if new:
+
+
+def refuse_new_biases(job: Job) -> None:
+    """Raise `ExportError` if merging would give a bias to modules that have none in the model."""
+    if new := new_biases(job):
         raise ExportError(
             f"the adapter trains a bias for {new[0]} and {len(new) - 1} more modules, and these "
             "modules have no bias in this kind of model. Export the adapter for PEFT, which can "

@@ -98,7 +98,8 @@ class Engine:
         if row.stop_reason is None:
             row.stop_reason = StopReason.CANCELLED
             self._has_cancelled = True
-        self._next_turns.pop(row, None)
+        for before in [old for old, turn in self._next_turns.items() if row in (old, turn)]:
+            del self._next_turns[before]
 
     def step(self) -> list[DecodingRow]:
         """Append one token to every row that decodes; return the rows that end now."""

@@ -101,6 +101,8 @@ class ModelPolicy:
 
     @doing("reloading the adapters")
     def reload(self, path: str | Path) -> int:
+        # Another file may have the same version.
+        self._prefixes = PrefixCache()
         container = AdapterContainer.of(self.model)
         if container is None:
             return AdapterContainer.from_directory(path).load(self.model).version
@@ -128,7 +130,11 @@ class ModelPolicy:
             late = LateReply(future, lambda: self._reply_tokens(row, future.result()))
             return late.read() if future.done() else late
 
-        self._decode(prompts, n, seed, respond_to_row)
+        try:
+            self._decode(prompts, n, seed, respond_to_row)
+        except BaseException:
+            self._replies.drop()
+            raise
         return turns_P_N
 
     def stream(self, prompt: Prompt, *, seed: int | None = None) -> Iterator[str]:

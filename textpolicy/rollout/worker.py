@@ -222,13 +222,17 @@ def _play(
 
 
 def _call_all(calls: WaitingCalls, functions: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Return the results of all calls. An error that ends the run comes before the next call."""
+    """Return the results of all calls. After an error that ends the run, no further call begins."""
     futures: list[Future[Any]] = []
-    for function in functions:
-        futures.append(calls.start(function))
-        if futures[-1].done():
-            futures[-1].result()
-    return [future.result() for future in futures]
+    try:
+        for function in functions:
+            futures.append(calls.start(function))
+            if futures[-1].done():
+                futures[-1].result()
+        return [future.result() for future in futures]
+    except BaseException:
+        calls.drop()
+        raise
 
 
 def _score(

@@ -55,7 +55,7 @@ def _recomputing_class(plain: type[nn.Module]) -> type[nn.Module]:
         bound = signature.bind(self, *positional, **named)
         cache: Any = bound.arguments.get("cache")
         if isinstance(cache, tuple):
-            cache = None  # falcon_h1 in mlx-lm 0.32 stands a pair of None for no cache.
+            cache = None  # falcon_h1 of mlx-lm 0.32 passes a pair of None for no cache.
         others = {n: x for n, x in bound.arguments.items() if n not in ("self", "cache")}
         _check_all_seen(plain, others)
         weights = self.trainable_parameters()

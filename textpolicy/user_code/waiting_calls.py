@@ -52,6 +52,11 @@ class WaitingCalls:
         threading.Thread(target=self._work, name="waiting call", daemon=True).start()
         return future
 
+    def drop(self) -> None:
+        """Forget the calls that have not begun. Their futures never have a result."""
+        with self._lock:
+            self._queued.clear()
+
     def _work(self) -> None:
         while True:
             with self._lock:
