@@ -78,11 +78,10 @@ def replace_folder(target: Path) -> Generator[Path]:
             os.replace(target, earlier)
             try:
                 os.replace(temporary, target)
-            except BaseException:
+            finally:
                 # Ctrl-C between the two renames must not lose the earlier folder.
                 if not target.exists():
                     os.replace(earlier, target)
-                raise
             shutil.rmtree(earlier)
         else:
             os.replace(temporary, target)

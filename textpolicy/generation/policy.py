@@ -132,9 +132,8 @@ class ModelPolicy:
 
         try:
             self._decode(prompts, n, seed, respond_to_row)
-        except BaseException:
+        finally:
             self._replies.drop()
-            raise
         return turns_P_N
 
     def stream(self, prompt: Prompt, *, seed: int | None = None) -> Iterator[str]:

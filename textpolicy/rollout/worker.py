@@ -230,9 +230,8 @@ def _call_all(calls: WaitingCalls, functions: Sequence[Callable[[], Any]]) -> li
             if futures[-1].done():
                 futures[-1].result()
         return [future.result() for future in futures]
-    except BaseException:
+    finally:
         calls.drop()
-        raise
 
 
 def _score(
