@@ -20,6 +20,7 @@ from textpolicy.adapters import (
     AdapterConfig,
     AdapterContainer,
     LoRARule,
+    adapted_copy,
     combine_adapters,
     inspect_adapter,
     memory_stats,
@@ -27,7 +28,7 @@ from textpolicy.adapters import (
     shared_copy,
 )
 from textpolicy.adapters.files.adapter_file import write_adapter_file
-from textpolicy.adapters.layers.adapter_layer import adapter_layers
+from textpolicy.adapters.layers.adapter_layer import adapter_layers, base_parameters
 from textpolicy.adapters.quantization.stored_weights import float_weight, is_quantized
 from textpolicy.errors import AdapterError, ConfigError
 from textpolicy.generation.lora import (
@@ -397,6 +398,24 @@ def test_a_shared_copy_takes_no_memory_until_its_adapters_differ():
     grown = mx.get_active_memory() - start
     assert stats["adapter_bytes"] <= grown < 1.2 * stats["adapter_bytes"]
     assert stats["adapter_bytes"] < stats["base_bytes"] / 20
+
+
+@pytest.mark.parametrize("make", [qwen3_model, in_4_bits])
+def test_adapted_copies_of_one_base_share_its_arrays_and_have_their_own_adapters(make, tmp_path):
+    plain = make()(TOKENS)
+    model, container = adapt(make)
+    container.swap(trained(container))
+    own = model(TOKENS)
+    wide, wider = adapt(make, AdapterConfig(rank=8, num_layers=1))
+    wider.swap(trained(wider))
+    wider.publish(tmp_path / "wider.safetensors")
+    base, other = adapted_copy(model, None), adapted_copy(model, tmp_path / "wider.safetensors")
+    assert mx.array_equal(base(TOKENS), plain)
+    assert mx.array_equal(other(TOKENS), wide(TOKENS))
+    assert mx.array_equal(model(TOKENS), own)
+    assert AdapterContainer.of(base) is None and AdapterContainer.of(model) is container
+    shared = base_parameters(model)
+    assert all(array is shared[name] for name, array in base_parameters(other).items())
 
 
 def test_a_shared_copy_of_an_unadapted_model_has_no_adapters():

@@ -1,6 +1,7 @@
 """A streamed answer is that of `generate`, and a conversation continues from its KV cache."""
 
 import random
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests.generation.test_generation import PositionCounter
 from tests.generation.test_stop_rules import byte_fallback_tokenizer, random_tokens
 from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.adapters.adapter_state import AdapterState
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.generation.prompts import decode_text, encode_prompt
@@ -103,6 +105,63 @@ def test_a_new_version_of_the_adapters_reads_the_conversation_again(load_tiny):
     assert "".join(policy.stream(whole)) == expected.text
 
 
+def shifted(container, size):
+    """Return other tensors for the adapter of a container."""
+    return {
+        name: value + size * mx.random.normal(value.shape, key=mx.random.key(number))
+        for number, (name, value) in enumerate(container.parameters().items())
+    }
+
+
+def check_that_the_conversation_is_read_again(policy, answer):
+    whole = conversation("12+30=", answer, "Sort 3 1 2")
+    ((expected,),) = policy.generate([whole])
+    assert "".join(policy.stream(whole)) == expected.text
+
+
+@pytest.fixture
+def adapted(load_tiny):
+    """Return a policy with an adapter that changes its answers, and the adapter's container."""
+    model, tokenizer = load_tiny()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=4), seed=3)
+    container.swap(shifted(container, 0.2), version=1)
+    return ModelPolicy(model, tokenizer, Sampling(max_tokens=12, temperature=0)), container
+
+
+def test_adapters_that_are_turned_off_read_the_conversation_again(adapted):
+    policy, container = adapted
+    answer = "".join(policy.stream("12+30="))
+    with container.disabled():
+        check_that_the_conversation_is_read_again(policy, answer)
+    check_that_the_conversation_is_read_again(policy, answer)
+
+
+def test_another_adapter_of_the_same_version_reads_the_conversation_again(adapted):
+    policy, container = adapted
+    container.add("other", replace(container.adapter(), arrays=shifted(container, 0.3)))
+    answer = "".join(policy.stream("12+30="))
+    container.activate("other")
+    assert policy.version == 1
+    check_that_the_conversation_is_read_again(policy, answer)
+
+
+def test_a_swap_to_tensors_of_the_same_version_reads_the_conversation_again(adapted):
+    policy, container = adapted
+    answer = "".join(policy.stream("12+30="))
+    container.swap(shifted(container, 0.3), version=1)
+    check_that_the_conversation_is_read_again(policy, answer)
+
+
+def test_adapters_that_are_turned_on_again_keep_their_caches(adapted):
+    policy, container = adapted
+    list(policy.stream("12+30="))
+    size = policy._prefixes.nbytes
+    with container.disabled():
+        pass
+    policy._prefixes.use_adapters(AdapterState.of(policy.model))
+    assert policy._prefixes.nbytes == size
+
+
 def test_the_kept_caches_stay_below_their_limit_and_the_oldest_goes_first(load_tiny):
     model, tokenizer = load_tiny()
     policy = ModelPolicy(model, tokenizer, Sampling(max_tokens=4, temperature=0))
@@ -128,3 +187,22 @@ def test_a_text_that_goes_on_replaces_its_beginning(load_tiny):
     answer = "".join(policy.stream("12+30="))
     list(policy.stream(conversation("12+30=", answer, "1+1=")))
     assert len(policy._prefixes._prefixes) <= 2
+
+
+def test_a_policy_with_another_adapter_samples_alike_and_leaves_the_first_as_it_was(
+    adapted, load_tiny, tmp_path
+):
+    policy, container = adapted
+
+    def answers(policy):
+        return policy.generate(["12+30="], n=2, seed=1)
+
+    own, tensors = answers(policy), container.parameters()
+    container.swap(shifted(container, 0.3), version=5)
+    container.publish(tmp_path / "other.safetensors")
+    others = answers(policy)
+    container.swap(tensors, version=1)
+    other, base = policy.with_adapter(tmp_path / "other.safetensors"), policy.with_adapter(None)
+    assert answers(other) == others != own
+    assert answers(base) == answers(ModelPolicy(*load_tiny(), policy.sampling)) != own
+    assert answers(policy) == own

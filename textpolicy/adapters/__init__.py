@@ -4,7 +4,7 @@ from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.combine import combine_adapters
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.adapters.container import AdapterContainer, shared_copy
+from textpolicy.adapters.container import AdapterContainer, adapted_copy, shared_copy
 from textpolicy.adapters.files.adapter_file import peek_version
 from textpolicy.adapters.files.inspection import AdapterSummary, inspect_adapter
 from textpolicy.adapters.files.layouts import read_adapter
@@ -27,6 +27,7 @@ __all__ = [
     "NF4Embedding",
     "NF4Linear",
     "QuantizationReport",
+    "adapted_copy",
     "combine_adapters",
     "dequantize",
     "inspect_adapter",

@@ -349,3 +349,17 @@ def shared_copy(model: nn.Module) -> nn.Module:
     if container := AdapterContainer.of(model):
         container.copy_to(copy)
     return copy
+
+
+def adapted_copy(model: nn.Module, source: AdapterSource | None) -> nn.Module:
+    """Return another model over the same base arrays, with the adapter of `source`, or without any.
+
+    Several such copies serve several adapters of one base. None of them changes another.
+    """
+    copy = shared_copy(model)
+    if container := AdapterContainer.of(copy):
+        container.unload()
+    if source is not None:
+        adapter = source if isinstance(source, Adapter) else read_adapter(source)
+        AdapterContainer.from_adapter(adapter).load(copy)
+    return copy

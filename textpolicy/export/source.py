@@ -18,7 +18,7 @@ from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import DTYPES
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import find_model, read_architecture_file
-from textpolicy.runs import RunDirectory
+from textpolicy.runs import RunDirectory, find_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,32 +72,23 @@ class Source:
 def find_source(path: str | Path, *, model: str | None = None) -> Source:
     """Return the adapter of a run or of a file, with the base that the run or `model` names.
 
-    A run gives its best adapter, or its latest one if nothing was evaluated.
+    A run gives its best adapter, or its latest one if nothing was evaluated. RUN@3 is the adapter
+    of version 3.
     """
     if model is not None:
         find_model(model)
     path = Path(path).expanduser()
+    if not path.exists():
+        path = find_adapter(path)
     directory = _run_of(path)
     if directory is None:
-        if not path.exists():
-            raise ConfigError(
-                f"there is no run and no adapter at {path}. Name the folder of a run, an adapter "
-                "file, or an adapter folder of mlx-lm or PEFT"
-            )
         if model is None:
             raise ConfigError(
                 f"{path} belongs to no run, so the base model of the adapter is not known. Name "
                 "the model: --model NAME"
             )
         return Source(adapter=path, model=model)
-    adapter = path
-    if path.absolute() == directory.path:
-        adapter = directory.best if directory.best.exists() else directory.latest
-    if not adapter.exists():
-        raise ConfigError(
-            f"the run {directory.path} has no adapter {adapter.name}. Let the run train for a "
-            "step, or name another adapter"
-        )
+    adapter = directory.chosen_adapter() if path.absolute() == directory.path else path
     settings = directory.read_settings().get("model", {})
     named = settings.get("name", "tiny")
     if model is None and not isinstance(named, str):

@@ -11,7 +11,8 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.activity import doing
-from textpolicy.adapters.container import AdapterContainer
+from textpolicy.adapters.adapter_state import AdapterState
+from textpolicy.adapters.container import AdapterContainer, adapted_copy
 from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.chat_template import check_arguments
 from textpolicy.errors import ConfigError
@@ -31,6 +32,7 @@ from textpolicy.generation.stop_rules import StopAtStrings
 from textpolicy.generation.streamed_text import StreamedText
 from textpolicy.generation.thinking import ThoughtReader
 from textpolicy.machine import memory_bytes, size_text
+from textpolicy.runs import find_adapter
 from textpolicy.types import Completion, Message, Prompt, RespondFn, Sampling
 from textpolicy.user_code import WaitingCalls
 
@@ -101,12 +103,26 @@ class ModelPolicy:
 
     @doing("reloading the adapters")
     def reload(self, path: str | Path) -> int:
-        # Another file may have the same version.
-        self._prefixes = PrefixCache()
         container = AdapterContainer.of(self.model)
         if container is None:
             return AdapterContainer.from_directory(path).load(self.model).version
         return container.swap(path)
+
+    def with_adapter(self, source: str | Path | None) -> "ModelPolicy":
+        """Return a policy that samples alike over the same base, with another adapter or none.
+
+        `source` is a file, a folder, a run, or a version of a run, as `find_adapter` takes it. The
+        policies share the base arrays, and neither changes the other.
+        """
+        return ModelPolicy(
+            adapted_copy(self.model, None if source is None else find_adapter(source)),
+            self.tokenizer,
+            self.sampling,
+            seed=self._seed,
+            max_rows=self._max_rows,
+            allow_special_tokens=self.allow_special_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     def generate(
         self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
@@ -142,7 +158,7 @@ class ModelPolicy:
         What the model has read of an earlier prompt or answer of `stream` is not read again.
         """
         ((prompt_tokens,), seed) = self._prepare([prompt], 1, seed)
-        self._prefixes.use_version(self.version)
+        self._prefixes.use_adapters(AdapterState.of(self.model))
         engine = Engine(self.model, launch_ahead=_can_launch_ahead(), prefixes=self._prefixes)
         row = DecodingRow(
             context=prompt_tokens,

@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from textpolicy.adapters.adapter_state import AdapterState
+
 PREFIX_BYTES = 256 << 20
 """The memory of the caches that a policy keeps for the next turns of conversations."""
 
@@ -32,12 +34,12 @@ class _Prefix:
 class PrefixCache:
     """Keeps the caches of the texts that were used last, in at most `max_bytes`.
 
-    All caches belong to one version of the adapters: another version drops them.
+    All caches belong to one `AdapterState`: another state drops them.
     """
 
     def __init__(self, max_bytes: int = PREFIX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._version: object = None
+        self._adapters: AdapterState | None = None
         # The text that was used last is the last one.
         self._prefixes: list[_Prefix] = []
 
@@ -46,11 +48,11 @@ class PrefixCache:
         """The bytes of all caches that are kept."""
         return sum(prefix.nbytes for prefix in self._prefixes)
 
-    def use_version(self, version: object) -> None:
-        """Drop all caches if they are those of another version of the adapters."""
-        if version != self._version:
+    def use_adapters(self, adapters: AdapterState) -> None:
+        """Drop all caches if the model has computed them with other adapters."""
+        if adapters != self._adapters:
             self._prefixes.clear()
-        self._version = version
+        self._adapters = adapters
 
     def keep(self, tokens: Sequence[int], cache: Sequence[KVCache]) -> None:
         """Keep the cache of a text instead of the caches of its beginnings."""

@@ -195,6 +195,16 @@ class RunDirectory:
         with atomic_replace(self.config, private=True) as temporary:
             temporary.write_text(text, "utf-8")
 
+    def chosen_adapter(self) -> Path:
+        """Return the best adapter, or the latest one if nothing was evaluated."""
+        adapter = self.best if self.best.exists() else self.latest
+        if not adapter.exists():
+            raise ConfigError(
+                f"the run {self.path} has no adapter {adapter.name}. Let the run train for a "
+                "step, or name another adapter"
+            )
+        return adapter
+
     def keep_adapter(self, adapter: Path, name: str | None = None) -> Path:
         """Copy an adapter file to its version, or to a name such as "best". Return the new path.
 
@@ -224,18 +234,18 @@ class RunDirectory:
 
     def remove_kept_adapters(self, *, last: int, best: int | None = None) -> None:
         """Remove all adapters that were kept by their version but the `last` and the best one."""
-        kept = self._kept_adapters()
+        kept = self.kept_adapters()
         for path in kept[: max(0, len(kept) - last)]:
             if int(path.stem) != best:
                 path.unlink()
 
     def remove_adapters_after(self, version: int) -> None:
         """Remove adapters that were kept by versions above this one: the run makes them again."""
-        for path in self._kept_adapters():
+        for path in self.kept_adapters():
             if int(path.stem) > version:
                 path.unlink()
 
-    def _kept_adapters(self) -> list[Path]:
+    def kept_adapters(self) -> list[Path]:
         """Return the adapters that were kept by their version, in the order of their versions."""
         paths = [path for path in self.adapters.glob(f"*{_SUFFIX}") if path.stem.isdecimal()]
         return sorted(paths, key=lambda path: int(path.stem))
