@@ -1,8 +1,10 @@
+import json
+
 import pytest
 
 from tests.test_types import rollout
 from textpolicy.buffer import Buffer
-from textpolicy.types import RolloutGroup, Task
+from textpolicy.types import RolloutGroup, Segment, Task
 
 
 def group(version: int) -> RolloutGroup:
@@ -24,3 +26,20 @@ def test_take_leaves_the_groups_above_the_limit_in_the_buffer():
     assert len(buffer.take(version=0, limit=2)) == 2
     assert len(buffer) == 1
     assert buffer.dropped == 0
+
+
+def test_a_checkpoint_holds_all_segments_of_a_rollout():
+    later = [Segment(tokens=[7, 8], mask=[False, True], logprobs=[0.0, -0.1])]
+    given = RolloutGroup(task=Task(id="t", prompt="p"), rollouts=[rollout(later=later), rollout()])
+    buffer, restored = Buffer(), Buffer()
+    buffer.extend([given])
+    restored.restore(json.loads(json.dumps(buffer.state())))
+    (group,) = restored.take(version=0)
+    assert [r.segments for r in group.rollouts] == [r.segments for r in given.rollouts]
+
+
+def test_a_checkpoint_of_rollouts_of_one_segment_reads_in_releases_without_segments():
+    buffer = Buffer()
+    buffer.extend([group(0)])
+    (content,) = buffer.state()["groups"][0]["rollouts"]
+    assert "later" not in content

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task, Turn
+from textpolicy.types import Rollout, RolloutGroup, Sampling, Segment, StopReason, Task, Turn
 
 
 class Buffer:
@@ -50,8 +50,14 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
     return {
         "task": group.task.id,
         "prompt": group.task.prompt,
-        "rollouts": [asdict(rollout) for rollout in group.rollouts],
+        "rollouts": [_rollout_to_json(rollout) for rollout in group.rollouts],
     }
+
+
+def _rollout_to_json(rollout: Rollout) -> dict[str, Any]:
+    """Return the fields. Earlier releases read a rollout of one segment, without `later`."""
+    fields = asdict(rollout)
+    return fields if rollout.later else {k: v for k, v in fields.items() if k != "later"}
 
 
 def _group_from_json(content: Mapping[str, Any]) -> RolloutGroup:
@@ -66,5 +72,6 @@ def _rollout_from_json(content: Mapping[str, Any]) -> Rollout:
         "sampling": Sampling(**(sampling | {"stop": tuple(sampling["stop"])})),
         "stop_reason": StopReason(content["stop_reason"]),
         "turns": [Turn(**turn) for turn in content["turns"]],
+        "later": [Segment(**segment) for segment in content.get("later", ())],
     }
     return Rollout(**(dict(content) | special))

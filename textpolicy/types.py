@@ -177,12 +177,33 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
-    """One scored answer or episode, token by token.
+class Segment:
+    """One token sequence of a rollout.
 
     `tokens`, `mask` and `logprobs` have equal length. `mask` is True on every sampled token, the
     stop token included, and False on prompts and on an environment's replies. `logprobs` is 0
-    where `mask` is False. `completion` is the text of the last turn.
+    where `mask` is False.
+    """
+
+    tokens: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.mask) == len(self.logprobs):
+            raise ValueError(
+                "a rollout's tokens, mask and logprobs must have equal length; got "
+                f"{len(self.tokens)}, {len(self.mask)}, {len(self.logprobs)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One scored answer or episode, token by token.
+
+    `tokens`, `mask` and `logprobs` are those of the first `Segment`. A rollout has `later`
+    segments if an agent rewrote the conversation, so that a prompt did not begin with the tokens
+    of the completion before. `completion` is the text of the last turn.
 
     `reward` is None if the reward function returned None: then the rollout is not part of its
     group's baseline and gets no gradient. `rewards` are the parts of the reward by name, `error`
@@ -203,13 +224,21 @@ class Rollout:
     version: int
     error: str | None = None
     turns: Sequence[Turn] = ()
+    later: Sequence[Segment] = ()
 
     def __post_init__(self) -> None:
-        if not len(self.tokens) == len(self.mask) == len(self.logprobs):
-            raise ValueError(
-                "a rollout's tokens, mask and logprobs must have equal length; got "
-                f"{len(self.tokens)}, {len(self.mask)}, {len(self.logprobs)}"
-            )
+        _ = self.segments  # Raises if the lists of the first segment differ in length.
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All token sequences of the rollout, in the order in which they began."""
+        first = Segment(tokens=self.tokens, mask=self.mask, logprobs=self.logprobs)
+        return [first, *self.later]
+
+    @property
+    def sampled(self) -> int:
+        """The number of sampled tokens in all segments."""
+        return sum(self.mask) + sum(sum(segment.mask) for segment in self.later)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +262,10 @@ class Batch:
     right. `rows` and `token_count` are totals of the *whole* optimizer batch: a loss that divides
     by these totals adds up to the same number for every split into micro-batches.
 
+    A row is a segment of a rollout, and `rollout` numbers the rollouts of the micro-batch from 0.
+    `rollout` is None if each row is a whole rollout. `rows` counts rollouts, and a micro-batch has
+    all segments of its rollouts.
+
     `logp_sampled` was recorded while sampling. `logp_old` is the denominator of ratios, and equals
     `logp_sampled` unless the trainer computed it again. `entropy` belongs to the current policy,
     and a loss may differentiate it. `entropies` are those of all counted tokens of the whole
@@ -255,6 +288,7 @@ class Batch:
     token_count: int
     max_tokens: int
     entropies: Float[mx.array, " tokens"] | None = None
+    rollout: Int[mx.array, " batch"] | None = None
 
 
 Metrics = dict[str, float]

@@ -226,7 +226,7 @@ def test_batched_logprobs_are_those_of_each_row_alone(model, drawn, size, share)
     rows = training_rows(drawn)
     # The embedded model has 256 tokens or more.
     small = [
-        replace(row, rollout=replace(row.rollout, tokens=[t % 251 for t in row.rollout.tokens]))
+        replace(row, segment=replace(row.segment, tokens=[t % 251 for t in row.segment.tokens]))
         for row in rows
     ]
     policy = ModelLogprobs(model, find_output_head(model), share)
@@ -234,7 +234,7 @@ def test_batched_logprobs_are_those_of_each_row_alone(model, drawn, size, share)
     assert sorted(map(identity, done)) == sorted(map(identity, rows))
     for row in done:
         temperature = mx.array([row.rollout.sampling.temperature])
-        alone = token_logprobs(model, mx.array([row.rollout.tokens]), temperature)
+        alone = token_logprobs(model, mx.array([row.segment.tokens]), temperature)
         for found, expected in zip((row.logp_fresh, row.entropies), alone, strict=True):
             own = np.where(row.rollout.mask, np.array(expected[0]), 0)[row.prompt_length :]
             assert np.allclose(found, own, rtol=1e-4, atol=1e-4)

@@ -36,7 +36,7 @@ def policy_loss(
     **options: Unpack[LossOptions],
 ) -> Loss:
     """Return the negated log-probabilities times advantage and capped ratio: their token mean."""
-    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch))
     weight = mx.stop_gradient(mx.minimum(ratio, cap))
     objective = weight * batch.advantages * mx.where(batch.mask, logp, 0)
     capped = (ratio > cap) & (batch.advantages > 0)

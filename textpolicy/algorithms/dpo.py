@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer
 
 from textpolicy.algorithms.parts.declaration import Declaration
 from textpolicy.algorithms.parts.loss import Loss
-from textpolicy.algorithms.parts.reductions import GroupRewards
+from textpolicy.algorithms.parts.reductions import GroupRewards, add_segments, first_rows
 from textpolicy.errors import ConfigError
 from textpolicy.types import Batch
 
@@ -43,10 +43,12 @@ def policy_loss(
     """Return the negative log-likelihood of the preferences: its mean over pairs."""
     if batch.logp_ref is None:
         raise ConfigError("DPO needs a reference; use Trainer(..., reference='base')")
-    h = beta * mx.where(batch.mask, logp - batch.logp_ref, 0).sum(axis=1)
-    order = _pair_order(batch)
+    distances = mx.where(batch.mask, logp - batch.logp_ref, 0).sum(axis=1)
+    h = beta * add_segments(distances, batch)
+    signs = mx.sign(add_segments(batch.advantages.sum(axis=1), batch))
+    order = _pair_order(batch, signs)
     # A pair with equal rewards has no winner: its difference counts for nothing.
-    decided = (batch.advantages[order].sum(axis=1) != 0).astype(mx.float32)
+    decided = (signs[order] != 0).astype(mx.float32)
     chosen, rejected = (h[order] * decided).reshape(-1, 2).T
     margin = chosen - rejected
     likelihood = (1 - label_smoothing) * nn.log_sigmoid(margin)
@@ -60,14 +62,17 @@ def policy_loss(
     }
 
 
-def _pair_order(batch: Batch) -> Integer[mx.array, " batch"]:
-    """Return the order of rows that puts each pair together, the chosen completion first."""
-    rejected = batch.advantages.sum(axis=1) < 0
-    order = mx.argsort(2 * batch.group + rejected)
-    group = batch.group[order]
+def _pair_order(
+    batch: Batch, signs: Float[mx.array, " batch"]
+) -> Integer[mx.array, " completions"]:
+    """Return a row of each completion, pair by pair, the chosen completion first."""
+    first = first_rows(batch)
+    group = batch.group[first]
+    order = mx.argsort(2 * group + (signs[first] < 0))
+    group = group[order]
     if len(group) % 2 or not mx.array_equal(group[::2], group[1::2]):
         raise ConfigError(
             "a micro-batch has one completion of a pair without the other; expected an even "
             "micro_batch_size, and both halves with at least one token that counts"
         )
-    return order
+    return first[order]

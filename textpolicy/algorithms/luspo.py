@@ -34,7 +34,7 @@ def policy_loss(
     **options: Unpack[ClippedOptions],
 ) -> Loss:
     """Return the negated clipped surrogate of sequences times their lengths: its mean."""
-    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch))
     clipped = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
     surrogate = mx.minimum(ratio * batch.advantages, clipped * batch.advantages)
     metrics = clip_metrics(ratio, batch, clip_low, clip_high, ratio_level)

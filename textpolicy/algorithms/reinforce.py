@@ -33,6 +33,6 @@ def policy_loss(
     **options: Unpack[LossOptions],
 ) -> Loss:
     """Return the negated ratio times advantage: its mean over all tokens of the batch."""
-    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch))
     surrogate = ratio * batch.advantages
     return compose_loss(-surrogate, logp, batch, ratio, average, **options)

@@ -36,7 +36,7 @@ def policy_loss(
     **options: Unpack[LossOptions],
 ) -> Loss:
     """Return the negated gated surrogate: its mean over tokens, then over sequences."""
-    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch))
     tau = mx.where(batch.advantages > 0, tau_positive, tau_negative)
     gate = mx.sigmoid(tau * (ratio - 1)) * 4 / tau
     surrogate = gate * batch.advantages

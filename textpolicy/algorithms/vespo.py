@@ -21,7 +21,7 @@ from textpolicy.algorithms.parts.averages import Average, token_mean
 from textpolicy.algorithms.parts.declaration import Declaration
 from textpolicy.algorithms.parts.loss import Loss, LossOptions, TokenWeight, compose_loss
 from textpolicy.algorithms.parts.ratio_levels import TOKEN, RatioLevel
-from textpolicy.algorithms.parts.reductions import row_means
+from textpolicy.algorithms.parts.reductions import add_segments, mean_of_sequences
 from textpolicy.types import Batch
 
 DECLARATION = Declaration(paper="2602.10693", needs_advantages=True)
@@ -44,19 +44,20 @@ def policy_loss(
 
     `positive` and `negative` are (k, lambda) for advantages of that sign.
     """
-    log_ratios = mx.clip(TOKEN(logp - batch.logp_old, batch.mask), -20, 20)
-    log_w, metrics = log_ratios.sum(axis=1, keepdims=True), {}
+    log_ratios = mx.clip(TOKEN(logp - batch.logp_old, batch), -20, 20)
+    log_w, metrics = add_segments(log_ratios.sum(axis=1), batch)[:, None], {}
     if correction:
         weight, metrics = correction(logp, batch)
         logs = mx.clip(mx.log(weight), _LOWEST, _HIGHEST)
         if logs.shape[1] > 1:
-            logs = mx.where(batch.mask, logs, 0)
-        log_w = log_w + logs.sum(axis=1, keepdims=True)
+            logs = mx.where(batch.mask, logs, 0).sum(axis=1)
+            logs = add_segments(logs, batch)[:, None]
+        log_w = log_w + logs
     log_w = mx.clip(log_w, _LOWEST, _HIGHEST)
     k = mx.where(batch.advantages >= 0, positive[0], negative[0])
     rate = mx.where(batch.advantages >= 0, positive[1], negative[1])
     phi = mx.stop_gradient(mx.exp(k * log_w - rate * mx.expm1(log_w)))
     objective = phi * batch.advantages * mx.where(batch.mask, logp, 0)
-    metrics = metrics | {"vespo/phi_seq_mean": row_means(phi, batch.mask).sum() / batch.rows}
-    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch.mask))
+    metrics = metrics | {"vespo/phi_seq_mean": mean_of_sequences(phi, batch)}
+    ratio = mx.exp(ratio_level(logp - batch.logp_old, batch))
     return compose_loss(-objective, logp, batch, ratio, average, metrics, **options)

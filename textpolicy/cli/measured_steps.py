@@ -27,6 +27,7 @@ from textpolicy.experiment.tasks import find_task
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
 from textpolicy.runs import RunDirectory
+from textpolicy.training.batch import training_rows
 from textpolicy.training.checkpoint import Checkpoints
 from textpolicy.types import Metrics, Progress
 
@@ -96,15 +97,16 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
     kept = reports[1:] or reports
     names = set[str].intersection(*(set(report.metrics) for report in kept))
     values = {name: [report.metrics[name] for report in kept] for name in sorted(names)}
-    rollouts = [one for report in kept for group in report.trained for one in group.rollouts]
-    starts = [rollout.mask.index(True) for rollout in rollouts]
-    rests = [len(one.mask) - start for one, start in zip(rollouts, starts, strict=True)]
+    trained = [row for report in kept for row in training_rows(report.trained)]
     return RealSteps(
         environment=environment,
         steps=len(kept),
         warmed_up=len(reports) > 1,
         metrics={name: statistics.fmean(all_) for name, all_ in values.items()},
-        lengths={"prompt_tokens": max(starts), "completion_tokens": max(rests)},
+        lengths={
+            "prompt_tokens": max(row.prompt_length for row in trained),
+            "completion_tokens": max(len(row.tokens) for row in trained),
+        },
         peaks={name: round(1e9 * max(values[m])) - bytes_before for name, m in _PEAKS.items()},
     )
 

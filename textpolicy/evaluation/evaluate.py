@@ -99,7 +99,7 @@ class Evaluation:
     def metrics(self, prefix: str = "eval/") -> Metrics:
         """Return all numbers of the evaluation, with `prefix` before their names."""
         mean = self.greedy_reward
-        lengths = [sum(rollout.mask) for rollout in self.greedy]
+        lengths = [rollout.sampled for rollout in self.greedy]
         cut = [rollout.stop_reason is StopReason.LENGTH for rollout in self.greedy]
         metrics = {
             "reward": mean.reward,

@@ -52,7 +52,7 @@ def _reward_metrics(rewards_G: Sequence[Sequence[float]]) -> Metrics:
 
 
 def _length_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    lengths = [sum(rollout.mask) for rollout in rollouts]
+    lengths = [rollout.sampled for rollout in rollouts]
     cut = [rollout.stop_reason is StopReason.LENGTH for rollout in rollouts]
     ended = [length for length, is_cut in zip(lengths, cut, strict=True) if not is_cut]
     metrics = _length_spread(lengths, "length")

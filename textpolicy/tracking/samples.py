@@ -15,8 +15,8 @@ def sample_rows(
     """Return a row for each completion of the groups that `step` was trained on.
 
     `advantages` has the index of the group and then of the member; None stands for a completion
-    that was not trained on. A row has `turns` in an episode of several turns, and `error` if the
-    reward function failed.
+    that was not trained on. A row has `turns` in an episode of several turns, `segments` (their
+    number) if the rollout has several, and `error` if the reward function failed.
     """
     return [
         {"step": step, "group": g, "member": m, **_row(group, rollout, advantages[g][m])}
@@ -46,7 +46,7 @@ def _row(group: RolloutGroup, rollout: Rollout, advantage: float | None) -> dict
         "advantage": _json(advantage),
         "version": rollout.version,
         "stop_reason": rollout.stop_reason.value,
-        "tokens": sum(rollout.mask),
+        "tokens": rollout.sampled,
     }
     if len(rollout.turns) > 1:
         row["turns"] = [
@@ -57,6 +57,8 @@ def _row(group: RolloutGroup, rollout: Rollout, advantage: float | None) -> dict
             }
             for turn in rollout.turns
         ]
+    if rollout.later:
+        row["segments"] = len(rollout.segments)
     return row | ({"error": rollout.error} if rollout.error else {})
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import ConfigError
-from textpolicy.training.batch import TrainingRow
+from textpolicy.training.batch import TrainingRow, rows_by_rollout
 from textpolicy.types import AdvantageFn, RolloutGroup
 from textpolicy.user_code import describe_value
 
@@ -29,12 +29,13 @@ def add_advantages(
     """
     # The last rollouts of all groups may lack a reward, and have no row then.
     shape = (max(row.group for row in rows) + 1, group_size)
-    rewards = _array_of(rows, shape, lambda row: _penalised_reward(row, reward_kl))
+    rollouts = rows_by_rollout(rows)
+    rewards = _array_of(rollouts, shape, lambda rows: _penalised_reward(rows, reward_kl))
     names = dict.fromkeys(name for row in rows for name in row.rollout.rewards)
     offered: dict[str, Callable[[], Any]] = {
-        "lengths": lambda: _array_of(rows, shape, lambda row: sum(row.rollout.mask)),
+        "lengths": lambda: _array_of(rollouts, shape, lambda rows: rows[0].rollout.sampled),
         "parts": lambda: {
-            name: _array_of(rows, shape, lambda row, n=name: row.rollout.rewards.get(n))
+            name: _array_of(rollouts, shape, lambda rows, n=name: rows[0].rollout.rewards.get(n))
             for name in names
         },
     }
@@ -45,7 +46,7 @@ def add_advantages(
             f"the advantage function returned shape {advantages.shape} for rewards of shape "
             f"{rewards.shape}; expected one advantage for each reward"
         )
-    return [replace(row, advantage=float(advantages[row.group, row.member])) for row in rows]
+    return [replace(row, advantage=float(advantages[row.sequence])) for row in rows]
 
 
 def advantages_by_group(
@@ -89,25 +90,29 @@ def _numbers_in(returned: Any) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _penalised_reward(row: TrainingRow, reward_kl: float) -> float | None:
-    reward = row.rollout.reward
+def _penalised_reward(segments: Sequence[TrainingRow], reward_kl: float) -> float | None:
+    reward = segments[0].rollout.reward
     if not reward_kl or reward is None:
         return reward
+    return reward - reward_kl * sum(map(_divergence, segments))
+
+
+def _divergence(row: TrainingRow) -> float:
     assert row.logp_ref is not None
-    sampled = np.array(row.rollout.mask[row.prompt_length :])
-    return reward - reward_kl * float((row.logp_old - row.logp_ref)[sampled].sum())
+    sampled = np.array(row.segment.mask[row.prompt_length :])
+    return float((row.logp_old - row.logp_ref)[sampled].sum())
 
 
 def _array_of(
-    rows: Sequence[TrainingRow],
+    rollouts: Sequence[Sequence[TrainingRow]],
     shape: tuple[int, int],
-    value: Callable[[TrainingRow], float | None],
+    value: Callable[[Sequence[TrainingRow]], float | None],
 ) -> mx.array:
-    """Return the values of the rows by group and member. NaN marks a member without a value."""
+    """Return the value of each rollout by group and member. NaN marks a member without a value."""
     array = np.full(shape, np.nan, np.float32)
     # A number beyond float32 becomes infinite: the trainer skips the update and counts it.
     with np.errstate(over="ignore"):
-        for row in rows:
-            if (number := value(row)) is not None:
-                array[row.group, row.member] = number
+        for rows in rollouts:
+            if (number := value(rows)) is not None:
+                array[rows[0].sequence] = number
     return mx.array(array)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import TrainingError
-from textpolicy.types import Batch, Rollout, RolloutGroup, StopReason
+from textpolicy.types import Batch, Rollout, RolloutGroup, Segment, StopReason
 
 MICRO_BATCH_TOKENS = 1024
 """Tokens of a micro-batch if its number of rows is not given. More tokens only need more memory."""
@@ -17,13 +17,16 @@ MICRO_BATCH_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRow:
-    """A rollout with a reward, and the numbers that are computed before its update.
+    """A segment of a rollout with a reward, and the numbers that are computed before its update.
 
     `logp_fresh`, `entropies` and `logp_ref` begin after the prompt. They are None if the trainer
     does not compute them. An `excluded` row is not part of the loss.
     """
 
     rollout: Rollout
+    segment: Segment
+    number: int
+    """The place of the segment in the rollout."""
     group: int
     member: int
     prompt_length: int
@@ -36,28 +39,33 @@ class TrainingRow:
     @property
     def prompt(self) -> tuple[int, ...]:
         """The tokens before the first sampled token."""
-        return tuple(self.rollout.tokens[: self.prompt_length])
+        return tuple(self.segment.tokens[: self.prompt_length])
 
     @property
     def tokens(self) -> list[int]:
         """The tokens after the prompt."""
-        return self.rollout.tokens[self.prompt_length :]
+        return self.segment.tokens[self.prompt_length :]
 
     @property
     def mask(self) -> list[bool]:
         """True on the tokens after the prompt that are part of the loss."""
-        mask = self.rollout.mask[self.prompt_length :]
+        mask = self.segment.mask[self.prompt_length :]
         return [False] * len(mask) if self.excluded else mask
 
     @property
     def logp_sampled(self) -> np.ndarray:
         """The log-probabilities after the prompt that were recorded while sampling."""
-        return np.array(self.rollout.logprobs[self.prompt_length :], np.float32)
+        return np.array(self.segment.logprobs[self.prompt_length :], np.float32)
 
     @property
     def logp_old(self) -> np.ndarray:
         """The log-probabilities in the denominator of ratios: fresh ones, else recorded ones."""
         return self.logp_sampled if self.logp_fresh is None else self.logp_fresh
+
+    @property
+    def sequence(self) -> tuple[int, int]:
+        """The group and the member: what all segments of a rollout have in common."""
+        return self.group, self.member
 
     @property
     def has_signal(self) -> bool:
@@ -67,7 +75,10 @@ class TrainingRow:
 
 @dataclass(frozen=True, slots=True)
 class BatchTotals:
-    """Totals over an optimizer batch. Losses of its micro-batches divide by them."""
+    """Totals over an optimizer batch. Losses of its micro-batches divide by them.
+
+    `rows` counts rollouts, whatever the number of their segments is.
+    """
 
     rows: int
     token_count: int
@@ -79,7 +90,7 @@ class BatchTotals:
         """Return the totals of these rows."""
         known = [r.entropies[np.array(r.mask)] for r in rows if r.entropies is not None]
         return cls(
-            rows=len(rows),
+            rows=len({row.sequence for row in rows}),
             token_count=max(1, sum(sum(row.mask) for row in rows)),
             max_tokens=max(row.rollout.sampling.max_tokens for row in rows),
             entropies=np.concatenate(known) if known else None,
@@ -89,19 +100,31 @@ class BatchTotals:
 def training_rows(
     groups: Sequence[RolloutGroup], *, exclude_truncated: bool = False
 ) -> list[TrainingRow]:
-    """Return a row for each rollout that has a reward."""
+    """Return a row for each segment with sampled tokens of each rollout that has a reward."""
     return [
         TrainingRow(
             rollout=rollout,
+            segment=segment,
+            number=number,
             group=g,
             member=m,
-            prompt_length=rollout.mask.index(True),
+            prompt_length=segment.mask.index(True),
             excluded=exclude_truncated and rollout.stop_reason is StopReason.LENGTH,
         )
         for g, group in enumerate(groups)
         for m, rollout in enumerate(group.rollouts)
         if rollout.reward is not None
+        for number, segment in enumerate(rollout.segments)
+        if any(segment.mask)
     ]
+
+
+def rows_by_rollout(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+    """Return the rows of each rollout, in the order in which the rollouts first occur."""
+    rollouts: dict[tuple[int, int], list[TrainingRow]] = {}
+    for row in rows:
+        rollouts.setdefault(row.sequence, []).append(row)
+    return list(rollouts.values())
 
 
 def check_usable_for_training(groups: Sequence[RolloutGroup]) -> None:
@@ -134,10 +157,11 @@ def split_into_micro_batches(
 ) -> list[list[TrainingRow]]:
     """Return parts of an optimizer batch that are in memory one at a time.
 
-    Groups of similar length are together. A part has at most `size` rows. If `size` is None, a part
-    is as many whole groups as fit into MICRO_BATCH_TOKENS with their padding; a group is cut if its
-    completions alone have more tokens, or its whole rows if `share_prompts` is False. Groups
-    without any signal come last, in parts of their own.
+    Groups of similar length are together, and so are the segments of a rollout. A part has at most
+    `size` rows, unless one rollout has more segments. If `size` is None, a part is as many whole
+    groups as fit into MICRO_BATCH_TOKENS with their padding; a group is cut if its completions
+    alone have more tokens, or its whole rows if `share_prompts` is False. Groups without any signal
+    come last, in parts of their own.
     """
     by_number: dict[int, list[TrainingRow]] = {}
     for row in rows:
@@ -155,8 +179,13 @@ def split_into_micro_batches(
 
 def count_padded_tokens(rows: Sequence[TrainingRow], *, share_prompts: bool = True) -> int:
     """Return the tokens of a batch of these rows, padding included and shared prompts once."""
-    prompts = len({row.group for row in rows} if share_prompts else rows)
+    prompts = len({_prompt_key(row) for row in rows} if share_prompts else rows)
     return len(rows) * _longest_completion(rows) + prompts * _longest_prompt(rows)
+
+
+def _prompt_key(row: TrainingRow) -> tuple[int, int, int]:
+    """Return what rows with the same prompt have in common. Later segments share no prompt."""
+    return row.group, row.number, row.member if row.number else 0
 
 
 def make_batch(rows: Sequence[TrainingRow], totals: BatchTotals) -> Batch:
@@ -182,7 +211,16 @@ def make_batch(rows: Sequence[TrainingRow], totals: BatchTotals) -> Batch:
         token_count=totals.token_count,
         max_tokens=totals.max_tokens,
         entropies=None if totals.entropies is None else mx.array(totals.entropies),
+        rollout=_rollout_numbers(rows),
     )
+
+
+def _rollout_numbers(rows: Sequence[TrainingRow]) -> mx.array | None:
+    """Return the number of each row's rollout, or None if each row is a whole rollout."""
+    numbers = {sequence: n for n, sequence in enumerate(dict.fromkeys(r.sequence for r in rows))}
+    if len(numbers) == len(rows):
+        return None
+    return mx.array([numbers[row.sequence] for row in rows])
 
 
 def _fill_parts(
@@ -207,7 +245,14 @@ def _fill_parts(
 
 
 def _cut(rows: list[TrainingRow], size: int) -> list[list[TrainingRow]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    """Return pieces of whole rollouts with at most `size` rows, or of one rollout with more."""
+    pieces: list[list[TrainingRow]] = []
+    for rollout in rows_by_rollout(rows):
+        if pieces and len(pieces[-1]) + len(rollout) <= size:
+            pieces[-1] += rollout
+        else:
+            pieces.append(rollout)
+    return pieces
 
 
 def _longest_completion(rows: Sequence[TrainingRow]) -> int:

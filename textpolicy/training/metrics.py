@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float
 
-from textpolicy.training.batch import TrainingRow
+from textpolicy.training.batch import TrainingRow, rows_by_rollout
 from textpolicy.types import Batch, Metrics
 
 
@@ -40,8 +40,8 @@ def _token_mean(batch: Batch, x: mx.array) -> mx.array:
 
 
 def advantage_metrics(rows: Sequence[TrainingRow]) -> Metrics:
-    """Return the spread of the advantages. Their mean is 0 in most algorithms."""
-    advantages = np.array([row.advantage for row in rows])
+    """Return the spread of the rollouts' advantages. Their mean is 0 in most algorithms."""
+    advantages = np.array([segments[0].advantage for segments in rows_by_rollout(rows)])
     # A user's function may return any number, and the metrics show it: NaN and infinity too.
     with np.errstate(all="ignore"):
         return {

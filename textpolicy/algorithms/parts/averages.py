@@ -1,6 +1,7 @@
 """Averages: from the loss of each token to the loss of the batch.
 
-All but the last divide by totals of the optimizer batch, whatever the size of a micro-batch is.
+All but the last divide by totals of the optimizer batch, whatever the size of a micro-batch is. A
+sequence is all that was sampled in one rollout, also if the rollout has several segments.
 """
 
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from collections.abc import Callable
 import mlx.core as mx
 from jaxtyping import Float
 
-from textpolicy.algorithms.parts.reductions import PerToken, masked_sum, row_means
+from textpolicy.algorithms.parts.reductions import PerToken, masked_sum, mean_of_sequences
 from textpolicy.types import Batch
 
 Average = Callable[[PerToken, Batch], Float[mx.array, ""]]
@@ -16,7 +17,7 @@ Average = Callable[[PerToken, Batch], Float[mx.array, ""]]
 
 def sequence_mean(loss: PerToken, batch: Batch) -> Float[mx.array, ""]:
     """Return the mean over sequences of each sequence's mean over its tokens, as in GRPO."""
-    return row_means(loss, batch.mask).sum() / batch.rows
+    return mean_of_sequences(loss, batch)
 
 
 def sequence_sum(loss: PerToken, batch: Batch) -> Float[mx.array, ""]:
@@ -40,6 +41,7 @@ def constant(loss: PerToken, batch: Batch, *, tokens: int) -> Float[mx.array, ""
 
 
 def micro_batch_token_mean(loss: PerToken, batch: Batch) -> Float[mx.array, ""]:
-    """Return the mean over the tokens of each micro-batch, weighted by its rows: TRL's `bnpo`."""
+    """Return each micro-batch's mean over tokens, weighted by its sequences: TRL's `bnpo`."""
     tokens = mx.maximum(batch.mask.sum(), 1)
-    return masked_sum(loss, batch.mask) / tokens * (batch.mask.shape[0] / batch.rows)
+    sequences = batch.mask.shape[0] if batch.rollout is None else batch.rollout.max() + 1
+    return masked_sum(loss, batch.mask) / tokens * (sequences / batch.rows)

@@ -20,7 +20,12 @@ from jaxtyping import Bool, Float
 from textpolicy.algorithms.parts.averages import Average, token_mean
 from textpolicy.algorithms.parts.kl import KLEstimator, LogDistance, k3
 from textpolicy.algorithms.parts.ratio_levels import RatioLevel
-from textpolicy.algorithms.parts.reductions import PerToken, flagged_share, row_means
+from textpolicy.algorithms.parts.reductions import (
+    PerToken,
+    add_segments,
+    flagged_share,
+    sequence_means,
+)
 from textpolicy.errors import ConfigError
 from textpolicy.types import Batch
 
@@ -98,8 +103,8 @@ def clip_metrics(
 def _row_shares(
     flags: Bool[mx.array, "batch _"], batch: Batch, if_empty: float
 ) -> Float[mx.array, " batch"]:
-    shares = row_means(flags.astype(mx.float32), batch.mask)
-    counted = batch.mask.any(axis=1)
+    shares = sequence_means(flags.astype(mx.float32), batch)
+    counted = add_segments(batch.mask.sum(axis=1), batch) > 0
     # All shares are 0 in a batch without counted tokens.
     return mx.where(counted | ~counted.any(), shares, if_empty)
 

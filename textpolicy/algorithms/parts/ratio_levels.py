@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from textpolicy.algorithms.parts.reductions import PerToken, row_means
+from textpolicy.algorithms.parts.reductions import PerToken, add_segments, sequence_means
+from textpolicy.types import Batch
 
-Mask = Bool[mx.array, "batch time"]
+LogRatios = Float[mx.array, "batch time"]
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,20 @@ class RatioLevel:
     sequence once.
     """
 
-    reduce: Callable[[Float[mx.array, "batch time"], Mask], PerToken]
+    reduce: Callable[[LogRatios, Batch], PerToken]
     by_sequence: bool
 
-    def __call__(self, log_ratios: Float[mx.array, "batch time"], mask: Mask) -> PerToken:
-        return self.reduce(mx.where(mask, log_ratios, 0), mask)
+    def __call__(self, log_ratios: LogRatios, batch: Batch) -> PerToken:
+        return self.reduce(mx.where(batch.mask, log_ratios, 0), batch)
 
 
-TOKEN = RatioLevel(lambda logs, mask: logs, by_sequence=False)
+def _sequence_sums(logs: LogRatios, batch: Batch) -> PerToken:
+    return add_segments(logs.sum(axis=1), batch)[:, None]
+
+
+TOKEN = RatioLevel(lambda logs, batch: logs, by_sequence=False)
 """The ratio of each token."""
-SEQUENCE = RatioLevel(lambda logs, mask: row_means(logs, mask)[:, None], by_sequence=True)
+SEQUENCE = RatioLevel(lambda logs, batch: sequence_means(logs, batch)[:, None], by_sequence=True)
 """One ratio for each sequence: the geometric mean of its tokens' ratios, as in GSPO."""
-WHOLE_SEQUENCE = RatioLevel(lambda logs, mask: logs.sum(axis=1, keepdims=True), by_sequence=True)
+WHOLE_SEQUENCE = RatioLevel(_sequence_sums, by_sequence=True)
 """One ratio for each sequence: the product of its tokens' ratios, as in RLOO."""

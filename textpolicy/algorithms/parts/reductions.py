@@ -1,7 +1,8 @@
 """Sums, means, shares and quantiles of values of tokens; deviations of rewards in groups."""
 
 import mlx.core as mx
-from jaxtyping import Bool, Float
+import numpy as np
+from jaxtyping import Bool, Float, Integer, Num
 
 from textpolicy.errors import ConfigError
 from textpolicy.types import Batch
@@ -17,9 +18,37 @@ def masked_sum(x: PerToken, mask: Bool[mx.array, "batch time"]) -> Float[mx.arra
     return mx.where(mask, x, 0).sum()
 
 
-def row_means(x: PerToken, mask: Bool[mx.array, "batch time"]) -> Float[mx.array, " batch"]:
-    """Return each row's mean over its counted tokens; 0 for a row without any."""
-    return mx.where(mask, x, 0).sum(axis=1) / mx.maximum(mask.sum(axis=1), 1)
+def add_segments(x: Num[mx.array, " batch"], batch: Batch) -> Num[mx.array, " batch"]:
+    """Return for each row the sum of the values of all segments of its sequence.
+
+    A sequence is all that was sampled in one rollout. Most rollouts are one row.
+    """
+    if batch.rollout is None:
+        return x
+    return mx.zeros(len(x), dtype=x.dtype).at[batch.rollout].add(x)[batch.rollout]
+
+
+def mean_of_sequences(x: PerToken, batch: Batch) -> Float[mx.array, ""]:
+    """Return the mean over the batch's sequences of each sequence's mean over its tokens."""
+    sums = mx.where(batch.mask, x, 0).sum(axis=1)
+    return (sums / _counted_tokens(batch)).sum() / batch.rows
+
+
+def sequence_means(x: PerToken, batch: Batch) -> Float[mx.array, " batch"]:
+    """Return the mean over the counted tokens of each row's sequence; 0 if it has none."""
+    sums = mx.where(batch.mask, x, 0).sum(axis=1)
+    return add_segments(sums, batch) / _counted_tokens(batch)
+
+
+def first_rows(batch: Batch) -> Integer[mx.array, " sequences"]:
+    """Return the number of the first row of each sequence."""
+    if batch.rollout is None:
+        return mx.arange(len(batch.owner))
+    return mx.array(np.unique(np.array(batch.rollout), return_index=True)[1])
+
+
+def _counted_tokens(batch: Batch) -> Integer[mx.array, " batch"]:
+    return mx.maximum(add_segments(batch.mask.sum(axis=1), batch), 1)
 
 
 def flagged_share(
@@ -28,7 +57,7 @@ def flagged_share(
     """Return the share of the batch's tokens that are flagged, or of its sequences."""
     flagged = flags.astype(mx.float32)
     if by_sequence:
-        return row_means(flagged, batch.mask).sum() / batch.rows
+        return mean_of_sequences(flagged, batch)
     return masked_sum(flagged, batch.mask) / batch.token_count
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 from jaxtyping import Float
 
 from textpolicy.algorithms.parts.ratio_levels import TOKEN, WHOLE_SEQUENCE, RatioLevel
-from textpolicy.algorithms.parts.reductions import PerToken, flagged_share, quantile, row_means
+from textpolicy.algorithms.parts.reductions import PerToken, flagged_share, quantile, sequence_means
 from textpolicy.errors import ConfigError
 from textpolicy.types import Batch
 
@@ -56,7 +56,7 @@ def off_policy_mask(logp: LogProbs, batch: Batch, *, threshold: float = 0.5) -> 
     The probability has fallen if the mean over the sequence's tokens of log p_sampled - log p is
     above `threshold`, in nats.
     """
-    distance = row_means(batch.logp_sampled - logp, batch.mask)[:, None]
+    distance = sequence_means(batch.logp_sampled - logp, batch)[:, None]
     keep = (batch.advantages >= 0) | (distance <= threshold)
     dropped = flagged_share(~keep, batch, True)
     return keep.astype(mx.float32), {"off_policy_masked": dropped}
@@ -80,13 +80,13 @@ def top_entropy_tokens(logp: LogProbs, batch: Batch, *, fraction: float = 0.2) -
 
 
 def _truncate(level: RatioLevel, cap: float, batch: Batch) -> Weighted:
-    rho = mx.exp(level(batch.logp_old - batch.logp_sampled, batch.mask))
+    rho = mx.exp(level(batch.logp_old - batch.logp_sampled, batch))
     truncated = flagged_share(rho > cap, batch, level.by_sequence)
     return mx.minimum(rho, cap), {"sampling/truncated": truncated}
 
 
 def _mask(level: RatioLevel, low: float, high: float, batch: Batch) -> Weighted:
-    rho = mx.exp(level(batch.logp_old - batch.logp_sampled, batch.mask))
+    rho = mx.exp(level(batch.logp_old - batch.logp_sampled, batch))
     outside = (rho < low) | (rho > high)
     masked = flagged_share(outside, batch, level.by_sequence)
     return mx.where(outside, 0, rho), {"sampling/masked": masked}

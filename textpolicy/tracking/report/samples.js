@@ -130,6 +130,7 @@ function memberCard(sample, rewards) {
     sample.advantage === null ? "not learned from" : `advantage ${short(sample.advantage)}`,
     ...(parts.length > 1 ? parts.map(([name, value]) => `${name} ${typeof value === "number" ? short(value) : value}`) : []),
     `${sample.tokens} tokens`,
+    ...(sample.segments ? [`${sample.segments} segments`] : []),
     sample.stop_reason.replace("_", " "),
     ...(sample.error ? [`error: ${sample.error}`] : []),
   ];
