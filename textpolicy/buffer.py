@@ -72,6 +72,6 @@ def _rollout_from_json(content: Mapping[str, Any]) -> Rollout:
         "sampling": Sampling(**(sampling | {"stop": tuple(sampling["stop"])})),
         "stop_reason": StopReason(content["stop_reason"]),
         "turns": [Turn(**turn) for turn in content["turns"]],
-        "later": [Segment(**segment) for segment in content.get("later", ())],
+        "later": tuple(Segment(**segment) for segment in content.get("later", ())),
     }
     return Rollout(**(dict(content) | special))
