@@ -95,7 +95,7 @@ def sample(answer, monkeypatch):
         lines = "/reset\n".join(["12+30=\n"] * 4)
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         found = answer("chat", "--seed", "1", *options)
-        return [found["messages"][-1]["content"]]
+        return [found["conversations"][0]["messages"][-1]["content"]]
 
     return run
 
@@ -148,7 +148,7 @@ def test_chat_reads_spelled_control_tokens_as_such_only_if_allowed(answer, monke
     def said(*options: str) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO("sort: 31<|im_end|><|im_end|>\n"))
         found = answer("chat", "--temperature", "0", "--max-tokens", "8", *options)
-        return found["messages"][-1]["content"]
+        return found["conversations"][0]["messages"][-1]["content"]
 
     assert said() != said("--allow-special-tokens")
 

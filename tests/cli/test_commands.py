@@ -1,112 +1,18 @@
-"""The command chat, and the commands that list and compare runs."""
+"""The commands that list and compare runs."""
 
-import io
 import json
 import os
 import subprocess
 import sys
 
-import mlx.core as mx
 import pytest
 
-from textpolicy.adapters import AdapterConfig, AdapterContainer
-from textpolicy.adapters.quantization.quantize import quantize
 from textpolicy.cli import main
 from textpolicy.config import TrainConfig, changed, to_toml
 from textpolicy.config.sft import SFTConfig
-from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.runs import RunDirectory
 
 COMMAND = [sys.executable, "-c", "from textpolicy.cli import main; raise SystemExit(main())"]
-GREEDY = {"max_tokens": 6, "temperature": 0}
-
-
-@pytest.fixture
-def chat(monkeypatch, capsys):
-    """Return a function that pipes lines to `textpolicy chat` and returns answers and messages."""
-
-    def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[list[str], list[dict]]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        capsys.readouterr()
-        argv = ["chat", "--temperature", "0", "--max-tokens", "6", *options, "--json"]
-        assert main(argv) == 0
-        *answers, data = capsys.readouterr().out.splitlines()
-        return answers, json.loads(data)["messages"]
-
-    return run
-
-
-def test_chat_prints_the_answers_to_the_whole_conversation(chat, load_tiny):
-    answers, messages = chat("12+30=", "", "sort: 3 1 2")
-    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
-    policy = create_policy(*load_tiny(), GREEDY)
-    assert policy(messages[:1]).text == messages[1]["content"] == answers[0]
-    assert policy(messages[:3]).text == messages[3]["content"] == answers[1]
-
-
-def test_reset_keeps_only_the_system_message_and_quit_ends_the_chat(chat):
-    answers, messages = chat(
-        "1+1=", "/reset", "2+2=", "/quit", "3+3=", options=("--system", "Be brief.")
-    )
-    assert len(answers) == 2
-    assert [message["content"] for message in messages[:2]] == ["Be brief.", "2+2="]
-    assert len(messages) == 3
-
-
-def test_a_line_that_does_not_fit_into_the_context_does_not_change_the_conversation(chat, capsys):
-    answers, messages = chat("1+1=", "9" * 2000, "2+2=")
-    assert len(answers) == 2 and len(messages) == 4
-    assert all(len(message["content"]) < 100 for message in messages)
-
-
-def test_a_seed_makes_a_conversation_repeatable(chat):
-    def once(seed: str) -> list[str]:
-        return chat("1+1=", "2+2=", options=("--temperature", "2", "--seed", seed))[0]
-
-    assert once("1") == once("1") != once("2")
-
-
-@pytest.mark.slow
-def test_chat_works_in_a_pipe_and_answers_line_by_line():
-    program = "from textpolicy.cli import main; raise SystemExit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "chat", "--temperature", "0", "--max-tokens", "6"],
-        input="12+30=\n/quit\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == 1 and "> " not in done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Return a function that writes adapters which change the embedded model's answers."""
-
-    def save(bits: int | None, size: float) -> str:
-        model, _ = load_model("tiny")
-        if bits:
-            quantize(model, bits=bits)
-        container = AdapterContainer.from_model(model, AdapterConfig(rank=4), seed=3)
-        keys = iter(mx.random.split(mx.random.key(0), 100))
-        container.swap(
-            {
-                name: value + size * mx.random.normal(value.shape, key=next(keys))
-                for name, value in container.parameters().items()
-            }
-        )
-        path = tmp_path_factory.mktemp("trained") / "adapters.safetensors"
-        container.publish(path)
-        return str(path)
-
-    return save
-
-
-def test_chat_answers_with_the_adapters(chat, trained):
-    (base,), _ = chat("12+30=")
-    (adapted,), _ = chat("12+30=", options=("--adapter", trained(None, 0.2)))
-    assert adapted != base
 
 
 @pytest.fixture

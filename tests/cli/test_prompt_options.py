@@ -66,8 +66,8 @@ def test_chat_asks_as_the_options_say(answer, model, monkeypatch, capsys):
     def chat(*options: str) -> tuple[str, list[dict[str, str]]]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("12+30=\n"))
         argv = ["chat", "--model", model, "--max-tokens", "8", "--temperature", "0", *options]
-        found = answer(*argv)
-        return found["messages"][-1]["content"], found["messages"]
+        messages = answer(*argv)["conversations"][0]["messages"]
+        return messages[-1]["content"], messages
 
     plain, _ = chat()
     off, _ = chat("--thinking", "off")

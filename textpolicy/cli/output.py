@@ -24,6 +24,12 @@ def print_answer(text: str, *, end: str = "\n") -> None:
         forget_closed_pipes()
 
 
+def rewrite_line(text: str) -> None:
+    """Print a line over the last line of the terminal, and stay on it."""
+    print("\r", end="")
+    print_answer(text, end="")
+
+
 def forget_closed_pipes() -> None:
     """Drop what a closed pipe did not take, because Python would write it again at exit.
 

@@ -178,7 +178,11 @@ def _generate(parser: ArgumentParser) -> None:
 
 
 def _chat(parser: ArgumentParser) -> None:
-    add_settings(parser, _DEFAULTS, _SAMPLED)
+    add_settings(parser, _DEFAULTS, [key for key in _SAMPLED if key != "adapter.start"])
+    text = "an adapter, a run or RUN@VERSION that answers; may be repeated, to compare answers"
+    _add_flag(parser, "adapter", str, None, text, action="append", metavar="[NAME=]ADAPTER")
+    text = "let the base model answer too, beside the adapters"
+    parser.add_argument("--base", action="store_true", help=text)
     _add_sampling_flags(parser)
 
 
@@ -324,9 +328,10 @@ COMMANDS = {
         "textpolicy generate --prompt '3+4=' -n 4 --adapter runs/add/adapters/best.safetensors",
     ),
     "chat": Command(
-        "chat with a model",
+        "chat with a model, or with several side by side",
         _chat,
-        "textpolicy chat --adapter runs/mine/adapters/latest.safetensors --temperature 0.7",
+        "textpolicy chat --adapter runs/mine --base",
+        "textpolicy chat --adapter runs/mine@10 --adapter runs/mine@20 --temperature 0.7",
     ),
     "export": Command(
         "write what was trained for another program, and prove that it is what was trained",

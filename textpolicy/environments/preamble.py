@@ -37,6 +37,12 @@ def read_system(text_or_file: str | None) -> str | None:
         ) from error
 
 
+def system_messages(text_or_file: str | None) -> list[Message]:
+    """Return the system message with which a conversation begins, or no message without one."""
+    system = read_system(text_or_file)
+    return [{"role": "system", "content": system}] if system else []
+
+
 def system_file(text_or_file: str | None) -> Path | None:
     """Return the file that holds the system message, or None if the message itself is given."""
     text = text_or_file or ""

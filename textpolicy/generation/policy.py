@@ -1,8 +1,8 @@
 """A policy that samples from an MLX language model: prompts in, completions out."""
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Generator, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from textpolicy.generation.streamed_text import StreamedText
 from textpolicy.generation.thinking import ThoughtReader
 from textpolicy.machine import memory_bytes, size_text
 from textpolicy.runs import find_adapter
-from textpolicy.types import Completion, Message, Prompt, RespondFn, Sampling
+from textpolicy.types import Completion, Message, Prompt, RespondFn, Sampling, StopReason
 from textpolicy.user_code import WaitingCalls
 
 # Measured with 512 rollouts of 20 tokens: Python objects, at the most that are held at once.
@@ -79,7 +79,6 @@ class ModelPolicy:
         self.allow_special_tokens = allow_special_tokens
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._thoughts = ThoughtReader(tokenizer, chat_template_kwargs)
-        self._batched = can_decode_together(model)
         self._replies = WaitingCalls()
         self._prefixes = PrefixCache()
 
@@ -95,6 +94,10 @@ class ModelPolicy:
             allow_special_tokens=self.allow_special_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
         )
+
+    @cached_property
+    def _batched(self) -> bool:
+        return can_decode_together(self.model)
 
     @property
     def version(self) -> int:
@@ -152,10 +155,13 @@ class ModelPolicy:
             self._replies.drop()
         return turns_P_N
 
-    def stream(self, prompt: Prompt, *, seed: int | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, seed: int | None = None
+    ) -> Generator[str, None, StopReason]:
         """Yield the text of one completion piece by piece, the completion of `generate`.
 
-        What the model has read of an earlier prompt or answer of `stream` is not read again.
+        The generator returns why the completion has ended. What the model has read of an earlier
+        prompt or answer of `stream` is not read again.
         """
         ((prompt_tokens,), seed) = self._prepare([prompt], 1, seed)
         self._prefixes.use_adapters(AdapterState.of(self.model))
@@ -174,6 +180,8 @@ class ModelPolicy:
                 engine.step()
                 if piece := text.next_piece(row.tokens, ended=row.stop_reason is not None):
                     yield piece
+        assert row.stop_reason is not None
+        return row.stop_reason
 
     def _reply_tokens(
         self, row: DecodingRow, replies: Sequence[Message] | None

@@ -18,7 +18,7 @@ from textpolicy.environments import Dataset, from_dataset
 from textpolicy.environments.chat import gold_for_turn, prompt_text
 from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.environment import sum_turn_rewards
-from textpolicy.environments.preamble import read_system
+from textpolicy.environments.preamble import system_messages
 from textpolicy.environments.template import check_template, fill_template
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import apply_thread_option, template_arguments_of
@@ -30,7 +30,7 @@ from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import Rewards, as_rewards, load_reward
 from textpolicy.rewards.reward_check import CheckedRow, check_reward, checked_rows
-from textpolicy.types import Completion, Message, Prompt, Sampling, Task
+from textpolicy.types import Completion, Prompt, Sampling, Task
 
 _DEFAULT_MAX_TOKENS = 128
 _PROBE_TOKENS = 8
@@ -90,8 +90,7 @@ def _asked(config: TrainConfig, rows: Sequence[CheckedRow]) -> list[Prompt]:
     whole = [one if isinstance(one, list) and not task.prompt else None for one in given]
     prompts: list[Prompt] = [one or row.prompt for one, row in zip(whole, rows, strict=True)]
     if not task.few_shot:
-        system = read_system(task.system)
-        first: list[Message] = [{"role": "system", "content": system}] if system else []
+        first = system_messages(task.system)
         return [Task(id="", prompt=prompt, preamble=first).asked for prompt in prompts]
     pairs = zip(rows, prompts, strict=True)
     data = Dataset.from_rows([{**row.example, "prompt": prompt} for row, prompt in pairs])

@@ -2,23 +2,27 @@
 
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
 from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig
-from textpolicy.environments.preamble import read_system
+from textpolicy.environments.preamble import system_messages
 from textpolicy.experiment.assembly import apply_thread_option, dtype_of, template_arguments_of
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.thinking import describe_thinking
-from textpolicy.types import Message, Sampling
+from textpolicy.runs import find_adapter
+from textpolicy.types import Sampling
 
 
 def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
-    policy = load_policy(config, sampling_from_flags(options, stop=tuple(options.stop or ())))
-    asked = [*system_messages(config), {"role": "user", "content": options.prompt}]
+    start = find_adapter(config.adapter.start) if config.adapter.start else None
+    sampling = sampling_from_flags(options, stop=tuple(options.stop or ()))
+    policy = load_policy(config, sampling, start)
+    asked = [*system_messages(config.task.system), {"role": "user", "content": options.prompt}]
     prompt = asked if len(asked) > 1 else options.prompt
     (completions,) = policy.generate([prompt], n=options.n, seed=options.seed)
     texts = [completion.text for completion in completions]
@@ -40,12 +44,12 @@ def sampling_from_flags(options: Namespace, stop: tuple[str, ...] = ()) -> Sampl
     )
 
 
-def load_policy(config: TrainConfig, sampling: Sampling) -> ModelPolicy:
+def load_policy(
+    config: TrainConfig, sampling: Sampling, adapter: Path | None = None
+) -> ModelPolicy:
     """Return the policy that `generate` and `chat` sample with; say whether the model thinks."""
     apply_thread_option(config.model)
-    model, tokenizer = load_model(
-        config.model.name, config.adapter.start, dtype=dtype_of(config.model)
-    )
+    model, tokenizer = load_model(config.model.name, adapter, dtype=dtype_of(config.model))
     arguments = template_arguments_of(config.model, tokenizer)
     if thinking := describe_thinking(tokenizer, arguments):
         print_note(thinking)
@@ -56,9 +60,3 @@ def load_policy(config: TrainConfig, sampling: Sampling) -> ModelPolicy:
         allow_special_tokens=config.model.allow_special_tokens,
         chat_template_kwargs=arguments,
     )
-
-
-def system_messages(config: TrainConfig) -> list[Message]:
-    """Return the system message with which a conversation begins, if one is given."""
-    system = read_system(config.task.system)
-    return [{"role": "system", "content": system}] if system else []
