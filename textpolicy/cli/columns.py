@@ -1,12 +1,10 @@
 """Several answers on the terminal while they are sampled: in columns, or one below the other."""
 
-import shutil
-import sys
 import unicodedata
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from textpolicy.cli.output import print_answer, rewrite_line
+from textpolicy.cli.output import print_answer, rewrite_line, terminal_width
 from textpolicy.untrusted.terminal import terminal_safe
 
 _LEAST_WIDTH = 36
@@ -29,10 +27,9 @@ class AnswersView(Protocol):
 def open_view(names: Sequence[str]) -> AnswersView:
     """Return columns if the terminal is wide enough for one beside the other, or else a list."""
     # The last place of a line stays free: some terminals begin a new line after it.
-    width = (shutil.get_terminal_size().columns - 1 - len(_BETWEEN) * (len(names) - 1)) // len(
-        names
-    )
-    if len(names) > 1 and sys.stdout.isatty() and width >= _LEAST_WIDTH:
+    places = (terminal_width() or 0) - 1 - len(_BETWEEN) * (len(names) - 1)
+    width = places // len(names)
+    if len(names) > 1 and width >= _LEAST_WIDTH:
         return Columns(names, width)
     return AnswerList(names)
 

@@ -6,6 +6,7 @@ panel of a run writes by itself, through `textpolicy/tracking/console.py`, with 
 
 import io
 import os
+import shutil
 import sys
 import threading
 import traceback
@@ -28,6 +29,11 @@ def rewrite_line(text: str) -> None:
     """Print a line over the last line of the terminal, and stay on it."""
     print("\r", end="")
     print_answer(text, end="")
+
+
+def terminal_width() -> int | None:
+    """Return how wide the terminal is, or None if standard output is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def forget_closed_pipes() -> None:
