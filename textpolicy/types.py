@@ -315,6 +315,19 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class AdaptablePolicy(Policy, Protocol):
+    """A policy from which policies with other adapters over the same base can be made."""
+
+    def with_adapter(self, source: str | Path | None) -> "AdaptablePolicy":
+        """Return a policy that samples alike, with the adapter of `source` or with none."""
+        ...
+
+    def adapter_digest(self) -> str:
+        """Return a hash of the tensors of the adapter, which is the same for no adapters."""
+        ...
+
+
 RespondFn = Callable[[int, int, Completion], Sequence[Message] | None]
 """Takes prompt number, member and completion; returns the replies, or None if the row is over."""
 

@@ -6,10 +6,14 @@ import time
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import mlx.core as mx
 import pytest
 
+from tests.bases import trained
+from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.policy import ModelPolicy
+from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rewards import Rewards, Scorer, sample_of
 from textpolicy.rewards.endpoint import Endpoint, JudgeReply
 from textpolicy.rewards.judge import judge, read_grade
@@ -303,6 +307,60 @@ def test_a_local_model_judges_all_questions_in_one_generation(load_tiny):
     assert calls == [2]
     assert first.value is None and first.metrics["tiny_judge/no_grade"] == 1.0
     assert first.metrics["tiny_judge/completion_tokens"] >= 1
+
+
+@pytest.fixture
+def adapter(load_tiny, tmp_path):
+    """Return an adapter file that changes the answers of the embedded model, and its container."""
+    model, _ = load_tiny()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=2), seed=5)
+    container.swap(trained(container, size=0.3))
+    path = tmp_path / "judge.safetensors"
+    container.publish(path)
+    return path, model
+
+
+def test_an_adapter_judges_and_the_policy_over_the_same_base_samples_as_before(load_tiny, adapter):
+    path, judging = adapter
+    model, tokenizer = load_tiny()
+    own = AdapterContainer.from_model(model, AdapterConfig(rank=4), seed=3)
+    own.swap(trained(own, size=0.2))
+    policy = ModelPolicy(model, tokenizer, Sampling(max_tokens=12))
+    before = policy.generate(["12+30=", "ask me"], n=2, seed=7)
+    logits = model(mx.array([[5, 6, 7]]))
+    judge_of = LocalJudge(policy).with_adapter(path)
+    replies = judge_of(["is it short?"])
+    ((alone,),) = ModelPolicy(judging, tokenizer, policy.sampling).generate(
+        ["is it short?"], seed=0
+    )
+    assert [reply.text for reply in replies] == [alone.text]
+    reward = judge(LocalJudge(policy), "short", adapter=path, name="adapted")
+    verdict, plain = verdicts(reward, "a")[0], verdicts(judge(LocalJudge(policy), "short"), "a")[0]
+    assert verdict.metrics["adapted/prompt_tokens"] == plain.metrics["judge/prompt_tokens"]
+    assert policy.generate(["12+30=", "ask me"], n=2, seed=7) == before
+    assert mx.array_equal(model(mx.array([[5, 6, 7]])), logits)
+    assert AdapterContainer.of(model) is own
+
+
+def test_adapters_of_one_judge_have_caches_of_their_own(load_tiny, adapter, tmp_path):
+    path, _ = adapter
+    local = LocalJudge(ModelPolicy(*load_tiny(), Sampling(max_tokens=4, temperature=0)))
+    cache = tmp_path / "judged"
+    for number in (1, 2):
+        for one in (
+            judge(local, "short", cache=cache),
+            judge(local, "short", adapter=path, cache=cache),
+        ):
+            (verdict,) = verdicts(one, "a")
+            assert verdict.metrics["judge/cached"] == number - 1
+    assert len(list(cache.rglob("*.json"))) == 2
+
+
+def test_only_a_local_model_takes_an_adapter(load_tiny):
+    with pytest.raises(ConfigError, match=r'by a name: Endpoint\(url=..., model="NAME"\)'):
+        judge(Endpoint(url="http://x", model="m"), RUBRIC, adapter="runs/mine")
+    with pytest.raises(ConfigError, match=r"ScriptedPolicy has no with_adapter"):
+        judge(LocalJudge(ScriptedPolicy(load_tiny()[1], [["x"]])), RUBRIC, adapter="runs/mine")
 
 
 def test_any_object_that_answers_questions_can_judge():

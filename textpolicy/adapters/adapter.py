@@ -1,5 +1,6 @@
 """Adapter: one adapter apart from any model, and functions on its named tensors."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,6 +70,21 @@ def rank_of(tensors: Mapping[str, mx.array]) -> int | None:
     if "lora_a" not in tensors or (a := tensors["lora_a"]).ndim not in (2, 3) or not a.size:
         return None
     return a.shape[1] if a.ndim == 3 else a.shape[-1]
+
+
+def digest_of(arrays: Mapping[str, mx.array]) -> str:
+    """Return a hash of the names, shapes and bytes of arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(bytes_of(array))
+    return digest.hexdigest()
+
+
+def bytes_of(array: mx.array) -> memoryview:
+    """Return the bytes of an array."""
+    return np.asarray(array.reshape(-1).view(mx.uint8)).data
 
 
 def is_finite(array: mx.array) -> bool:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.activity import doing
+from textpolicy.adapters.adapter import digest_of
 from textpolicy.adapters.adapter_state import AdapterState
 from textpolicy.adapters.container import AdapterContainer, adapted_copy
 from textpolicy.adapters.publishing import AdapterWatcher
@@ -126,6 +127,11 @@ class ModelPolicy:
             allow_special_tokens=self.allow_special_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
         )
+
+    def adapter_digest(self) -> str:
+        """Return a hash of the tensors of the adapter, which is the same for no adapters."""
+        container = AdapterContainer.of(self.model)
+        return digest_of(container.parameters() if container else {})
 
     def generate(
         self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None

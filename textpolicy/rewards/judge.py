@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rewards.endpoint import JudgeReply
+from textpolicy.rewards.local_judge import LocalJudge
 from textpolicy.rewards.reward_function import Reward, Score
 from textpolicy.untrusted.parsing import read_json_object
 
@@ -44,6 +45,7 @@ def judge(
     model: JudgeModel,
     rubric: str,
     *,
+    adapter: str | Path | None = None,
     low: float = 0.0,
     high: float = 10.0,
     cache: str | Path | None = None,
@@ -52,15 +54,29 @@ def judge(
 ) -> Reward:
     """Return a batched reward from 0 to 1: the grade from `low` to `high` that the model gives.
 
-    An answer without a grade leaves its sample out. If the model answers no question of a batch,
-    the call fails, and the run's `on_error` decides. `cache` is a folder for answers. With
-    `prices`, the prices of a million prompt and completion tokens, the metric `cost` is reported.
+    With `adapter`, a `LocalJudge` judges with the adapter of that file, folder or run, while its
+    policy keeps its own. An answer without a grade leaves its sample out. If the model answers no
+    question of a batch, the call fails, and the run's `on_error` decides. `cache` is a folder for
+    answers. With `prices`, the prices of a million prompt and completion tokens, the metric `cost`
+    is reported.
     """
     if not low < high:
         raise ConfigError(f"the judge's grades go from {low} to {high}; expected a range")
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
     # Another reward may change the working directory later.
     folder = Path(cache).absolute() if cache is not None else None
     return Reward(_Judge(model, rubric, low, high, folder, prices), name, batched=True)
+
+
+def _with_adapter(model: JudgeModel, adapter: str | Path) -> LocalJudge:
+    if not isinstance(model, LocalJudge):
+        raise ConfigError(
+            f"{type(model).__name__} cannot judge with the adapter {adapter}: only a LocalJudge "
+            "can. A server judges with an adapter that it serves by a name: Endpoint(url=..., "
+            'model="NAME")'
+        )
+    return model.with_adapter(adapter)
 
 
 def read_grade(text: str, low: float, high: float) -> float | None:

@@ -4,7 +4,6 @@ A checkpoint file appears under its name in one step, and a hash over its conten
 newest undamaged file is found by reading the files; no pointer names it.
 """
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from textpolicy.activity import doing
+from textpolicy.adapters.adapter import bytes_of, digest_of
 from textpolicy.adapters.files.tensor_file import read_tensors, write_tensors
 from textpolicy.errors import ConfigError, TextPolicyError, TrainingError, UnwritableError
 from textpolicy.file_writing import make_private_folder, remove_partial_files
@@ -98,7 +98,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint to `path` atomically, in place of any file there."""
     make_private_folder(path.parent)
     arrays = {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
-    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "sha256": _digest(arrays)}
+    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "sha256": digest_of(arrays)}
     try:
         write_tensors(path, arrays, metadata)
     except UnwritableError as error:
@@ -117,10 +117,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} is not a checkpoint of this release: its format is {found}, expected "
             f"{(_FORMAT, _FORMAT_VERSION)}. Resume it with the release that wrote it"
         )
-    if _digest(arrays) != metadata.get("sha256"):
+    if digest_of(arrays) != metadata.get("sha256"):
         raise TrainingError(f"{path} is damaged: its content differs from what was written")
     # Metrics of a rollout, and a best reward that is not there yet, may be infinite.
-    content = parse_json(bytes(_bytes(arrays.pop(_CONTENT))), constants=True)
+    content = parse_json(bytes(bytes_of(arrays.pop(_CONTENT))), constants=True)
     return Checkpoint(arrays=arrays, **content)
 
 
@@ -230,16 +230,3 @@ def _content(checkpoint: Checkpoint) -> mx.array:
             "curriculum and the answers of environments must be values that JSON can hold"
         ) from error
     return mx.array(np.frombuffer(text.encode(), np.uint8))
-
-
-def _digest(arrays: Mapping[str, mx.array]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(_bytes(array))
-    return digest.hexdigest()
-
-
-def _bytes(array: mx.array) -> memoryview:
-    return np.asarray(array.reshape(-1).view(mx.uint8)).data
