@@ -37,6 +37,18 @@ def above(low: float, *, infinite: bool = False) -> Limit:
     return Limit(holds=lambda x: x > low and (infinite or x < math.inf), words=f" above {low}")
 
 
+class ByModel:
+    """A default that holds for small models; `config/model_defaults.py` has those of others."""
+
+
+class IntByModel(int, ByModel):
+    """A whole number that was not set, and that the size of the model decides."""
+
+
+class FloatByModel(float, ByModel):
+    """A number that was not set, and that the size of the model decides."""
+
+
 # mlx makes a random key from a seed of 64 bits.
 SEED = Limit(holds=lambda x: 0 <= x < 2**64, words=" from 0 to 2^64 - 1")
 
@@ -101,6 +113,8 @@ class Setting:
     @property
     def shown_default(self) -> str:
         """Return the default in words."""
+        if isinstance(self.default, ByModel):
+            return f"by the model; {shown(self.default)} for a tiny one"
         return self.option.unset if self.default is None else shown(self.default)
 
     def parse(self, text: str) -> Any:
@@ -112,6 +126,8 @@ class Setting:
         return self._checked(from_toml, value)
 
     def _checked(self, read: Callable[[Any, Any], Any], given: Any) -> Any:
+        if isinstance(given, ByModel):
+            return given
         try:
             value = read(self.annotation, given)
         except ValueError as error:

@@ -1,7 +1,8 @@
 """Every option of `textpolicy train`: a field of a section is a flag, a TOML key and a check.
 
 Each default is set here. None leaves the value to the part of the library that uses the option, and
-`unset` says in words what happens then.
+`unset` says in words what happens then. A default `ByModel` is that of a tiny model, and
+`config/model_defaults.py` has those of larger models.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,16 @@ from pkgutil import iter_modules
 from typing import Any, Literal
 
 from textpolicy.config.option_types import Table
-from textpolicy.config.settings import FINITE, SEED, above, at_least, check, option
+from textpolicy.config.settings import (
+    FINITE,
+    SEED,
+    FloatByModel,
+    IntByModel,
+    above,
+    at_least,
+    check,
+    option,
+)
 from textpolicy.errors import ConfigError
 
 # The names of the files in the package's folder `algorithms`. Importing them would load mlx.
@@ -216,7 +226,12 @@ class AdapterOptions:
     )
     kind: Literal["lora", "dora"] | None = option(None, "type of adapter", unset="lora")
     rank: int | None = option(None, "rank of the low-rank product", unset="16", limit=at_least(1))
-    scale: float | None = option(None, "factor of the low-rank product", unset="2", limit=above(0))
+    scale: float | None = option(
+        None,
+        "factor of the low-rank product",
+        unset="2; with a model that is not tiny, 32 / rank in `train`",
+        limit=above(0),
+    )
     alpha: float | None = option(
         None,
         "scale times rank, as in PEFT; instead of scale",
@@ -379,7 +394,7 @@ class AlgorithmOptions:
 class TrainerOptions:
     """Optimizer, updates and micro-batches."""
 
-    lr: float = option(5e-4, LR, limit=above(0))
+    lr: float = option(FloatByModel(5e-4), LR, limit=above(0))
     schedule: Schedule = option(*SCHEDULE)
     warmup: int = option(*WARMUP, limit=at_least(0))
     final_lr: float = option(*FINAL_LR, limit=at_least(0))
@@ -416,9 +431,9 @@ class RolloutOptions:
     """How many completions each step samples."""
 
     group_size: int = option(
-        8, "completions of each task, whose rewards are compared", limit=at_least(2)
+        IntByModel(8), "completions of each task, whose rewards are compared", limit=at_least(2)
     )
-    groups_per_step: int = option(16, "tasks of each step", limit=at_least(1))
+    groups_per_step: int = option(IntByModel(16), "tasks of each step", limit=at_least(1))
     steps_per_generation: int = option(
         1, "steps that train on rollouts sampled at once", limit=at_least(1)
     )
@@ -437,11 +452,11 @@ class RolloutOptions:
 class EvaluationOptions:
     """How the policy is measured on held-out tasks."""
 
-    count: int = option(512, "number of held-out tasks", limit=at_least(2))
+    count: int = option(IntByModel(512), "number of held-out tasks", limit=at_least(2))
     every: int | None = option(
         None,
         "steps between two evaluations; the best adapter is then the best evaluated one",
-        unset="before and after the run only",
+        unset="by the model; before and after the run only, for a tiny one",
         flag="--eval-every",
         limit=at_least(1),
     )
@@ -508,7 +523,9 @@ class RunOptions:
         unset="a new folder in runs",
         metavar="DIR",
     )
-    steps: int = option(200, "number of steps: sample, score, update", limit=at_least(1))
+    steps: int = option(
+        IntByModel(200), "number of steps: sample, score, update", limit=at_least(1)
+    )
     seed: int = option(0, "seed of all random numbers; the same seed repeats the run", limit=SEED)
     checkpoint_every: int = option(1, "steps between two checkpoints", limit=at_least(1))
     keep_checkpoints: int = option(2, "number of checkpoints to keep", limit=at_least(1))

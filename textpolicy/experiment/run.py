@@ -22,6 +22,7 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
 from textpolicy.experiment.identity import identity_of
+from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.paths import with_absolute_paths
 from textpolicy.experiment.preflight import check_before_start
 from textpolicy.experiment.reinforcement import train_policy
@@ -73,6 +74,8 @@ def run(
     if directory:
         return _resume(settings, directory, report, force=force)
     name = _name_of(settings)
+    if isinstance(settings, TrainConfig):
+        settings = with_model_defaults(settings)
     # A task that cannot be found must leave no folder behind.
     parts = _parts(settings, settings.run.output or Path("runs"), report)
     directory = _new_run(settings, name)

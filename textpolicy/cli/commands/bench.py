@@ -11,6 +11,7 @@ from textpolicy.cli.flags import configured
 from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
 from textpolicy.config import TrainConfig, changed
 from textpolicy.errors import ModelError
+from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.run_size import has_turns, plan_step
 from textpolicy.machine import size_text
 
@@ -23,6 +24,7 @@ def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     if config.task.env is None and config.task.data is None:
         config = changed(config, {"task.env": "add"})
+    config = with_model_defaults(config)
     measured = run_measured_steps(config, steps=_STEPS, seconds=options.seconds)
     data = _data(config, measured)
     return Answer(data=data, text=_text(data))

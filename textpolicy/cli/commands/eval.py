@@ -19,6 +19,7 @@ from textpolicy.experiment.assembly import (
     sampling_of,
     template_arguments_of,
 )
+from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
@@ -34,7 +35,7 @@ def run(options: Namespace) -> Answer:
 
 
 def _run(options: Namespace) -> Answer:
-    config = configured(TrainConfig(), options)
+    config = with_model_defaults(configured(TrainConfig(), options))
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
     tasks = [find_task(task, config.run.seed) for task in (config.task, *others)]

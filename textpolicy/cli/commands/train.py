@@ -13,6 +13,7 @@ from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError
 from textpolicy.experiment import Measurement, RunResult
 from textpolicy.experiment import run as run_config
+from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.resuming import resume_line
 
 
@@ -26,7 +27,7 @@ def run(options: Namespace) -> Answer:
     if options.resume:
         config = configured_to_resume(TrainConfig(), options)
     else:
-        config = configured(TrainConfig(), options)
+        config = with_model_defaults(configured(TrainConfig(), options))
     if options.dry_run:
         return show_plan(config, measure=options.measure)
     with listening(config.run.steps) as listener:
