@@ -37,7 +37,14 @@ SMALLEST = {
     "rewards.py": "",
     "scaling.py": "--only rank --runs 1 --json",
 }
-LONGER = ("collapse.py", "learning.py", "math_verifier.py", "rank.py", "sft.py")
+LONGER = (
+    "collapse.py",
+    "learning.py",
+    "math_verifier.py",
+    "rank.py",
+    "real_learning.py",
+    "sft.py",
+)
 COUNTS = dict.fromkeys(
     [
         "compiled",

@@ -1,0 +1,43 @@
+"""The file of finished runs: one record for each run, written as soon as the run is finished."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from textpolicy.file_writing import atomic_replace
+
+Record = dict[str, Any]
+
+
+class RecordFile:
+    """The records of a JSON file. A new record replaces an older one of the same run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> list[Record]:
+        if not self._path.exists():
+            return []
+        return json.loads(self._path.read_text("utf-8"))["runs"]
+
+    def find(self, settings: dict[str, Any]) -> Record | None:
+        """Return the record of a run with exactly these settings, or None."""
+        return next((one for one in self.read() if one["settings"] == settings), None)
+
+    def add(self, record: Record) -> None:
+        """Write the file with this record. A kill leaves the old or the new file."""
+        kept = [one for one in self.read() if _name_of(one) != _name_of(record)]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n,\n".join(map(json.dumps, [*kept, record]))
+        with atomic_replace(self._path) as temporary:
+            temporary.write_text(f'{{"runs": [\n{text}\n]}}\n', "utf-8")
+
+
+def _name_of(record: Record) -> tuple[Any, ...]:
+    settings = record["settings"]
+    options = settings["options"]
+    names = ("task.env", "run.seed", "run.steps", "model.name")
+    return (
+        *(settings[name] for name in ("side", "variant", "control")),
+        *(options[name] for name in names),
+    )

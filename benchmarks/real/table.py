@@ -1,0 +1,127 @@
+"""The records of real_learning.py as tables of Markdown, and whether they are as expected."""
+
+import json
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from real.records import Record
+from real.verdicts import Alike, collapsed, compare_sides, is_expected, learns
+
+_NAMES = {"ours": "TextPolicy", "trl": "TRL"}
+
+
+def groups_of(records: Iterable[Record]) -> list[list[Record]]:
+    """Return the records of equal settings but for the seed, each group sorted by seed."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(_key(record, seed=None), []).append(record)
+    return [sorted(group, key=_seed) for group in groups.values()]
+
+
+def pairs_of(groups: Sequence[list[Record]]) -> list[tuple[list[Record], list[Record]]]:
+    """Return our runs beside TRL's runs with the same options."""
+    ours = {_key(g[0], seed=None, side="", versions={}): g for g in groups if _side(g[0]) == "ours"}
+    theirs = [g for g in groups if _side(g[0]) == "trl"]
+    keys = [_key(group[0], seed=None, side="", versions={}) for group in theirs]
+    return [(ours[key], group) for key, group in zip(keys, theirs, strict=True) if key in ours]
+
+
+def as_expected(records: Sequence[Record]) -> bool:
+    """Return whether there are records and all their verdicts are as expected."""
+    compared = [compare_sides(*pair) for pair in pairs_of(groups_of(records))]
+    alike = all(one.ok for one in compared if one)
+    # What TRL's run learns is a fact about TRL; the comparison says whether ours does the same.
+    ours = [record for record in records if _side(record) == "ours"]
+    return bool(ours) and alike and all(map(is_expected, ours))
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Return both tables."""
+    groups = groups_of(records)
+    heads = ["task", "run", "steps", "samples", "before", "after, by seed", "minutes", "learned"]
+    table = _table(heads, [_row(group) for group in sorted(groups, key=_order)])
+    pairs = pairs_of(groups)
+    if not pairs:
+        return table
+    heads = [
+        "task",
+        "seeds",
+        "tenths that agree",
+        "mean reward, difference",
+        "held-out, difference",
+        "alike",
+    ]
+    return f"{table}\n\n{_table(heads, [_pair_row(*pair) for pair in pairs])}"
+
+
+def _row(group: Sequence[Record]) -> list[str]:
+    first = group[0]
+    options = first["settings"]["options"]
+    after = ", ".join(_score(record["after"]) for record in group)
+    samples = len(first["rewards"]) * first["samples_per_step"]
+    minutes = median(record["seconds"] for record in group) / 60
+    return [
+        f"`{options['task.env']}`",
+        _name(first),
+        str(len(first["rewards"])),
+        str(samples),
+        _score(first["before"]),
+        after,
+        f"{minutes:.0f}",
+        _verdict(group),
+    ]
+
+
+def _verdict(group: Sequence[Record]) -> str:
+    text = f"{sum(map(learns, group))} of {len(group)}"
+    fallen = 0 if group[0]["settings"]["control"] else sum(map(collapsed, group))
+    return f"{text}, {fallen} collapsed" if fallen else text
+
+
+def _pair_row(ours: Sequence[Record], theirs: Sequence[Record]) -> list[str]:
+    task = f"`{ours[0]['settings']['options']['task.env']}`"
+    seeds = f"{len(ours)}, {len(theirs)}"
+    alike = compare_sides(ours, theirs)
+    return [task, seeds, *(_alike_cells(alike) if alike else ["-", "-", "-", "too few seeds"])]
+
+
+def _alike_cells(alike: Alike) -> list[str]:
+    tenths = f"{alike.agreeing} of {alike.tenths}"
+    return [tenths, str(alike.area), str(alike.heldout), "yes" if alike.ok else "no"]
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _score(score: dict[str, float]) -> str:
+    return f"{score['mean']:.3f} ± {score['standard_error']:.3f}"
+
+
+def _name(record: Record) -> str:
+    settings = record["settings"]
+    if settings["control"]:
+        return "rewards shuffled"
+    variant = "" if settings["variant"] == "lora" else f", {settings['variant']}"
+    return _NAMES[settings["side"]] + variant
+
+
+def _order(group: Sequence[Record]) -> tuple[str, int, str]:
+    options = group[0]["settings"]["options"]
+    return options["task.env"], len(group[0]["rewards"]), _name(group[0])
+
+
+def _side(record: Record) -> str:
+    return record["settings"]["side"]
+
+
+def _seed(record: Record) -> int:
+    return record["settings"]["options"]["run.seed"]
+
+
+def _key(record: Record, *, seed: int | None, **changes: object) -> str:
+    """Return the settings as a text, with another seed, and with these changes."""
+    settings = record["settings"] | changes
+    options = settings["options"] | {"run.seed": seed}
+    return json.dumps(settings | {"options": options}, sort_keys=True)
