@@ -28,6 +28,7 @@ LAYERS = (
     "textpolicy.planning",
     "textpolicy.evaluation",
     "textpolicy.rollout",
+    "textpolicy.serving",
     "textpolicy.generation",
     "textpolicy.training",
     "textpolicy.tracking",

@@ -64,9 +64,13 @@ class ControlTokens:
     ) -> "ControlTokens":
         """Return the control tokens of a tokenizer, which are found once for given arguments."""
         found = _FOUND.setdefault(tokenizer, {})
-        key = json.dumps(dict(chat_template_kwargs or {}), sort_keys=True)
+        plain = _without_texts(chat_template_kwargs)
+        key = json.dumps(plain, sort_keys=True)
         if key not in found:
-            found[key] = cls(tokenizer, chat_template_kwargs)
+            # A server is sent any arguments.
+            if len(found) >= _MAX_KEPT:
+                found.clear()
+            found[key] = cls(tokenizer, plain)
         return found[key]
 
     def spelled_in(self, value: Any) -> str | None:
@@ -90,6 +94,7 @@ class ControlTokens:
         return self._respelled[letters]
 
 
+_MAX_KEPT = 64
 _FOUND: WeakKeyDictionary[TokenizerWrapper, dict[str, ControlTokens]] = WeakKeyDictionary()
 
 
@@ -249,15 +254,19 @@ def _respell(tokenizer: Tokenizer, new: Mapping[str, str]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(data))
 
 
+def _without_texts(chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments without those that hold texts, which are contents."""
+    given = dict(chat_template_kwargs or {})
+    return {name: part for name, part in given.items() if not any(_texts(part))}
+
+
 def _written_by_template(
     tokenizer: TokenizerWrapper, chat_template_kwargs: Mapping[str, Any] | None
 ) -> set[str]:
     """Return the added tokens that the chat template writes around harmless messages."""
     if not tokenizer.has_chat_template:
         return set()
-    plain = dict(chat_template_kwargs or {})
-    # Texts among the arguments are contents too.
-    arguments = {name: part for name, part in plain.items() if not any(_texts(part))}
+    arguments = _without_texts(chat_template_kwargs)
     try:
         text = render_chat(
             tokenizer, _PROBE, add_generation_prompt=True, chat_template_kwargs=arguments

@@ -53,6 +53,13 @@ def formats_to_apply(targets: Mapping[str, TargetModule]) -> dict[str, NumberFor
     return formats
 
 
+def needs_quantization(model: nn.Module, adapter: Adapter) -> bool:
+    """Return whether `quantize_for_adapter` would quantize something."""
+    if any(rule.number_format for rule in adapter.config.rules):
+        return bool(formats_to_apply(find_target_modules(model, adapter.config)))
+    return adapter.quantization is not None and not model_quantization(model)
+
+
 def quantize_for_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Quantize a float model as the adapter's base was quantized: by its rules, or as a whole."""
     by_rules = any(rule.number_format for rule in adapter.config.rules)

@@ -210,6 +210,12 @@ class Engine:
         return any(len(row.tokens) < row.sampling.max_tokens - 1 for row in rows)
 
 
+def can_launch_ahead() -> bool:
+    """Return whether an engine should start the next step before Python reads this one."""
+    # On a CPU the next step would compete with Python for the same cores.
+    return mx.default_device().type == mx.gpu
+
+
 def can_decode_together(model: nn.Module) -> bool:
     """Return whether rows of unequal length decode together as each row does alone.
 

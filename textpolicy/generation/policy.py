@@ -6,7 +6,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -19,7 +18,12 @@ from textpolicy.chat_template import check_arguments
 from textpolicy.errors import ConfigError
 from textpolicy.generation.decode import LateReply, RespondToRow, decode
 from textpolicy.generation.decoding_batch import DecodingRow
-from textpolicy.generation.engine import MAX_DECODING_ROWS, Engine, can_decode_together
+from textpolicy.generation.engine import (
+    MAX_DECODING_ROWS,
+    Engine,
+    can_decode_together,
+    can_launch_ahead,
+)
 from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.generation.prompts import (
     check_prompt,
@@ -171,7 +175,7 @@ class ModelPolicy:
         """
         ((prompt_tokens,), seed) = self._prepare([prompt], 1, seed)
         self._prefixes.use_adapters(AdapterState.of(self.model))
-        engine = Engine(self.model, launch_ahead=_can_launch_ahead(), prefixes=self._prefixes)
+        engine = Engine(self.model, launch_ahead=can_launch_ahead(), prefixes=self._prefixes)
         row = DecodingRow(
             context=prompt_tokens,
             sampling=self.sampling,
@@ -218,7 +222,7 @@ class ModelPolicy:
                 seed=seed,
                 max_rows=self._max_rows,
                 batched=self._batched,
-                launch_ahead=_can_launch_ahead(),
+                launch_ahead=can_launch_ahead(),
                 respond=respond,
                 on_ended=activity.advance,
             )
@@ -268,8 +272,3 @@ class ModelPolicy:
             thought=thought,
             answer=answer,
         )
-
-
-def _can_launch_ahead() -> bool:
-    # On a CPU the next step would compete with Python for the same cores.
-    return mx.default_device().type == mx.gpu

@@ -110,9 +110,14 @@ def decode_text(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
     return tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Return the number of tokens that the model can read, or None if there is no limit."""
+    return _limits(model)[1]
+
+
 def has_room(model: nn.Module, length: int, max_tokens: int) -> bool:
     """Return whether `max_tokens` more tokens fit into the model's context after `length`."""
-    _, context = _limits(model)
+    context = context_length(model)
     return context is None or length + max_tokens <= context
 
 

@@ -1,6 +1,7 @@
 """The text of a row piece by piece, while the row is decoded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -14,11 +15,14 @@ _MAX_WAITING_TOKENS = 8
 class StreamedText:
     """Decodes the tokens of a row as they come, in a time that does not grow with the text.
 
-    A character that is not complete yet waits for its next tokens.
+    A character that is not complete yet waits for its next tokens. `decode` replaces
+    `decode_text` as what makes text of tokens.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: TokenizerWrapper, decode: Callable[[Sequence[int]], str] | None = None
+    ) -> None:
+        self._decode = decode or partial(decode_text, tokenizer)
         # Tokens from `start` to `read` were in earlier pieces. They are decoded again with the
         # next tokens, because a tokenizer may leave out the first space of a text.
         self._start = 0
@@ -26,8 +30,8 @@ class StreamedText:
 
     def next_piece(self, tokens: Sequence[int], *, ended: bool) -> str:
         """Return the text that the row has more than before; with `ended`, no token follows."""
-        before = decode_text(self._tokenizer, tokens[self._start : self._read])
-        now = decode_text(self._tokenizer, tokens[self._start :])
+        before = self._decode(tokens[self._start : self._read])
+        now = self._decode(tokens[self._start :])
         waits = now.endswith(_UNKNOWN) and len(tokens) - self._read < _MAX_WAITING_TOKENS
         if len(now) <= len(before) or (waits and not ended):
             return ""

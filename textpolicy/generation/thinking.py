@@ -94,7 +94,7 @@ class ThoughtReader:
         self, tokenizer: TokenizerWrapper, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> None:
         self._tokenizer = tokenizer
-        self._marks, mark_ids = _marks_of(tokenizer)
+        self._marks, mark_ids = thought_marks(tokenizer)
         control = ControlTokens.of(tokenizer, chat_template_kwargs)
         self._around_messages = set(control.ids.values()) - mark_ids
         special = {n for n, one in tokenizer.added_tokens_decoder.items() if one.special}
@@ -129,7 +129,7 @@ class ThoughtReader:
         return split_thought(text, in_thought=in_thought, marks=self._marks)
 
 
-def _marks_of(tokenizer: TokenizerWrapper) -> tuple[tuple[str, str], set[int]]:
+def thought_marks(tokenizer: TokenizerWrapper) -> tuple[tuple[str, str], set[int]]:
     """Return the marks of thoughts, and the tokens that they consist of, if they are tokens."""
     opening, closing = tokenizer.think_start, tokenizer.think_end
     if opening and closing:

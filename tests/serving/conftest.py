@@ -1,0 +1,119 @@
+"""A server of the embedded model with two adapters, which tests ask from threads."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import pytest
+from openai import OpenAI
+
+_T = TypeVar("_T")
+TOKEN = "a-token-of-the-tests"
+
+
+class LiveServer:
+    """A server in this process. The engine runs in this thread while other threads ask it."""
+
+    def __init__(self, address: str, served: Any, exchanges: list[Any]) -> None:
+        self.address = address
+        self.served = served
+        self.exchanges = exchanges
+
+    def client(self, key: str = TOKEN, **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, **options)
+
+    def run(self, *functions: Callable[[], _T]) -> list[_T]:
+        """Return what the functions return, each in a thread of its own, while the engine runs."""
+        futures: list[Future[_T]] = [Future() for _ in functions]
+        for function, future in zip(functions, futures, strict=True):
+            future.add_done_callback(lambda _: self.served.wake())
+            Thread(target=_fill, args=(future, function), daemon=True).start()
+        self.served.run(until=lambda: all(future.done() for future in futures))
+        return [future.result() for future in futures]
+
+    def ask(self, function: Callable[[OpenAI], _T]) -> _T:
+        """Return what a function returns for a client of this server."""
+        (result,) = self.run(lambda: function(self.client()))
+        return result
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Run the engine until something holds."""
+        self.served.run(until=holds)
+
+
+def _fill(future: "Future[Any]", function: Callable[[], Any]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def write_adapter(
+    path: Path, load_tiny: Any, seed: int, *, version: int = 1, rank: int = 4
+) -> Path:
+    """Write an adapter of the embedded model that changes its answers."""
+    from textpolicy.adapters import AdapterConfig, AdapterContainer
+
+    model, _ = load_tiny()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=rank), seed=seed)
+    keys = iter(mx.random.split(mx.random.key(seed), 100))
+    container.swap(
+        {
+            name: mx.random.normal(array.shape, key=next(keys)) * (0.3 if "lora_b" in name else 0.1)
+            for name, array in container.parameters().items()
+        },
+        version=version,
+    )
+    container.publish(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter_files(load_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("served")
+    return {
+        name: write_adapter(folder / f"{name}.safetensors", load_tiny, seed, version=seed)
+        for seed, name in enumerate(("red", "blue"), start=1)
+    }
+
+
+@pytest.fixture(scope="package")
+def live(load_tiny: Any, adapter_files: dict[str, Path]) -> Iterator[LiveServer]:
+    from textpolicy.serving.adapters import ServedAdapters
+    from textpolicy.serving.app import create_app
+    from textpolicy.serving.engine_queue import ServedEngine
+    from textpolicy.serving.security import hosts_for, one_key
+    from textpolicy.serving.server import running_server
+
+    served = ServedEngine(*load_tiny())
+    adapters = ServedAdapters(served, "tiny", allowed=[adapter_files["red"].parent])
+    for name, path in adapter_files.items():
+        adapters.put(name, path)
+    exchanges: list[Any] = []
+    app = create_app(
+        served,
+        owner_of=one_key(TOKEN),
+        hosts=hosts_for("127.0.0.1"),
+        on_exchange=exchanges.append,
+    )
+    with running_server(app) as address:
+        yield LiveServer(address, served, exchanges)
+
+
+@pytest.fixture
+def policy_of(load_tiny: Any, adapter_files: dict[str, Path]) -> Callable[..., Any]:
+    """Return a function that makes the policy of a served model, to compare answers with."""
+    from textpolicy.adapters import AdapterContainer
+    from textpolicy.generation.policy import ModelPolicy
+    from textpolicy.types import Sampling
+
+    def make(name: str = "tiny", **sampling: Any) -> Any:
+        model, tokenizer = load_tiny()
+        if name != "tiny":
+            AdapterContainer.from_directory(adapter_files[name]).load(model)
+        return ModelPolicy(model, tokenizer, Sampling(**sampling))
+
+    return make

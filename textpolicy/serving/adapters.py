@@ -1,0 +1,105 @@
+"""Adapters of files under names: which may be loaded, and how they become served models."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from textpolicy.adapters.adapter import Adapter
+from textpolicy.adapters.base_quantization import needs_quantization
+from textpolicy.adapters.container import AdapterContainer, shared_copy
+from textpolicy.adapters.files.layouts import read_adapter
+from textpolicy.errors import AdapterError, ConfigError
+from textpolicy.runs.directory import RunDirectory
+from textpolicy.serving.engine_queue import ServedEngine
+from textpolicy.serving.refusal import RefusalError, unknown_model
+
+_NAME = re.compile(r"[\w.:/@+-]{1,100}")
+
+
+class ServedAdapters:
+    """Serves adapters over the base model of a `ServedEngine`, which is a model too.
+
+    Each version has its own tree of modules; all trees share the arrays of the base. Clients may
+    load adapters only from the folders in `allowed`.
+    """
+
+    def __init__(
+        self, served: ServedEngine, base_name: str, *, allowed: Sequence[Path] = ()
+    ) -> None:
+        self._served = served
+        self._base = base_name
+        self._allowed = [folder.resolve() for folder in allowed]
+        served.put(base_name, served.model, version=0)
+
+    # The thread that owns mlx
+
+    def put(self, name: str, path: Path) -> int:
+        """Serve the adapter of a file or folder under a name from now on; return its version."""
+        return self.put_adapter(name, read_adapter(path))
+
+    def put_adapter(self, name: str, adapter: Adapter) -> int:
+        """Serve an adapter under a name from now on; return its version."""
+        self._check_name(name)
+        if needs_quantization(self._served.model, adapter):
+            raise AdapterError(
+                f"{adapter.origin} was trained over a quantized base, and this server's base is "
+                "not quantized. Start the server with this adapter, so that it quantizes its base"
+            )
+        model = shared_copy(self._served.model)
+        # The container stays alive with its layers, which the model has.
+        AdapterContainer.from_adapter(adapter, name=name).load(model, dropout=0.0)
+        self._served.put(name, model, version=adapter.version, parent=self._base)
+        return adapter.version
+
+    # The server's thread
+
+    def check_for_client(self, name: str, path_text: str, *, replace: bool) -> Path:
+        """Return the path of an adapter that a client may load under this name, or refuse it."""
+        try:
+            self._check_name(name)
+        except ConfigError as error:
+            raise RefusalError(str(error), param="lora_name") from error
+        if name in self._served.models and not replace:
+            raise RefusalError(
+                f"a model is named {name!r} already. Give load_inplace true to replace it, or "
+                "choose another lora_name",
+                param="lora_name",
+                code="name_taken",
+            )
+        path = find_adapter(Path(path_text)).resolve()
+        if not any(path.is_relative_to(folder) for folder in self._allowed):
+            raise RefusalError(
+                f"{path_text!r:.200} is in no folder that this server may load adapters from. "
+                "Start the server with --allow-load DIR to allow a folder",
+                status=403,
+                kind="permission_error",
+                param="lora_path",
+                code="path_not_allowed",
+            )
+        return path
+
+    def check_removal(self, name: str) -> None:
+        """Refuse to remove a model that is not there, and the base."""
+        if name not in self._served.models:
+            raise unknown_model(name, list(self._served.models))
+        if name == self._base:
+            raise RefusalError(
+                f"{name!r} is the base model, which cannot be unloaded", param="lora_name"
+            )
+
+    def _check_name(self, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"the name of an adapter is {name!r:.120}; expected 1 to 100 letters, digits and "
+                "characters of . : / @ + - _"
+            )
+        if name == self._base:
+            raise ConfigError(f"{name!r} is the name of the base model. Choose another name")
+
+
+def find_adapter(path: Path) -> Path:
+    """Return the best adapter of a run, or its latest one; any other path as it is."""
+    run = RunDirectory(path.expanduser())
+    if not run.adapters.is_dir():
+        return path.expanduser()
+    return run.best if run.best.exists() else run.latest
