@@ -6,10 +6,10 @@ from pathlib import Path
 
 from textpolicy.adapters.adapter import Adapter
 from textpolicy.adapters.base_quantization import needs_quantization
-from textpolicy.adapters.container import AdapterContainer, shared_copy
+from textpolicy.adapters.container import adapted_copy
 from textpolicy.adapters.files.layouts import read_adapter
 from textpolicy.errors import AdapterError, ConfigError
-from textpolicy.runs.directory import RunDirectory
+from textpolicy.runs import find_adapter
 from textpolicy.serving.engine_queue import ServedEngine
 from textpolicy.serving.refusal import RefusalError, unknown_model
 
@@ -45,9 +45,7 @@ class ServedAdapters:
                 f"{adapter.origin} was trained over a quantized base, and this server's base is "
                 "not quantized. Start the server with this adapter, so that it quantizes its base"
             )
-        model = shared_copy(self._served.model)
-        # The container stays alive with its layers, which the model has.
-        AdapterContainer.from_adapter(adapter, name=name).load(model, dropout=0.0)
+        model = adapted_copy(self._served.model, adapter)
         self._served.put(name, model, version=adapter.version, parent=self._base)
         return adapter.version
 
@@ -66,7 +64,7 @@ class ServedAdapters:
                 param="lora_name",
                 code="name_taken",
             )
-        path = find_adapter(Path(path_text)).resolve()
+        path = self._find(path_text)
         if not any(path.is_relative_to(folder) for folder in self._allowed):
             raise RefusalError(
                 f"{path_text!r:.200} is in no folder that this server may load adapters from. "
@@ -87,6 +85,14 @@ class ServedAdapters:
                 f"{name!r} is the base model, which cannot be unloaded", param="lora_name"
             )
 
+    def _find(self, path_text: str) -> Path:
+        try:
+            return find_adapter(path_text).resolve()
+        except (ConfigError, OSError, ValueError) as error:
+            raise RefusalError(
+                str(error), status=404, kind="not_found_error", param="lora_path"
+            ) from error
+
     def _check_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(
@@ -95,11 +101,3 @@ class ServedAdapters:
             )
         if name == self._base:
             raise ConfigError(f"{name!r} is the name of the base model. Choose another name")
-
-
-def find_adapter(path: Path) -> Path:
-    """Return the best adapter of a run, or its latest one; any other path as it is."""
-    run = RunDirectory(path.expanduser())
-    if not run.adapters.is_dir():
-        return path.expanduser()
-    return run.best if run.best.exists() else run.latest
