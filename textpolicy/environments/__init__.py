@@ -12,6 +12,7 @@ from textpolicy.environments.environment import (
     sum_turn_rewards,
 )
 from textpolicy.environments.load import load, ready_names
+from textpolicy.environments.mcp.tools import mcp_tools
 from textpolicy.environments.play import gold_answers
 from textpolicy.environments.space import AnyText
 from textpolicy.environments.tools import ToolEnv, tool_prompt
@@ -29,6 +30,7 @@ __all__ = [
     "gold_answers",
     "load",
     "load_rows",
+    "mcp_tools",
     "ready_names",
     "sum_turn_rewards",
     "tool_prompt",

@@ -1,6 +1,6 @@
 """Errors around tools, verifiers and environments, which are code of users and libraries."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +27,14 @@ def outcome_of(call: Callable[[], Any]) -> tuple[Any, str | None]:
         if is_ctrl_c(error):
             raise
         return None, str(error) if isinstance(error, TextPolicyError) else describe_error(error)
+
+
+async def awaited_outcome(call: Awaitable[Any]) -> tuple[Any, Exception | None]:
+    """Return the result and None, or None and the error. A cancellation passes."""
+    try:
+        return await call, None
+    except Exception as error:
+        return None, error
 
 
 def verify_or_zero(verify: Callable[..., Any], answer: str, example: Mapping[str, Any]) -> float:

@@ -4,10 +4,12 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from textpolicy.environments.mcp.tools import McpTool
 from textpolicy.errors import TaskError
 from textpolicy.untrusted.parsing import parse_json
 
@@ -44,8 +46,11 @@ ParseCalls = Callable[[str, Mapping[str, Tool]], list[ToolCall]]
 def tool_schema(tool: Tool) -> dict[str, Any]:
     """Return the tool's JSON schema, in the form that chat models are trained on.
 
-    The docstring is the description. Every parameter needs an annotation, which gives its type.
+    The docstring of a function is its description. Every parameter needs an annotation, which gives
+    its type. The tool of an MCP server is described as its server does.
     """
+    if isinstance(tool, McpTool):
+        return deepcopy(dict(tool.description))
     hints = get_type_hints(tool)
     properties: dict[str, Any] = {}
     required: list[str] = []
@@ -147,19 +152,24 @@ def problem_with_call(call: ToolCall, tools: Mapping[str, Tool]) -> str | None:
         if name not in call.arguments:
             return f"{call.name} needs {name!r}"
     for name, value in call.arguments.items():
-        if name not in properties:
+        if name not in properties and not parameters.get("additionalProperties"):
             return f"{call.name} has no {name!r}; it has {', '.join(properties) or 'none'}"
-        if not _matches(value, properties[name]):
+        if not _matches(value, properties.get(name)):
             options = properties[name].get("anyOf", [properties[name]])
-            types = " or ".join(option["type"] for option in options)
+            types = " or ".join(option.get("type", "another form") for option in options)
             return f"{name} is {value!r:.60}; expected {types}"
     return None
 
 
-def _matches(value: Any, schema: Mapping[str, Any]) -> bool:
+def _matches(value: Any, schema: Any) -> bool:
+    """Return False if the value is of another type. MCP servers check what is not read here."""
+    if not isinstance(schema, Mapping):
+        return True
     if options := schema.get("anyOf"):
         return any(_matches(value, option) for option in options)
-    kind = schema["type"]
+    kind = schema.get("type")
+    if kind not in _JSON_TYPES.values():
+        return True
     if kind == "number":
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "array" and isinstance(value, list) and "items" in schema:

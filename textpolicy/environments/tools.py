@@ -10,6 +10,7 @@ import gymnasium as gym
 
 from textpolicy.environments.chat import ChatEnv, DrawFn, GoldFn, TurnRewardFn
 from textpolicy.environments.faults import call_tool
+from textpolicy.environments.mcp.tools import McpEpisode, McpTool
 from textpolicy.environments.request_process import call_tool_in_process, pack
 from textpolicy.environments.space import AnyText
 from textpolicy.environments.tool_calls import (
@@ -21,6 +22,7 @@ from textpolicy.environments.tool_calls import (
     problem_with_call,
     tool_schema,
 )
+from textpolicy.errors import TaskError
 from textpolicy.rewards import Rewards
 from textpolicy.types import Message, RewardFn
 
@@ -35,7 +37,8 @@ class ToolEnv(gym.Env[str, str]):
 
     If a call is not valid or its tool raises, the message is the error. `info["metrics"]` counts
     calls and errors. With `tool_timeout`, tools run in another process, and a call that takes more
-    seconds is killed, which is an error too. Rewards are as in `ChatEnv`.
+    seconds is killed, which is an error too. Tools of an MCP server (`mcp_tools`) run in the
+    server, always with a time limit; `close` ends the server. Rewards are as in `ChatEnv`.
     """
 
     def __init__(
@@ -53,11 +56,19 @@ class ToolEnv(gym.Env[str, str]):
         self.observation_space = AnyText()
         self.action_space = AnyText()
         self._call: CallTool = call_tool
+        # It never opens a session if no tool belongs to an MCP server.
+        self._mcp = McpEpisode(tool_timeout)
         if tool_timeout is not None:
             self._call = partial(call_tool_in_process, tool_timeout)
             for tool in tools:
-                pack(tool, f"tool {tool.__name__}")
+                if not isinstance(tool, McpTool):
+                    pack(tool, f"tool {tool.__name__}")
         self.tools = {tool.__name__: tool for tool in tools}
+        if len(self.tools) < len(tools):
+            raise TaskError(
+                f"several tools have the same name; expected one of each name in {len(tools)} "
+                f"tools: {[tool.__name__ for tool in tools]}"
+            )
         self.schemas = [tool_schema(tool) for tool in tools]
         self._parse = parse
         self._chat = ChatEnv(
@@ -68,6 +79,7 @@ class ToolEnv(gym.Env[str, str]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
+        self._mcp.close()
         self._calls = self._errors = 0
         observation, info = self._chat.reset(seed=seed)
         return observation, info | {"tools": deepcopy(self.schemas), "metrics": self._metrics()}
@@ -79,6 +91,10 @@ class ToolEnv(gym.Env[str, str]):
         info |= {"messages": messages, "metrics": self._metrics()}
         return observation, value, terminated, truncated, info
 
+    def close(self) -> None:
+        """End the sessions with MCP servers."""
+        self._mcp.close()
+
     def _reply(self, answers: Sequence[str], example: Mapping[str, Any]) -> str | None:
         calls = self._parse(answers[-1], self.tools)
         self._outputs = [self._run(call) for call in calls[:MAX_CALLS_PER_ANSWER]]
@@ -89,7 +105,11 @@ class ToolEnv(gym.Env[str, str]):
         if problem := problem_with_call(call, self.tools):
             self._errors += 1
             return f"error: {problem}"
-        output, returned = self._call(self.tools[call.name], call.arguments)
+        tool = self.tools[call.name]
+        if isinstance(tool, McpTool):
+            output, returned = self._mcp.call(tool, call.arguments)
+        else:
+            output, returned = self._call(tool, call.arguments)
         self._errors += not returned
         if len(output) > _MAX_OUTPUT_CHARACTERS:
             return f"{output[:_MAX_OUTPUT_CHARACTERS]}… ({len(output)} characters, cut)"
