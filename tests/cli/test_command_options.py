@@ -9,6 +9,8 @@ import pytest
 from textpolicy import fast_cpu
 from textpolicy.adapters.files.adapter_file import peek_version, read_adapter_file
 from textpolicy.cli import main
+from textpolicy.config import TrainConfig, changed, to_toml
+from textpolicy.runs import RunDirectory
 
 REWARDS = """
 import time
@@ -78,6 +80,17 @@ def test_a_command_looks_for_the_named_model_and_sets_the_threads(
     assert main(argv) == 2
     assert "no-such-model" in capsys.readouterr().err
     assert threads() == wanted
+
+
+def test_an_export_computes_with_the_threads_of_the_model_of_its_run(tmp_path, threads, failure):
+    run = RunDirectory(tmp_path / "run")
+    run.claim()
+    run.write_config(to_toml(changed(TrainConfig(), {"model.name": "tiny"})))
+    run.adapters.mkdir()
+    run.latest.touch()
+    fast_cpu.set_threads(2)
+    failure("export", str(run.path), "--to", "nonsense", "--output", str(tmp_path / "out"))
+    assert threads() == 1
 
 
 # Sampling

@@ -226,10 +226,10 @@ def test_the_longest_rows_of_data_are_measured_whichever_part_they_are_in(rows, 
     config = changed(TrainConfig(), settings)
     from textpolicy.experiment.tasks import find_task
 
-    environment, _ = find_task(config.task)
+    environment, _ = find_task(config.task, config.run.seed)
     with open(rows, "a") as file:
         file.write("\n" + json.dumps({"prompt": "7+" * 100 + "7=", "completion": "x"}))
-    longer, _ = find_task(config.task)
+    longer, _ = find_task(config.task, config.run.seed)
     short, long = (SizeEstimator(config, one).lengths for one in (environment, longer))
     assert long.prompt > short.prompt + 100
 

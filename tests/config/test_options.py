@@ -52,7 +52,7 @@ def assembled(tmp_path):
 
     def build(**changes: Any) -> Experiment:
         config = changed(DEFAULTS, {key.replace("__", "."): v for key, v in changes.items()})
-        environment, reward = find_task(config.task)
+        environment, reward = find_task(config.task, config.run.seed)
         algorithm = find_algorithm(config.algorithm)
         return assemble(config, environment, reward, algorithm, RunDirectory(tmp_path))
 
@@ -67,7 +67,7 @@ def task(tmp_path):
 
     def find(**changes: Any) -> Any:
         values = {key.replace("__", "."): value for key, value in changes.items()}
-        return find_task(changed(TrainConfig(), values).task)
+        return find_task(changed(TrainConfig(), values).task, 0)
 
     return find
 

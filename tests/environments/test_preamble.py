@@ -59,7 +59,7 @@ def test_the_seed_decides_the_examples(sums):
 @pytest.mark.parametrize("name", ["add", "sort", "gsm8k", "countdown"])
 def test_ready_environments_give_their_gold_answers_as_examples(name):
     plain = load(name)
-    few = with_preamble(plain, few_shot=2)
+    few = with_preamble(plain, few_shot=2, seed=0)
     held_out = {str(task.prompt) for task in plain.heldout(200)}
     stream = few.stream(0)
     for task in (*few.heldout(5), *(next(stream) for _ in range(20))):
@@ -72,12 +72,12 @@ def test_ready_environments_give_their_gold_answers_as_examples(name):
 
 def test_what_cannot_be_shown_as_an_example_is_refused(sums):
     with pytest.raises(TaskError, match="needs 41 different training tasks"):
-        with_preamble(sums, few_shot=40)
+        with_preamble(sums, few_shot=40, seed=0)
     with pytest.raises(TaskError, match="conversation of several turns"):
-        with_preamble(load("hilo"), few_shot=1)
+        with_preamble(load("hilo"), few_shot=1, seed=0)
     with pytest.raises(TaskError, match=r"Name the column of right answers \(--gold-column\)"):
-        with_preamble(sums, few_shot=1, gold_column="gold")
-    shown = pairs(with_preamble(sums, few_shot=1, gold_column="question").heldout(1)[0])
+        with_preamble(sums, few_shot=1, gold_column="gold", seed=0)
+    shown = pairs(with_preamble(sums, few_shot=1, gold_column="question", seed=0).heldout(1)[0])
     assert shown[0][0] == shown[0][1]
 
 
@@ -126,7 +126,7 @@ def test_episodes_and_rewards_read_the_system_message(tmp_path):
             raise AssertionError
 
     for name in ("add", "hilo"):
-        environment, rewards = find_task(TaskOptions(env=name, system="Be brief."))
+        environment, rewards = find_task(TaskOptions(env=name, system="Be brief."), 0)
         (task,) = environment.heldout(1)
         policy = Echo()
         with pytest.raises(RuntimeError, match="asked"):

@@ -111,3 +111,31 @@ def test_of_blocks_that_overlap_in_threads_the_last_restores_what_was_before_the
     with keep_process_state() as kept:
         warnings.simplefilter("ignore")
     assert kept.changed == ["the filters of warnings"]
+
+
+@pytest.mark.parametrize("first", ["main", "worker"])
+@pytest.mark.parametrize("what", [*CHANGES][:3])
+def test_the_main_thread_restores_signals_while_a_block_of_another_thread_hangs(first, what):
+    before = state()
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with keep_process_state():
+            entered.set()
+            may_leave.wait()
+
+    def start() -> None:
+        worker.start()
+        entered.wait()
+
+    worker = threading.Thread(target=hang)
+    if first == "worker":
+        start()
+    with keep_process_state() as kept:
+        if first == "main":
+            start()
+        CHANGES[what]()
+    restored, named = state(), kept.changed
+    may_leave.set()
+    worker.join()
+    assert restored == before and named == [what]

@@ -63,7 +63,7 @@ def with_preamble(
     system: str | None = None,
     few_shot: int = 0,
     gold_column: str | None = None,
-    seed: int = 0,
+    seed: int,
 ) -> Environment:
     """Return an environment whose tasks have a system message and solved examples before them.
 

@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
 from textpolicy.environments.episode_values import check_step_result, open_episode
@@ -137,7 +137,7 @@ def call_tool_in_process(
     seconds: float, tool: Callable[..., Any], arguments: Mapping[str, Any]
 ) -> tuple[str, bool]:
     """Call a tool as `call_tool` does, in another process that is killed if this takes longer."""
-    process, packed, name = _tool_process(seconds), pack(tool, "a tool"), tool.__name__
+    process, packed, name = tool_process(seconds), pack(tool, "a tool"), tool.__name__
     try:
         with process.lock:
             process.load(packed)
@@ -151,10 +151,14 @@ def call_tool_in_process(
             return f"error: {_forged(f'tool {name}', repr(answer)[:_MAX_EXCERPT])}", False
 
 
-@lru_cache
-def _tool_process(seconds: float) -> RequestProcess:
-    """Return the process in which all tools with this time limit run."""
-    return RequestProcess(seconds)
+_tool_processes: dict[float, RequestProcess] = {}
+_tool_processes_lock = Lock()
+
+
+def tool_process(seconds: float) -> RequestProcess:
+    """Return the process in which all tools with this time limit run, in all threads."""
+    with _tool_processes_lock:
+        return _tool_processes.setdefault(seconds, RequestProcess(seconds))
 
 
 def serve(parent: ParentLink) -> None:

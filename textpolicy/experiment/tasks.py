@@ -15,7 +15,7 @@ from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scor
 
 
 @doing("reading the tasks")
-def find_task(options: TaskOptions, seed: int = 0) -> tuple[Environment, Rewards]:
+def find_task(options: TaskOptions, seed: int) -> tuple[Environment, Rewards]:
     """Return the environment and its reward, or the reward of the file that the options name.
 
     Without an environment, the rows of `data` become one. Time limits and error policies of the

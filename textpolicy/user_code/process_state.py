@@ -52,8 +52,9 @@ class keep_process_state:
     and error, the hooks for exceptions, the recursion limit, and what warnings and numpy's
     floating-point errors do.
 
-    All threads share these, except numpy's errors. If blocks of several threads overlap, the last
-    one that ends restores what was there before the first one began.
+    Each block in the main thread restores the handlers and the alarm, because only the main thread
+    can set handlers. Threads share the rest, except numpy's errors: if blocks of several threads
+    overlap, the last one that ends restores what was there before the first one began.
     """
 
     _lock = threading.Lock()
@@ -64,11 +65,14 @@ class keep_process_state:
     def __init__(self) -> None:
         self.changed: list[str] = []
         self._saved: _SavedState | None = None
+        self._signals: _SavedSignals | None = None
 
     def __enter__(self) -> "keep_process_state":
         # Processes that only call rewards do not import numpy.
         self._numpy: Any = sys.modules.get("numpy")
         self._numpy_errors: dict[str, Any] = self._numpy.geterr() if self._numpy else {}
+        if threading.current_thread() is threading.main_thread():
+            self._signals = _SavedSignals()
         thread = threading.get_ident()
         with self._lock:
             if self._blocks_by_thread.keys() <= {thread}:
@@ -82,6 +86,8 @@ class keep_process_state:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._signals:
+            self.changed += self._signals.restore()
         thread = threading.get_ident()
         with self._lock:
             self._blocks_by_thread[thread] -= 1
@@ -100,6 +106,24 @@ class keep_process_state:
             self.changed.append("numpy's handling of floating-point errors")
 
 
+class _SavedSignals:
+    """The handlers of signals and the alarm. Made and restored in the main thread only."""
+
+    def __init__(self) -> None:
+        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._alarm = _alarm_runs()
+
+    def restore(self) -> list[str]:
+        """Restore the handlers, stop an alarm that is new, and return the names of the changes."""
+        changed: list[str] = []
+        for number, handler in self._handlers.items():
+            # None is a handler that Python code did not set, and cannot set.
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+                changed.append(f"the handler of {number.name}")
+        return changed + ([] if self._alarm else _stop_alarm())
+
+
 class _SavedState:
     """What all threads share of the state of the process, at the time when this object was made."""
 
@@ -111,18 +135,15 @@ class _SavedState:
         self._recursion = sys.getrecursionlimit()
         self._filters = list(warnings.filters)
         self._hooks = sys.excepthook, threading.excepthook
-        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-        self._alarm = signal.getitimer(signal.ITIMER_REAL)[0]
+        self._alarm = _alarm_runs()
 
     def restore(self) -> list[str]:
         """Restore the state, and return the names of what had changed."""
         self._folder.__exit__()
         if self._folder.changed:
             self.changed.append("the working directory")
-        # Only the main thread can set handlers, so no other thread has changed them.
-        if threading.current_thread() is threading.main_thread():
-            self._restore_signals()
-        self._restore_alarm()
+        if not self._alarm:
+            self.changed += _stop_alarm()
         if (sys.excepthook, threading.excepthook) != self._hooks:
             sys.excepthook, threading.excepthook = self._hooks
             self.changed.append("the handlers of errors that nobody catches")
@@ -144,19 +165,6 @@ class _SavedState:
             if saved is not None:
                 os.close(saved)
 
-    def _restore_signals(self) -> None:
-        for number, handler in self._handlers.items():
-            # None is a handler that Python code did not set, and cannot set.
-            if handler is not None and signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
-                self.changed.append(f"the handler of {number.name}")
-
-    def _restore_alarm(self) -> None:
-        if not self._alarm and signal.getitimer(signal.ITIMER_REAL)[0]:
-            # It would go off in the middle of the trainer.
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self.changed.append("an alarm that was left running")
-
     def _restore_stream(self, name: str, number: int) -> None:
         saved, before = self._descriptors[number], self._streams[name]
         changed = getattr(sys, name) is not before or before.closed
@@ -170,6 +178,18 @@ class _SavedState:
                 before = open(number, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
             setattr(sys, name, before)
             self.changed.append(f"standard {'output' if number == 1 else 'error'}")
+
+
+def _alarm_runs() -> bool:
+    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+def _stop_alarm() -> list[str]:
+    """Stop the alarm, which would go off in the middle of the trainer; name it if it ran."""
+    if not _alarm_runs():
+        return []
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return ["an alarm that was left running"]
 
 
 def _working_directory() -> str | None:

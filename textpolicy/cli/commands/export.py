@@ -1,19 +1,20 @@
 """`textpolicy export`: write what was trained for another program, and prove it."""
 
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
-from textpolicy.config.train import ModelOptions
 from textpolicy.experiment.assembly import apply_thread_option
 from textpolicy.export.exporting import Exported, export_adapter
+from textpolicy.export.source import find_source
 
 
 def run(options: Namespace) -> Answer:
-    threads = configured(TrainConfig(), options).model.threads
-    apply_thread_option(ModelOptions(name=options.model or "of the run", threads=threads))
+    # The base that the run or the option names, because the embedded model uses one thread.
+    name = options.model or find_source(options.source).model
+    apply_thread_option(replace(configured(TrainConfig(), options).model, name=name))
     exported = export_adapter(
         options.source,
         options.to,
