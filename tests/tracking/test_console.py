@@ -218,6 +218,18 @@ def test_the_time_left_follows_the_last_steps_and_not_the_whole_run():
     assert history.seconds_left == 14 * 5
 
 
+def test_the_time_left_counts_measurements_apart_from_steps():
+    history = RunHistory(10, measured_every=4)
+    history.add(0, {"time/step": 2.0, "time/evaluate": 30.0}, now=40.0)
+    # Three measurements follow: after 4 steps, after 8 steps and at the end.
+    assert history.seconds_left == 9 * 2 + 3 * 30
+    for step in (1, 2, 3):
+        history.add(step, {"time/step": 2.0}, now=40.0 + 2 * step)
+    assert history.seconds_left == 6 * 2 + 3 * 30
+    history.add(4, {"time/step": 2.0, "time/evaluate": 20.0}, now=46.0 + 20 + 2)
+    assert history.seconds_left == 5 * 2 + 2 * 20
+
+
 LABELS = ["reward", "eval", "length", "entropy", "groups", "speed", "time", "alarm", "sample"]
 
 

@@ -8,6 +8,7 @@ from textpolicy.cli.measured_steps import run_measured_steps
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.experiment.assembly import (
     RunConfig,
+    apply_thread_option,
     find_algorithm,
     plain_settings,
     service_options,
@@ -46,6 +47,10 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
         if size.memory:
             data["measured"]["estimated"] = plan_step(config, measured.lengths).peaks
     rows += _memory_rows(size, data)
+    if isinstance(config, TrainConfig) and environment and not has_turns(environment):
+        apply_thread_option(config.model)
+        rows.append(("time", str(time := estimator.plan_time(config))))
+        data["estimated_seconds"] = round(time.seconds, 1)
     if environment and has_turns(environment) and not measured:
         rows.append(("turns", "memory is that of one turn; several are not planned"))
     if measured:

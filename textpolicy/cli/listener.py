@@ -14,11 +14,14 @@ from textpolicy.types import Progress
 class TerminalListener:
     """The listener of a run that a command started. Made by `listening`."""
 
-    def __init__(self, steps: int, opened: ExitStack, *, panel: bool) -> None:
+    def __init__(
+        self, steps: int, opened: ExitStack, *, panel: bool, measured_every: int | None
+    ) -> None:
         self._steps = steps
         self._opened = opened
         self._panel = panel
-        self._console = opened.enter_context(closing(Console(error_stream(), steps)))
+        console = Console(error_stream(), steps, measured_every=measured_every)
+        self._console = opened.enter_context(closing(console))
         self._request = StopRequest()
 
     def note(self, text: str) -> None:
@@ -53,9 +56,14 @@ class TerminalListener:
 
 
 @contextmanager
-def listening(steps: int, *, panel: bool = True) -> Generator[TerminalListener]:
-    """Make a listener that shows a run of `steps` steps: as a panel, or a line for each event."""
+def listening(
+    steps: int, *, panel: bool = True, measured_every: int | None = None
+) -> Generator[TerminalListener]:
+    """Make a listener that shows a run of `steps` steps: as a panel, or a line for each event.
+
+    `measured_every` is the number of steps between two measurements on held-out tasks.
+    """
     with ExitStack() as opened:
-        listener = TerminalListener(steps, opened, panel=panel)
+        listener = TerminalListener(steps, opened, panel=panel, measured_every=measured_every)
         opened.enter_context(showing_progress(listener.note, steps=True))
         yield listener

@@ -9,7 +9,7 @@ from textpolicy.config import SFTConfig, TrainConfig, changed
 from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError, PromptError
 from textpolicy.experiment.assembly import RunConfig, adapter_config, service_options
-from textpolicy.experiment.run_size import RunSize, SizeEstimator
+from textpolicy.experiment.run_size import RunSize, SizeEstimator, has_turns
 from textpolicy.generation.model_files import find_model
 from textpolicy.machine import free_disk_bytes, memory_bytes, size_text
 from textpolicy.tracking.open_tracker import check_services
@@ -25,12 +25,13 @@ def check_before_start(
     note: Callable[[str], None],
     *,
     written: int = 0,
+    steps_done: int = 0,
 ) -> SFTData | None:
     """Raise an error about whatever would end the run later; no weight is read, nothing sampled.
 
     Return the rows of a supervised run, which are read on the way. `folder` is where the run will
-    write, and `written` are the bytes that it has written there. `note` gets warnings, and the
-    problems that `run.limits = "warn"` allows.
+    write, and `written` are the bytes that it has written there. `note` gets warnings, the problems
+    that `run.limits = "warn"` allows, and how long the steps after `steps_done` take.
     """
     check_services(service_options(config), note)
     check_names(config)
@@ -40,7 +41,21 @@ def check_before_start(
         if config.run.limits == "refuse":
             raise ConfigError(f"{problem}. {_OVERRIDE}")
         note(f"{problem}. The run starts all the same, because of --limits warn")
+    if time := time_text(estimator, config, environment, steps_done):
+        note(f"the run takes {time}")
     return estimator.data
+
+
+def time_text(
+    estimator: SizeEstimator,
+    config: RunConfig,
+    environment: Environment | None,
+    steps_done: int = 0,
+) -> str:
+    """Return how long the rest of a run takes, or "" if that is not known before it starts."""
+    if isinstance(config, SFTConfig) or environment is None or has_turns(environment):
+        return ""
+    return str(estimator.plan_time(config, steps_done))
 
 
 def check_names(config: RunConfig) -> None:

@@ -98,19 +98,24 @@ def _resume(
         check_changes(with_absolute_paths(before), settings, directory, force=force)
         if found:
             check_length(found, before, settings, directory, report.note)
-        parts = _parts(settings, directory.path, report, written=directory.size)
+        done = found.step if found else 0
+        parts = _parts(settings, directory.path, report, directory.size, done)
         start = Start(checkpoints=checkpoints, parts=parts, resume=found, force=force)
         return _train(settings, directory, report, start)
 
 
-def _parts(settings: RunConfig, folder: Path, report: Reporter, written: int = 0) -> Parts:
+def _parts(
+    settings: RunConfig, folder: Path, report: Reporter, written: int = 0, steps_done: int = 0
+) -> Parts:
     """Return what is found before anything large is read, after the checks of the preflight."""
     if isinstance(settings, SFTConfig):
         data = check_before_start(settings, None, folder, report.note, written=written)
         return Parts(data=data)
     algorithm = find_algorithm(settings.algorithm)
     task = find_task(settings.task, settings.run.seed)
-    check_before_start(settings, task[0], folder, report.note, written=written)
+    check_before_start(
+        settings, task[0], folder, report.note, written=written, steps_done=steps_done
+    )
     return Parts(task=task, algorithm=algorithm)
 
 

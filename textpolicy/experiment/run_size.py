@@ -5,7 +5,7 @@ decides (`experiment/preflight.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,10 +27,12 @@ from textpolicy.experiment.assembly import (
     sampling_of,
     template_arguments_of,
 )
+from textpolicy.experiment.run_time import plan_run_time, usual_lengths
 from textpolicy.generation.model_files import find_model, read_architecture_file
 from textpolicy.generation.policy import rollout_bytes
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
+from textpolicy.planning.time_plan import TimePlan
 from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.training.sft import SFTData
 from textpolicy.types import Prompt
@@ -49,6 +51,8 @@ class Lengths:
     prompt: int
     completion: int
     read: int = 0
+    usual: tuple[float, float] = (0.0, 0.0)
+    """The tokens of a usual prompt and of a usual completion."""
     context: int | None = None
     """The most tokens that the model can read and write together, if it says so."""
 
@@ -130,7 +134,7 @@ class SizeEstimator:
         rollout, run, evaluation = config.rollout, config.run, config.evaluation
         lengths = self.lengths
         if config.sampling.max_tokens:
-            lengths = Lengths(**vars(lengths) | {"completion": config.sampling.max_tokens})
+            lengths = replace(lengths, completion=config.sampling.max_tokens)
         step = rollout.groups_per_step * rollout.group_size
         measured = min(self._held_out, evaluation.count) * max(1, evaluation.samples)
         groups = rollout.groups_per_step
@@ -145,6 +149,17 @@ class SizeEstimator:
             checkpoints=run.keep_checkpoints,
             # Beside the best one; the oldest are removed.
             evaluations=1 + run.keep_adapters,
+        )
+
+    def plan_time(self, config: TrainConfig, steps_done: int = 0) -> TimePlan:
+        """Return how long the steps take that are not done; times products of the model now."""
+        return plan_run_time(
+            config,
+            self._network(),
+            self._architecture,
+            usual=self.lengths.usual,
+            held_out=self._held_out,
+            steps_done=steps_done,
         )
 
     def _estimate_sft(self, config: SFTConfig) -> RunSize:
@@ -240,11 +255,16 @@ def _rl_lengths(
         "allow_special_tokens": config.model.allow_special_tokens,
         "chat_template_kwargs": template_arguments_of(config.model, tokenizer),
     }
-    encoded = [encode_prompt(tokenizer, one, **options) for one in prompts]
+
+    def encode(prompt: Prompt) -> int:
+        return len(encode_prompt(tokenizer, prompt, **options))
+
+    most = sampling_of(config, environment).max_tokens
     return Lengths(
-        prompt=max(map(len, encoded)),
-        completion=sampling_of(config, environment).max_tokens,
+        prompt=max(map(encode, prompts)),
+        completion=most,
         read=len(prompts),
+        usual=usual_lengths(environment, encode, lambda text: len(tokenizer.encode(text)), most),
         context=context if isinstance(context, int) else None,
     )
 

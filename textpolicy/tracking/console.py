@@ -40,9 +40,14 @@ class Console:
     """
 
     def __init__(
-        self, stream: TextStream, steps: int, *, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextStream,
+        steps: int,
+        *,
+        measured_every: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._history = RunHistory(steps)
+        self._history = RunHistory(steps, measured_every=measured_every)
         self._clock = clock
         self._last_sample = float("-inf")
         self._view: ProgressView = LineView(stream, clock=clock)

@@ -4,37 +4,56 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
+from statistics import fmean
 
 from textpolicy.types import Metrics
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 _RECENT_STEPS = 10
+_MEASUREMENT = "time/evaluate"
 _TIMES = ("generate", "reward", "train", "reload", "checkpoint")
 
 
 class RunHistory:
-    """Collects the metrics of finished steps, and estimates the seconds that are left."""
+    """Collects the metrics of finished steps, and estimates the seconds that are left.
 
-    def __init__(self, steps: int) -> None:
+    `measured_every` is the number of steps between two measurements on held-out tasks, if there are
+    measurements between the first and the last one.
+    """
+
+    def __init__(self, steps: int, *, measured_every: int | None = None) -> None:
         self.steps = steps
+        self._every = measured_every
         self.steps_done = 0
         self.seconds_left = 0.0
         self.metrics: Metrics = {}
         self._values: dict[str, list[float]] = {}
         # The last steps tell what is to come: a run may become slower, or faster, as it learns.
-        self._ends: deque[float] = deque(maxlen=_RECENT_STEPS + 1)
+        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._last_end: float | None = None
 
     def add(self, step: int, metrics: Metrics, now: float) -> None:
         """Add the finished step `step`, which is counted from 0. `now` is a clock in seconds."""
         for name, value in metrics.items():
             self._values.setdefault(name, []).append(value)
-        if not self._ends:
+        if self._last_end is None:
             # The time of the first step counts, the time to load the model before it does not.
-            self._ends.append(now - metrics.get("time/step", 0))
-        self._ends.append(now)
+            self._step_seconds.append(metrics.get("time/step", 0))
+        else:
+            # A measurement comes between two steps, and the second one reports its time.
+            took = now - self._last_end - metrics.get(_MEASUREMENT, 0)
+            self._step_seconds.append(max(0.0, took))
+        self._last_end = now
         self.metrics, self.steps_done = metrics, step + 1
-        seconds_a_step = (now - self._ends[0]) / (len(self._ends) - 1)
-        self.seconds_left = seconds_a_step * (self.steps - self.steps_done)
+        self.seconds_left = fmean(self._step_seconds) * (self.steps - self.steps_done)
+        if self.values(_MEASUREMENT):
+            self.seconds_left += self.last(_MEASUREMENT) * self._measurements_left()
+
+    def _measurements_left(self) -> int:
+        """Return how many measurements follow: the last one, and those before the last step."""
+        if self._every is None:
+            return 1
+        return 1 + (self.steps - 1) // self._every - (self.steps_done - 1) // self._every
 
     def values(self, name: str) -> Sequence[float]:
         """Return the values of a metric at the steps that reported the metric."""

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import asdict
+from math import hypot
 from typing import Any
 
 from textpolicy.cli.answer import Answer
@@ -30,7 +31,7 @@ def run(options: Namespace) -> Answer:
         config = with_model_defaults(configured(TrainConfig(), options))
     if options.dry_run:
         return show_plan(config, measure=options.measure)
-    with listening(config.run.steps) as listener:
+    with listening(config.run.steps, measured_every=config.evaluation.every) as listener:
         result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
         if result.after:
             directory = result.directory
@@ -49,7 +50,7 @@ def describe_result(result: RunResult) -> str:
     assert result.after
     text = (
         f"greedy reward on {result.after.count} held-out tasks: "
-        f"{result.before} before, {result.after} after\n"
+        f"{result.before} before, {result.after} after ({_gain(result)})\n"
         f"{result.steps} steps in {result.seconds:.0f} s"
     )
     if result.ended == "alarm":
@@ -63,6 +64,13 @@ def describe_result(result: RunResult) -> str:
             "completions of one task?"
         )
     return text
+
+
+def _gain(result: RunResult) -> str:
+    """Return the gain and its standard error, as if other tasks were measured the second time."""
+    assert result.before and result.after
+    errors = (result.before.standard_error or 0.0, result.after.standard_error or 0.0)
+    return f"{result.after.value - result.before.value:+.3f} ± {hypot(*errors):.3f}"
 
 
 def _data(result: RunResult) -> dict[str, Any]:
