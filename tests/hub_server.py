@@ -1,4 +1,4 @@
-"""A model hub on this machine for tests: the part of its HTTP API that an upload calls.
+"""A hub on this machine for tests: the part of its HTTP API that uploads and data sets call.
 
 It keeps what the hub's client sends, refuses what the hub refuses, and can be told to fail.
 """
@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
 TOKEN, USER = "hf_for_tests", "ada"
+COMMIT = "c" * 40
 LARGE_FILES = (".safetensors", ".gguf", ".png")
 PART_BYTES = 2**20
 _ID = r"(?P<id>[\w.-]+/[\w.-]+)"
@@ -48,6 +50,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.store = store
         self.repositories: dict[str, Repository] = {}
+        self.datasets: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
         self.failing: dict[str, int | None] = {}
@@ -64,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._route()
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_HEAD = do_GET
 
     def _route(self) -> None:
         size = int(self.headers.get("Content-Length") or 0)
@@ -81,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(401, {"error": "Invalid username or password."})
         for method, pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, path)
-            if method == self.command and match:
+            if match and self.command in method.split():
                 return answer(self, **match.groupdict())
         return self._answer(404, {"error": f"no route for {request}"})
 
@@ -107,7 +110,56 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def describe_dataset(self, id: str, revision: str = "main") -> None:
+        """Tell the files of a data set, of its branch main or of its only commit."""
+        if code := self._missing(id, revision):
+            return self._answer(404, {"error": code}, {"X-Error-Code": code})
+        repository = self.server.datasets[id]
+        files = [{"rfilename": name} for name in repository.files]
+        known = {"id": id, "private": repository.private, "siblings": files, "sha": COMMIT}
+        return self._answer(200, known | {"tags": [], "downloads": 0, "likes": 0})
+
+    def _missing(self, id: str, revision: str, path: str | None = None) -> str:
+        """Return the hub's word for what does not exist of a data set, or an empty text."""
+        if id not in self.server.datasets:
+            return "RepoNotFound"
+        if revision not in ("main", COMMIT):
+            return "RevisionNotFound"
+        exists = path is None or path in self.server.datasets[id].files
+        return "" if exists else "EntryNotFound"
+
+    def list_tree(self, id: str, revision: str, path: str = "") -> None:
+        """Tell the files and folders in a folder, and with recursive=true also those further in."""
+        files = self.server.datasets[id].files
+        inside = {name: text for name, text in files.items() if name.startswith(path)}
+        deep = "recursive=true" in self.path.lower()
+        parents = {str(parent) for name in inside for parent in PurePosixPath(name).parents}
+        below = {one for one in parents - {"."} if one.startswith(path) and one != path.strip("/")}
+        entries = [_file_entry(*one) for one in inside.items()] + [*map(_folder_entry, below)]
+        depth = path.strip("/").count("/") + 1 if path.strip("/") else 0
+        self._answer(200, [one for one in entries if deep or one["path"].count("/") == depth])
+
+    def send_file(self, id: str, revision: str, path: str) -> None:
+        """Send a file of a data set, or a part of it."""
+        if code := self._missing(id, revision, unquote(path)):
+            return self._answer(404, {"error": code}, {"X-Error-Code": code})
+        content = self.server.datasets[id].files[unquote(path)]
+        start, end = 0, len(content) - 1
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(asked[1]), min(end, int(asked[2] or end))
+        self.send_response(206 if asked else 200)
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers |= {"Content-Range": f"bytes {start}-{end}/{len(content)}"} if asked else {}
+        for name, value in (headers | {"Content-Length": str(end + 1 - start)}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[start : end + 1])
+        return None
 
     def who(self) -> None:
         self._answer(200, {"type": "user", "name": USER, "orgs": []})
@@ -214,7 +266,28 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"success": True, "commitOid": oid, "commitUrl": url})
 
 
+def _file_entry(path: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
+
+
+def _folder_entry(path: str) -> dict[str, Any]:
+    return {"type": "directory", "path": path, "oid": _oid(path.encode())}
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+_DATASET = f"/api/datasets/{_ID}"
 _ROUTES = [
+    ("GET", _DATASET, _Handler.describe_dataset),
+    ("GET", rf"{_DATASET}/revision/(?P<revision>\w+)", _Handler.describe_dataset),
+    ("GET", rf"{_DATASET}/tree/(?P<revision>\w+)/?(?P<path>.*)", _Handler.list_tree),
+    (
+        "GET HEAD",
+        rf"/datasets/{_ID}/resolve/(?P<revision>\w+)/(?P<path>.+)",
+        _Handler.send_file,
+    ),
     ("GET", "/api/whoami-v2", _Handler.who),
     ("GET", f"/api/models/{_ID}", _Handler.describe),
     ("POST", "/api/repos/create", _Handler.create),

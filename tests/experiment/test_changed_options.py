@@ -106,6 +106,9 @@ THINKING = {
 NUMBERS = {
     "task.env": ("plain", {"task.env": "sort", "task.data": None, "task.reward": None}),
     "task.data": ("plain", "{files}/others.jsonl"),
+    "task.eval_data": ("plain", "{files}/others.jsonl"),
+    "task.columns": ("plain", {"prompt": "question"}),
+    "task.data_stream": ("plain", True),
     "task.prompt": ("plain", "{question}"),
     "task.system": ("plain", "Be brief."),
     "task.few_shot": ("plain", 1),
@@ -206,6 +209,8 @@ SFT_BOUND = {key: value for key, value in BOUND.items() if key != "adapter.dropo
     "model.allow_special_tokens": ("control", True),
     **THINKING,
     "data.source": ("plain", "{files}/others.jsonl"),
+    "data.eval_data": ("plain", "{files}/others.jsonl"),
+    "data.columns": ("plain", {"completion": "question"}),
     "data.learn": ("plain", "everything"),
     "data.system": ("plain", "Add."),
     "data.max_length": ("packed", 30),

@@ -14,7 +14,7 @@ from textpolicy.export.asking import read_asking
 from textpolicy.export.source import find_source
 from textpolicy.generation.model_files import tiny_model
 from textpolicy.runs import RunDirectory
-from textpolicy.untrusted.bounds import MAX_LINE_CHARACTERS
+from textpolicy.untrusted.bounds import MAX_DATA_LINE_BYTES
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_lines_that_hold_no_prompt_are_left_out(damage, run):
 
 def test_a_line_without_end_is_read_in_bounded_pieces(run):
     with run.samples.open("wb") as file:
-        file.truncate(3 * MAX_LINE_CHARACTERS)
+        file.truncate(3 * MAX_DATA_LINE_BYTES)
     assert prompts_of(run, 2) == prompts_of(run, 9)[:2]
 
 

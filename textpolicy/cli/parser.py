@@ -28,7 +28,7 @@ _UNTIMED = (
     *("evaluation", "tracking", "run"),
     *(f"trainer.{name}" for name in ("lr", "schedule", "warmup", "final_lr", "weight_decay")),
     *("trainer.max_grad_norm", "rollout.steps_per_generation", "rollout.refill_rounds"),
-    "model.allow_special_tokens",
+    *("model.allow_special_tokens", "task.eval_data"),
 )
 """Sections and settings that `bench` leaves out, because they do not change the time of a step."""
 
@@ -254,7 +254,17 @@ def _check(parser: ArgumentParser) -> None:
     _add_flag(parser, "sample", int | None, None, text, limit=at_least(2))
     text = "seconds for sampling; rows that do not fit into this time are not sampled"
     _add_flag(parser, "seconds", float, 45.0, text, limit=above(0))
-    keys = ("env", "data", "prompt", "system", "few_shot", "gold_column", "reward_timeout")
+    keys = (
+        "env",
+        "data",
+        "columns",
+        "data_stream",
+        "prompt",
+        "system",
+        "few_shot",
+        "gold_column",
+        "reward_timeout",
+    )
     asked = (*(f"task.{key}" for key in keys), *_PROMPTED_MODEL, "sampling.max_tokens")
     add_settings(parser, _DEFAULTS, asked)
 

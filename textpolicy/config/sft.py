@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from textpolicy.config.option_types import Table
 from textpolicy.config.settings import SEED, above, at_least, check, option
 from textpolicy.config.train import (
     CHECKPOINT_GRADIENTS,
+    COLUMNS,
+    COLUMNS_UNSET,
+    DATA_HELP,
     DEADLINE_UNSET,
     FINAL_LR,
     LIMITS,
@@ -31,11 +35,19 @@ class DataOptions:
 
     source: str | None = option(
         None,
-        "rows of text: a folder with train, valid and test as .jsonl or .txt, one file, or hf:NAME",
+        "rows of text: a folder with train, valid and test as .jsonl or .txt, one file, or an "
+        "address as of hf:OWNER/NAME[@REVISION][:CONFIG][:SPLIT]",
         unset="none; it is required",
         flag="--data",
         metavar="DIR",
     )
+    eval_data: str | None = option(
+        None,
+        DATA_HELP.format("rows to validate on"),
+        unset="the valid part of --data, or a share of its rows",
+        metavar="FILE",
+    )
+    columns: Table | None = option(*COLUMNS, unset=COLUMNS_UNSET)
     learn: Literal["answers", "everything"] = option("answers", "the part of a row that is learned")
     system: str | None = option(None, SYSTEM, metavar="TEXT|FILE")
     max_length: int = option(

@@ -53,6 +53,15 @@ STOP_ON_STALL = (
     False,
     "stop a run whose step is reported, with the exit code 75, so that it can be resumed",
 )
+DATA_HELP = (
+    "{}: a .jsonl, .csv or .parquet file, a folder, or hf:OWNER/NAME[@REVISION][:CONFIG][:SPLIT]"
+)
+COLUMNS = (
+    None,
+    "other names of columns, such as prompt=question or gold=reward_model.ground_truth; a dot goes "
+    "into a column",
+)
+COLUMNS_UNSET = "the names in the data"
 SYSTEM = "system message for conversations without one: a text, or a file that holds the text"
 CHECKPOINT_GRADIENTS = (False, "recompute activations in the backward pass: less memory, more time")
 
@@ -82,10 +91,18 @@ class TaskOptions:
         metavar="NAME",
     )
     data: str | None = option(
+        None, DATA_HELP.format("rows of tasks"), unset="those of --env", metavar="FILE"
+    )
+    eval_data: str | None = option(
         None,
-        "rows of tasks: a .jsonl, .csv or .parquet file, a saved dataset, or hf:NAME",
-        unset="those of --env",
+        "rows to measure on, all of them, in place of a part of --data; as for --data",
+        unset="a tenth of the prompts of --data, by their hashes",
         metavar="FILE",
+    )
+    columns: Table | None = option(*COLUMNS, unset=COLUMNS_UNSET)
+    data_stream: bool = option(
+        False,
+        "read --data while it is used, and shuffle by a buffer, for data of any size",
     )
     prompt: str | None = option(
         None, "template of the prompt with columns of --data in braces", unset="the column 'prompt'"

@@ -1,77 +1,100 @@
-"""Rows of data from files. Errors name the file and the line."""
+"""Rows of data from files, folders and the hub. Errors name the file and the line."""
 
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from textpolicy.environments.data_address import HUB, DataAddress
+from textpolicy.environments.public_layouts import open_split
 from textpolicy.errors import DataError, UnreadableError
-from textpolicy.untrusted.bounds import MAX_DATA_BYTES, MAX_LINE_CHARACTERS
-from textpolicy.untrusted.files import read_utf8, shown_path
+from textpolicy.untrusted.bounds import MAX_DATA_BYTES
+from textpolicy.untrusted.files import read_utf8, shown_path, utf8_lines
 from textpolicy.untrusted.parsing import parse_json
 
 DataRow = Mapping[str, Any]
 """One example: column names to values, for the prompt and for the reward function."""
 
-_HUB = "hf:"
+LocatedRow = tuple[str, DataRow]
+"""A row with its location for error messages."""
 
 
 def load_rows(source: str | Path, *, split: str = "train") -> list[DataRow]:
-    """Return the rows of a .jsonl, .csv or .parquet file, a `datasets` folder, or "hf:NAME".
+    """Return the rows of a .jsonl, .csv or .parquet file, of a folder, or of "hf:OWNER/NAME".
 
-    All formats but .jsonl and .csv need the extra `datasets`, and have splits to choose from.
+    The files may end in .gz, but not those of parquet. An address of a folder or of the hub may
+    name a configuration and a split, as in "hf:openai/gsm8k:main:test"; `split` is the one to read
+    if the address names none. Folders, .parquet and hf: need the extra `datasets`.
     """
     return [row for _, row in load_rows_with_locations(source, split=split)]
 
 
 def load_rows_with_locations(
-    source: str | Path, *, split: str = "train"
-) -> list[tuple[str, DataRow]]:
-    """Return the rows that `load_rows` returns, each with its location for error messages."""
-    path = Path(source)
-    if str(source).startswith(_HUB) or path.suffix == ".parquet" or path.is_dir():
-        numbered = enumerate(_read_huggingface(str(source), split), start=1)
-        rows = [(f"{source}, row {number}", row) for number, row in numbered]
-    elif path.suffix in _READERS:
-        numbered = _READERS[path.suffix](read_text(path), str(source))
-        rows = [(f"{source}, line {number}", row) for number, row in numbered]
-    else:
-        raise DataError(
-            f"the format of {str(source)!r} is not known: expected a file ending in .jsonl, .csv "
-            f"or .parquet, a folder saved by the datasets library, or {_HUB}NAME"
-        )
+    source: str | Path, *, split: str | None = "train"
+) -> list[LocatedRow]:
+    """Return the rows that `load_rows` returns, each with its location for error messages.
+
+    With `split` None, an address without a split is refused if there are several splits.
+    """
+    rows = list(iterate_rows(source, split=split, limit=MAX_DATA_BYTES))
     if not rows:
         raise DataError(f"{source} has no rows")
     return rows
 
 
+def iterate_rows(
+    source: str | Path, *, split: str | None = "train", limit: int | None = None
+) -> Iterator[LocatedRow]:
+    """Yield the rows of `load_rows_with_locations` as they are read; only a few are in memory.
+
+    A text file with more than `limit` bytes is refused.
+    """
+    address = DataAddress.parse(source)
+    path = Path(address.place).expanduser()
+    if address.on_hub or path.is_dir() or path.suffix == ".parquet":
+        yield from open_split(address, split, stream=limit is None)
+        return
+    reader = _READERS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
+    if reader is None:
+        raise DataError(
+            f"the format of {str(source)!r} is not known: expected a file ending in .jsonl, .csv "
+            "(also with .gz behind) or .parquet, a folder that the datasets library can read, or "
+            f"{HUB}OWNER/NAME[:CONFIG][:SPLIT]"
+        )
+    _check_exists(path)
+    try:
+        for number, row in reader(utf8_lines(path, limit=limit), str(source)):
+            yield f"{source}, line {number}", row
+    except UnreadableError as error:
+        raise DataError(str(error)) from error
+
+
 def read_text(path: Path) -> str:
     """Return the content of a UTF-8 file. Raise `DataError` with the line that is not UTF-8."""
-    if not os.path.lexists(path):
-        raise DataError(f"data file {shown_path(path)!r} does not exist (looked in {Path.cwd()})")
+    _check_exists(path)
     try:
         return read_utf8(path, limit=MAX_DATA_BYTES)
     except UnreadableError as error:
         raise DataError(str(error)) from error
 
 
-def _read_jsonl(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
-    # Not splitlines(), which would split a JSON string at an unescaped U+2028.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _check_exists(path: Path) -> None:
+    if not os.path.lexists(path):
+        raise DataError(f"data file {shown_path(path)!r} does not exist (looked in {Path.cwd()})")
+
+
+def _read_jsonl(lines: Iterable[str], name: str) -> Iterator[tuple[int, DataRow]]:
+    # Not str.splitlines(), which would split a JSON string at an unescaped U+2028.
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, _json_row(line, f"{name}, line {number}")
 
 
 def _json_row(line: str, where: str) -> DataRow:
-    if len(line) > MAX_LINE_CHARACTERS:
-        raise DataError(
-            f"{where}: the line has {len(line):,} characters; expected at most "
-            f"{MAX_LINE_CHARACTERS:,}"
-        )
     try:
         row = parse_json(line)
         # Text with half a surrogate pair cannot be encoded, so it cannot be tokenized.
@@ -86,8 +109,10 @@ def _json_row(line: str, where: str) -> DataRow:
     return row
 
 
-def _read_csv(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
-    reader = csv.reader(StringIO(text, newline=""), strict=True)
+def _read_csv(lines: Iterable[str], name: str) -> Iterator[tuple[int, DataRow]]:
+    # A line that ends at \n may hold the ends \r of several lines.
+    pieces = chain.from_iterable(StringIO(line, newline="") for line in lines)
+    reader = csv.reader(pieces, strict=True)
     try:
         header = next(reader, [])
         if not all(header) or len(set(header)) < len(header):
@@ -106,30 +131,10 @@ def _read_csv(text: str, name: str) -> Iterator[tuple[int, DataRow]]:
         raise DataError(f"{name}, line {reader.line_num}: not CSV ({error})") from error
 
 
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
-
-
-def _read_huggingface(source: str, split: str) -> list[DataRow]:
-    try:
-        datasets: Any = import_module("datasets")
-    except ImportError as error:
-        raise DataError(
-            f"reading {source!r} needs the datasets library: pip install 'textpolicy[datasets]'"
-        ) from error
-    try:
-        if source.startswith(_HUB):
-            data = datasets.load_dataset(source.removeprefix(_HUB), split=split)
-        elif source.endswith(".parquet"):
-            data = datasets.load_dataset("parquet", data_files=source, split="train")
-        else:
-            data = datasets.load_from_disk(source)
-    except (OSError, ValueError, ConnectionError) as error:
-        raise DataError(f"the datasets library cannot read {source!r}: {error}") from error
-    if isinstance(data, Mapping):
-        if split not in data:
-            raise DataError(f"{source!r} has no split {split!r}; its splits are {sorted(data)}")
-        data = data[split]
-    return to_rows(data)
+_READERS: dict[str, Callable[[Iterable[str], str], Iterator[tuple[int, DataRow]]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+}
 
 
 def to_rows(data: Iterable[Any]) -> list[DataRow]:

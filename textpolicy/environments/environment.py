@@ -16,6 +16,7 @@ from textpolicy.environments.held_out import (
     ProblemSurvey,
     held_out_draws,
 )
+from textpolicy.environments.streamed_rows import StreamedTasks
 from textpolicy.rewards import Rewards, reward
 from textpolicy.types import Prompt, RewardFn, Task
 
@@ -195,7 +196,7 @@ def from_function(
 
 
 def from_dataset(
-    dataset: Dataset,
+    dataset: Dataset | StreamedTasks,
     reward: RewardFn | Rewards,
     *,
     gold: GoldFn | None = None,

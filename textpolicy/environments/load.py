@@ -15,7 +15,7 @@ import gymnasium as gym
 
 from textpolicy.environments.bridges.gymnasium import from_gymnasium
 from textpolicy.environments.chat import ChatEnv, DrawFn
-from textpolicy.environments.data_files import load_rows
+from textpolicy.environments.data_source import DataSource
 from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
     BuildEnv,
@@ -26,6 +26,7 @@ from textpolicy.environments.environment import (
     from_function,
     sum_turn_rewards,
 )
+from textpolicy.environments.streamed_rows import StreamedTasks
 from textpolicy.environments.timeout import with_timeout
 from textpolicy.environments.tool_calls import parse_python_calls, parse_tagged_calls
 from textpolicy.environments.tools import ToolEnv
@@ -44,7 +45,7 @@ _PARSERS = {"tagged": parse_tagged_calls, "written": parse_python_calls}
 
 def load(
     spec: str,
-    data: str | Path | None = None,
+    data: str | Path | DataSource | None = None,
     *,
     env_timeout: float | None = None,
     tool_timeout: float | None = None,
@@ -53,11 +54,12 @@ def load(
 
     `spec` is one of `ready_names()`, "FILE.py", "FILE.py:NAME" (a Gymnasium class or an
     `Environment` in the file), "reasoning_gym:TASK", "textarena:GAME", or "gymnasium:ID" with an
-    id for `gymnasium.make`. `data` is a file of rows, for environments that are made from rows.
+    id for `gymnasium.make`. `data` has rows, for environments that are made from rows: an address
+    as of `load_rows`, or a `DataSource`.
     With `env_timeout`, episodes run in another process, and a call of reset, step or close that
     takes more seconds is killed; `tool_timeout` does the same for each call of a tool.
     """
-    environment = _load(spec, data)
+    environment = _load(spec, DataSource.of(data))
     if tool_timeout is not None:
         environment = _with_tool_timeout(environment, tool_timeout)
     return environment if env_timeout is None else with_timeout(environment, env_timeout)
@@ -76,7 +78,7 @@ def _with_tool_timeout(environment: Environment, seconds: float) -> Environment:
     )
 
 
-def _load(spec: str, data: str | Path | None) -> Environment:
+def _load(spec: str, data: DataSource) -> Environment:
     if (file_and_name := split_file_and_name(spec)) is not None:
         return _from_file(*file_and_name, data)
     scheme, _, rest = spec.partition(":")
@@ -101,13 +103,13 @@ def ready_names() -> list[str]:
 
 
 def environment_from_module(
-    module: ModuleType, name: str, data: str | Path | None = None
+    module: ModuleType, name: str, data: str | Path | DataSource | None = None
 ) -> Environment:
     """Return the environment of a module with functions, or with one Gymnasium class.
 
     The docstring of `textpolicy_envs` describes the functions.
     """
-    contents = vars(module)
+    contents, data = vars(module), DataSource.of(data)
     if "make" not in contents and "PROMPT" not in contents:
         _refuse_data(name, data)
         return _from_single_class(module, name)
@@ -137,15 +139,10 @@ def _from_single_class(module: ModuleType, name: str) -> Environment:
     return from_gymnasium(env, name=name, max_tokens=_max_tokens(vars(module)))
 
 
-def _tasks(
-    contents: Mapping[str, Any], name: str, data: str | Path | None
-) -> tuple[TaskSplit, DrawFn]:
+def _tasks(contents: Mapping[str, Any], name: str, data: DataSource) -> tuple[TaskSplit, DrawFn]:
     if "PROMPT" in contents:
-        rows = load_rows(data) if data else contents.get("ROWS")
-        if rows is None:
-            raise TaskError(f"{name} has no rows of its own. Name a file of rows: --data FILE")
-        dataset = Dataset.from_rows(rows, contents["PROMPT"], name=name)
-        return dataset, dataset.draw
+        tasks = _tasks_of_rows(contents, name, data)
+        return tasks, tasks.draw
     _refuse_data(name, data)
     draw = contents["make"]
     if "problem" not in contents:
@@ -154,8 +151,36 @@ def _tasks(
     return GeneratedTasks(name=name, draw=draw, problem=lambda task: problem(task.example)), draw
 
 
-def _refuse_data(name: str, data: str | Path | None) -> None:
-    if data is not None:
+def _tasks_of_rows(
+    contents: Mapping[str, Any], name: str, data: DataSource
+) -> Dataset | StreamedTasks:
+    """Return tasks of the rows of `data`, or else of the module's own rows or own address."""
+    own: Any = contents.get("ROWS")
+    address: str | None = contents.get("DATA")
+    if data.train is None and not (data.only_measured and data.held_out):
+        if own is None and address is None:
+            raise TaskError(f"{name} has no rows of its own. Name a file of rows: --data FILE")
+        note = _note_about_own_rows(name, own, address)
+        # The module's own names need no other ones.
+        data = replace(data, train=own or address, stream=data.stream and own is None)
+        tasks = data.tasks(contents["PROMPT"], name=name)
+        return replace(tasks, split_note=note) if isinstance(tasks, Dataset) else tasks
+    return data.tasks(contents["PROMPT"], name=name)
+
+
+def _note_about_own_rows(name: str, own: Any, address: str | None) -> str:
+    if own is None:
+        return f"environment {name} trains on {address}, because no other rows are named (--data)"
+    if address is None:
+        return ""
+    return (
+        f"environment {name} has {len(own)} rows of its own, for a first try. The published rows "
+        f"are --data {address}"
+    )
+
+
+def _refuse_data(name: str, data: DataSource) -> None:
+    if not data.is_empty:
         raise TaskError(
             f"environment {name} makes its tasks itself and takes no rows, but got the file "
             f"{str(data)!r}. Leave out the environment or the file"
@@ -190,7 +215,7 @@ def _multi_turn(
     )
 
 
-def _from_file(path: Path, name: str, data: str | Path | None) -> Environment:
+def _from_file(path: Path, name: str, data: DataSource) -> Environment:
     with keep_working_directory():
         module = load_python_file(path, what="environment", error=TaskError)
     if not name:

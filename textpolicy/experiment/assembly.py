@@ -390,8 +390,13 @@ def load_sft_data(config: SFTConfig, tokenizer: TokenizerWrapper) -> SFTData:
         allow_special_tokens=config.model.allow_special_tokens,
         chat_template_kwargs=template_arguments_of(config.model, tokenizer),
     )
-    share = config.data.validation_share
-    return load_data(source_of(config), encoding, validation_share=share)
+    return load_data(
+        source_of(config),
+        encoding,
+        validation_share=config.data.validation_share,
+        eval_data=config.data.eval_data,
+        columns=config.data.columns,
+    )
 
 
 def sft_parameters(config: SFTConfig, directory: RunDirectory, data: SFTData) -> SFTParameters:

@@ -12,6 +12,7 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.config import SFTConfig
 from textpolicy.config.train import AdapterOptions, TaskOptions
+from textpolicy.environments.data_address import DataAddress
 from textpolicy.environments.load import ready_names
 from textpolicy.environments.preamble import system_file
 from textpolicy.errors import UnreadableError, UnwritableError
@@ -118,13 +119,17 @@ def _hash_of_config(config: AdapterConfig) -> str:
 def _task_files(task: TaskOptions) -> Hashes:
     found = _code("environment", _environment_file(task.env)) if task.env else {}
     found |= _code("reward", _file_in(task.reward or ""))
-    rows = Path(task.data or "")
-    if task.data and rows.is_file():
-        found[f"rows: {rows.name}"] = hash_of(rows)
-    elif task.data and rows.is_dir():
-        files = sorted(path for path in rows.rglob("*") if path.is_file())
-        found |= {f"rows: {path.relative_to(rows)}": hash_of(path) for path in files}
-    return found
+    return found | _row_files("rows", task.data) | _row_files("held-out rows", task.eval_data)
+
+
+def _row_files(word: str, address: str | None) -> Hashes:
+    if address is None:
+        return {}
+    rows = Path(DataAddress.parse(address).place)
+    if rows.is_file():
+        return {f"{word}: {rows.name}": hash_of(rows)}
+    files = sorted(path for path in rows.rglob("*") if path.is_file()) if rows.is_dir() else []
+    return {f"{word}: {path.relative_to(rows)}": hash_of(path) for path in files}
 
 
 def _system_file(text_or_file: str | None) -> Hashes:

@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.config import changed, settings_of
+from textpolicy.environments.data_address import DataAddress
 from textpolicy.environments.preamble import system_file
 from textpolicy.experiment.assembly import RunConfig
 from textpolicy.user_code import split_file_and_name
 
 _NAMES_OF_FILES = {
-    *("task.env", "task.data", "task.reward", "data.source", "evaluation.envs"),
+    *("task.env", "task.reward", "evaluation.envs"),
     *("model.name", "algorithm.name", "algorithm.reference"),
     *("adapter.start", "adapter.config", "run.output"),
 }
+_ADDRESSES = {"task.data", "task.eval_data", "data.source", "data.eval_data"}
 _SYSTEM = {"task.system", "data.system"}
 _WORDS = {"tiny", "base"}
 
@@ -22,6 +24,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     given = {one.key: one.default for one in settings_of(config) if one.key in _NAMES_OF_FILES}
     made = {key: _absolute(value) for key, value in given.items() if value is not None}
     for one in settings_of(config):
+        if one.key in _ADDRESSES and one.default is not None:
+            given[one.key], made[one.key] = one.default, DataAddress.parse(one.default).absolute()
         if one.key in _SYSTEM and (path := system_file(one.default)):
             given[one.key], made[one.key] = one.default, str(path.absolute())
     return changed(config, {key: value for key, value in made.items() if value != given[key]})

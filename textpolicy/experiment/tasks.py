@@ -2,27 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from textpolicy.activity import doing
 from textpolicy.config.train import TaskOptions
-from textpolicy.environments import Dataset, Environment, from_dataset, load
+from textpolicy.environments import Environment, from_dataset, load
 from textpolicy.environments.bridges.gymnasium import skip_faulty_seeds
 from textpolicy.environments.chat import gold_for_turn, prompt_text
+from textpolicy.environments.data_source import DataSource
 from textpolicy.environments.preamble import read_system, with_preamble
 from textpolicy.errors import ConfigError
 from textpolicy.rewards import Rewards, as_rewards, load_reward, sample_of, scorer_of
 
 
 @doing("reading the tasks")
-def find_task(options: TaskOptions, seed: int) -> tuple[Environment, Rewards]:
+def find_task(
+    options: TaskOptions, seed: int, *, only_measured: bool = False
+) -> tuple[Environment, Rewards]:
     """Return the environment and its reward, or the reward of the file that the options name.
 
     Without an environment, the rows of `data` become one. Time limits and error policies of the
     options replace those that the reward's file sets. `seed` chooses the examples of `few_shot`.
+    With `only_measured`, rows to train on are read only if the tasks need them.
     """
     given = load_reward(options.reward) if options.reward else None
-    environment = _environment(options, given)
+    only_measured = only_measured and not options.few_shot
+    environment = _environment(options, given, data_source_of(options, only_measured))
     rewards = as_rewards(given or environment.reward)
     if options.reward_timeout is not None:
         rewards = replace(rewards, timeout=options.reward_timeout)
@@ -33,6 +39,17 @@ def find_task(options: TaskOptions, seed: int) -> tuple[Environment, Rewards]:
     if options.reward:
         _try_reward(rewards, environment)
     return with_task_preamble(options, environment, seed), rewards
+
+
+def data_source_of(options: TaskOptions, only_measured: bool = False) -> DataSource:
+    """Return the rows that the options name."""
+    return DataSource(
+        train=options.data,
+        held_out=options.eval_data,
+        columns=options.columns or {},
+        stream=options.data_stream,
+        only_measured=only_measured,
+    )
 
 
 def with_task_preamble(options: TaskOptions, environment: Environment, seed: int) -> Environment:
@@ -48,7 +65,9 @@ def with_task_preamble(options: TaskOptions, environment: Environment, seed: int
 
 def with_environment(options: TaskOptions, env: str) -> TaskOptions:
     """Return the options for another environment, with that environment's tasks and reward."""
-    return replace(options, env=env, data=None, prompt=None, reward=None, tool_timeout=None)
+    own = TaskOptions()
+    rows = {name: getattr(own, name) for name in ("data", "eval_data", "columns", "data_stream")}
+    return replace(options, env=env, prompt=None, reward=None, tool_timeout=None, **rows)
 
 
 @doing("trying the reward on one answer")
@@ -62,7 +81,9 @@ def _try_reward(rewards: Rewards, environment: Environment) -> None:
         scorer.score([sample_of(prompt_text(task.prompt), gold, task.example)])
 
 
-def _environment(options: TaskOptions, reward: Callable[..., Any] | Rewards | None) -> Environment:
+def _environment(
+    options: TaskOptions, reward: Callable[..., Any] | Rewards | None, source: DataSource
+) -> Environment:
     if options.env:
         if options.prompt:
             raise ConfigError(
@@ -70,8 +91,8 @@ def _environment(options: TaskOptions, reward: Callable[..., Any] | Rewards | No
                 "itself. Leave out --prompt, or use --data with --prompt"
             )
         limits = {"env_timeout": options.env_timeout, "tool_timeout": options.tool_timeout}
-        return load(options.env, options.data, **limits)
-    if options.data is None:
+        return load(options.env, source, **limits)
+    if options.data is None and not (source.only_measured and options.eval_data):
         raise ConfigError(
             "no task is given. Name an environment, for example --env sort (`textpolicy envs` "
             "lists the environments), or give rows and a reward: --data rows.jsonl --reward "
@@ -79,7 +100,8 @@ def _environment(options: TaskOptions, reward: Callable[..., Any] | Rewards | No
         )
     if reward is None:
         raise ConfigError(
-            f"the rows of {options.data} are given without a reward. Name the file of your reward, "
+            f"the rows of {source} are given without a reward. Name the file of your reward, "
             "--reward my_reward.py, or an environment that reads such rows, --env gsm8k"
         )
-    return from_dataset(Dataset.load(options.data, options.prompt), reward)
+    name = Path(options.data or options.eval_data or "").stem
+    return from_dataset(source.tasks(options.prompt, name=name), reward)

@@ -17,7 +17,7 @@ from textpolicy.errors import ConfigError, UnreadableError
 from textpolicy.experiment.assembly import template_arguments_of
 from textpolicy.runs import RunDirectory
 from textpolicy.types import Message, Prompt
-from textpolicy.untrusted.bounds import MAX_LINE_CHARACTERS
+from textpolicy.untrusted.bounds import MAX_DATA_LINE_BYTES
 from textpolicy.untrusted.files import open_regular
 from textpolicy.untrusted.parsing import parse_json
 
@@ -120,7 +120,7 @@ def _rows(samples: Path) -> Iterator[Mapping[str, Any]]:
     try:
         with open_regular(samples) as file:
             for _ in range(_MAX_ROWS):
-                line = file.readline(MAX_LINE_CHARACTERS)
+                line = file.readline(MAX_DATA_LINE_BYTES)
                 if not line:
                     return
                 try:

@@ -33,8 +33,11 @@ MAX_REPETITIONS = 1000
 MAX_DATA_BYTES = 8 * 2**30
 """Bytes of a data file, which is read as a whole."""
 
-MAX_LINE_CHARACTERS = 16 * 2**20
-"""Characters of one line of a data file."""
+MAX_DATA_LINE_BYTES = 16 * 2**20
+"""Bytes of one line of a data file."""
+
+MAX_BUFFER_BYTES = 2**28
+"""Bytes of the rows that wait in the shuffle buffer of streamed data."""
 
 MAX_ROW_BYTES = 16 * 2**20
 """Bytes of one line of metrics.jsonl or samples.jsonl."""

@@ -4,6 +4,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -16,7 +17,6 @@ from textpolicy.cli.progress import showing_progress
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Dataset, from_dataset
 from textpolicy.environments.chat import gold_for_turn, prompt_text
-from textpolicy.environments.data_files import load_rows
 from textpolicy.environments.environment import sum_turn_rewards
 from textpolicy.environments.preamble import system_messages
 from textpolicy.environments.template import check_template, fill_template
@@ -24,7 +24,7 @@ from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import apply_thread_option, template_arguments_of
 from textpolicy.experiment.first_prompt import describe_prompt
 from textpolicy.experiment.run_size import read_tokenizer
-from textpolicy.experiment.tasks import find_task, with_task_preamble
+from textpolicy.experiment.tasks import data_source_of, find_task, with_task_preamble
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prompts import encode_prompt
@@ -71,9 +71,9 @@ def _rows_of_data(config: TrainConfig, options: Namespace) -> tuple[Rewards, lis
     rewards = as_rewards(load_reward(task.reward))
     if task.reward_timeout:
         rewards = replace(rewards, timeout=task.reward_timeout)
-    rows = load_rows(str(task.data))
     # Examples may come from any row.
-    rows = rows if task.few_shot else rows[: options.rows]
+    source, count = data_source_of(task), None if task.few_shot else options.rows
+    rows = list(islice(source.rows(), count))
     chosen = checked_rows(rows, prompt=options.prompt_column, gold=task.gold_column)
     if template := task.prompt:
         check_template(template, rows[0])

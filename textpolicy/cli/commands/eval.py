@@ -38,7 +38,8 @@ def _run(options: Namespace) -> Answer:
     config = with_model_defaults(configured(TrainConfig(), options))
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
-    tasks = [find_task(task, config.run.seed) for task in (config.task, *others)]
+    all_tasks = (config.task, *others)
+    tasks = [find_task(task, config.run.seed, only_measured=True) for task in all_tasks]
     start, dtype = config.adapter.start, dtype_of(config.model)
     model, tokenizer = load_model(config.model.name, start, dtype=dtype)
     arguments = template_arguments_of(config.model, tokenizer)
@@ -60,7 +61,15 @@ def _run(options: Namespace) -> Answer:
     ]
     own, *rest = map(_data, results)
     lines = [line for one in results for line in _lines(one, config.model.name, options.show)]
+    lines += _note_about_rows(config)
     return Answer(data=own | {"others": rest}, text="\n".join(lines))
+
+
+def _note_about_rows(config: TrainConfig) -> list[str]:
+    data = config.task.data
+    if data is None or config.task.eval_data is not None:
+        return []
+    return [f"A tenth of the prompts is held out; --eval-data {data} measures every row"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from textpolicy.environments.data_files import DataRow, load_rows_with_locations, read_text
-from textpolicy.errors import DataError, UnreadableError
+from textpolicy.environments.columns import Columns, check_columns, with_columns
+from textpolicy.environments.data_address import DataAddress
+from textpolicy.environments.data_files import (
+    DataRow,
+    LocatedRow,
+    load_rows_with_locations,
+    read_text,
+)
+from textpolicy.environments.public_layouts import is_saved_folder, split_addresses
+from textpolicy.errors import DataError
 from textpolicy.training.sft.demonstrations import Demonstration, Encoding
-from textpolicy.untrusted.parsing import read_json_object
 
-_LocatedRows = list[tuple[str, DataRow]]
+_LocatedRows = list[LocatedRow]
 _NAMES_SHOWN = 5
 _OTHER_NAMES = ("validation", "val", "dev")
 
@@ -43,17 +50,30 @@ class SFTData:
         return text
 
 
-def load_data(source: str | Path, encoding: Encoding, *, validation_share: float = 0.1) -> SFTData:
+def load_data(
+    source: str | Path,
+    encoding: Encoding,
+    *,
+    validation_share: float = 0.1,
+    eval_data: str | Path | None = None,
+    columns: Columns | None = None,
+) -> SFTData:
     """Return the demonstrations in a folder with train, and optionally valid and test, files.
 
     A file is NAME.jsonl, or NAME.txt with one text in each line. `source` may also be a single
-    file (.jsonl, .txt, .csv or .parquet) with training data, a folder saved by `datasets`, or
-    "hf:NAME". Without validation data, `validation_share` of the distinct rows is split off; their
-    order does not matter, and 0 splits off none.
+    file (.jsonl, .txt, .csv or .parquet) with training data, a folder that `datasets` can read, or
+    "hf:OWNER/NAME[:CONFIG][:SPLIT]". `eval_data` is such an address of the validation data.
+    Without validation data, `validation_share` of the distinct rows is split off; their order does
+    not matter, and 0 splits off none. `columns` gives columns other names.
     """
     if not 0 <= validation_share < 1:
         raise DataError(f"validation_share is {validation_share}; expected 0 or more, below 1")
-    splits = {name: encoding.encode(rows) for name, rows in _read_splits(source).items()}
+    check_columns(columns or {})
+    found = _read_splits(source)
+    if eval_data is not None:
+        found["valid"] = load_rows_with_locations(eval_data, split=None)
+    named = {name: _rename(rows, columns or {}) for name, rows in found.items()}
+    splits = {name: encoding.encode(rows) for name, rows in named.items()}
     train = splits["train"].demonstrations
     if not train:
         raise DataError(
@@ -107,14 +127,17 @@ def demonstration_digest(demonstration: Demonstration) -> bytes:
 
 
 def _read_splits(source: str | Path) -> dict[str, _LocatedRows]:
-    folder = Path(source)
+    folder, address = Path(source), DataAddress.parse(source)
     if folder.suffix == ".txt":
         return {"train": _read_texts(folder)}
+    if (
+        address.on_hub
+        or address.parts
+        or is_saved_folder(address.place)
+        or _has_public_layout(folder)
+    ):
+        return _published_splits(address)
     if not folder.is_dir():
-        return {"train": load_rows_with_locations(source)}
-    if (folder / "dataset_dict.json").is_file():
-        return _saved_splits(folder)
-    if (folder / "dataset_info.json").is_file():
         return {"train": load_rows_with_locations(source)}
     optional = {name: _read_part(folder, name) for name in ("valid", "test")}
     present = {name: rows for name, rows in optional.items() if rows is not None}
@@ -134,23 +157,36 @@ def _check_validation_name(folder: Path) -> None:
         )
 
 
-def _saved_splits(folder: Path) -> dict[str, _LocatedRows]:
-    """Return the splits of a saved data set; the split "validation" becomes "valid"."""
-    try:
-        names = read_json_object(folder / "dataset_dict.json").get("splits")
-    except UnreadableError as error:
-        raise DataError(str(error)) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+def _rename(rows: _LocatedRows, columns: Columns) -> _LocatedRows:
+    return [(where, with_columns(row, columns, where)) for where, row in rows]
+
+
+def _has_public_layout(folder: Path) -> bool:
+    """Return whether a folder is laid out as a data set of the hub is."""
+    ours = any((folder / f"train{suffix}").exists() for suffix in (".jsonl", ".txt"))
+    signs = ("README.md", "data", "*.parquet", "*/*.parquet", "*.jsonl.gz")
+    return not ours and any(any(folder.glob(sign)) for sign in signs)
+
+
+def _published_splits(address: DataAddress) -> dict[str, _LocatedRows]:
+    """Return the split that the address names as "train", or all splits.
+
+    The split "validation" becomes "valid".
+    """
+    addresses = split_addresses(address)
+    if len(addresses) == 1:
+        return {"train": load_rows_with_locations(*addresses.values())}
+    if "train" not in addresses:
         raise DataError(
-            f"{folder / 'dataset_dict.json'} has the splits {names!r:.60}; expected a list of "
-            "names. Save the data set again with the datasets library"
+            f"{address} has the splits {list(addresses)}; expected one named 'train'. Name the "
+            f"split to learn from, such as {next(iter(addresses.values()))}"
         )
-    found = {name: load_rows_with_locations(folder, split=name) for name in names}
-    if "validation" in found:
-        found["valid"] = found.pop("validation")
-    if "train" not in found:
-        raise DataError(f"{folder} has the splits {names}; expected one named 'train'")
-    return found
+    known = {"train": "train", "validation": "valid", "valid": "valid", "test": "test"}
+    return {
+        known[name]: load_rows_with_locations(one)
+        for name, one in addresses.items()
+        if name in known
+    }
 
 
 def _require_part(folder: Path, name: str) -> _LocatedRows:
