@@ -9,11 +9,11 @@ from textpolicy.errors import DataError
 _MISSING = object()
 _LONGEST_NAME = 200
 _SHOWN_NAMES = 20
-Columns = Mapping[str, Any]
+ColumnNames = Mapping[str, Any]
 """New names of columns to the columns that they stand for, such as {"gold": "extra.answer"}."""
 
 
-def check_columns(columns: Columns) -> None:
+def check_columns(columns: ColumnNames) -> None:
     """Raise `DataError` if a value is not the name of a column."""
     wrong = [f"{new}={value!r:.60}" for new, value in columns.items() if not _is_name(value)]
     if wrong:
@@ -24,7 +24,7 @@ def check_columns(columns: Columns) -> None:
         )
 
 
-def with_columns(row: Mapping[str, Any], columns: Columns, where: str) -> Mapping[str, Any]:
+def with_columns(row: Mapping[str, Any], columns: ColumnNames, where: str) -> Mapping[str, Any]:
     """Return the row with the columns under their new names as well.
 
     A dot goes into a column: "a.b" is the key "b" of the column "a", and "a.0" is its first entry,

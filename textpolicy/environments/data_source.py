@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from textpolicy.environments.columns import Columns, check_columns, with_columns
+from textpolicy.environments.columns import ColumnNames, check_columns, with_columns
 from textpolicy.environments.data_files import (
     DataRow,
     LocatedRow,
@@ -32,7 +32,7 @@ class DataSource:
 
     train: str | Path | Sequence[DataRow] | None = None
     held_out: str | Path | None = None
-    columns: Columns = field(default_factory=dict[str, Any])
+    columns: ColumnNames = field(default_factory=dict[str, Any])
     stream: bool = False
     only_measured: bool = False
 

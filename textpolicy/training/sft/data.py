@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from textpolicy.environments.columns import Columns, check_columns, with_columns
+from textpolicy.environments.columns import ColumnNames, check_columns, with_columns
 from textpolicy.environments.data_address import DataAddress
 from textpolicy.environments.data_files import (
     DataRow,
@@ -56,7 +56,7 @@ def load_data(
     *,
     validation_share: float = 0.1,
     eval_data: str | Path | None = None,
-    columns: Columns | None = None,
+    columns: ColumnNames | None = None,
 ) -> SFTData:
     """Return the demonstrations in a folder with train, and optionally valid and test, files.
 
@@ -157,7 +157,7 @@ def _check_validation_name(folder: Path) -> None:
         )
 
 
-def _rename(rows: _LocatedRows, columns: Columns) -> _LocatedRows:
+def _rename(rows: _LocatedRows, columns: ColumnNames) -> _LocatedRows:
     return [(where, with_columns(row, columns, where)) for where, row in rows]
 
 
