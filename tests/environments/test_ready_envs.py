@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 
 from textpolicy.environments import check_env, gold_answers, load, ready_names
+from textpolicy.environments.chat import prompt_text
 from textpolicy.errors import TaskError
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
@@ -29,7 +30,8 @@ def test_the_environment_keeps_the_contract(name):
 def test_no_held_out_problem_is_ever_trained_on(name):
     environment = load(name)
     heldout = [problem(task) for task in environment.heldout(200)]
-    assert len(set(heldout)) == len(heldout) == {"gsm8k": 2, "wordle": 108}.get(name, 200)
+    few = {"gsm8k": 2, "letter": 107, "wordle": 108}
+    assert len(set(heldout)) == len(heldout) == few.get(name, 200)
     trained = {problem(task) for task in islice(environment.stream(0), 1500)}
     assert not set(heldout) & trained
 
@@ -101,3 +103,49 @@ def test_countdown_accepts_expressions_that_use_each_number_once(completion, val
     environment = load("countdown")
     example = {"numbers": [2, 3, 5], "target": 13}
     assert environment.reward("make 13 from 2 3 5", completion, example) == value
+
+
+# What a model may try, on the first held-out task of each environment: all candidates at once, the
+# question again, a long text, two answers, and the right answer inside a sentence.
+HOSTILE = {
+    "letter": (
+        {"letter": "n"},
+        {"n": 1.0, " N\n": 1.0, "n.": 0.0, "g, n": 0.0, "abcdefghijklmnopqrstuvwxyz": 0.0},
+    ),
+    "number_words": (
+        {"number": 425},
+        {"425": 1.0, "425\n": 1.0, "0425": 0.0, "425 426": 0.0, "4 2 5": 0.0, "٤٢٥": 0.0},
+    ),
+    "one_word": (
+        {"word": "banana"},
+        {"banana": 1.0, "Banana": 1.0, "rake, banana, red": 0.0, "banana banana": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_only_the_answer_alone_earns_the_reward(name):
+    environment = load(name)
+    example, answers = HOSTILE[name]
+    for answer, value in answers.items():
+        assert environment.reward("", answer, example) == value, answer
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_answers_that_would_please_a_careless_reward_earn_nothing(name):
+    environment = load(name)
+    for task in environment.heldout(20):
+        right = gold_answers(environment, task)[0]
+        asked = prompt_text(task.prompt)
+        for answer in (asked, f"{asked} {right}", f"The answer is {right}.", f"{right} " * 999):
+            assert environment.reward(asked, answer, task.example) == 0.0
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_solved_example_is_no_task(name):
+    environment = load(name)
+    *examples, _ = environment.heldout(1)[0].prompt
+    solved = {message["content"] for message in examples if message["role"] == "user"}
+    drawn = islice(environment.stream(0), 2000)
+    assert solved.isdisjoint(task.prompt[-1]["content"] for task in drawn)
+    assert solved.isdisjoint(task.prompt[-1]["content"] for task in environment.heldout(200))
