@@ -249,7 +249,9 @@ def test_generate_answers_as_vllm_does(live, policy_of):
     body = {
         "model": "red",
         "token_ids": expected.prompt_tokens,
-        "sampling_params": {"max_tokens": 6, "seed": 2, "logprobs": 1, "temperature": 1.0},
+        "sampling_params": {"max_tokens": 6, "seed": 2, "logprobs": 1, "temperature": 1.0}
+        # Clients that want token ids alone say how they would want the text.
+        | {"skip_special_tokens": False, "detokenize": False, "routed_experts_prompt_start": 0},
     }
     headers = {"Authorization": f"Bearer {TOKEN}"}
     (answer,) = live.run(

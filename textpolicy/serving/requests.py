@@ -41,6 +41,11 @@ _ONLY = {
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
+# About the text of an answer, which token ids do not have, and about parts of vLLM's own answers.
+_WITHOUT_TEXT = {
+    *("output_kind", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
+    *("max_completion_tokens", "routed_experts_prompt_start"),
+}
 _WHY = "this server cannot do what another value asks for"
 
 RawPrompt = str | list[int]
@@ -127,12 +132,13 @@ def read_generate_request(body: Any) -> CompletionRequest:
     if not _is_token_list(prompt):
         raise wrong_value("token_ids", prompt, "a list of token ids, at least one")
     given = outer.raw("sampling_params")
+    if isinstance(given, dict):
+        given = {name: value for name, value in given.items() if name not in _WITHOUT_TEXT}
     inner = BodyFields({} if given is None else given, "sampling_params")
     model = outer.required_text("model")
     logprobs = inner.take("logprobs", whole_number(0, MAX_TOP_LOGPROBS))
     stream = outer.take("stream", BOOL, False)
     asked = _read_asked(inner, logprobs=logprobs, model=model, stream=stream)
-    inner.ignore("output_kind", "detokenize", "max_completion_tokens")
     inner.finish()
     outer.ignore("stream_options", "features", "kv_transfer_params", *_IRRELEVANT)
     outer.finish()
