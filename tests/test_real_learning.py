@@ -147,6 +147,10 @@ def test_a_new_record_takes_the_place_of_an_older_one_of_the_same_run(scripts, t
         file.add(one)
     assert file.read() == [other, new]
     assert file.find(new["settings"]) == new
+    default = {"options": new["settings"]["options"] | {"trainer.warmup": 0}}
+    assert file.find(new["settings"] | default) == new
+    default["options"]["trainer.warmup"] = 1
+    assert file.find(new["settings"] | default) is None
     assert file.find(old["settings"]) is None
 
 

@@ -16,6 +16,7 @@ from real.units import recorded_score, rounded
 from textpolicy import fast_cpu
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
+from textpolicy.environments.chat import prompt_text
 from textpolicy.errors import ConfigError
 from textpolicy.evaluation import evaluate_greedy
 from textpolicy.experiment.assembly import (
@@ -139,7 +140,12 @@ def row_of(task: Task, policy: ModelPolicy) -> dict[str, Any]:
     tokens = policy.encode(task.asked)
     prompt = policy.tokenizer.decode(tokens)
     example = json.dumps(dict(task.example))
-    return {"prompt": prompt, "tokens": tokens, "text": str(task.prompt), "example": example}
+    return {
+        "prompt": prompt,
+        "tokens": tokens,
+        "text": prompt_text(task.prompt),
+        "example": example,
+    }
 
 
 def passes_of(groups: int, size: int) -> int:

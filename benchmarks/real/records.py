@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from textpolicy.config import TrainConfig
+from textpolicy.experiment.assembly import plain_settings
 from textpolicy.file_writing import atomic_replace
 
 Record = dict[str, Any]
@@ -21,8 +23,11 @@ class RecordFile:
         return json.loads(self._path.read_text("utf-8"))["runs"]
 
     def find(self, settings: dict[str, Any]) -> Record | None:
-        """Return the record of a run with exactly these settings, or None."""
-        return next((one for one in self.read() if one["settings"] == settings), None)
+        """Return the record of a run with these settings, or None.
+
+        Options that did not exist when a run was recorded must have their defaults.
+        """
+        return next((one for one in self.read() if _same(one["settings"], settings)), None)
 
     def add(self, record: Record) -> None:
         """Write the file with this record. A kill leaves the old or the new file."""
@@ -31,6 +36,12 @@ class RecordFile:
         text = "\n,\n".join(map(json.dumps, [*kept, record]))
         with atomic_replace(self._path) as temporary:
             temporary.write_text(f'{{"runs": [\n{text}\n]}}\n', "utf-8")
+
+
+def _same(recorded: dict[str, Any], settings: dict[str, Any]) -> bool:
+    defaults = {key: v for key, v in plain_settings(TrainConfig()).items() if v is not None}
+    then, now = ({**one, "options": defaults | one["options"]} for one in (recorded, settings))
+    return then == now
 
 
 def _name_of(record: Record) -> tuple[Any, ...]:

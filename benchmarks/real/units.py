@@ -12,19 +12,24 @@ from textpolicy.evaluation import MeanReward
 from textpolicy.experiment import Measurement, RunEvent, run
 from textpolicy.experiment.assembly import plain_settings
 from textpolicy.experiment.identity import identity_of
+from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.tracking.jsonl import read_metrics
 
-# Rank 1 has a larger scale, which gives it the rate that is best for rank 16, as in rank.py.
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "qlora4": {"model.quantize": 4},
     "nf4": {"model.quantize": 4, "model.quantize_mode": "nf4"},
     "dora": {"adapter.kind": "dora"},
-    "rank1": {"adapter.rank": 1, "adapter.scale": 8.0},
+    "rank1": {"adapter.rank": 1},
 }
 CONTROL = Path(__file__).parents[1] / "sides" / "shuffled_grpo.py"
 # Options that change none of the numbers.
-_FREE = ("tracking.", "run.output", "run.keep", "run.checkpoint", "run.limits", "model.threads")
+_FREE = (
+    "tracking.",
+    "evaluation.every",
+    *("run.output", "run.keep", "run.checkpoint", "run.limits"),
+    "model.threads",
+)
 _PACKAGES = ("textpolicy", "mlx", "mlx-lm")
 _CURVES = {"rewards": "reward", "lengths": "completions/mean_length", "grad_norms": "grad_norm"}
 _ALARMS_ABOUT_LEARNING = ("entropy", "length", "zero_std", "reward", "overfit")
@@ -41,12 +46,12 @@ class Unit:
     control: bool = False
 
     def config(self, base: TrainConfig) -> TrainConfig:
-        """Return the config of the run, which is `base` but for what the unit says."""
+        """Return `base` with what the unit says, and the defaults of the model for the rest."""
         values = {"task.env": self.task, "run.seed": self.seed, **VARIANTS[self.variant]}
         if self.control:
             values["algorithm.name"] = str(CONTROL)
             values["algorithm.options"] = {"seed": self.seed}
-        return changed(base, values)
+        return with_model_defaults(changed(base, values))
 
     def settings(self, base: TrainConfig, versions: Mapping[str, str]) -> dict[str, Any]:
         """Return everything that decides the numbers of the run, as JSON values."""
@@ -91,6 +96,9 @@ def train(config: TrainConfig, show: Any) -> dict[str, Any]:
         "after": recorded_score(result.after),
         "seconds": round(result.seconds, 1),
         "alarms": alarms_in(rows),
+        "heldout_by_step": {
+            str(int(r["step"])): round(r["eval/reward"], 4) for r in rows if "eval/reward" in r
+        },
         **{name: rounded(row[key] for row in steps) for name, key in _CURVES.items()},
     }
 
