@@ -1,7 +1,7 @@
 """Measure whether reinforcement learning raises the held-out score of a pretrained model.
 
-    python benchmarks/real_learning.py --model build/smollm2-135m --tasks A,B,C --seeds 0,1,2 \\
-        --control --peer trl
+    python benchmarks/real_learning.py --model build/smollm2-135m --tasks A,B,C --seeds 0,1,2
+    python benchmarks/real_learning.py --tasks A,B,C --seeds 0,1,2 --steps 20 --peer trl
     python benchmarks/real_learning.py --table
 
 Each run trains as `textpolicy train --model MODEL --env TASK --seed SEED` does, with the defaults
@@ -16,9 +16,10 @@ environment of its own:
 
 A run takes minutes. It is written to the file of records when it is finished, and is not repeated
 if the file has a run with the same options, files and versions. So the records can be made in
-pieces. `--table` trains nothing and prints the records as tables. The exit code is 1 if a trained
-run does not gain more than two standard errors or collapses, if a control gains, or if the curves
-of TRL are others; real/verdicts.py says how this is decided.
+pieces. `--table` trains nothing and prints the records as tables, and `--page docs/benchmarks.md`
+writes the tables between the two marks of that page. The exit code is 1 if any run on record does
+not gain more than two standard errors or collapses, if a control gains, or if the curves of TRL are
+others; real/verdicts.py says how this is decided.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,21 @@ from textpolicy.experiment.assembly import apply_thread_option
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "results" / "real_learning.json"
+MARK = "<!-- tables of real_learning.py -->"
 PEER_PYTHON = HERE.parent / "build" / "peers" / "trl" / "bin" / "python"
 
 
 def units_of(options: argparse.Namespace) -> Iterator[Unit]:
-    """Yield the requested runs: for each task and seed ours, then the control and TRL."""
+    """Yield the requested runs: for each task and seed TRL's, or ours and then the control."""
     for task in options.tasks.split(","):
         for seed in map(int, options.seeds.split(",")):
-            yield Unit(task=task, seed=seed, variant=options.variant)
-            if options.control:
-                yield Unit(task=task, seed=seed, variant=options.variant, control=True)
+            unit = Unit(task=task, seed=seed, variant=options.variant)
             if options.peer:
-                yield Unit(task=task, seed=seed, variant=options.variant, side=options.peer)
+                yield replace(unit, side=options.peer)
+                continue
+            yield unit
+            if options.control:
+                yield replace(unit, control=True)
 
 
 def base_config(options: argparse.Namespace) -> TrainConfig:
@@ -113,6 +118,12 @@ def known_before(settings: dict[str, Any], file: RecordFile) -> dict[str, float]
     return next((one["before"] for one in same if one["settings"]["variant"] == "lora"), None)
 
 
+def write_page(page: Path, tables: str) -> None:
+    """Replace what is between the two marks of a page. Raise ValueError if there are not two."""
+    before, _, after = page.read_text("utf-8").split(MARK)
+    page.write_text(f"{before}{MARK}\n\n{tables}\n\n{MARK}{after}", "utf-8")
+
+
 def peer_versions(python: Path) -> dict[str, str]:
     """Return the versions of TRL's environment. End the script if there is none."""
     if versions := versions_of(str(python)):
@@ -134,18 +145,20 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--variant", choices=VARIANTS, default="lora", help="default: lora")
     parser.add_argument("--control", action="store_true", help="train with shuffled rewards too")
-    parser.add_argument("--peer", choices=("trl",), help="train with this library too")
+    parser.add_argument("--peer", choices=("trl",), help="train with this library instead")
     text = "the interpreter of its environment (default: %(default)s)"
     parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, metavar="PATH", help=text)
     parser.add_argument("--steps", type=int, help="default: that of textpolicy train")
     parser.add_argument("--threads", type=int, help="default: that of textpolicy train")
     text = "TOML file with options of textpolicy train (default: its defaults)"
     parser.add_argument("--config", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--table", action="store_true", help="print the records, and train nothing")
-    parser.add_argument("--json", action="store_true", help="print one JSON object for each run")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the tables to this page")
+    parser.add_argument("--json", action="store_true", help="print the runs, not the tables")
     text = "file of records to extend (default: %(default)s)"
     parser.add_argument("--output", type=Path, default=RECORDS, metavar="FILE", help=text)
     options = parser.parse_args()
+    options.table = options.table or bool(options.page and not options.tasks)
     if not options.table and not options.tasks:
         parser.error("no task is named. Name environments, for example --tasks json_format")
     return options
@@ -154,16 +167,14 @@ def read_options() -> argparse.Namespace:
 def main() -> int:
     options = read_options()
     file = RecordFile(options.output)
-    if options.table:
-        records = file.read()
-    else:
-        records = []
-        for unit in units_of(options):
-            record, is_new = measure(unit, options, file)
-            records.append(record)
-            show(f"{'trained' if is_new else 'on record'}: {unit}")
-            if options.json:
-                print(json.dumps(record), flush=True)
+    for unit in () if options.table else units_of(options):
+        record, is_new = measure(unit, options, file)
+        show(f"{'trained' if is_new else 'on record'}: {unit}")
+        if options.json:
+            print(json.dumps(record), flush=True)
+    records = file.read()
+    if options.page:
+        write_page(options.page, markdown(records))
     if not options.json:
         print(markdown(records))
     return 0 if as_expected(records) else 1

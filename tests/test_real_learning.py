@@ -217,6 +217,27 @@ def test_the_table_compares_only_runs_with_the_same_options(table):
     assert table.pairs_of(table.groups_of([*slower, *theirs])) == []
 
 
+def test_trl_is_compared_with_the_first_steps_of_a_longer_run_at_a_constant_rate(table, verdicts):
+    def beginning(seed: int) -> list[float]:
+        return rising(seed + 50)[:20]
+
+    constant, linear = ({"trainer.schedule": name} for name in ("constant", "linear"))
+    theirs = three(beginning, side="trl", after=0.3, **constant)
+    longer = three(lambda seed: rising(seed, steps=90), **constant)
+    ((ours, _),) = table.pairs_of(table.groups_of([*three(rising, **constant), *longer, *theirs]))
+    found = verdicts.compare_sides(ours, theirs)
+    assert (found.ok, found.steps, found.heldout) == (True, 20, None)
+    theirs = three(beginning, side="trl", **linear)
+    assert table.pairs_of(table.groups_of([*three(rising, **linear), *theirs])) == []
+
+
+def test_the_tables_are_written_between_the_marks_of_a_page(scripts, tmp_path):
+    script, page = scripts("real_learning"), tmp_path / "page.md"
+    page.write_text(f"before\n{script.MARK}\nold\n{script.MARK}\nafter\n")
+    script.write_page(page, "| new |")
+    assert page.read_text() == f"before\n{script.MARK}\n\n| new |\n\n{script.MARK}\nafter\n"
+
+
 def test_trl_reads_the_same_tokens_in_the_same_order_at_the_same_rates(scripts, tmp_path):
     peer, config = scripts("real.peer"), import_module("textpolicy.config")
     values = {"task.env": "sort", "task.few_shot": 1, "run.steps": 3, "run.seed": 5}

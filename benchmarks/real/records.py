@@ -1,6 +1,10 @@
 """The file of finished runs: one record for each run, written as soon as the run is finished."""
 
+import fcntl
 import json
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +35,23 @@ class RecordFile:
 
     def add(self, record: Record) -> None:
         """Write the file with this record. A kill leaves the old or the new file."""
-        kept = [one for one in self.read() if _name_of(one) != _name_of(record)]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = "\n,\n".join(map(json.dumps, [*kept, record]))
-        with atomic_replace(self._path) as temporary:
-            temporary.write_text(f'{{"runs": [\n{text}\n]}}\n', "utf-8")
+        with _locked(self._path.parent):
+            kept = [one for one in self.read() if _name_of(one) != _name_of(record)]
+            text = "\n,\n".join(map(json.dumps, [*kept, record]))
+            with atomic_replace(self._path) as temporary:
+                temporary.write_text(f'{{"runs": [\n{text}\n]}}\n', "utf-8")
+
+
+@contextmanager
+def _locked(folder: Path) -> Generator[None]:
+    """Let two processes that train different runs add their records one after the other."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _same(recorded: dict[str, Any], settings: dict[str, Any]) -> bool:

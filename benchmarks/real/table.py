@@ -14,16 +14,31 @@ def groups_of(records: Iterable[Record]) -> list[list[Record]]:
     """Return the records of equal settings but for the seed, each group sorted by seed."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(_key(record, seed=None), []).append(record)
+        groups.setdefault(_key(record, ["run.seed"]), []).append(record)
     return [sorted(group, key=_seed) for group in groups.values()]
 
 
 def pairs_of(groups: Sequence[list[Record]]) -> list[tuple[list[Record], list[Record]]]:
-    """Return our runs beside TRL's runs with the same options."""
-    ours = {_key(g[0], seed=None, side="", versions={}): g for g in groups if _side(g[0]) == "ours"}
-    theirs = [g for g in groups if _side(g[0]) == "trl"]
-    keys = [_key(group[0], seed=None, side="", versions={}) for group in theirs]
-    return [(ours[key], group) for key, group in zip(keys, theirs, strict=True) if key in ours]
+    """Return our runs beside TRL's runs with the same options.
+
+    At a constant rate the first steps of a run do not depend on its length, so our runs may be
+    longer. The shortest ones are taken.
+    """
+    ours = [group for group in groups if _side(group[0]) == "ours"]
+    pairs: list[tuple[list[Record], list[Record]]] = []
+    for theirs in groups:
+        same = [one for one in ours if _covers(one[0], theirs[0])]
+        if _side(theirs[0]) != "ours" and same:
+            pairs.append((min(same, key=_steps), theirs))
+    return pairs
+
+
+def _covers(ours: Record, theirs: Record) -> bool:
+    """Return whether our run begins as TRL's run: with the same options, for as many steps."""
+    constant = ours["settings"]["options"].get("trainer.schedule") == "constant"
+    free = ["run.seed", "run.steps"] if constant else ["run.seed"]
+    keys = [_key(one, free, side="", versions={}) for one in (ours, theirs)]
+    return keys[0] == keys[1] and len(ours["rewards"]) >= len(theirs["rewards"])
 
 
 def as_expected(records: Sequence[Record]) -> bool:
@@ -43,14 +58,8 @@ def markdown(records: Sequence[Record]) -> str:
     pairs = pairs_of(groups)
     if not pairs:
         return table
-    heads = [
-        "task",
-        "seeds",
-        "tenths that agree",
-        "mean reward, difference",
-        "held-out, difference",
-        "alike",
-    ]
+    what = ["tenths that agree", "mean reward, difference", "held-out, difference"]
+    heads = ["task", "seeds", "steps", *what, "alike"]
     return f"{table}\n\n{_table(heads, [_pair_row(*pair) for pair in pairs])}"
 
 
@@ -82,12 +91,13 @@ def _pair_row(ours: Sequence[Record], theirs: Sequence[Record]) -> list[str]:
     task = f"`{ours[0]['settings']['options']['task.env']}`"
     seeds = f"{len(ours)}, {len(theirs)}"
     alike = compare_sides(ours, theirs)
-    return [task, seeds, *(_alike_cells(alike) if alike else ["-", "-", "-", "too few seeds"])]
+    return [task, seeds, *(_alike_cells(alike) if alike else ["-"] * 4 + ["too few seeds"])]
 
 
 def _alike_cells(alike: Alike) -> list[str]:
     tenths = f"{alike.agreeing} of {alike.tenths}"
-    return [tenths, str(alike.area), str(alike.heldout), "yes" if alike.ok else "no"]
+    answer = "yes" if alike.ok else "no"
+    return [str(alike.steps), tenths, str(alike.area), str(alike.heldout or "-"), answer]
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -120,8 +130,12 @@ def _seed(record: Record) -> int:
     return record["settings"]["options"]["run.seed"]
 
 
-def _key(record: Record, *, seed: int | None, **changes: object) -> str:
-    """Return the settings as a text, with another seed, and with these changes."""
+def _steps(group: Sequence[Record]) -> int:
+    return len(group[0]["rewards"])
+
+
+def _key(record: Record, free: Sequence[str], **changes: object) -> str:
+    """Return the settings as a text, with these changes, and without the options in `free`."""
     settings = record["settings"] | changes
-    options = settings["options"] | {"run.seed": seed}
+    options = {key: v for key, v in settings["options"].items() if key not in free}
     return json.dumps(settings | {"options": options}, sort_keys=True)

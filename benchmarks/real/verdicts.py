@@ -8,7 +8,8 @@ mean rewards over the whole run are no further apart than chance allows: in 19 o
 Student's t, which is 2.78 standard errors for three seeds of each side. Two curves agree in a tenth
 if the mean of one side lies between the lowest and the highest seed of the other side, or if the
 means differ by no more than two standard errors. One spread over seeds holds for all tenths of both
-sides, because three numbers alone tell a spread badly.
+sides, because three numbers alone tell a spread badly. If one side took more steps at a constant
+rate, its first steps are compared.
 
 A run has collapsed if an alarm about learning was raised, or if the mean of its last tenth is
 10 % below that of its best tenth, and by more than three standard errors of the rewards of steps.
@@ -94,9 +95,9 @@ def tenths_of(curve: Sequence[float]) -> list[np.ndarray]:
     return np.array_split(np.asarray(curve, dtype=np.float64), min(TENTHS, len(curve)))
 
 
-def means_of_tenths(record: Record) -> list[float]:
-    """Return the mean reward in each tenth of a run."""
-    return [float(part.mean()) for part in tenths_of(record["rewards"])]
+def means_of_tenths(curves: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return the mean of each tenth of each curve."""
+    return np.array([[part.mean() for part in tenths_of(curve)] for curve in curves])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +106,11 @@ class Alike:
 
     agreeing: int
     tenths: int
+    steps: int
     area: Difference
-    """The mean reward over the run."""
-    heldout: Difference
+    """Of the mean rewards over these steps."""
+    heldout: Difference | None
+    """Of the held-out scores after the runs, or None if one side took more steps."""
     ok: bool
 
 
@@ -116,17 +119,21 @@ def compare_sides(ours: Sequence[Record], theirs: Sequence[Record]) -> Alike | N
     sides = (ours, theirs)
     if min(map(len, sides)) < ENOUGH_SEEDS:
         return None
-    curves = [np.array([means_of_tenths(one) for one in side]) for side in sides]
-    agreeing = tenths_that_agree(*curves)
-    tenths = curves[0].shape[1]
-    area = difference(*([float(np.mean(one["rewards"])) for one in side] for side in sides))
+    lengths = {len(one["rewards"]) for one in (*ours, *theirs)}
+    steps = min(lengths)
+    curves = [[one["rewards"][:steps] for one in side] for side in sides]
+    tenths = [means_of_tenths(side) for side in curves]
+    agreeing, count = tenths_that_agree(*tenths), tenths[0].shape[1]
+    area = difference(*([float(np.mean(curve)) for curve in side] for side in curves))
+    heldout = difference(*([one["after"]["mean"] for one in side] for side in sides))
     limit = _T[len(ours) + len(theirs) - 2] * area.standard_error
     return Alike(
         agreeing=agreeing,
-        tenths=tenths,
+        tenths=count,
+        steps=steps,
         area=area,
-        heldout=difference(*([one["after"]["mean"] for one in side] for side in sides)),
-        ok=agreeing >= tenths * ENOUGH_TENTHS / TENTHS and abs(area.mean) <= limit,
+        heldout=heldout if len(lengths) == 1 else None,
+        ok=agreeing >= count * ENOUGH_TENTHS / TENTHS and abs(area.mean) <= limit,
     )
 
 
