@@ -64,17 +64,32 @@ class ServedAdapters:
                 param="lora_name",
                 code="name_taken",
             )
-        path = self._find(path_text)
-        if not any(path.is_relative_to(folder) for folder in self._allowed):
+        # Before anything is looked up, so that the answer says nothing of other folders.
+        self._check_folder(path_text, Path(path_text))
+        try:
+            found = find_adapter(path_text)
+        except (ConfigError, OSError) as error:
             raise RefusalError(
-                f"{path_text!r:.200} is in no folder that this server may load adapters from. "
+                str(error), status=404, kind="not_found_error", param="lora_path"
+            ) from error
+        return self._check_folder(path_text, found)
+
+    def _check_folder(self, given: str, path: Path) -> Path:
+        """Return the path without links; refuse it if it is in no allowed folder."""
+        try:
+            resolved = path.expanduser().resolve()
+        except (OSError, ValueError, RuntimeError):
+            resolved = None
+        if resolved is None or not any(map(resolved.is_relative_to, self._allowed)):
+            raise RefusalError(
+                f"{given!r:.200} is in no folder that this server may load adapters from. "
                 "Start the server with --allow-load DIR to allow a folder",
                 status=403,
                 kind="permission_error",
                 param="lora_path",
                 code="path_not_allowed",
             )
-        return path
+        return resolved
 
     def check_removal(self, name: str) -> None:
         """Refuse to remove a model that is not there, and the base."""
@@ -84,14 +99,6 @@ class ServedAdapters:
             raise RefusalError(
                 f"{name!r} is the base model, which cannot be unloaded", param="lora_name"
             )
-
-    def _find(self, path_text: str) -> Path:
-        try:
-            return find_adapter(path_text).resolve()
-        except (ConfigError, OSError, ValueError) as error:
-            raise RefusalError(
-                str(error), status=404, kind="not_found_error", param="lora_path"
-            ) from error
 
     def _check_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):

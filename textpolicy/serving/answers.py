@@ -8,7 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.serving.answer_text import AnswerPart, new_call_id
-from textpolicy.serving.engine_queue import Generation
+from textpolicy.serving.generation_request import Generation
 from textpolicy.serving.requests import Asked
 from textpolicy.types import StopReason
 
@@ -75,8 +75,8 @@ def usage_of(generation: Generation) -> dict[str, int]:
 
 def fingerprint_of(generation: Generation) -> str:
     """Return the name and the version of the weights that a request is answered with."""
-    assert generation.served is not None
-    return f"{generation.served.name}@{generation.served.version}"
+    assert generation.weights is not None
+    return f"{generation.weights.name}@{generation.weights.version}"
 
 
 class TokenWriter:
@@ -267,8 +267,8 @@ class CompletionForm:
 
 def generate_body(request_id: str, generation: Generation) -> dict[str, Any]:
     """Return vLLM's body: token ids with log-probabilities under the sampling distribution."""
-    assert generation.served is not None
-    version = generation.served.version
+    assert generation.weights is not None
+    version = generation.weights.version
     choices = [
         {
             "index": index,

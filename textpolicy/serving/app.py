@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from textpolicy.serving.adapter_endpoints import AdapterEndpoints
+from textpolicy.serving.adapters import ServedAdapters
 from textpolicy.serving.encoding import PromptEncoder
 from textpolicy.serving.endpoints import SamplingEndpoints
 from textpolicy.serving.engine_job import ClientGoneError
@@ -42,12 +44,14 @@ def create_app(
     hosts: Collection[str] | None = None,
     on_exchange: OnExchange | None = None,
     encoder: PromptEncoder | None = None,
+    adapters: ServedAdapters | None = None,
 ) -> App:
     """Return the application that answers for a `ServedEngine`.
 
     `owner_of` says whose a bearer key is: a function that returns None for a key that may not ask,
     or a mapping; without it nobody needs a key. `hosts` are the names by which clients may ask;
-    None allows every name. `on_exchange` is called with every finished answer.
+    None allows every name. `on_exchange` is called with every finished answer. With `adapters`,
+    clients may load adapters and unload them.
     """
     encoder = encoder or PromptEncoder(served.model, served.tokenizer)
     sampling = SamplingEndpoints(served, encoder, on_exchange)
@@ -85,6 +89,12 @@ def create_app(
         Route("/health", health),
         Route("/metrics", metrics),
     ]
+    if adapters is not None:
+        loading = AdapterEndpoints(served, adapters)
+        routes += [
+            Route("/v1/load_lora_adapter", loading.load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", loading.unload, methods=["POST"]),
+        ]
     app = Starlette(
         routes=routes,
         exception_handlers={

@@ -12,7 +12,7 @@ from textpolicy.chat_template import argument_names
 from textpolicy.control_tokens import encode_text
 from textpolicy.errors import PromptError
 from textpolicy.generation.prompts import check_prompt, context_length, encode_prompt
-from textpolicy.serving.engine_queue import GenerationRequest
+from textpolicy.serving.generation_request import GenerationRequest
 from textpolicy.serving.refusal import RefusalError
 from textpolicy.serving.requests import Asked, ChatRequest, CompletionRequest, RawPrompt
 from textpolicy.untrusted.template_check import SWITCHES

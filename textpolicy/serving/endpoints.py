@@ -24,9 +24,10 @@ from textpolicy.serving.answers import (
 )
 from textpolicy.serving.encoding import PromptEncoder
 from textpolicy.serving.engine_job import EngineJob
-from textpolicy.serving.engine_queue import Generation, GenerationRequest, ServedEngine
+from textpolicy.serving.engine_queue import ServedEngine
 from textpolicy.serving.exchange import Exchange, OnExchange
 from textpolicy.serving.faults import attempt_step
+from textpolicy.serving.generation_request import Generation, GenerationRequest
 from textpolicy.serving.mailbox import LoopMailbox
 from textpolicy.serving.refusal import RefusalError
 from textpolicy.serving.requests import (
@@ -204,15 +205,15 @@ class SamplingEndpoints:
         if self._on_exchange is None:
             return
         generation = task.job.generation
-        assert generation.served is not None
+        assert generation.weights is not None
         for index, row in enumerate(generation.rows):
             choice = task.choices[index]
             exchange = Exchange(
                 owner=task.request.state.owner,
                 request_id=task.request_id,
                 index=index,
-                model=generation.served.name,
-                version=generation.served.version,
+                model=generation.weights.name,
+                version=generation.weights.version,
                 messages=task.messages,
                 tools=task.tools,
                 prompt_tokens=row.context,
@@ -272,8 +273,8 @@ async def receive_body(request: Request) -> bytes:
 
 
 def _headers(generation: Generation) -> dict[str, str]:
-    assert generation.served is not None
-    return {VERSION_HEADER: str(generation.served.version)}
+    assert generation.weights is not None
+    return {VERSION_HEADER: str(generation.weights.version)}
 
 
 def _event(body: Mapping[str, Any]) -> str:

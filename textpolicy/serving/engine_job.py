@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
 
-from textpolicy.serving.engine_queue import Generation, GenerationRequest, ServedEngine
+from textpolicy.serving.engine_queue import ServedEngine
+from textpolicy.serving.generation_request import Generation, GenerationRequest
 from textpolicy.serving.mailbox import LoopMailbox
 from textpolicy.serving.security import Receive
 

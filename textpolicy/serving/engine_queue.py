@@ -1,6 +1,7 @@
 """`ServedEngine`: requests of other threads, decoded by the one thread that may use mlx."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -10,7 +11,6 @@ from typing import Any, TypeVar
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy.generation.decoding_batch import DecodingRow, StopRule
 from textpolicy.generation.engine import (
     MAX_DECODING_ROWS,
     Engine,
@@ -18,90 +18,26 @@ from textpolicy.generation.engine import (
     can_launch_ahead,
 )
 from textpolicy.generation.prefix_cache import PREFIX_BYTES, PrefixCache
-from textpolicy.generation.sampling import random_keys
-from textpolicy.generation.stop_rules import StopAtStrings
+from textpolicy.machine import size_text
+from textpolicy.serving.cache_size import CacheSize, default_cache_bytes
 from textpolicy.serving.faults import attempt_step
+from textpolicy.serving.generation_request import (
+    Generation,
+    GenerationRequest,
+    Weights,
+    stop_rule_for,
+)
 from textpolicy.serving.refusal import (
     RefusalError,
     server_failure,
     stopping_server,
     unknown_model,
 )
-from textpolicy.types import Sampling, StopReason
+from textpolicy.types import StopReason
 
 _T = TypeVar("_T")
 MAX_OPEN_ROWS = 1024
 """The number of rows that may wait or decode at once; further requests are told to come later."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationRequest:
-    """What a client wants to be sampled: `n` rows for each prompt, as token ids, already checked.
-
-    The rows are those that `ModelPolicy.generate` samples for the same prompts, `n` and seed.
-    """
-
-    model: str
-    prompts: Sequence[list[int]]
-    sampling: Sampling
-    seed: int
-    n: int = 1
-    stop_tokens: frozenset[int] = frozenset()
-    top_logprobs: int | None = None
-
-
-class Generation:
-    """A request in the engine. The engine's thread writes it, and all other threads only read it.
-
-    The first `lengths[i]` tokens of `rows[i]` may be read at any time. `served` is the model and
-    the version that the rows sample with, once they have begun. When `done`, all rows have ended,
-    or `refusal` says why they have not.
-    """
-
-    def __init__(
-        self,
-        request: GenerationRequest,
-        rule: StopRule,
-        on_change: "Callable[[Generation], None]",
-        *,
-        each_token: bool,
-    ) -> None:
-        self.request = request
-        self.on_change = on_change
-        self.each_token = each_token
-        self.served: ServedModel | None = None
-        self.refusal: RefusalError | None = None
-        self.done = False
-        self.changed = False
-        n = request.n
-        numbers = [(p, m) for p in range(len(request.prompts)) for m in range(n)]
-        keys = random_keys(request.seed, numbers)
-        self.rows = [
-            DecodingRow(
-                context=request.prompts[prompt],
-                sampling=request.sampling,
-                stop=rule,
-                key=key,
-                prompt=prompt,
-                member=member,
-                top_logprobs=request.top_logprobs,
-                on_token=self._advance,
-                keep_prefix=n == 1,
-            )
-            for (prompt, member), key in zip(numbers, keys, strict=True)
-        ]
-        self.lengths = [0] * len(self.rows)
-        self.unfinished = len(self.rows)
-
-    def groups(self) -> list[list[DecodingRow]]:
-        """Return the rows of each prompt."""
-        n = self.request.n
-        return [self.rows[start : start + n] for start in range(0, len(self.rows), n)]
-
-    def _advance(self, row: DecodingRow) -> None:
-        self.lengths[row.prompt * self.request.n + row.member] = len(row.tokens)
-        self.unfinished -= row.stop_reason is not None
-        self.changed = True
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -115,6 +51,11 @@ class ServedModel:
     prefixes: PrefixCache
     engine: Engine
     generations: list[Generation] = field(default_factory=list[Generation])
+
+    @property
+    def weights(self) -> Weights:
+        """The name and the version."""
+        return Weights(self.name, self.version)
 
 
 @dataclass(slots=True)
@@ -144,6 +85,7 @@ class ServedEngine:
         *,
         max_rows: int = MAX_DECODING_ROWS,
         max_open_rows: int = MAX_OPEN_ROWS,
+        max_cache_bytes: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
@@ -151,6 +93,10 @@ class ServedEngine:
         self._max_rows = max_rows
         self._max_open_rows = max_open_rows
         self._batched = can_decode_together(model)
+        self._cache_size = CacheSize.of(model)
+        self._max_cache_bytes = max_cache_bytes or default_cache_bytes()
+        # Requests for which there is no memory yet, in the order in which they came.
+        self._waiting: deque[Generation] = deque()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = Lock()
         self._open_rows = 0
@@ -185,7 +131,8 @@ class ServedEngine:
         """
         if request.model not in self._models:
             raise unknown_model(request.model, list(self._models))
-        rule = _stop_rule(self.tokenizer, request)
+        self._check_size(request)
+        rule = stop_rule_for(self.tokenizer, request)
         generation = Generation(request, rule, on_change, each_token=each_token)
         with self._lock:
             if self._closed:
@@ -193,7 +140,7 @@ class ServedEngine:
             if self._open_rows + len(generation.rows) > self._max_open_rows:
                 raise _full_queue(self._open_rows, len(generation.rows), self._max_open_rows)
             self._open_rows += len(generation.rows)
-        self._inbox.put(lambda: self._begin(generation))
+            self._inbox.put(lambda: self._waiting.append(generation))
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -211,6 +158,11 @@ class ServedEngine:
         self._inbox.put(lambda: None)
 
     # The thread that owns mlx
+
+    @property
+    def _all(self) -> list[ServedModel]:
+        """The versions that rows may still be sampled with, the oldest first."""
+        return [*self._retiring, *self._models.values()]
 
     def put(self, name: str, model: nn.Module, *, version: int, parent: str | None = None) -> None:
         """Serve a model under a name from now on. Rows that have begun keep what they began with.
@@ -248,6 +200,7 @@ class ServedEngine:
                 self._inbox.get()()
             while not self._inbox.empty():
                 self._inbox.get()()
+            self._admit()
 
     def close(self) -> None:
         """Refuse all requests that are open, and all later ones."""
@@ -255,19 +208,51 @@ class ServedEngine:
             self._closed = True
         while not self._inbox.empty():
             self._inbox.get()()
-        for served in [*self._models.values(), *self._retiring]:
+        while self._waiting:
+            self._finish(self._waiting.popleft(), stopping_server())
+        for served in self._all:
             self._fail_all(served, stopping_server())
 
+    def _check_size(self, request: GenerationRequest) -> None:
+        """Refuse a request that would not fit into memory if nothing else were sampled."""
+        rows = len(request.prompts) * request.n
+        needed = self._cache_size.bytes_of(rows, request.longest)
+        if needed > self._max_cache_bytes:
+            raise RefusalError(
+                f"{rows} answers of up to {request.longest} tokens with their prompts need "
+                f"{size_text(needed)} of memory, and this server uses at most "
+                f"{size_text(self._max_cache_bytes)}. Lower max_tokens or n, or send fewer prompts",
+                param="max_tokens",
+                code="too_large",
+            )
+
+    def _admit(self) -> None:
+        """Begin the requests that fit into memory, in the order in which they came."""
+        while self._waiting and self._fits(self._waiting[0]):
+            self._begin(self._waiting.popleft())
+
+    def _fits(self, new: Generation) -> bool:
+        """Return whether the caches fit into memory if every row became as long as it may."""
+        needed = 0
+        for served in self._all:
+            together = [*served.generations]
+            if served is self._models.get(new.request.model):
+                together.append(new)
+            rows = sum(len(one.rows) for one in together)
+            # Rows that decode together are padded to the longest one.
+            longest = max((one.request.longest for one in together), default=0)
+            needed += self._cache_size.bytes_of(rows, longest)
+        return needed <= self._max_cache_bytes
+
     def _begin(self, generation: Generation) -> None:
-        served = self._models.get(generation.request.model)
         if generation.done:
             return
-        if served is None or self._closed:
-            name = generation.request.model
-            gone = stopping_server() if served else unknown_model(name, list(self._models))
-            self._finish(generation, gone)
+        name = generation.request.model
+        served = self._models.get(name)
+        if served is None:
+            self._finish(generation, unknown_model(name, list(self._models)))
             return
-        generation.served = served
+        generation.weights = served.weights
         served.generations.append(generation)
         self.counts.prompt_tokens += sum(map(len, generation.request.prompts))
         for group in generation.groups():
@@ -276,11 +261,12 @@ class ServedEngine:
     def _cancel(self, generation: Generation) -> None:
         if generation.done:
             return
+        served = next((one for one in self._all if generation in one.generations), None)
         for row in generation.rows:
-            if generation.served:
-                generation.served.engine.cancel(row)
+            if served is not None:
+                served.engine.cancel(row)
             row.stop_reason = row.stop_reason or StopReason.CANCELLED
-        if served := generation.served:
+        if served is not None:
             served.generations.remove(generation)
             self._free_if_idle(served)
         self._finish(generation)
@@ -288,7 +274,7 @@ class ServedEngine:
     def _step_all(self) -> bool:
         """Step each engine that has something to do; return whether one had."""
         stepped = False
-        for served in [*self._retiring, *self._models.values()]:
+        for served in self._all:
             if served.engine.can_step:
                 self._step(served)
                 stepped = True
@@ -340,17 +326,6 @@ class ServedEngine:
     def _retire(self, name: str) -> None:
         if (old := self._models.get(name)) and old.generations:
             self._retiring.append(old)
-
-
-def _stop_rule(tokenizer: TokenizerWrapper, request: GenerationRequest) -> StopRule:
-    ends = StopAtStrings(tokenizer, request.sampling.stop)
-    if not request.stop_tokens:
-        return ends
-
-    def rule(tokens: list[int]) -> StopReason | None:
-        return StopReason.STOP_TOKEN if tokens[-1] in request.stop_tokens else ends(tokens)
-
-    return rule
 
 
 def _fill(future: "Future[Any]", function: Callable[[], Any]) -> None:
