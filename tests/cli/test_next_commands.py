@@ -4,16 +4,13 @@ import io
 import json
 import re
 import shlex
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
-from pathlib import Path
-from urllib.error import URLError
+from typing import Any
 
 import pytest
+from openai import OpenAI
 
+from tests.serving.command import serve_while
 from textpolicy.cli import main
 
 SMALL = [
@@ -40,51 +37,25 @@ def printed(capsys, monkeypatch, tmp_path):
 
 def assert_works(argv: list[str], monkeypatch, capsys) -> None:
     program, *rest = argv
-    if program == "mlx_lm.server":
-        assert_serves(rest)
-        return
     assert program == "textpolicy"
+    if rest[0] == "serve":
+        code, answer = serve_while([*rest, "--no-token"], ask_the_last_model)
+        assert code == 130 and answer.usage.completion_tokens > 0
+        return
     monkeypatch.setattr(sys, "stdin", io.StringIO("1+2=\n"))
     assert main(rest) == 0, capsys.readouterr().err
 
 
-def assert_serves(flags: list[str]) -> None:
-    """Start the server of mlx-lm and ask it a question."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = str(Path(sys.executable).with_name("mlx_lm.server"))
-    asked = {"messages": [{"role": "user", "content": "1+2="}], "max_tokens": 2}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(asked).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with subprocess.Popen(
-        [program, *flags, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as server:
-        try:
-            answer = ask_until_it_listens(server, request)
-        finally:
-            server.kill()
-    assert answer["usage"]["completion_tokens"] > 0
-
-
-def ask_until_it_listens(server: subprocess.Popen[bytes], request: urllib.request.Request) -> dict:
-    while server.poll() is None:
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return json.load(response)
-        except URLError as error:
-            assert isinstance(error.reason, ConnectionRefusedError), error
-            time.sleep(0.1)
-    raise AssertionError(server.communicate()[0].decode())
+def ask_the_last_model(client: OpenAI) -> Any:
+    *_, model = client.models.list()
+    asked = [{"role": "user", "content": "1+2="}]
+    return client.chat.completions.create(model=model.id, messages=asked, max_tokens=2)
 
 
 @pytest.mark.slow
 def test_every_line_that_a_run_prints_as_next_works(printed, monkeypatch, capsys):
     following = printed("train", *SMALL, "--output", "my runs/a b")
-    assert [line[1] for line in following.values()][:4] == ["chat", "eval", "report", "export"]
+    assert [line[1] for line in following.values()] == ["chat", "eval", "serve", "report", "export"]
     assert "my runs/a b/adapters/best.safetensors" in following["try it"]
     for argv in following.values():
         assert_works(argv, monkeypatch, capsys)
@@ -100,7 +71,7 @@ def test_every_line_that_supervised_training_prints_as_next_works(
         *("sft", "--data", "rows.jsonl", "--iterations", "1", "--batch-size", "2"),
         *("--dtype", "bfloat16", "--allow-special-tokens"),
     )
-    assert [line[1] for line in following.values()][:3] == ["chat", "report", "export"]
+    assert [line[1] for line in following.values()] == ["chat", "serve", "report", "export"]
     assert following["try it"][-3:] == ["--dtype", "bfloat16", "--allow-special-tokens"]
     for argv in following.values():
         assert_works(argv, monkeypatch, capsys)

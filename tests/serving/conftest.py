@@ -6,9 +6,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-import mlx.core as mx
 import pytest
 from openai import OpenAI
+
+from tests.served_adapters import write_adapters
 
 _T = TypeVar("_T")
 TOKEN = "a-token-of-the-tests"
@@ -51,33 +52,9 @@ def _fill(future: "Future[Any]", function: Callable[[], Any]) -> None:
         future.set_exception(error)
 
 
-def write_adapter(
-    path: Path, load_tiny: Any, seed: int, *, version: int = 1, rank: int = 4
-) -> Path:
-    """Write an adapter of the embedded model that changes its answers."""
-    from textpolicy.adapters import AdapterConfig, AdapterContainer
-
-    model, _ = load_tiny()
-    container = AdapterContainer.from_model(model, AdapterConfig(rank=rank), seed=seed)
-    keys = iter(mx.random.split(mx.random.key(seed), 100))
-    container.swap(
-        {
-            name: mx.random.normal(array.shape, key=next(keys)) * (0.3 if "lora_b" in name else 0.1)
-            for name, array in container.parameters().items()
-        },
-        version=version,
-    )
-    container.publish(path)
-    return path
-
-
 @pytest.fixture(scope="session")
 def adapter_files(load_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("served")
-    return {
-        name: write_adapter(folder / f"{name}.safetensors", load_tiny, seed, version=seed)
-        for seed, name in enumerate(("red", "blue"), start=1)
-    }
+    return write_adapters(tmp_path_factory.mktemp("served"), load_tiny)
 
 
 @pytest.fixture(scope="package")

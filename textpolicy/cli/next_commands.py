@@ -8,7 +8,6 @@ from textpolicy.cli.answer import table
 from textpolicy.config import TrainConfig, settings_of
 from textpolicy.experiment import RunResult
 from textpolicy.experiment.assembly import RunConfig
-from textpolicy.generation.model_files import tiny_model
 
 _MODEL = ("model.name", "model.dtype", "model.allow_special_tokens")
 
@@ -25,11 +24,11 @@ def next_commands(result: RunResult, config: RunConfig) -> dict[str, str]:
     if isinstance(config, TrainConfig):
         settings = short_path(directory.config)
         commands["compare it"] = ["eval", "--config", settings, "--adapter", adapter]
+    commands["serve it"] = ["serve", "--adapter", adapter, *_model_flags(config)]
     commands["look at it"] = ["report", run]
     exported = f"{run}-export"
     commands["export it"] = ["export", run, *_export_flags(config, exported)]
-    lines = {name: shlex.join(["textpolicy", *words]) for name, words in commands.items()}
-    return lines | {"serve that": shlex.join(["mlx_lm.server", *_server_flags(config, exported)])}
+    return {name: shlex.join(["textpolicy", *words]) for name, words in commands.items()}
 
 
 def next_lines(commands: dict[str, str]) -> str:
@@ -51,14 +50,6 @@ def _export_flags(config: RunConfig, output: str) -> list[str]:
         # No other program quantizes the base as the run did.
         flags = ["--to", "mlx", "--dequantize", "--dtype", "float32", "--output", output]
     return [*flags, "--force"] if os.path.exists(output) else flags
-
-
-def _server_flags(config: RunConfig, exported: str) -> list[str]:
-    """Return the flags by which mlx-lm's server answers from the export."""
-    if config.model.quantize is not None:
-        return ["--model", exported]
-    model = short_path(tiny_model()) if config.model.name == "tiny" else config.model.name
-    return ["--model", model, "--adapter-path", exported]
 
 
 def _model_flags(config: RunConfig) -> list[str]:

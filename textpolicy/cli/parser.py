@@ -208,6 +208,33 @@ def _add_sampling_flags(parser: ArgumentParser) -> None:
     )
 
 
+def _serve(parser: ArgumentParser) -> None:
+    add_settings(parser, _DEFAULTS, (*_PROMPTED_MODEL, "model.dtype"))
+    text = "serve an adapter, a run or RUN@VERSION under a name; may be repeated"
+    _add_flag(parser, "adapter", str, None, text, action="append", metavar="[NAME=]ADAPTER")
+    text = "serve the newest version of a run that is still training; may be repeated"
+    _add_flag(parser, "follow", str, None, text, action="append", metavar="[NAME=]RUN")
+    text = "address to listen on; only this machine can reach the default"
+    _add_flag(parser, "host", str, "127.0.0.1", text, metavar="HOST")
+    port = Limit(holds=lambda x: 0 <= x < 2**16, words=" from 0 to 65535")
+    _add_flag(parser, "port", int, 8000, "port to listen on; 0 is any free one", limit=port)
+    text = "key that clients have to send; the variable TEXTPOLICY_TOKEN sets it too"
+    _add_flag(parser, "token", str | None, None, text, unset="random", metavar="TOKEN")
+    text = "let everybody on this machine ask, without a key"
+    parser.add_argument("--no-token", action="store_true", help=text)
+    text = "another name by which clients may reach the server; may be repeated"
+    _add_flag(parser, "allow_host", str, None, text, action="append", metavar="NAME")
+    text = "folder that clients may load adapters from, beside runs/; may be repeated"
+    _add_flag(parser, "allow_load", Path, None, text, action="append", metavar="DIR")
+    text = "most answers of one adapter that are sampled together"
+    _add_flag(parser, "max_rows", int, 256, text, limit=at_least(1))
+    text = "most tokens of a prompt and its answer"
+    unset = "the model's context"
+    _add_flag(parser, "max_model_len", int | None, None, text, unset=unset, limit=at_least(2))
+    text = "most tokens of an answer whose request names no limit"
+    _add_flag(parser, "max_tokens", int, 1024, text, limit=at_least(1))
+
+
 def _export(parser: ArgumentParser) -> None:
     text = "the folder of a run (its best adapter, or else its latest), or an adapter"
     parser.add_argument("source", help=text, type=Path, metavar="RUN|ADAPTER")
@@ -342,6 +369,13 @@ COMMANDS = {
         _chat,
         "textpolicy chat --adapter runs/mine --base",
         "textpolicy chat --adapter runs/mine@10 --adapter runs/mine@20 --temperature 0.7",
+    ),
+    "serve": Command(
+        "answer OpenAI's API with a model and its adapters",
+        _serve,
+        "textpolicy serve --adapter runs/add",
+        "textpolicy serve --model Qwen/Qwen3-0.6B --adapter old=runs/one --adapter new=runs/two",
+        "textpolicy serve --follow runs/add --port 8001",
     ),
     "export": Command(
         "write what was trained for another program, and prove that it is what was trained",

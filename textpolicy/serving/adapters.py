@@ -1,6 +1,5 @@
 """Adapters of files under names: which may be loaded, and how they become served models."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from textpolicy.runs import find_adapter
 from textpolicy.serving.engine_queue import ServedEngine
 from textpolicy.serving.refusal import RefusalError, unknown_model
 
-_NAME = re.compile(r"[\w.:/@+-]{1,100}")
+_MAX_NAME = 100
 
 
 class ServedAdapters:
@@ -101,10 +100,10 @@ class ServedAdapters:
             )
 
     def _check_name(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
+        if not 0 < len(name) <= _MAX_NAME or not name.isprintable() or name != name.strip():
             raise ConfigError(
-                f"the name of an adapter is {name!r:.120}; expected 1 to 100 letters, digits and "
-                "characters of . : / @ + - _"
+                f"the name of an adapter is {name!r:.120}; expected 1 to {_MAX_NAME} characters "
+                "that can be printed, and no space around them"
             )
         if name == self._base:
             raise ConfigError(f"{name!r} is the name of the base model. Choose another name")

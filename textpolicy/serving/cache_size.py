@@ -5,9 +5,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from textpolicy.machine import memory_bytes
+
+_RESERVED = KVCache.step  # mlx-lm's caches reserve so many positions at a time.
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +21,10 @@ class CacheSize:
 
     @classmethod
     def of(cls, model: nn.Module) -> "CacheSize":
-        """Return the sizes that the caches of two short texts show."""
-        short, long = (_bytes_after(model, length) for length in (1, 2))
-        token = max(0, long - short)
-        return cls(token_bytes=token, row_bytes=max(0, short - token))
+        """Return the sizes that the caches of two texts show."""
+        short, long = _bytes_after(model, 1), _bytes_after(model, 1 + _RESERVED)
+        token = (long - short) // _RESERVED
+        return cls(token_bytes=token, row_bytes=max(0, short - token * _RESERVED))
 
     def bytes_of(self, rows: int, tokens: int) -> int:
         """Return the bytes of rows of so many tokens each."""
@@ -37,7 +39,6 @@ def default_cache_bytes() -> int:
 def _bytes_after(model: nn.Module, length: int) -> int:
     cache = make_prompt_cache(model)
     cast(Any, model)(mx.zeros((1, length), mx.int32), cache=cache)
-    # The state of a cache has the positions that are used, and none that are only reserved.
     return sum(_bytes_in(layer.state) for layer in cache)
 
 
