@@ -35,7 +35,7 @@ def summary_of(card: CardFacts) -> str:
     return f"{what} {code(card.base_name)}{how}. Exported by TextPolicy as {card.format}."
 
 
-def training_rows(card: CardFacts) -> Iterator[tuple[str, str]]:
+def setup_rows(card: CardFacts) -> Iterator[tuple[str, str]]:
     """Yield what was trained, how and on what."""
     yield "base", code(card.base_name)
     if card.adapter.quantization:

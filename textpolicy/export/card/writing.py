@@ -14,7 +14,7 @@ from textpolicy.export.card.facts import CardFacts
 from textpolicy.export.card.front_matter import front_matter
 from textpolicy.export.card.proof import proof_parts
 from textpolicy.export.card.result import result_parts
-from textpolicy.export.card.training import summary_of, training_rows
+from textpolicy.export.card.training import setup_rows, summary_of
 from textpolicy.export.card.usage import usage_parts
 from textpolicy.export.markdown import code, markdown_table
 from textpolicy.export.proof import Proof
@@ -53,7 +53,7 @@ def write_card(
         f"---\n{front_matter(card)}\n---",
         f"# {code(card.name)}",
         summary_of(card),
-        markdown_table(list(training_rows(card))),
+        markdown_table(list(setup_rows(card))),
         *result_parts(card, folder),
         *proof_parts(proofs, survival, notes),
         *usage_parts(card, commands),
