@@ -1,7 +1,8 @@
-"""Solve word problems whose answer is a number, from your own file in the form of GSM8K.
+"""Solve word problems whose answer is a number, in the form of GSM8K.
 
-`--data FILE` takes rows with `question` and `answer`, in which the number follows `####`, as in the
-published files. The few rows below are written for this project, for a first try.
+`--data` takes rows with `question` and `answer`, in which the number follows `####`, such as the
+published ones, hf:openai/gsm8k:main:train. The few rows below are written for this project, for a
+first try.
 """
 
 import re
@@ -10,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 PROMPT = "{question}\nReason step by step, and end with the number alone after ####."
+DATA = "hf:openai/gsm8k:main:train"
 MAX_TOKENS = 512
 # Characters of the number that are read. No right answer is longer.
 LONGEST = 40

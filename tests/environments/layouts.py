@@ -53,3 +53,39 @@ def write_sums(folder: Path) -> Path:
     paths = {c: {split: f"{c}/{split}-*" for split in splits} for c, splits in CONFIGS.items()}
     write_card(folder, paths)
     return folder
+
+
+MATH = [
+    {
+        "problem": f"What is $\\frac{{{n}}}{{4}} + \\frac{{{n}}}{{4}}$?",
+        "solution": f"Both are equal, so it is $\\boxed{{\\frac{{{n}}}{{2}}}}$.",
+        "answer": f"\\frac{{{n}}}{{2}}",
+        "subject": "Prealgebra",
+        "level": 1,
+        "unique_id": f"test/prealgebra/{n}.json",
+    }
+    for n in range(1, 41)
+]
+COUNTDOWN = [
+    {"target": a * b - c, "nums": [a, b, c]} for a in (7, 8, 9) for b in (11, 13) for c in (2, 3, 4)
+] + [{"target": (a - 3) * 5 + 2, "nums": [a, 3, 5, 2]} for a in range(20, 40)]
+_NO_ARGUMENTS = {"keywords": None, "num_words": None, "relation": None}
+INSTRUCTIONS = [
+    {
+        "key": 1000 + n,
+        "prompt": f"Name {n} things in fewer than {n} words, without commas. Mention a kite.",
+        "instruction_id_list": [
+            "punctuation:no_comma",
+            "length_constraints:number_words",
+            "keywords:existence",
+        ],
+        "kwargs": [
+            _NO_ARGUMENTS,
+            _NO_ARGUMENTS | {"num_words": n, "relation": "less than"},
+            _NO_ARGUMENTS | {"keywords": ["kite"]},
+        ],
+    }
+    for n in range(5, 45)
+]
+SUITES = {"math500": MATH, "countdown34": COUNTDOWN, "ifeval": INSTRUCTIONS}
+"""Rows in the layouts of public suites, by the name of their environment."""

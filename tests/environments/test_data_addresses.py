@@ -8,7 +8,14 @@ from itertools import islice
 
 import pytest
 
-from tests.environments.layouts import sums, write_card, write_jsonl, write_parquet, write_sums
+from tests.environments.layouts import (
+    MATH,
+    sums,
+    write_card,
+    write_jsonl,
+    write_parquet,
+    write_sums,
+)
 from tests.hub_server import COMMIT, TOKEN, Repository, serving_hub
 from textpolicy.environments import load_rows
 from textpolicy.environments.data_address import DataAddress
@@ -202,6 +209,7 @@ found["streamed"] = list(islice(iterate_rows("hf:ada/sums:main:train"), 2))
 small = ["--steps", "1", "--groups-per-step", "1", "--group-size", "2", "--max-tokens", "2"]
 data = ["--data", "hf:ada/sums:main:train", "--eval-data", "hf:ada/sums:main:test"]
 assert main(["train", "--env", "gsm8k", *data, *small, "--output", "run"]) == 0
+assert main(["eval", "--env", "math500", "--max-tokens", "2"]) == 0
 print(json.dumps(found))
 """
 
@@ -215,6 +223,8 @@ def test_the_hub_serves_data_sets_to_the_command(copy, tmp_path):
     ]
     with serving_hub() as hub:
         hub.datasets["ada/sums"] = Repository(private=False, files=files)
+        lines = "".join(json.dumps(row) + "\n" for row in MATH[:9]).encode()
+        hub.datasets["HuggingFaceH4/MATH-500"] = Repository(False, {"test.jsonl": lines})
         known = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, *addresses],
@@ -233,6 +243,8 @@ def test_the_hub_serves_data_sets_to_the_command(copy, tmp_path):
     assert "doesn't exist on the Hub" in none and "'v9' doesn't exist" in revision
     assert [row for _, row in found["streamed"]] == sums(0, 2)
     assert "10 held-out tasks" in done.stdout
+    # A suite without rows of its own downloads them, and all are measured.
+    assert "tiny on 9 held-out tasks of math500" in done.stdout
     config = (tmp_path / "run" / "config.toml").read_text()
     assert 'eval_data = "hf:ada/sums:main:test"' in config
 

@@ -16,6 +16,7 @@ from textpolicy.rewards.verifiers import (
     exact_match,
     final_answer,
     has_layout,
+    instructions_followed,
     json_match,
     json_problems,
     last_boxed,
@@ -38,6 +39,13 @@ from textpolicy.rewards.verifiers import (
 )
 
 LIMIT = 0.1
+FOLLOWED = {
+    "detectable_format:json_format": {},
+    "detectable_format:title": {},
+    "detectable_format:number_highlighted_sections": {"num_highlights": 9},
+    "keywords:forbidden_words": {"forbidden_words": ["(a+)+$"]},
+    "length_constraints:number_sentences": {"num_sentences": 9, "relation": "less than"},
+}
 ANSWER = "77"
 # The verdict of a check that has an answer to compare with, and any value of one that reads.
 CHECKS = {
@@ -61,6 +69,9 @@ READERS = {
     "has_layout": has_layout,
     "tag_share": tag_share,
     "json_problems": lambda text: list(json_problems(text, {"type": "object"})),
+    "instructions_followed": lambda text: instructions_followed(
+        text, [*FOLLOWED], [*FOLLOWED.values()]
+    ),
     "python_in": python_in,
     "split_thought": split_thought,
     "length_score": lambda text: length_score(text, 1, 5),

@@ -157,6 +157,8 @@ def _tasks_of_rows(
     """Return tasks of the rows of `data`, or else of the module's own rows or own address."""
     own: Any = contents.get("ROWS")
     address: str | None = contents.get("DATA")
+    if data.is_empty and data.only_measured and own is None and address:
+        data = replace(data, held_out=address)
     if data.train is None and not (data.only_measured and data.held_out):
         if own is None and address is None:
             raise TaskError(f"{name} has no rows of its own. Name a file of rows: --data FILE")

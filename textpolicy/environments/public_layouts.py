@@ -39,7 +39,7 @@ def open_split(
     elif address.place.endswith(".parquet") and not address.on_hub:
         files = str(Path(address.place).expanduser().absolute())
         data = library.call(
-            library.library.load_dataset, "parquet", data_files=files, split="train"
+            library.library.load_dataset, "parquet", data_files=files, split="train", streaming=True
         )
         name = str(address)
     else:

@@ -16,6 +16,8 @@ from textpolicy.types import Metrics, Rollout, RolloutGroup, Sampling, StopReaso
 
 # All evaluations use the same seed, so that two evaluations of one policy are equal.
 _SEED = 0
+# Names of metrics of reward functions, among those of environments.
+_REPORTED = "rewards/"
 # Fewer held-out tasks leave an error of several hundredths.
 _ENOUGH_TASKS = 50
 
@@ -107,7 +109,17 @@ class Evaluation:
             "mean_length": float(np.mean(lengths)),
             "clipped_ratio": float(np.mean(cut)),
         }
-        return {f"{prefix}{k}": v for k, v in (metrics | self._sample_metrics()).items()}
+        metrics |= self._reported_metrics() | self._sample_metrics()
+        return {f"{prefix}{name}": value for name, value in metrics.items()}
+
+    def _reported_metrics(self) -> Metrics:
+        """Return the means of what reward functions reported beside the rewards of greedy answers.
+
+        These are numbers in a `Score`, such as the accuracy of a stricter reading.
+        """
+        given = [rollout.metrics for rollout in self.greedy]
+        names = dict.fromkeys(name for one in given for name in one if name.startswith(_REPORTED))
+        return {name: float(np.mean([one[name] for one in given if name in one])) for name in names}
 
     def _sample_metrics(self) -> Metrics:
         """Return avg@n and pass@k, over the tasks of which every sample has a reward."""

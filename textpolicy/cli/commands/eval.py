@@ -117,8 +117,9 @@ def _lines(result: _Result, model: str, show: int) -> list[str]:
     heldout = result.heldout
     rows: list[tuple[str, str]] = []
     for name, evaluation in result.evaluations.items():
-        sampled = {k: v for k, v in evaluation.metrics("").items() if "@" in k}
-        more = "".join(f"  {metric} {value:.3f}" for metric, value in sampled.items())
+        sampled = {k: v for k, v in evaluation.metrics("").items() if "@" in k or "/" in k}
+        shown = {name.removeprefix("rewards/"): value for name, value in sampled.items()}
+        more = "".join(f"  {name} {value:.3f}" for name, value in shown.items())
         rows.append((name, f"greedy {evaluation.greedy_reward}{more}"))
     lines = [f"{model} on {len(heldout.tasks)} held-out tasks of {heldout.name}", table(rows)]
     lines += [heldout.split_note] if heldout.split_note else []

@@ -13,6 +13,7 @@ from textpolicy.rewards.verifiers.answer_in_text import (
     tagged,
 )
 from textpolicy.rewards.verifiers.code_tests import code_share, python_in, run_code
+from textpolicy.rewards.verifiers.instructions.following import instructions_followed
 from textpolicy.rewards.verifiers.json_schema import json_match, json_problems, read_json
 from textpolicy.rewards.verifiers.mathematics.answers import math_equal, number_equal, number_in
 from textpolicy.rewards.verifiers.sandbox.code_judge import CodeRun
@@ -37,6 +38,7 @@ __all__ = [
     "exact_match",
     "final_answer",
     "has_layout",
+    "instructions_followed",
     "json_match",
     "json_problems",
     "last_boxed",
