@@ -41,7 +41,9 @@ LONGER = (
     "collapse.py",
     "learning.py",
     "math_verifier.py",
+    "plans.py",
     "rank.py",
+    "rates.py",
     "real_learning.py",
     "sft.py",
 )

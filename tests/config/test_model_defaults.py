@@ -43,6 +43,11 @@ def test_another_rank_keeps_the_product_of_scale_and_rank(rank):
     assert chosen["trainer.lr"] == defaults_of(SIZES["Qwen3-4B"])["trainer.lr"]
 
 
+def test_a_long_run_is_measured_after_every_quarter():
+    every = [defaults_of(SIZES["Qwen3-4B"], steps=n)["evaluation.every"] for n in (20, 60, 1000)]
+    assert every == [30, 30, 250]
+
+
 def test_pairs_are_as_many_completions_as_groups():
     pairs = defaults_of(SIZES["Qwen3-0.6B"], algorithm="dpo")
     assert (pairs["rollout.group_size"], pairs["rollout.groups_per_step"]) == (2, 32)

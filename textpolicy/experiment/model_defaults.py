@@ -23,10 +23,10 @@ def with_model_defaults(config: TrainConfig) -> TrainConfig:
     """
     if config.model.name == "tiny":
         return config
-    adapter = config.adapter
-    chosen = defaults_of(
-        size_of(config.model), algorithm=config.algorithm.name, rank=adapter.rank or 16
-    )
+    adapter, steps = config.adapter, config.run.steps
+    given: dict[str, int] = {} if _is_free(steps) else {"steps": steps}
+    given |= {"rank": adapter.rank} if adapter.rank else {}
+    chosen = defaults_of(size_of(config.model), algorithm=config.algorithm.name, **given)
     values = {one.key: one.default for one in settings_of(config)}
     free = {key: new for key, new in chosen.items() if _is_free(values[key])}
     if adapter.start or adapter.config:
