@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import signal
 import threading
 import time
@@ -131,10 +132,24 @@ def test_sampling_shows_how_many_groups_have_signal():
     check = check_reward(right, ROWS, sample=sample)
     assert verdicts(check)["signal"] == "ok"
     assert detail(check, "signal") == (
-        "rewards differ inside 3 of 8 groups of 3 completions; mean reward 0.125"
+        "good: rewards differ inside 3 of 8 groups of 3 completions; mean reward 0.125"
     )
+    assert check.signal and check.signal.greedy is None
+    assert check.signal.shown == [("4", 0.0), ("6", 1.0)]
     silent = check_reward(right, ROWS, sample=lambda prompts: [["x", "y"] for _ in prompts])
     assert verdicts(silent)["signal"] == "warning" and silent.ok
+    assert silent.signal and silent.signal.verdict == "too hard"
+
+
+def test_the_first_greedy_score_is_that_of_the_answers_at_temperature_0():
+    check = check_reward(
+        right,
+        ROWS,
+        sample=lambda prompts: [["2", "4"] for _ in prompts],
+        greedy=lambda prompts: [["2"] for _ in prompts[:4]],
+    )
+    assert check.signal and check.signal.greedy == 0.25
+    assert "first greedy score  0.250" in str(check)
 
 
 def test_several_rewards_are_checked_together():
@@ -172,10 +187,55 @@ def test_the_command_says_which_columns_are_missing(files, capsys):
     assert "your reward other asks for `solution`; the rows have `answer`, `question`" in stderr
 
 
-def test_the_command_tries_an_environment_and_samples_from_a_model(capsys):
-    assert main(["check", "--env", "add", "--rows", "8", "--sample", "4"]) == 0
-    shown = capsys.readouterr().out
-    assert "reward reward on 8 rows" in shown and "groups of 4 completions; mean reward 0." in shown
+@pytest.fixture
+def found(capsys):
+    """Return a function that runs `textpolicy check` and returns what it found."""
+
+    def run(*argv):
+        assert main(["check", *argv, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_the_command_says_that_a_task_is_good_for_a_model_and_how_to_train(found, capsys):
+    argv = ["--env", "add", "--rows", "8", "--sample", "4"]
+    signal = found(*argv)["signal"]
+    assert signal["verdict"] == "good" and signal["differing"] >= 2
+    assert signal["greedy"] > 0.2 and 0 < signal["mean"] < 1
+    assert [value for _, value in signal["shown"]] == [0.0, 1.0]
+    assert main(["check", *argv]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("reward reward on 8 rows")
+    assert "of 8 groups of 4 completions; mean reward 0." in text
+    assert f"first greedy score  {signal['greedy']:.3f}" in text
+    assert "good: the answers of a group often earn different rewards" in text
+    assert text.endswith("Train on it:\n  textpolicy train --env add\n")
+
+
+def test_the_command_says_that_a_task_is_too_hard_and_proposes_solved_examples(found):
+    argv = ["--env", "letter", "--rows", "2", "--sample", "2"]
+    first, again = found(*argv), found(*argv, "--few-shot", "1")
+    assert first["signal"]["verdict"] == again["signal"]["verdict"] == "too hard"
+    assert first["next"] == "textpolicy check --env letter --few-shot 4 --sample 2"
+    assert again["next"] == "textpolicy envs"
+
+
+def test_the_command_says_that_a_task_is_too_easy(files, found):
+    (files / "mine.py").write_text("def number(completion): return float(completion.isdecimal())")
+    rows = str(files / "rows.jsonl")
+    easy = found(f"{files}/mine.py", "--data", rows, "--sample", "2")
+    assert easy["signal"]["verdict"] == "too easy" and easy["next"] == "textpolicy envs"
+
+
+def test_the_command_says_that_answers_are_cut_off_and_its_next_command_mends_it(found):
+    argv = ["--env", "sort", "--rows", "2", "--sample", "2"]
+    short, hurried = found(*argv, "--max-tokens", "4"), found(*argv, "--seconds", "0.01")
+    assert short["signal"]["verdict"] == hurried["signal"]["verdict"] == "answers cut off"
+    assert short["signal"]["cut"] == 1
+    assert hurried["next"] == "textpolicy check --env sort --sample 2 --seconds 0.04"
+    mended = found(*shlex.split(short["next"])[2:], "--rows", "2")
+    assert mended["signal"]["cut"] < 0.5
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from textpolicy.environments.environment import (
     TaskSplit,
 )
 from textpolicy.errors import ConfigError, TaskError, UnreadableError
-from textpolicy.rewards.reward_check import GOLD_COLUMNS
+from textpolicy.rewards.checked_rows import GOLD_COLUMNS
 from textpolicy.types import Message, Task
 from textpolicy.untrusted.files import read_utf8
 

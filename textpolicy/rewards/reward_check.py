@@ -5,29 +5,21 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import nan
-from statistics import median
+from math import isnan, nan
+from statistics import mean, median
 from typing import Any, Literal
 
 from textpolicy.errors import ConfigError
-from textpolicy.rewards.reward_function import Sample, sample_of
+from textpolicy.rewards.checked_rows import GOLD_COLUMNS, CheckedRow, RowColumn, checked_rows
+from textpolicy.rewards.reward_function import sample_of
 from textpolicy.rewards.scorer import Scorer, Verdict, scorer_of
-from textpolicy.rewards.thoughts import thought_fields
+from textpolicy.rewards.signal_check import CompletionSampler, SignalCheck, check_signal
 from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
-from textpolicy.types import Completion, Prompt
 
-_PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "input")
-GOLD_COLUMNS = ("gold", "answer", "solution", "target", "completion", "output")
-"""Usual names of a column of right answers, in the order in which they are looked for."""
 _DEFAULT_ROWS = 64
 _SLOW_SECONDS = 0.1
 _RIGHT, _EMPTY, _OTHER_ROW = "the right answer", "no answer", "another row's answer"
 _GUESSES = "I am not sure, but it could be 3, or (B), or perhaps something else entirely."
-
-RowColumn = str | Callable[[Mapping[str, Any]], Any] | None
-"""A column of the rows, or a function of a row."""
-CompletionSampler = Callable[[Sequence[Any]], Sequence[Sequence[str | Completion]]]
-"""Takes prompts and returns a group of completions for each, or for the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +33,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class RewardCheck:
-    """All findings about one reward; `str()` of this is a table."""
+    """All findings about one reward, and what a model earns; `str()` of this is a table."""
 
     title: str
     findings: Sequence[Finding]
+    signal: SignalCheck | None = None
 
     @property
     def ok(self) -> bool:
@@ -53,20 +46,8 @@ class RewardCheck:
 
     def __str__(self) -> str:
         lines = [f"  {f.name:<14} {f.verdict:<11} {f.detail}".rstrip() for f in self.findings]
-        return "\n".join([self.title, *lines])
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedRow:
-    """A row whose prompt and right answer, if it is known, are not columns.
-
-    `asked` is what a model is asked, if that is more than the prompt.
-    """
-
-    prompt: str
-    example: Mapping[str, Any]
-    gold: str | None = None
-    asked: Prompt | None = None
+        earned = [f"\n{self.signal}"] if self.signal else []
+        return "\n".join([self.title, *lines, *earned])
 
 
 def check_reward(
@@ -76,13 +57,15 @@ def check_reward(
     prompt: RowColumn = None,
     gold: RowColumn = None,
     sample: CompletionSampler | None = None,
+    greedy: CompletionSampler | None = None,
     limit: int = _DEFAULT_ROWS,
 ) -> RewardCheck:
     """Return what a trial on up to `limit` rows found: `print(check_reward(close, rows))`.
 
     `prompt` and `gold` are columns or functions of a row. By default they are the first of the
     usual names, such as "question" and "answer", that the rows have. With `sample`, the check also
-    tells how often the rewards of a group of sampled completions differ.
+    tells whether the model gets a signal: how often the rewards of a group of sampled completions
+    differ. `greedy` returns groups of one greedy completion, for the first greedy score.
     """
     chosen = [row for _, row in zip(range(limit), rows, strict=False)]
     if not chosen:
@@ -100,28 +83,15 @@ def check_reward(
             _check_speed(trials),
             _check_process(scorer, before),
         ]
+        signal = None
         failed = [finding.name for finding in findings if finding.verdict == "FAILED"]
-        findings.append(_check_signal(scorer, checked, sample, failed))
+        # Sampling takes long, and says nothing about a reward that is wrong.
+        if sample and not failed:
+            right = _mean_of_right(trials)
+            signal = check_signal(scorer, checked, sample, greedy, right)
+        findings.append(_find_signal(signal, len(checked), failed if sample else []))
     names = " + ".join(member.name for member in rewards.members)
-    return RewardCheck(f"reward {names} on {len(checked)} rows", findings)
-
-
-def checked_rows(
-    rows: Sequence[Mapping[str, Any] | CheckedRow],
-    *,
-    prompt: RowColumn = None,
-    gold: RowColumn = None,
-) -> list[CheckedRow]:
-    """Return the rows with their prompts and right answers, from columns of the usual names."""
-    columns = () if isinstance(rows[0], CheckedRow) else rows[0]
-    prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in columns), None)
-    gold = gold or next((name for name in GOLD_COLUMNS if name in columns), None)
-    return [
-        row
-        if isinstance(row, CheckedRow)
-        else CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
-        for row in rows
-    ]
+    return RewardCheck(f"reward {names} on {len(checked)} rows", findings, signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,51 +222,21 @@ def _check_process(scorer: Scorer, before: _Process) -> Finding:
     return Finding("process", "ok", "the reward changes nothing that other code relies on")
 
 
-def _check_signal(
-    scorer: Scorer,
-    rows: Sequence[CheckedRow],
-    sample: CompletionSampler | None,
-    failed: Sequence[str],
-) -> Finding:
-    if sample is None:
-        return Finding("signal", "not checked", "no policy to sample from")
+def _mean_of_right(trials: Sequence[_Trial]) -> float:
+    """Return the mean reward of the right answers, or 1 if no right answer has a reward."""
+    values = [value for trial in trials if not isnan(value := trial.value(_RIGHT))]
+    return mean(values) if values else 1.0
+
+
+def _find_signal(signal: SignalCheck | None, rows: int, failed: Sequence[str]) -> Finding:
     if failed:
-        # Sampling takes long, and says nothing about a reward that is wrong.
         return Finding("signal", "not checked", f"mend first: {', '.join(failed)}")
-    differ, values = 0, list[float]()
-    groups = sample([row.asked or row.prompt for row in rows])
-    for row, group in zip(rows[: len(groups)], groups, strict=True):
-        verdicts = scorer.score([_sample(row, completion) for completion in group])
-        scored = [verdict.value for verdict in verdicts if verdict.value is not None]
-        values += scored
-        differ += len(set(scored)) > 1
-    mean = f"{sum(values) / len(values):.3g}" if values else "none"
+    if signal is None:
+        return Finding("signal", "not checked", "no policy to sample from")
     detail = (
-        f"rewards differ inside {differ} of {len(groups)} groups of {len(groups[0])} completions; "
-        f"mean reward {mean}"
+        f"{signal.verdict}: rewards differ inside {signal.differing} of {signal.groups} groups of "
+        f"{signal.group_size} completions; mean reward {signal.mean:.3g}"
     )
-    if len(groups) < len(rows):
-        detail += f"; {len(rows) - len(groups)} rows were not sampled, because the time was over"
-    return Finding("signal", "ok" if differ else "warning", detail)
-
-
-def _sample(row: CheckedRow, completion: str | Completion) -> Sample:
-    if isinstance(completion, str):
-        return sample_of(row.prompt, completion, row.example)
-    fields = thought_fields(
-        completion.text,
-        in_thought=completion.in_thought,
-        thought=completion.thought,
-        answer=completion.answer,
-    )
-    return sample_of(row.prompt, completion.text, row.example, **fields)
-
-
-def _column_text(row: Mapping[str, Any], column: RowColumn) -> str | None:
-    if column is None:
-        return None
-    if not isinstance(column, str):
-        return str(column(row))
-    if column not in row:
-        raise ConfigError(f"no column {column!r}; the rows have {', '.join(row)}")
-    return str(row[column])
+    if signal.groups < rows:
+        detail += f"; {rows - signal.groups} rows were not sampled, because the time was over"
+    return Finding("signal", "ok" if signal.verdict == "good" else "warning", detail)

@@ -1,19 +1,16 @@
 """`textpolicy check`: try a reward on rows or on an environment's tasks before training on it."""
 
-import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 
-import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-from textpolicy.activity import doing
 from textpolicy.cli.answer import Answer
+from textpolicy.cli.check_advice import next_after_check
 from textpolicy.cli.flags import configured
 from textpolicy.cli.output import print_note
 from textpolicy.cli.progress import showing_progress
+from textpolicy.cli.timed_sampler import TimedSampler
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Dataset, from_dataset
 from textpolicy.environments.chat import gold_for_turn, prompt_text
@@ -25,15 +22,13 @@ from textpolicy.experiment.assembly import apply_thread_option, template_argumen
 from textpolicy.experiment.first_prompt import describe_prompt
 from textpolicy.experiment.run_size import read_tokenizer
 from textpolicy.experiment.tasks import data_source_of, find_task, with_task_preamble
-from textpolicy.generation.mlx_generation import load_model
-from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import Rewards, as_rewards, load_reward
-from textpolicy.rewards.reward_check import CheckedRow, check_reward, checked_rows
-from textpolicy.types import Completion, Prompt, Sampling, Task
+from textpolicy.rewards.checked_rows import CheckedRow, checked_rows
+from textpolicy.rewards.reward_check import check_reward
+from textpolicy.types import Prompt, Task
 
 _DEFAULT_MAX_TOKENS = 128
-_PROBE_TOKENS = 8
 
 
 def run(options: Namespace) -> Answer:
@@ -50,16 +45,29 @@ def _run(options: Namespace) -> Answer:
             "there is nothing to try the reward on: name rows with --data rows.jsonl, or an "
             "environment with --env NAME"
         )
-    sample = _Sampler(config, options.sample, options.seconds) if options.sample else None
     if config.task.env:
         rewards, rows, max_tokens = _rows_of_environment(config, options)
-        sample = replace(sample, default_max_tokens=max_tokens) if sample else None
     else:
         rewards, rows = _rows_of_data(config, options)
-    check = check_reward(rewards, rows, sample=sample, limit=options.rows)
+        max_tokens = _DEFAULT_MAX_TOKENS
+    max_tokens = config.sampling.max_tokens or max_tokens
+    count = options.sample
+    sampler = TimedSampler(config, count, max_tokens, options.seconds) if count else None
+    check = check_reward(
+        rewards,
+        rows,
+        sample=sampler.sample if sampler else None,
+        greedy=sampler.greedy if sampler else None,
+        limit=options.rows,
+    )
     asked = _describe_asked(config, rows[0])
     data = asdict(check) | {"ok": check.ok, "asked": asked}
-    return Answer(data=data, text=f"{check}\n\n{asked}", exit_code=0 if check.ok else 1)
+    text = f"{replace(check, signal=None)}\n\n{asked}"
+    if check.signal and sampler:
+        advice = next_after_check(check.signal, config, sampler, has_gold=rows[0].gold is not None)
+        data["next"] = advice.command
+        text += f"\n\n{check.signal}. {advice}"
+    return Answer(data=data, text=text, exit_code=0 if check.ok else 1)
 
 
 def _rows_of_data(config: TrainConfig, options: Namespace) -> tuple[Rewards, list[CheckedRow]]:
@@ -136,65 +144,3 @@ def _describe_asked(config: TrainConfig, row: CheckedRow) -> str:
         chat_template_kwargs=arguments,
     )
     return describe_prompt(tokenizer, tokens, arguments)
-
-
-@dataclass(frozen=True)
-class _Sampler:
-    """Samples `count` completions for each prompt from the config's model, which a call loads.
-
-    A call samples one prompt, then two, then four, and ends before `seconds` are over, so it may
-    return groups of the first prompts only. `default_max_tokens` applies if the config does not
-    say how long a completion may be. On a slow model, completions are cut earlier.
-    """
-
-    config: TrainConfig
-    count: int
-    seconds: float
-    default_max_tokens: int = _DEFAULT_MAX_TOKENS
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
-        model, tokenizer = load_model(self.config.model.name)
-        started = time.monotonic()
-        max_tokens = self._tokens_that_fit(model, tokenizer, prompts[:1])
-        policy = self._policy(model, tokenizer, max_tokens)
-        groups: list[list[Completion]] = []
-        size, took = 1, 0.0
-        with doing(f"sampling completions of up to {max_tokens} tokens", len(prompts)) as activity:
-            while len(groups) < len(prompts) and self._has_time(started, took):
-                before, some = time.monotonic(), prompts[len(groups) : len(groups) + size]
-                groups += policy.generate(some, n=self.count, seed=len(groups))
-                activity.at(len(groups))
-                took, size = time.monotonic() - before, 2 * size
-        return groups
-
-    def _policy(
-        self, model: nn.Module, tokenizer: TokenizerWrapper, max_tokens: int
-    ) -> ModelPolicy:
-        return ModelPolicy(
-            model,
-            tokenizer,
-            Sampling(max_tokens=max_tokens),
-            allow_special_tokens=self.config.model.allow_special_tokens,
-            chat_template_kwargs=template_arguments_of(self.config.model, tokenizer),
-        )
-
-    def _tokens_that_fit(
-        self, model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[Prompt]
-    ) -> int:
-        """Return how long completions may be, so that one group takes half of the time at most."""
-        asked = self.config.sampling.max_tokens or self.default_max_tokens
-        probe = self._policy(model, tokenizer, min(asked, _PROBE_TOKENS))
-        started = time.monotonic()
-        probe.generate(prompts, n=self.count, seed=0)
-        seconds_a_token = (time.monotonic() - started) / _PROBE_TOKENS
-        fitting = min(asked, max(_PROBE_TOKENS, int(self.seconds / 2 / seconds_a_token)))
-        if fitting < asked:
-            print_note(
-                f"completions are cut at {fitting} of {asked} tokens, because longer ones do not "
-                f"fit into {self.seconds:g} s. Raise --seconds to sample longer completions"
-            )
-        return fitting
-
-    def _has_time(self, started: float, took: float) -> bool:
-        # The next, twice as many prompts take at most twice as long.
-        return time.monotonic() - started + 2 * took < self.seconds or not took

@@ -1,0 +1,56 @@
+"""The rows of a check: their prompts and right answers, from columns of the usual names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from textpolicy.errors import ConfigError
+from textpolicy.types import Prompt
+
+_PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "input")
+GOLD_COLUMNS = ("gold", "answer", "solution", "target", "completion", "output")
+"""Usual names of a column of right answers, in the order in which they are looked for."""
+
+RowColumn = str | Callable[[Mapping[str, Any]], Any] | None
+"""A column of the rows, or a function of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRow:
+    """A row whose prompt and right answer, if it is known, are not columns.
+
+    `asked` is what a model is asked, if that is more than the prompt.
+    """
+
+    prompt: str
+    example: Mapping[str, Any]
+    gold: str | None = None
+    asked: Prompt | None = None
+
+
+def checked_rows(
+    rows: Sequence[Mapping[str, Any] | CheckedRow],
+    *,
+    prompt: RowColumn = None,
+    gold: RowColumn = None,
+) -> list[CheckedRow]:
+    """Return the rows with their prompts and right answers, from columns of the usual names."""
+    columns = () if isinstance(rows[0], CheckedRow) else rows[0]
+    prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in columns), None)
+    gold = gold or next((name for name in GOLD_COLUMNS if name in columns), None)
+    return [
+        row
+        if isinstance(row, CheckedRow)
+        else CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
+        for row in rows
+    ]
+
+
+def _column_text(row: Mapping[str, Any], column: RowColumn) -> str | None:
+    if column is None:
+        return None
+    if not isinstance(column, str):
+        return str(column(row))
+    if column not in row:
+        raise ConfigError(f"no column {column!r}; the rows have {', '.join(row)}")
+    return str(row[column])
