@@ -46,6 +46,7 @@ LONGER = (
     "rates.py",
     "real_learning.py",
     "sft.py",
+    "verifiers_eval.py",
 )
 COUNTS = dict.fromkeys(
     [
