@@ -28,8 +28,9 @@ def serve_while(
     def play() -> None:
         try:
             _wait_for(f"http://127.0.0.1:{port}/health", ended)
-            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
-            results.append(ask(client))
+            url = f"http://127.0.0.1:{port}/v1"
+            with OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+                results.append(ask(client))
         except BaseException as error:
             results.append(error)
         finally:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -22,9 +23,15 @@ class LiveServer:
         self.address = address
         self.served = served
         self.exchanges = exchanges
+        self._clients = ExitStack()
 
     def client(self, key: str = TOKEN, **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, **options)
+        """Return a client, which is closed when the server is."""
+        client = OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, **options)
+        return self._clients.enter_context(client)
+
+    def close(self) -> None:
+        self._clients.close()
 
     def run(self, *functions: Callable[[], _T]) -> list[_T]:
         """Return what the functions return, each in a thread of its own, while the engine runs."""
@@ -57,27 +64,31 @@ def adapter_files(load_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> d
     return write_adapters(tmp_path_factory.mktemp("served"), load_tiny)
 
 
+@contextmanager
+def serving(served: Any, **options: Any) -> Iterator[LiveServer]:
+    """Serve an engine inside the block; the server keeps all exchanges."""
+    from textpolicy.serving.app import create_app
+    from textpolicy.serving.server import running_server
+
+    exchanges: list[Any] = []
+    app = create_app(served, on_exchange=exchanges.append, **options)
+    with running_server(app) as address, closing(LiveServer(address, served, exchanges)) as live:
+        yield live
+
+
 @pytest.fixture(scope="package")
 def live(load_tiny: Any, adapter_files: dict[str, Path]) -> Iterator[LiveServer]:
     from textpolicy.serving.adapters import ServedAdapters
-    from textpolicy.serving.app import create_app
     from textpolicy.serving.engine_queue import ServedEngine
     from textpolicy.serving.security import hosts_for, one_key
-    from textpolicy.serving.server import running_server
 
     served = ServedEngine(*load_tiny())
     adapters = ServedAdapters(served, "tiny", allowed=[adapter_files["red"].parent])
     for name, path in adapter_files.items():
         adapters.put(name, path)
-    exchanges: list[Any] = []
-    app = create_app(
-        served,
-        owner_of=one_key(TOKEN),
-        hosts=hosts_for("127.0.0.1"),
-        on_exchange=exchanges.append,
-    )
-    with running_server(app) as address:
-        yield LiveServer(address, served, exchanges)
+    hosts = hosts_for("127.0.0.1")
+    with serving(served, owner_of=one_key(TOKEN), hosts=hosts, adapters=adapters) as server:
+        yield server
 
 
 @pytest.fixture

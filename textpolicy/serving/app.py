@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -100,6 +100,7 @@ def create_app(
         exception_handlers={
             RefusalError: _refuse,
             ClientGoneError: _forget,
+            ClientDisconnect: _forget,
             HTTPException: _refuse_path,
             Exception: _fail,
         },

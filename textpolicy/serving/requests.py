@@ -198,7 +198,7 @@ def _read_max_tokens(fields: BodyFields) -> int | None:
 
 
 def _read_stop(given: Any) -> tuple[str, ...]:
-    texts = [given] if isinstance(given, str) else given or []
+    texts = [given] if isinstance(given, str) else [] if given is None else given
     right = isinstance(texts, list) and len(texts) <= _MAX_STOPS
     if not right or not all(
         is_text(text) and 0 < len(text) <= _MAX_STOP_CHARACTERS for text in texts

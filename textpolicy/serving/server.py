@@ -25,7 +25,7 @@ def running_server(app: App, host: str = "127.0.0.1", port: int = 0) -> Generato
     config = uvicorn.Config(
         app,
         lifespan="off",
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         limit_concurrency=_MAX_CONNECTIONS,
