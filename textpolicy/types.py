@@ -112,18 +112,60 @@ class TextEnv(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AgentPlay:
+    """One rollout that an agent plays: its task, and how the agent reaches the policy."""
+
+    prompt: Prompt
+    example: Mapping[str, Any]
+    base_url: str
+    api_key: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOutcome:
+    """How a play of an agent ended: the score that the agent gave, or what failed."""
+
+    score: float | None = None
+    error: str | None = None
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """Code that plays tasks by asking a policy through an OpenAI-compatible server.
+
+    `max_turns` limits the answers that one rollout may ask for.
+    """
+
+    @property
+    def max_turns(self) -> int: ...
+
+    def play(
+        self, plays: Sequence[AgentPlay], on_end: Callable[[int, AgentOutcome], None], /
+    ) -> None:
+        """Play all rollouts, several at a time. Call `on_end` with the number of each that ends."""
+        ...
+
+    def stop(self) -> None:
+        """Make a `play` of another thread end, with everything that its agents have started."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """One row of the data: a prompt, and in `example` the columns that its reward needs.
 
-    With `env`, each rollout of the task is an episode: `env()` makes an environment, and
-    `reset(seed=seed)` starts it. `preamble` is what the model reads before the prompt: a system
-    message, and questions with their answers as examples.
+    With `agent`, each rollout of the task is what the agent asks the policy for. With `env`, each
+    rollout is an episode: `env()` makes an environment, and `reset(seed=seed)` starts it.
+    `preamble` is what the model reads before the prompt: a system message, and questions with their
+    answers as examples.
     """
 
     id: str
     prompt: Prompt
     example: Mapping[str, Any] = field(default_factory=dict[str, Any])
     env: Callable[[], TextEnv] | None = None
+    agent: Agent | None = None
     seed: int = 0
     preamble: Sequence[Message] = ()
 

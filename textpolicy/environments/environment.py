@@ -18,7 +18,7 @@ from textpolicy.environments.held_out import (
 )
 from textpolicy.environments.streamed_rows import StreamedTasks
 from textpolicy.rewards import Rewards, reward
-from textpolicy.types import Prompt, RewardFn, Task
+from textpolicy.types import Agent, Prompt, RewardFn, Task
 
 _TELL_APART = (
     "If tasks with the same prompt are different problems, write a function problem(example) that "
@@ -86,6 +86,11 @@ class Environment:
 
     def heldout(self, number: int) -> list[Task]:
         return self.tasks.heldout(number)
+
+    @property
+    def agent(self) -> Agent | None:
+        """The agent that plays the tasks, if one does."""
+        return self.tasks.agent if isinstance(self.tasks, AgentTasks) else None
 
     def make(self) -> gym.Env[Any, Any]:
         return self.make_env(self.reward)
@@ -160,6 +165,27 @@ class EpisodeTasks:
     def _with_env(self, task: Task) -> Task:
         draw = _GivenTask(prompt=task.prompt, example=task.example)
         return replace(task, env=partial(self.build, draw, reward=self.reward))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentTasks:
+    """The tasks of another split, each played by an agent."""
+
+    source: TaskSplit
+    agent: Agent
+
+    def stream(self, seed: int) -> Iterator[Task]:
+        return map(self._with_agent, self.source.stream(seed))
+
+    def heldout(self, number: int) -> list[Task]:
+        return list(map(self._with_agent, self.source.heldout(number)))
+
+    @property
+    def split_note(self) -> str:
+        return self.source.split_note if isinstance(self.source, NotedSplit) else ""
+
+    def _with_agent(self, task: Task) -> Task:
+        return replace(task, agent=self.agent)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,20 +13,19 @@ from typing import Any
 
 import gymnasium as gym
 
+from textpolicy.environments.agent import load_agent, split_agent, with_limits
 from textpolicy.environments.bridges.gymnasium import from_gymnasium
 from textpolicy.environments.chat import ChatEnv, DrawFn
 from textpolicy.environments.data_source import DataSource
-from textpolicy.environments.dataset import Dataset
 from textpolicy.environments.environment import (
     BuildEnv,
     Environment,
     EpisodeTasks,
-    GeneratedTasks,
     TaskSplit,
     from_function,
     sum_turn_rewards,
 )
-from textpolicy.environments.streamed_rows import StreamedTasks
+from textpolicy.environments.module_tasks import refuse_data, tasks_of_module
 from textpolicy.environments.timeout import with_timeout
 from textpolicy.environments.tool_calls import parse_python_calls, parse_tagged_calls
 from textpolicy.environments.tools import ToolEnv
@@ -49,20 +48,35 @@ def load(
     *,
     env_timeout: float | None = None,
     tool_timeout: float | None = None,
+    agent_processes: int | None = None,
 ) -> Environment:
     """Return the environment that `spec` names.
 
     `spec` is one of `ready_names()`, "FILE.py", "FILE.py:NAME" (a Gymnasium class or an
-    `Environment` in the file), "reasoning_gym:TASK", "textarena:GAME", "openenv:URL" with the URL
-    of a server, or "gymnasium:ID" with an id for `gymnasium.make`. `data` has rows, for
-    environments that are made from rows: an address as of `load_rows`, or a `DataSource`.
+    `Environment` in the file), "agent:FILE.py" or "agent:FILE.py:FUNCTION", "reasoning_gym:TASK",
+    "textarena:GAME", "openenv:URL" with the URL of a server, or "gymnasium:ID" with an id for
+    `gymnasium.make`. `data` has rows, for environments that are made from rows: an address as of
+    `load_rows`, or a `DataSource`.
+
     With `env_timeout`, episodes run in another process, and a call of reset, step or close that
-    takes more seconds is killed; `tool_timeout` does the same for each call of a tool.
+    takes more seconds is killed; `tool_timeout` does the same for each call of a tool. For an agent
+    `env_timeout` limits a whole rollout, and `agent_processes` is the number of rollouts at once.
     """
     environment = _load(spec, DataSource.of(data))
+    if agent_processes is not None:
+        environment = _with_agent_processes(environment, agent_processes)
     if tool_timeout is not None:
         environment = _with_tool_timeout(environment, tool_timeout)
     return environment if env_timeout is None else with_timeout(environment, env_timeout)
+
+
+def _with_agent_processes(environment: Environment, number: int) -> Environment:
+    if environment.agent is None:
+        raise ConfigError(
+            f"agent_processes is {number}, but environment {environment.name} is no agent. Leave "
+            "agent_processes out"
+        )
+    return with_limits(environment, processes=number)
 
 
 def _with_tool_timeout(environment: Environment, seconds: float) -> Environment:
@@ -79,11 +93,13 @@ def _with_tool_timeout(environment: Environment, seconds: float) -> Environment:
 
 
 def _load(spec: str, data: DataSource) -> Environment:
+    if agent := split_agent(spec):
+        return load_agent(*agent, data)
     if (file_and_name := split_file_and_name(spec)) is not None:
         return _from_file(*file_and_name, data)
     scheme, _, rest = spec.partition(":")
     if rest and scheme in _LIBRARIES:
-        _refuse_data(spec, data)
+        refuse_data(spec, data)
         return import_module(f"textpolicy.environments.bridges.{scheme}").load(rest)
     known = ready_names()
     if spec not in known:
@@ -111,11 +127,11 @@ def environment_from_module(
     """
     contents, data = vars(module), DataSource.of(data)
     if "make" not in contents and "PROMPT" not in contents:
-        _refuse_data(name, data)
+        refuse_data(name, data)
         return _from_single_class(module, name)
     if "reward" not in contents and "turn_reward" not in contents:
         raise TaskError(f"{name} has no reward(prompt, completion, example). Write this function")
-    tasks, draw = _tasks(contents, name, data)
+    tasks, draw = tasks_of_module(contents, name, data)
     if "TOOLS" in contents or "reply" in contents:
         return _multi_turn(contents, name, tasks, draw)
     return from_function(
@@ -137,56 +153,6 @@ def _from_single_class(module: ModuleType, name: str) -> Environment:
         )
     (env,) = classes.values()
     return from_gymnasium(env, name=name, max_tokens=_max_tokens(vars(module)))
-
-
-def _tasks(contents: Mapping[str, Any], name: str, data: DataSource) -> tuple[TaskSplit, DrawFn]:
-    if "PROMPT" in contents:
-        tasks = _tasks_of_rows(contents, name, data)
-        return tasks, tasks.draw
-    _refuse_data(name, data)
-    draw = contents["make"]
-    if "problem" not in contents:
-        return GeneratedTasks(name=name, draw=draw), draw
-    problem = contents["problem"]
-    return GeneratedTasks(name=name, draw=draw, problem=lambda task: problem(task.example)), draw
-
-
-def _tasks_of_rows(
-    contents: Mapping[str, Any], name: str, data: DataSource
-) -> Dataset | StreamedTasks:
-    """Return tasks of the rows of `data`, or else of the module's own rows or own address."""
-    own: Any = contents.get("ROWS")
-    address: str | None = contents.get("DATA")
-    if data.is_empty and data.only_measured and own is None and address:
-        data = replace(data, held_out=address)
-    if data.train is None and not (data.only_measured and data.held_out):
-        if own is None and address is None:
-            raise TaskError(f"{name} has no rows of its own. Name a file of rows: --data FILE")
-        note = _note_about_own_rows(name, own, address)
-        # The module's own names need no other ones.
-        data = replace(data, train=own or address, stream=data.stream and own is None)
-        tasks = data.tasks(contents["PROMPT"], name=name)
-        return replace(tasks, split_note=note) if isinstance(tasks, Dataset) else tasks
-    return data.tasks(contents["PROMPT"], name=name)
-
-
-def _note_about_own_rows(name: str, own: Any, address: str | None) -> str:
-    if own is None:
-        return f"environment {name} trains on {address}, because no other rows are named (--data)"
-    if address is None:
-        return ""
-    return (
-        f"environment {name} has {len(own)} rows of its own, for a first try. The published rows "
-        f"are --data {address}"
-    )
-
-
-def _refuse_data(name: str, data: DataSource) -> None:
-    if not data.is_empty:
-        raise TaskError(
-            f"environment {name} makes its tasks itself and takes no rows, but got the file "
-            f"{str(data)!r}. Leave out the environment or the file"
-        )
 
 
 def _multi_turn(
@@ -222,7 +188,7 @@ def _from_file(path: Path, name: str, data: DataSource) -> Environment:
         module = load_python_file(path, what="environment", error=TaskError)
     if not name:
         return environment_from_module(module, path.stem, data)
-    _refuse_data(f"{path}:{name}", data)
+    refuse_data(f"{path}:{name}", data)
     found = vars(module).get(name)
     if isinstance(found, Environment):
         return found

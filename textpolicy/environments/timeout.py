@@ -11,8 +11,9 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+from textpolicy.environments.agent import with_limits
 from textpolicy.environments.bridges.gymnasium import GymnasiumTasks
-from textpolicy.environments.environment import Environment, EpisodeTasks
+from textpolicy.environments.environment import AgentTasks, Environment, EpisodeTasks
 from textpolicy.environments.request_process import RequestProcess, pack
 from textpolicy.errors import TaskError
 from textpolicy.types import Task
@@ -23,9 +24,11 @@ _numbers = count()
 def with_timeout(environment: Environment, seconds: float) -> Environment:
     """Return the environment, in whose episodes no call of reset, step or close takes longer.
 
-    An environment of one turn has no episodes and is returned as it is. Raise `ConfigError` if
-    another process could not import the environment.
+    For an agent the limit is that of a whole rollout. An environment of one turn is returned as it
+    is. Raise `ConfigError` if another process could not import the environment.
     """
+    if isinstance(environment.tasks, AgentTasks):
+        return with_limits(environment, seconds=seconds)
     tasks, process = environment.tasks, RequestProcess(seconds)
     what = f"environment {environment.name}"
     if isinstance(tasks, GymnasiumTasks):
