@@ -124,7 +124,8 @@ def _run_program(path: Path, play: Mapping[str, Any]) -> float | None:
     if code := process.wait():
         sys.stdout.buffer.write(last)
         sys.stdout.flush()
-        sys.exit(code if code > 0 else 128 - code)
+        # At once: the parent kills what is left as soon as the connection closes.
+        os._exit(code if code > 0 else 128 - code)
     try:
         answer = parse_json(last)
     except ValueError:
