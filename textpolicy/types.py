@@ -141,14 +141,19 @@ class Agent(Protocol):
     def max_turns(self) -> int: ...
 
     def play(
-        self, plays: Sequence[AgentPlay], on_end: Callable[[int, AgentOutcome], None], /
+        self,
+        plays: Sequence[AgentPlay],
+        on_end: Callable[[int, AgentOutcome], None],
+        stopped: Callable[[], bool],
+        /,
     ) -> None:
-        """Play all rollouts, several at a time. Call `on_end` with the number of each that ends."""
+        """Play all rollouts, several at a time. Call `on_end` with the number of each that ends.
+
+        If `stopped` is true after a call of `wake`, kill all agents that still play, and return.
+        """
         ...
 
-    def stop(self) -> None:
-        """Make a `play` of another thread end, with everything that its agents have started."""
-        ...
+    def wake(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

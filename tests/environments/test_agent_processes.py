@@ -117,11 +117,14 @@ def test_stopping_kills_agents_that_still_play(tmp_path):
     plays = AgentPlay(
         prompt="1", example={"do": "hang", "file": str(file)}, base_url="", api_key="", model=""
     )
-    thread = threading.Thread(target=agent.play, args=([plays], lambda n, o: ended.append(n)))
+    stop = threading.Event()
+    arguments = [plays], lambda number, outcome: ended.append(number), stop.is_set
+    thread = threading.Thread(target=agent.play, args=arguments)
     thread.start()
     while not (file.exists() and len(file.read_text().split()) == 2):
         time.sleep(0.01)
-    agent.stop()
+    stop.set()
+    agent.wake()
     thread.join(10)
     assert not thread.is_alive()
     assert not ended

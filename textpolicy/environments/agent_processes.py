@@ -56,12 +56,20 @@ class AgentProcesses:
         self._waiting: deque[tuple[int, AgentPlay]] = deque()
         self._on_end: OnEnd = lambda number, outcome: None
         self._woken, self._wakes = os.pipe()
-        self._stopped = False
         weakref.finalize(self, _close_all, self._woken, self._wakes)
 
-    def play(self, plays: Sequence[AgentPlay], on_end: OnEnd, /) -> None:
-        """Play all rollouts. Call `on_end` with the number of each rollout that has ended."""
-        self._waiting, self._on_end, self._stopped = deque(enumerate(plays)), on_end, False
+    def play(
+        self,
+        plays: Sequence[AgentPlay],
+        on_end: OnEnd,
+        stopped: Callable[[], bool] = lambda: False,
+        /,
+    ) -> None:
+        """Play all rollouts. Call `on_end` with the number of each rollout that has ended.
+
+        If `stopped` is true after a call of `wake`, kill all processes and return.
+        """
+        self._waiting, self._on_end = deque(enumerate(plays)), on_end
         while missing := len(self._waiting) + sum(one.number is not None for one in self._players):
             while len(self._players) < min(self.processes, missing):
                 self._players.append(self._start())
@@ -69,15 +77,14 @@ class AgentProcesses:
                 if self._waiting and player.ready and player.number is None:
                     self._give(player, *self._waiting.popleft())
             self._wait()
-            if self._stopped:
+            if stopped():
                 self.close()
                 return
             for player in list(self._players):
                 self._look_at(player)
 
-    def stop(self) -> None:
-        """Make `play` of another thread kill its processes and return."""
-        self._stopped = True
+    def wake(self) -> None:
+        """Let `play` in another thread look at its `stopped` again."""
         os.write(self._wakes, b"\0")
 
     def close(self) -> None:
@@ -98,7 +105,7 @@ class AgentProcesses:
         player.process.send(fields | {"prompt": prompt, "example": dict(play.example)})
 
     def _wait(self) -> None:
-        """Wait until a process has written something or is late, or until `stop` is called."""
+        """Wait until a process has written something or is late, or until `wake` is called."""
         busy = [one for one in self._players if one.number is not None or not one.ready]
         ends: list[Any] = [self._woken, *(one.process.socket for one in self._players)]
         ends += [one.process.output for one in self._players if one.process.output_is_open]

@@ -10,12 +10,15 @@ from typing import Any
 
 from textpolicy.activity import doing
 from textpolicy.environments.chat import prompt_text
+from textpolicy.environments.environment import sum_turn_rewards
 from textpolicy.environments.episode_values import StepResult, check_step_result, open_episode
 from textpolicy.environments.faults import environment_errors
 from textpolicy.errors import ConfigError, RewardError, TaskError, TextPolicyError
 from textpolicy.rewards import RewardLike, Sample, Scorer, Verdict, append_completion, scorer_of
 from textpolicy.rewards.scorer import BackgroundScorer
 from textpolicy.rewards.thoughts import thought_fields
+from textpolicy.rollout.agent_play import AgentEpisode, play_agents
+from textpolicy.rollout.segments import join_completions
 from textpolicy.types import (
     Completion,
     ConversingPolicy,
@@ -24,6 +27,8 @@ from textpolicy.types import (
     Prompt,
     Rollout,
     RolloutGroup,
+    Sampling,
+    Segment,
     StopReason,
     Task,
     TextEnv,
@@ -55,7 +60,10 @@ def collect(
     with scorer_of(reward) as scorer:
         scorer.prepare([task.example for task in tasks])
         episodic = any(task.env for task in tasks)
-        if not episodic and scorer.can_overlap_decoding and isinstance(policy, ConversingPolicy):
+        if any(task.agent for task in tasks):
+            unscored = _play_agents(tasks, policy, group_size, seed, scorer)
+            verdicts = _score(scorer, tasks, unscored)
+        elif not episodic and scorer.can_overlap_decoding and isinstance(policy, ConversingPolicy):
             unscored, verdicts = _answer_and_score(tasks, policy, scorer, group_size, seed)
         else:
             unscored = _play(tasks, policy, group_size, seed, max_turns, scorer.count_fault)
@@ -141,7 +149,27 @@ class _UnscoredRollout:
     """The completions of one rollout, one for each turn, and the episode if there is one."""
 
     completions: Sequence[Completion]
-    episode: Episode | None = None
+    episode: Episode | AgentEpisode | None = None
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The token sequences: one, unless an agent has rewritten its conversation."""
+        segments = join_completions(self.completions)
+        if isinstance(self.episode, AgentEpisode):
+            return segments or [Segment(tokens=[], mask=[], logprobs=[])]
+        if len(segments) > 1:
+            raise ValueError("a policy changed the tokens of an earlier turn of an episode")
+        return segments
+
+    @property
+    def sampling(self) -> Sampling:
+        episode = self.episode
+        return episode.sampling if isinstance(episode, AgentEpisode) else self.last.sampling
+
+    @property
+    def version(self) -> int:
+        episode = self.episode
+        return episode.version if isinstance(episode, AgentEpisode) else self.last.version
 
     @property
     def last(self) -> Completion:
@@ -157,8 +185,9 @@ class _UnscoredRollout:
 
     @property
     def stop_reason(self) -> StopReason:
-        cut_off = self.episode is not None and self.episode.cut_off
-        return StopReason.LENGTH if cut_off else self.last.stop_reason
+        if self.episode is not None and self.episode.cut_off:
+            return StopReason.LENGTH
+        return self.last.stop_reason if self.completions else StopReason.CANCELLED
 
 
 def _answer_and_score(
@@ -174,6 +203,21 @@ def _answer_and_score(
         verdicts = background.verdicts()
     unscored = [[_UnscoredRollout(turns) for turns in group] for group in groups]
     return unscored, [verdicts[t, m] for t, group in enumerate(groups) for m in range(len(group))]
+
+
+def _play_agents(
+    tasks: Sequence[Task], policy: Policy, group_size: int, seed: int, scorer: Scorer
+) -> list[list[_UnscoredRollout]]:
+    """Return the rollouts of each task, which its agent has played."""
+    groups = play_agents(
+        tasks,
+        policy,
+        group_size=group_size,
+        seed=seed,
+        needs_score=sum_turn_rewards in scorer.rewards.members,
+        on_fault=scorer.count_fault,
+    )
+    return [[_UnscoredRollout(one.completions, one) for one in group] for group in groups]
 
 
 def _play(
@@ -258,13 +302,10 @@ def _sample(task: Task, unscored: _UnscoredRollout) -> Sample:
 
 def _context(prompt: Prompt, unscored: _UnscoredRollout) -> Mapping[str, Any]:
     """Return the values of `textpolicy.rewards.CONTEXT_FIELDS`, as types that need no mlx."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-    for turn in unscored.turns[:-1]:
-        messages = [*append_completion(messages, turn.completion), *turn.replies]
     return {
         "tokens": [token for turn in unscored.completions for token in turn.tokens],
         "stop_reason": unscored.stop_reason.value,
-        "messages": append_completion(messages, unscored.last.text),
+        "messages": _messages(prompt, unscored),
         "turns": [turn.text for turn in unscored.completions],
         "turn_rewards": [turn.reward for turn in unscored.turns] or [0.0],
         **thought_fields(
@@ -276,31 +317,33 @@ def _context(prompt: Prompt, unscored: _UnscoredRollout) -> Mapping[str, Any]:
     }
 
 
+def _messages(prompt: Prompt, unscored: _UnscoredRollout) -> Sequence[Message]:
+    """Return the conversation with the last completion."""
+    if isinstance(unscored.episode, AgentEpisode) and (messages := unscored.episode.messages):
+        return messages
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    for turn in unscored.turns[:-1]:
+        messages = [*append_completion(messages, turn.completion), *turn.replies]
+    return append_completion(messages, unscored.last.text)
+
+
 def _rollout(unscored: _UnscoredRollout, verdict: Verdict) -> Rollout:
-    """Return the rollout. The last completion's tokens contain the tokens of all turns before."""
-    last = unscored.last
-    tokens = last.prompt_tokens + last.tokens
-    mask = [False] * len(tokens)
-    logprobs = [0.0] * len(tokens)
-    for turn in unscored.completions:
-        start, end = len(turn.prompt_tokens), len(turn.prompt_tokens) + len(turn.tokens)
-        if tokens[:end] != turn.prompt_tokens + turn.tokens:
-            raise ValueError("a policy changed the tokens of an earlier turn of an episode")
-        mask[start:end] = [True] * len(turn.tokens)
-        logprobs[start:end] = turn.logprobs
-    episode_metrics = unscored.episode.metrics if unscored.episode else {}
+    """Return the rollout with its reward. An agent that failed at once has no tokens."""
+    episode, last = unscored.episode, unscored.completions[-1] if unscored.completions else None
+    first, *later = unscored.segments
     reward_metrics = {f"rewards/{name}": value for name, value in verdict.metrics.items()}
     return Rollout(
-        tokens=tokens,
-        mask=mask,
-        logprobs=logprobs,
-        completion=last.text,
+        tokens=first.tokens,
+        mask=first.mask,
+        logprobs=first.logprobs,
+        later=tuple(later),
+        completion=last.text if last else "",
         reward=verdict.value,
         rewards=verdict.parts,
-        metrics=reward_metrics | episode_metrics,
+        metrics=reward_metrics | (episode.metrics if episode else {}),
         stop_reason=unscored.stop_reason,
-        sampling=last.sampling,
-        version=last.version,
+        sampling=unscored.sampling,
+        version=unscored.version,
         error=verdict.error,
         turns=unscored.turns,
     )
