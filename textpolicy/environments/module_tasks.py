@@ -12,7 +12,9 @@ from textpolicy.environments.streamed_rows import StreamedTasks
 from textpolicy.errors import TaskError
 
 
-def tasks_of_module(contents: Mapping[str, Any], name: str, data: DataSource) -> tuple[TaskSplit, DrawFn]:
+def tasks_of_module(
+    contents: Mapping[str, Any], name: str, data: DataSource
+) -> tuple[TaskSplit, DrawFn]:
     """Return the tasks that a module's `make`, or its `PROMPT` and rows, describe."""
     if "PROMPT" in contents:
         tasks = _tasks_of_rows(contents, name, data)

@@ -18,7 +18,7 @@ from textpolicy.serving.encoding import PromptEncoder
 from textpolicy.serving.endpoints import SamplingEndpoints
 from textpolicy.serving.engine_job import ClientGoneError
 from textpolicy.serving.engine_queue import ServedEngine
-from textpolicy.serving.exchange import OnExchange
+from textpolicy.serving.exchange import OnExchange, OnRefusal, PrepareRequest
 from textpolicy.serving.metrics import RequestCounts, prometheus_text
 from textpolicy.serving.refusal import RefusalError, server_failure, unknown_model
 from textpolicy.serving.security import Asgi, Guard, OwnerOf, Receive, Scope, Send
@@ -43,6 +43,8 @@ def create_app(
     owner_of: OwnerOf | Mapping[str, Any] | None = None,
     hosts: Collection[str] | None = None,
     on_exchange: OnExchange | None = None,
+    prepare: PrepareRequest | None = None,
+    on_refusal: OnRefusal | None = None,
     encoder: PromptEncoder | None = None,
     adapters: ServedAdapters | None = None,
 ) -> App:
@@ -50,11 +52,12 @@ def create_app(
 
     `owner_of` says whose a bearer key is: a function that returns None for a key that may not ask,
     or a mapping; without it nobody needs a key. `hosts` are the names by which clients may ask;
-    None allows every name. `on_exchange` is called with every finished answer. With `adapters`,
-    clients may load adapters and unload them.
+    None allows every name. `on_exchange` is called with every finished answer,
+    `prepare` with every request, which it may change or refuse, and `on_refusal` with refused ones.
+    With `adapters`, clients may load adapters and unload them.
     """
     encoder = encoder or PromptEncoder(served.model, served.tokenizer)
-    sampling = SamplingEndpoints(served, encoder, on_exchange)
+    sampling = SamplingEndpoints(served, encoder, on_exchange, prepare, on_refusal)
     counts = RequestCounts()
     started = int(time.time())
 

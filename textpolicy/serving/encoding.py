@@ -11,10 +11,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from textpolicy.chat_template import argument_names
 from textpolicy.control_tokens import encode_text
 from textpolicy.errors import PromptError
-from textpolicy.generation.prompts import check_prompt, context_length, encode_prompt
+from textpolicy.generation.prompts import check_prompt, context_length, encode_prompt, encode_reply
 from textpolicy.serving.generation_request import GenerationRequest
 from textpolicy.serving.refusal import RefusalError
 from textpolicy.serving.requests import Asked, ChatRequest, CompletionRequest, RawPrompt
+from textpolicy.types import Message
 from textpolicy.untrusted.template_check import SWITCHES
 
 DEFAULT_MAX_TOKENS = 1024
@@ -35,6 +36,7 @@ class PromptEncoder:
         *,
         max_model_len: int | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
+        most_tokens: int | None = None,
         allow_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -44,6 +46,7 @@ class PromptEncoder:
         # Two threads must not use one tokenizer: encoding may change its settings.
         self._tokenizer = deepcopy(tokenizer)
         self._max_tokens = max_tokens
+        self._most_tokens = most_tokens or self.max_model_len
         self._allow_special_tokens = allow_special_tokens
         self._arguments = dict(chat_template_kwargs or {})
 
@@ -71,6 +74,22 @@ class PromptEncoder:
             raise RefusalError(str(error), param="prompt") from error
         return self._for_engine(request.asked, prompts, "prompt")
 
+    def encode_reply(self, replies: Sequence[Message], last_token: int) -> list[int] | None:
+        """Return the tokens from an answer's last token to the next answer, or None.
+
+        None means that the chat template cannot write such replies after an answer.
+        """
+        try:
+            return encode_reply(
+                self._tokenizer,
+                replies,
+                last_token,
+                allow_special_tokens=self._allow_special_tokens,
+                chat_template_kwargs=self._arguments,
+            )
+        except PromptError:
+            return None
+
     def _tokens_of(self, prompt: RawPrompt) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
@@ -79,7 +98,7 @@ class PromptEncoder:
     def _for_engine(
         self, asked: Asked, prompts: Sequence[list[int]], param: str
     ) -> GenerationRequest:
-        max_tokens = self._limit(asked.max_tokens, max(map(len, prompts)), param)
+        max_tokens = self.limit(asked.max_tokens, max(map(len, prompts)), param)
         for tokens in prompts:
             try:
                 check_prompt(self._model, tokens, max_tokens)
@@ -95,8 +114,12 @@ class PromptEncoder:
             top_logprobs=asked.logprobs,
         )
 
-    def _limit(self, asked: int | None, longest: int, param: str) -> int:
-        """Return the limit of an answer; refuse a prompt that leaves no room for the answer."""
+    def limit(self, asked: int | None, longest: int, param: str) -> int:
+        """Return the limit of an answer; refuse a prompt that leaves no room for the answer.
+
+        A limit above `most_tokens` is lowered.
+        """
+        asked = None if asked is None else min(asked, self._most_tokens)
         room = self.max_model_len - longest
         if room < (asked or 1):
             raise RefusalError(

@@ -25,7 +25,7 @@ from textpolicy.serving.answers import (
 from textpolicy.serving.encoding import PromptEncoder
 from textpolicy.serving.engine_job import EngineJob
 from textpolicy.serving.engine_queue import ServedEngine
-from textpolicy.serving.exchange import Exchange, OnExchange
+from textpolicy.serving.exchange import Exchange, OnExchange, OnRefusal, PrepareRequest
 from textpolicy.serving.faults import attempt_step
 from textpolicy.serving.generation_request import Generation, GenerationRequest
 from textpolicy.serving.mailbox import LoopMailbox
@@ -41,7 +41,7 @@ from textpolicy.serving.requests import (
 from textpolicy.serving.security import MAX_BODY_BYTES, MAX_DISCARDED_BYTES, too_long_body
 from textpolicy.untrusted.parsing import parse_json
 
-_T = TypeVar("_T")
+_Asked = TypeVar("_Asked", ChatRequest, CompletionRequest)
 _log = logging.getLogger("textpolicy.serving")
 _BODY_SECONDS = 30.0
 VERSION_HEADER = "x-textpolicy-version"
@@ -70,12 +70,19 @@ class SamplingEndpoints:
     """
 
     def __init__(
-        self, served: ServedEngine, encoder: PromptEncoder, on_exchange: OnExchange | None
+        self,
+        served: ServedEngine,
+        encoder: PromptEncoder,
+        on_exchange: OnExchange | None,
+        prepare: PrepareRequest | None = None,
+        on_refusal: OnRefusal | None = None,
     ) -> None:
         self._served = served
         self._encoder = encoder
         self._reader = AnswerReader(served.tokenizer)
         self._on_exchange = on_exchange
+        self._prepare = prepare
+        self._on_refusal = on_refusal
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="textpolicy-prompts")
         self._mailbox: LoopMailbox | None = None
 
@@ -128,9 +135,31 @@ class SamplingEndpoints:
         generation = await self._finished(task)
         return self._json(generate_body(task.request_id, generation), generation)
 
-    async def _read(self, request: Request, read: Callable[[bytes], _T]) -> _T:
-        body = await receive_body(request)
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, read, body)
+    async def _read(
+        self, request: Request, read: Callable[[bytes], tuple[_Asked, GenerationRequest]]
+    ) -> tuple[_Asked, GenerationRequest]:
+        body, owner = await receive_body(request), request.state.owner
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoding, self._prepared, owner, body, read)
+
+    def _prepared(
+        self,
+        owner: Any,
+        body: bytes,
+        read: Callable[[bytes], tuple[_Asked, GenerationRequest]],
+    ) -> tuple[_Asked, GenerationRequest]:
+        """Return a request as the caller's function has changed it."""
+        try:
+            asked, wanted = read(body)
+            if self._prepare is not None:
+                chat = asked if isinstance(asked, ChatRequest) else None
+                messages, tools = (chat.messages, chat.tools) if chat else ((), ())
+                wanted = self._prepare(owner, messages, tools, wanted)
+        except RefusalError as refusal:
+            if self._on_refusal is not None:
+                self._on_refusal(owner, refusal)
+            raise
+        return asked, wanted
 
     def _start(
         self,
@@ -220,6 +249,7 @@ class SamplingEndpoints:
                 tokens=row.tokens,
                 logprobs=row.logprobs,
                 text=choice.content,
+                message=choice.message(),
                 finish_reason=finish_reason(row, choice) or "cancelled",
                 sampling=row.sampling,
                 seed=generation.request.seed,

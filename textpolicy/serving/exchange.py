@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from textpolicy.serving.generation_request import GenerationRequest
+from textpolicy.serving.refusal import RefusalError
 from textpolicy.types import Sampling
 
 
@@ -14,7 +16,8 @@ class Exchange:
     `owner` is what the server's caller said about the key of the request. `messages` and `tools`
     are those of a chat request, and empty for prompts in text or token ids. `tokens` are the ids
     that were sampled, with the stop token, and `logprobs` are their log-probabilities under the
-    distribution that they were sampled from. `finish_reason` is "stop", "length", "tool_calls", or
+    distribution that they were sampled from. `message` is the answer as a message with its calls.
+    `finish_reason` is "stop", "length", "tool_calls", or
     "cancelled" if the client went away. `index` counts the answers of one request, `request_id`.
     """
 
@@ -29,10 +32,19 @@ class Exchange:
     tokens: list[int]
     logprobs: list[float]
     text: str
+    message: Mapping[str, Any]
     finish_reason: str
     sampling: Sampling
     seed: int
 
 
+PrepareRequest = Callable[
+    [Any, Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], GenerationRequest],
+    GenerationRequest,
+]
+"""Called in the thread of the prompts with the owner, the messages and the tools of a request, and
+what would be sampled. Returns what is sampled instead, or raises `RefusalError`."""
+OnRefusal = Callable[[Any, RefusalError], None]
+"""Called in the thread of the prompts with the owner of a request that is refused, and why."""
 OnExchange = Callable[[Exchange], None]
 """Called in the server's thread before the client gets the end of the answer. It must be quick."""
