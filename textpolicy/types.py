@@ -155,6 +155,10 @@ class Agent(Protocol):
 
     def wake(self) -> None: ...
 
+    def close(self) -> None:
+        """End the processes that are kept for further plays."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:

@@ -79,9 +79,12 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
             reports.append(report)
             return Progress.STOP if left < took else Progress.MORE
 
-        with closing(
-            SignalScorer(rewards, on_incident=lambda incident: print_note(str(incident)))
-        ) as scorer:
+        with (
+            closing(environment),
+            closing(
+                SignalScorer(rewards, on_incident=lambda incident: print_note(str(incident)))
+            ) as scorer,
+        ):
             train_rl(
                 tasks=environment.stream(config.run.seed),
                 reward=scorer,

@@ -86,7 +86,7 @@ class TaskOptions:
 
     env: str | None = option(
         None,
-        "environment: a name that `textpolicy envs` lists, or FILE.py[:NAME]",
+        "environment: a name that `textpolicy envs` lists, FILE.py[:NAME], or agent:FILE.py[:NAME]",
         unset="none; --data has the tasks",
         metavar="NAME",
     )
@@ -136,10 +136,17 @@ class TaskOptions:
     env_timeout: float | None = option(
         None,
         "seconds after which reset, step or close of an environment is killed; episodes then run "
-        "in another process",
-        unset="no limit",
+        "in another process. For an agent, seconds of a whole rollout",
+        unset="no limit; 300 for an agent",
         metavar="SECONDS",
         limit=above(0),
+    )
+    agent_processes: int | None = option(
+        None,
+        "rollouts that an agent plays at once, each in a process of its own",
+        unset="4 for each CPU core, at most 16",
+        metavar="N",
+        limit=at_least(1),
     )
     tool_timeout: float | None = option(
         None,

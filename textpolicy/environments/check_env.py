@@ -34,10 +34,14 @@ def check_env(environment: Environment, number: int = 200) -> None:
 
     The checks are Gymnasium's own checker, equal tasks for equal seeds, hostile answers, and an
     end to each episode. If the environment has gold answers, they must earn more than empty
-    answers on `number` training tasks and `number` held-out tasks.
+    answers on `number` training tasks and `number` held-out tasks. An agent is not played: only
+    its tasks are checked.
     """
     # The error about a first task without text is clearer than those of Gymnasium's checker.
     next(environment.stream(0))
+    if environment.agent is not None:
+        _check_tasks(environment, min(number, 20))
+        return
     with environment_errors(environment.name, "gymnasium.make"):
         env = environment.make()
     with warnings.catch_warnings():

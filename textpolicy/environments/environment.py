@@ -92,6 +92,11 @@ class Environment:
         """The agent that plays the tasks, if one does."""
         return self.tasks.agent if isinstance(self.tasks, AgentTasks) else None
 
+    def close(self) -> None:
+        """End the processes of an agent. They start again when it plays again."""
+        if self.agent is not None:
+            self.agent.close()
+
     def make(self) -> gym.Env[Any, Any]:
         return self.make_env(self.reward)
 

@@ -72,6 +72,11 @@ def with_preamble(
     """
     if system is None and not few_shot:
         return environment
+    if environment.agent is not None:
+        raise ConfigError(
+            f"the agent {environment.name} writes its conversations itself, so it would not read a "
+            "system message or examples of few_shot. Write them in the agent's file"
+        )
     tasks = environment.tasks
     problem_of = tasks.problem if isinstance(tasks, GeneratedTasks) else _problem_of
     solve = _Solver(environment, gold_column)

@@ -311,6 +311,7 @@ def _heldout_of(
     name: str, config: TrainConfig, opened: ExitStack, note: Callable[[str], None]
 ) -> HeldOut:
     environment, rewards = find_task(with_environment(config.task, name), config.run.seed)
+    opened.callback(environment.close)
     return HeldOut(
         name=environment.name,
         tasks=environment.heldout(config.evaluation.count),

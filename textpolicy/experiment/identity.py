@@ -12,6 +12,7 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.config import SFTConfig
 from textpolicy.config.train import AdapterOptions, TaskOptions
+from textpolicy.environments.agent import AGENT_SCHEME
 from textpolicy.environments.data_address import DataAddress
 from textpolicy.environments.load import ready_names
 from textpolicy.environments.preamble import system_file
@@ -141,7 +142,7 @@ def _environment_file(spec: str) -> Path | None:
     """Return the Python file of an environment, or None for the environment of a library."""
     if spec in ready_names():
         return Path(import_module(f"textpolicy_envs.{spec}").__file__ or "")
-    return _file_in(spec)
+    return _file_in(spec.removeprefix(AGENT_SCHEME))
 
 
 def _file_in(spec: str) -> Path | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.config import changed, settings_of
+from textpolicy.environments.agent import AGENT_SCHEME
 from textpolicy.environments.data_address import DataAddress
 from textpolicy.environments.preamble import system_file
 from textpolicy.experiment.assembly import RunConfig
@@ -38,6 +39,8 @@ def _absolute(value: Any) -> Any:
         return value.expanduser().absolute()
     if value in _WORDS:
         return value
+    if value.startswith(AGENT_SCHEME):
+        return AGENT_SCHEME + _absolute(value.removeprefix(AGENT_SCHEME))
     path, name = split_file_and_name(value) or (Path(value), "")
     path = path.expanduser()
     if not path.exists():

@@ -55,12 +55,13 @@ def train_policy(
     # A checkpoint that does not fit must leave the config as it was.
     save_options(config, directory, start)
     policy = experiment.policy
-    (first,) = environment.heldout(1)
-    report.note(
-        describe_prompt(policy.tokenizer, policy.encode(first.asked), policy.chat_template_kwargs)
-    )
+    if environment.agent is None:
+        (first,) = environment.heldout(1)
+        tokens = policy.encode(first.asked)
+        report.note(describe_prompt(policy.tokenizer, tokens, policy.chat_template_kwargs))
     report.step = start.resume.step if start.resume else 0
     with ExitStack() as opened:
+        opened.callback(environment.close)
         scorer = open_scorer(experiment.reward, opened, report.note)
         watchdog = opened.enter_context(watch(config, directory, report))
         observer = _open_observer(

@@ -232,7 +232,7 @@ def read_architecture(options: ModelOptions) -> dict[str, Any]:
 
 def has_turns(environment: Environment) -> bool:
     """Return whether an episode may have several turns."""
-    return any(task.env is not None for task in environment.heldout(1))
+    return any(task.env is not None or task.agent is not None for task in environment.heldout(1))
 
 
 def read_tokenizer(options: ModelOptions) -> TokenizerWrapper:

@@ -67,7 +67,8 @@ def with_environment(options: TaskOptions, env: str) -> TaskOptions:
     """Return the options for another environment, with that environment's tasks and reward."""
     own = TaskOptions()
     rows = {name: getattr(own, name) for name in ("data", "eval_data", "columns", "data_stream")}
-    return replace(options, env=env, prompt=None, reward=None, tool_timeout=None, **rows)
+    limits = {"tool_timeout": None, "agent_processes": None}
+    return replace(options, env=env, prompt=None, reward=None, **limits, **rows)
 
 
 @doing("trying the reward on one answer")
@@ -90,8 +91,13 @@ def _environment(
                 f"--prompt is given with the environment {options.env}, which writes its prompts "
                 "itself. Leave out --prompt, or use --data with --prompt"
             )
-        limits = {"env_timeout": options.env_timeout, "tool_timeout": options.tool_timeout}
-        return load(options.env, source, **limits)
+        return load(
+            options.env,
+            source,
+            env_timeout=options.env_timeout,
+            tool_timeout=options.tool_timeout,
+            agent_processes=options.agent_processes,
+        )
     if options.data is None and not (source.only_measured and options.eval_data):
         raise ConfigError(
             "no task is given. Name an environment, for example --env sort (`textpolicy envs` "

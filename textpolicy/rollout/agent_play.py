@@ -98,18 +98,14 @@ class AgentEpisode:
     @property
     def turns(self) -> list[Turn]:
         """The answers with what the agent replied. The last one has the score as its reward."""
-        replies = [
-            _replies(one, after)
-            for one, after in zip(self.exchanges, [*self.exchanges[1:], None], strict=True)
-        ]
         last = len(self.exchanges) - 1
         return [
             Turn(
                 completion=one.text,
-                reward=(self.score or 0.0) if number == last else 0.0,
-                replies=reply,
+                reward=self.score or 0.0 if number == last else 0.0,
+                replies=[] if number == last else _replies(one, self.exchanges[number + 1]),
             )
-            for number, (one, reply) in enumerate(zip(self.exchanges, replies, strict=True))
+            for number, one in enumerate(self.exchanges)
         ]
 
     @property
@@ -380,10 +376,10 @@ def _completion(exchange: Exchange, sampling: Sampling) -> Completion:
     )
 
 
-def _replies(exchange: Exchange, after: Exchange | None) -> list[Message]:
+def _replies(exchange: Exchange, after: Exchange) -> list[Message]:
     """Return the messages that the next request adds to the conversation of this one."""
     count = len(exchange.messages)
-    if after is None or not count or list(after.messages[:count]) != list(exchange.messages):
+    if not count or list(after.messages[:count]) != list(exchange.messages):
         return []
     return list(map(_as_text, after.messages[count + 1 :]))
 

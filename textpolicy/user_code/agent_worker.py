@@ -122,8 +122,7 @@ def _run_program(path: Path, play: Mapping[str, Any]) -> float | None:
     while line := process.stdout.readline(_MAX_LINE_BYTES):
         last = line if line.strip() else last
     if code := process.wait():
-        sys.stdout.buffer.write(last)
-        sys.stdout.flush()
+        os.write(1, last)
         # At once: the parent kills what is left as soon as the connection closes.
         os._exit(code if code > 0 else 128 - code)
     try:

@@ -24,6 +24,7 @@ def _list() -> Answer:
     ready = {name: _summary(name) for name in ready_names()}
     others = {
         "FILE.py[:NAME]": "a file of yours; see docs/environments.md",
+        "agent:FILE.py[:NAME]": "an agent of yours, a function or a program; see docs/agents.md",
         "gymnasium:ID": "any Gymnasium environment of text",
     }
     for spec, (module, extra, text) in _LIBRARIES.items():
@@ -44,7 +45,9 @@ def _show(spec: str, data: str | None) -> Answer:
     environment = load(spec, data)
     check_env(environment, 20)
     (task,) = environment.heldout(1)
-    has_gold = environment.gold is not None or "gold" in environment.make().reset(seed=task.seed)[1]
+    has_gold = environment.gold is not None or (
+        environment.agent is None and "gold" in environment.make().reset(seed=task.seed)[1]
+    )
     gold = gold_answers(environment, task) if has_gold else []
     prompt = prompt_text(task.prompt)
     rows = [("name", environment.name), ("prompt", prompt)]

@@ -1,7 +1,7 @@
 """`textpolicy eval`: evaluate a model on held-out tasks, with and without its adapters."""
 
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ def _evaluate(
     config: TrainConfig, policy: ModelPolicy, environment: Environment, rewards: Rewards
 ) -> _Result:
     settings, adapters = config.evaluation, AdapterContainer.of(policy.model)
-    with scorer_of(rewards) as scorer:
+    with closing(environment), scorer_of(rewards) as scorer:
         heldout = HeldOut(
             name=environment.name,
             tasks=environment.heldout(settings.count),
