@@ -11,7 +11,8 @@ or a control gains more.
 
 The model cannot play `calculator` (tool use) and `hilo` (several turns). There the model first
 imitates gold episodes for a few iterations, and "before" is measured after this imitation. The
-greedy reward of these environments is the reward of whole episodes.
+greedy reward of these environments is the reward of whole episodes. `agent` is the program in
+examples/my_agent.py, which plays the tasks of `calculator`; it imitates the same gold episodes.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.algorithms import Algorithm
 from textpolicy.config import ALGORITHMS, DEMO, TrainConfig, changed
-from textpolicy.environments import gold_answers
+from textpolicy.environments import gold_answers, load
 from textpolicy.experiment.assembly import Experiment, find_algorithm
 from textpolicy.experiment.events import Reporter, RunEvent, RunResult
 from textpolicy.experiment.reinforcement import train_policy
@@ -47,7 +48,8 @@ from textpolicy.types import AdvantageFn, Batch, LossFn
 
 ENVS = ("add", "sort", "reverse", "countdown")
 # Environments of several turns, and the iterations of imitation before the run.
-WARM_UPS = {"calculator": 70, "hilo": 80}
+AGENT = f"agent:{Path(__file__).resolve().parents[1] / 'examples' / 'my_agent.py'}"
+WARM_UPS = {"calculator": 70, "hilo": 80, AGENT: 70}
 WARM_UP_LR = 2e-3
 EPISODES: dict[str, Any] = {"run.steps": 60, "trainer.lr": 3e-4, "evaluation.count": 256}
 GOLD_EPISODES = 2000
@@ -78,6 +80,8 @@ def with_shuffled_rewards(advantage_fn: AdvantageFn, seed: int) -> AdvantageFn:
 def warm_up(experiment: Experiment, env: str, seed: int) -> None:
     """Train the adapters on gold episodes, until the model solves about half of the tasks."""
     environment, policy = experiment.environment, experiment.policy
+    if env == AGENT:
+        environment = load("calculator")
     tasks = list(islice(environment.stream(seed + 1000), GOLD_EPISODES))
     scripts = [gold_answers(environment, task) for task in tasks]
     script = ScriptedPolicy(policy.tokenizer, scripts)
@@ -152,7 +156,7 @@ def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
     assert result.before and result.after
     gain = result.after.value - result.before.value
     return {
-        "env": env,
+        "env": "agent" if env == AGENT else env,
         "algorithm": config.algorithm.name,
         "seed": config.run.seed,
         "control": control,
@@ -167,7 +171,8 @@ def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
 
 def runs(options: argparse.Namespace) -> Iterator[tuple[TrainConfig, bool]]:
     """Yield the config of every requested run, and whether the run is a control."""
-    envs = {"all": ENVS, "episodes": tuple(WARM_UPS)}.get(options.env, (options.env,))
+    several = {"all": ENVS, "episodes": ("calculator", "hilo"), "agent": (AGENT,)}
+    envs = several.get(options.env, (options.env,))
     asked = {"run.steps": options.steps, "trainer.lr": options.lr, "adapter.rank": options.rank}
     given = {key: value for key, value in asked.items() if value is not None}
     algorithms = ALGORITHMS if options.algorithm == "all" else (options.algorithm,)
@@ -189,7 +194,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = (*ENVS, "all", *WARM_UPS, "episodes")
+    names = (*ENVS, "all", "calculator", "hilo", "episodes", "agent")
     text = "default: all tasks with one answer"
     parser.add_argument("--env", choices=names, default="all", help=text)
     parser.add_argument(

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
 MAX_TOKENS = 14
+HTTP = DefaultHttpxClient()  # A process plays many rollouts, and this is slow to make.
 
 
 def add(a: int, b: int) -> int:
@@ -49,11 +50,10 @@ def call(line: str) -> str | None:
 
 def play(prompt: str, example: Mapping[str, Any], model: str) -> float:
     messages: list[Any] = [{"role": "user", "content": prompt}]
-    with OpenAI() as client:
-        for _ in range(3):
-            answer = client.chat.completions.create(model=model, messages=messages)
-            text = answer.choices[0].message.content or ""
-            if (result := call(text)) is None:
-                return float(text.strip() == str(example["answer"]))
-            messages += [answer.choices[0].message, {"role": "tool", "content": result}]
+    client = OpenAI(http_client=HTTP)
+    for _ in range(3):
+        answer = client.chat.completions.create(model=model, messages=messages).choices[0].message
+        if (result := call(answer.content or "")) is None:
+            return float((answer.content or "").strip() == str(example["answer"]))
+        messages += [answer, {"role": "tool", "content": result}]
     return 0.0
