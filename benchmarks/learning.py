@@ -49,7 +49,7 @@ from textpolicy.types import AdvantageFn, Batch, LossFn
 ENVS = ("add", "sort", "reverse", "countdown")
 # Environments of several turns, and the iterations of imitation before the run.
 AGENT = f"agent:{Path(__file__).resolve().parents[1] / 'examples' / 'my_agent.py'}"
-WARM_UPS = {"calculator": 70, "hilo": 80, AGENT: 70}
+WARM_UPS = {"calculator": 70, "hilo": 80, AGENT: 120}
 WARM_UP_LR = 2e-3
 EPISODES: dict[str, Any] = {"run.steps": 60, "trainer.lr": 3e-4, "evaluation.count": 256}
 GOLD_EPISODES = 2000
@@ -77,7 +77,7 @@ def with_shuffled_rewards(advantage_fn: AdvantageFn, seed: int) -> AdvantageFn:
     return compute_advantages
 
 
-def warm_up(experiment: Experiment, env: str, seed: int) -> None:
+def warm_up(experiment: Experiment, env: str, seed: int, iterations: int) -> None:
     """Train the adapters on gold episodes, until the model solves about half of the tasks."""
     environment, policy = experiment.environment, experiment.policy
     if env == AGENT:
@@ -93,7 +93,7 @@ def warm_up(experiment: Experiment, env: str, seed: int) -> None:
         demonstrations,
         [],
         optim.Adam(learning_rate=WARM_UP_LR, bias_correction=True),
-        parameters=SFTParameters(batch_size=32, iterations=WARM_UPS[env], seed=seed),
+        parameters=SFTParameters(batch_size=32, iterations=iterations, seed=seed),
     )
     experiment.adapters.publish()
     policy.reload(experiment.trainer.published)
@@ -141,9 +141,16 @@ def with_shuffled_teacher(policy_loss: LossFn, seed: int) -> LossFn:
     return loss
 
 
-def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
-    """Train the embedded model once, and return a record with its gain and its time."""
+def measure_run(config: TrainConfig, *, control: bool, imitation: int | None) -> dict[str, Any]:
+    """Train the embedded model once, and return a record with its gain and its time.
+
+    `imitation` replaces the number of iterations in WARM_UPS.
+    """
     env = str(config.task.env)
+    prepare = None
+    if env in WARM_UPS:
+        iterations = imitation or WARM_UPS[env]
+        prepare = partial(warm_up, env=env, seed=config.run.seed, iterations=iterations)
     algorithm = algorithm_of(config, control=control)
     with tempfile.TemporaryDirectory() as folder:
         result: RunResult = train_policy(
@@ -151,7 +158,7 @@ def measure_run(config: TrainConfig, *, control: bool) -> dict[str, Any]:
             RunDirectory(Path(folder)),
             Reporter(show),
             algorithm=algorithm,
-            prepare=partial(warm_up, env=env, seed=config.run.seed) if env in WARM_UPS else None,
+            prepare=prepare,
         )
     assert result.before and result.after
     gain = result.after.value - result.before.value
@@ -209,6 +216,9 @@ def main() -> int:
     parser.add_argument("--lr", type=float, help=f"default: {DEMO.trainer.lr}, as in the demo")
     parser.add_argument("--rank", type=int, help="default: 16, as in the demo")
     parser.add_argument(
+        "--imitation", type=int, help="iterations of imitation before a run of episodes"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object for each run, and a summary"
     )
     parser.add_argument(
@@ -219,7 +229,7 @@ def main() -> int:
         fast_cpu.set_threads(1)
     records = []
     for config, control in runs(options):
-        record = measure_run(config, control=control)
+        record = measure_run(config, control=control, imitation=options.imitation)
         records.append(record)
         print(json.dumps(record) if options.json else _line(record), flush=True)
     summary = {"setting": setting(), "all_as_expected": all(r["as_expected"] for r in records)}
