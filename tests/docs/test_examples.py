@@ -3,11 +3,16 @@
 import runpy
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from textpolicy.environments import load
+from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rewards import load_reward, score
+from textpolicy.rollout.worker import collect
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -85,3 +90,26 @@ def test_the_example_rewards_load_and_score():
     both = load_reward(f"{EXAMPLES}/my_reward.py:both")
     assert score(both, "347+185=", "532", example) == 1 + 0.1 / 4
     assert score(load_reward(f"{EXAMPLES}/my_reward.py:unlike_the_others"), "p", "c", {}) == 1.0
+
+
+def test_the_agent_reads_and_samples_what_the_environment_with_its_tools_does(load_tiny):
+    call = runpy.run_path(str(EXAMPLES / "my_agent.py"))["call"]
+    assert (call("mul(47,83)"), call(" sub(1, -2) "), call("mul(47)"), call("7")) == (
+        *("3901", "3"),
+        *(None, None),
+    )
+    agent, built_in = load(f"agent:{EXAMPLES / 'my_agent.py'}"), load("calculator")
+    policy = create_policy(*load_tiny(), {"max_tokens": 14, "temperature": 0.0})
+    tasks = built_in.heldout(3)
+    with closing(agent):
+        played, expected = (
+            collect(some, policy, environment.reward, group_size=1, seed=0)
+            for environment, some in (
+                (agent, [replace(task, env=None, agent=agent.agent) for task in tasks]),
+                (built_in, tasks),
+            )
+        )
+    for one, other in zip(played, expected, strict=True):
+        assert one.rollouts[0].tokens == other.rollouts[0].tokens
+        assert one.rollouts[0].mask == other.rollouts[0].mask
+        assert one.rollouts[0].reward == other.rollouts[0].reward

@@ -89,15 +89,19 @@ def of_algorithms(load_tiny, tmp_path_factory):
     return names
 
 
+AGENT = Path(__file__).resolve().parents[2] / "examples" / "my_agent.py"
+
+
 @pytest.fixture(scope="module")
 def of_commands(tmp_path_factory):
-    """Return the metrics of runs of `train`, with and without tools, and of `sft`."""
+    """Return the metrics of runs of `train`, with and without tools, of an agent, and of `sft`."""
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(20)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluated = ["--eval-samples", "2", "--eval-envs", "reverse", "--beta", "0.1"]
     runs = {
         "single": ["train", "--env", "add", *SMALL, *evaluated],
+        "agent": ["train", "--env", f"agent:{AGENT}", *SMALL],
         "tools": ["train", "--env", "calculator", *SMALL],
         "sft": ["sft", "--data", str(folder / "rows.jsonl"), "--iterations", "2"],
     }

@@ -1,6 +1,7 @@
 """Agents that play against a policy: every answer as it was sampled, in segments, with a score."""
 
 import re
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -251,3 +252,11 @@ def test_a_policy_without_a_model_and_tasks_of_two_agents_are_refused(environmen
         collect([task], Words(), environment.reward, group_size=1, seed=0)
     with pytest.raises(ConfigError, match="one agent at a time"):
         collect([task, Task(id="x", prompt="1")], policy, environment.reward, group_size=1, seed=0)
+
+
+def test_without_the_library_of_the_server_the_error_says_what_to_install(
+    environment, policy, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "textpolicy.serving.app", None)
+    with pytest.raises(ConfigError, match=r"pip install 'textpolicy\[serve\]'"):
+        collect(environment.heldout(1), policy, environment.reward, group_size=1, seed=0)

@@ -15,13 +15,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from textpolicy.activity import doing
 from textpolicy.errors import ConfigError, TaskError, TextPolicyError
 from textpolicy.rollout.segments import join_completions
-from textpolicy.serving.app import create_app
 from textpolicy.serving.conversations import read_messages
 from textpolicy.serving.encoding import PromptEncoder
 from textpolicy.serving.engine_queue import GenerationRequest, ServedEngine
 from textpolicy.serving.exchange import Exchange
 from textpolicy.serving.refusal import RefusalError
-from textpolicy.serving.server import running_server
 from textpolicy.types import (
     Agent,
     AgentOutcome,
@@ -189,6 +187,13 @@ class _Hall:
 
     def play(self) -> None:
         """Decode for all agents until the last one has ended."""
+        try:
+            from textpolicy.serving.app import create_app
+            from textpolicy.serving.server import running_server
+        except ImportError as error:
+            raise ConfigError(
+                "agents ask the policy through a server: pip install 'textpolicy[serve]'"
+            ) from error
         policy = self._policy
         self._served.put(_MODEL, policy.model, version=policy.version)
         app = create_app(
