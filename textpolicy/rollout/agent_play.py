@@ -17,8 +17,9 @@ from textpolicy.errors import ConfigError, TaskError, TextPolicyError
 from textpolicy.rollout.segments import join_completions
 from textpolicy.serving.conversations import read_messages
 from textpolicy.serving.encoding import PromptEncoder
-from textpolicy.serving.engine_queue import GenerationRequest, ServedEngine
+from textpolicy.serving.engine_queue import ServedEngine
 from textpolicy.serving.exchange import Exchange
+from textpolicy.serving.generation_request import GenerationRequest
 from textpolicy.serving.refusal import RefusalError
 from textpolicy.types import (
     Agent,
