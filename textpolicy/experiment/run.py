@@ -74,10 +74,8 @@ def run(
     if directory:
         return _resume(settings, directory, report, force=force)
     name = _name_of(settings)
-    if isinstance(settings, TrainConfig):
-        settings = with_model_defaults(settings)
     # A task that cannot be found must leave no folder behind.
-    parts = _parts(settings, settings.run.output or Path("runs"), report)
+    settings, parts = _parts(settings, settings.run.output or Path("runs"), report, fresh=True)
     directory = _new_run(settings, name)
     with directory.lock(), telling_how_to_resume(directory, settings):
         # Another process may have claimed the same folder, and ended.
@@ -99,24 +97,35 @@ def _resume(
         if found:
             check_length(found, before, settings, directory, report.note)
         done = found.step if found else 0
-        parts = _parts(settings, directory.path, report, directory.size, done)
+        _, parts = _parts(settings, directory.path, report, written=directory.size, steps_done=done)
         start = Start(checkpoints=checkpoints, parts=parts, resume=found, force=force)
         return _train(settings, directory, report, start)
 
 
 def _parts(
-    settings: RunConfig, folder: Path, report: Reporter, written: int = 0, steps_done: int = 0
-) -> Parts:
-    """Return what is found before anything large is read, after the checks of the preflight."""
+    settings: RunConfig,
+    folder: Path,
+    report: Reporter,
+    *,
+    fresh: bool = False,
+    written: int = 0,
+    steps_done: int = 0,
+) -> tuple[RunConfig, Parts]:
+    """Return what is found before anything large is read, after the checks of the preflight.
+
+    The config comes with it: that of a `fresh` run gets the defaults that depend on its model.
+    """
     if isinstance(settings, SFTConfig):
         data = check_before_start(settings, None, folder, report.note, written=written)
-        return Parts(data=data)
+        return settings, Parts(data=data)
     algorithm = find_algorithm(settings.algorithm)
     task = find_task(settings.task, settings.run.seed)
+    if fresh:
+        settings = with_model_defaults(settings)
     check_before_start(
         settings, task[0], folder, report.note, written=written, steps_done=steps_done
     )
-    return Parts(task=task, algorithm=algorithm)
+    return settings, Parts(task=task, algorithm=algorithm)
 
 
 def _train(

@@ -35,11 +35,12 @@ def run(options: Namespace) -> Answer:
 
 
 def _run(options: Namespace) -> Answer:
-    config = with_model_defaults(configured(TrainConfig(), options))
+    config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
     all_tasks = (config.task, *others)
     tasks = [find_task(task, config.run.seed, only_measured=True) for task in all_tasks]
+    config = with_model_defaults(config)
     start, dtype = config.adapter.start, dtype_of(config.model)
     model, tokenizer = load_model(config.model.name, start, dtype=dtype)
     arguments = template_arguments_of(config.model, tokenizer)

@@ -1,6 +1,7 @@
 """`textpolicy train`: a run of reinforcement learning. Its options are in `config/train.py`."""
 
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import asdict
 from math import hypot
 from typing import Any
@@ -11,7 +12,7 @@ from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import listening
 from textpolicy.cli.next_commands import next_commands, next_lines
 from textpolicy.config import TrainConfig
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, ModelError
 from textpolicy.experiment import Measurement, RunResult
 from textpolicy.experiment import run as run_config
 from textpolicy.experiment.model_defaults import with_model_defaults
@@ -28,7 +29,10 @@ def run(options: Namespace) -> Answer:
     if options.resume:
         config = configured_to_resume(TrainConfig(), options)
     else:
-        config = with_model_defaults(configured(TrainConfig(), options))
+        config = configured(TrainConfig(), options)
+        # The run says what is wrong with a model, after it has checked the task.
+        with suppress(ModelError):
+            config = with_model_defaults(config)
     if options.dry_run:
         return show_plan(config, measure=options.measure)
     with listening(config.run.steps, measured_every=config.evaluation.every) as listener:
