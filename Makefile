@@ -12,6 +12,8 @@ BACKEND := cuda13
 else
 BACKEND := cpu
 endif
+# Tests start Python many times, which takes twice as long without compiled files.
+unexport PYTHONDONTWRITEBYTECODE
 comma := ,
 EXTRA := $(if $(BACKEND),[$(BACKEND)])
 EXTRA_DEV := [$(if $(BACKEND),$(BACKEND)$(comma))dev]
