@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -138,7 +139,8 @@ def test_packed_files_are_read_and_damaged_ones_are_errors_with_the_line(tmp_pat
 
 def test_a_card_cannot_name_files_outside_of_its_folder(tmp_path):
     secret = write_jsonl(tmp_path / "secret.jsonl", sums(0, 3))
-    for path in ("../secret.jsonl", str(secret), "https://127.0.0.1:9/a", '"https\\x3a//x"'):
+    https = ("https://127.0.0.1:9/a", '"https\\x3a//x"', "*name")
+    for path in ("../secret.jsonl", str(secret), *https):
         write_card(tmp_path / "copy", {"default": {"train": path}})
         with pytest.raises(DataError, match=r"outside of the folder|name files by an address"):
             load_rows(tmp_path / "copy")
@@ -146,6 +148,23 @@ def test_a_card_cannot_name_files_outside_of_its_folder(tmp_path):
     write_card(tmp_path / "copy", {"default": {"train": "inner.jsonl"}})
     with pytest.raises(DataError, match=r"outside of the folder"):
         load_rows(tmp_path / "copy")
+
+
+def test_a_card_may_have_links_outside_of_its_configs(copy, tmp_path):
+    card = (copy / "README.md").read_text()
+    card = card.replace("configs:", "license_link: https://a.b/c\nconfigs:")
+    card = card.replace("---\n# Sums", "dataset_info: {}\n---\n# Sums\n\n- [a](https://a.b)\n---")
+    shutil.copytree(copy, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text(card)
+    assert load_rows(f"{tmp_path / 'copy'}:main:test") == sums(50, 10)
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_read(tmp_path):
+    blob = write_jsonl(tmp_path / "datasets--ada--sums" / "blobs" / "c0ffee", sums(0, 3))
+    snapshot = tmp_path / "datasets--ada--sums" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.jsonl").symlink_to(blob)
+    assert load_rows(snapshot) == sums(0, 3)
 
 
 def test_only_readers_of_tables_are_used(tmp_path):

@@ -21,6 +21,9 @@ from textpolicy.untrusted.files import read_utf8, shown_path
 _READERS = ("parquet", "json", "csv", "arrow", "text")
 _DEFAULT_CONFIG = "default"
 _CARDS = ("README.md", ".huggingface.yaml")
+# The part of a card about files, up to the next key that is not indented, and an alias in it.
+_CONFIGS = re.compile(r"\bconfigs\b.*?(?=^[^\s#-]|\Z)", re.MULTILINE | re.DOTALL)
+_ALIAS = re.compile(r"[:,\[{-]\s+\*|[\[{,]\*")
 # How the library marks the folder of a data set that it has saved.
 _SAVED = ("dataset_dict.json", "dataset_info.json")
 
@@ -83,13 +86,18 @@ def _check_cards(folder: Path) -> None:
             text = read_utf8(path)
         except UnreadableError as error:
             raise DataError(f"{error}. Correct the file, or remove it") from error
-        configs = re.search(r"^configs\s*:.*?(?=^[^\s#-]|\Z)", text, re.MULTILINE | re.DOTALL)
-        if configs and ("://" in configs[0] or "\\" in configs[0]):
+        found = _CONFIGS.search(_front_matter(text) if path.suffix == ".md" else text)
+        if found and ("://" in found[0] or "\\" in found[0] or _ALIAS.search(found[0])):
             raise DataError(
-                f"the configs of {shown_path(path)} name files by an address, or have a backslash; "
-                "expected names of files in the folder. Copy the files into the folder, and name "
-                "them there"
+                f"the configs of {shown_path(path)} name files by an address, or have a backslash "
+                "or an alias of YAML; expected names of files in the folder. Copy the files into "
+                "the folder, and name them there"
             )
+
+
+def _front_matter(card: str) -> str:
+    found = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(?:[\r\n]|\Z)", card, re.DOTALL)
+    return found[1] if found else ""
 
 
 class _Library:
@@ -240,9 +248,12 @@ class _Library:
             )
         if not self._address.on_hub:
             folder = Path(self._place).resolve()
+            # In the cache of the hub's client, files of a snapshot are links to a folder beside it.
+            blobs = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
             files = [file for some in (builder.config.data_files or {}).values() for file in some]
             for file in files:
-                if "://" in file or not Path(file).resolve().is_relative_to(folder):
+                path = Path(file).resolve()
+                if "://" in file or not any(map(path.is_relative_to, [folder, *blobs])):
                     raise DataError(
                         f"the README.md of {self._address.place} names {file!r}, which is outside "
                         "of the folder. Copy the file into the folder, or correct README.md"
