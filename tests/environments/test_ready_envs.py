@@ -32,7 +32,7 @@ def test_the_environment_keeps_the_contract(name):
 def test_no_held_out_problem_is_ever_trained_on(name):
     environment = load(name)
     heldout = [problem(task) for task in environment.heldout(200)]
-    few = {"gsm8k": 2, "letter": 107, "wordle": 108}
+    few = {"gsm8k": 2, "letter": 107, "word_count": 188, "wordle": 108}
     assert len(set(heldout)) == len(heldout) == few.get(name, 200)
     trained = {problem(task) for task in islice(environment.stream(0), 1500)}
     assert not set(heldout) & trained
@@ -107,8 +107,8 @@ def test_countdown_accepts_expressions_that_use_each_number_once(completion, val
     assert environment.reward("make 13 from 2 3 5", completion, example) == value
 
 
-# What a model may try, on the first held-out task of each environment: all candidates at once, the
-# question again, a long text, two answers, and the right answer inside a sentence.
+# Right answers of a task, and what a model may try: all candidates at once, two answers, a long
+# text, and the right answer with more around it.
 HOSTILE = {
     "letter": (
         {"letter": "n"},
@@ -122,11 +122,53 @@ HOSTILE = {
         {"word": "banana"},
         {"banana": 1.0, "Banana": 1.0, "rake, banana, red": 0.0, "banana banana": 0.0},
     ),
+    "sum_story": (
+        {"calculation": "3 + 8", "result": 11},
+        {
+            "3 + 8 = 11": 1.0,
+            "3 + 8 = 12": 0.3,
+            "3 + 8 = ": 0.0,
+            "3 + 8 = 9999": 0.0,
+            "3 + 8 = 10 = 11": 0.0,
+            "3 + 8 = 11 3 - 8 = 5": 0.0,
+            "11": 0.0,
+        },
+    ),
+    "json_keys": (
+        {"facts": {"job": "baker", "age": 37}},
+        {
+            '{"job": "baker", "age": 37}': 1.0,
+            '{"age": 37,\n "job": "baker"}': 1.0,
+            '{"job": "baker", "age": 37.0}': 0.5,
+            '{"job": "baker"}': 0.5,
+            '{"name": "Femi", "age": 37, "job": "baker", "city": "Oslo"}': 0.5,
+            '{"job": "nurse", "job": "baker", "age": 37}': 0.0,
+            '[["job", "baker"], ["age", 37]]': 0.0,
+            '{"job": "baker", "age": 37} {"job": "nurse", "age": 37}': 0.0,
+            '{"job": "baker", "age": 37}' + " " * 999: 0.0,
+            "{}": 0.0,
+        },
+    ),
+    "word_count": (
+        {"subject": "cat", "first": "My", "words": 5},
+        {
+            "My cat sleeps all day.": 1.0,
+            "The cat sleeps all day.": 0.5,
+            "My cat sleeps all.": 0.75,
+            "My cat sleeps.": 0.5,
+            "My cat cat cat cat.": 0.0,
+            "My dog sleeps all day.": 0.0,
+            "My cat sleeps all day": 0.0,
+            "My cat sleeps. My cat eats.": 0.0,
+            "my cat sleeps all day.": 0.0,
+            "Write one sentence about a cat in 5 words. Begin with My.": 0.0,
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_only_the_answer_alone_earns_the_reward(name):
+def test_only_the_asked_answer_earns_the_whole_reward(name):
     environment = load(name)
     example, answers = HOSTILE[name]
     for answer, value in answers.items():
