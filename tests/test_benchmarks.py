@@ -25,6 +25,7 @@ STEP = "--prompts 1 --group-size 2 --prompt-tokens 8 --completion-tokens 8 --war
 SMALLEST = {
     "adapters.py": "--only times --json",
     "compiled.py": "--lengths 2+2 --runs 1 --json",
+    "first_scores.py": "--env add --rows 2 --seconds 2",
     "functions.py": "--tokens 96 --runs 1 --json",
     "gated_delta.py": "--tokens 32 --runs 1 --json",
     "generate.py": "--rows 1 --runs 1 --threads 1 --json",
