@@ -89,7 +89,7 @@ def record(
         "samples_per_step": 32,
         "before": {"mean": 0.2, "standard_error": 0.02, "count": 400},
         "after": {"mean": after, "standard_error": 0.02, "count": 400},
-        "seconds": 60.0,
+        "cpu_seconds": 60.0,
         "rewards": curve,
         "alarms": alarms or {},
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from textpolicy.types import Task
 SCRIPT = Path(__file__).parents[1] / "sides" / "learn_with_trl.py"
 INSTALL = "pip install --only-binary :all: 'trl==1.16.*' torch peft"
 # Rows that TRL differentiates at once; more of them take memory and save little time.
-_ROWS_PER_PASS = 32
+_ROWS_PER_PASS = 16
 
 
 def versions_of(python: str) -> dict[str, str] | None:
@@ -67,15 +68,24 @@ def train_with_trl(
         (folder / "task.json").write_text(json.dumps(task), "utf-8")
         variables = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         command = [python, str(SCRIPT), str(folder / "task.json")]
+        started = cpu_seconds_of_children()
         subprocess.run(command, env=os.environ | variables, stdout=sys.stderr, check=True)
+        cpu_seconds = cpu_seconds_of_children() - started
         answer = json.loads((folder / "answer.json").read_text("utf-8"))
         after = heldout_score(config, folder / "adapter")
     return {
         "before": before or heldout_score(config, None),
         "after": after,
         "seconds": round(answer["seconds"], 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         **{name: rounded(answer[name]) for name in ("rewards", "lengths", "grad_norms")},
     }
+
+
+def cpu_seconds_of_children() -> float:
+    """Return the processor time of all processes that this process started and that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def task_of(config: TrainConfig, environment: Environment, folder: Path) -> dict[str, Any]:

@@ -53,7 +53,16 @@ def as_expected(records: Sequence[Record]) -> bool:
 def markdown(records: Sequence[Record]) -> str:
     """Return both tables."""
     groups = groups_of(records)
-    heads = ["task", "run", "steps", "samples", "before", "after, by seed", "minutes", "learned"]
+    heads = [
+        "task",
+        "run",
+        "steps",
+        "samples",
+        "before",
+        "after, by seed",
+        "CPU minutes",
+        "learned",
+    ]
     table = _table(heads, [_row(group) for group in sorted(groups, key=_order)])
     pairs = pairs_of(groups)
     if not pairs:
@@ -68,7 +77,7 @@ def _row(group: Sequence[Record]) -> list[str]:
     options = first["settings"]["options"]
     after = ", ".join(_score(record["after"]) for record in group)
     samples = len(first["rewards"]) * first["samples_per_step"]
-    minutes = median(record["seconds"] for record in group) / 60
+    minutes = median(record["cpu_seconds"] for record in group) / 60
     return [
         f"`{options['task.env']}`",
         _name(first),

@@ -1,6 +1,7 @@
 """One run of real_learning.py: its config, what decides its numbers, and its training."""
 
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -86,6 +87,7 @@ def train(config: TrainConfig, show: Any) -> dict[str, Any]:
     def on_event(event: RunEvent) -> None:
         show(str(event))
 
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         result = run(config, output=Path(folder) / "run", on_event=on_event)
         rows = read_metrics(result.directory.metrics)
@@ -95,6 +97,7 @@ def train(config: TrainConfig, show: Any) -> dict[str, Any]:
         "before": recorded_score(result.before),
         "after": recorded_score(result.after),
         "seconds": round(result.seconds, 1),
+        "cpu_seconds": round(time.process_time() - started, 1),
         "alarms": alarms_in(rows),
         "heldout_by_step": {
             str(int(r["step"])): round(r["eval/reward"], 4) for r in rows if "eval/reward" in r
