@@ -42,10 +42,11 @@ def call(line: str) -> str | None:
     """Return the result of a line such as mul(47,83), or None if the line is no call."""
     name, _, rest = line.strip().partition("(")
     tool = next((tool for tool in TOOLS.values() if tool.__name__ == name), None)
-    numbers = rest.rstrip(")").split(",")
-    if tool is None or len(numbers) != 2 or not all(n.strip("- ").isdigit() for n in numbers):
+    try:
+        a, b = map(int, rest.rstrip(")").split(","))
+    except ValueError:
         return None
-    return str(tool(*map(int, numbers)))
+    return str(tool(a, b)) if tool else None
 
 
 def play(prompt: str, example: Mapping[str, Any], model: str) -> float:

@@ -94,10 +94,8 @@ def test_the_example_rewards_load_and_score():
 
 def test_the_agent_reads_and_samples_what_the_environment_with_its_tools_does(load_tiny):
     call = runpy.run_path(str(EXAMPLES / "my_agent.py"))["call"]
-    assert (call("mul(47,83)"), call(" sub(1, -2) "), call("mul(47)"), call("7")) == (
-        *("3901", "3"),
-        *(None, None),
-    )
+    assert (call("mul(47,83)"), call(" sub(1, -2) ")) == ("3901", "3")
+    assert not any(map(call, ["mul(47)", "7", "mul(4,8-)", "div(4,8)", "mul(4,8,2)", "("]))
     agent, built_in = load(f"agent:{EXAMPLES / 'my_agent.py'}"), load("calculator")
     policy = create_policy(*load_tiny(), {"max_tokens": 14, "temperature": 0.0})
     tasks = built_in.heldout(3)

@@ -162,6 +162,7 @@ MEMORY = {
     "trainer.checkpoint_gradients": ("plain", True),
     "task.env_timeout": ("plain", 60.0),
     "task.tool_timeout": ("plain", 60.0),
+    "task.agent_processes": ("plain", 3),
 }
 BOUND = {
     "model.name": ("plain", "{files}/model"),
