@@ -101,17 +101,23 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
 	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu, install it with: apt install python3-venv" >&2; exit 1; }
 
+# First without a network, because all packages may be installed already.
+define install
+	@$(PIP) install --no-index --no-build-isolation --check-build-dependencies -c constraints.txt -e ".$(1)" >/dev/null 2>&1 || { \
+	  echo "Installing textpolicy$(1) into $(VENV) (a minute or two the first time) ..."; \
+	  $(PIP) install -c constraints.txt -e ".$(1)"; } || { \
+	  echo "Not all packages that pyproject.toml names for textpolicy$(1) are installed, and the rest could not be installed." \
+	    "Type the same line with a connection to a package index, or use what is installed: touch $@" >&2; exit 1; }
+endef
+
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing textpolicy$(EXTRA) into $(VENV) (a minute or two the first time) ..."
-	@$(PIP) install -c constraints.txt -e ".$(EXTRA)"
+	$(call install,$(EXTRA))
 	@touch $@
 
 $(STAMP_DEV): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing textpolicy$(EXTRA_DEV) into $(VENV) (a minute or two the first time) ..."
-	@$(PIP) install -c constraints.txt -e ".$(EXTRA_DEV)"
+	$(call install,$(EXTRA_DEV))
 	@touch $(STAMP) $@
 
 $(STAMP_DOCS): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing textpolicy$(EXTRA_DOCS) into $(VENV) ..."
-	@$(PIP) install -c constraints.txt -e ".$(EXTRA_DOCS)"
+	$(call install,$(EXTRA_DOCS))
 	@touch $(STAMP) $@
