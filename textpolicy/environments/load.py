@@ -38,7 +38,7 @@ from textpolicy.user_code import (
 
 _DEFAULT_MAX_TOKENS = 256
 _DEFAULT_MAX_TURNS = 8
-_LIBRARIES = ("reasoning_gym", "textarena", "openenv", "gymnasium")
+_LIBRARIES = ("reasoning_gym", "textarena", "openenv", "verifiers", "gymnasium")
 _PARSERS = {"tagged": parse_tagged_calls, "written": parse_python_calls}
 
 
@@ -54,9 +54,9 @@ def load(
 
     `spec` is one of `ready_names()`, "FILE.py", "FILE.py:NAME" (a Gymnasium class or an
     `Environment` in the file), "agent:FILE.py" or "agent:FILE.py:FUNCTION", "reasoning_gym:TASK",
-    "textarena:GAME", "openenv:URL" with the URL of a server, or "gymnasium:ID" with an id for
-    `gymnasium.make`. `data` has rows, for environments that are made from rows: an address as of
-    `load_rows`, or a `DataSource`.
+    "textarena:GAME", "openenv:URL" with the URL of a server, "verifiers:TASKSET", or
+    "gymnasium:ID" with an id for `gymnasium.make`. `data` has rows, for environments that are made
+    from rows: an address as of `load_rows`, or a `DataSource`.
 
     With `env_timeout`, episodes run in another process, and a call of reset, step or close that
     takes more seconds is killed; `tool_timeout` does the same for each call of a tool. For an agent

@@ -13,6 +13,7 @@ _LIBRARIES = {
     "reasoning_gym:NAME": ("reasoning_gym", "reasoning-gym", "a task, such as basic_arithmetic"),
     "textarena:NAME": ("textarena", "textarena", "a game, such as TicTacToe-v0"),
     "openenv:URL": ("openenv", "openenv", "an OpenEnv server, such as http://127.0.0.1:8000"),
+    "verifiers:NAME": ("verifiers", "verifiers", "a taskset of verifiers, played by the library"),
 }
 
 
