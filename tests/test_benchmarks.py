@@ -37,6 +37,7 @@ SMALLEST = {
     "prompt_sharing.py": "--prompt-tokens 8 --completion-tokens 8 --group-size 2 --runs 1 --json",
     "rewards.py": "",
     "scaling.py": "--only rank --runs 1 --json",
+    "serving.py": "--clients 2 --max-tokens 4 --runs 1 --threads 1 --json",
 }
 LONGER = (
     "collapse.py",
@@ -59,6 +60,7 @@ COUNTS = dict.fromkeys(
         "grpo_step",
         "prompt_sharing",
         "scaling",
+        "serving",
     ],
     "--runs",
 )

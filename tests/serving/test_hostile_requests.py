@@ -5,6 +5,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import pytest
 
 from tests.serving.conftest import TOKEN
 from tests.serving.hostile_requests import ASKED, POSTED, RAW
@@ -14,6 +15,7 @@ def test_there_are_two_hundred_different_requests():
     assert len({(one.path, one.body) for one in POSTED}) + len({*RAW}) >= 200
 
 
+@pytest.mark.slow
 def test_hostile_requests_are_refused_and_the_server_goes_on(live, policy_of):
     ((expected,),) = policy_of(max_tokens=12).generate([ASKED], seed=3)
     host, port = live.address.removeprefix("http://").split(":")
