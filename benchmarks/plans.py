@@ -5,12 +5,17 @@
 Each setting runs in a process of its own, on the weights of the model and on rollouts of exactly
 the planned lengths. A training step is taken twice and the second one is measured, because the
 first one also makes the moments of Adam. The exit code is 1 if a plan is wrong by more than 20 %.
+
+    python benchmarks/plans.py --model build/smollm2-135m --time letter --output FILE
+
+compares the time of a small run with what was estimated before it, and after three steps.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,13 +33,18 @@ from textpolicy.adapters.config.rules import AdapterKind
 from textpolicy.adapters.container import shared_copy
 from textpolicy.adapters.quantization.quantize import quantize
 from textpolicy.algorithms import grpo
+from textpolicy.config import TrainConfig, changed
 from textpolicy.config.train import ModelOptions
+from textpolicy.experiment import RunEvent, run
 from textpolicy.experiment.assembly import DTYPES
-from textpolicy.experiment.run_size import read_architecture
+from textpolicy.experiment.model_defaults import with_model_defaults
+from textpolicy.experiment.run_size import SizeEstimator, read_architecture
+from textpolicy.experiment.tasks import find_task
 from textpolicy.generation.decode import decode
 from textpolicy.generation.engine import MAX_DECODING_ROWS
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
+from textpolicy.tracking.run_history import RunHistory
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
 
@@ -160,8 +170,41 @@ def _groups(case: Case) -> list[RolloutGroup]:
 def record(name: str, model: str) -> dict[str, Any]:
     """Return the planned and the measured peaks of a case."""
     planned, measured = plan(CASES[name], model).peaks, measure(CASES[name], model)
-    ratios = {phase: round(planned[phase] / measured[phase], 3) for phase in planned}
+    ratios = _ratios(planned, measured)
     return {"case": name, "planned": planned, "measured": measured, "ratio": ratios}
+
+
+def time_run(model: str, env: str, steps: int, threads: int) -> dict[str, Any]:
+    """Return the seconds of a small run, and what was estimated before it and after three steps."""
+    values = {"model.name": model, "model.threads": threads, "task.env": env, "run.steps": steps}
+    values |= {"rollout.groups_per_step": 2, "rollout.group_size": 4, "evaluation.count": 4}
+    config = with_model_defaults(changed(TrainConfig(), values))
+    planned = SizeEstimator(config, find_task(config.task, 0)[0]).plan_time(config)
+    history = RunHistory(steps, measured_every=config.evaluation.every)
+    left: dict[int, tuple[float, float]] = {}
+
+    def see(event: RunEvent) -> None:
+        now = time.perf_counter()
+        if event.kind == "start":
+            left[0] = (now, planned.seconds)
+        elif event.kind == "step":
+            history.add(event.step - 1, event.metrics, now)
+            left[event.step] = (now, history.seconds_left)
+
+    with tempfile.TemporaryDirectory() as folder:
+        used = time.process_time()
+        result = run(config, output=folder, on_event=see)
+        used = time.process_time() - used
+    ended = left[0][0] + result.seconds
+    return {
+        "env": env,
+        "steps": steps,
+        "seconds": round(result.seconds, 1),
+        "processor_seconds": round(used, 1),
+        "estimated_before": round(planned.seconds, 1),
+        "left_after_3_steps": round(ended - left[3][0], 1),
+        "estimated_after_3_steps": round(left[3][1], 1),
+    }
 
 
 def main() -> int:
@@ -171,11 +214,27 @@ def main() -> int:
     parser.add_argument("--model", default="tiny", help="default: tiny")
     parser.add_argument("--case", choices=CASES, help="print the record of one case only")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    parser.add_argument("--time", metavar="ENV", help="compare the time of a small run instead")
+    parser.add_argument("--steps", type=int, default=6, help="of this run (default: 6)")
+    parser.add_argument(
+        "--replan",
+        action="store_true",
+        help="make the plans of --output again, and measure nothing",
+    )
     parser.add_argument("--only", help="cases, separated by commas (default: all)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="add the records to this file")
     options = parser.parse_args()
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(options.threads)
+    if options.replan:
+        _replan(options.output, options.model)
+        return 0
+    if options.time:
+        seconds = time_run(options.model, options.time, options.steps, options.threads)
+        print(json.dumps(seconds))
+        if options.output:
+            _add(options.output, Path(options.model).name, {"case": "time"} | seconds)
+        return 0
     if options.case:
         print(json.dumps(record(options.case, options.model)))
         return 0
@@ -191,6 +250,19 @@ def main() -> int:
             _add(options.output, Path(options.model).name, records[-1])
     ratios = [ratio for one in records for ratio in one["ratio"].values()]
     return 0 if all(abs(ratio - 1) <= _ALLOWED for ratio in ratios) else 1
+
+
+def _replan(path: Path, model: str) -> None:
+    content = json.loads(path.read_text())
+    for one in content["cases"]:
+        if one["case"] in CASES:
+            one["planned"] = plan(CASES[one["case"]], model).peaks
+            one["ratio"] = _ratios(one["planned"], one["measured"])
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _ratios(planned: dict[str, int], measured: dict[str, Any]) -> dict[str, float]:
+    return {phase: round(planned[phase] / measured[phase], 3) for phase in planned}
 
 
 def _add(path: Path, model: str, record: dict[str, Any]) -> None:

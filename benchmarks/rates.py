@@ -51,6 +51,7 @@ def measure_run(config: TrainConfig) -> dict[str, Any]:
         "scale": config.adapter.scale,
         "groups": config.rollout.groups_per_step,
         "group_size": config.rollout.group_size,
+        "held_out": result.before.count,
         "seed": config.run.seed,
         "steps": result.steps,
         "before": round(result.before.value, 4),

@@ -217,6 +217,24 @@ def test_the_memory_of_a_model_that_is_not_here_is_planned_without_loading_anyth
     assert mx.get_active_memory() - before < 2**20
 
 
+def test_a_base_in_nf4_is_planned_in_nf4_without_computing_it():
+    step = {"batch": 8, "group_size": 8, "prompt_tokens": 16, "completion_tokens": 16}
+    shape, form = (
+        SHAPE | {"vocab_size": 4096, "num_hidden_layers": 1},
+        {"bits": 4, "group_size": 64},
+    )
+    before = mx.get_active_memory()
+    nf4, affine = (
+        plan_memory(shape | {"quantization": form | {"mode": mode}}, **step).arrays
+        for mode in ("nf4", "affine")
+    )
+    assert mx.get_active_memory() - before < 2**16
+    # A scale for each group of 64, and no bias.
+    assert nf4["weights"].bytes < affine["weights"].bytes
+    # Training holds the unpacked head of 4096 x 128 twice.
+    assert nf4["unpacked head"].bytes == 2 * 4096 * 128 * 4
+
+
 def test_a_batch_without_whole_groups_and_a_model_that_is_not_known_are_refused():
     step = {"prompt_tokens": 8, "completion_tokens": 8}
     with pytest.raises(ConfigError, match="batch is 6; expected a multiple of group_size, 4"):

@@ -26,8 +26,8 @@ def plans(monkeypatch, real_model):
 @pytest.mark.parametrize(
     "case",
     [
-        {"groups": 2, "group_size": 4, "prompt": 45, "completion": 12},
-        {"groups": 2, "group_size": 4, "quantize": {"bits": 4, "mode": "affine"}},
+        {"groups": 1, "group_size": 4, "prompt": 45, "completion": 12},
+        {"groups": 1, "group_size": 4, "prompt": 32, "quantize": {"bits": 4, "mode": "affine"}},
     ],
     ids=["float32", "4 bits"],
 )
@@ -47,7 +47,7 @@ def test_a_step_takes_the_time_that_was_estimated(plans):
     config = changed(TrainConfig(), values)
     threads = fast_cpu.enable().threads
     fast_cpu.set_threads(1)
-    estimator = SizeEstimator(config, find_task(config.task)[0])
+    estimator = SizeEstimator(config, find_task(config.task, 0)[0])
     estimated = estimator.plan_time(config).step
     prompt, completion = map(round, estimator.lengths.usual)
     case = plans.Case(groups=2, group_size=4, prompt=prompt, completion=completion)

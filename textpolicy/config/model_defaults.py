@@ -9,7 +9,7 @@ set always wins, `--dry-run` shows what is chosen, and a resumed run keeps the n
   the scale of a loss, so the rate is the same for every algorithm, for LoRA and DoRA, and over a
   quantized base.
 - **Rank and scale.** Rank 16 on every linear layer, and a scale of 32 / rank. With this scale the
-  best rate hardly depends on the rank, so `--rank 1` needs no other rate.
+  best rate hardly depends on the rank, by the publications, so `--rank 1` needs no other rate.
 - **Groups.** 8 tasks with 8 completions each make a step. DPO takes 32 tasks with a pair each.
 - **Steps and measurements.** 60 steps, measured on 256 held-out tasks before, after 30 steps and
   at the end; longer runs are measured after every quarter. 256 tasks give a standard error of 0.03
@@ -25,6 +25,11 @@ Published rates for LoRA on all linear layers:
 | tinker-cookbook, recipes for RL | 8B and 9B | 4e-5 to 1e-4 |
 | TRL, its page on LoRA Without Regret | SmolLM3-3B | 1e-5, and 1e-6 for all weights |
 | verl, example for GRPO, scale 0.5 | Qwen2.5-3B | 3e-6 |
+
+Measured here with SmolLM2-135M-Instruct, whose width is 576 (`benchmarks/rates.py`): in 14 steps on
+`opposites` the sampled reward rises from 0.14 to 0.31 at 1e-4, from 0.23 to 0.68 at 3e-4 and from
+0.48 to 0.80 at 1e-3. On `number_words` it rises from 0.44 to 0.78 at 3e-4, and swings between 0 and
+1 at 1e-3. Wider models were not measured; for them the rule stays within the published rates.
 """
 
 from collections.abc import Mapping

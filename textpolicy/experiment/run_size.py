@@ -224,10 +224,7 @@ def read_architecture(options: ModelOptions) -> dict[str, Any]:
     quantization = quantization_of(options)
     if quantization is None:
         return architecture
-    form = NumberFormat(**quantization).options()
-    # mlx has no NF4. Of its own formats, int4 is nearest in size.
-    mode = "affine" if form["mode"] == "nf4" else form["mode"]
-    return architecture | {"quantization": form | {"mode": mode}}
+    return architecture | {"quantization": NumberFormat(**quantization).options()}
 
 
 def has_turns(environment: Environment) -> bool:

@@ -225,7 +225,8 @@ def _backward_arrays(
         "activations": PlannedArray(kept, _BACKWARD),
         "block temporaries": PlannedArray(temporaries, ["blocks"]),
         "logits": PlannedArray(_logits_bytes(block, own), ["head"]),
-        "unpacked matrix": PlannedArray(_unpacked_bytes(block)[0], _BACKWARD),
+        "unpacked matrix": PlannedArray(_unpacked_bytes(block).matrix, ["blocks"]),
+        "unpacked head": PlannedArray(2 * _unpacked_bytes(block).head, ["head"]),
     }
 
 
@@ -251,7 +252,7 @@ def _sampling_arrays(
         "cache": PlannedArray(block.count * layer, ["fan out", *_DECODING]),
         "grown layer of the cache": PlannedArray(layer if grows else 0, ["cache growth"]),
         "logits of next tokens": PlannedArray(logits, ["drawing"]),
-        "unpacked matrices": PlannedArray(_unpacked_bytes(block)[1], _DECODING),
+        "unpacked matrices": PlannedArray(_unpacked_bytes(block).decoding, _DECODING),
     }
 
 
@@ -278,16 +279,32 @@ def _logits_bytes(block: _Block, positions: int) -> int:
     return round(min(whole * positions * block.vocabulary * _FLOAT, chunk * CHUNK_BYTES))
 
 
-def _unpacked_bytes(block: _Block) -> tuple[int, int]:
-    """Return the peak bytes of quantized matrices unpacked to float32, in training and in decoding.
+class _Unpacked(NamedTuple):
+    """The bytes of quantized matrices unpacked to float32: of a block, of the head, in decoding."""
 
-    GPUs multiply with mlx's formats directly. Training holds one matrix. Decoding unpacks ahead:
-    a share of the matrices in mlx's formats, which take one operation each, or the NF4 matrices of
-    a block, which take several.
+    matrix: int
+    head: int
+    decoding: int
+
+
+def _unpacked_bytes(block: _Block) -> _Unpacked:
+    """Return the peak bytes of unpacked matrices.
+
+    GPUs multiply with mlx's formats directly. Training holds one matrix of a block, or two of the
+    head: that of the forward pass and that of the gradient. Decoding unpacks ahead: the head, and a
+    share of the blocks' matrices in mlx's formats, which take one operation each, or the NF4
+    matrices of a block, which take several.
     """
-    on_cpu, own, nf4 = mx.default_device().type == mx.cpu, [0], [0]
+    on_cpu, own, nf4, head = mx.default_device().type == mx.cpu, [0], [0], 0
+    tied = all(_name(row) != "lm_head" for row in block.planned.modules)
     for row in block.planned.modules:
         is_nf4 = (row.quantization or "").startswith("nf4")
-        if is_nf4 or (row.quantization and on_cpu):
-            (nf4 if is_nf4 else own).append(prod(row.shape) * _FLOAT)
-    return max(own + nf4), int(sum(own) * _UNPACKED_SHARE) + sum(nf4) // block.count
+        if not (is_nf4 or (row.quantization and on_cpu)):
+            continue
+        size = prod(row.shape) * _FLOAT
+        if _block_number(row) is not None:
+            (nf4 if is_nf4 else own).append(size)
+        elif tied or _name(row) == "lm_head":
+            head = size
+    decoding = head + int(sum(own) * _UNPACKED_SHARE) + sum(nf4) // block.count
+    return _Unpacked(matrix=max(own + nf4), head=head, decoding=decoding)

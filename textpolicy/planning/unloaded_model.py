@@ -7,6 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 
+from textpolicy.adapters.module_tree import replace_modules
+from textpolicy.adapters.quantization.number_formats import NumberFormat
+from textpolicy.adapters.quantization.quantize import quantization_problem, quantize_module
 from textpolicy.errors import ModelError
 
 _DTYPES = {"float16": mx.float16, "float32": mx.float32}
@@ -33,7 +36,10 @@ def build_unloaded_model(config: Mapping[str, Any], dtype: mx.Dtype | None = Non
         mx.random.seed((random_state[0] << 32) | random_state[1])
     stored = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16)
     model.set_dtype(dtype or (mx.float32 if mx.default_device().type == mx.cpu else stored))
-    if quantization := config.get("quantization"):
+    quantization = config.get("quantization")
+    if quantization and quantization.get("mode") == "nf4":
+        _quantize_to_nf4(model, NumberFormat(**quantization))
+    elif quantization:
         # As mlx-lm does: some modules may have options of their own, or none, and rows that are no
         # multiple of a group stay as they are.
         nn.quantize(
@@ -47,3 +53,13 @@ def build_unloaded_model(config: Mapping[str, Any], dtype: mx.Dtype | None = Non
             ),
         )
     return model
+
+
+def _quantize_to_nf4(model: nn.Module, form: NumberFormat) -> None:
+    """Replace the layers that NF4 is for. Their packed weights are not computed either."""
+    chosen = {
+        path: quantize_module(path, module, form)
+        for path, module in model.named_modules()
+        if hasattr(module, "to_quantized") and not quantization_problem(module, form)
+    }
+    replace_modules(model, chosen)
