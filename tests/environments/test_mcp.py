@@ -187,6 +187,7 @@ def test_what_a_server_refuses_is_an_error_that_the_model_reads(call):
     )
 
 
+@pytest.mark.slow
 def test_a_call_that_hangs_ends_with_its_server_and_the_episode_continues(tools, call):
     assert call("step")[0].startswith("1 in")
     env = ToolEnv(lambda rng: ("go", {}), [*tools.values(), is_running], tool_timeout=1.0)
@@ -206,6 +207,7 @@ def test_a_server_that_dies_is_an_error_and_the_next_call_has_a_new_one(call):
     assert call("step")[0].startswith("1 in")
 
 
+@pytest.mark.slow
 def test_each_episode_has_a_server_of_its_own_unless_all_share_one(command, tools):
     (shared,) = mcp_tools(command, only=["step"], sessions="run")
     for tool, counts in [(tools["step"], ["1", "1", "2"]), (shared, ["1", "2", "3"])]:
@@ -224,6 +226,7 @@ def test_an_episode_that_nobody_closes_is_closed_before_the_next_call(tools, cal
     wait_until_gone(pid)
 
 
+@pytest.mark.slow
 def test_rollouts_play_with_servers_of_their_own_at_the_same_time(load_tiny, command):
     _, tokenizer = load_tiny()
     environment = load(str(Path(command[1]).with_name("env.py")))
