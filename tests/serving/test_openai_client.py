@@ -279,3 +279,24 @@ def test_every_finished_answer_is_reported_with_its_owner(live, policy_of):
     assert exchange.tokens == expected.tokens
     assert exchange.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
     assert (exchange.text, exchange.finish_reason) == (expected.text, "length")
+
+
+def test_a_monitor_reads_health_without_a_key_and_numbers_with_it(live):
+    def read():
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        before = httpx.get(f"{live.address}/metrics", headers=headers).text
+        answer = chat(live.client(), "red", max_tokens=3)
+        after = httpx.get(f"{live.address}/metrics", headers=headers).text
+        alone = [httpx.get(f"{live.address}{path}") for path in ("/health", "/metrics")]
+        return before, after, answer.usage.completion_tokens, alone
+
+    ((before, after, tokens, (health, metrics)),) = live.run(read)
+
+    def number(text, name):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"textpolicy_{name} ")]
+        return int(line.split()[1])
+
+    assert number(after, "sampled_tokens_total") - number(before, "sampled_tokens_total") == tokens
+    assert number(after, "finished_rows_total") - number(before, "finished_rows_total") == 1
+    assert 'textpolicy_model_version{model="red"} 1' in after
+    assert (health.status_code, health.json(), metrics.status_code) == (200, {"status": "ok"}, 401)
