@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
-from jaxtyping import AbstractArray
+from jaxtyping import AbstractArray, TypeCheckError
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-"""Checks the types of a function. It accepts an int for a float."""
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeCheckError))
+"""Checks the types of a function. It accepts an int for a float, and raises a `TypeError`."""
 _check_shapes = jaxtyping.jaxtyped
 
 
