@@ -20,7 +20,7 @@ ENVS = {
     "tiny": ("add", "sort", "reverse", "countdown"),
     "real": ("number_words", "letter", "one_word", "sum_story", "json_keys", "word_count"),
 }
-KEPT = ("verdict", "greedy", "mean", "groups", "differing", "cut", "shown")
+KEPT = ("verdict", "greedy", "greedy_rows", "mean", "groups", "differing", "cut", "shown")
 
 
 def first_score(env: str, model: str, rows: int, seconds: float) -> dict[str, Any]:

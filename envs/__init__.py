@@ -17,3 +17,17 @@ A module of one turn has four parts and imports only the standard library:
 docs/environments.md has the further parts of several turns, tools and rows of data.
 `textpolicy.environments.load(name)` loads a module, and `check_env` tests this contract.
 """
+
+# First greedy scores as `textpolicy check --sample 8` measures them, by the models that a task
+# suits; benchmarks/results/first_scores.json is the record.
+FIRST_SCORES = {
+    "the embedded model": {"add": 0.56, "sort": 0.72, "reverse": 0.61, "countdown": 0.38},
+    "a real small model (SmolLM2-135M-Instruct)": {
+        "number_words": 0.5,
+        "letter": 0.4,
+        "one_word": 0.38,
+        "sum_story": 0.37,
+        "json_keys": 0.62,
+        "word_count": 0.24,
+    },
+}

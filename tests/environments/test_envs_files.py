@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -12,6 +13,7 @@ from textpolicy.errors import TaskError
 from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rollout.worker import collect
 
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "first_scores.json"
 SINGLE = """
 def make(rng):
     number = rng.randint(0, 999)
@@ -269,3 +271,22 @@ def test_the_command_lists_every_environment_and_shows_one(capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["prompt"].startswith("You are X.")
     assert len(shown["gold"]) >= 3
+
+
+def test_the_list_says_which_model_a_task_suits_with_its_recorded_score(capsys):
+    assert main(["envs", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    shown = listed["first_scores"]
+    assert all(scores.keys() <= listed["ready"].keys() for scores in shown.values())
+    record = json.loads(RECORD.read_text("utf-8"))["models"]
+    measured = [{one["env"]: round(one["greedy"], 2) for one in tasks} for tasks in record.values()]
+    assert list(shown.values()) == measured
+    # Neither too hard nor too easy before any training.
+    assert all(0.05 <= score <= 0.8 for scores in measured for score in scores.values())
+    assert main(["envs"]) == 0
+    embedded, real, others, *_ = capsys.readouterr().out.split("\n\n")
+    assert (
+        "for the embedded model" in embedded and f"sort       {measured[0]['sort']:.2f}" in embedded
+    )
+    assert "SmolLM2-135M-Instruct" in real and f"letter        {measured[1]['letter']:.2f}" in real
+    assert "\nwordle " in others and "\nletter " not in others

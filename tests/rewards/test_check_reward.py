@@ -149,7 +149,7 @@ def test_the_first_greedy_score_is_that_of_the_answers_at_temperature_0():
         greedy=lambda prompts: [["2"] for _ in prompts[:4]],
     )
     assert check.signal and check.signal.greedy == 0.25
-    assert "first greedy score  0.250" in str(check)
+    assert "first greedy score  0.250 of 4 rows" in str(check)
 
 
 def test_several_rewards_are_checked_together():

@@ -31,7 +31,7 @@ _REASONS: dict[SignalVerdict, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalCheck:
-    """What a model's answers earn. `greedy` is the first greedy mean score, if it was measured.
+    """What a model's answers earn. `greedy` is the mean of `greedy_rows` greedy answers.
 
     `differing` groups of `groups` hold different rewards. `cut` is the share of the sampled answers
     that reached the limit of tokens. `shown` has a few answers with their rewards.
@@ -44,10 +44,12 @@ class SignalCheck:
     mean: float
     cut: float
     greedy: float | None
+    greedy_rows: int
     shown: Sequence[tuple[str, float | None]]
 
     def __str__(self) -> str:
-        greedy = [] if self.greedy is None else [f"  first greedy score  {self.greedy:.3f}"]
+        first = f"  first greedy score  {self.greedy or 0:.3f} of {self.greedy_rows} rows"
+        greedy = [] if self.greedy is None else [first]
         lines = [
             "what this model earns:",
             *greedy,
@@ -87,6 +89,7 @@ def check_signal(
         mean=mean,
         cut=cut,
         greedy=_mean([value for value in first if value is not None]) if first else None,
+        greedy_rows=len(first),
         shown=_choose_shown(groups, rewards),
     )
 

@@ -1,6 +1,7 @@
 """`textpolicy envs`: list the environments, or check one and show a task of it."""
 
 from argparse import Namespace
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import getdoc
@@ -25,14 +26,31 @@ def _list() -> Answer:
     ready = {name: _summary(name) for name in ready_names()}
     others = {
         "FILE.py[:NAME]": "a file of yours; see docs/environments.md",
-        "agent:FILE.py[:NAME]": "an agent of yours, a function or a program; see docs/agents.md",
         "gymnasium:ID": "any Gymnasium environment of text",
     }
     for spec, (module, extra, text) in _LIBRARIES.items():
         missing = "" if find_spec(module) else f"; needs: pip install 'textpolicy[{extra}]'"
         others[spec] = text + missing
-    return Answer(
-        data={"ready": ready, "others": others}, text=table([*ready.items(), *others.items()])
+    first_scores = import_module("textpolicy_envs").FIRST_SCORES
+    text = "\n\n".join(_paragraphs(ready, others, first_scores))
+    return Answer(data={"ready": ready, "others": others, "first_scores": first_scores}, text=text)
+
+
+def _paragraphs(
+    ready: Mapping[str, str],
+    others: Mapping[str, str],
+    first_scores: Mapping[str, Mapping[str, float]],
+) -> Iterator[str]:
+    """Yield the tasks by the model that they suit, with the first greedy scores of that model."""
+    left = dict(ready)
+    for model, scores in first_scores.items():
+        rows = [(name, f"{score:.2f}  {left.pop(name)}") for name, score in scores.items()]
+        yield f"for {model}, with its greedy score before training:\n{table(rows)}"
+    yield f"for larger models, for your own rows, or of several turns:\n{table([*left.items()])}"
+    yield f"others:\n{table([*others.items()])}"
+    yield (
+        "To see what another model earns before training:\n"
+        "  textpolicy check --env NAME --model MODEL --sample 8"
     )
 
 
