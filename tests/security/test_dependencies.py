@@ -20,8 +20,9 @@ REQUIREMENTS = [
     for text in texts
     if not text.startswith("textpolicy[")
 ]
-# Backends of other machines, and an extra that no test of every machine needs.
-NOT_HERE = {"cuda12", "cuda13", "trackio"}
+# Backends of other machines, and extras that no test of every machine needs. The last two exclude
+# each other.
+NOT_HERE = {"cuda12", "cuda13", "trackio", "openenv", "verifiers"}
 
 
 def of(cases):

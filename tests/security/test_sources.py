@@ -30,6 +30,7 @@ ALLOWED = {
     "subprocess": (
         "textpolicy.export.gguf.llama_cpp",
         "textpolicy.untrusted.template_check",
+        "textpolicy.user_code.agent_worker",
         "textpolicy.user_code.killable_process",
         "textpolicy.rewards.verifiers.sandbox",
     ),
