@@ -89,6 +89,12 @@ def of_algorithms(load_tiny, tmp_path_factory):
     return names
 
 
+MEASURED = """
+from textpolicy.rewards import Score
+
+def measured(prompt, completion):
+    return Score(sum(map(ord, completion)) % 10 / 10, {"length": float(len(completion))})
+"""
 AGENT = Path(__file__).resolve().parents[2] / "examples" / "my_agent.py"
 
 
@@ -98,9 +104,11 @@ def of_commands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(20)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "measured.py").write_text(MEASURED)
     evaluated = ["--eval-samples", "2", "--eval-envs", "reverse", "--beta", "0.1"]
+    own = ["--reward", str(folder / "measured.py")]
     runs = {
-        "single": ["train", "--env", "add", *SMALL, *evaluated],
+        "single": ["train", "--env", "add", *SMALL, *evaluated, *own],
         "agent": ["train", "--env", f"agent:{AGENT}", *SMALL],
         "tools": ["train", "--env", "calculator", *SMALL],
         "sft": ["sft", "--data", str(folder / "rows.jsonl"), "--iterations", "2"],

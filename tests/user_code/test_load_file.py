@@ -1,13 +1,19 @@
 """A Python file of the user is loaded by its path, without a package and without side effects."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from textpolicy.errors import ConfigError, TaskError
-from textpolicy.user_code import load_python_file, split_file_and_name
+from textpolicy.errors import ConfigError, RewardError, TaskError
+from textpolicy.user_code import (
+    keep_working_directory,
+    load_beside_run,
+    load_python_file,
+    split_file_and_name,
+)
 
 
 @pytest.fixture
@@ -74,3 +80,16 @@ def test_keyboard_interrupts_pass_through(load):
 def test_a_missing_file_is_an_error_with_the_folder_that_was_searched(tmp_path):
     with pytest.raises(ConfigError, match=r"environment file .* does not exist"):
         load_python_file(tmp_path / "none.py", what="environment", error=TaskError)
+
+
+def test_the_path_of_a_file_begins_where_the_run_is_and_not_where_earlier_code_has_gone(
+    tmp_path, monkeypatch
+):
+    home, gone_to = tmp_path / "home", tmp_path / "gone_to"
+    home.mkdir()
+    gone_to.mkdir()
+    (home / "mine.py").write_text("import os\nHERE = os.getcwd()\n")
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(keep_working_directory, "users", str(gone_to))
+    module = load_beside_run(Path("mine.py"), what="reward", error=RewardError)
+    assert (module.HERE, os.getcwd()) == (str(gone_to), str(home))

@@ -21,7 +21,7 @@ from textpolicy.environments.environment import (
 )
 from textpolicy.environments.module_tasks import tasks_of_module
 from textpolicy.errors import TaskError
-from textpolicy.user_code import keep_working_directory, load_python_file, split_file_and_name
+from textpolicy.user_code import load_beside_run, split_file_and_name
 from textpolicy.user_code.agent_worker import AgentFile, check_play_function
 
 AGENT_SCHEME = "agent:"
@@ -51,8 +51,7 @@ def load_agent(path: Path, name: str, data: DataSource) -> Environment:
     agent = AgentFile(path=path.absolute(), function=function)
     contents: Mapping[str, Any] = {}
     if function is not None:
-        with keep_working_directory():
-            contents = vars(load_python_file(path, what="agent", error=TaskError))
+        contents = vars(load_beside_run(path, what="agent", error=TaskError))
         if function not in contents:
             raise TaskError(f"{path} has no function {function!r} that plays a task")
         check_play_function(agent, contents[function])

@@ -30,11 +30,7 @@ from textpolicy.environments.timeout import with_timeout
 from textpolicy.environments.tool_calls import parse_python_calls, parse_tagged_calls
 from textpolicy.environments.tools import ToolEnv
 from textpolicy.errors import ConfigError, TaskError
-from textpolicy.user_code import (
-    keep_working_directory,
-    load_python_file,
-    split_file_and_name,
-)
+from textpolicy.user_code import load_beside_run, split_file_and_name
 
 _DEFAULT_MAX_TOKENS = 256
 _DEFAULT_MAX_TURNS = 8
@@ -184,8 +180,7 @@ def _multi_turn(
 
 
 def _from_file(path: Path, name: str, data: DataSource) -> Environment:
-    with keep_working_directory():
-        module = load_python_file(path, what="environment", error=TaskError)
+    module = load_beside_run(path, what="environment", error=TaskError)
     if not name:
         return environment_from_module(module, path.stem, data)
     refuse_data(f"{path}:{name}", data)

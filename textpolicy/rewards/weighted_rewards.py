@@ -11,11 +11,7 @@ from typing import Any
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rewards.returned_numbers import MAX_REWARD
 from textpolicy.rewards.reward_function import Reward, as_reward
-from textpolicy.user_code import (
-    keep_working_directory,
-    load_python_file,
-    split_file_and_name,
-)
+from textpolicy.user_code import load_beside_run, split_file_and_name
 
 _MAX_WEIGHT = 1e6
 
@@ -100,8 +96,7 @@ def load_reward(spec: str) -> Callable[..., Any] | Rewards:
     if file_and_name is None:
         raise ConfigError(f"reward is {spec!r}; expected FILE.py or FILE.py:FUNCTION")
     path, name = file_and_name
-    with keep_working_directory():
-        module = load_python_file(path, what="reward", error=RewardError)
+    module = load_beside_run(path, what="reward", error=RewardError)
     candidates = {
         key: value
         for key, value in vars(module).items()

@@ -9,6 +9,7 @@ from textpolicy.user_code.faults import (
 )
 from textpolicy.user_code.load_file import (
     has_file_module_name,
+    load_beside_run,
     load_python_file,
     split_file_and_name,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "is_ctrl_c",
     "keep_process_state",
     "keep_working_directory",
+    "load_beside_run",
     "load_python_file",
     "raise_user_errors_as",
     "split_file_and_name",

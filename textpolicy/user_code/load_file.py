@@ -8,6 +8,7 @@ from types import ModuleType
 
 from textpolicy.errors import ConfigError, TextPolicyError
 from textpolicy.user_code.faults import raise_user_errors_as
+from textpolicy.user_code.process_state import keep_working_directory
 
 _MODULE_PREFIX = "textpolicy_file_"
 _module_numbers = count(1)
@@ -31,8 +32,7 @@ def load_python_file(
     file in messages, such as "reward". If the file's code raises, `error` is raised and names the
     line.
     """
-    if not path.is_file():
-        raise ConfigError(f"{what} file {str(path)!r} does not exist (looked in {Path.cwd()})")
+    _check_exists(path, what)
     # The prefix and the number keep a file named json.py from replacing the module `json`.
     name = module_name or f"{_MODULE_PREFIX}{next(_module_numbers)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -46,6 +46,22 @@ def load_python_file(
     with raise_user_errors_as(error, f"importing {path}", file=str(path)):
         spec.loader.exec_module(module)
     return module
+
+
+def load_beside_run(path: Path, *, what: str, error: type[TextPolicyError]) -> ModuleType:
+    """Run a Python file in the working directory of the user's code, and return its module.
+
+    A relative path begins at the run's own working directory.
+    """
+    _check_exists(path, what)
+    absolute = path.absolute()
+    with keep_working_directory():
+        return load_python_file(absolute, what=what, error=error)
+
+
+def _check_exists(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise ConfigError(f"{what} file {str(path)!r} does not exist (looked in {Path.cwd()})")
 
 
 def has_file_module_name(module_name: str) -> bool:
