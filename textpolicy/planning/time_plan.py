@@ -3,7 +3,7 @@
 Almost all time of a step goes into products of the model's matrices with the hidden states of
 tokens. `measure_speeds` times a matrix of the model with as many rows as the phases of a step have,
 and `plan_time` multiplies by the numbers of tokens and weights. The factors for everything else
-were measured on a CPU with SmolLM2-135M (benchmarks/results/plans_smollm2.json).
+were chosen by hand. docs/benchmarks.md has estimates of whole runs beside the times that they took.
 """
 
 import time
