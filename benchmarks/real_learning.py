@@ -1,7 +1,7 @@
 """Measure whether reinforcement learning raises the held-out score of a pretrained model.
 
     python benchmarks/real_learning.py --model build/smollm2-135m --tasks A,B,C --seeds 0,1,2
-    python benchmarks/real_learning.py --tasks A,B,C --seeds 0,1,2 --steps 20 --peer trl
+    python benchmarks/real_learning.py --tasks A,B,C --seeds 0,1,2 --steps 12 --peer trl
     python benchmarks/real_learning.py --table
 
 Each run trains as `textpolicy train --model MODEL --env TASK --seed SEED` does, with the defaults

@@ -231,6 +231,13 @@ def test_trl_is_compared_with_the_first_steps_of_a_longer_run_at_a_constant_rate
     assert table.pairs_of(table.groups_of([*three(rising, **linear), *theirs])) == []
 
 
+def test_the_page_has_the_tables_of_the_records(scripts, table):
+    script = scripts("real_learning")
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text("utf-8")
+    shown = page.split(script.MARK)[1].strip()
+    assert shown == table.markdown(script.RecordFile(script.RECORDS).read())
+
+
 def test_the_tables_are_written_between_the_marks_of_a_page(scripts, tmp_path):
     script, page = scripts("real_learning"), tmp_path / "page.md"
     page.write_text(f"before\n{script.MARK}\nold\n{script.MARK}\nafter\n")
