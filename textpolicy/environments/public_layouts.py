@@ -42,7 +42,11 @@ def open_split(
     elif address.place.endswith(".parquet") and not address.on_hub:
         files = str(Path(address.place).expanduser().absolute())
         data = library.call(
-            library.library.load_dataset, "parquet", data_files=files, split="train", streaming=True
+            library.datasets.load_dataset,
+            "parquet",
+            data_files=files,
+            split="train",
+            streaming=True,
         )
         name = str(address)
     else:
@@ -105,7 +109,7 @@ class _Library:
 
     def __init__(self, address: DataAddress) -> None:
         try:
-            self.library: Any = import_module("datasets")
+            self.datasets: Any = import_module("datasets")
         except ImportError as error:
             raise DataError(
                 f"reading {str(address)!r} needs the datasets library: pip install "
@@ -136,12 +140,12 @@ class _Library:
             yield row
 
     def saved_split_names(self) -> list[str]:
-        data = self.call(self.library.load_from_disk, self._place)
+        data = self.call(self.datasets.load_from_disk, self._place)
         return list(data) if isinstance(data, Mapping) else []
 
     def saved_split(self, default_split: str | None) -> tuple[Any, str]:
         """Return one split of a saved folder and its address."""
-        data = self.call(self.library.load_from_disk, self._place)
+        data = self.call(self.datasets.load_from_disk, self._place)
         parts = self._address.parts
         if not isinstance(data, Mapping):
             if parts:
@@ -180,18 +184,20 @@ class _Library:
 
     def splits_of(self, config: str) -> list[str]:
         names = self.call(
-            self.library.get_dataset_split_names, self._place, config, **self._options
+            self.datasets.get_dataset_split_names, self._place, config, **self._options
         )
         return [str(name) for name in names]
 
     def split(self, config: str, split: str, *, stream: bool) -> Any:
         """Return the rows of a split, after a look at the reader and the files of the library."""
-        builder = self.call(self.library.load_dataset_builder, self._place, config, **self._options)
+        builder = self.call(
+            self.datasets.load_dataset_builder, self._place, config, **self._options
+        )
         self._check_builder(builder)
         # Rows of local files would fill the cache with a copy of the files.
         streaming = stream or not self._address.on_hub
         return self.call(
-            self.library.load_dataset,
+            self.datasets.load_dataset,
             self._place,
             config,
             split=split,
@@ -200,7 +206,7 @@ class _Library:
         )
 
     def _configs(self) -> list[str]:
-        return list(self.call(self.library.get_dataset_config_names, self._place, **self._options))
+        return list(self.call(self.datasets.get_dataset_config_names, self._place, **self._options))
 
     def _choose_config(self, configs: Sequence[str], asked: str | None) -> str:
         if asked is not None and asked in configs:
@@ -209,7 +215,9 @@ class _Library:
         raise DataError(self._refusal(problem, "configurations", configs, asked, ()))
 
     def _default_config(self) -> str | None:
-        return self.call(self.library.get_dataset_default_config_name, self._place, **self._options)
+        return self.call(
+            self.datasets.get_dataset_default_config_name, self._place, **self._options
+        )
 
     def _choose_split(
         self,
