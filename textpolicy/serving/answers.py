@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -125,8 +125,13 @@ class TokenWriter:
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
 
-class ChatForm:
-    """The form of answers to one chat request."""
+class _Form:
+    """What the forms of answers share: the head of each body, and the last chunk of a stream."""
+
+    whole_object: ClassVar[str]
+    """The value of "object" in a whole answer."""
+    chunk_object: ClassVar[str]
+    """The value of "object" in a chunk of a stream."""
 
     def __init__(
         self, tokenizer: TokenizerWrapper, asked: Asked, request_id: str, created: int
@@ -135,6 +140,29 @@ class ChatForm:
         self._names = {"id": request_id, "created": created, "model": asked.model}
         self._tokens = TokenWriter(tokenizer, as_ids=asked.tokens_as_ids)
 
+    def usage(self, generation: Generation) -> dict[str, Any]:
+        """Return the last chunk, with the number of tokens."""
+        return self._chunk(generation, []) | {"usage": usage_of(generation)}
+
+    def _chunk(self, generation: Generation, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._body(generation, choices, self.chunk_object)
+
+    def _whole(self, generation: Generation, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"usage": usage_of(generation)}
+        return self._body(generation, choices, self.whole_object) | usage
+
+    def _body(
+        self, generation: Generation, choices: list[dict[str, Any]], name: str
+    ) -> dict[str, Any]:
+        names = {"object": name, "system_fingerprint": fingerprint_of(generation)}
+        return self._names | names | {"choices": choices}
+
+
+class ChatForm(_Form):
+    """The form of answers to one chat request."""
+
+    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+
     def whole(self, generation: Generation, choices: Sequence[Choice]) -> dict[str, Any]:
         """Return the body of a whole answer."""
         shown = [
@@ -142,8 +170,7 @@ class ChatForm:
             | {"message": choice.message(), "finish_reason": finish_reason(row, choice)}
             for index, (row, choice) in enumerate(zip(generation.rows, choices, strict=True))
         ]
-        body = self._head(generation, "chat.completion")
-        body |= {"choices": shown, "usage": usage_of(generation)}
+        body = self._whole(generation, shown)
         if self._asked.return_token_ids:
             body["prompt_token_ids"] = generation.rows[0].context
         return body
@@ -182,10 +209,6 @@ class ChatForm:
             shown[-1]["finish_reason"] = reason
         return [self._chunk(generation, [one]) for one in shown]
 
-    def usage(self, generation: Generation) -> dict[str, Any]:
-        """Return the last chunk, with the number of tokens."""
-        return self._chunk(generation, []) | {"usage": usage_of(generation)}
-
     def _span(self, row: DecodingRow, index: int, span: tuple[int, int]) -> dict[str, Any]:
         shown: dict[str, Any] = {"index": index, "logprobs": None}
         if self._asked.logprobs is not None and span[0] < span[1]:
@@ -194,23 +217,16 @@ class ChatForm:
             shown["token_ids"] = row.tokens[slice(*span)]
         return shown
 
-    def _chunk(self, generation: Generation, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head(generation, "chat.completion.chunk") | {"choices": choices}
 
-    def _head(self, generation: Generation, kind: str) -> dict[str, Any]:
-        names = {"object": kind, "system_fingerprint": fingerprint_of(generation)}
-        return self._names | names
-
-
-class CompletionForm:
+class CompletionForm(_Form):
     """The form of answers to one completion request."""
+
+    whole_object = chunk_object = "text_completion"
 
     def __init__(
         self, tokenizer: TokenizerWrapper, asked: Asked, request_id: str, created: int
     ) -> None:
-        self._asked = asked
-        self._names = {"id": request_id, "created": created, "model": asked.model}
-        self._tokens = TokenWriter(tokenizer, as_ids=asked.tokens_as_ids)
+        super().__init__(tokenizer, asked, request_id, created)
         self._offsets: dict[int, int] = {}
 
     def whole(self, generation: Generation, choices: Sequence[Choice]) -> dict[str, Any]:
@@ -220,7 +236,7 @@ class CompletionForm:
             | {"finish_reason": finish_reason(row)}
             for index, (row, choice) in enumerate(zip(generation.rows, choices, strict=True))
         ]
-        return self._head(generation, shown) | {"usage": usage_of(generation)}
+        return self._whole(generation, shown)
 
     def begin(self, generation: Generation, index: int) -> None:
         """Return no first chunk: this form has none."""
@@ -241,11 +257,7 @@ class CompletionForm:
         if not (text or reason or shows_tokens):
             return []
         shown = self._choice(row, index, text, span) | {"finish_reason": reason}
-        return [self._head(generation, [shown])]
-
-    def usage(self, generation: Generation) -> dict[str, Any]:
-        """Return the last chunk, with the number of tokens."""
-        return self._head(generation, []) | {"usage": usage_of(generation)}
+        return [self._chunk(generation, [shown])]
 
     def _choice(
         self, row: DecodingRow, index: int, text: str, span: tuple[int, int]
@@ -259,10 +271,6 @@ class CompletionForm:
             shown["token_ids"] = row.tokens[slice(*span)]
             shown["prompt_token_ids"] = row.context if span[0] == 0 else None
         return shown
-
-    def _head(self, generation: Generation, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        names = {"object": "text_completion", "system_fingerprint": fingerprint_of(generation)}
-        return self._names | names | {"choices": choices}
 
 
 def generate_body(request_id: str, generation: Generation) -> dict[str, Any]:

@@ -26,6 +26,11 @@ from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import apply_thread_option, dtype_of, template_arguments_of
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import NamedAdapter, RunDirectory, read_named_adapter
+from textpolicy.serving.adapters import ServedAdapters
+from textpolicy.serving.encoding import PromptEncoder
+from textpolicy.serving.engine_queue import ServedEngine
+from textpolicy.serving.follow import Followers
+from textpolicy.serving.security import hosts_for, is_loopback, one_key
 
 TOKEN_VARIABLE = "TEXTPOLICY_TOKEN"
 _MIN_TOKEN = 8
@@ -36,8 +41,6 @@ def run(options: Namespace) -> Answer:
         raise ConfigError("the server needs two packages: pip install 'textpolicy[serve]'")
     # These import the two packages.
     from textpolicy.serving.app import create_app
-    from textpolicy.serving.encoding import PromptEncoder
-    from textpolicy.serving.security import hosts_for, one_key
     from textpolicy.serving.server import running_server
 
     key = _key(options)
@@ -69,12 +72,10 @@ def run(options: Namespace) -> Answer:
 
 
 @doing("loading what is served")
-def _load(options: Namespace) -> Any:
+def _load(
+    options: Namespace,
+) -> tuple[ServedEngine, ServedAdapters, Followers, dict[str, Any]]:
     """Return the engine, its adapters, the followed runs, and the arguments of the template."""
-    from textpolicy.serving.adapters import ServedAdapters
-    from textpolicy.serving.engine_queue import ServedEngine
-    from textpolicy.serving.follow import Followers
-
     config = configured(TrainConfig(), options)
     named = [read_named_adapter(text) for text in options.adapter or ()]
     followed = [_followed_run(text) for text in options.follow or ()]
@@ -136,8 +137,6 @@ class _Key:
 
 def _key(options: Namespace) -> _Key | None:
     """Return the token that clients have to send, or None if they need none."""
-    from textpolicy.serving.security import is_loopback
-
     if options.no_token:
         if not is_loopback(options.host):
             raise ConfigError(
