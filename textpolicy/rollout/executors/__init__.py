@@ -1,0 +1,1 @@
+"""Executors: rollout jobs in, finished jobs out, wherever the workers are."""
