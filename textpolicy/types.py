@@ -356,9 +356,13 @@ class Policy(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
+        self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, first: int = 0
     ) -> list[list[Completion]]:
-        """Return `n` completions for each prompt; the same seed gives the same completions."""
+        """Return `n` completions for each prompt; the same seed gives the same completions.
+
+        `first` is the place of the first prompt among all prompts of that seed: a part of the
+        prompts gives what the whole gives for that part. `first` is passed only if it is not 0.
+        """
         ...
 
     def reload(self, path: str | Path) -> int:
@@ -394,6 +398,7 @@ class ConversingPolicy(Policy, Protocol):
         *,
         n: int = 1,
         seed: int | None = None,
+        first: int = 0,
     ) -> list[list[list[Completion]]]:
         """Return the turns of `n` rows for each prompt.
 

@@ -137,6 +137,18 @@ def test_the_same_seed_gives_the_same_rollouts_also_for_requests_at_the_same_tim
         assert tokens[0] == tokens[1] != tokens[2]
 
 
+def test_a_part_of_the_tasks_is_played_as_in_the_whole(environment, policy):
+    tasks = [
+        Task(id=str(n), prompt="21+1=", example={"do": "talk"}, agent=environment.agent)
+        for n in range(2)
+    ]
+    options = {"group_size": 2, "seed": 3}
+    whole = collect(tasks, policy, environment.reward, **options)
+    (part,) = collect(tasks[1:], policy, environment.reward, first=1, **options)
+    whole, part = ([[one.tokens for one in g.rollouts] for g in gs] for gs in (whole, [part]))
+    assert part == whole[1:] != whole[:1]
+
+
 def test_what_an_agent_rewrites_starts_a_new_segment_and_no_token_counts_twice(play):
     for do, segments, turns in (("rewrite", 2, 2), ("gather", 4, 4), ("several", 3, 3)):
         for one in play(do).rollouts:

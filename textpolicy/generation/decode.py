@@ -35,6 +35,7 @@ def decode(
     sampling: Sampling,
     stop: StopRule,
     seed: int,
+    first: int = 0,
     max_rows: int,
     batched: bool = True,
     launch_ahead: bool = False,
@@ -43,11 +44,12 @@ def decode(
 ) -> list[list[DecodingRow]]:
     """Return `n` finished rows for each prompt, in an engine of their own.
 
+    `first` is the place of the first prompt among all prompts of `seed`, on which the draws depend.
     With `respond`, a row that ended continues with its next turn, and the last turn of each row is
     returned. `on_ended` is called after each step with the number of rows that have ended in it.
     """
     engine = Engine(model, max_rows=max_rows, batched=batched, launch_ahead=launch_ahead)
-    keys = random_keys(seed, [(p, m) for p in range(len(prompts)) for m in range(n)])
+    keys = random_keys(seed, [(first + p, m) for p in range(len(prompts)) for m in range(n)])
     groups = [
         [
             DecodingRow(

@@ -138,14 +138,20 @@ class ModelPolicy:
         return digest_of(container.parameters() if container else {})
 
     def generate(
-        self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None
+        self, prompts: Sequence[Prompt], *, n: int = 1, seed: int | None = None, first: int = 0
     ) -> list[list[Completion]]:
-        groups = self._decode(prompts, n, seed, None)
+        groups = self._decode(prompts, n, seed, first, None)
         version = self.version
         return [[self._completion(row, version) for row in group] for group in groups]
 
     def converse(
-        self, prompts: Sequence[Prompt], respond: RespondFn, *, n: int = 1, seed: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        respond: RespondFn,
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        first: int = 0,
     ) -> list[list[list[Completion]]]:
         """See `ConversingPolicy`. A row also ends when its context has no room for an answer."""
         turns_P_N: list[list[list[Completion]]] = [[[] for _ in range(n)] for _ in prompts]
@@ -160,7 +166,7 @@ class ModelPolicy:
             return late.read() if future.done() else late
 
         try:
-            self._decode(prompts, n, seed, respond_to_row)
+            self._decode(prompts, n, seed, first, respond_to_row)
         finally:
             self._replies.drop()
         return turns_P_N
@@ -209,7 +215,12 @@ class ModelPolicy:
         return reply if has_room(self.model, length, self.sampling.max_tokens) else None
 
     def _decode(
-        self, prompts: Sequence[Prompt], n: int, seed: int | None, respond: RespondToRow | None
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        seed: int | None,
+        first: int,
+        respond: RespondToRow | None,
     ) -> list[list[DecodingRow]]:
         prompt_tokens, seed = self._prepare(prompts, n, seed)
         with doing("sampling", n * len(prompts), begins=True) as activity:
@@ -220,6 +231,7 @@ class ModelPolicy:
                 sampling=self.sampling,
                 stop=StopAtStrings(self.tokenizer, self.sampling.stop),
                 seed=seed,
+                first=first,
                 max_rows=self._max_rows,
                 batched=self._batched,
                 launch_ahead=can_launch_ahead(),

@@ -130,11 +130,13 @@ def play_agents(
     *,
     group_size: int,
     seed: int,
+    first: int = 0,
     needs_score: bool,
     on_fault: Callable[[TextPolicyError], None],
 ) -> list[list[AgentEpisode]]:
     """Return `group_size` rollouts of each task, all of which are played by one agent.
 
+    `first` is the place of the first task among all tasks of `seed`, on which the draws depend.
     The thread that calls this decodes for all agents until the last one has ended. `on_fault` is
     called with each failure of an agent, and may raise to end all of them. With `needs_score`, an
     agent that gives no score has failed.
@@ -150,7 +152,7 @@ def play_agents(
             AgentEpisode(task, f"{seed}/{t}/{member}", policy.sampling, policy.version)
             for member in range(group_size)
         ]
-        for t, task in enumerate(tasks)
+        for t, task in enumerate(tasks, first)
     ]
     episodes = [one for group in groups for one in group]
     _Hall(agent, policy, episodes, needs_score, on_fault).play()

@@ -40,6 +40,21 @@ OnFault = Callable[[TextPolicyError], None]
 """Takes the error of an environment; raises it if it must end the run."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draws:
+    """What the draws of a call depend on: the seed, and the place of each rollout."""
+
+    group_size: int
+    seed: int
+    first: int
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """The arguments of a policy. Without `first` if it is 0, which all policies accept."""
+        first = {"first": self.first} if self.first else {}
+        return {"n": self.group_size, "seed": self.seed, **first}
+
+
 def collect(
     tasks: Sequence[Task],
     policy: Policy,
@@ -48,25 +63,29 @@ def collect(
     group_size: int,
     seed: int,
     max_turns: int = 64,
+    first: int = 0,
 ) -> list[RolloutGroup]:
     """Return `group_size` scored rollouts for each task, in the order of the tasks.
 
-    The same `seed` gives the same rollouts. All rows of all tasks decode together. If rewards run
+    The same `seed` gives the same rollouts. `first` is the place of the first task among all tasks
+    of that seed: calls with parts of the tasks return what one call with all of them returns. All
+    rows of all tasks decode together. If rewards run
     in processes of their own and no task has an environment, the rewards score answers while the
     policy still decodes other answers. While an environment waits for something, other rows decode
     and other environments are called. An episode ends after `max_turns`, even if its environment
     continues.
     """
+    draws = _Draws(group_size=group_size, seed=seed, first=first)
     with scorer_of(reward) as scorer:
         scorer.prepare([task.example for task in tasks])
         episodic = any(task.env for task in tasks)
         if any(task.agent for task in tasks):
-            unscored = _play_agents(tasks, policy, group_size, seed, scorer)
+            unscored = _play_agents(tasks, policy, draws, scorer)
             verdicts = _score(scorer, tasks, unscored)
         elif not episodic and scorer.can_overlap_decoding and isinstance(policy, ConversingPolicy):
-            unscored, verdicts = _answer_and_score(tasks, policy, scorer, group_size, seed)
+            unscored, verdicts = _answer_and_score(tasks, policy, draws, scorer)
         else:
-            unscored = _play(tasks, policy, group_size, seed, max_turns, scorer.count_fault)
+            unscored = _play(tasks, policy, draws, max_turns, scorer.count_fault)
             verdicts = _score(scorer, tasks, unscored)
     remaining = iter(verdicts)
     return [
@@ -191,7 +210,7 @@ class _UnscoredRollout:
 
 
 def _answer_and_score(
-    tasks: Sequence[Task], policy: ConversingPolicy, scorer: Scorer, group_size: int, seed: int
+    tasks: Sequence[Task], policy: ConversingPolicy, draws: _Draws, scorer: Scorer
 ) -> tuple[list[list[_UnscoredRollout]], list[Verdict]]:
     """Return the rollouts of each task, and their verdicts in the order of tasks and members."""
     with closing(BackgroundScorer[tuple[int, int]](scorer)) as background:
@@ -199,21 +218,22 @@ def _answer_and_score(
         def score(t: int, member: int, completion: Completion) -> None:
             background.add((t, member), _sample(tasks[t], _UnscoredRollout([completion])))
 
-        groups = policy.converse([task.asked for task in tasks], score, n=group_size, seed=seed)
+        groups = policy.converse([task.asked for task in tasks], score, **draws.arguments)
         verdicts = background.verdicts()
     unscored = [[_UnscoredRollout(turns) for turns in group] for group in groups]
     return unscored, [verdicts[t, m] for t, group in enumerate(groups) for m in range(len(group))]
 
 
 def _play_agents(
-    tasks: Sequence[Task], policy: Policy, group_size: int, seed: int, scorer: Scorer
+    tasks: Sequence[Task], policy: Policy, draws: _Draws, scorer: Scorer
 ) -> list[list[_UnscoredRollout]]:
     """Return the rollouts of each task, which its agent has played."""
     groups = play_agents(
         tasks,
         policy,
-        group_size=group_size,
-        seed=seed,
+        group_size=draws.group_size,
+        seed=draws.seed,
+        first=draws.first,
         needs_score=sum_turn_rewards in scorer.rewards.members,
         on_fault=scorer.count_fault,
     )
@@ -223,8 +243,7 @@ def _play_agents(
 def _play(
     tasks: Sequence[Task],
     policy: Policy,
-    group_size: int,
-    seed: int,
+    draws: _Draws,
     max_turns: int,
     on_fault: OnFault,
 ) -> list[list[_UnscoredRollout]]:
@@ -232,7 +251,7 @@ def _play(
     prompts = [task.asked for task in tasks]
     episodic = next((task for task in tasks if task.env), None)
     if episodic is None:
-        answers = policy.generate(prompts, n=group_size, seed=seed)
+        answers = policy.generate(prompts, **draws.arguments)
         return [[_UnscoredRollout([completion]) for completion in group] for group in answers]
     if not isinstance(policy, ConversingPolicy):
         raise ConfigError(
@@ -240,7 +259,7 @@ def _play(
             "in turns with its environment; give the policy the method converse of "
             "textpolicy.types.ConversingPolicy"
         )
-    calls, lock, members = WaitingCalls(), Lock(), range(group_size)
+    calls, lock, members = WaitingCalls(), Lock(), range(draws.group_size)
 
     def on_fault_in_thread(fault: TextPolicyError) -> None:
         with lock:
@@ -257,7 +276,7 @@ def _play(
         episode = episodes[t][member]
         return episode.respond(completion) if episode else None
 
-    groups = policy.converse(prompts, respond, n=group_size, seed=seed)
+    groups = policy.converse(prompts, respond, **draws.arguments)
     _call_all(calls, [episode.close for group in episodes for episode in group if episode])
     return [
         [_UnscoredRollout(turns, episode) for turns, episode in zip(group, members, strict=True)]
