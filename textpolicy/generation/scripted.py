@@ -14,9 +14,10 @@ from textpolicy.types import Completion, Message, Prompt, RespondFn, Sampling, S
 class ScriptedPolicy:
     """A `ConversingPolicy` that answers prompt p with `scripts[p]`, one text for each turn.
 
-    With `first`, prompt p is answered with `scripts[first + p]`. After the last text of a script, the policy repeats the last text. The rollouts have the tokens
-    and the mask that a model's rollouts would have, and log-probabilities of 0: they are for
-    supervised training, never for a policy loss.
+    With `first`, prompt p is answered with `scripts[first + p]`. After the last text of a script,
+    the policy repeats the last text. The rollouts have the tokens and the mask that a model's
+    rollouts would have, and log-probabilities of 0: they are for supervised training, never for a
+    policy loss.
     """
 
     version = 0

@@ -59,7 +59,7 @@ class InProcessExecutor:
         return [finished]
 
     def restart(self, worker: int) -> None:
-        """Return at once: there is no process to end, and unfinished jobs are still in the queue."""
+        """Return at once: there is no process to end, and unfinished jobs stay in the queue."""
 
     def close(self) -> None:
         self._jobs.clear()
