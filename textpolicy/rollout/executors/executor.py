@@ -25,8 +25,9 @@ class RolloutJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedJob:
-    """A job that has ended, with a group for each task that was not given up.
+    """A job that has ended, with a group for each task that was not given up, in their order.
 
+    `given_up` holds tasks of `job.tasks` themselves. The tasks of the groups may be copies.
     `seconds` is what the worker took for the job, and `reward_seconds` the part of its rewards.
     """
 
@@ -45,6 +46,14 @@ class Executor(Protocol):
     @property
     def workers(self) -> int:
         """The number of workers among which the tasks of a generation are divided."""
+        ...
+
+    @property
+    def in_background(self) -> bool:
+        """Whether workers play the jobs while the caller trains.
+
+        If not, `completed` plays them in this process, and waiting for a job is sampling.
+        """
         ...
 
     def follow(self, version: int, published: Path) -> None:

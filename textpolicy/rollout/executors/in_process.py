@@ -15,6 +15,7 @@ class InProcessExecutor:
     """Plays a job when its result is waited for, so that each job has the newest adapters."""
 
     workers = 1
+    in_background = False
 
     def __init__(self, policy: Policy, scorer: Scorer) -> None:
         self._policy = policy
