@@ -48,6 +48,7 @@ LAYERS = (
     "textpolicy.chat_template",
     "textpolicy.types",
     "textpolicy.config",
+    "textpolicy.ranks",
     "textpolicy.user_code",
     "textpolicy.activity",
     "textpolicy.untrusted",

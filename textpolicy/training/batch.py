@@ -153,13 +153,17 @@ def split_into_mini_batches(
 
 
 def split_into_micro_batches(
-    rows: Sequence[TrainingRow], size: int | None, *, share_prompts: bool = True
+    rows: Sequence[TrainingRow],
+    size: int | None,
+    *,
+    share_prompts: bool = True,
+    tokens: int = MICRO_BATCH_TOKENS,
 ) -> list[list[TrainingRow]]:
     """Return parts of an optimizer batch that are in memory one at a time.
 
     Groups of similar length are together, and so are the segments of a rollout. A part has at most
     `size` rows, unless one rollout has more segments. If `size` is None, a part is as many whole
-    groups as fit into MICRO_BATCH_TOKENS with their padding; a group is cut if its completions
+    groups as fit into `tokens` with their padding; a group is cut if its completions
     alone have more tokens, or its whole rows if `share_prompts` is False. Groups without any signal
     come last, in parts of their own.
     """
@@ -171,7 +175,7 @@ def split_into_micro_batches(
     for signal in (True, False):
         groups = [group for group in ordered if any(row.has_signal for row in group) is signal]
         if size is None:
-            parts += _fill_parts(groups, share_prompts)
+            parts += _fill_parts(groups, share_prompts, tokens)
         else:
             parts += _cut([*chain.from_iterable(groups)], size)
     return parts
@@ -224,20 +228,20 @@ def _rollout_numbers(rows: Sequence[TrainingRow]) -> mx.array | None:
 
 
 def _fill_parts(
-    groups: Sequence[list[TrainingRow]], share_prompts: bool
+    groups: Sequence[list[TrainingRow]], share_prompts: bool, most: int
 ) -> list[list[TrainingRow]]:
     parts: list[list[TrainingRow]] = []
     for group in groups:
         pieces = [group]
         longest = _longest_completion(group) + (0 if share_prompts else _longest_prompt(group))
-        if len(group) * longest > MICRO_BATCH_TOKENS:
+        if len(group) * longest > most:
             # At least two rows, because some losses compare two rows of a group.
-            size = max(2, MICRO_BATCH_TOKENS // longest)
+            size = max(2, most // longest)
             pieces = _cut(sorted(group, key=lambda row: len(row.mask)), size)
         for piece in pieces:
             together = [*parts[-1], *piece] if parts else piece
             tokens = count_padded_tokens(together, share_prompts=share_prompts)
-            if parts and tokens <= MICRO_BATCH_TOKENS:
+            if parts and tokens <= most:
                 parts[-1] = together
             else:
                 parts.append(piece)

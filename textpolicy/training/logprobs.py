@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
-from textpolicy.training.batch import BatchTotals, TrainingRow, make_batch, split_into_micro_batches
+from textpolicy.ranks import ALONE, Ranks
+from textpolicy.training.batch import BatchTotals, TrainingRow, make_batch
+from textpolicy.training.dealing import deal_micro_batches
 from textpolicy.training.output_head import OutputHead, find_output_head, logprobs_from_logits
 from textpolicy.training.shared_prompts import run_whole_rows, run_with_shared_prompts
 from textpolicy.types import Batch
@@ -63,31 +65,53 @@ def add_logprobs(
     policy: ModelLogprobs | None = None,
     reference: ModelLogprobs | None = None,
     micro_batch_size: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[TrainingRow]:
     """Return the rows with `logp_fresh` and `entropies` of the policy, and `logp_ref`.
 
     Without `policy` or without `reference`, its values are left out. The order of the rows may
-    change.
+    change. Each of the `ranks` computes the values of some rows and gets those of the others.
     """
     models = [model for model in (policy, reference) if model]
     if not models:
         return list(rows)
-    done: list[TrainingRow] = []
     share = all(model.share_prompts for model in models)
-    for part in split_into_micro_batches(rows, micro_batch_size, share_prompts=share):
-        # The divergence from the reference counts for excluded rows too.
-        batch = make_batch([replace(row, excluded=False) for row in part], BatchTotals.of(part))
-        computed: dict[str, np.ndarray] = {}
-        if policy:
-            logp, entropy = policy(batch, differentiable=False)
-            mx.eval(logp, entropy)
-            computed |= {"logp_fresh": np.array(logp), "entropies": np.array(entropy)}
-        if reference:
-            computed["logp_ref"] = np.array(reference(batch, differentiable=False)[0])
-        for place, row in enumerate(part):
-            own = {name: array[place, : len(row.mask)] for name, array in computed.items()}
-            done.append(replace(row, **own))
+    dealt = deal_micro_batches(rows, micro_batch_size, ranks, share_prompts=share)
+    own = [
+        values for part in dealt.of(ranks.rank) for values in _values_of(part, policy, reference)
+    ]
+    joined = np.concatenate(own) if own else np.zeros(0, np.float32)
+    received = [np.frombuffer(one, np.float32) for one in ranks.gather(joined.tobytes())]
+    names = ["logp_fresh", "entropies"] * (policy is not None)
+    names += ["logp_ref"] * (reference is not None)
+    done: list[TrainingRow] = []
+    read = [0] * ranks.size
+    for part, owner in zip(dealt.parts, dealt.owners, strict=True):
+        for row in part:
+            shape = len(names), len(row.mask)
+            values = received[owner][read[owner] :][: shape[0] * shape[1]].reshape(shape)
+            read[owner] += values.size
+            done.append(replace(row, **dict(zip(names, values, strict=True))))
     return done
+
+
+def _values_of(
+    part: Sequence[TrainingRow], policy: ModelLogprobs | None, reference: ModelLogprobs | None
+) -> list[np.ndarray]:
+    """Return what the models compute for each row of a micro-batch, one after the other."""
+    # The divergence from the reference counts for excluded rows too.
+    batch = make_batch([replace(row, excluded=False) for row in part], BatchTotals.of(part))
+    computed: list[np.ndarray] = []
+    if policy:
+        logp, entropy = policy(batch, differentiable=False)
+        mx.eval(logp, entropy)
+        computed += [np.array(logp), np.array(entropy)]
+    if reference:
+        computed.append(np.array(reference(batch, differentiable=False)[0]))
+    return [
+        np.concatenate([array[place, : len(row.mask)] for array in computed])
+        for place, row in enumerate(part)
+    ]
 
 
 def can_share_prompts(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from textpolicy import fast_cpu
 from textpolicy.activity import doing
@@ -20,6 +21,7 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.file_writing import atomic_replace, make_private_folder
+from textpolicy.ranks import ALONE, Ranks
 from textpolicy.training.advantages import add_advantages, advantages_by_group, requested_keywords
 from textpolicy.training.batch import (
     BatchTotals,
@@ -35,6 +37,7 @@ from textpolicy.training.checkpoint import (
     restore_training_tensors,
     training_tensors,
 )
+from textpolicy.training.dealing import DealtParts, deal_micro_batches
 from textpolicy.training.gradient_accumulation import accumulate_gradient
 from textpolicy.training.logprobs import ModelLogprobs, add_logprobs
 from textpolicy.training.metrics import (
@@ -104,6 +107,9 @@ class Trainer:
     rejected: Path | None = None
     """The folder for batches whose gradient was not finite."""
     seed: int = 0
+    ranks: Ranks = ALONE
+    """The processes that train this model together. Each computes the gradient of some rows, and
+    all take the same update, so `train` must be called with the same groups on each."""
 
     def __post_init__(self) -> None:
         fast_cpu.enable()
@@ -163,13 +169,13 @@ class Trainer:
         """Return the rows with fresh and reference log-probabilities, where options need them."""
         policy = self._logprobs if self.old_logprobs == "fresh" else None
         reference = self._reference_logprobs if self.reference else None
-        size = self.micro_batch_size
+        compute = partial(add_logprobs, micro_batch_size=self.micro_batch_size, ranks=self.ranks)
         if self.reference != "base":
-            return add_logprobs(rows, policy=policy, reference=reference, micro_batch_size=size)
-        rows = add_logprobs(rows, policy=policy, micro_batch_size=size)
+            return compute(rows, policy=policy, reference=reference)
+        rows = compute(rows, policy=policy)
         assert self.adapters is not None
         with self.adapters.disabled():
-            return add_logprobs(rows, reference=reference, micro_batch_size=size)
+            return compute(rows, reference=reference)
 
     def _take_updates(self, rows: list[TrainingRow], groups: Sequence[RolloutGroup]) -> Metrics:
         """Take all updates on these rows, and return their metrics together."""
@@ -195,18 +201,30 @@ class Trainer:
         """Return the gradient and the metrics of an optimizer batch."""
         totals = BatchTotals.of(rows)
         share = self._logprobs.share_prompts
-        parts = split_into_micro_batches(rows, self.micro_batch_size, share_prompts=share)
+        dealt = deal_micro_batches(rows, self.micro_batch_size, self.ranks, share_prompts=share)
         skip = self.skip_without_advantages
         gradient, values = accumulate_gradient(
             self.model,
             lambda part: self._loss_and_metrics(make_batch(part, totals)),
-            parts,
+            dealt.of(self.ranks.rank),
             checkpoint=self.checkpoint_gradients,
             skip=lambda part: skip and not any(row.has_signal for row in part),
         )
         metrics = [{name: float(x) for name, x in arrays.items()} for _, arrays in values]
-        has_tokens = [any(any(row.mask) for row in part) for part in parts]
-        return gradient, sum_micro_batches(zip(metrics, has_tokens, strict=True))
+        return self._sum_over_ranks(gradient), self._metrics_of_ranks(dealt, metrics)
+
+    def _sum_over_ranks(self, gradient: Any) -> Any:
+        """Return the gradient of all rows: a NaN of one rank is then in the gradient of all."""
+        names, arrays = zip(*tree_flatten(gradient), strict=True)
+        sums = self.ranks.sum_arrays(arrays)
+        return tree_unflatten(list(zip(names, sums, strict=True)))
+
+    def _metrics_of_ranks(self, dealt: DealtParts, own: list[Metrics]) -> Metrics:
+        """Return the metrics of the whole batch from those of this rank's micro-batches."""
+        all_ranks = [iter(metrics) for metrics in self.ranks.gather_json(own)]
+        metrics = [next(all_ranks[owner]) for owner in dealt.owners]
+        has_tokens = [any(any(row.mask) for row in part) for part in dealt.parts]
+        return sum_micro_batches(zip(metrics, has_tokens, strict=True))
 
     def _loss_and_metrics(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         logp, entropy = self._logprobs(batch)
