@@ -50,23 +50,27 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
     return {
         "task": group.task.id,
         "prompt": group.task.prompt,
-        "rollouts": [_rollout_to_json(rollout) for rollout in group.rollouts],
+        "rollouts": [rollout_to_json(rollout) for rollout in group.rollouts],
     }
 
 
-def _rollout_to_json(rollout: Rollout) -> dict[str, Any]:
-    """Return the fields. Earlier releases read a rollout of one segment, without `later`."""
+def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
+    """Return the fields of a rollout, in values that JSON can hold.
+
+    Earlier releases read a rollout of one segment, without `later`.
+    """
     fields = asdict(rollout)
     return fields if rollout.later else {k: v for k, v in fields.items() if k != "later"}
 
 
 def _group_from_json(content: Mapping[str, Any]) -> RolloutGroup:
     task = Task(id=content["task"], prompt=content["prompt"])
-    rollouts = [_rollout_from_json(rollout) for rollout in content["rollouts"]]
+    rollouts = [rollout_from_json(rollout) for rollout in content["rollouts"]]
     return RolloutGroup(task=task, rollouts=rollouts)
 
 
-def _rollout_from_json(content: Mapping[str, Any]) -> Rollout:
+def rollout_from_json(content: Mapping[str, Any]) -> Rollout:
+    """Return the rollout of which `rollout_to_json` returned the content."""
     sampling = content["sampling"]
     special: dict[str, Any] = {
         "sampling": Sampling(**(sampling | {"stop": tuple(sampling["stop"])})),

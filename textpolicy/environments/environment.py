@@ -51,6 +51,18 @@ class NotedSplit(Protocol):
 
 
 @runtime_checkable
+class AttachingSplit(Protocol):
+    """A split whose tasks have an environment or an agent."""
+
+    def attach(self, task: Task) -> Task:
+        """Return the task with its environment or agent.
+
+        The task comes from the same split in another process, without its `env` and `agent`.
+        """
+        ...
+
+
+@runtime_checkable
 class BuildEnv(Protocol):
     """Makes a Gymnasium environment from a function that draws its tasks, and a reward."""
 
@@ -86,6 +98,10 @@ class Environment:
 
     def heldout(self, number: int) -> list[Task]:
         return self.tasks.heldout(number)
+
+    def attach(self, task: Task) -> Task:
+        """Return a task that came from another process, with its environment or agent again."""
+        return attach_from(self.tasks, task)
 
     @property
     def agent(self) -> Agent | None:
@@ -167,6 +183,9 @@ class EpisodeTasks:
     def split_note(self) -> str:
         return self.source.split_note if isinstance(self.source, NotedSplit) else ""
 
+    def attach(self, task: Task) -> Task:
+        return self._with_env(attach_from(self.source, task))
+
     def _with_env(self, task: Task) -> Task:
         draw = _GivenTask(prompt=task.prompt, example=task.example)
         return replace(task, env=partial(self.build, draw, reward=self.reward))
@@ -189,8 +208,16 @@ class AgentTasks:
     def split_note(self) -> str:
         return self.source.split_note if isinstance(self.source, NotedSplit) else ""
 
+    def attach(self, task: Task) -> Task:
+        return self._with_agent(attach_from(self.source, task))
+
     def _with_agent(self, task: Task) -> Task:
         return replace(task, agent=self.agent)
+
+
+def attach_from(tasks: TaskSplit, task: Task) -> Task:
+    """Return the task with what `tasks` attaches; a task that is data alone stays as it is."""
+    return tasks.attach(task) if isinstance(tasks, AttachingSplit) else task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from textpolicy.environments.environment import (
     GeneratedTasks,
     NotedSplit,
     TaskSplit,
+    attach_from,
 )
 from textpolicy.errors import ConfigError, TaskError, UnreadableError
 from textpolicy.rewards.checked_rows import GOLD_COLUMNS
@@ -109,6 +110,10 @@ class TasksWithPreamble:
 
     def heldout(self, number: int) -> list[Task]:
         return list(map(self.add, self.source.heldout(number)))
+
+    def attach(self, task: Task) -> Task:
+        # The task has its preamble already.
+        return attach_from(self.source, task)
 
     @property
     def split_note(self) -> str:

@@ -6,7 +6,6 @@ started afresh for the next request. The parent reads only JSON, and believes no
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,7 +21,7 @@ from textpolicy.environments.faults import call_tool, outcome_of
 from textpolicy.errors import ConfigError, TaskError
 from textpolicy.types import TextEnv
 from textpolicy.untrusted.parsing import parse_json
-from textpolicy.user_code import has_file_module_name, load_python_file, raise_user_errors_as
+from textpolicy.user_code import files_named_in, load_python_file, raise_user_errors_as
 from textpolicy.user_code.killable_process import ForgedAnswerError, KillableProcess, ParentLink
 
 _STARTUP_SECONDS = 60.0
@@ -49,7 +48,9 @@ class RequestProcess:
 
     def load(self, packed: bytes) -> None:
         """Start the process if there is none, and let it import what `pack` has packed."""
-        files = {name: file for name, file in _files_of(packed).items() if name not in self._files}
+        files = {
+            name: file for name, file in files_named_in(packed).items() if name not in self._files
+        }
         if self._child is None or files:
             self.request("the start of its process", "load", files, packed, late=_STARTUP_SECONDS)
             self._files |= files.keys()
@@ -122,15 +123,6 @@ def pack(content: Callable[..., Any], what: str) -> bytes:
             "that starts the run. Move them to a file of their own, and import this file"
         )
     return packed
-
-
-def _files_of(packed: bytes) -> dict[str, str]:
-    """Return the files that no import could find, by the names of their modules."""
-    return {
-        name: str(module.__file__)
-        for name, module in list(sys.modules.items())
-        if has_file_module_name(name) and name.encode() in packed
-    }
 
 
 def call_tool_in_process(

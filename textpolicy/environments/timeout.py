@@ -53,6 +53,9 @@ class _IsolatedTasks:
     def heldout(self, number: int) -> list[Task]:
         return list(map(self._isolated, self.source.heldout(number)))
 
+    def attach(self, task: Task) -> Task:
+        return self._isolated(self.source.attach(task))
+
     def _isolated(self, task: Task) -> Task:
         assert task.env is not None
         return replace(task, env=partial(IsolatedEnv, self.process, pack(task.env, self.what), ()))

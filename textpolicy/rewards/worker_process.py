@@ -32,14 +32,16 @@ from textpolicy.rewards.call_reward import (
 )
 from textpolicy.rewards.reward_function import Reward, Sample
 from textpolicy.rewards.weighted_rewards import Rewards
-from textpolicy.user_code import has_file_module_name, load_python_file, raise_user_errors_as
+from textpolicy.user_code import (
+    SCRIPT_MODULE,
+    has_file_module_name,
+    load_python_file,
+    raise_user_errors_as,
+)
 from textpolicy.user_code.killable_process import ForgedAnswerError, KillableProcess, ParentLink
 
 _STARTUP_SECONDS = 60.0
 """How long a process may take to import the files of its rewards."""
-_SCRIPT_MODULE = "__mp_main__"
-"""The name under which a worker runs the main script, as multiprocessing does. The part of the
-script under `if __name__ == "__main__"` does not run then."""
 _MAX_EXCERPT = 80
 _AWAIT_SLACK = 0.2
 """Seconds that a call of many awaited samples may take beyond the time limits of its samples."""
@@ -89,7 +91,7 @@ class WorkerProcess:
 def _check_can_isolate(rewards: Sequence[Reward]) -> None:
     """Raise `ConfigError` if another process could not load the functions by their names."""
     # multiprocessing gives the main script both names. In a worker the names differ while it runs.
-    if sys.modules.get(_SCRIPT_MODULE) is not sys.modules["__main__"]:
+    if sys.modules.get(SCRIPT_MODULE) is not sys.modules["__main__"]:
         raise ConfigError(
             "this script starts a run when a reward's process loads the script for its functions: "
             'put the code that starts the run under `if __name__ == "__main__":`, or the rewards '
@@ -112,7 +114,7 @@ def _files_to_run(rewards: Sequence[Reward]) -> dict[str, str]:
     modules = {function.__module__ for function in functions}
     files = {name: name for name in modules if has_file_module_name(name)}
     if "__main__" in modules:
-        files[_SCRIPT_MODULE] = "__main__"
+        files[SCRIPT_MODULE] = "__main__"
     return {name: str(sys.modules[loaded].__file__) for name, loaded in files.items()}
 
 
@@ -292,7 +294,7 @@ def _receive_rewards(parent: ParentLink) -> list[Reward]:
         _set_resource_limit(resource.RLIMIT_AS, memory)
     for name, file in files.items():
         module = load_python_file(Path(file), what="reward", error=RewardError, module_name=name)
-        if name == _SCRIPT_MODULE:
+        if name == SCRIPT_MODULE:
             # Pickle looks up what a script defines in the module __main__.
             sys.modules["__main__"] = module
     with raise_user_errors_as(RewardError, "finding the reward functions in a new process"):

@@ -57,10 +57,17 @@ class KillableProcess:
     """The parent's end of a process that runs `entry`, such as "package.module:function".
 
     The function receives a `ParentLink`. `socket` and `output` can be waited for: they are readable
-    when `read_messages` and `read_output` have something to read.
+    when `read_messages` and `read_output` have something to read. With `uses_mlx`, the worker is a
+    fresh program and no fork, and what it prints goes where this process prints.
     """
 
-    def __init__(self, entry: str, *, max_message_bytes: int = _MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        entry: str,
+        *,
+        max_message_bytes: int = _MAX_MESSAGE_BYTES,
+        uses_mlx: bool = False,
+    ) -> None:
         self._max_message_bytes = max_message_bytes
         self.socket, worker_socket = socket.socketpair()
         # Nothing is written to this pipe. The guard reads its end when the parent has ended.
@@ -69,9 +76,9 @@ class KillableProcess:
         os.set_blocking(self.output, False)
         self.socket.setblocking(False)
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
+            f"{_same_path()}"
             "from textpolicy.user_code.killable_process import run_guarded\n"
-            f"run_guarded({entry!r}, {worker_socket.fileno()}, {lifeline})"
+            f"run_guarded({entry!r}, {worker_socket.fileno()}, {lifeline}, {uses_mlx})"
         )
         with worker_socket:
             self.process = subprocess.Popen(
@@ -79,8 +86,8 @@ class KillableProcess:
                 [sys.executable, "-u", "-c", program],
                 pass_fds=[worker_socket.fileno(), lifeline],
                 stdin=subprocess.DEVNULL,
-                stdout=worker_output,
-                stderr=worker_output,
+                stdout=None if uses_mlx else worker_output,
+                stderr=None if uses_mlx else worker_output,
                 start_new_session=True,
             )
         os.close(worker_output)
@@ -89,9 +96,9 @@ class KillableProcess:
         self.kill = weakref.finalize(
             self, _end_process, self.process, held_lifeline, self.socket, self.output
         )
-        self.output_is_open = True
+        self.output_is_open = not uses_mlx
         self._last_output = b""
-        self._received = b""
+        self._received = bytearray()
 
     def send(self, content: object) -> None:
         """Send a value, pickled. If the process has died, reading its messages finds that out."""
@@ -111,7 +118,7 @@ class KillableProcess:
         ended = not self._receive()
         *lines, self._received = self._received.split(b"\n")
         for line in lines:
-            yield _as_message(line)
+            yield _as_message(bytes(line))
         if len(self._received) > self._max_message_bytes:
             raise ForgedAnswerError(f"an answer of more than {self._max_message_bytes} bytes")
         if ended:
@@ -190,8 +197,11 @@ class ParentLink:
         return bytes(data)
 
 
-def run_guarded(entry: str, descriptor: int, lifeline: int) -> None:
-    """Split into the guard and the worker; the worker runs `entry`."""
+def run_guarded(entry: str, descriptor: int, lifeline: int, uses_mlx: bool = False) -> None:
+    """Split into the guard and the worker; the worker runs `entry`.
+
+    With `uses_mlx`, the worker first becomes a fresh program: GPUs do not work after a fork.
+    """
     os.set_inheritable(lifeline, False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     _prctl(_SET_REAPER, 1)
@@ -209,6 +219,18 @@ def run_guarded(entry: str, descriptor: int, lifeline: int) -> None:
         os.close(unused)
     os.setsid()
     _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+    if uses_mlx:
+        program = (
+            f"{_same_path()}"
+            "from textpolicy.user_code.killable_process import run_entry\n"
+            f"run_entry({entry!r}, {descriptor})"
+        )
+        os.execv(sys.executable, [sys.executable, "-u", "-c", program])
+    run_entry(entry, descriptor)
+
+
+def run_entry(entry: str, descriptor: int) -> None:
+    """Call the function "package.module:function" with the link to the parent."""
     faulthandler.enable()
     module, _, function = entry.partition(":")
     vars(import_module(module))[function](ParentLink(descriptor))
@@ -287,6 +309,11 @@ def _list_processes() -> Iterator[tuple[int, int, str]]:
                 # The name of the program stands in parentheses, and may hold spaces.
                 state, parent = status.rpartition(")")[2].split()[:2]
                 yield int(name), int(parent), state
+
+
+def _same_path() -> str:
+    """Return the line of a program that lets it import what this process can import."""
+    return f"import sys; sys.path[:] = {sys.path!r}\n"
 
 
 def _prctl(option: int, value: int) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,9 @@ from textpolicy.user_code.process_state import keep_working_directory
 
 _MODULE_PREFIX = "textpolicy_file_"
 _module_numbers = count(1)
+SCRIPT_MODULE = "__mp_main__"
+"""The name under which another process runs the main script, as multiprocessing does. The part of
+the script under `if __name__ == "__main__"` does not run then."""
 
 
 def split_file_and_name(text: str) -> tuple[Path, str] | None:
@@ -67,3 +71,31 @@ def _check_exists(path: Path, what: str) -> None:
 def has_file_module_name(module_name: str) -> bool:
     """Return whether `load_python_file` made up this module name, which no import could find."""
     return module_name.startswith(_MODULE_PREFIX)
+
+
+def files_named_in(packed: bytes) -> dict[str, str]:
+    """Return the files that no import could find, by the names of their modules, of a pickle."""
+    return {
+        name: str(module.__file__)
+        for name, module in list(sys.modules.items())
+        if has_file_module_name(name) and name.encode() in packed
+    }
+
+
+def provide_files(files: Mapping[str, str], *, what: str, error: type[TextPolicyError]) -> None:
+    """Make the modules of these files known by these names, so that a pickle finds them.
+
+    A file that was loaded under another name is not loaded again.
+    """
+    loaded = {
+        str(module.__file__): module
+        for name, module in list(sys.modules.items())
+        if has_file_module_name(name)
+    }
+    for name, file in files.items():
+        if name in sys.modules:
+            continue
+        if file in loaded:
+            sys.modules[name] = loaded[file]
+        else:
+            load_python_file(Path(file), what=what, error=error, module_name=name)

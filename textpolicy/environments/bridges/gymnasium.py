@@ -103,6 +103,9 @@ class GymnasiumTasks:
                 break
         return [*first.values(), *more][:number]
 
+    def attach(self, task: Task) -> Task:
+        return replace(task, env=self.make_env)
+
     @property
     def split_note(self) -> str:
         return self._survey.note(self.name, tell_apart=_TELL_APART)

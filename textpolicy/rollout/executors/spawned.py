@@ -1,0 +1,182 @@
+"""Rollout workers as processes of this machine, each with a connection of its own.
+
+A worker's process is started afresh: mlx hangs after a fork. It runs the user's code, so the
+parent reads nothing but JSON, and `KillableProcess` ends with it everything that it has started,
+also if the parent is killed. In the process only the main thread uses mlx; one thread reads the
+connection and another one writes, so that neither side waits for the other while it computes.
+"""
+
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from textpolicy.errors import ConfigError, TextPolicyError
+from textpolicy.rollout.executors.rollout_worker import RolloutWorker
+from textpolicy.rollout.executors.worker_link import (
+    Answer,
+    Failed,
+    Following,
+    PublishedVersion,
+    Ready,
+    SentJob,
+    WorkerEndedError,
+    answer_from_json,
+    answer_to_json,
+)
+from textpolicy.user_code import (
+    SCRIPT_MODULE,
+    files_named_in,
+    load_python_file,
+    provide_files,
+    raise_user_errors_as,
+)
+from textpolicy.user_code.killable_process import ForgedAnswerError, KillableProcess, ParentLink
+
+BuildWorker = Callable[[], RolloutWorker]
+"""Makes the worker in its process, which finds the function by its name."""
+_MAX_ANSWER_BYTES = 1 << 30
+
+
+class SpawnedWorkers:
+    """A `Transport` whose workers are processes of this machine, each made by `build`."""
+
+    def __init__(self, build: BuildWorker) -> None:
+        self._packed = _pack(build, "the function that builds a rollout worker")
+
+    def start(self, number: int) -> "SpawnedLink":
+        return SpawnedLink(self._packed)
+
+    def wait(self, links: Sequence["SpawnedLink"], seconds: float) -> None:
+        wait([link.process.socket for link in links], seconds)
+
+
+class SpawnedLink:
+    """The `WorkerLink` of a process."""
+
+    def __init__(self, packed_build: "_Packed") -> None:
+        entry = f"{__name__}:{serve_rollouts.__name__}"
+        self.process = KillableProcess(entry, max_message_bytes=_MAX_ANSWER_BYTES, uses_mlx=True)
+        self.process.send(packed_build)
+
+    def follow(self, published: PublishedVersion) -> None:
+        self.process.send(_pack(published, "an adapter version"))
+
+    def play(self, job: SentJob) -> None:
+        self.process.send(_pack(job, "the columns of a task"))
+
+    def answers(self) -> Iterator[Answer]:
+        try:
+            for message in self.process.read_messages():
+                yield answer_from_json(message)
+        except ForgedAnswerError as error:
+            raise WorkerEndedError(f"wrote {error} where an answer was expected") from error
+        except EOFError as error:
+            raise WorkerEndedError(self.process.kill_and_describe()) from error
+
+    def end(self) -> None:
+        self.process.kill()
+
+
+_Packed = tuple[dict[str, str], bytes]
+"""The files that define what a pickle names, and the pickle."""
+
+
+def _pack(content: object, what: str) -> _Packed:
+    with raise_user_errors_as(ConfigError, f"handing {what} to a rollout worker"):
+        packed = bytes(ForkingPickler.dumps(content))
+    files = files_named_in(packed)
+    if b"__main__" in packed:
+        files[SCRIPT_MODULE] = _main_script(what)
+    return files, packed
+
+
+def _main_script(what: str) -> str:
+    main = sys.modules["__main__"]
+    if sys.modules.get(SCRIPT_MODULE) is not main:
+        raise ConfigError(
+            "this script starts a run when a rollout worker loads the script: put the code that "
+            'starts the run under `if __name__ == "__main__":`'
+        )
+    file = vars(main).get("__file__")
+    if file is None:
+        raise ConfigError(
+            f"{what} is defined where no other process can find it. Move the definition to a file, "
+            "and import this file"
+        )
+    return str(file)
+
+
+def serve_rollouts(parent: ParentLink) -> None:
+    """Build the worker and play jobs, until the parent closes its end."""
+    # A KeyboardInterrupt can then come only from the user's code.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox: SimpleQueue[_Packed | None] = SimpleQueue()
+    outbox: SimpleQueue[Answer | None] = SimpleQueue()
+    writer = Thread(target=_write, args=(parent, outbox), daemon=True)
+    for thread in (writer, Thread(target=_read, args=(parent, inbox), daemon=True)):
+        thread.start()
+    try:
+        _serve(parent, inbox, outbox)
+    except TextPolicyError as error:
+        outbox.put(Failed(error))
+    outbox.put(None)
+    writer.join()
+
+
+def _serve(
+    parent: ParentLink, inbox: "SimpleQueue[_Packed | None]", outbox: "SimpleQueue[Answer | None]"
+) -> None:
+    build = inbox.get()
+    if build is None:
+        return
+    worker: RolloutWorker = _unpack(parent, build)()
+    outbox.put(Ready())
+    jobs: deque[SentJob] = deque()
+    while True:
+        published: PublishedVersion | None = None
+        while not inbox.empty() or not (jobs or published):
+            message = inbox.get()
+            if message is None:
+                return
+            match content := _unpack(parent, message):
+                case PublishedVersion():
+                    published = content
+                case _:
+                    jobs.append(content)
+        if published:
+            outbox.put(Following(worker.follow(published)))
+        if jobs:
+            outbox.put(worker.play(jobs.popleft()))
+
+
+def _unpack(parent: ParentLink, packed: _Packed) -> Any:
+    files, content = packed
+    script = files.pop(SCRIPT_MODULE, None)
+    if script and vars(sys.modules["__main__"]).get("__file__") != script:
+        sys.modules["__main__"] = load_python_file(
+            Path(script), what="main", error=ConfigError, module_name=SCRIPT_MODULE
+        )
+    provide_files(files, what="user's", error=ConfigError)
+    with raise_user_errors_as(ConfigError, "reading what was handed to a rollout worker"):
+        return parent.unpickle(content)
+
+
+def _read(parent: ParentLink, inbox: "SimpleQueue[_Packed | None]") -> None:
+    # A parent that is gone sends nothing more, and the guard ends this process.
+    with suppress(EOFError, OSError):
+        while True:
+            inbox.put(parent.receive())
+    inbox.put(None)
+
+
+def _write(parent: ParentLink, outbox: "SimpleQueue[Answer | None]") -> None:
+    while (answer := outbox.get()) is not None:
+        parent.send(**answer_to_json(answer))
