@@ -20,12 +20,12 @@ from textpolicy.rollout.executors.executor import FinishedJob, RolloutJob
 from textpolicy.rollout.executors.followed_versions import FollowedVersions
 from textpolicy.rollout.executors.quarantine import Quarantine
 from textpolicy.rollout.executors.worker_link import (
-    Answer,
     Failed,
-    Following,
     PlayedJob,
     Ready,
+    Reloaded,
     Transport,
+    WorkerAnswer,
     WorkerEndedError,
     WorkerLink,
     send_job,
@@ -220,11 +220,11 @@ class Crew:
             return _FIRST_SECONDS
         return max(_LEAST_SECONDS, _FACTOR * statistics.median(self._seconds))
 
-    def _take(self, worker: _Worker, answer: Answer, activity: Activity) -> None:
+    def _take(self, worker: _Worker, answer: WorkerAnswer, activity: Activity) -> None:
         match answer:
             case Ready():
                 worker.ready = True
-            case Following(version):
+            case Reloaded(version):
                 worker.following = version
                 self._versions.drop_before(min(one.following for one in self._workers))
             case Failed(error):

@@ -21,12 +21,12 @@ from typing import Any
 from textpolicy.errors import ConfigError, TextPolicyError
 from textpolicy.rollout.executors.rollout_worker import RolloutWorker
 from textpolicy.rollout.executors.worker_link import (
-    Answer,
     Failed,
-    Following,
     PublishedVersion,
     Ready,
+    Reloaded,
     SentJob,
+    WorkerAnswer,
     WorkerEndedError,
     answer_from_json,
     answer_to_json,
@@ -72,7 +72,7 @@ class SpawnedLink:
     def play(self, job: SentJob) -> None:
         self.process.send(_pack(job, "the columns of a task"))
 
-    def answers(self) -> Iterator[Answer]:
+    def answers(self) -> Iterator[WorkerAnswer]:
         try:
             for message in self.process.read_messages():
                 yield answer_from_json(message)
@@ -119,7 +119,7 @@ def serve_rollouts(parent: ParentLink) -> None:
     # A KeyboardInterrupt can then come only from the user's code.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     inbox: SimpleQueue[_Packed | None] = SimpleQueue()
-    outbox: SimpleQueue[Answer | None] = SimpleQueue()
+    outbox: SimpleQueue[WorkerAnswer | None] = SimpleQueue()
     writer = Thread(target=_write, args=(parent, outbox), daemon=True)
     for thread in (writer, Thread(target=_read, args=(parent, inbox), daemon=True)):
         thread.start()
@@ -132,7 +132,9 @@ def serve_rollouts(parent: ParentLink) -> None:
 
 
 def _serve(
-    parent: ParentLink, inbox: "SimpleQueue[_Packed | None]", outbox: "SimpleQueue[Answer | None]"
+    parent: ParentLink,
+    inbox: "SimpleQueue[_Packed | None]",
+    outbox: "SimpleQueue[WorkerAnswer | None]",
 ) -> None:
     build = inbox.get()
     if build is None:
@@ -152,7 +154,7 @@ def _serve(
                 case _:
                     jobs.append(content)
         if published:
-            outbox.put(Following(worker.follow(published)))
+            outbox.put(Reloaded(worker.follow(published)))
         if jobs:
             outbox.put(worker.play(jobs.popleft()))
 
@@ -177,6 +179,6 @@ def _read(parent: ParentLink, inbox: "SimpleQueue[_Packed | None]") -> None:
     inbox.put(None)
 
 
-def _write(parent: ParentLink, outbox: "SimpleQueue[Answer | None]") -> None:
+def _write(parent: ParentLink, outbox: "SimpleQueue[WorkerAnswer | None]") -> None:
     while (answer := outbox.get()) is not None:
         parent.send(**answer_to_json(answer))

@@ -41,7 +41,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Following:
+class Reloaded:
     """The worker samples with this version from now on."""
 
     version: int
@@ -65,7 +65,7 @@ class Failed:
     error: TextPolicyError
 
 
-Answer = Ready | Following | PlayedJob | Failed
+WorkerAnswer = Ready | Reloaded | PlayedJob | Failed
 
 
 class WorkerEndedError(Exception):
@@ -84,7 +84,7 @@ class WorkerLink(Protocol):
         """Put a job behind the jobs that were sent before."""
         ...
 
-    def answers(self) -> Iterator[Answer]:
+    def answers(self) -> Iterator[WorkerAnswer]:
         """Yield what the worker has said since the last call, without waiting.
 
         Raise `WorkerEndedError` after the last answer of a worker that has ended.
@@ -137,12 +137,12 @@ def receive_tasks(sent: SentJob, attach: Callable[[Task], Task]) -> list[Task]:
     return tasks
 
 
-def answer_to_json(answer: Answer) -> dict[str, Any]:
+def answer_to_json(answer: WorkerAnswer) -> dict[str, Any]:
     """Return an answer as values that JSON can hold."""
     match answer:
         case Ready():
             return {"ready": True}
-        case Following(version):
+        case Reloaded(version):
             return {"following": version}
         case Failed(error):
             return {"failed": type(error).__name__, "text": str(error)}
@@ -156,7 +156,7 @@ def answer_to_json(answer: Answer) -> dict[str, Any]:
             }
 
 
-def answer_from_json(content: Mapping[str, Any]) -> Answer:
+def answer_from_json(content: Mapping[str, Any]) -> WorkerAnswer:
     """Return the answer. Raise `WorkerEndedError` for anything that is none.
 
     The user's code in a worker could have written what comes from there.
@@ -166,7 +166,7 @@ def answer_from_json(content: Mapping[str, Any]) -> Answer:
             case {"ready": True}:
                 return Ready()
             case {"following": int(version)}:
-                return Following(version)
+                return Reloaded(version)
             case {"failed": str(name), "text": str(text)}:
                 return Failed(_error(name, text))
             case {"played": int(number), "rollouts": list(groups), "notes": list(notes)}:
