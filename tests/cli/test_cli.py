@@ -83,7 +83,6 @@ def test_the_examples_in_the_help_are_valid_commands(name):
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["dance"],
         ["train", "--env", "add", "--output", "x", "--speed", "9"],
         ["train", "--env", "add", "--output", "x", "--steps", "0"],
@@ -242,7 +241,11 @@ def test_doctor_reports_versions_device_and_blas(answer, capsys):
         assert 1 <= threads["of_a_run"] <= os.cpu_count()
         assert threads["gflops"] > 0 and threads["gflops_of_one"] > 0
     assert main(["doctor"]) == 0
-    assert "GFLOP/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "GFLOP/s" in printed
+    # The last line is what to type next.
+    assert printed.splitlines()[-1].split() == ["next", *report["next"].split()]
+    assert report["next"] == "textpolicy demo"
 
 
 def test_greedy_answers_of_generate_are_the_same_each_time(answer, capsys):

@@ -4,10 +4,12 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from textpolicy.cli.next_commands import short_path
 from textpolicy.cli.timed_sampler import TimedSampler
-from textpolicy.config import TrainConfig, changed, settings_of
+from textpolicy.config import TrainConfig, changed, read_toml, settings_of
 from textpolicy.config.settings import ByModel
 from textpolicy.rewards.signal_check import SignalCheck
 
@@ -27,22 +29,30 @@ class Advice:
 
 
 def next_after_check(
-    signal: SignalCheck, config: TrainConfig, sampler: TimedSampler, *, has_gold: bool
+    signal: SignalCheck,
+    config: TrainConfig,
+    sampler: TimedSampler,
+    *,
+    has_gold: bool,
+    file: Path | None,
 ) -> Advice:
-    """Return what to do with a task for which the model earns these rewards."""
+    """Return what to do with a task for which the model earns these rewards.
+
+    `file` is the TOML file that `config` was read from, if there is one.
+    """
     if signal.verdict == "good":
-        return Advice("Train on it", _line("train", config))
+        return Advice("Train on it", _line("train", config, file))
     if signal.verdict == "too easy":
         return Advice("Take harder rows, or choose another task of the list", "textpolicy envs")
     if signal.verdict == "answers cut off" and sampler.cut_at < sampler.max_tokens:
         longer = ["--seconds", f"{_MORE_TOKENS * sampler.seconds:g}"]
-        return Advice("Give the check more time", _check_line(config, sampler, *longer))
+        return Advice("Give the check more time", _check_line(config, sampler, file, *longer))
     if signal.verdict == "answers cut off":
         tokens = {"sampling.max_tokens": _MORE_TOKENS * sampler.max_tokens}
-        return Advice("Allow longer answers", _check_line(changed(config, tokens), sampler))
+        return Advice("Allow longer answers", _check_line(changed(config, tokens), sampler, file))
     if has_gold and not config.task.few_shot:
         shots = changed(config, {"task.few_shot": _EXAMPLES})
-        return Advice("Show the model solved tasks", _check_line(shots, sampler))
+        return Advice("Show the model solved tasks", _check_line(shots, sampler, file))
     return Advice(
         "Take easier rows, give part of the reward to answers that are partly right, or choose "
         "another task of the list",
@@ -50,14 +60,15 @@ def next_after_check(
     )
 
 
-def _check_line(config: TrainConfig, sampler: TimedSampler, *more: str) -> str:
-    return _line("check", config, "--sample", str(sampler.count), *more)
+def _check_line(config: TrainConfig, sampler: TimedSampler, file: Path | None, *more: str) -> str:
+    return _line("check", config, file, "--sample", str(sampler.count), *more)
 
 
-def _line(command: str, config: TrainConfig, *more: str) -> str:
-    """Return the command line with all settings of the config that are not the defaults."""
-    words = ["textpolicy", command]
-    for mine, default in zip(settings_of(config), settings_of(TrainConfig()), strict=True):
+def _line(command: str, config: TrainConfig, file: Path | None, *more: str) -> str:
+    """Return the command line with all settings that are neither the file's nor the defaults."""
+    words = ["textpolicy", command, *(["--config", short_path(file)] if file else [])]
+    begun = read_toml(file, TrainConfig()) if file else TrainConfig()
+    for mine, default in zip(settings_of(config), settings_of(begun), strict=True):
         if mine.default == default.default or isinstance(mine.default, ByModel):
             continue
         value = [] if mine.default is True else [_text(mine.default)]

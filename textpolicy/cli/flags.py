@@ -120,8 +120,6 @@ class CommandsParser(SafeParser):
         options, rest = self.parse_known_args(args, namespace)
         if options.version:
             return options
-        if options.command is None:
-            self.error(f"no command is given; the commands: {', '.join(commands)}")
         if rest:
             self.error(
                 f"{options.command} takes no argument {rest[0]!r}; every option has a name, such "

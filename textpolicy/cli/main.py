@@ -17,7 +17,7 @@ from textpolicy.cli.output import (
     print_note,
     print_warning,
 )
-from textpolicy.cli.parser import build_parser
+from textpolicy.cli.parser import START, build_parser
 from textpolicy.errors import RunInterruptedError, TextPolicyError
 
 
@@ -44,6 +44,9 @@ def _run(given: Sequence[str]) -> int:
     options = build_parser(_command_of(given)).parse_args(given)
     if options.version:
         print_answer(_versions())
+        return 0
+    if options.command is None:
+        print_answer(START)
         return 0
     begun = activity.times_begun()
     failed = f"textpolicy {options.command}: "

@@ -33,6 +33,17 @@ _UNTIMED = (
 """Sections and settings that `bench` leaves out, because they do not change the time of a step."""
 
 
+START = """\
+TextPolicy trains language models by reinforcement learning, with LoRA, on MLX.
+
+  textpolicy doctor                   see what this installation runs on
+  textpolicy demo                     see the embedded model learn to add, in about a minute
+  textpolicy init my-project          write a project: a reward, rows, settings and a README
+  textpolicy train --config run.toml  train it, or: textpolicy train --env sort
+  textpolicy runs                     list the runs; chat, serve and export use their models
+  textpolicy envs                     list the ready tasks
+  textpolicy --help                   list all commands; textpolicy COMMAND --help its options"""
+
 EXIT_CODES = """\
   0    done
   1    failed after the work had begun
@@ -269,11 +280,23 @@ def _push(parser: ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help=text)
 
 
+def _init(parser: ArgumentParser) -> None:
+    text = "folder of the project, which may hold other files (default: this folder)"
+    parser.add_argument("folder", nargs="?", type=Path, help=text, metavar="DIR", default=Path())
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.set_defaults(kind="reward")
+    text = "a judge grades the answers by a rubric, where no program can check them"
+    kinds.add_argument("--judge", dest="kind", action="store_const", const="judge", help=text)
+    text = "an environment answers the model, in episodes of several turns"
+    kinds.add_argument("--env", dest="kind", action="store_const", const="environment", help=text)
+
+
 def _check(parser: ArgumentParser) -> None:
     text = "the reward to check (default: the reward of --env)"
     parser.add_argument(
         "task.reward", help=text, nargs="?", default=SUPPRESS, metavar="FILE.py[:NAME]"
     )
+    add_config_file(parser, _DEFAULTS)
     text, known = "column of prompts", "the first of prompt, question, problem, ... that exists"
     _add_flag(parser, "prompt_column", str | None, None, text, unset=known, metavar="NAME")
     _add_flag(parser, "rows", int, 64, "number of rows to check", limit=at_least(1))
@@ -346,6 +369,12 @@ COMMANDS = {
         _demo,
         "textpolicy demo",
     ),
+    "init": Command(
+        "write a project to start from: a reward, rows, settings and a README",
+        _init,
+        "textpolicy init my-project",
+        "textpolicy init my-project --judge",
+    ),
     "train": Command(
         "train adapters by reinforcement learning on your reward",
         _train,
@@ -412,6 +441,7 @@ COMMANDS = {
         "check a reward on right, wrong and empty answers before training on it",
         _check,
         "textpolicy check my_reward.py --data rows.jsonl",
+        "textpolicy check --config run.toml --sample 4",
     ),
     "inspect": Command(
         "show the contents of an adapter: modules, ranks, scales, version, base",

@@ -64,7 +64,13 @@ def _run(options: Namespace) -> Answer:
     data = asdict(check) | {"ok": check.ok, "asked": asked}
     text = f"{replace(check, signal=None)}\n\n{asked}"
     if check.signal and sampler:
-        advice = next_after_check(check.signal, config, sampler, has_gold=rows[0].gold is not None)
+        advice = next_after_check(
+            check.signal,
+            config,
+            sampler,
+            has_gold=rows[0].gold is not None,
+            file=options.config,
+        )
         data["next"] = advice.command
         text += f"\n\n{check.signal}. {advice}"
     return Answer(data=data, text=text, exit_code=0 if check.ok else 1)

@@ -15,6 +15,7 @@ from textpolicy.cli.answer import Answer, table
 from textpolicy.machine import memory_bytes, size_text
 
 _TINY = Path(backend.__file__).parent / "tiny" / "model.safetensors"
+_INSTALL = "pip install --force-reinstall textpolicy mlx-lm"
 
 
 def run(options: Namespace) -> Answer:
@@ -31,6 +32,7 @@ def run(options: Namespace) -> Answer:
         "tiny_model": _TINY.is_file(),
     }
     data["usable"] = bool(data["mlx-lm"]) and data["tiny_model"]
+    data["next"] = "textpolicy demo" if data["usable"] else _INSTALL
     return Answer(data=data, text=_for_people(data), exit_code=0 if data["usable"] else 1)
 
 
@@ -69,6 +71,7 @@ def _for_people(data: Mapping[str, Any]) -> str:
         *(("", text) for text in _threads_text(data["threads"])),
         *(("", note) for note in (blas["reason"], blas["hint"]) if note),
         ("tiny model", "present" if data["tiny_model"] else f"MISSING: no {_TINY}; reinstall"),
-        ("verdict", "ready: try `textpolicy demo`" if data["usable"] else "not usable yet"),
+        ("verdict", "ready" if data["usable"] else "not usable yet"),
+        ("next", data["next"]),
     ]
     return table(rows)
