@@ -135,7 +135,7 @@ def test_a_project_starts_in_this_folder_and_never_replaces_a_file(
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("mine")
     assert "go there" not in answer("init")["next"]
-    checked = answer("check", "--config", "run.toml", "--rows", "4", "--sample", "2")
+    checked = answer("check", "--config", "run.toml", "--rows", "16", "--sample", "4")
     assert checked["next"] == "textpolicy train --config run.toml"
     own = Path("reward.py").write_text("mine")
     message = failure("init", code=2)
