@@ -37,7 +37,8 @@ class DecodingRow:
     numbers that the caller chooses. With `top_logprobs`, `details` has an entry for each token,
     with that many of the likeliest tokens. `on_token` is called after each token. `may_continue`
     says that the row may get a reply when it has ended, and `keep_prefix` that a later prompt may
-    begin with its text. The KV cache holds `cached` tokens of the context.
+    begin with its text. The KV cache holds `cached` tokens of the context. `versions` are the
+    adapter versions of the tokens, if the engine takes new versions between tokens.
     """
 
     context: list[int]
@@ -52,6 +53,7 @@ class DecodingRow:
     keep_prefix: bool = False
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
+    versions: list[int] = field(default_factory=list[int])
     details: list[TokenDetails] = field(default_factory=list[TokenDetails])
     stop_reason: StopReason | None = None
     cached: int = 0
@@ -65,6 +67,7 @@ class DecodingRow:
             context=history + reply,
             tokens=[],
             logprobs=[],
+            versions=[],
             details=[],
             stop_reason=None,
             cached=len(history) - 1,
@@ -91,15 +94,22 @@ class DrawnDetails:
 
 @dataclass(slots=True)
 class DrawnTokens:
-    """The tokens that a step drew, and their log-probabilities, on the device."""
+    """The tokens that a step drew, and their log-probabilities, on the device.
+
+    `versions` are those of the adapters that computed them, if the engine takes new versions
+    between tokens.
+    """
 
     tokens: mx.array
     logprobs: mx.array
     details: Sequence[DrawnDetails] = ()
+    versions: Sequence[int] = ()
 
-    def select(self, index: mx.array) -> "DrawnTokens":
+    def select(self, indices: list[int]) -> "DrawnTokens":
         """Return the tokens of some rows. The details find their rows by themselves."""
-        return DrawnTokens(self.tokens[index], self.logprobs[index], self.details)
+        index = mx.array(indices)
+        versions = [self.versions[i] for i in indices] if self.versions else ()
+        return DrawnTokens(self.tokens[index], self.logprobs[index], self.details, versions)
 
     def merge(self, other: "DrawnTokens") -> "DrawnTokens":
         """Return the tokens of the rows of both."""
@@ -107,6 +117,7 @@ class DrawnTokens:
             mx.concatenate([self.tokens, other.tokens]),
             mx.concatenate([self.logprobs, other.logprobs]),
             [*self.details, *other.details],
+            [*self.versions, *other.versions],
         )
 
 
@@ -174,7 +185,7 @@ class DecodingBatch:
             cache=cache,
             last_tokens=self.last_tokens[index],
             keys=self.keys[indices],
-            pending=self.pending and self.pending.select(index),
+            pending=self.pending and self.pending.select(indices),
         )
 
 

@@ -7,7 +7,7 @@ log-probability of each sampled token, and a row must not depend on the rows bes
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from textpolicy.generation.decode_step import launch_step, next_logits, record_d
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
     DecodingRow,
+    DrawnTokens,
     merge_batches,
 )
 from textpolicy.generation.prefill import prefill_prompts, prefill_replies
@@ -27,6 +28,9 @@ from textpolicy.types import Sampling, StopReason
 
 MAX_DECODING_ROWS = 256
 """The number of rows that decode together, unless a policy is given another number."""
+
+NewestVersion = Callable[[], int]
+"""May put newer adapters into the model; returns the version of those that are in the model."""
 
 _STEPS_TO_WAIT = 3
 """The number of steps for which a late reply waits for others to share its forward pass."""
@@ -45,6 +49,10 @@ class Engine:
     `launch_ahead`, the device starts the next step before Python reads the tokens of this step,
     unless a penalty needs these tokens first. With `prefixes`, prompts continue from texts that
     were read before, and the texts of rows with `keep_prefix` are kept for later prompts.
+
+    `newest_version` is called before each step. Then each token of a row has a version: that of the
+    adapters that computed its distribution. Keys and values in the cache stay as older versions
+    have computed them. A step that was launched ahead has the version from before the call.
     """
 
     def __init__(
@@ -55,8 +63,11 @@ class Engine:
         batched: bool = True,
         launch_ahead: bool = False,
         prefixes: PrefixCache | None = None,
+        newest_version: NewestVersion | None = None,
     ) -> None:
         self._prefixes = prefixes
+        self._newest_version = newest_version
+        self._version: int | None = None
         self._model = model
         self._max_rows = max_rows if batched else 1
         self._batched = batched
@@ -103,6 +114,8 @@ class Engine:
 
     def step(self) -> list[DecodingRow]:
         """Append one token to every row that decodes; return the rows that end now."""
+        if self._newest_version:
+            self._version = self._newest_version()
         self._rest_ended_rows()
         self._drop_ended_rows()
         decoding = self._batch.unfinished if self._batch else 0
@@ -180,18 +193,20 @@ class Engine:
         This is a function of its own so that none of its names keeps an old cache alive.
         """
         if self._batch and self._batch.pending:
-            fresh.pending = launch_step(self._model, fresh)
+            fresh.pending = self._launch(fresh)
         self._batch = merge_batches(self._batch, fresh)
 
     def _decode_step(self, batch: DecodingBatch) -> list[DecodingRow]:
-        drawn = batch.pending or launch_step(self._model, batch)
-        batch.pending = launch_step(self._model, batch) if self._can_launch(batch) else None
+        drawn = batch.pending or self._launch(batch)
+        batch.pending = self._launch(batch) if self._can_launch(batch) else None
         # One transfer to numpy for all rows.
         numbers = zip(batch.rows, np.array(drawn.tokens), np.array(drawn.logprobs), strict=True)
         record_details(drawn.details)
         ended: list[DecodingRow] = []
         for index, (row, token, logprob) in enumerate(numbers):
             if row.stop_reason is None:
+                if drawn.versions:
+                    row.versions.append(drawn.versions[index])
                 if row.append(int(token), float(logprob)):
                     ended.append(row)
                     if row.keep_prefix and self._prefixes and batch.can_take_back:
@@ -199,6 +214,12 @@ class Engine:
                 if row.on_token:
                     row.on_token(row)
         return ended
+
+    def _launch(self, batch: DecodingBatch) -> DrawnTokens:
+        drawn = launch_step(self._model, batch)
+        if self._version is not None:
+            drawn.versions = [self._version] * len(batch.rows)
+        return drawn
 
     def _can_launch(self, batch: DecodingBatch) -> bool:
         """Return whether the next step may start before the tokens of this step are read."""
