@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -43,3 +44,19 @@ def test_a_checkpoint_of_rollouts_of_one_segment_reads_in_releases_without_segme
     buffer.extend([group(0)])
     (content,) = buffer.state()["groups"][0]["rollouts"]
     assert "later" not in content
+
+
+def test_a_checkpoint_holds_the_versions_of_tokens_and_names_none_where_all_are_equal():
+    later = [Segment(tokens=[7, 8], mask=[False, True], logprobs=[0.0, -0.1], versions=[-1, 5])]
+    mixed = rollout(version=3, versions=[-1, 3, 4], later=later)
+    plain = rollout(version=3, later=[replace(later[0], versions=[])])
+    buffer, restored = Buffer(), Buffer()
+    buffer.extend([RolloutGroup(task=Task(id="t", prompt="p"), rollouts=[mixed, plain])])
+    state = json.loads(json.dumps(buffer.state()))
+    _, content = state["groups"][0]["rollouts"]
+    # Earlier releases write and read rollouts without versions of tokens.
+    assert "versions" not in content and "versions" not in content["later"][0]
+    restored.restore(state)
+    (group,) = restored.take(version=3)
+    assert [r.segments for r in group.rollouts] == [mixed.segments, plain.segments]
+    assert [r.sampled_by_version for r in group.rollouts] == [{3: 1, 4: 1, 5: 1}, {3: 3}]

@@ -57,10 +57,15 @@ def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
 def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
     """Return the fields of a rollout, in values that JSON can hold.
 
-    Earlier releases read a rollout of one segment, without `later`.
+    Earlier releases read rollouts without `later` and `versions`, so they are there only if given.
     """
     fields = asdict(rollout)
-    return fields if rollout.later else {k: v for k, v in fields.items() if k != "later"}
+    fields["later"] = [_without_empty(segment, "versions") for segment in fields["later"]]
+    return _without_empty(fields, "later", "versions")
+
+
+def _without_empty(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value or name not in names}
 
 
 def _group_from_json(content: Mapping[str, Any]) -> RolloutGroup:

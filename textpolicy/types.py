@@ -1,8 +1,10 @@
 """The nouns of the library. Read this file first: every other part uses these types."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
+from itertools import compress
 from pathlib import Path
 from types import UnionType
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
@@ -202,6 +204,9 @@ class Completion:
     the ids that were sampled, with the stop token, and `logprobs` are their log-probabilities
     under the distribution they were sampled from. `text` has no special tokens.
 
+    `versions` are the adapter versions of the tokens, if new adapters came while they were sampled;
+    then `version` is the oldest. If `versions` is empty, all tokens are of `version`.
+
     `in_thought` says that the prompt has opened a thought, so that the text begins inside it.
     `thought` and `answer` are the parts of the text; None if the policy does not tell them apart.
     """
@@ -216,6 +221,7 @@ class Completion:
     in_thought: bool = False
     thought: str | None = None
     answer: str | None = None
+    versions: list[int] = field(default_factory=list[int])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,11 +240,15 @@ class Segment:
     `tokens`, `mask` and `logprobs` have equal length. `mask` is True on every sampled token, the
     stop token included, and False on prompts and on an environment's replies. `logprobs` is 0
     where `mask` is False.
+
+    `versions` are the adapter versions of the tokens, and NOT_SAMPLED where `mask` is False. If
+    `versions` is empty, all sampled tokens are of the rollout's `version`.
     """
 
     tokens: list[int]
     mask: list[bool]
     logprobs: list[float]
+    versions: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.mask) == len(self.logprobs):
@@ -246,13 +256,19 @@ class Segment:
                 "a rollout's tokens, mask and logprobs must have equal length; got "
                 f"{len(self.tokens)}, {len(self.mask)}, {len(self.logprobs)}"
             )
+        if self.versions and len(self.versions) != len(self.tokens):
+            raise ValueError(
+                f"a rollout has {len(self.versions)} versions for {len(self.tokens)} tokens; give "
+                "one for each token, or none if all are of the rollout's version"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One scored answer or episode, token by token.
 
-    `tokens`, `mask` and `logprobs` are those of the first `Segment`. A rollout has `later`
+    `tokens`, `mask`, `logprobs` and `versions` are those of the first `Segment`. `version` is the
+    oldest adapter version that a token was sampled with. A rollout has `later`
     segments if an agent rewrote the conversation, so that a prompt did not begin with the tokens
     of the completion before. `completion` is the text of the last turn.
 
@@ -276,6 +292,7 @@ class Rollout:
     error: str | None = None
     turns: Sequence[Turn] = ()
     later: Sequence[Segment] = ()
+    versions: list[int] = field(default_factory=list[int])
 
     def __post_init__(self) -> None:
         _ = self.segments  # Raises if the lists of the first segment differ in length.
@@ -283,13 +300,26 @@ class Rollout:
     @property
     def segments(self) -> list[Segment]:
         """All token sequences of the rollout, in the order in which they began."""
-        first = Segment(tokens=self.tokens, mask=self.mask, logprobs=self.logprobs)
+        first = Segment(
+            tokens=self.tokens, mask=self.mask, logprobs=self.logprobs, versions=self.versions
+        )
         return [first, *self.later]
 
     @property
     def sampled(self) -> int:
         """The number of sampled tokens in all segments."""
         return sum(self.mask) + sum(sum(segment.mask) for segment in self.later)
+
+    @property
+    def sampled_by_version(self) -> Counter[int]:
+        """The number of sampled tokens of each adapter version."""
+        counts = Counter[int]()
+        for segment in self.segments:
+            if segment.versions:
+                counts.update(compress(segment.versions, segment.mask))
+            else:
+                counts[self.version] += sum(segment.mask)
+        return +counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

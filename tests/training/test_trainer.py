@@ -326,6 +326,33 @@ def test_a_sampler_with_new_weights_is_accepted(load_tiny):
     assert trainer.train(again)["sampling/sampling_logp_difference/mean"] < 1e-4
 
 
+@pytest.mark.proves("F17")
+def test_a_sampler_with_old_weights_is_refused_also_if_only_some_rollouts_have_the_new_version():
+    _, trainer, groups = make_trainer(optimizer=optim.SGD(learning_rate=0.05))
+    trainer.train(groups)
+    some_new = change_rollouts(groups, lambda rollout, m: {"version": m % 2})
+    with pytest.raises(TrainingError, match="still samples with the old weights"):
+        trainer.train(some_new)
+
+
+def test_the_sampler_is_checked_by_rollouts_whose_tokens_are_all_of_the_current_version(load_tiny):
+    model, trainer, groups = make_trainer(optimizer=optim.SGD(learning_rate=0.1))
+    trainer.train(groups)
+
+    def of_old_and_new_tokens(rollout, m):
+        if m % 2:
+            return {}
+        # The tokens of version 0 have log-probabilities that the new adapters do not give.
+        first = rollout.mask.index(True)
+        logprobs = [*rollout.logprobs[:first], -9.0, *rollout.logprobs[first + 1 :]]
+        versions = [0 if n == first else 1 for n in range(len(rollout.mask))]
+        return {"logprobs": logprobs, "version": 0, "versions": versions}
+
+    again = change_rollouts(sample(model, load_tiny()[1], seed=1), of_old_and_new_tokens)
+    assert trainer.train(again)["sampling/sampling_logp_difference/mean"] > 0.1
+    assert trainer.version == 2
+
+
 def test_truncated_sampling_is_refused_for_training(load_tiny):
     model, trainer, _ = make_trainer()
     policy = create_policy(model, load_tiny()[1], {"max_tokens": 4, "top_p": 0.9})

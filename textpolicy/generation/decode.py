@@ -10,7 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from textpolicy.generation.decoding_batch import DecodingRow, StopRule
-from textpolicy.generation.engine import Engine
+from textpolicy.generation.engine import Engine, NewestVersion
 from textpolicy.generation.sampling import random_keys
 from textpolicy.types import Sampling
 
@@ -39,6 +39,7 @@ def decode(
     max_rows: int,
     batched: bool = True,
     launch_ahead: bool = False,
+    newest_version: NewestVersion | None = None,
     respond: RespondToRow | None = None,
     on_ended: Callable[[int], None] = lambda number: None,
 ) -> list[list[DecodingRow]]:
@@ -46,9 +47,16 @@ def decode(
 
     `first` is the place of the first prompt among all prompts of `seed`, on which the draws depend.
     With `respond`, a row that ended continues with its next turn, and the last turn of each row is
-    returned. `on_ended` is called after each step with the number of rows that have ended in it.
+    returned. See `Engine` for `newest_version`. `on_ended` is called after each step with the
+    number of rows that have ended in it.
     """
-    engine = Engine(model, max_rows=max_rows, batched=batched, launch_ahead=launch_ahead)
+    engine = Engine(
+        model,
+        max_rows=max_rows,
+        batched=batched,
+        launch_ahead=launch_ahead,
+        newest_version=newest_version,
+    )
     keys = random_keys(seed, [(first + p, m) for p in range(len(prompts)) for m in range(n)])
     groups = [
         [

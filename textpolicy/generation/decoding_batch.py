@@ -58,6 +58,11 @@ class DecodingRow:
     stop_reason: StopReason | None = None
     cached: int = 0
 
+    @property
+    def mixed_versions(self) -> list[int]:
+        """The versions of the tokens if there are several, else none."""
+        return self.versions if len({*self.versions}) > 1 else []
+
     def next_turn(self, reply: list[int]) -> "DecodingRow":
         """Return the row of the next turn: its context is this row's tokens and the reply."""
         history = self.context + self.tokens

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
+from textpolicy.adapters.adapter_state import AdapterState
 from textpolicy.generation.decode_step import launch_step, next_logits, record_details
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
@@ -52,7 +53,8 @@ class Engine:
 
     `newest_version` is called before each step. Then each token of a row has a version: that of the
     adapters that computed its distribution. Keys and values in the cache stay as older versions
-    have computed them. A step that was launched ahead has the version from before the call.
+    have computed them, and no later prompt begins with a text that older versions have read. A step
+    that was launched ahead has the version from before the call.
     """
 
     def __init__(
@@ -115,13 +117,18 @@ class Engine:
     def step(self) -> list[DecodingRow]:
         """Append one token to every row that decodes; return the rows that end now."""
         if self._newest_version:
-            self._version = self._newest_version()
+            self._take_version(self._newest_version())
         self._rest_ended_rows()
         self._drop_ended_rows()
         decoding = self._batch.unfinished if self._batch else 0
         self._admit_groups()
         self._merge_replies(decoding)
         return self._decode_step(self._batch) if self._batch else []
+
+    def _take_version(self, version: int) -> None:
+        if version != self._version and self._prefixes:
+            self._prefixes.use_adapters(AdapterState.of(self._model))
+        self._version = version
 
     def _rest_ended_rows(self) -> None:
         """Copy the caches of the rows that ended in the last step and may continue."""
@@ -209,7 +216,7 @@ class Engine:
                     row.versions.append(drawn.versions[index])
                 if row.append(int(token), float(logprob)):
                     ended.append(row)
-                    if row.keep_prefix and self._prefixes and batch.can_take_back:
+                    if self._prefixes and self._can_keep(row, batch):
                         self._prefixes.keep(*batch.read_text(index))
                 if row.on_token:
                     row.on_token(row)
@@ -220,6 +227,11 @@ class Engine:
         if self._version is not None:
             drawn.versions = [self._version] * len(batch.rows)
         return drawn
+
+    def _can_keep(self, row: DecodingRow, batch: DecodingBatch) -> bool:
+        """Return whether later prompts may begin with the cache of a row, which has just ended."""
+        of_one_version = all(version == self._version for version in row.versions)
+        return row.keep_prefix and of_one_version and batch.can_take_back
 
     def _can_launch(self, batch: DecodingBatch) -> bool:
         """Return whether the next step may start before the tokens of this step are read."""

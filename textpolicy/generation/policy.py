@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Generator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,6 +21,7 @@ from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import (
     MAX_DECODING_ROWS,
     Engine,
+    NewestVersion,
     can_decode_together,
     can_launch_ahead,
 )
@@ -54,7 +55,8 @@ class ModelPolicy:
     """A `ConversingPolicy` that samples with the adapters that its model has at that moment.
 
     With `follow`, the policy reloads the adapter file at that path before a generation whenever
-    the file is new. With `seed`, the sequence of generations is repeatable. With
+    the file is new. With `swap="tokens"`, the policy also does so before each step of a generation:
+    then completions have `versions`. With `seed`, the sequence of generations is repeatable. With
     `allow_special_tokens`, prompts and replies may spell control tokens such as <|im_end|>.
     `chat_template_kwargs` are arguments of the chat template, such as {"enable_thinking": False}.
     """
@@ -66,6 +68,7 @@ class ModelPolicy:
         sampling: Sampling,
         *,
         follow: Path | None = None,
+        swap: Literal["completions", "tokens"] = "completions",
         seed: int | None = None,
         max_rows: int = MAX_DECODING_ROWS,
         allow_special_tokens: bool = False,
@@ -78,6 +81,7 @@ class ModelPolicy:
         self.tokenizer = tokenizer
         self.sampling = sampling
         self._watcher = AdapterWatcher(follow) if follow else None
+        self._swap = swap
         self._seed = secrets.randbits(32) if seed is None else seed
         self._generations = 0
         self._max_rows = max_rows
@@ -115,6 +119,24 @@ class ModelPolicy:
         if container is None:
             return AdapterContainer.from_directory(path).load(self.model).version
         return container.swap(path)
+
+    @property
+    def newest_version(self) -> NewestVersion | None:
+        """What an engine calls before each step, or None if it must keep the adapters it has."""
+        watcher = self._watcher
+        if watcher is None or self._swap == "completions":
+            return None
+        # Finding the adapters goes through all layers of the model.
+        version = self.version
+
+        def newest() -> int:
+            nonlocal version
+            if changed := watcher.poll_quickly():
+                version = self.reload(changed)
+                watcher.accept()
+            return version
+
+        return newest
 
     def with_adapter(self, source: str | Path | None) -> "ModelPolicy":
         """Return a policy that samples alike over the same base, with another adapter or none.
@@ -235,6 +257,7 @@ class ModelPolicy:
                 max_rows=self._max_rows,
                 batched=self._batched,
                 launch_ahead=can_launch_ahead(),
+                newest_version=self.newest_version,
                 respond=respond,
                 on_ended=activity.advance,
             )
@@ -279,7 +302,8 @@ class ModelPolicy:
             text=text,
             stop_reason=row.stop_reason,
             sampling=self.sampling,
-            version=version,
+            version=min(row.versions, default=version),
+            versions=row.mixed_versions,
             in_thought=in_thought,
             thought=thought,
             answer=answer,

@@ -52,6 +52,11 @@ class ServablePolicy(Policy, Protocol):
     allow_special_tokens: bool
     chat_template_kwargs: dict[str, Any]
 
+    @property
+    def newest_version(self) -> Callable[[], int] | None:
+        """What the engine calls before each step, to take new adapters between tokens."""
+        ...
+
 
 @dataclass(eq=False)
 class AgentEpisode:
@@ -198,7 +203,12 @@ class _Hall:
                 "agents ask the policy through a server: pip install 'textpolicy[serve]'"
             ) from error
         policy = self._policy
-        self._served.put(_MODEL, policy.model, version=policy.version)
+        self._served.put(
+            _MODEL,
+            policy.model,
+            version=policy.version,
+            newest_version=policy.newest_version,
+        )
         app = create_app(
             self._served,
             owner_of=self._by_key.get,
@@ -381,6 +391,7 @@ def _completion(exchange: Exchange, sampling: Sampling) -> Completion:
         stop_reason=StopReason.LENGTH if length else StopReason.STOP_TOKEN,
         sampling=sampling,
         version=exchange.version,
+        versions=list(exchange.versions),
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from textpolicy.types import Completion, Segment
+from textpolicy.types import NOT_SAMPLED, Completion, Segment
 
 
 @dataclass(slots=True)
@@ -13,6 +13,7 @@ class _OpenSegment:
     tokens: list[int] = field(default_factory=list[int])
     mask: list[bool] = field(default_factory=list[bool])
     logprobs: list[float] = field(default_factory=list[float])
+    versions: list[int] = field(default_factory=list[int])
 
     def add(self, turn: Completion) -> None:
         """Add a completion whose prompt begins with all tokens of the segment."""
@@ -20,13 +21,16 @@ class _OpenSegment:
         self.tokens += read + turn.tokens
         self.mask += [False] * len(read) + [True] * len(turn.tokens)
         self.logprobs += [0.0] * len(read) + turn.logprobs
+        self.versions += [NOT_SAMPLED] * len(read)
+        self.versions += turn.versions or [turn.version] * len(turn.tokens)
 
 
 def join_completions(completions: Sequence[Completion]) -> list[Segment]:
     """Return the segments: a completion continues the longest one that its prompt begins with.
 
     Shorter prompts come first, so that completions that were sampled at the same time have one
-    order. Every sampled token counts in one segment, and is context in the others.
+    order. Every sampled token counts in one segment, and is context in the others. The segments
+    have versions of their tokens only if the tokens are of several versions.
     """
     segments: list[_OpenSegment] = []
     for turn in sorted(
@@ -37,4 +41,13 @@ def join_completions(completions: Sequence[Completion]) -> list[Segment]:
             segments.append(_OpenSegment())
             continued = segments[-1:]
         max(continued, key=lambda one: len(one.tokens)).add(turn)
-    return [Segment(tokens=s.tokens, mask=s.mask, logprobs=s.logprobs) for s in segments]
+    mixed = len({turn.version for turn in completions}) > 1 or any(t.versions for t in completions)
+    return [
+        Segment(
+            tokens=s.tokens,
+            mask=s.mask,
+            logprobs=s.logprobs,
+            versions=s.versions if mixed else [],
+        )
+        for s in segments
+    ]

@@ -188,7 +188,9 @@ class _UnscoredRollout:
     @property
     def version(self) -> int:
         episode = self.episode
-        return episode.version if isinstance(episode, AgentEpisode) else self.last.version
+        if isinstance(episode, AgentEpisode):
+            return episode.version
+        return min(completion.version for completion in self.completions)
 
     @property
     def last(self) -> Completion:
@@ -355,6 +357,7 @@ def _rollout(unscored: _UnscoredRollout, verdict: Verdict) -> Rollout:
         tokens=first.tokens,
         mask=first.mask,
         logprobs=first.logprobs,
+        versions=first.versions,
         later=tuple(later),
         completion=last.text if last else "",
         reward=verdict.value,

@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from textpolicy.generation.engine import (
     MAX_DECODING_ROWS,
     Engine,
+    NewestVersion,
     can_decode_together,
     can_launch_ahead,
 )
@@ -49,6 +50,7 @@ class ServedModel:
     parent: str | None
     model: nn.Module
     prefixes: PrefixCache
+    newest_version: NewestVersion | None
     engine: Engine
     generations: list[Generation] = field(default_factory=list[Generation])
 
@@ -164,10 +166,19 @@ class ServedEngine:
         """The versions that rows may still be sampled with, the oldest first."""
         return [*self._retiring, *self._models.values()]
 
-    def put(self, name: str, model: nn.Module, *, version: int, parent: str | None = None) -> None:
+    def put(
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        version: int,
+        parent: str | None = None,
+        newest_version: NewestVersion | None = None,
+    ) -> None:
         """Serve a model under a name from now on. Rows that have begun keep what they began with.
 
-        The model may share its arrays with the other ones, as `shared_copy` makes it.
+        The model may share its arrays with the other ones, as `shared_copy` makes it. See `Engine`
+        for `newest_version`, which changes the adapters of the model itself, for all of its rows.
         """
         model.eval()
         self._retire(name)
@@ -181,7 +192,8 @@ class ServedEngine:
                 parent=parent,
                 model=model,
                 prefixes=prefixes,
-                engine=self._new_engine(model, prefixes),
+                newest_version=newest_version,
+                engine=self._new_engine(model, prefixes, newest_version),
             ),
         }
 
@@ -312,15 +324,18 @@ class ServedEngine:
     def _free_if_idle(self, served: ServedModel) -> None:
         """Drop the KV cache of the last batch when no row is left."""
         if not served.generations:
-            served.engine = self._new_engine(served.model, served.prefixes)
+            served.engine = self._new_engine(served.model, served.prefixes, served.newest_version)
 
-    def _new_engine(self, model: nn.Module, prefixes: PrefixCache) -> Engine:
+    def _new_engine(
+        self, model: nn.Module, prefixes: PrefixCache, newest_version: NewestVersion | None
+    ) -> Engine:
         return Engine(
             model,
             max_rows=self._max_rows,
             batched=self._batched,
             launch_ahead=can_launch_ahead(),
             prefixes=prefixes,
+            newest_version=newest_version,
         )
 
     def _retire(self, name: str) -> None:

@@ -16,9 +16,10 @@ class Exchange:
     `owner` is what the server's caller said about the key of the request. `messages` and `tools`
     are those of a chat request, and empty for prompts in text or token ids. `tokens` are the ids
     that were sampled, with the stop token, and `logprobs` are their log-probabilities under the
-    distribution that they were sampled from. `message` is the answer as a message with its calls.
-    `finish_reason` is "stop", "length", "tool_calls", or
-    "cancelled" if the client went away. `index` counts the answers of one request, `request_id`.
+    distribution that they were sampled from. `versions` are the adapter versions of the tokens if
+    there are several, and `version` is the oldest. `message` is the answer as a message with its
+    calls. `finish_reason` is "stop", "length", "tool_calls", or "cancelled" if the client went
+    away. `index` counts the answers of one request, `request_id`.
     """
 
     owner: Any
@@ -26,6 +27,7 @@ class Exchange:
     index: int
     model: str
     version: int
+    versions: list[int]
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
     prompt_tokens: list[int]

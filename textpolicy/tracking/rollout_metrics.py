@@ -1,5 +1,6 @@
 """Metrics of rollouts: rewards, shares of groups, lengths. Their names are in docs/metrics.md."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,9 +30,21 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> Metrics:
 
 
 def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> Metrics:
-    """Return how many versions the groups are behind the weights `version` that train on them."""
+    """Return how many versions groups and tokens are behind the weights `version` that train.
+
+    A group is as old as its oldest token. A mixed rollout has tokens of several versions.
+    """
     ages = [version - group.version for group in groups]
-    return {"staleness/mean": float(np.mean(ages)), "staleness/max": float(max(ages))}
+    tokens_R = [rollout.sampled_by_version for group in groups for rollout in group.rollouts]
+    tokens = sum(tokens_R, Counter[int]())
+    behind = sum((version - sampled_by) * number for sampled_by, number in tokens.items())
+    mixed = sum(of_rollout.total() for of_rollout in tokens_R if len(of_rollout) > 1)
+    return {
+        "staleness/mean": float(np.mean(ages)),
+        "staleness/max": float(max(ages)),
+        "staleness/token_mean": behind / max(1, tokens.total()),
+        "staleness/mixed_tokens": mixed / max(1, tokens.total()),
+    }
 
 
 def _reward_metrics(rewards_G: Sequence[Sequence[float]]) -> Metrics:

@@ -16,7 +16,8 @@ def sample_rows(
 
     `advantages` has the index of the group and then of the member; None stands for a completion
     that was not trained on. A row has `turns` in an episode of several turns, `segments` (their
-    number) if the rollout has several, and `error` if the reward function failed.
+    number) if the rollout has several, `error` if the reward function failed, and `versions` (the
+    number of tokens of each adapter version) if the tokens are of several versions.
     """
     return [
         {"step": step, "group": g, "member": m, **_row(group, rollout, advantages[g][m])}
@@ -59,6 +60,9 @@ def _row(group: RolloutGroup, rollout: Rollout, advantage: float | None) -> dict
         ]
     if rollout.later:
         row["segments"] = len(rollout.segments)
+    tokens = rollout.sampled_by_version
+    if len(tokens) > 1:
+        row["versions"] = {str(version): tokens[version] for version in sorted(tokens)}
     return row | ({"error": rollout.error} if rollout.error else {})
 
 

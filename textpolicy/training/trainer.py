@@ -180,17 +180,16 @@ class Trainer:
     def _take_updates(self, rows: list[TrainingRow], groups: Sequence[RolloutGroup]) -> Metrics:
         """Take all updates on these rows, and return their metrics together."""
         first_call = self._updates == 0
-        on_policy = all(group.version == self.version for group in groups)
         updates: list[Metrics] = []
         for _ in range(self.epochs):
             for batch in split_into_mini_batches(rows, self.mini_batches, self._shuffle):
                 gradient, metrics = self._compute_gradient(batch)
-                if on_policy and not updates:
-                    self._sampler.check(metrics[_MISMATCH])
+                if not updates:
+                    self._check_sampler(batch, metrics[_MISMATCH])
                 has_signal = any(row.has_signal for row in batch)
                 updates.append(metrics | self._apply_gradient(gradient, has_signal, groups))
         if first_call and self._updates:
-            self._sampler.move = self._measure_move(rows)
+            self._sampler.move = self._measure_mismatch(rows)
         sampled = any(group.version != NOT_SAMPLED for group in groups)
         metrics = average_updates(updates, with_sampler=sampled)
         if self.adapters:
@@ -272,7 +271,15 @@ class Trainer:
             "update_skipped/no_signal": float(norm == 0),
         }
 
-    def _measure_move(self, rows: Sequence[TrainingRow]) -> float:
+    def _check_sampler(self, rows: Sequence[TrainingRow], mismatch: float) -> None:
+        """Check the rows whose tokens are all of the current version; `mismatch` is of all rows."""
+        current = [row for row in rows if row.rollout.version == self.version]
+        if len(current) < len(rows):
+            mismatch = self._measure_mismatch(current) if current else 0.0
+        if current:
+            self._sampler.check(mismatch)
+
+    def _measure_mismatch(self, rows: Sequence[TrainingRow]) -> float:
         """Return how far a few rows' log-probabilities are from recorded ones, in nats a token."""
         part = split_into_micro_batches(rows, self.micro_batch_size or _MOVE_ROWS)[0]
         batch = make_batch(part, BatchTotals.of(part))
