@@ -159,3 +159,21 @@ def test_a_policy_takes_what_another_process_publishes_while_it_generates(
         assert np.allclose(segment.logprobs, expected, atol=1e-4)
     assert [one.versions for one in others] == [[]] * len(PROMPTS)
     assert len({one.version for one in others}) == 1
+
+
+def test_another_way_to_load_newer_adapters_replaces_the_file(loaded, versions):
+    versions.use(0)
+    policy = ModelPolicy(*loaded, Sampling(max_tokens=9, temperature=9.0), swap="tokens")
+    calls = count(1)
+
+    def load_newer() -> bool:
+        if is_time := next(calls) % 3 == 0:
+            versions.use(policy.version + 1)
+        return is_time
+
+    policy.load_newer = load_newer
+    completion = policy.generate(["7*8"], seed=1)[0][0]
+    assert completion.versions == [0, 0, 1, 1, 1, 2, 2, 2, 3][: len(completion.tokens)]
+    assert completion.version == 0 and len(completion.tokens) > 5
+    policy.load_newer = None
+    assert policy.generate(["7*8"], seed=1)[0][0].versions == []

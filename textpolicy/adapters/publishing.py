@@ -52,21 +52,18 @@ class AdapterWatcher:
         self._found = file_signature(self.path)
         self._accepted = None if from_start else self._found
 
-    def poll(self) -> Path | None:
-        """Return the path if the file holds another adapter than the last accepted one."""
+    def poll(self, *, at_a_glance: bool = False) -> Path | None:
+        """Return the path if the file holds another adapter than the last accepted one.
+
+        `at_a_glance`, the file is opened only if its time, place or size is new. If it is replaced
+        twice within one tick of the clock, only a later call without `at_a_glance` notices that.
+        """
+        if at_a_glance:
+            before, self._glance = self._glance, _stat_numbers(self.path)
+            if self._glance == before:
+                return None
         self._found = file_signature(self.path)
         return None if self._found in (None, self._accepted) else self.path
-
-    def poll_quickly(self) -> Path | None:
-        """Return what `poll` returns, and open the file only if its time, place or size is new.
-
-        If the file is replaced twice within one tick of the clock, a later `poll` notices it.
-        """
-        glance = _stat_numbers(self.path)
-        if glance == self._glance:
-            return None
-        self._glance = glance
-        return self.poll()
 
     def accept(self) -> None:
         """Mark the last polled file as loaded; without this call `poll` returns it again."""

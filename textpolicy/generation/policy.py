@@ -1,8 +1,8 @@
 """A policy that samples from an MLX language model: prompts in, completions out."""
 
 import secrets
-from collections.abc import Generator, Mapping, Sequence
-from functools import cache, cached_property
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +55,10 @@ class ModelPolicy:
     """A `ConversingPolicy` that samples with the adapters that its model has at that moment.
 
     With `follow`, the policy reloads the adapter file at that path before a generation whenever
-    the file is new. With `swap="tokens"`, the policy also does so before each step of a generation:
-    then completions have `versions`. With `seed`, the sequence of generations is repeatable. With
-    `allow_special_tokens`, prompts and replies may spell control tokens such as <|im_end|>.
+    the file is new. With `swap="tokens"`, it does so before each step of a generation too, and
+    completions have `versions`; if `load_newer` is set, it is called there instead. With `seed`,
+    the sequence of generations is repeatable. With `allow_special_tokens`, prompts and replies may
+    spell control tokens such as <|im_end|>.
     `chat_template_kwargs` are arguments of the chat template, such as {"enable_thinking": False}.
     """
 
@@ -82,6 +83,8 @@ class ModelPolicy:
         self.sampling = sampling
         self._watcher = AdapterWatcher(follow) if follow else None
         self._swap = swap
+        self.load_newer: Callable[[], bool] | None = None
+        """Loads newer adapters if there are any, and returns whether there were."""
         self._seed = secrets.randbits(32) if seed is None else seed
         self._generations = 0
         self._max_rows = max_rows
@@ -123,20 +126,28 @@ class ModelPolicy:
     @property
     def newest_version(self) -> NewestVersion | None:
         """What an engine calls before each step, or None if it must keep the adapters it has."""
-        watcher = self._watcher
-        if watcher is None or self._swap == "completions":
+        if self._swap == "completions":
             return None
+        load_newer = self.load_newer or partial(self._load_followed, between_tokens=True)
         # Finding the adapters goes through all layers of the model.
         version = self.version
 
         def newest() -> int:
             nonlocal version
-            if changed := watcher.poll_quickly():
-                version = self.reload(changed)
-                watcher.accept()
+            if load_newer():
+                version = self.version
             return version
 
         return newest
+
+    def _load_followed(self, *, between_tokens: bool = False) -> bool:
+        """Load the followed file if it is new, and return whether it was."""
+        watcher = self._watcher
+        if not watcher or not (path := watcher.poll(at_a_glance=between_tokens)):
+            return False
+        self.reload(path)
+        watcher.accept()
+        return True
 
     def with_adapter(self, source: str | Path | None) -> "ModelPolicy":
         """Return a policy that samples alike over the same base, with another adapter or none.
@@ -269,9 +280,7 @@ class ModelPolicy:
         if n < 1:
             raise ConfigError(f"n is {n}; expected at least 1 completion of each prompt")
         self._check_memory(n * len(prompts))
-        if self._watcher and (changed := self._watcher.poll()):
-            self.reload(changed)
-            self._watcher.accept()
+        self._load_followed()
         prompt_tokens = [self.encode(prompt) for prompt in prompts]
         for tokens in prompt_tokens:
             check_prompt(self.model, tokens, self.sampling.max_tokens)
