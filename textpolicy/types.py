@@ -413,6 +413,15 @@ class AdaptablePolicy(Policy, Protocol):
         ...
 
 
+@runtime_checkable
+class SwappingPolicy(Policy, Protocol):
+    """A policy that may take new adapters between the tokens of a generation."""
+
+    load_newer: Callable[[], bool] | None
+    """Loads newer adapters if there are any, and returns whether there were. A policy that takes
+    new adapters only between generations does not call it."""
+
+
 RespondFn = Callable[[int, int, Completion], Sequence[Message] | None]
 """Takes prompt number, member and completion; returns the replies, or None if the row is over."""
 

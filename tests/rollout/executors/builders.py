@@ -16,6 +16,7 @@ from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import Rewards
 from textpolicy.rollout.executors.rollout_worker import RolloutWorker
+from textpolicy.types import Sampling
 
 
 def adapted_model(seed: int = 1) -> tuple[nn.Module, AdapterContainer, Any]:
@@ -58,6 +59,13 @@ def add_worker() -> RolloutWorker:
 def add_worker_with_processes() -> RolloutWorker:
     """Return a worker whose rewards run in two processes of their own."""
     return RolloutWorker(add_policy(seed=7), Rewards(obey, timeout=600, workers=2))
+
+
+def swapping_worker() -> RolloutWorker:
+    """Return a worker that takes new adapters between the tokens of long answers."""
+    model, _, tokenizer = adapted_model()
+    sampling = Sampling(max_tokens=48, temperature=3.0)
+    return RolloutWorker(ModelPolicy(model, tokenizer, sampling, swap="tokens"), obey)
 
 
 def dying_worker() -> RolloutWorker:

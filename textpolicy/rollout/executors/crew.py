@@ -259,7 +259,8 @@ class Crew:
                 f"sent groups of {sizes} rollouts; expected {len(job.tasks)} groups of "
                 f"{job.group_size}"
             )
-        version = max(rollout.version for group in played.rollouts for rollout in group)
+        rollouts = [rollout for group in played.rollouts for rollout in group]
+        version = max(max(one.version, *one.sampled_by_version) for one in rollouts)
         if newest is None or version > newest.version:
             raise WorkerEndedError(
                 f"sent rollouts of adapter version {version}, which was not published yet"

@@ -15,7 +15,7 @@ from textpolicy.rollout.executors.worker_link import (
     receive_tasks,
 )
 from textpolicy.rollout.worker import collect
-from textpolicy.types import Policy, Task
+from textpolicy.types import Policy, SwappingPolicy, Task
 
 
 def as_it_is(task: Task) -> Task:
@@ -58,8 +58,13 @@ class RolloutWorker:
             )
         return version
 
-    def play(self, sent: SentJob) -> PlayedJob:
-        """Return the scored rollouts of a job."""
+    def play(self, sent: SentJob, *, load_newer: Callable[[], bool] | None = None) -> PlayedJob:
+        """Return the scored rollouts of a job.
+
+        A policy that takes new adapters between tokens calls `load_newer` before each of them.
+        """
+        if isinstance(self.policy, SwappingPolicy):
+            self.policy.load_newer = load_newer
         started, scored = time.perf_counter(), self._scorer.seconds
         job, tasks = sent.job, receive_tasks(sent, self._attach)
         groups = collect(

@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -124,39 +125,61 @@ def serve_rollouts(parent: ParentLink) -> None:
     for thread in (writer, Thread(target=_read, args=(parent, inbox), daemon=True)):
         thread.start()
     try:
-        _serve(parent, inbox, outbox)
+        _Server(parent, inbox, outbox).serve()
     except TextPolicyError as error:
         outbox.put(Failed(error))
     outbox.put(None)
     writer.join()
 
 
-def _serve(
-    parent: ParentLink,
-    inbox: "SimpleQueue[_Packed | None]",
-    outbox: "SimpleQueue[WorkerAnswer | None]",
-) -> None:
-    build = inbox.get()
-    if build is None:
-        return
-    worker: RolloutWorker = _unpack(parent, build)()
-    outbox.put(Ready())
-    jobs: deque[SentJob] = deque()
-    while True:
-        published: PublishedVersion | None = None
-        while not inbox.empty() or not (jobs or published):
-            message = inbox.get()
-            if message is None:
+class _Server:
+    """The worker between the messages of the parent and its answers."""
+
+    def __init__(
+        self,
+        parent: ParentLink,
+        inbox: "SimpleQueue[_Packed | None]",
+        outbox: "SimpleQueue[WorkerAnswer | None]",
+    ) -> None:
+        self._parent = parent
+        self._inbox = inbox
+        self._outbox = outbox
+        self._jobs: deque[SentJob] = deque()
+        self._over = False
+
+    def serve(self) -> None:
+        """Play jobs until the parent closes its end. The first message builds the worker."""
+        build = self._inbox.get()
+        if build is None:
+            return
+        worker: RolloutWorker = _unpack(self._parent, build)()
+        self._outbox.put(Ready())
+        while True:
+            self._receive(worker, wait=not self._jobs)
+            if self._over:
                 return
-            match content := _unpack(parent, message):
+            if self._jobs:
+                load_newer = partial(self._receive, worker, wait=False)
+                self._outbox.put(worker.play(self._jobs.popleft(), load_newer=load_newer))
+
+    def _receive(self, worker: RolloutWorker, *, wait: bool) -> bool:
+        """Take what has arrived, or `wait` for it; return whether it was a newer version."""
+        published: PublishedVersion | None = None
+        while not self._over and (wait or not self._inbox.empty()):
+            wait = False
+            message = self._inbox.get()
+            self._over = message is None
+            match content := message and _unpack(self._parent, message):
                 case PublishedVersion():
                     published = content
+                case SentJob():
+                    self._jobs.append(content)
                 case _:
-                    jobs.append(content)
-        if published:
-            outbox.put(Reloaded(worker.follow(published)))
-        if jobs:
-            outbox.put(worker.play(jobs.popleft()))
+                    pass
+        if published and not self._over:
+            self._outbox.put(Reloaded(worker.follow(published)))
+            return True
+        return False
 
 
 def _unpack(parent: ParentLink, packed: _Packed) -> Any:
