@@ -24,10 +24,7 @@ def make_adapter(folder: Path, seed: int, **changes: object) -> Path:
     adapters = tp.AdapterContainer.from_model(model, tp.AdapterConfig.from_dict(CONFIG | changes))
     mx.random.seed(seed)
     adapters.swap(
-        {
-            name: array + 0.02 * mx.random.normal(array.shape)
-            for name, array in adapters.parameters().items()
-        }
+        {name: a + 0.02 * mx.random.normal(a.shape) for name, a in adapters.parameters().items()}
     )
     return adapters.save(folder)
 

@@ -47,13 +47,12 @@ def main(iterations: int = 20) -> None:
         folder = Path(name)
         (folder / "train.txt").write_text("\n".join(f"{n}+{n}={2 * n}" for n in range(40)))
         (folder / "valid.jsonl").write_text('{"text": "41+41=82"}\n{"text": "43+43=86"}\n')
-        train, valid = (load_examples(folder, part) for part in ("train", "valid"))
+        train, valid = load_examples(folder, "train"), load_examples(folder, "valid")
         optimizer = build_optimizer(1e-3, schedule="linear", final_rate=1e-4, updates=iterations)
-        parameters = tp.SFTParameters(
-            iterations=iterations, steps_per_eval=10, adapter_path=folder / "adapter.safetensors"
-        )
-        options = {"tokenizer": tokenizer, "parameters": parameters, "on_progress": progress}
-        tp.train_sft(model, train, valid, optimizer, loss=smoothed, **options)
+        path = folder / "adapter.safetensors"
+        parameters = tp.SFTParameters(iterations=iterations, steps_per_eval=10, adapter_path=path)
+        options = {"parameters": parameters, "on_progress": progress, "loss": smoothed}
+        tp.train_sft(model, train, valid, optimizer, tokenizer=tokenizer, **options)
         print(f"all validation data: {evaluate_sft(model, valid, tokenizer=tokenizer):.3f}")
 
 

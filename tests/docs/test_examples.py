@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.judge_server import judge_server
 from textpolicy.environments import load
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rewards import load_reward, score
@@ -49,16 +50,49 @@ NUMBERED = {
         ],
     ),
 }
+TOUR = {
+    "tour/1_your_first_reward.py": (
+        ["1"],
+        ["gold highest   ok", "step 1/1: reward", "held-out reward", '"completion"'],
+    ),
+    "tour/2_your_own_rows.py": (
+        ["1"],
+        ["900 rows to train on, 100 held out", "held-out reward"],
+    ),
+    "tour/3_several_turns_with_a_tool.py": (
+        ["1"],
+        ["with mul(a,b) ['mul(", "held-out reward"],
+    ),
+    "tour/4_sft_then_rl.py": (
+        ["4", "1"],
+        ["validation loss", "after imitation"],
+    ),
+    "tour/5_a_judge.py": (["1"], ["step 1/1: reward", '"clear"', '"brief"']),
+    "tour/6_serve.py": ([], ["base answers '", "trained answers '"]),
+    "tour/7_compare_runs.py": (["1"], ["gain ", "tasks better", "curves of both runs"]),
+}
 
 
-def test_every_numbered_example_is_tested_and_fits_a_screen_or_two():
-    assert sorted(path.name for path in EXAMPLES.glob("[0-9]*.py")) == sorted(NUMBERED)
-    assert all(len((EXAMPLES / name).read_text().splitlines()) <= 65 for name in NUMBERED)
+def test_every_numbered_example_is_tested_and_fits_a_screen():
+    numbered = sorted([*EXAMPLES.glob("[0-9]*.py"), *EXAMPLES.glob("tour/*.py")])
+    assert [str(path.relative_to(EXAMPLES)) for path in numbered] == sorted(NUMBERED | TOUR)
+    assert all(len(path.read_text().splitlines()) <= 60 for path in numbered)
 
 
 @pytest.mark.parametrize("name", NUMBERED)
 def test_a_numbered_example_runs_and_prints_what_it_is_about(name, capsys, monkeypatch):
-    arguments, expected = NUMBERED[name]
+    run_example(name, *NUMBERED[name], capsys, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOUR)
+def test_an_example_of_the_tour_runs_and_prints_what_it_is_about(name, capsys, monkeypatch):
+    with judge_server() as url:
+        monkeypatch.setenv("JUDGE_URL", url)
+        run_example(name, *TOUR[name], capsys, monkeypatch)
+
+
+def run_example(name, arguments, expected, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     printed = capsys.readouterr().out
