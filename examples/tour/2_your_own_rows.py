@@ -1,4 +1,4 @@
-"""Your own rows: a file of tasks, a reward that reads its columns, and a run in three settings.
+"""Your own rows: a file of tasks, and a reward that reads its columns.
 
 python examples/tour/2_your_own_rows.py [STEPS]
 """
