@@ -1,0 +1,91 @@
+"""Runs the sessions that a page shows: lines after `$` are typed, the lines below are printed.
+
+A line of three dots stands for any lines. Other lines, without three dots at their end, are the
+beginnings of printed lines, in this order. Numbers may differ, because they depend on the machine;
+rewards on held-out tasks may differ by a little.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.docs.test_docs import blocks, write_files
+from textpolicy.cli import main
+
+_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+_HELD_OUT = re.compile(r"held-out tasks: (-?[\d.]+) ± [\d.]+ before, (-?[\d.]+) ± [\d.]+ after")
+
+
+@dataclass(frozen=True)
+class Typed:
+    """One command of a page, and the lines that the page shows below it."""
+
+    words: list[str]
+    shown: list[str]
+
+
+def typed_in(page: str) -> Iterator[Typed]:
+    """Yield the commands of a page in their order."""
+    for block in blocks(page, "text"):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            line, *shown = part.splitlines()
+            yield Typed(shlex.split(line), [line for line in shown if line.strip()])
+
+
+def masked(line: str) -> str:
+    """Return the line with one sign for each number, and single spaces."""
+    return " ".join(_NUMBER.sub("#", line).split())
+
+
+def missing_line(shown: list[str], printed: list[str]) -> str | None:
+    """Return the first shown line that was not printed where the page shows it, or None."""
+    place, skipped = 0, False
+    for line in shown:
+        if line == "...":
+            skipped = True
+            continue
+        start = masked(line.removesuffix("..."))
+        fits = [masked(one).startswith(start) for one in printed[place:]]
+        found = fits.index(True) if True in fits else len(fits)
+        if found == len(fits) or (found and not skipped):
+            return line
+        place, skipped = place + found + 1, False
+    return None
+
+
+def held_out_rewards(lines: list[str]) -> list[float]:
+    """Return the rewards before and after that these lines report."""
+    return [float(value) for line in lines for pair in _HELD_OUT.findall(line) for value in pair]
+
+
+def run_session(page: str, folder: Path, captured: Callable[[], tuple[str, str]]) -> list[str]:
+    """Run the commands of a page in this folder, compare what they print, and return it."""
+    write_files(page, folder)
+    everything: list[str] = []
+    for typed in typed_in(page):
+        program, *arguments = typed.words
+        if program == "textpolicy":
+            captured()
+            code = main(arguments)
+            out, err = captured()
+            text = err + out
+        else:
+            assert program == "python"
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=folder, capture_output=True, text=True
+            )
+            code, text = done.returncode, done.stdout + done.stderr
+        assert code == 0, f"{shlex.join(typed.words)}\n{text}"
+        lines = [line for line in text.splitlines() if line.strip()]
+        assert missing_line(typed.shown, lines) is None, f"{shlex.join(typed.words)}\n{text}"
+        assert held_out_rewards(lines) == pytest.approx(
+            held_out_rewards(typed.shown) or held_out_rewards(lines), abs=0.1
+        )
+        everything += lines
+    return everything
