@@ -5,6 +5,7 @@ import pytest
 
 from tests.test_types import rollout
 from textpolicy.buffer import Buffer
+from textpolicy.errors import TrainingError
 from textpolicy.types import RolloutGroup, Segment, Task
 
 
@@ -19,6 +20,16 @@ def test_take_returns_fresh_groups_in_order_and_counts_the_stale_ones():
     assert [g.version for g in buffer.take(version=5)] == [4, 5]
     assert buffer.dropped == 1
     assert len(buffer) == 0
+
+
+@pytest.mark.proves("F17")
+def test_a_group_of_a_version_that_the_trainer_has_not_made_is_an_error():
+    buffer = Buffer(max_staleness=4)
+    mixed = [rollout(version=2), rollout(version=6)]
+    buffer.extend([RolloutGroup(task=Task(id="new", prompt="p"), rollouts=mixed)])
+    with pytest.raises(TrainingError, match="'new' was sampled with adapter version 6.* above 5"):
+        buffer.take(version=5)
+    assert len(buffer.take(version=6)) == 1
 
 
 def test_take_leaves_the_groups_above_the_limit_in_the_buffer():

@@ -84,9 +84,9 @@ TestBuffer = BufferMachine.TestCase
 
 @given(st.lists(rollouts(st.integers(0, 9)), min_size=1, max_size=2))
 def test_a_checkpoint_keeps_every_field_of_a_rollout(members):
-    buffer, restored = Buffer(), Buffer()
+    buffer, restored = Buffer(9), Buffer(9)
     group = RolloutGroup(task=Task(id="t", prompt="p"), rollouts=members)
     buffer.extend([group])
     restored.restore(parse_json(json.dumps(buffer.state(), allow_nan=False)))
-    (found,) = restored.take(version=0)
+    (found,) = restored.take(version=9)
     assert essence(found) == essence(group)

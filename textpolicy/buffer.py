@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from textpolicy.errors import TrainingError
 from textpolicy.types import Rollout, RolloutGroup, Sampling, Segment, StopReason, Task, Turn
 
 
@@ -28,24 +29,41 @@ class Buffer:
 
     def take(self, version: int, limit: int | None = None) -> list[RolloutGroup]:
         """Remove and return up to `limit` groups that are fresh enough for `version`."""
+        self.drop_stale(version)
+        limit = len(self._groups) if limit is None else limit
+        taken, self._groups = self._groups[:limit], self._groups[limit:]
+        return taken
+
+    def drop_stale(self, version: int) -> None:
+        """Remove the groups that are too stale for `version`, and count them.
+
+        Raise `TrainingError` if a group was sampled with a version that is newer than `version`.
+        """
+        for group in self._groups:
+            newest = max(rollout.version for rollout in group.rollouts)
+            if newest > version:
+                raise TrainingError(
+                    f"a rollout of task {group.task.id!r} was sampled with adapter version "
+                    f"{newest}, and the trainer has made no version above {version}. The worker "
+                    "follows the adapters of another run. Give each run its own folder, or start "
+                    "the workers again"
+                )
         fresh = [g for g in self._groups if version - g.version <= self.max_staleness]
         self.dropped += len(self._groups) - len(fresh)
-        limit = len(fresh) if limit is None else limit
-        self._groups = fresh[limit:]
-        return fresh[:limit]
+        self._groups = fresh
 
     def state(self) -> dict[str, Any]:
         """Return the content for a checkpoint, in values that JSON can hold."""
-        groups = [_group_to_json(group) for group in self._groups]
+        groups = [group_to_json(group) for group in self._groups]
         return {"dropped": self.dropped, "groups": groups}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Replace the content by the content in `state`."""
         self.dropped = state["dropped"]
-        self._groups = [_group_from_json(group) for group in state["groups"]]
+        self._groups = [group_from_json(group) for group in state["groups"]]
 
 
-def _group_to_json(group: RolloutGroup) -> dict[str, Any]:
+def group_to_json(group: RolloutGroup) -> dict[str, Any]:
     """Return all that training needs: the task's other columns served the rewards only."""
     return {
         "task": group.task.id,
@@ -68,7 +86,7 @@ def _without_empty(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value or name not in names}
 
 
-def _group_from_json(content: Mapping[str, Any]) -> RolloutGroup:
+def group_from_json(content: Mapping[str, Any]) -> RolloutGroup:
     task = Task(id=content["task"], prompt=content["prompt"])
     rollouts = [rollout_from_json(rollout) for rollout in content["rollouts"]]
     return RolloutGroup(task=task, rollouts=rollouts)

@@ -3,20 +3,19 @@
 Read this file to see what a run does. The imports name the files with the details.
 """
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from textpolicy.buffer import Buffer
-from textpolicy.errors import TrainingError
 from textpolicy.machine import keep_memory_in_bounds
-from textpolicy.resume import make_checkpoint, restore_checkpoint
-from textpolicy.rewards import RewardLike, Scorer, scorer_of
-from textpolicy.rollout.dynamic_sampling import SampledGroups, collect_with_dynamic_sampling
+from textpolicy.resume import begin_run, make_checkpoint, restore_checkpoint
+from textpolicy.rewards import RewardLike, scorer_of
+from textpolicy.rollout.executors.executor import Executor
+from textpolicy.rollout.executors.in_process import InProcessExecutor, reload_policy
+from textpolicy.rollout.feed import FeedOptions, RolloutFeed
 from textpolicy.rollout.task_source import TaskSource
-from textpolicy.tracking.rollout_metrics import rollout_metrics, staleness_metrics
+from textpolicy.tracking.rollout_metrics import staleness_metrics
+from textpolicy.tracking.step_timer import StepTimer
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task, asks_to_stop
@@ -26,8 +25,9 @@ from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task, asks
 class StepReport:
     """What one step did. `on_step` receives it when the step is finished.
 
-    `groups` were sampled in this step, and `trained` were trained on. `advantages` are those of
-    `trained`, by group and member; None means that the rollout was not trained on.
+    The sampling of `groups` was completed in this step, and `trained` were trained on.
+    `advantages` are those of `trained`, by group and member; None means that the rollout was not
+    trained on.
     """
 
     step: int
@@ -50,6 +50,8 @@ def train_rl(
     steps_per_generation: int = 1,
     refill_rounds: int = 1,
     seed: int = 0,
+    executor: Executor | None = None,
+    max_staleness: int | None = None,
     on_step: Callable[[StepReport], Progress | None] | None = None,
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
@@ -62,30 +64,37 @@ def train_rl(
     are replaced, in at most that many rounds of sampling. A `Curriculum` as `tasks` receives the
     sampled groups. The run ends early if `on_step` returns `Progress.STOP`.
 
+    Without `executor`, `policy` and `reward` sample and score in this process. The workers of an
+    executor may run ahead: no group is trained on that is more than `max_staleness` versions old,
+    which is `steps_per_generation - 1` by default. The caller closes the executor.
+
     A checkpoint is saved after `on_step` and at the end. With `resume`, the run continues from
     that checkpoint and computes the numbers that an uninterrupted run computes, if all other
     arguments are the same and `tasks` starts from its beginning.
     """
-    source, buffer = TaskSource(tasks), Buffer(max_staleness=steps_per_generation - 1)
+    options = FeedOptions(
+        steps=steps,
+        groups_per_step=groups_per_step,
+        group_size=group_size,
+        steps_per_generation=steps_per_generation,
+        refill_rounds=refill_rounds,
+        max_staleness=max_staleness,
+        seed=seed,
+    )
+    buffer = Buffer(options.staleness)
     metrics: Metrics = {}
     with scorer_of(reward) as scorer, keep_memory_in_bounds():
-        first = restore_checkpoint(resume, trainer, policy, source, buffer, scorer) if resume else 0
-        timer = _StepTimer(scorer)
+        feed = RolloutFeed(
+            TaskSource(tasks), executor or InProcessExecutor(policy, scorer), buffer, options
+        )
+        if resume:
+            first = restore_checkpoint(resume, trainer, policy, feed, scorer)
+        else:
+            first = begin_run(trainer, feed)
+        timer = StepTimer()
         for step in range(first, steps):
-            sampled: SampledGroups | None = None
-            if not buffer:
-                sampled = collect_with_dynamic_sampling(
-                    source.next_tasks,
-                    policy,
-                    scorer,
-                    groups=groups_per_step * steps_per_generation,
-                    group_size=group_size,
-                    round_seed=lambda number, step=step: (seed << 32) + (number << 24) + step,
-                    rounds=refill_rounds,
-                )
-                buffer.extend(sampled.kept)
-                source.observe(sampled.groups)
-            timer.record("generate")
+            arrived = feed.fill(step, trainer.version)
+            timer.record("wait" if feed.in_background else "generate")
 
             trained = buffer.take(trainer.version, groups_per_step)
             staleness = staleness_metrics(trained, trainer.version)
@@ -93,74 +102,26 @@ def train_rl(
             timer.record("train")
 
             if policy.version != trainer.version:
-                _reload_policy(policy, trainer)
+                feed.follow(trainer.version, trainer.published)
+                reload_policy(policy, trainer.version, trainer.published)
             timer.record("reload")
 
-            metrics |= timer.metrics() | {"version": float(trainer.version)}
-            metrics |= _sampling_metrics(sampled, metrics["time/generate"])
+            metrics |= timer.metrics(reward_seconds=arrived.reward_seconds) | arrived.metrics
+            metrics |= feed.metrics() | {"version": float(trainer.version)}
             report = StepReport(
                 step=step,
                 steps=steps,
                 metrics=metrics,
-                groups=sampled.groups if sampled else (),
+                groups=arrived.groups,
                 trained=trained,
                 advantages=trainer.advantages,
             )
             stop = on_step is not None and asks_to_stop(on_step(report))
             # `on_step` has written this step's metrics: the next step's have the time of saving.
-            timer = _StepTimer(scorer)
+            timer = StepTimer()
             if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):
-                checkpoints.save(make_checkpoint(step + 1, trainer, source, buffer, scorer))
+                checkpoints.save(make_checkpoint(step + 1, trainer, feed, scorer))
                 timer.record("checkpoint")
             if stop:
                 break
     return metrics
-
-
-def _sampling_metrics(sampled: SampledGroups | None, seconds: float) -> Metrics:
-    """Return the metrics of the sampled groups, or none if the step sampled nothing."""
-    if sampled is None:
-        return {}
-    metrics = rollout_metrics(sampled.groups) | sampled.metrics
-    return metrics | {"tokens_per_second": metrics["num_tokens"] / seconds}
-
-
-class _StepTimer:
-    """Measures the time and the peak memory of each phase of a step, rewards included."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        mx.reset_peak_memory()
-        self._scorer = scorer
-        self._scored = scorer.seconds
-        self._started = self._last = time.perf_counter()
-        self._seconds: Metrics = {}
-        self._peaks: dict[str, float] = {}
-
-    def record(self, name: str) -> None:
-        """Record the time and the peak since the last phase ended as those of phase `name`."""
-        now = time.perf_counter()
-        self._seconds[f"time/{name}"] = now - self._last
-        self._last = now
-        self._peaks[name] = mx.get_peak_memory() / 1e9
-        mx.reset_peak_memory()
-
-    def metrics(self) -> Metrics:
-        reward = self._scorer.seconds - self._scored
-        return self._seconds | {
-            "time/generate": self._seconds["time/generate"] - reward,
-            "time/reward": reward,
-            "time/step": self._last - self._started,
-            "memory/peak_gb": max(self._peaks.values()),
-            "memory/peak_generate_gb": self._peaks["generate"],
-            "memory/peak_train_gb": self._peaks["train"],
-        }
-
-
-def _reload_policy(policy: Policy, trainer: Trainer) -> None:
-    policy.reload(trainer.published)
-    if policy.version != trainer.version:
-        raise TrainingError(
-            f"the policy still generates with version {policy.version} after reloading "
-            f"{trainer.published}; expected version {trainer.version}. Make the policy's reload() "
-            "load that file and return its version"
-        )

@@ -7,8 +7,13 @@ import pytest
 
 from tests.test_loop import ListPolicy
 from tests.test_types import rollout
+from textpolicy.buffer import Buffer
 from textpolicy.environments.curriculum import MixedTaskCurriculum
-from textpolicy.rollout.dynamic_sampling import collect_with_dynamic_sampling, rewards_differ
+from textpolicy.rewards import scorer_of
+from textpolicy.rollout.dynamic_sampling import rewards_differ
+from textpolicy.rollout.executors.in_process import InProcessExecutor
+from textpolicy.rollout.feed import FeedOptions, RolloutFeed
+from textpolicy.rollout.task_source import TaskSource
 from textpolicy.types import Curriculum, RolloutGroup, Task
 
 
@@ -18,26 +23,26 @@ def group(*rewards: float | None, id: str = "t") -> RolloutGroup:
 
 
 def refill(mixed: set[int], *, groups: int = 2, rounds: int = 4):
-    """Sample tasks 0, 1, 2, ...; only the tasks in `mixed` have rewards that differ."""
-    numbers = count()
-    asked, seeds = [], []
+    """Sample tasks 0, 1, 2, ...; only the tasks in `mixed` have rewards that differ.
 
-    def next_tasks(wanted):
-        asked.append(wanted)
-        return [Task(id=str(n), prompt=str(n)) for n in islice(numbers, wanted)]
+    Return what has arrived, the tasks that are kept, and the jobs.
+    """
+    jobs = []
+
+    class Recording(InProcessExecutor):
+        def submit(self, job):
+            jobs.append(job)
+            super().submit(job)
 
     def reward(prompt, completion, example):
         return float(completion == "a" and int(prompt) in mixed)
 
-    def seed_of(done):
-        seeds.append(done)
-        return done
-
-    policy = ListPolicy(["a", "b"] * 20, version=0)
-    result = collect_with_dynamic_sampling(
-        next_tasks, policy, reward, groups=groups, group_size=2, round_seed=seed_of, rounds=rounds
-    )
-    return result, asked, seeds
+    source, buffer = TaskSource(Task(id=str(n), prompt=str(n)) for n in count()), Buffer()
+    options = FeedOptions(steps=1, groups_per_step=groups, group_size=2, refill_rounds=rounds)
+    with scorer_of(reward) as scorer:
+        executor = Recording(ListPolicy(["a", "b"] * 20), scorer)
+        arrived = RolloutFeed(source, executor, buffer, options).fill(0, 0)
+    return arrived, [group.task.id for group in buffer.take(0)], jobs
 
 
 def test_missing_rewards_do_not_make_rewards_differ():
@@ -47,36 +52,36 @@ def test_missing_rewards_do_not_make_rewards_differ():
 
 
 def test_groups_with_equal_rewards_are_replaced_until_there_are_enough():
-    result, asked, seeds = refill({1, 4})
-    assert [g.task.id for g in result.kept] == ["1", "4"]
-    assert [g.task.id for g in result.groups] == ["0", "1", "2", "3", "4"]
-    assert asked == [2, 1, 1, 1]
-    assert seeds == [0, 1, 2, 3]
-    assert result.metrics == {"refill/rounds": 4, "refill/dropped": 3}
+    arrived, kept, jobs = refill({1, 4})
+    assert kept == ["1", "4"]
+    assert [g.task.id for g in arrived.groups] == ["0", "1", "2", "3", "4"]
+    assert [len(job.tasks) for job in jobs] == [2, 1, 1, 1]
+    assert [job.seed for job in jobs] == [n << 24 for n in range(4)]
+    assert arrived.metrics["refill/rounds"] == 4
+    assert arrived.metrics["refill/dropped"] == 3
 
 
 def test_sampling_stops_as_soon_as_there_are_enough():
-    result, asked, _ = refill({0, 1})
-    assert asked == [2]
-    assert result.metrics == {"refill/rounds": 1, "refill/dropped": 0}
+    arrived, kept, jobs = refill({0, 1})
+    assert kept == ["0", "1"] and len(jobs) == 1
+    assert arrived.metrics["refill/rounds"] == 1
+    assert arrived.metrics["refill/dropped"] == 0
 
 
 def test_sampling_stops_after_the_last_round():
-    result, asked, _ = refill({1}, rounds=3)
-    assert asked == [2, 1, 1]
-    assert [g.task.id for g in result.kept] == ["1"]
+    _, kept, jobs = refill({1}, rounds=3)
+    assert [len(job.tasks) for job in jobs] == [2, 1, 1]
+    assert kept == ["1"]
 
 
 def test_with_one_round_no_group_is_replaced_and_all_are_kept():
-    result, asked, _ = refill({1}, rounds=1)
-    assert asked == [2]
-    assert [g.task.id for g in result.kept] == ["0", "1"]
+    _, kept, jobs = refill({1}, rounds=1)
+    assert kept == ["0", "1"] and len(jobs) == 1
 
 
 def test_if_no_group_has_differing_rewards_all_are_kept():
-    result, _, _ = refill(set(), rounds=2)
-    assert result.kept == result.groups
-    assert len(result.kept) == 4
+    _, kept, _ = refill(set(), rounds=2)
+    assert kept == ["0", "1", "2", "3"]
 
 
 def numbered():

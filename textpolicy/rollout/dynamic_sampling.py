@@ -1,55 +1,59 @@
 """Dynamic sampling: replace groups whose rewards are all equal. DAPO, arXiv:2503.14476, 3.2."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from textpolicy.rewards import RewardLike
-from textpolicy.rollout.worker import collect
-from textpolicy.types import Metrics, Policy, RolloutGroup, Task
+from textpolicy.types import RolloutGroup
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampledGroups:
-    """All groups that were sampled, and the groups among them to train on."""
+@dataclass(kw_only=True)
+class Generation:
+    """Groups that are sampled together, in rounds until `wanted` of them have rewards that differ.
 
-    groups: Sequence[RolloutGroup]
-    kept: Sequence[RolloutGroup]
-    rounds: int
+    Every round samples as many groups as are missing, in at most `most_rounds` rounds, so fewer
+    than `wanted` may be kept in the end. With one round nothing can be replaced, so all groups are
+    kept: groups without signal still count in averages and in the KL term.
+    """
+
+    step: int
+    """The step on which the seeds depend."""
+    wanted: int
+    most_rounds: int
+    rounds: int = 0
+    """The number of rounds that are finished."""
+    sampled: list[RolloutGroup] = field(default_factory=list[RolloutGroup])
+    seconds: float = 0.0
+    """The time that workers have sampled, added up, without the time for rewards."""
 
     @property
-    def metrics(self) -> Metrics:
-        """The number of sampling rounds and of dropped groups."""
-        dropped = len(self.groups) - len(self.kept)
-        return {"refill/rounds": float(self.rounds), "refill/dropped": float(dropped)}
+    def missing(self) -> int:
+        """The number of tasks of the next round; 0 if no round follows."""
+        kept = len(self._with_signal)
+        return max(0, self.wanted - kept) if self.rounds < self.most_rounds else 0
 
+    @property
+    def kept(self) -> Sequence[RolloutGroup]:
+        """The groups to train on.
 
-def collect_with_dynamic_sampling(
-    next_tasks: Callable[[int], Sequence[Task]],
-    policy: Policy,
-    reward: RewardLike,
-    *,
-    groups: int,
-    group_size: int,
-    round_seed: Callable[[int], int],
-    rounds: int,
-) -> SampledGroups:
-    """Sample until `groups` groups have rewards that differ, in at most `rounds` rounds.
+        If no group has rewards that differ, these are all groups, and the trainer reports the
+        missing signal.
+        """
+        return self._with_signal or self.sampled
 
-    Every round samples as many groups as are missing, so fewer than `groups` may be kept in the
-    end. If no group has rewards that differ, all are kept, and the trainer reports the missing
-    signal. With one round nothing can be replaced, so all groups are kept: groups without signal
-    still count in averages and in the KL term.
-    """
-    sampled: list[RolloutGroup] = []
-    kept: list[RolloutGroup] = []
-    done = 0
-    while done < rounds and len(kept) < groups:
-        tasks = next_tasks(groups - len(kept))
-        fresh = collect(tasks, policy, reward, group_size=group_size, seed=round_seed(done))
-        sampled += fresh
-        kept += [group for group in fresh if rounds == 1 or rewards_differ(group)]
-        done += 1
-    return SampledGroups(groups=sampled, kept=kept or sampled, rounds=done)
+    @property
+    def dropped(self) -> int:
+        """The number of sampled groups that are not trained on."""
+        return len(self.sampled) - len(self.kept)
+
+    def add_round(self, groups: Sequence[RolloutGroup], seconds: float) -> None:
+        """Add the groups of a finished round, and the time that workers have sampled."""
+        self.sampled += groups
+        self.seconds += seconds
+        self.rounds += 1
+
+    @property
+    def _with_signal(self) -> list[RolloutGroup]:
+        return [one for one in self.sampled if self.most_rounds == 1 or rewards_differ(one)]
 
 
 def rewards_differ(group: RolloutGroup) -> bool:

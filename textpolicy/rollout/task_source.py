@@ -32,6 +32,16 @@ class TaskSource:
         self._drawn = 0
         self._digest = blake2b(digest_size=16)
 
+    @property
+    def drawn(self) -> int:
+        """How many tasks were given out."""
+        return self._drawn
+
+    @property
+    def is_curriculum(self) -> bool:
+        """Whether the tasks depend on the results of earlier tasks."""
+        return isinstance(self._tasks, Curriculum)
+
     def next_tasks(self, count: int) -> list[Task]:
         """Return the next `count` tasks. Raise `TaskError` if there are fewer."""
         tasks = list(islice(self._tasks, count))
@@ -61,20 +71,24 @@ class TaskSource:
             return {"drawn": self._drawn, "seen": self._digest.hexdigest()}
         return {"drawn": self._drawn, "curriculum": dict(_require_resumable(self._tasks).state())}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to the position in `state`. If `state` has no "seen", any tasks are accepted."""
+    def restore(self, state: Mapping[str, Any]) -> list[Task]:
+        """Go to the position in `state`, and return the tasks before it; none of a curriculum.
+
+        If `state` has no "seen", any tasks are accepted.
+        """
         if isinstance(self._tasks, Curriculum):
             _require_resumable(self._tasks).restore(state["curriculum"])
             self._drawn = state["drawn"]
-        else:
-            self.next_tasks(state["drawn"])
-            if state.get("seen", self._digest.hexdigest()) != self._digest.hexdigest():
-                raise TaskError(
-                    f"the first {self._drawn} tasks are not the tasks that this run was trained "
-                    "on, so the data or the environment has changed since the checkpoint. Restore "
-                    "the data, or start a new run from this run's adapters, or resume with the new "
-                    "tasks: `textpolicy train --resume RUN --force`"
-                )
+            return []
+        tasks = self.next_tasks(state["drawn"])
+        if state.get("seen", self._digest.hexdigest()) != self._digest.hexdigest():
+            raise TaskError(
+                f"the first {self._drawn} tasks are not the tasks that this run was trained on, so "
+                "the data or the environment has changed since the checkpoint. Restore the data, "
+                "or start a new run from this run's adapters, or resume with the new tasks: "
+                "`textpolicy train --resume RUN --force`"
+            )
+        return tasks
 
 
 def _require_resumable(curriculum: object) -> ResumableCurriculum:

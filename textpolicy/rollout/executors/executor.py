@@ -33,9 +33,9 @@ class FinishedJob:
 
     job: RolloutJob
     groups: Sequence[RolloutGroup]
-    worker: int = 0
     seconds: float = 0.0
     reward_seconds: float = 0.0
+    worker: int = 0
     given_up: Sequence[Task] = ()
 
 

@@ -24,15 +24,7 @@ class InProcessExecutor:
 
     def follow(self, version: int, published: Path) -> None:
         """Reload the policy, unless it has that version already."""
-        if self._policy.version == version:
-            return
-        self._policy.reload(published)
-        if self._policy.version != version:
-            raise TrainingError(
-                f"the policy still generates with version {self._policy.version} after reloading "
-                f"{published}; expected version {version}. Make the policy's reload() load that "
-                "file and return its version"
-            )
+        reload_policy(self._policy, version, published)
 
     def submit(self, job: RolloutJob) -> None:
         self._jobs.append(job)
@@ -64,3 +56,16 @@ class InProcessExecutor:
 
     def close(self) -> None:
         self._jobs.clear()
+
+
+def reload_policy(policy: Policy, version: int, published: Path) -> None:
+    """Let the policy load a published version, unless it has that version already."""
+    if policy.version == version:
+        return
+    policy.reload(published)
+    if policy.version != version:
+        raise TrainingError(
+            f"the policy still generates with version {policy.version} after reloading "
+            f"{published}; expected version {version}. Make the policy's reload() load that file "
+            "and return its version"
+        )
