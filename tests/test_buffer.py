@@ -27,7 +27,7 @@ def test_a_group_of_a_version_that_the_trainer_has_not_made_is_an_error():
     buffer = Buffer(max_staleness=4)
     mixed = [rollout(version=2), rollout(version=6)]
     buffer.extend([RolloutGroup(task=Task(id="new", prompt="p"), rollouts=mixed)])
-    with pytest.raises(TrainingError, match="'new' was sampled with adapter version 6.* above 5"):
+    with pytest.raises(TrainingError, match=r"'new' was sampled with adapter version 6.* above 5"):
         buffer.take(version=5)
     assert len(buffer.take(version=6)) == 1
 

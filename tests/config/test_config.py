@@ -216,6 +216,9 @@ def some_config(random: Random) -> TrainConfig:
         value = some_value(SETTINGS[key].annotation, random)
         with suppress(ConfigError):
             values[key] = SETTINGS[key].accept(value)
+    if (staleness := values.get("rollout.max_staleness")) is not None:
+        steps = values.get("rollout.steps_per_generation", 1)
+        values["rollout.max_staleness"] = max(staleness, steps)
     needed = {"model.quantize": 4, "tracking.wandb": "a project"}
     return changed(DEFAULTS, values | needed)
 
@@ -327,6 +330,13 @@ def test_the_page_of_options_is_what_the_tool_writes():
 def test_artifacts_need_a_project():
     with pytest.raises(ConfigError, match="without a project of Weights & Biases"):
         changed(SFTConfig(), {"tracking.wandb_artifacts": True})
+
+
+def test_a_bound_on_staleness_has_room_for_the_steps_of_a_generation():
+    argv = ["--steps-per-generation", "3", "--max-staleness"]
+    with pytest.raises(ConfigError, match="max_staleness to at least 2, or steps_per_generation"):
+        given(*argv, "1")
+    assert given(*argv, "2").rollout.max_staleness == 2
 
 
 DEEP = {"a": {}}

@@ -386,6 +386,7 @@ def test_options_of_sampling_evaluation_and_tracking_have_an_effect(tmp_path, mo
         "rollout.group_size": 3,
         "rollout.groups_per_step": 2,
         "rollout.steps_per_generation": 2,
+        "rollout.max_staleness": 1,
         "evaluation.count": 5,
         "evaluation.every": 2,
         "evaluation.samples": 4,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.rollout.test_feed import Run
 from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
 from textpolicy.algorithms import get
 from textpolicy.cli import main
@@ -118,17 +119,24 @@ def of_commands(tmp_path_factory):
     return {run: written(folder / run) for run in runs}
 
 
+@pytest.fixture(scope="module")
+def of_workers(load_tiny, tmp_path_factory):
+    """Return the metrics of a step with workers."""
+    (report,) = Run(load_tiny, tmp_path_factory.mktemp("workers")).train(steps=1).reports
+    return report.metrics.keys()
+
+
 @pytest.mark.slow
-def test_every_metric_is_documented(of_algorithms, of_commands):
+def test_every_metric_is_documented(of_algorithms, of_workers, of_commands):
     patterns = list(map(pattern, documented()))
-    names = of_algorithms.union(*of_commands.values())
+    names = of_algorithms.union(of_workers, *of_commands.values())
     assert len(names) > 80
     assert not {name for name in names if not any(p.fullmatch(name) for p in patterns)}
 
 
 @pytest.mark.slow
-def test_every_documented_metric_is_reported(of_algorithms, of_commands):
-    names = of_algorithms.union(*of_commands.values())
+def test_every_documented_metric_is_reported(of_algorithms, of_workers, of_commands):
+    names = of_algorithms.union(of_workers, *of_commands.values())
     assert not {known for known in documented() if not any(map(pattern(known).fullmatch, names))}
 
 

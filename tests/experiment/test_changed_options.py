@@ -163,6 +163,7 @@ MEMORY = {
     "task.env_timeout": ("plain", 60.0),
     "task.tool_timeout": ("plain", 60.0),
     "task.agent_processes": ("plain", 3),
+    "rollout.max_staleness": ("plain", 2),
 }
 BOUND = {
     "model.name": ("plain", "{files}/model"),

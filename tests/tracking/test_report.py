@@ -128,6 +128,25 @@ def test_parts_of_time_that_a_step_lacks_are_0_in_the_stack(tmp_path, steps):
     assert [part[first] for part in parts] == [2, 1 - 1 / stretch, 8 / stretch]
 
 
+def test_a_run_with_workers_says_who_waited_for_whom_and_another_run_does_not(tmp_path):
+    (plain,) = data_in(write_report([make_run(tmp_path / "plain")]))["runs"]
+    files = RunFiles(tmp_path / "metrics.jsonl")
+    for step in range(4):
+        row = {"reward": 1.0, "time/step": 4.0, "time/wait": 1.0, "trainer/idle": 0.25}
+        row |= {"workers/idle": 0.1 * step, "buffer/dropped": float(step == 3) * 2}
+        files.write(step, row)
+    files.close()
+    data = data_in(write_report([tmp_path]))
+    facts = dict(data["runs"][0]["facts"])
+    assert facts["waited for the other"] == "trainer 25%, workers 15% of the time"
+    assert facts["groups dropped as too stale"] == "2"
+    (chart,) = [chart for chart in data["charts"] if chart["title"] == "Who waited for whom"]
+    assert [line["metric"] for line in chart["lines"]] == ["trainer/idle", "workers/idle"]
+    assert not chart["more"]
+    assert not {"waited for the other", "groups dropped as too stale"} & dict(plain["facts"]).keys()
+    assert "wait" not in json.dumps(charts_for(dict.fromkeys(plain["metrics"], True)))
+
+
 @pytest.mark.slow
 def test_a_long_run_is_drawn_by_means_and_its_samples_are_spread_over_it(tmp_path):
     folder = make_run(tmp_path / "run", steps=500)

@@ -3,7 +3,13 @@
 from textpolicy.config.settings import changed, settings_of
 from textpolicy.config.sft import SFTConfig
 from textpolicy.config.toml import check_can_be_read_back, config_from, read_toml, to_toml
-from textpolicy.config.train import ALGORITHMS, DEMO, DYNAMIC_ROUNDS, TrainConfig
+from textpolicy.config.train import (
+    ALGORITHMS,
+    DEMO,
+    DYNAMIC_ROUNDS,
+    TrainConfig,
+    staleness_bound,
+)
 
 __all__ = [
     "ALGORITHMS",
@@ -16,5 +22,6 @@ __all__ = [
     "config_from",
     "read_toml",
     "settings_of",
+    "staleness_bound",
     "to_toml",
 ]

@@ -450,6 +450,24 @@ class TrainerOptions:
         check(self)
 
 
+def staleness_bound(max_staleness: int | None, steps_per_generation: int) -> int:
+    """Return the bound, which is by default that of a run whose workers never run ahead.
+
+    Raise `ConfigError` if the steps of one generation would exceed the bound.
+    """
+    least = steps_per_generation - 1
+    if max_staleness is None:
+        return least
+    if max_staleness < least:
+        raise ConfigError(
+            f"max_staleness is {max_staleness} and steps_per_generation is {steps_per_generation}: "
+            f"the last of these steps trains on groups that are {least} versions old. Set "
+            f"max_staleness to at least {least}, or steps_per_generation to at most "
+            f"{max_staleness + 1}"
+        )
+    return max_staleness
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
     """How many completions each step samples."""
@@ -467,9 +485,17 @@ class RolloutOptions:
         unset=f"1, and {DYNAMIC_ROUNDS} with dapo",
         limit=at_least(1),
     )
+    max_staleness: int | None = option(
+        None,
+        "most versions between the adapters that sample a group and those that train on it; so far "
+        "workers may run ahead",
+        unset="steps_per_generation - 1: no worker runs ahead",
+        limit=at_least(0),
+    )
 
     def __post_init__(self) -> None:
         check(self)
+        staleness_bound(self.max_staleness, self.steps_per_generation)
 
 
 @dataclass(frozen=True, kw_only=True)

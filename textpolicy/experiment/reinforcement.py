@@ -160,6 +160,7 @@ def _train(
         steps_per_generation=config.rollout.steps_per_generation,
         refill_rounds=experiment.refill_rounds,
         seed=config.run.seed,
+        max_staleness=config.rollout.max_staleness,
         on_step=observer.on_step,
         checkpoints=start.checkpoints,
         resume=start.resume,

@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from textpolicy.adapters.quantization.number_formats import NumberFormat
-from textpolicy.config import SFTConfig, TrainConfig
+from textpolicy.config import SFTConfig, TrainConfig, staleness_bound
 from textpolicy.config.train import ModelOptions
 from textpolicy.environments import Dataset, Environment
 from textpolicy.errors import ModelError
@@ -143,7 +143,7 @@ class SizeEstimator:
         return self._size(
             lambda: self._plan_rl(config, lengths),
             lengths=lengths,
-            completions=max(step * rollout.steps_per_generation, measured),
+            completions=max(step * _steps_in_memory(config), measured),
             samples_bytes=run.steps * groups * rollout.group_size * (_SAMPLE_BYTES + text),
             steps_bytes=run.steps * _STEP_BYTES,
             checkpoints=run.keep_checkpoints,
@@ -291,3 +291,9 @@ def _longest_prompts(environment: Environment) -> Sequence[Prompt]:
 def _count_characters(prompt: Prompt) -> int:
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     return sum(map(len, texts))
+
+
+def _steps_in_memory(config: TrainConfig) -> int:
+    """Return for how many steps there are groups at the same time."""
+    rollout = config.rollout
+    return 1 + staleness_bound(rollout.max_staleness, rollout.steps_per_generation)

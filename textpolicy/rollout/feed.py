@@ -15,6 +15,7 @@ from typing import Any
 
 from textpolicy.activity import doing
 from textpolicy.buffer import Buffer, group_from_json, group_to_json
+from textpolicy.config import staleness_bound
 from textpolicy.errors import ConfigError
 from textpolicy.rollout.dynamic_sampling import Generation
 from textpolicy.rollout.executors.executor import Executor, FinishedJob, RolloutJob
@@ -37,20 +38,12 @@ class FeedOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.staleness < self.steps_per_generation - 1:
-            raise ConfigError(
-                f"max_staleness is {self.max_staleness} and steps_per_generation is "
-                f"{self.steps_per_generation}: the last of these steps trains on groups that are "
-                f"{self.steps_per_generation - 1} versions old. Set max_staleness to at least "
-                f"{self.steps_per_generation - 1}, or steps_per_generation to at most "
-                f"{self.staleness + 1}"
-            )
+        _ = self.staleness  # Raises if the bound is too small.
 
     @property
     def staleness(self) -> int:
-        """The bound: as many versions as a synchronous run has, unless it is given."""
-        given = self.max_staleness
-        return self.steps_per_generation - 1 if given is None else given
+        """The bound on the staleness of groups, in versions."""
+        return staleness_bound(self.max_staleness, self.steps_per_generation)
 
     @property
     def generation(self) -> int:

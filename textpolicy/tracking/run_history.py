@@ -11,7 +11,7 @@ from textpolicy.types import Metrics
 BLOCKS = "▁▂▃▄▅▆▇█"
 _RECENT_STEPS = 10
 _MEASUREMENT = "time/evaluate"
-_TIMES = ("generate", "reward", "train", "reload", "checkpoint")
+_TIMES = ("wait", "generate", "reward", "train", "reload", "checkpoint")
 
 
 class RunHistory:

@@ -28,7 +28,10 @@ class Chart:
     """Whether the vertical axis begins at 0, as for shares and amounts."""
 
 
-_TIMES = ("generate", "reward", "logprobs", "update", "publish", "reload", "evaluate", "checkpoint")
+_TIMES = (
+    *("wait", "generate", "reward", "logprobs", "update", "publish", "reload", "evaluate"),
+    "checkpoint",
+)
 _REWARD = Chart(
     "Reward",
     [Line("reward", "mean reward", spread="reward_std")],
@@ -86,6 +89,21 @@ _CHARTS = [
         [Line(f"time/{name}", name) for name in _TIMES],
         "seconds, stacked",
         kind="stack",
+        zero=True,
+    ),
+    Chart(
+        "Who waited for whom",
+        [
+            Line("trainer/idle", "trainer, for groups of the workers"),
+            Line("workers/idle", "workers, for jobs of the trainer"),
+        ],
+        "shares of the time",
+        zero=True,
+    ),
+    Chart(
+        "Staleness",
+        [Line("staleness/mean", "mean"), Line("staleness/max", "stalest group")],
+        "versions between sampling and training",
         zero=True,
     ),
     Chart("Speed", [Line("tokens_per_second", "tokens a second")], zero=True),

@@ -103,6 +103,7 @@ def _main_numbers(rows: _Rows) -> list[tuple[str, str]]:
     for name, (title, pattern) in _TOTALS.items():
         if points := _points(rows, name):
             numbers.append((title, pattern.format(sum(value for _, value in points))))
+    numbers += _waiting(rows)
     alarms: dict[str, float] = {}
     for row in rows:
         for name in row:
@@ -110,6 +111,24 @@ def _main_numbers(rows: _Rows) -> list[tuple[str, str]]:
                 alarms.setdefault(name, row["step"])
     numbers += [(name.replace("/", ": "), f"at step {step:g}") for name, step in alarms.items()]
     return numbers
+
+
+def _waiting(rows: _Rows) -> list[tuple[str, str]]:
+    """Return how long trainer and workers waited for each other, if the run had workers."""
+    idle = [value for _, value in _points(rows, "workers/idle")]
+    if not idle:
+        return []
+    waited, steps = (
+        sum(value for _, value in _points(rows, name)) for name in ("time/wait", "time/step")
+    )
+    share = f"trainer {waited / steps:.0%}, workers {fmean(idle):.0%} of the time"
+    dropped = sum(value for _, value in _points(rows, "buffer/dropped"))
+    given_up = sum(value for _, value in _points(rows, "workers/given_up"))
+    counts = {"groups dropped as too stale": dropped, "tasks given up": given_up}
+    return [
+        ("waited for the other", share),
+        *((title, f"{count:,.0f}") for title, count in counts.items() if count),
+    ]
 
 
 def choose_samples(path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
