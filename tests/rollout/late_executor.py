@@ -4,6 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 from random import Random
 
+from textpolicy import activity
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.executors.executor import FinishedJob, RolloutJob
 from textpolicy.rollout.executors.in_process import InProcessExecutor
@@ -13,8 +14,10 @@ from textpolicy.types import Policy
 class LateExecutor:
     """Plays each job as soon as it is submitted, and holds it back for a random time.
 
-    So a job is sampled with the version of its submission. `most_groups` is the largest number of
-    groups that were ever held at once, and the tasks with an id in `poison` are given up.
+    So a job is sampled with the version of its submission. The tasks with an id in `poison` are
+    given up. `most_groups` is the largest number of groups that were ever held at once. `followed`
+    has each version, and how many jobs were submitted before it. `waits` says what the process did
+    each time that it waited.
     """
 
     in_background = True
@@ -31,6 +34,8 @@ class LateExecutor:
     ) -> None:
         self.workers = workers
         self.submitted: list[RolloutJob] = []
+        self.followed: list[tuple[int, int]] = []
+        self.waits: list[str] = []
         self.most_groups = 0
         self._player = InProcessExecutor(policy, scorer)
         self._held: list[FinishedJob] = []
@@ -39,6 +44,7 @@ class LateExecutor:
         self._poison = poison
 
     def follow(self, version: int, published: Path) -> None:
+        self.followed.append((version, len(self.submitted)))
         self._player.follow(version, published)
 
     def submit(self, job: RolloutJob) -> None:
@@ -60,6 +66,8 @@ class LateExecutor:
         self.most_groups = max(self.most_groups, sum(len(one.job.tasks) for one in self._held))
 
     def completed(self, *, wait: bool) -> list[FinishedJob]:
+        if wait:
+            self.waits.append(activity.described())
         self._random.shuffle(self._held)
         ended = [one for one in self._held if self._random.random() < self._promptness]
         ended = ended or self._held[: int(wait)]

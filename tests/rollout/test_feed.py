@@ -250,6 +250,8 @@ def test_metrics_say_who_waits_for_whom():
     assert all(names == metrics.keys() for metrics in circle.metrics)
     assert all(0 <= metrics["workers/idle"] <= 1 for metrics in circle.metrics)
     assert max(metrics["workers/queued"] for metrics in circle.metrics) > 0
+    # What the watchdog says of a step that takes too long.
+    assert all("waiting for the workers, which have" in text for text in circle.executor.waits)
 
 
 def test_a_bound_below_the_steps_of_a_generation_is_an_error_that_says_what_to_set():
@@ -328,7 +330,8 @@ def test_stale_groups_of_a_run_are_dropped_and_a_resumed_run_trains_on_no_task_t
         assert all(0 <= report.step - group.version <= 1 for group in report.trained)
     trained = stopped.trained + resumed.trained
     assert len(trained) == len({*trained})
-    # A worker's first job after the resume has the version of the checkpoint.
-    assert resumed.reports[0].groups[0].version >= 4
+    # Workers know the version before their first job, also after a resume.
+    assert stopped.executor.followed == [(0, 0), *stopped.executor.followed[1:]]
+    assert resumed.executor.followed[0] == (5, 0)
     dropped = sum(stopped.metric("buffer/dropped") + resumed.metric("buffer/dropped"))
     assert dropped == resumed.checkpoints.newest().facts["buffer"]["dropped"] > 0

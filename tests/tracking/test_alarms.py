@@ -158,6 +158,20 @@ def test_the_best_adapter_is_the_one_that_sampled_the_best_steps(load_tiny, tmp_
         assert mx.array_equal(kept.arrays[name], value).item()
 
 
+def test_the_best_adapter_is_the_one_that_a_worker_behind_the_trainer_sampled_with(
+    load_tiny, tmp_path
+):
+    model, _ = load_tiny()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    best = BestAdapter(container, tmp_path / "best.safetensors", window=1, max_staleness=2)
+    for reward, behind in ((0.1, 0), (0.2, 1), (0.3, 1), (0.9, 2), (0.4, 0), (0.0, 1)):
+        before = container.version
+        container.swap({name: value + 1 for name, value in container.parameters().items()})
+        best.record_step({"reward": reward}, sampled_with=before - behind)
+    # The step after version 3 got its rewards from a worker with version 1.
+    assert (best.version, best.value, read_adapter_file(best.path).version) == (1, 0.9, 1)
+
+
 def test_the_summary_says_which_adapters_a_stopped_run_ends_with():
     score = Measurement(name="greedy reward", value=0.5, standard_error=0.1, count=9, step=17)
     result = RunResult(

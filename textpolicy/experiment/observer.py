@@ -156,7 +156,8 @@ class StepObserver:
         self._report("step", _line(step), metrics=metrics | alarms, samples=samples)
         for alarm in new:
             self._report("alarm", str(alarm))
-        if not self._every and self.best.record_step(step.metrics):
+        sampled_with = min((group.version for group in step.groups), default=None)
+        if not self._every and self.best.record_step(step.metrics, sampled_with):
             self.best_step = step.step
         elif self._every and self.steps % self._every == 0 and self.steps < step.steps:
             self.evaluate(f"step {self.steps}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from textpolicy.algorithms import Algorithm
-from textpolicy.config import TrainConfig
+from textpolicy.config import TrainConfig, staleness_bound
 from textpolicy.experiment.assembly import (
     Experiment,
     assemble,
@@ -128,7 +128,13 @@ def _open_observer(
         directory,
         opened.enter_context(tracker),
         report,
-        BestAdapter(experiment.adapters, directory.best),
+        BestAdapter(
+            experiment.adapters,
+            directory.best,
+            max_staleness=staleness_bound(
+                config.rollout.max_staleness, config.rollout.steps_per_generation
+            ),
+        ),
         build_evaluator(experiment, scorer, config, opened, report.note),
         every=config.evaluation.every,
         stop_on_alarm=config.run.stop_on_collapse,

@@ -20,19 +20,22 @@ class BestAdapter:
     `record_evaluation` takes a value of the present adapter. `record_step` takes the reward of a
     step: the value is the mean over the last `window` steps, and it belongs to the adapter that
     sampled the last of these steps, before its update. When a run collapses, the file therefore
-    holds an adapter from before the collapse.
+    holds an adapter from before the collapse. `max_staleness` says how many versions before the
+    present one workers may have sampled with; so many adapters are held in memory.
     """
 
-    def __init__(self, adapters: AdapterContainer, path: Path, window: int = 10) -> None:
+    def __init__(
+        self, adapters: AdapterContainer, path: Path, window: int = 10, max_staleness: int = 0
+    ) -> None:
         self._adapters = adapters
-        self._sampled_with = adapters.adapter()
+        self._recent = deque([adapters.adapter()], maxlen=max_staleness + 1)
         self._rewards: deque[float] = deque(maxlen=window)
         self.path = path
         self.value = float("-inf")
-        self.version = self._sampled_with.version
+        self.version = self._recent[-1].version
         if not path.exists():
             # A resumed run has one.
-            write_adapter_file(path, self._sampled_with)
+            write_adapter_file(path, self._recent[-1])
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs, as JSON values."""
@@ -43,7 +46,7 @@ class BestAdapter:
 
         If it is in neither, the file gets the present adapter, and the next value is the best.
         """
-        self._sampled_with = self._adapters.adapter()
+        self._recent.append(self._adapters.adapter())
         self._rewards.extend(state["rewards"])
         for path in filter(None, (self.path, kept)):
             adapter = _read(path)
@@ -54,18 +57,24 @@ class BestAdapter:
                 return True
         # The file is damaged, or newer than the checkpoint, whose run has not measured it.
         self.path.unlink(missing_ok=True)
-        write_adapter_file(self.path, self._sampled_with)
+        write_adapter_file(self.path, self._recent[-1])
         return False
 
-    def record_step(self, metrics: Metrics) -> bool:
-        """Take the metrics of a step, after its update; return whether it sampled the best mean."""
+    def record_step(self, metrics: Metrics, sampled_with: int | None = None) -> bool:
+        """Take the metrics of a step, after its update; return whether it sampled the best mean.
+
+        `sampled_with` is the oldest version that sampled the step's rewards, by default the version
+        before the update.
+        """
         better = False
         if REWARD in metrics:
             self._rewards.append(metrics[REWARD])
             if better := (mean := fmean(self._rewards)) > self.value:
-                self.value, self.version = mean, self._sampled_with.version
-                write_adapter_file(self.path, self._sampled_with)
-        self._sampled_with = self._adapters.adapter()
+                versions = [one for one in self._recent if one.version == sampled_with]
+                adapter = versions[0] if versions else self._recent[-1]
+                self.value, self.version = mean, adapter.version
+                write_adapter_file(self.path, adapter)
+        self._recent.append(self._adapters.adapter())
         return better
 
     def record_evaluation(self, value: float) -> bool:
