@@ -7,7 +7,7 @@ from textpolicy.types import RolloutGroup
 
 
 @dataclass(kw_only=True)
-class Generation:
+class GroupGeneration:
     """Groups that are sampled together, in rounds until `wanted` of them have rewards that differ.
 
     Every round samples as many groups as are missing, in at most `most_rounds` rounds, so fewer

@@ -17,7 +17,7 @@ from textpolicy.activity import doing
 from textpolicy.buffer import Buffer, group_from_json, group_to_json
 from textpolicy.config import staleness_bound
 from textpolicy.errors import ConfigError
-from textpolicy.rollout.dynamic_sampling import Generation
+from textpolicy.rollout.dynamic_sampling import GroupGeneration
 from textpolicy.rollout.executors.executor import Executor, FinishedJob, RolloutJob
 from textpolicy.rollout.task_source import TaskSource
 from textpolicy.rollout.worker_load import WorkerLoad
@@ -62,7 +62,7 @@ class Arrivals:
 
     workers: int
     jobs: list[FinishedJob] = field(default_factory=list[FinishedJob])
-    generations: list[Generation] = field(default_factory=list[Generation])
+    generations: list[GroupGeneration] = field(default_factory=list[GroupGeneration])
 
     @property
     def groups(self) -> list[RolloutGroup]:
@@ -91,7 +91,7 @@ class Arrivals:
 class _Round:
     """The round of a generation that is being sampled."""
 
-    generation: Generation
+    generation: GroupGeneration
     first: int
     """The position of the first task among all tasks of the run."""
     tasks: list[Task]
@@ -204,7 +204,7 @@ class RolloutFeed:
         feed = state.get("feed", {"last_step": -1, "rounds": []})
         self._last_step = feed["last_step"]
         for one in sorted(feed["rounds"], key=itemgetter("step")):
-            generation = Generation(
+            generation = GroupGeneration(
                 step=one["step"],
                 wanted=one["wanted"],
                 most_rounds=self._options.refill_rounds,
@@ -234,14 +234,14 @@ class RolloutFeed:
             begins_now = step > self._last_step and not self._waiting
             self._last_step = step if begins_now else next_step
             self._begin_round(
-                Generation(
+                GroupGeneration(
                     step=self._last_step,
                     wanted=options.generation,
                     most_rounds=options.refill_rounds,
                 )
             )
 
-    def _begin_round(self, generation: Generation) -> None:
+    def _begin_round(self, generation: GroupGeneration) -> None:
         first = self._source.drawn
         tasks = self._source.next_tasks(generation.missing)
         self._submit(_Round(generation=generation, first=first, tasks=tasks))
