@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from setting import setting
 
 from textpolicy import fast_cpu
@@ -41,24 +43,40 @@ from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.run_size import SizeEstimator, read_architecture
 from textpolicy.experiment.tasks import find_task
 from textpolicy.generation.decode import decode
-from textpolicy.generation.engine import MAX_DECODING_ROWS
+from textpolicy.generation.decoding_batch import DecodingRow
+from textpolicy.generation.engine import MAX_DECODING_ROWS, Engine
 from textpolicy.generation.mlx_generation import load_model
+from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
+from textpolicy.serving.engine_queue import SERVED_PREFIX_BYTES
 from textpolicy.tracking.run_history import RunHistory
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
+from textpolicy.types import (
+    NOT_SAMPLED,
+    Rollout,
+    RolloutGroup,
+    Sampling,
+    Segment,
+    StopReason,
+    Task,
+)
 
 _ALLOWED = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A setting: groups, rows of each, tokens of prompts and completions, and what else is set."""
+    """A setting: groups, rows of each, tokens of prompts and completions, and what else is set.
+
+    With `agents`, so many rollouts are sampled at once, one segment after the other.
+    """
 
     groups: int = 4
     group_size: int = 8
     prompt: int = 64
     completion: int = 16
+    segments: int = 1
+    agents: int | None = None
     rank: int = 16
     kind: AdapterKind = "lora"
     dtype: str = "float32"
@@ -71,6 +89,7 @@ CASES = {
     "long prompts": Case(groups=2, group_size=4, prompt=400),
     "long completions": Case(groups=1, group_size=8, prompt=64, completion=96),
     "many rows": Case(groups=16, group_size=16, prompt=32, completion=8),
+    "agents": Case(groups=2, group_size=4, prompt=96, segments=3, agents=4),
     "rank 1": Case(rank=1),
     "rank 64": Case(rank=64),
     "dora": Case(kind="dora"),
@@ -91,6 +110,8 @@ def plan(case: Case, model: str) -> MemoryPlan:
         AdapterConfig(rank=case.rank, scale=32 / case.rank, kind=case.kind),
         batch=case.groups * case.group_size,
         group_size=case.group_size,
+        segments=case.segments,
+        agents=case.agents,
         prompt_tokens=case.prompt,
         completion_tokens=case.completion,
         dtype=DTYPES[case.dtype],
@@ -114,6 +135,9 @@ def measure(case: Case, name: str) -> dict[str, Any]:
     training, training_seconds = _peak(partial(trainer.train, groups), before)
 
     def sample() -> None:
+        if case.agents:
+            _play(sampler, groups, case)
+            return
         decode(
             sampler,
             [group.rollouts[0].tokens[: case.prompt] for group in groups],
@@ -135,6 +159,27 @@ def measure(case: Case, name: str) -> dict[str, Any]:
     }
 
 
+def _play(model: nn.Module, groups: list[RolloutGroup], case: Case) -> None:
+    """Sample as the server of a run with agents does: each asks for its segments in turn."""
+    assert case.agents
+    engine = Engine(model, prefixes=PrefixCache(SERVED_PREFIX_BYTES))
+    rollouts = [one for group in groups for one in group.rollouts]
+    for start in range(0, len(rollouts), case.agents):
+        playing = rollouts[start : start + case.agents]
+        for number in range(case.segments):
+            for place, one in enumerate(playing):
+                row = DecodingRow(
+                    context=one.segments[number].tokens[: case.prompt],
+                    sampling=Sampling(max_tokens=case.completion),
+                    stop=lambda tokens: None,
+                    key=np.array([number, place], np.uint32),
+                    keep_prefix=True,
+                )
+                engine.submit([row])
+            while engine.can_step:
+                engine.step()
+
+
 def _peak(compute: Callable[[], object], before: int) -> tuple[int, float]:
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -144,13 +189,22 @@ def _peak(compute: Callable[[], object], before: int) -> tuple[int, float]:
 
 
 def _groups(case: Case) -> list[RolloutGroup]:
-    def rollout(group: int, member: int) -> Rollout:
-        tokens = [(7 * i + group) % 256 for i in range(case.prompt)]
-        tokens += [(5 * i + member) % 256 for i in range(case.completion)]
-        return Rollout(
-            tokens=tokens,
+    def segment(group: int, member: int, number: int) -> Segment:
+        start = group + (11 * (case.group_size * number + member) if number else 0)
+        tokens = [(7 * i + start) % 256 for i in range(case.prompt)]
+        return Segment(
+            tokens=tokens + [(5 * i + member) % 256 for i in range(case.completion)],
             mask=[False] * case.prompt + [True] * case.completion,
             logprobs=[0.0] * case.prompt + [-1.0] * case.completion,
+        )
+
+    def rollout(group: int, member: int) -> Rollout:
+        first, *later = (segment(group, member, number) for number in range(case.segments))
+        return Rollout(
+            tokens=first.tokens,
+            mask=first.mask,
+            logprobs=first.logprobs,
+            later=tuple(later),
             completion="",
             reward=float(member % 2),
             stop_reason=StopReason.LENGTH,

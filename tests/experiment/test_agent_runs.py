@@ -74,7 +74,10 @@ def test_eval_and_bench_play_an_agent(spec, capsys):
     assert 0 <= json.loads(capsys.readouterr().out)["base"]["reward"] <= 2
     few = ["--groups-per-step", "1", "--group-size", "2", "--seconds", "0.001"]
     assert main(["bench", "--env", spec, *few, *LIMITS, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["metrics"]["rollout/segments"] == 2
+    data = json.loads(capsys.readouterr().out)
+    assert data["metrics"]["rollout/segments"] == data["segments"] == data["agents"] == 2
+    for name, peak in data["peak_bytes"].items():
+        assert data["planned_bytes"][name] == pytest.approx(peak, rel=0.25)
 
 
 def test_what_an_agent_would_not_read_is_refused(spec, capsys):
@@ -82,3 +85,5 @@ def test_what_an_agent_would_not_read_is_refused(spec, capsys):
     assert "writes its conversations itself" in capsys.readouterr().err
     assert main(["envs", spec, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["max_tokens"] == 3
+    assert main(["train", "--env", spec, *SMALL, "--dry-run"]) == 0
+    assert "memory is that of one answer a rollout" in capsys.readouterr().out

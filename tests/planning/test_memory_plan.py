@@ -5,6 +5,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 from mlx_lm.models import gemma2
 
@@ -18,10 +19,14 @@ from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.decode import decode
+from textpolicy.generation.decoding_batch import DecodingRow
+from textpolicy.generation.engine import Engine
+from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.planning.memory_plan import plan_memory
 from textpolicy.planning.unloaded_model import build_unloaded_model
+from textpolicy.serving.engine_queue import SERVED_PREFIX_BYTES
 from textpolicy.training.trainer import Trainer
-from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
+from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, Segment, StopReason, Task
 
 SHAPE = {
     **SIZES,
@@ -62,6 +67,13 @@ STEPS = {
     "dora": ((4, 1, 4, 64, 96), SHAPE, {"config": {"kind": "dora"}}),
     "many groups": ((4, 12, 4, 64, 96), SHAPE, {}),
     "groups that are cut": ((4, 2, 8, 64, 200), SHAPE, {}),
+    "groups of one": ((4, 8, 1, 200, 32), SHAPE, {}),
+    "several segments": ((4, 2, 4, 96, 16), SHAPE, {"segments": 3, "agents": 8}),
+    "several segments of rollouts that are cut": (
+        (3, 1, 4, 96, 150),
+        SHAPE,
+        {"segments": 3, "agents": 2},
+    ),
     "micro-batches": ((4, 2, 4, 64, 96), SHAPE, {"micro_batch_size": 4}),
     "checkpoints": ((6, 1, 4, 64, 96), SHAPE, {"checkpoint_gradients": True}),
     "two blocks with checkpoints": ((2, 16, 8, 18, 6), TINY, {"checkpoint_gradients": True}),
@@ -73,14 +85,23 @@ STEPS = {
 OVERESTIMATED = {"many groups", "windowed attention", "nf4"}
 
 
-def rollout_groups(groups, size, prompt, completion):
-    def rollout(group, member):
-        tokens = [(7 * i + group) % 96 for i in range(prompt)]
-        tokens += [(5 * i + member) % 96 for i in range(completion)]
-        return Rollout(
-            tokens=tokens,
+def rollout_groups(groups, size, prompt, completion, segments=1):
+    def segment(group, member, number):
+        start = group + (11 * (size * number + member) if number else 0)
+        tokens = [(7 * i + start) % 96 for i in range(prompt)]
+        return Segment(
+            tokens=tokens + [(5 * i + member) % 96 for i in range(completion)],
             mask=[False] * prompt + [True] * completion,
             logprobs=[0.0] * prompt + [-1.0] * completion,
+        )
+
+    def rollout(group, member):
+        first, *later = (segment(group, member, number) for number in range(segments))
+        return Rollout(
+            tokens=first.tokens,
+            mask=first.mask,
+            logprobs=first.logprobs,
+            later=tuple(later),
             completion="",
             reward=float(member % 2),
             stop_reason=StopReason.LENGTH,
@@ -92,6 +113,25 @@ def rollout_groups(groups, size, prompt, completion):
         RolloutGroup(task=Task(id=str(g), prompt=""), rollouts=[rollout(g, m) for m in range(size)])
         for g in range(groups)
     ]
+
+
+def play(model, groups, agents, prompt):
+    """Sample as the server of a run does: each agent asks for the segments of its rollout."""
+    engine = Engine(model, prefixes=PrefixCache(SERVED_PREFIX_BYTES))
+    rollouts = [one for group in groups for one in group.rollouts]
+    for start in range(0, len(rollouts), agents):
+        for turn in zip(*(one.segments for one in rollouts[start : start + agents]), strict=True):
+            for number, segment in enumerate(turn):
+                row = DecodingRow(
+                    context=segment.tokens[:prompt],
+                    sampling=Sampling(max_tokens=len(segment.tokens) - prompt),
+                    stop=lambda tokens: None,
+                    key=np.array([0, number], np.uint32),
+                    keep_prefix=True,
+                )
+                engine.submit([row])
+            while engine.can_step:
+                engine.step()
 
 
 def unloaded(architecture, mode):
@@ -131,13 +171,18 @@ def test_sampling_and_training_peak_where_the_plan_says(step):
     mx.clear_cache()
     before = mx.get_active_memory()
     model = unloaded(architecture, mode)
+    segments, agents = options.pop("segments", 1), options.pop("agents", None)
     trainer = trainer_of(model, config, **options)
-    sampler, rollouts = shared_copy(model), rollout_groups(groups, size, prompt, completion)
+    rollouts = rollout_groups(groups, size, prompt, completion, segments)
+    sampler = shared_copy(model)
     trainer.train(rollouts)
     training = peak_of(partial(trainer.train, rollouts), before)
     assert planned.estimated_training_bytes == pytest.approx(training, rel=0.15)
 
     def sample():
+        if agents:
+            play(sampler, rollouts, agents, prompt)
+            return
         decode(
             sampler,
             [group.rollouts[0].tokens[:prompt] for group in rollouts],

@@ -14,7 +14,9 @@ from textpolicy import algorithms
 from textpolicy.algorithms.parts.reductions import center
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.training.batch import (
+    MICRO_BATCH_TOKENS,
     BatchTotals,
+    count_padded_tokens,
     make_batch,
     split_into_micro_batches,
     training_rows,
@@ -159,3 +161,12 @@ def vars_of(one: Rollout) -> dict:
 def assert_moved_alike(found, expected) -> None:
     for name, value in expected.items():
         assert np.abs(found[name] - value).max() < 1e-5, name
+
+
+def test_segments_with_long_prompts_of_their_own_are_in_memory_a_few_at_a_time():
+    groups = change_rollouts(groups_of((300, [8] * 6)), lambda r, m: vars_of(cut(r, 4)))
+    rows = training_rows(groups)
+    assert count_padded_tokens(rows) > 5 * MICRO_BATCH_TOKENS
+    # One rollout has more tokens than fit, and is not cut.
+    for part in split_into_micro_batches(rows, None):
+        assert len({row.sequence for row in part}) == 1

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.cli.answer import Answer, table
-from textpolicy.cli.measured_steps import run_measured_steps
+from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.experiment.assembly import (
     RunConfig,
@@ -14,7 +14,13 @@ from textpolicy.experiment.assembly import (
     service_options,
 )
 from textpolicy.experiment.preflight import check_names, find_problems
-from textpolicy.experiment.run_size import RunSize, SizeEstimator, has_turns, plan_step
+from textpolicy.experiment.run_size import (
+    RunSize,
+    SizeEstimator,
+    has_agent,
+    has_turns,
+    plan_step,
+)
 from textpolicy.experiment.tasks import find_task
 from textpolicy.machine import free_disk_bytes, memory_bytes, size_text
 from textpolicy.tracking.open_tracker import check_services
@@ -51,17 +57,27 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
         apply_thread_option(config.model)
         rows.append(("time", str(time := estimator.plan_time(config))))
         data["estimated_seconds"] = round(time.seconds, 1)
-    if environment and has_turns(environment) and not measured:
+    if environment and has_agent(environment) and not measured:
+        rows.append(
+            ("agent", "memory is that of one answer a rollout; add --measure to count them")
+        )
+    elif environment and has_turns(environment) and not measured:
         rows.append(("turns", "memory is that of one turn; several are not planned"))
     if measured:
-        sizes = ", ".join(f"{size_text(peak)} in {name}" for name, peak in measured.peaks.items())
-        seen = " + ".join(map(str, measured.lengths.values()))
-        rows.append(("measured", f"{sizes}, with up to {seen} tokens of prompt and completion"))
+        rows.append(("measured", _measured_text(measured)))
     data["fits"] = not found
     rows += _machine_rows(size, folder, data)
     rows += [("REFUSED" if refused else "warning", problem) for problem in found]
     text = f"{to_toml(config)}\n{table(rows)}\nno run was started"
     return Answer(data=data, text=text, exit_code=2 if refused else 0)
+
+
+def _measured_text(measured: RealSteps) -> str:
+    sizes = ", ".join(f"{size_text(peak)} in {name}" for name, peak in measured.peaks.items())
+    lengths = measured.lengths
+    seen = f"{lengths['prompt_tokens']} + {lengths['completion_tokens']} tokens"
+    several = f" and {n} segments a rollout" if (n := lengths["segments"]) > 1 else ""
+    return f"{sizes}, with up to {seen} of prompt and completion{several}"
 
 
 def _lengths_rows(config: RunConfig, size: RunSize, data: dict[str, Any]) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig, changed
 from textpolicy.environments import Environment
 from textpolicy.experiment.assembly import apply_thread_option, assemble, find_algorithm
+from textpolicy.experiment.run_size import agents_of
 from textpolicy.experiment.tasks import find_task
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
@@ -45,7 +46,8 @@ _PEAKS = {"sampling": "memory/peak_generate_gb", "training": "memory/peak_train_
 class RealSteps:
     """What was measured. `metrics` are means over the steps after the warm-up step.
 
-    `lengths` are the most tokens of a rollout before its first sampled token and from there on.
+    `lengths` are the most tokens of a segment before its first sampled token and from there on, and
+    the most segments of a rollout.
     `peaks` are the most bytes in sampling and in training, less the bytes from before the steps.
     """
 
@@ -109,6 +111,8 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
         lengths={
             "prompt_tokens": max(row.prompt_length for row in trained),
             "completion_tokens": max(len(row.tokens) for row in trained),
+            "segments": 1 + max(row.number for row in trained),
+            **agents_of(config, environment),
         },
         peaks={name: round(1e9 * max(values[m])) - bytes_before for name, m in _PEAKS.items()},
     )

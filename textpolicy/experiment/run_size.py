@@ -17,6 +17,7 @@ from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.config import SFTConfig, TrainConfig, staleness_bound
 from textpolicy.config.train import ModelOptions
 from textpolicy.environments import Dataset, Environment
+from textpolicy.environments.agent_processes import DEFAULT_PROCESSES
 from textpolicy.errors import ModelError
 from textpolicy.experiment.assembly import (
     RunConfig,
@@ -121,6 +122,7 @@ class SizeEstimator:
         """The rows of a supervised run."""
         if isinstance(config, TrainConfig):
             assert environment
+            self._agents = agents_of(config, environment)
             self._held_out = _count_held_out(environment, config.evaluation.count)
             self.lengths = _rl_lengths(config, environment, self._architecture)
         else:
@@ -176,7 +178,7 @@ class SizeEstimator:
 
     def _plan_rl(self, config: TrainConfig, lengths: Lengths) -> MemoryPlan:
         tokens = {"prompt_tokens": lengths.prompt, "completion_tokens": lengths.completion}
-        return plan_step(config, tokens, self._network())
+        return plan_step(config, tokens | self._agents, self._network())
 
     def _plan_sft(self, config: SFTConfig) -> MemoryPlan:
         trainer = config.trainer
@@ -200,7 +202,8 @@ def plan_step(
 ) -> MemoryPlan:
     """Return the memory plan of a step; raise ModelError for a model whose memory is not known.
 
-    `lengths` are `prompt_tokens` and `completion_tokens`.
+    `lengths` are arguments of `plan_memory`: `prompt_tokens`, `completion_tokens`, and of agents
+    the `segments` of a rollout and the number of `agents`.
     """
     rollout, trainer, reference = config.rollout, config.trainer, config.algorithm.reference
     other = None if reference in (None, "base") else ModelOptions(name=reference)
@@ -213,8 +216,7 @@ def plan_step(
         checkpoint_gradients=trainer.checkpoint_gradients,
         dtype=dtype_of(config.model),
         reference=read_architecture(other) if other else None,
-        prompt_tokens=lengths["prompt_tokens"],
-        completion_tokens=lengths["completion_tokens"],
+        **lengths,
     )
 
 
@@ -229,7 +231,24 @@ def read_architecture(options: ModelOptions) -> dict[str, Any]:
 
 def has_turns(environment: Environment) -> bool:
     """Return whether an episode may have several turns."""
-    return any(task.env is not None or task.agent is not None for task in environment.heldout(1))
+    return has_agent(environment) or replies_within(environment)
+
+
+def replies_within(environment: Environment) -> bool:
+    """Return whether rows continue after replies, for which sampling holds more caches."""
+    return any(task.env is not None for task in environment.heldout(1))
+
+
+def has_agent(environment: Environment) -> bool:
+    """Return whether an agent plays the episodes."""
+    return any(task.agent is not None for task in environment.heldout(1))
+
+
+def agents_of(config: TrainConfig, environment: Environment) -> dict[str, int]:
+    """Return how many rollouts agents play at once, as `plan_step` takes it."""
+    if not has_agent(environment):
+        return {}
+    return {"agents": config.task.agent_processes or DEFAULT_PROCESSES}
 
 
 def read_tokenizer(options: ModelOptions) -> TokenizerWrapper:

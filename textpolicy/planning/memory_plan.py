@@ -22,8 +22,9 @@ from textpolicy.fast_cpu.array_slices import SLICE_SIZE
 from textpolicy.generation.engine import MAX_DECODING_ROWS
 from textpolicy.generation.prefill import PREFILL_CHUNK_TOKENS
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
+from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_batch
 from textpolicy.planning.unloaded_model import build_unloaded_model
-from textpolicy.training.batch import MICRO_BATCH_TOKENS
+from textpolicy.serving.engine_queue import SERVED_PREFIX_BYTES
 from textpolicy.training.output_head import CHUNK_BYTES
 
 # Sampling reads prompts, copies their caches to all rows, grows caches, and draws tokens. Training
@@ -88,6 +89,8 @@ def plan_memory(
     prompt_tokens: int,
     completion_tokens: int,
     group_size: int = 1,
+    segments: int = 1,
+    agents: int | None = None,
     micro_batch_size: int | None = None,
     checkpoint_gradients: bool = False,
     dtype: mx.Dtype | None = None,
@@ -96,12 +99,16 @@ def plan_memory(
     """Return the memory to sample `batch` completions and to train on them with Adam.
 
     `model` is a model without adapters, or the content of its config.json; no weight is loaded.
-    `group_size` completions share a prompt. `reference` is the config.json of another model whose
-    weights are in memory, such as a teacher. Raise ModelError for a model whose blocks are not
-    built like those of Llama, Mistral, Qwen2 and Qwen3.
+    `group_size` completions share a prompt. With `agents`, so many rollouts are played at once, and
+    each asks with prompts of its own; a rollout has `segments`, each with a prompt and a completion
+    of these lengths. `reference` is the config.json of another model whose weights are in memory,
+    such as a teacher. Raise ModelError for a model whose blocks are not built like those of Llama,
+    Mistral, Qwen2 and Qwen3.
     """
     if batch < 1 or group_size < 1 or batch % group_size:
         raise ConfigError(f"batch is {batch}; expected a multiple of group_size, {group_size}")
+    if segments < 1:
+        raise ConfigError(f"segments is {segments}; expected at least 1")
     # A module is a mapping too.
     network = model if isinstance(model, nn.Module) else build_unloaded_model(model, dtype)
     planned = plan_adapters(network, config or AdapterConfig())
@@ -110,13 +117,22 @@ def plan_memory(
     teacher_bytes = sum(array.nbytes for array in named_arrays(teacher).values())
     # Training reads a prompt once for all its rows if the caches hold nothing but keys and values.
     shares = all(type(layer) is KVCache for layer in make_prompt_cache(network))
-    sharing = group_size if shares else 1
-    usual = _usual_rows(group_size, sharing, prompt_tokens, completion_tokens)
-    rows = min(micro_batch_size or usual, batch)
-    accumulated = 2 if rows < batch else 1
+    part = largest_micro_batch(
+        batch // group_size,
+        group_size,
+        segments,
+        (prompt_tokens, completion_tokens),
+        size=micro_batch_size,
+        share_prompts=shares,
+    )
+    accumulated = 2 if part.is_part else 1
     # The last token of a prompt is read together with the completion.
     lengths = (prompt_tokens - 1, completion_tokens)
-    prompts = min(batch // group_size, max(1, MAX_DECODING_ROWS // group_size))
+    together = group_size if agents is None else 1
+    most = MAX_DECODING_ROWS if agents is None else min(agents, MAX_DECODING_ROWS)
+    prompts = min(batch // together, max(1, most // together))
+    # Of agents, texts that are not sampled any more are kept, for later requests.
+    kept = 0 if agents is None else max(0, batch * segments - agents)
     always, adapters = (*_SAMPLING, *_TRAINING), planned.adapter_bytes
     return MemoryPlan(
         {
@@ -129,19 +145,15 @@ def plan_memory(
             "gradients": PlannedArray(accumulated * adapters, _TRAINING),
             "new adapters": PlannedArray(adapters, ["update"]),
             "clipped gradients": PlannedArray(accumulated * adapters, ["update"]),
-            **_backward_arrays(block, rows, sharing, lengths, checkpoints=checkpoint_gradients),
-            **_sampling_arrays(block, prompts, group_size, lengths),
+            **_backward_arrays(
+                block, part, lengths, shares=shares, checkpoints=checkpoint_gradients
+            ),
+            **_sampling_arrays(block, prompts, together, lengths),
+            "agents' conversations": PlannedArray(
+                min(kept * block.cache_bytes(sum(lengths)), SERVED_PREFIX_BYTES), _SAMPLING
+            ),
         }
     )
-
-
-def _usual_rows(group_size: int, sharing: int, prompt: int, completion: int) -> int:
-    """Return the rows that `split_into_micro_batches` puts together if no size is given."""
-    row = completion if sharing > 1 else completion + prompt
-    if group_size * row > MICRO_BATCH_TOKENS:
-        return min(group_size, max(2, MICRO_BATCH_TOKENS // row))
-    group = group_size * completion + group_size // sharing * prompt
-    return group_size * max(1, MICRO_BATCH_TOKENS // group)
 
 
 class _Block:
@@ -189,6 +201,10 @@ class _Block:
         kept = tokens * (width + self.adapter_inputs) + 2 * joined * self.keys
         return kept * self.itemsize + tokens * self.adapter_floats * _FLOAT
 
+    def cache_bytes(self, tokens: int) -> int:
+        """Return the bytes of the keys and values of all blocks."""
+        return 2 * tokens * self.count * self.keys * self.itemsize
+
     def temporaries(self, tokens: int, scores: int) -> int:
         """Return the bytes of the larger half of one block during its backward pass."""
         inner = tokens * (_INNER * self.inner + _HIDDEN * self.hidden)
@@ -199,15 +215,15 @@ class _Block:
 
 
 def _backward_arrays(
-    block: _Block, rows: int, sharing: int, lengths: tuple[int, int], *, checkpoints: bool
+    block: _Block, part: MicroBatch, lengths: tuple[int, int], *, shares: bool, checkpoints: bool
 ) -> dict[str, PlannedArray]:
-    (prompt, completion), prompts = lengths, ceil(rows / sharing)
+    (prompt, completion), rows, prompts = lengths, part.rows, part.prompts
     own, joined = rows * completion, rows * (prompt + completion)
     own_scores = own * (prompt + completion)
     tokens, scores = own + prompts * prompt, own_scores + prompts * prompt**2
     whole = last = block.activations(tokens, joined)
     temporaries = block.temporaries(tokens, scores)
-    if sharing > 1 and block.trained > 1:
+    if shares and block.trained > 1:
         # The last block's outputs at prompt positions are not used, and not computed.
         last = block.activations(own, joined)
         temporaries = max(block.temporaries(own, own_scores), temporaries - last)

@@ -37,6 +37,9 @@ from textpolicy.serving.refusal import (
 from textpolicy.types import StopReason
 
 _T = TypeVar("_T")
+SERVED_PREFIX_BYTES = PREFIX_BYTES // 4
+"""The memory of the caches that a version of a model keeps for the next turns of conversations."""
+
 MAX_OPEN_ROWS = 1024
 """The number of rows that may wait or decode at once; further requests are told to come later."""
 
@@ -183,7 +186,7 @@ class ServedEngine:
         model.eval()
         self._retire(name)
         self.counts.swaps += name in self._models
-        prefixes = PrefixCache(PREFIX_BYTES // 4)
+        prefixes = PrefixCache(SERVED_PREFIX_BYTES)
         self._models = {
             **self._models,
             name: ServedModel(

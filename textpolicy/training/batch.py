@@ -183,8 +183,13 @@ def split_into_micro_batches(
 
 def count_padded_tokens(rows: Sequence[TrainingRow], *, share_prompts: bool = True) -> int:
     """Return the tokens of a batch of these rows, padding included and shared prompts once."""
-    prompts = len({_prompt_key(row) for row in rows} if share_prompts else rows)
+    prompts = count_prompts(rows, share_prompts=share_prompts)
     return len(rows) * _longest_completion(rows) + prompts * _longest_prompt(rows)
+
+
+def count_prompts(rows: Sequence[TrainingRow], *, share_prompts: bool = True) -> int:
+    """Return how many prompts a batch of these rows reads."""
+    return len({_prompt_key(row) for row in rows} if share_prompts else rows)
 
 
 def _prompt_key(row: TrainingRow) -> tuple[int, int, int]:
@@ -232,11 +237,10 @@ def _fill_parts(
 ) -> list[list[TrainingRow]]:
     parts: list[list[TrainingRow]] = []
     for group in groups:
-        pieces = [group]
-        longest = _longest_completion(group) + (0 if share_prompts else _longest_prompt(group))
-        if len(group) * longest > most:
+        pieces, own = [group], _count_own_tokens(group, share_prompts)
+        if own > most:
             # At least two rows, because some losses compare two rows of a group.
-            size = max(2, most // longest)
+            size = max(2, most * len(group) // own)
             pieces = _cut(sorted(group, key=lambda row: len(row.mask)), size)
         for piece in pieces:
             together = [*parts[-1], *piece] if parts else piece
@@ -246,6 +250,12 @@ def _fill_parts(
             else:
                 parts.append(piece)
     return parts
+
+
+def _count_own_tokens(group: Sequence[TrainingRow], share_prompts: bool) -> int:
+    """Return the padded tokens of a group, without the prompt that its rollouts share."""
+    prompts = sum(row.number > 0 for row in group) if share_prompts else len(group)
+    return len(group) * _longest_completion(group) + prompts * _longest_prompt(group)
 
 
 def _cut(rows: list[TrainingRow], size: int) -> list[list[TrainingRow]]:

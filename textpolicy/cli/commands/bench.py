@@ -12,7 +12,7 @@ from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
 from textpolicy.config import TrainConfig, changed
 from textpolicy.errors import ModelError
 from textpolicy.experiment.model_defaults import with_model_defaults
-from textpolicy.experiment.run_size import has_turns, plan_step
+from textpolicy.experiment.run_size import plan_step, replies_within
 from textpolicy.machine import size_text
 
 _STEPS = 20
@@ -58,7 +58,7 @@ def _data(config: TrainConfig, measured: RealSteps) -> dict[str, Any]:
 
 def _planned_bytes(config: TrainConfig, measured: RealSteps) -> dict[str, int] | None:
     """Return the planned peaks for the lengths that were seen, or None if there is no plan."""
-    if has_turns(measured.environment):
+    if replies_within(measured.environment):
         return None
     try:
         return plan_step(config, measured.lengths).peaks
