@@ -49,7 +49,7 @@ from textpolicy.types import AdvantageFn, Batch, LossFn
 ENVS = ("add", "sort", "reverse", "countdown")
 # Environments of several turns, and the iterations of imitation before the run.
 AGENT = f"agent:{Path(__file__).resolve().parents[1] / 'examples' / 'my_agent.py'}"
-WARM_UPS = {"calculator": 70, "hilo": 80, AGENT: 120}
+WARM_UPS = {"calculator": 120, "hilo": 80, AGENT: 120}
 WARM_UP_LR = 2e-3
 EPISODES: dict[str, Any] = {"run.steps": 60, "trainer.lr": 3e-4, "evaluation.count": 256}
 GOLD_EPISODES = 2000
