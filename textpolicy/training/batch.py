@@ -163,9 +163,9 @@ def split_into_micro_batches(
 
     Groups of similar length are together, and so are the segments of a rollout. A part has at most
     `size` rows, unless one rollout has more segments. If `size` is None, a part is as many whole
-    groups as fit into `tokens` with their padding; a group is cut if its completions
-    alone have more tokens, or its whole rows if `share_prompts` is False. Groups without any signal
-    come last, in parts of their own.
+    groups as fit into `tokens` with their padding; a group is cut if it has more tokens without the
+    prompt that its rollouts share, or with it if `share_prompts` is False. Groups without any
+    signal come last, in parts of their own.
     """
     by_number: dict[int, list[TrainingRow]] = {}
     for row in rows:
