@@ -67,10 +67,9 @@ STEPS = {
     "dora": ((4, 1, 4, 64, 96), SHAPE, {"config": {"kind": "dora"}}),
     "many groups": ((4, 12, 4, 64, 96), SHAPE, {}),
     "groups that are cut": ((4, 2, 8, 64, 200), SHAPE, {}),
-    "groups of one": ((4, 8, 1, 200, 32), SHAPE, {}),
     "several segments": ((4, 2, 4, 96, 16), SHAPE, {"segments": 3, "agents": 8}),
     "several segments of rollouts that are cut": (
-        (3, 1, 4, 96, 150),
+        (2, 1, 4, 400, 24),
         SHAPE,
         {"segments": 3, "agents": 2},
     ),
