@@ -7,12 +7,12 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The answer of a command: `data` for --json, `text` for people.
+    """The answer of a command: `data` for --json, `text` for people. None is nothing to print.
 
     `print_answer` escapes the text, so a command may put any text of other people into it.
     """
 
-    data: Mapping[str, Any]
+    data: Mapping[str, Any] | None
     text: str
     exit_code: int = 0
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
+from signal import Signals
 
 from textpolicy.cli.output import error_stream
 from textpolicy.cli.progress import showing_progress
 from textpolicy.cli.signals import StopRequest, stopping
 from textpolicy.experiment import RunEvent, RunResult
+from textpolicy.experiment.events import EventListener
 from textpolicy.tracking.console import Console
 from textpolicy.types import Progress
 
@@ -45,14 +47,34 @@ class TerminalListener:
             self.note(event.text)
         return Progress.STOP if self._request.signal else Progress.MORE
 
-    def exit_code(self, result: RunResult) -> int:
-        """Return 0, or the code that a shell expects of a command that a signal stopped."""
-        return self._request.exit_code if result.ended == "stopped" else 0
+    def exit_code(self, result: RunResult, *, ranks: int = 1) -> int:
+        """Return 0, or the code that a shell expects of a command that a signal stopped.
+
+        The signal may have come to another one of several `ranks`.
+        """
+        if result.ended != "stopped":
+            return 0
+        return self._request.exit_code or (128 + Signals.SIGTERM) * (ranks > 1)
 
     def stopped(self, resume_line: str) -> str:
         """Return the line for people whose run was stopped: by which signal, and how to resume."""
         by = f"stopped by {self._request.signal.name}; " if self._request.signal else ""
         return f"{by}resume with: {resume_line}"
+
+
+@contextmanager
+def quiet_listener() -> Generator[EventListener]:
+    """Make a listener that shows nothing and turns signals into a stop after the step."""
+    with ExitStack() as opened:
+        request = StopRequest()
+
+        def listen(event: RunEvent) -> Progress:
+            nonlocal request
+            if event.kind == "start":
+                request = opened.enter_context(stopping(lambda text: None))
+            return Progress.STOP if request.signal else Progress.MORE
+
+        yield listen
 
 
 @contextmanager

@@ -36,12 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_note("textpolicy: interrupted")
         exit_code = 130
     forget_closed_pipes()
+    if exit_code and "OMPI_COMM_WORLD_RANK" in os.environ:
+        # Open MPI's exit handler would wait for the other ranks, which may wait for this one.
+        os._exit(exit_code)
     end_soon(exit_code)
     return exit_code
 
 
 def _run(given: Sequence[str]) -> int:
     options = build_parser(_command_of(given)).parse_args(given)
+    options.given = given
     if options.version:
         print_answer(_versions())
         return 0
@@ -63,7 +67,8 @@ def _run(given: Sequence[str]) -> int:
     except (TextPolicyError, OSError) as error:
         print_note(f"{failed}{_message(error)}")
         return _exit_code(error, begun=activity.times_begun() > begun)
-    if text := json.dumps(answer.data) if options.json else answer.text:
+    text = json.dumps(answer.data) if options.json else answer.text
+    if text and answer.data is not None:
         print_answer(text)
     return answer.exit_code
 

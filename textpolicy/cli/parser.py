@@ -145,7 +145,40 @@ def _train(parser: ArgumentParser) -> None:
     _dry_run(parser, "show the settings and the estimated memory of the run, and start nothing")
     text = "with --dry-run: take two steps, and correct the estimated memory by measured peaks"
     parser.add_argument("--measure", action="store_true", help=text)
+    _ranks(parser)
     add_settings(parser, _DEFAULTS)
+
+
+def _ranks(parser: ArgumentParser) -> None:
+    """Add the options of a run by several processes, which train together."""
+    _add_flag(
+        parser,
+        "ranks",
+        int | None,
+        None,
+        "start so many processes on this machine, which divide the work of each step",
+        unset="one process, or those of mpirun or mlx.launch",
+        metavar="N",
+        limit=at_least(1),
+    )
+    _add_flag(
+        parser,
+        "backend",
+        Literal["ring", "mpi", "nccl"],
+        "ring",
+        "how the processes of --ranks exchange messages: by TCP, by Open MPI, or between NVIDIA "
+        "GPUs, one a process",
+    )
+    _add_flag(
+        parser,
+        "rank_deadline",
+        float,
+        600.0,
+        "seconds that one of several processes waits for the others before the run ends, with the "
+        "exit code 75",
+        metavar="SECONDS",
+        limit=above(0),
+    )
 
 
 def _sft(parser: ArgumentParser) -> None:

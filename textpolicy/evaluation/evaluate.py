@@ -10,8 +10,9 @@ import numpy as np
 from textpolicy.activity import doing
 from textpolicy.errors import RewardError
 from textpolicy.generation.policy import ModelPolicy
+from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Scorer
-from textpolicy.rollout.worker import collect
+from textpolicy.rollout.executors.ranks import collect_with_ranks
 from textpolicy.types import Metrics, Rollout, RolloutGroup, Sampling, StopReason, Task
 
 # All evaluations use the same seed, so that two evaluations of one policy are equal.
@@ -147,10 +148,11 @@ def evaluate(
     samples: int = 0,
     temperature: float = 1.0,
     good: float = 0.5,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Return one greedy answer and `samples` sampled answers of the policy's model to each task.
 
-    Every call with the same weights returns the same answers.
+    Every call with the same weights returns the same answers. The `ranks` divide the tasks.
     """
 
     def answer(temperature: float, count: int) -> list[RolloutGroup]:
@@ -162,7 +164,9 @@ def evaluate(
             allow_special_tokens=policy.allow_special_tokens,
             chat_template_kwargs=policy.chat_template_kwargs,
         )
-        return collect(heldout.tasks, copy, heldout.scorer, group_size=count, seed=_SEED)
+        return collect_with_ranks(
+            heldout.tasks, copy, heldout.scorer, ranks, group_size=count, seed=_SEED
+        )
 
     return Evaluation(
         greedy=[group.rollouts[0] for group in answer(0, 1)],
@@ -184,12 +188,19 @@ class Evaluator:
     samples: int = 0
     temperature: float = 1.0
     good: float = 0.5
+    ranks: Ranks = ALONE
 
     def __call__(self) -> tuple[MeanReward, Metrics]:
         started = time.perf_counter()
-        options = {"temperature": self.temperature, "good": self.good}
         own, *others = (
-            evaluate(self.policy, heldout, samples=self.samples, **options)
+            evaluate(
+                self.policy,
+                heldout,
+                samples=self.samples,
+                temperature=self.temperature,
+                good=self.good,
+                ranks=self.ranks,
+            )
             for heldout in (self.heldout, *self.others)
         )
         metrics = own.metrics()

@@ -39,6 +39,7 @@ from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.thinking import template_arguments
+from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Incident, Rewards, Scorer
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.open_tracker import ServiceOptions, open_tracker
@@ -84,6 +85,7 @@ def assemble(
     reward: Rewards,
     algorithm: Algorithm,
     directory: RunDirectory,
+    ranks: Ranks = ALONE,
 ) -> Experiment:
     """Load the model and build trainer and policy on two copies of it that share the base arrays.
 
@@ -108,7 +110,7 @@ def assemble(
             chat_template_kwargs=template_arguments_of(config.model, tokenizer),
         ),
         trainer=build_trainer(
-            model, config, algorithm, sampling.max_tokens, directory.rejected_batches
+            model, config, algorithm, sampling.max_tokens, directory.rejected_batches, ranks
         ),
         refill_rounds=config.rollout.refill_rounds or dynamic,
     )
@@ -201,7 +203,12 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def build_trainer(
-    model: nn.Module, config: TrainConfig, algorithm: Algorithm, max_tokens: int, rejected: Path
+    model: nn.Module,
+    config: TrainConfig,
+    algorithm: Algorithm,
+    max_tokens: int,
+    rejected: Path,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Return the trainer with the algorithm's keywords, replaced where the config gives its own."""
     options = config.trainer
@@ -238,6 +245,7 @@ def build_trainer(
         checkpoint_gradients=options.checkpoint_gradients,
         rejected=rejected,
         seed=config.run.seed,
+        ranks=ranks,
         **chosen,
     )
 
@@ -283,6 +291,7 @@ def build_evaluator(
     config: TrainConfig,
     opened: ExitStack,
     note: Callable[[str], None],
+    ranks: Ranks = ALONE,
 ) -> Evaluator:
     """Return the evaluator of held-out tasks, of the run's environment and of others by name."""
     environment, options = experiment.environment, config.evaluation
@@ -304,6 +313,7 @@ def build_evaluator(
         samples=options.samples,
         temperature=options.temperature,
         good=options.good,
+        ranks=ranks,
     )
 
 
@@ -362,12 +372,13 @@ def plain_settings(config: RunConfig) -> dict[str, Any]:
     return {k: str(value) if isinstance(value, Path) else value for k, value in values.items()}
 
 
-def checkpoints_of(config: RunConfig, directory: RunDirectory) -> Checkpoints:
+def checkpoints_of(config: RunConfig, directory: RunDirectory, ranks: Ranks = ALONE) -> Checkpoints:
     """Return the checkpoints of a run."""
     if isinstance(config, SFTConfig):
         return Checkpoints(directory.checkpoints, every=config.run.save_every)
     run = config.run
-    return Checkpoints(directory.checkpoints, keep=run.keep_checkpoints, every=run.checkpoint_every)
+    keep, every = run.keep_checkpoints, run.checkpoint_every
+    return Checkpoints(directory.checkpoints, keep=keep, every=every, ranks=ranks)
 
 
 def source_of(config: SFTConfig) -> str:

@@ -22,11 +22,16 @@ from textpolicy.experiment.resuming import Start, save_options
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.watchdog import Watchdog, watch
 from textpolicy.loop import train_rl
+from textpolicy.ranks import Ranks
 from textpolicy.rewards import Scorer
+from textpolicy.rollout.executors.executor import Executor
+from textpolicy.rollout.executors.in_process import InProcessExecutor
+from textpolicy.rollout.executors.ranks import RankedExecutor
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoint
+from textpolicy.types import Progress
 
 
 def train_policy(
@@ -46,7 +51,8 @@ def train_policy(
     start = start or Start(checkpoints=checkpoints_of(config, directory))
     algorithm = algorithm or start.parts.algorithm or find_algorithm(config.algorithm)
     environment, rewards = start.parts.task or find_task(config.task, config.run.seed)
-    experiment = assemble(config, environment, rewards, algorithm, directory)
+    ranks = start.ranks
+    experiment = assemble(config, environment, rewards, algorithm, directory, ranks)
     first_version = experiment.trainer.version
     if prepare:
         prepare(experiment)
@@ -72,13 +78,14 @@ def train_policy(
             directory=directory,
             scorer=scorer,
             watchdog=watchdog,
+            ranks=ranks,
         )
         started = time.perf_counter()
         report("start", f"resuming after step {report.step}" if start.resume else "training starts")
         before = _measure_before(observer, directory, start.resume, report.note)
         _train(experiment, config, start, scorer=scorer, observer=observer, watchdog=watchdog)
         updates = experiment.trainer.version - first_version
-        after = _measure_after(observer, experiment, config, directory)
+        after = _measure_after(observer, experiment, config, directory, ranks)
     finished = observer.steps >= config.run.steps
     if not finished:
         watchdog.check_not_stalled()
@@ -116,6 +123,7 @@ def _open_observer(
     directory: RunDirectory,
     scorer: Scorer,
     watchdog: Watchdog,
+    ranks: Ranks,
 ) -> StepObserver:
     tracker = open_run_tracker(
         config,
@@ -135,7 +143,7 @@ def _open_observer(
                 config.rollout.max_staleness, config.rollout.steps_per_generation
             ),
         ),
-        build_evaluator(experiment, scorer, config, opened, report.note),
+        build_evaluator(experiment, scorer, config, opened, report.note, ranks),
         every=config.evaluation.every,
         stop_on_alarm=config.run.stop_on_collapse,
         watchdog=watchdog,
@@ -155,6 +163,9 @@ def _train(
     """Run the steps that are not done yet."""
     start.checkpoints.facts[MEASURED] = observer.facts
     watchdog.step_begins()
+    executor: Executor = InProcessExecutor(experiment.policy, scorer)
+    if start.ranks.size > 1:
+        executor = RankedExecutor(executor, start.ranks)
     train_rl(
         tasks=experiment.environment.stream(config.run.seed),
         reward=scorer,
@@ -167,11 +178,17 @@ def _train(
         refill_rounds=experiment.refill_rounds,
         seed=config.run.seed,
         max_staleness=config.rollout.max_staleness,
-        on_step=observer.on_step,
+        executor=executor,
+        on_step=lambda step: _agree_to_stop(observer.on_step(step), start.ranks),
         checkpoints=start.checkpoints,
         resume=start.resume,
     )
     watchdog.step_ended()
+
+
+def _agree_to_stop(own: Progress, ranks: Ranks) -> Progress:
+    """Return STOP if any rank stops: all take the same number of steps."""
+    return Progress.STOP if ranks.any(own is Progress.STOP) else Progress.MORE
 
 
 def _measure_before(
@@ -198,6 +215,7 @@ def _measure_after(
     experiment: Experiment,
     config: TrainConfig,
     directory: RunDirectory,
+    ranks: Ranks,
 ) -> Measurement | None:
     """Return the measurement of the final adapters, or None if a listener stopped the run.
 
@@ -205,6 +223,10 @@ def _measure_after(
     """
     adapters, policy = experiment.adapters, experiment.policy
     if observer.stopped_by_alarm:
+        # A rank that was resumed has no file of the best adapter.
+        best = ranks.send_first(observer.best.path.read_bytes())
+        if not ranks.is_first:
+            observer.best.path.write_bytes(best)
         adapters.swap(observer.best.path)
         adapters.publish()
         policy.reload(experiment.trainer.published)

@@ -16,6 +16,7 @@ from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError, RunInterruptedError, UnreadableError, UnwritableError
 from textpolicy.experiment.assembly import RunConfig
 from textpolicy.experiment.identity import Hashes, changes_of
+from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Rewards
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
@@ -78,13 +79,14 @@ class Start:
     """Where a run starts: from the checkpoint `resume`, or without one from its beginning.
 
     With `force`, a checkpoint is resumed although the tasks differ from those that it was made
-    with.
+    with. The `ranks` start together.
     """
 
     checkpoints: Checkpoints
     parts: Parts = Parts()
     resume: Checkpoint | None = None
     force: bool = False
+    ranks: Ranks = ALONE
 
 
 def command_of(config: RunConfig) -> str:
@@ -214,7 +216,7 @@ def save_options(config: RunConfig, directory: RunDirectory, start: Start) -> No
     directory.write_config(to_toml(config))
     facts = {name: fact() for name, fact in start.checkpoints.facts.items()}
     if start.resume and facts.get(RUN) != start.resume.facts.get(RUN):
-        start.checkpoints.save(start.resume)
+        start.checkpoints.rewrite(start.resume)
 
 
 def check_kind(started: RunConfig, config: object, directory: RunDirectory) -> None:

@@ -21,6 +21,12 @@ from textpolicy.experiment.assembly import (
     source_of,
 )
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
+from textpolicy.experiment.following import (
+    check_ranks,
+    check_same_files,
+    followed_run,
+    send_start,
+)
 from textpolicy.experiment.identity import identity_of
 from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.paths import with_absolute_paths
@@ -42,6 +48,7 @@ from textpolicy.experiment.resuming import (
 )
 from textpolicy.experiment.supervised import train_supervised
 from textpolicy.experiment.tasks import find_task
+from textpolicy.ranks import Ranks, join_ranks
 from textpolicy.runs import RunDirectory, new_directory
 from textpolicy.tracking.report import write_report
 from textpolicy.training.checkpoint import seed_random_numbers
@@ -54,6 +61,7 @@ def run(
     resume: str | Path | None = None,
     force: bool = False,
     on_event: EventListener | None = None,
+    ranks: Ranks | None = None,
 ) -> RunResult:
     """Train as the config says, keep everything in one run directory, and return the result.
 
@@ -63,16 +71,29 @@ def run(
     directory to resume from its last checkpoint; `config` may then be left out, or hold only what
     changes; a change that alters the numbers of the run needs `force`. `on_event` is called with
     every event, and the run stops after the step in which it returns Progress.STOP.
+
+    `ranks` are the processes that train together, by default those that the environment describes.
+    The first rank's config counts, and the first rank keeps the run. The result of another rank
+    names a directory that is gone.
     """
+    ranks = join_ranks() if ranks is None else ranks
+    if not ranks.is_first:
+        return _follow(ranks, Reporter(on_event))
     directory = RunDirectory(Path(resume)) if resume is not None else None
     settings = with_absolute_paths(_settings(config, directory, output))
     check_can_be_read_back(settings)
+    if ranks.size > 1 and isinstance(settings, SFTConfig):
+        raise ConfigError(
+            f"supervised training runs in one process, and {ranks.size} ranks were started. Type "
+            "the command without mpirun and mlx.launch; several ranks train by reinforcement "
+            "learning only"
+        )
     apply_thread_option(settings.model)
     # Before the user's code is loaded, which may choose seeds of its own.
     seed_random_numbers(settings.run.seed)
     report = Reporter(on_event)
     if directory:
-        return _resume(settings, directory, report, force=force)
+        return _resume(settings, directory, report, ranks, force=force)
     name = _name_of(settings)
     # A task that cannot be found must leave no folder behind.
     settings, parts = _parts(settings, settings.run.output or Path("runs"), report, fresh=True)
@@ -81,24 +102,42 @@ def run(
         # Another process may have claimed the same folder, and ended.
         directory.check_is_new()
         directory.remove_partial_files()
-        start = Start(checkpoints=checkpoints_of(settings, directory), parts=parts)
+        checkpoints = checkpoints_of(settings, directory, ranks)
+        start = Start(checkpoints=checkpoints, parts=parts, ranks=ranks)
         return _train(settings, directory, report, start)
 
 
+def _follow(ranks: Ranks, report: Reporter) -> RunResult:
+    """Take part in the run of the first rank."""
+    with followed_run(ranks) as followed:
+        settings = followed.settings
+        apply_thread_option(settings.model)
+        seed_random_numbers(settings.run.seed)
+        algorithm = find_algorithm(settings.algorithm)
+        parts = Parts(task=find_task(settings.task, settings.run.seed), algorithm=algorithm)
+        return _train(settings, followed.directory, report, followed.start(ranks, parts))
+
+
 def _resume(
-    settings: RunConfig, directory: RunDirectory, report: Reporter, *, force: bool
+    settings: RunConfig,
+    directory: RunDirectory,
+    report: Reporter,
+    ranks: Ranks,
+    *,
+    force: bool,
 ) -> RunResult:
     with directory.lock(), telling_how_to_resume(directory, settings):
         directory.remove_partial_files()
-        checkpoints = checkpoints_of(settings, directory)
+        checkpoints = checkpoints_of(settings, directory, ranks)
         found = newest_checkpoint(checkpoints, directory, report.note)
         before = config_of_checkpoint(found) if found else read_started_config(directory)
         check_changes(with_absolute_paths(before), settings, directory, force=force)
         if found:
             check_length(found, before, settings, directory, report.note)
+            check_ranks(found, ranks, force=force)
         done = found.step if found else 0
         _, parts = _parts(settings, directory.path, report, written=directory.size, steps_done=done)
-        start = Start(checkpoints=checkpoints, parts=parts, resume=found, force=force)
+        start = Start(checkpoints=checkpoints, parts=parts, resume=found, force=force, ranks=ranks)
         return _train(settings, directory, report, start)
 
 
@@ -131,7 +170,11 @@ def _parts(
 def _train(
     settings: RunConfig, directory: RunDirectory, report: Reporter, start: Start
 ) -> RunResult:
+    ranks = start.ranks
+    if ranks.is_first and isinstance(settings, TrainConfig):
+        send_start(settings, directory, start)
     identity = identity_of(settings)
+    check_same_files(identity, ranks)
     if start.resume:
         check_files(start.resume, identity, report.note, force=start.force)
     else:
@@ -141,6 +184,8 @@ def _train(
         result = train_supervised(settings, directory, report, start)
     else:
         result = train_policy(settings, directory, report, start)
+    if not ranks.is_first:
+        return result
     try:
         write_report([directory.path])
     except ConfigError as error:

@@ -46,7 +46,11 @@ class Ranks:
 
     def own_part(self, count: int) -> range:
         """Return the numbers, among `count`, that this rank takes: a contiguous part of them."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return self.part_of(self.rank, count)
+
+    def part_of(self, rank: int, count: int) -> range:
+        """Return the numbers, among `count`, that a rank takes."""
+        return range(count * rank // self.size, count * (rank + 1) // self.size)
 
     def sum_arrays(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Return the sums over all ranks, in float32, by one exchange."""

@@ -22,6 +22,7 @@ from textpolicy.adapters.adapter import bytes_of, digest_of
 from textpolicy.adapters.files.tensor_file import read_tensors, write_tensors
 from textpolicy.errors import ConfigError, TextPolicyError, TrainingError, UnwritableError
 from textpolicy.file_writing import make_private_folder, remove_partial_files
+from textpolicy.ranks import ALONE, Ranks
 from textpolicy.untrusted.parsing import parse_json
 
 _FORMAT = "textpolicy.checkpoint"
@@ -30,6 +31,9 @@ _SUFFIX = ".safetensors"
 # A tensor, because mlx reads no header over 100 MB, and rollouts can be larger.
 _CONTENT = "content.json"
 _WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
+# Facts of a rank: its share of the rewards, and the global random numbers of the user's code.
+_OF_RANK = ("scorer", "random")
+_RANKS = "ranks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +46,21 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of a run in a folder, one every `every` steps."""
+    """The last `keep` checkpoints of a run in a folder, one every `every` steps.
 
-    def __init__(self, folder: Path, *, keep: int = 2, every: int = 1) -> None:
+    All `ranks` of a run save at the same steps, and the first one writes.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int = 2, every: int = 1, ranks: Ranks = ALONE
+    ) -> None:
         for name, value in (("keep", keep), ("every", every)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; expected a whole number, at least 1")
         self.folder = folder
         self.keep = keep
         self.every = every
+        self.ranks = ranks
         self.damaged: list[str] = []
         """The damaged checkpoints that `newest` skipped, and why."""
         self.facts: dict[str, Callable[[], Any]] = {}
@@ -63,7 +73,12 @@ class Checkpoints:
     @doing("saving a checkpoint")
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint, then remove those that are no longer among the last."""
-        path = self.folder / f"{checkpoint.step:08d}{_SUFFIX}"
+        whole = join_ranks_of(checkpoint, self.ranks)
+        return self.rewrite(whole) if self.ranks.is_first else self.path_of(checkpoint)
+
+    def rewrite(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint of all ranks, with the `facts` as they are now."""
+        path = self.path_of(checkpoint)
         remove_partial_files(self.folder)
         more = {name: fact() for name, fact in self.facts.items()}
         write_checkpoint(path, replace(checkpoint, facts={**checkpoint.facts, **more}))
@@ -72,6 +87,10 @@ class Checkpoints:
         for other in set(self._paths()) - set(kept[-self.keep :]):
             other.unlink()
         return path
+
+    def path_of(self, checkpoint: Checkpoint) -> Path:
+        """Return the file of a checkpoint."""
+        return self.folder / f"{checkpoint.step:08d}{_SUFFIX}"
 
     def newest(self) -> Checkpoint | None:
         """Return the newest undamaged checkpoint, or None if the folder has none."""
@@ -92,6 +111,28 @@ class Checkpoints:
     def _paths(self) -> list[Path]:
         # Temporary files begin with a dot.
         return sorted(p for p in self.folder.glob(f"*{_SUFFIX}") if p.stem.isdecimal())
+
+
+def join_ranks_of(checkpoint: Checkpoint, ranks: Ranks) -> Checkpoint:
+    """Return the checkpoint with what differs by rank. Raise if weights differ among ranks."""
+    if ranks.size == 1:
+        return checkpoint
+    ranks.require_equal(digest_of(checkpoint.arrays), "the weights or the optimizer states")
+    own = {name: checkpoint.facts[name] for name in _OF_RANK if name in checkpoint.facts}
+    return replace(checkpoint, facts={**checkpoint.facts, _RANKS: ranks.gather_json(own)})
+
+
+def ranks_in(checkpoint: Checkpoint) -> int:
+    """Return the number of ranks of the run that made the checkpoint."""
+    return len(checkpoint.facts.get(_RANKS, [{}]))
+
+
+def part_of_rank(checkpoint: Checkpoint, ranks: Ranks) -> Checkpoint:
+    """Return the checkpoint with the facts of this rank, if as many ranks have made it."""
+    if ranks.size == 1 or ranks_in(checkpoint) != ranks.size:
+        return checkpoint
+    own = checkpoint.facts[_RANKS][ranks.rank]
+    return replace(checkpoint, facts={**checkpoint.facts, **own})
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

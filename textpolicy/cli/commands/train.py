@@ -11,12 +11,15 @@ from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import listening
 from textpolicy.cli.next_commands import next_commands, next_lines
+from textpolicy.cli.output import print_note
+from textpolicy.cli.ranks import follow_first_rank, launch_ranks
 from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.experiment import Measurement, RunResult
 from textpolicy.experiment import run as run_config
 from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.resuming import resume_line
+from textpolicy.ranks import ALONE, join_ranks
 
 
 def run(options: Namespace) -> Answer:
@@ -26,6 +29,11 @@ def run(options: Namespace) -> Answer:
             "--measure estimates the memory of a run from two steps, and starts no run. Type "
             "--dry-run --measure, or leave out --measure"
         )
+    ranks = ALONE
+    if options.ranks is None and not options.dry_run:
+        ranks = join_ranks(deadline=options.rank_deadline, tell=print_note)
+    if not ranks.is_first:
+        return follow_first_rank(ranks)
     if options.resume:
         config = configured_to_resume(TrainConfig(), options)
     else:
@@ -35,8 +43,12 @@ def run(options: Namespace) -> Answer:
             config = with_model_defaults(config)
     if options.dry_run:
         return show_plan(config, measure=options.measure)
+    if options.ranks is not None:
+        return launch_ranks(options)
     with listening(config.run.steps, measured_every=config.evaluation.every) as listener:
-        result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
+        result = run_config(
+            config, resume=options.resume, force=options.force, on_event=listener, ranks=ranks
+        )
         if result.after:
             directory = result.directory
             files = f"adapters in {directory.latest}\nreport in {directory.report}"
@@ -46,7 +58,7 @@ def run(options: Namespace) -> Answer:
             following = {}
             text = listener.stopped(resume_line(result.directory, config))
         data = _data(result) | {"next": list(following.values())}
-        return Answer(data=data, text=text, exit_code=listener.exit_code(result))
+        return Answer(data=data, text=text, exit_code=listener.exit_code(result, ranks=ranks.size))
 
 
 def describe_result(result: RunResult) -> str:
