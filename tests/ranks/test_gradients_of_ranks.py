@@ -14,7 +14,8 @@ from textpolicy.ranks import ALONE
 from textpolicy.ranks.launcher import launch
 
 PROGRAM = "tests.ranks.training_program"
-NO_MPI = shutil.which("mpirun", path=Path(sys.executable).parent) or shutil.which("mpirun")
+MPIRUN = shutil.which("mpirun", path=Path(sys.executable).parent) or shutil.which("mpirun")
+NEEDS_MPI = pytest.mark.skipif(not MPIRUN, reason="Open MPI is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,7 @@ def alone() -> dict[str, Any]:
     scope="module",
     params=[
         "ring",
-        pytest.param(
-            "mpi", marks=pytest.mark.skipif(not NO_MPI, reason="Open MPI is not installed")
-        ),
+        pytest.param("mpi", marks=[pytest.mark.long, NEEDS_MPI]),
     ],
 )
 def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -24,8 +24,8 @@ Backend = Literal["ring", "mpi", "nccl", "jaccl"]
 DEADLINE = 600.0
 """Seconds that a rank waits for the others, if no other number is given."""
 
-JOINED = "TEXTPOLICY_JOINED"
-"""The environment variable with a folder in which a rank leaves a file when it has joined."""
+JOINING = "TEXTPOLICY_JOINING"
+"""The environment variable with a folder in which a rank leaves a file when it begins to join."""
 
 # The variables that the launchers of mlx and Open MPI set for each backend.
 _SIGNS: Mapping[Backend, tuple[str, ...]] = {
@@ -69,6 +69,8 @@ def join_ranks(*, deadline: float = DEADLINE, tell: Callable[[str], None] = warn
             f"the environment describes a group of ranks for the backend {backend}, which this "
             f"installation of mlx does not have. {_MISSING[backend]}"
         )
+    if folder := os.environ.get(JOINING):
+        Path(folder, os.environ[_SIGNS[backend][0]]).touch()
     patience = Patience(deadline, tell=tell)
     # mlx keeps Python's lock while it joins, so that no thread runs. This timer needs no lock.
     faulthandler.dump_traceback_later(deadline, exit=True)
@@ -82,10 +84,7 @@ def join_ranks(*, deadline: float = DEADLINE, tell: Callable[[str], None] = warn
         ) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
-    ranks = Ranks(group, patience=patience)
-    if folder := os.environ.get(JOINED):
-        Path(folder, str(ranks.rank)).touch()
-    return ranks
+    return Ranks(group, patience=patience)
 
 
 _MISSING: Mapping[Backend, str] = {

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 
 from textpolicy.errors import ConfigError
-from textpolicy.ranks.joining import DEADLINE, JOINED, Backend
+from textpolicy.ranks.joining import DEADLINE, JOINING, Backend
 from textpolicy.ranks.patience import LAUNCHER
 
 _POLL = 0.05
@@ -78,6 +78,7 @@ class _Supervision:
     tell: Callable[[str], None]
     count: int
     waits_since: float = field(default_factory=time.monotonic)
+    lost_since: float | None = None
 
     def watch(self, signals: list[int]) -> int:
         """Return the exit code of the ranks."""
@@ -92,6 +93,8 @@ class _Supervision:
             statuses = [one.status for one in self.started]
             if failed := self._failed(statuses):
                 name, status = failed
+                if status == os.EX_TEMPFAIL and None in statuses and self._waits_for_the_cause():
+                    continue
                 if not asked:
                     self.tell(f"{name} ended with exit code {status}; the other ranks are ended")
                 return status
@@ -113,10 +116,16 @@ class _Supervision:
         _, place, status = min(failed)
         return self.started[place].name, status
 
+    def _waits_for_the_cause(self) -> bool:
+        """Return whether a rank may be about to end that others have lost already."""
+        self.lost_since = self.lost_since or time.monotonic()
+        time.sleep(_POLL)
+        return time.monotonic() - self.lost_since < _GRACE
+
     def _is_late(self, statuses: Sequence[int | None]) -> bool:
         """Return whether the ranks have not joined, or not ended together, by the deadline."""
-        joined = {path.name for path in (self.folder / "joined").iterdir()}
-        missing = [str(rank) for rank in range(self.count) if str(rank) not in joined]
+        joining = {path.name for path in (self.folder / "joining").iterdir()}
+        missing = [str(rank) for rank in range(self.count) if str(rank) not in joining]
         ended = [
             one.name for one, status in zip(self.started, statuses, strict=True) if status == 0
         ]
@@ -139,15 +148,15 @@ def _start(
     folder: Path,
     tell: Callable[[str], None],
 ) -> Iterator[_Process]:
-    joined = folder / "joined"
-    joined.mkdir()
+    joining = folder / "joining"
+    joining.mkdir()
     shared = {
         LAUNCHER: str(os.getpid()),
-        JOINED: str(joined),
+        JOINING: str(joining),
         # Threads of several ranks on few cores would wait for each other.
         "OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
     }
-    environment = shared | {n: v for n, v in os.environ.items() if n not in (LAUNCHER, JOINED)}
+    environment = shared | {n: v for n, v in os.environ.items() if n not in (LAUNCHER, JOINING)}
     if backend == "mpi":
         yield _start_mpi(command, count, environment)
         return

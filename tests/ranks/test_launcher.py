@@ -1,0 +1,127 @@
+"""Ranks of one machine are started together and end together, whatever one of them does."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Timer
+
+import pytest
+
+from tests.ranks.test_gradients_of_ranks import NEEDS_MPI
+from textpolicy.errors import ConfigError
+from textpolicy.ranks import launcher
+from textpolicy.ranks.launcher import launch
+
+DEADLINE = 5.0
+FAULTS = {
+    "raise": (1, "rank 1 ended with exit code 1"),
+    "killed": (137, "rank 1 ended with exit code 137"),
+    "leaves": (75, "rank 0 ended with exit code 75"),
+    "hangs": (75, "rank 0 ended with exit code 75"),
+    "never joins": (75, "rank 1 did not join the others"),
+}
+
+
+def processes_of(marker: Path) -> str:
+    """Return the processes with this path on their command line."""
+    listed = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True, check=True)
+    return "\n".join(line for line in listed.stdout.splitlines() if str(marker) in line)
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """Return a function that runs the program with a fault, and returns its status and lines."""
+
+    def run(fault: str, *, deadline: float = DEADLINE, **options: object) -> tuple[int, list[str]]:
+        lines: list[str] = []
+        program = [sys.executable, "-m", "tests.ranks.fault_program", fault, str(deadline)]
+        # An argument that the program ignores, by which the test finds its processes.
+        command = [*program, str(tmp_path)]
+        status = launch(command, 2, deadline=deadline, tell=lines.append, **options)
+        assert processes_of(tmp_path) == ""
+        return status, lines
+
+    return run
+
+
+@pytest.mark.proves("F15")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("raise", "killed", "hangs"),
+        *(pytest.param(fault, marks=pytest.mark.long) for fault in ("leaves", "never joins")),
+    ],
+)
+def test_a_fault_of_one_rank_ends_all_by_the_deadline(launched, fault: str) -> None:
+    status, message = FAULTS[fault]
+    started = time.monotonic()
+    found, lines = launched(fault)
+    # Each rank imports mlx before it waits, which takes long on a busy machine.
+    assert time.monotonic() - started < DEADLINE + 2 + 20
+    assert found == status, lines
+    assert any(message in line for line in lines), lines
+
+
+@pytest.mark.long
+@pytest.mark.proves("F15")
+def test_a_busy_port_ends_all_ranks_with_the_reason(launched, monkeypatch, capfd) -> None:
+    with socket.socket() as busy, socket.socket() as free:
+        for one in (busy, free):
+            one.bind(("127.0.0.1", 0))
+        busy.listen()
+        ports = [one.getsockname()[1] for one in (busy, free)]
+        free.close()
+        monkeypatch.setattr(launcher, "_free_ports", lambda count: ports)
+        status, _ = launched("none", deadline=60)
+    assert status == 75
+    assert "each port must be free" in " ".join(capfd.readouterr().err.split())
+
+
+@NEEDS_MPI
+@pytest.mark.long
+@pytest.mark.proves("F15")
+@pytest.mark.parametrize("fault", ["killed", "hangs"])
+def test_a_fault_of_a_rank_of_open_mpi_ends_all(launched, fault: str) -> None:
+    status, lines = launched(fault, backend="mpi")
+    assert status == {"killed": 137, "hangs": 75}[fault], lines
+
+
+def test_a_signal_to_the_launcher_reaches_the_ranks(launched) -> None:
+    timer = Timer(4, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        status, lines = launched("hangs", deadline=120)
+    finally:
+        timer.cancel()
+    assert status == 128 + signal.SIGTERM, lines
+
+
+@pytest.mark.long
+@pytest.mark.proves("F15")
+def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from textpolicy.ranks.launcher import launch; launch([sys.executable, '-m', "
+        "'tests.ranks.fault_program', 'hangs', '120', sys.argv[1]], 2, tell=print)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    until = time.monotonic() + 60
+    while processes_of(tmp_path).count("fault_program") < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    # The ranks have joined and wait by now, or are still starting: both end.
+    time.sleep(2)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 10
+    while processes_of(tmp_path) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert processes_of(tmp_path) == ""
+
+
+def test_a_backend_for_several_machines_is_refused_on_one() -> None:
+    with pytest.raises(ConfigError, match=r"mlx\.launch"):
+        launch(["true"], 2, backend="jaccl", tell=print)
