@@ -13,8 +13,11 @@ from threading import Timer
 import pytest
 
 from tests.ranks.test_gradients_of_ranks import NEEDS_MPI
+from textpolicy.config import SFTConfig, TrainConfig
+from textpolicy.config.train import RolloutOptions
 from textpolicy.errors import ConfigError
-from textpolicy.ranks import launcher
+from textpolicy.experiment.following import check_can_be_divided
+from textpolicy.ranks import ALONE, Ranks, launcher
 from textpolicy.ranks.launcher import launch
 
 DEADLINE = 5.0
@@ -125,3 +128,18 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
 def test_a_backend_for_several_machines_is_refused_on_one() -> None:
     with pytest.raises(ConfigError, match=r"mlx\.launch"):
         launch(["true"], 2, backend="jaccl", tell=print)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (SFTConfig(), "supervised training runs in one process, and 2 ranks"),
+        (TrainConfig(rollout=RolloutOptions(max_staleness=3)), "must all train on the same groups"),
+    ],
+)
+def test_what_ranks_cannot_divide_is_refused(settings: object, message: str) -> None:
+    ranks = Ranks()
+    ranks.size = 2
+    with pytest.raises(ConfigError, match=message):
+        check_can_be_divided(settings, ranks)
+    check_can_be_divided(settings, ALONE)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from textpolicy.config import TrainConfig, changed, config_from, to_toml
+from textpolicy.config import SFTConfig, TrainConfig, changed, config_from, to_toml
 from textpolicy.errors import ConfigError
-from textpolicy.experiment.assembly import checkpoints_of
+from textpolicy.experiment.assembly import RunConfig, checkpoints_of
 from textpolicy.experiment.identity import Hashes, changes_of
 from textpolicy.experiment.resuming import Parts, Start
 from textpolicy.ranks import Ranks
@@ -86,6 +86,26 @@ def followed_run(ranks: Ranks) -> Generator[FollowedRun]:
                 force=told["force"],
                 resume=resume,
             )
+
+
+def check_can_be_divided(settings: RunConfig, ranks: Ranks) -> None:
+    """Raise `ConfigError` if ranks cannot train by this config together."""
+    if ranks.size == 1:
+        return
+    if isinstance(settings, SFTConfig):
+        raise ConfigError(
+            f"supervised training runs in one process, and {ranks.size} ranks were started. Type "
+            "the command without mpirun and mlx.launch; several ranks train by reinforcement "
+            "learning only"
+        )
+    rollout = settings.rollout
+    synchronous = rollout.steps_per_generation - 1
+    if rollout.max_staleness not in (None, synchronous):
+        raise ConfigError(
+            f"max_staleness is {rollout.max_staleness} and the run has {ranks.size} ranks, which "
+            "must all train on the same groups. Leave out --max-staleness, or train with one rank "
+            "and --workers"
+        )
 
 
 def check_same_files(identity: Hashes, ranks: Ranks) -> None:

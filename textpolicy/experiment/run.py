@@ -22,6 +22,7 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
 from textpolicy.experiment.following import (
+    check_can_be_divided,
     check_ranks,
     check_same_files,
     followed_run,
@@ -82,12 +83,7 @@ def run(
     directory = RunDirectory(Path(resume)) if resume is not None else None
     settings = with_absolute_paths(_settings(config, directory, output))
     check_can_be_read_back(settings)
-    if ranks.size > 1 and isinstance(settings, SFTConfig):
-        raise ConfigError(
-            f"supervised training runs in one process, and {ranks.size} ranks were started. Type "
-            "the command without mpirun and mlx.launch; several ranks train by reinforcement "
-            "learning only"
-        )
+    check_can_be_divided(settings, ranks)
     apply_thread_option(settings.model)
     # Before the user's code is loaded, which may choose seeds of its own.
     seed_random_numbers(settings.run.seed)
