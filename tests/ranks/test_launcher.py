@@ -135,6 +135,7 @@ def test_a_backend_for_several_machines_is_refused_on_one() -> None:
     [
         (SFTConfig(), "supervised training runs in one process, and 2 ranks"),
         (TrainConfig(rollout=RolloutOptions(max_staleness=3)), "must all train on the same groups"),
+        (TrainConfig(rollout=RolloutOptions(workers=1)), "each of which samples its part itself"),
     ],
 )
 def test_what_ranks_cannot_divide_is_refused(settings: object, message: str) -> None:

@@ -54,7 +54,7 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
             data["measured"]["estimated"] = plan_step(config, measured.lengths).peaks
     rows += _memory_rows(size, data)
     if isinstance(config, TrainConfig) and environment and not has_turns(environment):
-        apply_thread_option(config.model)
+        apply_thread_option(config.model, workers=config.rollout.workers)
         rows.append(("time", str(time := estimator.plan_time(config))))
         data["estimated_seconds"] = round(time.seconds, 1)
     if environment and has_agent(environment) and not measured:
@@ -112,6 +112,10 @@ def _machine_rows(size: RunSize, folder: Path, data: dict[str, Any]) -> list[tup
     data |= {"memory_bytes": size.memory_bytes, "machine_bytes": memory}
     data |= {"disk_bytes": size.disk_bytes, "free_disk_bytes": free}
     rows: list[tuple[str, str]] = []
+    if size.workers:
+        data |= {"workers": size.workers, "worker_bytes": size.worker_bytes}
+        each = f"{size.workers} x {size_text(size.worker_bytes)} at their peak (estimated)"
+        rows.append(("workers", f"{each}, each with its own copy of the base"))
     if size.completions:
         held = f"{size_text(size.rollout_bytes)} for {size.completions:,} at once"
         rows.append(("completions", held))

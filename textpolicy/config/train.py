@@ -213,7 +213,7 @@ class ModelOptions:
     threads: int | None = option(
         None,
         "CPU threads for matrix products",
-        unset="all cores but one, or both of two; 1 for 'tiny'",
+        unset="all cores but one, or both of two; 1 for 'tiny', and in each process with --workers",
         limit=at_least(1),
     )
 
@@ -476,6 +476,21 @@ class RolloutOptions:
         IntByModel(8), "completions of each task, whose rewards are compared", limit=at_least(2)
     )
     groups_per_step: int = option(IntByModel(16), "tasks of each step", limit=at_least(1))
+    workers: int = option(
+        0,
+        "processes that sample beside the trainer, each with a copy of the base; 0 samples in the "
+        "trainer's own process",
+        metavar="N",
+        limit=at_least(0),
+    )
+    worker_deadline: float | None = option(
+        None,
+        "seconds after which a worker that still plays its job is ended; its tasks are played "
+        "again one by one",
+        unset="ten times the median of the jobs, and a minute at least",
+        metavar="SECONDS",
+        limit=above(0),
+    )
     steps_per_generation: int = option(
         1, "steps that train on rollouts sampled at once", limit=at_least(1)
     )

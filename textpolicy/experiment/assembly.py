@@ -92,27 +92,42 @@ def assemble(
     The trainer publishes its adapters as the latest ones of `directory`.
     """
     sampling = sampling_of(config, environment)
-    model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
-    # Sampler and trainer must compute the same network, so adapters of a warm start lose dropout.
-    adapters = adapt(model, config.adapter, config.model, config.run.seed, dropout_of_start=0.0)
+    model, tokenizer, adapters = load_adapted_model(config)
     adapters.publish_path = directory.latest
     dynamic = DYNAMIC_ROUNDS if algorithm.declaration.dynamic_sampling else 1
     return Experiment(
         environment=environment,
         adapters=adapters,
         reward=reward,
-        policy=ModelPolicy(
-            shared_copy(model),
-            tokenizer,
-            sampling,
-            seed=config.run.seed,
-            allow_special_tokens=config.model.allow_special_tokens,
-            chat_template_kwargs=template_arguments_of(config.model, tokenizer),
-        ),
+        policy=build_policy(shared_copy(model), tokenizer, config, sampling),
         trainer=build_trainer(
             model, config, algorithm, sampling.max_tokens, directory.rejected_batches, ranks
         ),
         refill_rounds=config.rollout.refill_rounds or dynamic,
+    )
+
+
+def load_adapted_model(
+    config: TrainConfig,
+) -> tuple[nn.Module, TokenizerWrapper, AdapterContainer]:
+    """Load the base, quantized as the config says, and put the adapters on it that a run begins."""
+    model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
+    # Sampler and trainer must compute the same network, so adapters of a warm start lose dropout.
+    adapters = adapt(model, config.adapter, config.model, config.run.seed, dropout_of_start=0.0)
+    return model, tokenizer, adapters
+
+
+def build_policy(
+    model: nn.Module, tokenizer: TokenizerWrapper, config: TrainConfig, sampling: Sampling
+) -> ModelPolicy:
+    """Return the policy that samples from the model as the config says."""
+    return ModelPolicy(
+        model,
+        tokenizer,
+        sampling,
+        seed=config.run.seed,
+        allow_special_tokens=config.model.allow_special_tokens,
+        chat_template_kwargs=template_arguments_of(config.model, tokenizer),
     )
 
 
@@ -438,14 +453,14 @@ def sft_parameters(config: SFTConfig, directory: RunDirectory, data: SFTData) ->
     return with_iterations(iterations_of(trainer.epochs, data.train, with_iterations(0)))
 
 
-def apply_thread_option(options: ModelOptions) -> None:
+def apply_thread_option(options: ModelOptions, *, workers: int = 0) -> None:
     """Set the threads of matrix products: one for the embedded model, whose products are small.
 
-    Runs of other models leave a core to other programs.
+    Beside `workers`, each process gets one thread too. Other runs leave a core to other programs.
     """
     if options.threads:
         fast_cpu.set_threads(options.threads)
-    elif options.name == "tiny" and fast_cpu.enable().threads:
+    elif (options.name == "tiny" or workers) and fast_cpu.enable().threads:
         fast_cpu.set_threads(1)
     elif threads := fast_cpu.default_threads():
         fast_cpu.set_threads(threads)

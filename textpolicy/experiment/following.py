@@ -99,6 +99,11 @@ def check_can_be_divided(settings: RunConfig, ranks: Ranks) -> None:
             "learning only"
         )
     rollout = settings.rollout
+    if rollout.workers:
+        raise ConfigError(
+            f"workers is {rollout.workers} and the run has {ranks.size} ranks, each of which "
+            "samples its part itself. Leave out --workers, or train with one rank"
+        )
     synchronous = rollout.steps_per_generation - 1
     if rollout.max_staleness not in (None, synchronous):
         raise ConfigError(

@@ -118,6 +118,11 @@ def _memory_text(config: RunConfig, size: RunSize) -> str:
             f"{size_text(size.rollout_bytes)} to hold {size.completions:,} completions of up to "
             f"{size.lengths.prompt:,} + {size.lengths.completion:,} tokens"
         )
+    if size.workers:
+        parts.append(
+            f"{size_text(size.workers * size.worker_bytes)} of {size.workers} rollout workers, "
+            "each with its own copy of the base"
+        )
     return (
         f"the run needs about {size_text(size.memory_bytes)} of memory, and this machine has "
         f"{size_text(memory_bytes())} for it. The estimate: {', '.join(parts)}"
@@ -163,6 +168,7 @@ def _milder(config: RunConfig) -> Iterator[dict[str, Any]]:
         return
     if (config.trainer.micro_batch_size or 2) > 1:
         yield {"trainer.micro_batch_size": 1}
+    yield from _halved("rollout.workers", config.rollout.workers, 0)
     yield from _halved("rollout.steps_per_generation", config.rollout.steps_per_generation, 1)
     yield from _halved("evaluation.samples", config.evaluation.samples, 1)
     yield from _halved("evaluation.count", config.evaluation.count, 512)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.config import TrainConfig, staleness_bound
@@ -21,6 +21,7 @@ from textpolicy.experiment.observer import MEASURED, StepObserver
 from textpolicy.experiment.resuming import Start, save_options
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.watchdog import Watchdog, watch
+from textpolicy.experiment.workers import open_crew
 from textpolicy.loop import train_rl
 from textpolicy.ranks import Ranks
 from textpolicy.rewards import Scorer
@@ -69,6 +70,10 @@ def train_policy(
     with ExitStack() as opened:
         opened.callback(environment.close)
         scorer = open_scorer(experiment.reward, opened, report.note)
+        executor: Executor = InProcessExecutor(policy, scorer)
+        if config.rollout.workers:
+            # They load their models while this process measures the policy.
+            executor = opened.enter_context(closing(open_crew(config, directory, report.note)))
         watchdog = opened.enter_context(watch(config, directory, report))
         observer = _open_observer(
             experiment,
@@ -83,7 +88,15 @@ def train_policy(
         started = time.perf_counter()
         report("start", f"resuming after step {report.step}" if start.resume else "training starts")
         before = _measure_before(observer, directory, start.resume, report.note)
-        _train(experiment, config, start, scorer=scorer, observer=observer, watchdog=watchdog)
+        _train(
+            experiment,
+            config,
+            start,
+            scorer=scorer,
+            executor=executor,
+            observer=observer,
+            watchdog=watchdog,
+        )
         updates = experiment.trainer.version - first_version
         after = _measure_after(observer, experiment, config, directory, ranks)
     finished = observer.steps >= config.run.steps
@@ -157,13 +170,13 @@ def _train(
     start: Start,
     *,
     scorer: Scorer,
+    executor: Executor,
     observer: StepObserver,
     watchdog: Watchdog,
 ) -> None:
     """Run the steps that are not done yet."""
     start.checkpoints.facts[MEASURED] = observer.facts
     watchdog.step_begins()
-    executor: Executor = InProcessExecutor(experiment.policy, scorer)
     if start.ranks.size > 1:
         executor = RankedExecutor(executor, start.ranks)
     train_rl(

@@ -18,6 +18,7 @@ from textpolicy.experiment.assembly import RunConfig
 from textpolicy.experiment.identity import Hashes, changes_of
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Rewards
+from textpolicy.rollout.executors.crew import WorkersLostError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
@@ -34,6 +35,7 @@ _FREE_IN_RL = frozenset(
         *("tracking", "run.output", "run.sample_groups", "run.checkpoint_every"),
         *("run.keep_checkpoints", "run.keep_adapters", "run.stop_on_collapse", "run.steps"),
         *("run.limits", "run.step_deadline", "run.stop_on_stall"),
+        *("rollout.workers", "rollout.worker_deadline"),
     }
 )
 _FREE_IN_SFT = frozenset(
@@ -332,7 +334,7 @@ def telling_how_to_resume(directory: RunDirectory, config: RunConfig) -> Generat
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    if isinstance(error, UnwritableError | MemoryError):
+    if isinstance(error, UnwritableError | MemoryError | WorkersLostError):
         return True
     if isinstance(error, OSError):
         return error.errno in _MACHINE_ERRORS

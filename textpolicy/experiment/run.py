@@ -84,7 +84,8 @@ def run(
     settings = with_absolute_paths(_settings(config, directory, output))
     check_can_be_read_back(settings)
     check_can_be_divided(settings, ranks)
-    apply_thread_option(settings.model)
+    workers = settings.rollout.workers if isinstance(settings, TrainConfig) else 0
+    apply_thread_option(settings.model, workers=workers)
     # Before the user's code is loaded, which may choose seeds of its own.
     seed_random_numbers(settings.run.seed)
     report = Reporter(on_event)

@@ -7,6 +7,7 @@ decides (`experiment/preflight.py`).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
 from typing import Any
 
 import mlx.nn as nn
@@ -14,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from textpolicy.adapters.quantization.number_formats import NumberFormat
-from textpolicy.config import SFTConfig, TrainConfig, staleness_bound
+from textpolicy.config import SFTConfig, TrainConfig, changed, staleness_bound
 from textpolicy.config.train import ModelOptions
 from textpolicy.environments import Dataset, Environment
 from textpolicy.environments.agent_processes import DEFAULT_PROCESSES
@@ -43,6 +44,7 @@ READ_PROMPTS = 64
 _CHARACTERS_A_TOKEN = 4
 _SAMPLE_BYTES = 400  # of a row of samples.jsonl, beside its texts
 _STEP_BYTES = 2500  # of a row of metrics.jsonl
+_PROCESS_BYTES = 90_000_000  # of a rollout worker, beside its model: Python and its libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,9 @@ class RunSize:
     steps_bytes: int = 0
     checkpoints: int = 1
     evaluations: int = 0
+    workers: int = 0
+    worker_bytes: int = 0
+    """The bytes of each rollout worker at its peak, its copy of the weights among them."""
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -88,7 +93,8 @@ class RunSize:
     @property
     def memory_bytes(self) -> int:
         """The bytes that the run needs at once."""
-        return max(self.peaks.values(), default=0) + self.rollout_bytes
+        own = max(self.peaks.values(), default=0) + self.rollout_bytes
+        return own + self.workers * self.worker_bytes
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -143,7 +149,9 @@ class SizeEstimator:
         groups = groups if run.sample_groups is None else min(run.sample_groups, groups)
         text = _CHARACTERS_A_TOKEN * (lengths.prompt + lengths.completion)
         return self._size(
-            lambda: self._plan_rl(config, lengths),
+            workers=rollout.workers,
+            worker_bytes=self._worker_bytes(config, lengths) if rollout.workers else 0,
+            plan=lambda: self._plan_rl(config, lengths),
             lengths=lengths,
             completions=max(step * _steps_in_memory(config), measured),
             samples_bytes=run.steps * groups * rollout.group_size * (_SAMPLE_BYTES + text),
@@ -179,6 +187,18 @@ class SizeEstimator:
     def _plan_rl(self, config: TrainConfig, lengths: Lengths) -> MemoryPlan:
         tokens = {"prompt_tokens": lengths.prompt, "completion_tokens": lengths.completion}
         return plan_step(config, tokens | self._agents, self._network())
+
+    def _worker_bytes(self, config: TrainConfig, lengths: Lengths) -> int:
+        """Return the bytes of a worker that samples its share of a step."""
+        groups = ceil(config.rollout.groups_per_step / config.rollout.workers)
+        share = changed(config, {"rollout.groups_per_step": groups})
+        try:
+            sampling = self._plan_rl(share, lengths).peaks["sampling"]
+        except ModelError:
+            return _PROCESS_BYTES
+        completions = groups * config.rollout.group_size
+        held = completions * rollout_bytes(lengths.prompt + lengths.completion)
+        return _PROCESS_BYTES + sampling + held
 
     def _plan_sft(self, config: SFTConfig) -> MemoryPlan:
         trainer = config.trainer

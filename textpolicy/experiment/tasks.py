@@ -26,8 +26,24 @@ def find_task(
     options replace those that the reward's file sets. `seed` chooses the examples of `few_shot`.
     With `only_measured`, rows to train on are read only if the tasks need them.
     """
-    given = load_reward(options.reward) if options.reward else None
     only_measured = only_measured and not options.few_shot
+    environment, rewards = _read_task(options, only_measured)
+    if options.reward:
+        _try_reward(rewards, environment)
+    return with_task_preamble(options, environment, seed), rewards
+
+
+@doing("reading the tasks")
+def find_worker_task(options: TaskOptions) -> tuple[Environment, Rewards]:
+    """Return the environment and its reward for a rollout worker, which is sent its tasks.
+
+    These tasks have their system message and examples already.
+    """
+    return _read_task(options, only_measured=True)
+
+
+def _read_task(options: TaskOptions, only_measured: bool) -> tuple[Environment, Rewards]:
+    given = load_reward(options.reward) if options.reward else None
     environment = _environment(options, given, data_source_of(options, only_measured))
     rewards = as_rewards(given or environment.reward)
     if options.reward_timeout is not None:
@@ -36,9 +52,7 @@ def find_task(
         rewards = replace(rewards, on_error=options.on_reward_error)
     if rewards.on_error != "fail":
         environment = skip_faulty_seeds(environment)
-    if options.reward:
-        _try_reward(rewards, environment)
-    return with_task_preamble(options, environment, seed), rewards
+    return environment, rewards
 
 
 def data_source_of(options: TaskOptions, only_measured: bool = False) -> DataSource:

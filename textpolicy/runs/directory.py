@@ -26,6 +26,7 @@ _SUFFIX = ".safetensors"
 _MARK = ".textpolicy-run"
 _RUNNING = ".running"
 _MOST_NAMED = 5
+GIVEN_UP = "given_up.jsonl"
 
 
 class RunDirectory:
@@ -50,6 +51,10 @@ class RunDirectory:
         """The folder of the checkpoints."""
         self.rejected_batches = path / "rejected"
         """The folder of the batches whose gradient was not finite."""
+        self.workers = path / "workers"
+        """The folder of the rollout workers: the adapter versions that they load."""
+        self.given_up = self.workers / GIVEN_UP
+        """The tasks that ended their workers: one JSON object each."""
         self.report = path / "report.html"
         """The HTML report of the run."""
         self.tensorboard = path / "tensorboard"
@@ -174,9 +179,16 @@ class RunDirectory:
     def _check_own_files(self) -> None:
         folders = (
             *(self.adapters, self.checkpoints, self.rejected_batches),
-            *(self.tensorboard, self.wandb),
+            *(self.tensorboard, self.wandb, self.workers),
         )
-        files = self.config, self.metrics, self.samples, self.report, self.tracking_id
+        files = (
+            self.given_up,
+            self.config,
+            self.metrics,
+            self.samples,
+            self.report,
+            self.tracking_id,
+        )
         wrong = [f"{path} is a symbolic link" for path in (*folders, *files) if path.is_symlink()]
         wrong += [f"{path} is not a file" for path in files if path.exists() and not path.is_file()]
         if wrong:
@@ -256,7 +268,7 @@ class RunDirectory:
         Its adapters were never measured by the run that starts now.
         """
         self.remove_kept_adapters(last=0)
-        for path in (self.latest, self.best, self.report):
+        for path in (self.latest, self.best, self.report, self.given_up):
             path.unlink(missing_ok=True)
 
     def remove_partial_files(self) -> None:

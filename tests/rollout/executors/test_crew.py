@@ -8,11 +8,11 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from itertools import count, islice
-from pathlib import Path
 
 import pytest
 
 from tests.rollout.executors import builders
+from tests.rollout.executors.processes import cpu_seconds_of, process_of
 from textpolicy.environments import load
 from textpolicy.errors import (
     AdapterError,
@@ -21,7 +21,7 @@ from textpolicy.errors import (
     TrainingError,
     UnreadableError,
 )
-from textpolicy.rollout.executors.crew import GIVEN_UP, Crew, WorkersLostError
+from textpolicy.rollout.executors.crew import Crew, WorkersLostError
 from textpolicy.rollout.executors.executor import RolloutJob
 from textpolicy.rollout.executors.followed_versions import FollowedVersions
 from textpolicy.rollout.executors.rollout_worker import RolloutWorker, as_it_is
@@ -35,6 +35,7 @@ from textpolicy.rollout.executors.worker_link import (
     send_job,
 )
 from textpolicy.rollout.worker import collect
+from textpolicy.runs.directory import GIVEN_UP
 from textpolicy.types import Rollout, Sampling, StopReason
 
 GROUP_SIZE = 2
@@ -127,17 +128,6 @@ def tokens_of(groups):
     return [[rollout.tokens for rollout in group.rollouts] for group in groups]
 
 
-def process_of(crew, number=1):
-    """Return the id of a worker's process, which is below its guard."""
-    guard = crew._workers[number - 1].link.process.process.pid
-    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text().split()[0])
-
-
-def cpu_seconds_of(process):
-    *_, user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-
 def wait_until_replaced(crew):
     ended = crew.ended
     while crew.ended == ended:
@@ -164,6 +154,7 @@ def test_workers_sample_the_rollouts_of_this_process_with_the_published_version(
     assert {r.version for group in expected for r in group.rollouts} == {3}
 
 
+@pytest.mark.proves("F8")
 def test_a_worker_that_is_killed_before_a_job_is_back_in_seconds(crew, policy, notes):
     wait_until_ready(crew)
     os.kill(process_of(crew, 2), signal.SIGKILL)
@@ -179,6 +170,7 @@ def test_a_worker_that_is_killed_before_a_job_is_back_in_seconds(crew, policy, n
     assert {done[1].worker, done[2].worker} == {1, 2}
 
 
+@pytest.mark.proves("F8")
 def test_the_tasks_of_a_worker_that_is_killed_during_a_job_are_played_again(
     crew, policy, notes, tmp_path
 ):
@@ -192,6 +184,7 @@ def test_the_tasks_of_a_worker_that_is_killed_during_a_job_are_played_again(
     )
 
 
+@pytest.mark.proves("F8")
 def test_a_job_whose_answer_was_sent_before_the_worker_was_killed_is_not_played_again(crew, policy):
     wait_until_ready(crew)
     tasks = tasks_that("add", "add")
@@ -206,6 +199,7 @@ def test_a_job_whose_answer_was_sent_before_the_worker_was_killed_is_not_played_
     assert crew.completed(wait=False) == []
 
 
+@pytest.mark.proves("F9")
 def test_a_task_that_ends_two_workers_is_given_up_and_the_others_go_on(crew, policy, notes):
     tasks = tasks_that("add", "die", "add")
     ended = crew.ended
@@ -227,6 +221,7 @@ def test_a_task_that_ends_two_workers_is_given_up_and_the_others_go_on(crew, pol
     assert crew.quarantine.path.name == GIVEN_UP
 
 
+@pytest.mark.proves("F10")
 def test_a_worker_that_hangs_is_ended_at_the_deadline(crew, policy, notes, tmp_path, monkeypatch):
     wait_until_ready(crew)
     monkeypatch.setattr(crew, "_deadline", DEADLINE)
@@ -240,19 +235,15 @@ def test_a_worker_that_hangs_is_ended_at_the_deadline(crew, policy, notes, tmp_p
     assert notes[-1].endswith("It starts again, and the task is played again")
 
 
+@pytest.mark.proves("F17")
 def test_a_restarted_worker_has_the_newest_version_before_its_first_job(crew, policy):
     crew.restart(1)
-    crew.restart(2)
-    tasks = tasks_that("add")
-    done = play(crew, job_of(tasks))
-    assert rollouts_of(done[0].groups) == rollouts_of(in_process(tasks, policy))
-
-
-def test_the_error_of_a_reward_ends_the_run_with_its_message(crew):
-    crew.submit(job_of(tasks_that("fail")))
-    with pytest.raises(RewardError, match="the reward of the user is broken"):
-        while True:
-            crew.completed(wait=True)
+    wait_until_ready(crew)
+    tasks = tasks_that("add", "add")
+    done = play(crew, job_of(tasks[:1], number=1), job_of(tasks[1:], number=2, first=1))
+    assert {done[1].worker, done[2].worker} == {1, 2}
+    groups = [*done[1].groups, *done[2].groups]
+    assert rollouts_of(groups) == rollouts_of(one_by_one(tasks, policy))
 
 
 @pytest.mark.slow
@@ -280,9 +271,10 @@ def test_what_another_process_cannot_find_is_refused(crew, tmp_path, published):
         SpawnedWorkers(lambda: builders.add_worker())
     (task,) = tasks_that("add", column=lambda: None)
     with pytest.raises(ConfigError, match="handing the columns of a task to a rollout worker"):
-        play(crew, job_of([task]))
+        crew._workers[0].link.play(send_job(job_of([task]), 1))
 
 
+@pytest.mark.proves("F17")
 def test_a_file_that_does_not_hold_the_published_version_is_refused(tmp_path, published):
     versions = FollowedVersions(tmp_path)
     worker = RolloutWorker(builders.add_policy(seed=7), builders.obey)
@@ -299,6 +291,7 @@ def test_a_file_that_does_not_hold_the_published_version_is_refused(tmp_path, pu
         worker.follow(third)
 
 
+@pytest.mark.proves("F17")
 def test_rollouts_of_a_version_that_was_not_published_are_not_taken(crew, published):
     """The trainer has made version 3, and the worker says that its rollouts are of version 4."""
     answer = answer_from_json(json.loads(json.dumps(answer_to_json(answer_of(4)))))
@@ -350,3 +343,10 @@ def test_a_task_that_does_not_get_its_environment_back_is_refused():
         receive_tasks(sent, as_it_is)
     (again,) = receive_tasks(sent, load("hilo").attach)
     assert again.env is not None
+
+
+def test_the_error_of_a_reward_ends_the_run_with_its_message(crew):
+    crew.submit(job_of(tasks_that("fail")))
+    with pytest.raises(RewardError, match="the reward of the user is broken"):
+        while True:
+            crew.completed(wait=True)

@@ -30,9 +30,9 @@ from textpolicy.rollout.executors.worker_link import (
     WorkerLink,
     send_job,
 )
+from textpolicy.runs.directory import GIVEN_UP
 from textpolicy.types import Rollout, RolloutGroup
 
-GIVEN_UP = "given_up.jsonl"
 _TRIES = 2
 _ENDS_IN_A_ROW = 3
 _STARTUP_SECONDS = 900.0
@@ -151,6 +151,10 @@ class Crew:
     def workers(self) -> int:
         return len(self._workers)
 
+    @property
+    def in_background(self) -> bool:
+        return True
+
     def follow(self, version: int, published: Path) -> None:
         """See `Executor`. The file may be replaced afterwards."""
         newest = self._versions.add(version, published)
@@ -260,7 +264,7 @@ class Crew:
                 f"{job.group_size}"
             )
         rollouts = [rollout for group in played.rollouts for rollout in group]
-        version = max(max(one.version, *one.sampled_by_version) for one in rollouts)
+        version = max(max([one.version, *one.sampled_by_version]) for one in rollouts)
         if newest is None or version > newest.version:
             raise WorkerEndedError(
                 f"sent rollouts of adapter version {version}, which was not published yet"
@@ -284,10 +288,10 @@ class Crew:
 
     def _send(self, worker: _Worker) -> None:
         part, number = self._waiting.popleft(), next(self._numbers)
+        worker.link.play(send_job(part.job, number))
         if not worker.sent:
             worker.since = time.monotonic()
         worker.sent[number] = part
-        worker.link.play(send_job(part.job, number))
 
     # Workers that end
 
