@@ -30,7 +30,8 @@ def run(options: Namespace) -> Answer:
             "--dry-run --measure, or leave out --measure"
         )
     ranks = ALONE
-    if options.ranks is None and not options.dry_run:
+    several = options.ranks is not None and options.ranks > 1
+    if not several and not options.dry_run:
         ranks = join_ranks(deadline=options.rank_deadline, tell=print_note)
     if not ranks.is_first:
         return follow_first_rank(ranks)
@@ -43,7 +44,7 @@ def run(options: Namespace) -> Answer:
             config = with_model_defaults(config)
     if options.dry_run:
         return show_plan(config, measure=options.measure)
-    if options.ranks is not None:
+    if several:
         return launch_ranks(options)
     with listening(config.run.steps, measured_every=config.evaluation.every) as listener:
         result = run_config(
