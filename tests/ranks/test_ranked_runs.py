@@ -81,6 +81,7 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     tp.run(CONFIG, output=tmp_path / "one")
     one, two = (RunDirectory(tmp_path / name) for name in ("one", "two"))
     assert two.samples.read_text() == one.samples.read_text()
+    assert json.loads(two.metrics.read_text().splitlines()[0])["time/ranks"] > 0
     for found, expected in zip(rows_of(two.path), rows_of(one.path), strict=True):
         assert found == pytest.approx(expected, rel=1e-2, abs=1e-4)
     with pytest.raises(ConfigError, match="has 2 ranks so far, and is resumed with 1"):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.config import TrainConfig, staleness_bound
@@ -22,7 +23,7 @@ from textpolicy.experiment.resuming import Start, save_options
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.watchdog import Watchdog, watch
 from textpolicy.experiment.workers import open_crew
-from textpolicy.loop import train_rl
+from textpolicy.loop import StepReport, train_rl
 from textpolicy.ranks import Ranks
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.executors.executor import Executor
@@ -192,16 +193,24 @@ def _train(
         seed=config.run.seed,
         max_staleness=config.rollout.max_staleness,
         executor=executor,
-        on_step=lambda step: _agree_to_stop(observer.on_step(step), start.ranks),
+        on_step=_on_step_of_ranks(observer, start.ranks),
         checkpoints=start.checkpoints,
         resume=start.resume,
     )
     watchdog.step_ended()
 
 
-def _agree_to_stop(own: Progress, ranks: Ranks) -> Progress:
-    """Return STOP if any rank stops: all take the same number of steps."""
-    return Progress.STOP if ranks.any(own is Progress.STOP) else Progress.MORE
+def _on_step_of_ranks(observer: StepObserver, ranks: Ranks) -> Callable[[StepReport], Progress]:
+    """Return what observes a step. If one rank stops, all do: they take the same steps."""
+    if ranks.size == 1:
+        return observer.on_step
+
+    def on_step(step: StepReport) -> Progress:
+        waited = {"time/ranks": ranks.take_waited()}
+        own = observer.on_step(replace(step, metrics=step.metrics | waited))
+        return Progress.STOP if ranks.any(own is Progress.STOP) else Progress.MORE
+
+    return on_step
 
 
 def _measure_before(

@@ -6,6 +6,7 @@ exchanges nothing and computes nothing.
 
 import json
 import struct
+import time
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -38,6 +39,7 @@ class Ranks:
         self.size = group.size() if group else 1
         self._group = group
         self._patience = patience or Patience(None)
+        self._waited = 0.0
 
     @property
     def is_first(self) -> bool:
@@ -51,6 +53,11 @@ class Ranks:
     def part_of(self, rank: int, count: int) -> range:
         """Return the numbers, among `count`, that a rank takes."""
         return range(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def take_waited(self) -> float:
+        """Return the seconds that this rank has waited in exchanges since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def sum_arrays(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Return the sums over all ranks, in float32, by one exchange."""
@@ -126,6 +133,7 @@ class Ranks:
     def _exchange(self, array: mx.array, collective: Any) -> mx.array:
         # What this rank itself has to compute is no wait for other ranks.
         mx.eval(array)
+        began = time.perf_counter()
         try:
             with doing("waiting for other ranks"), self._patience.waiting():
                 result: mx.array = collective(array, group=self._group)
@@ -136,6 +144,7 @@ class Ranks:
                 f"({error}). What that rank wrote last says why. A run with a checkpoint can be "
                 "resumed with the same number of ranks"
             ) from error
+        self._waited += time.perf_counter() - began
         return result
 
 
