@@ -26,16 +26,20 @@ def main() -> int:
     stale: list[str] = []
     for path in sorted(PAGES.glob("*.md")):
         text = path.read_text("utf-8")
-        written = PART.sub(lambda found: part(found[1]), text)
-        if text != written:
+        if text != (new := written(text)):
             stale.append(path.name)
             if sys.argv[1:] != ["--check"]:
-                path.write_text(written, "utf-8")
+                path.write_text(new, "utf-8")
     if sys.argv[1:] != ["--check"]:
         return 0
     advice = f"out of date: {', '.join(stale)}; run python tools/reference_pages.py"
     print(advice if stale else "all pages are as the code is")
     return int(bool(stale))
+
+
+def written(page: str) -> str:
+    """Return the page with its parts as the code is now."""
+    return PART.sub(lambda found: part(found[1]), page)
 
 
 def part(path: str) -> str:

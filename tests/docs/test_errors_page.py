@@ -25,7 +25,10 @@ def nodes_of(path: Path) -> list[ast.AST]:
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, type]:
-    """Return every public error class of the package by name. A class may be in any file."""
+    """Return every public error class of the package by name. A class may be in any file.
+
+    A class that the section of its base names is described there.
+    """
     classes = {
         node.name: (path, {ast.unparse(base) for base in node.bases})
         for path in SOURCES
@@ -36,6 +39,8 @@ def errors() -> dict[str, type]:
     while more := {name for name, (_, bases) in classes.items() if bases & found} - found:
         found |= more
     public = {name for name in found if not name.startswith("_")} - {"TextPolicyError"}
+    for name in public - SECTIONS.keys():
+        public -= {name for base in classes[name][1] if f"`{name}`" in SECTIONS.get(base, "")}
     return {name: getattr(module_of(classes[name][0]), name) for name in public}
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from textpolicy import errors
 from textpolicy.buffer import rollout_from_json, rollout_to_json
-from textpolicy.errors import ConfigError, TextPolicyError
+from textpolicy.errors import ConfigError, TextPolicyError, TrainingError
 from textpolicy.rollout.executors.executor import RolloutJob
 from textpolicy.types import Rollout, Task
 
@@ -188,4 +188,4 @@ def _error(name: str, text: str) -> TextPolicyError:
     kind = vars(errors).get(name)
     if isinstance(kind, type) and issubclass(kind, TextPolicyError):
         return kind(text)
-    return TextPolicyError(f"{name}: {text}")
+    return TrainingError(f"a rollout worker failed with {name}: {text}")
