@@ -14,10 +14,14 @@ import pytest
 
 from tests.ranks.test_gradients_of_ranks import NEEDS_MPI
 from textpolicy.config import SFTConfig, TrainConfig
-from textpolicy.config.train import RolloutOptions
+from textpolicy.config.train import RolloutOptions, RunOptions, TaskOptions
+from textpolicy.environments import load
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.following import check_can_be_divided
-from textpolicy.ranks import ALONE, Ranks, launcher
+from textpolicy.experiment.preflight import check_before_start
+from textpolicy.experiment.run_size import SizeEstimator
+from textpolicy.machine import memory_bytes
+from textpolicy.ranks import launcher
 from textpolicy.ranks.launcher import launch
 
 DEADLINE = 5.0
@@ -139,8 +143,17 @@ def test_a_backend_for_several_machines_is_refused_on_one() -> None:
     ],
 )
 def test_what_ranks_cannot_divide_is_refused(settings: object, message: str) -> None:
-    ranks = Ranks()
-    ranks.size = 2
     with pytest.raises(ConfigError, match=message):
-        check_can_be_divided(settings, ranks)
-    check_can_be_divided(settings, ALONE)
+        check_can_be_divided(settings, 2)
+    check_can_be_divided(settings, 1)
+
+
+def test_ranks_that_need_more_memory_than_the_machine_has_are_refused() -> None:
+    config = TrainConfig(task=TaskOptions(env="add"), run=RunOptions(steps=1))
+    environment = load("add")
+    size = SizeEstimator(config, environment).estimate(config)
+    many = memory_bytes() // size.memory_bytes + 1
+    folder = Path()
+    with pytest.raises(ConfigError, match=f"each of {many} ranks on this machine needs about"):
+        check_before_start(config, environment, folder, print, processes=many)
+    check_before_start(config, environment, folder, print, processes=2)

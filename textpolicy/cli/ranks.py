@@ -1,5 +1,6 @@
 """A run by several processes: starting them, and what a process prints that is not the first."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -7,9 +8,11 @@ from collections.abc import Sequence
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.listener import quiet_listener
 from textpolicy.cli.output import print_note
+from textpolicy.errors import RunInterruptedError
 from textpolicy.experiment import run
 from textpolicy.ranks import Ranks
 from textpolicy.ranks.launcher import launch
+from textpolicy.ranks.patience import LAUNCHER
 
 _HERE = ("--ranks", "--backend")
 """Flags for the process that starts the others."""
@@ -31,7 +34,13 @@ def launch_ranks(options: Namespace) -> Answer:
 def follow_first_rank(ranks: Ranks) -> Answer:
     """Take part in the run of the first process, and print nothing but errors."""
     with quiet_listener() as listener:
-        run(on_event=listener, ranks=ranks)
+        try:
+            run(on_event=listener, ranks=ranks)
+        except RunInterruptedError:
+            if not (ranks.lost_another and LAUNCHER in os.environ):
+                raise
+            # The rank that has ended says why, and the launcher names it.
+            return Answer(data=None, text="", exit_code=os.EX_TEMPFAIL)
     return Answer(data=None, text="", exit_code=0)
 
 

@@ -88,26 +88,26 @@ def followed_run(ranks: Ranks) -> Generator[FollowedRun]:
             )
 
 
-def check_can_be_divided(settings: RunConfig, ranks: Ranks) -> None:
-    """Raise `ConfigError` if ranks cannot train by this config together."""
-    if ranks.size == 1:
+def check_can_be_divided(settings: RunConfig, ranks: int) -> None:
+    """Raise `ConfigError` if several ranks cannot train by this config together."""
+    if ranks == 1:
         return
     if isinstance(settings, SFTConfig):
         raise ConfigError(
-            f"supervised training runs in one process, and {ranks.size} ranks were started. Type "
+            f"supervised training runs in one process, and {ranks} ranks were started. Type "
             "the command without mpirun and mlx.launch; several ranks train by reinforcement "
             "learning only"
         )
     rollout = settings.rollout
     if rollout.workers:
         raise ConfigError(
-            f"workers is {rollout.workers} and the run has {ranks.size} ranks, each of which "
+            f"workers is {rollout.workers} and the run has {ranks} ranks, each of which "
             "samples its part itself. Leave out --workers, or train with one rank"
         )
     synchronous = rollout.steps_per_generation - 1
     if rollout.max_staleness not in (None, synchronous):
         raise ConfigError(
-            f"max_staleness is {rollout.max_staleness} and the run has {ranks.size} ranks, which "
+            f"max_staleness is {rollout.max_staleness} and the run has {ranks} ranks, which "
             "must all train on the same groups. Leave out --max-staleness, or train with one rank "
             "and --workers"
         )

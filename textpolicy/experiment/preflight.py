@@ -26,24 +26,37 @@ def check_before_start(
     *,
     written: int = 0,
     steps_done: int = 0,
+    processes: int = 1,
 ) -> SFTData | None:
     """Raise an error about whatever would end the run later; no weight is read, nothing sampled.
 
     Return the rows of a supervised run, which are read on the way. `folder` is where the run will
     write, and `written` are the bytes that it has written there. `note` gets warnings, the problems
-    that `run.limits = "warn"` allows, and how long the steps after `steps_done` take.
+    that `run.limits = "warn"` allows, and how long the steps after `steps_done` take. `processes`
+    is the number of ranks on this machine, each of which needs the memory of the run.
     """
     check_services(service_options(config), note)
     check_names(config)
     estimator = SizeEstimator(config, environment)
     size = estimator.estimate(config)
-    for problem in find_problems(estimator, config, size, folder, written=written):
+    problems = find_problems(estimator, config, size, folder, written=written)
+    for problem in (*problems, *ranks_problem(size, processes)):
         if config.run.limits == "refuse":
             raise ConfigError(f"{problem}. {_OVERRIDE}")
         note(f"{problem}. The run starts all the same, because of --limits warn")
     if time := time_text(estimator, config, environment, steps_done):
         note(f"the run takes {time}")
     return estimator.data
+
+
+def ranks_problem(size: RunSize, processes: int) -> Iterator[str]:
+    """Yield why several ranks do not fit on this machine, if one would."""
+    if processes > 1 and size.memory_bytes <= memory_bytes() < processes * size.memory_bytes:
+        yield (
+            f"each of {processes} ranks on this machine needs about {size_text(size.memory_bytes)} "
+            f"of memory with its own copy of the base, and the machine has "
+            f"{size_text(memory_bytes())} for them. Start fewer ranks here"
+        )
 
 
 def time_text(

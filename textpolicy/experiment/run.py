@@ -50,6 +50,7 @@ from textpolicy.experiment.resuming import (
 from textpolicy.experiment.supervised import train_supervised
 from textpolicy.experiment.tasks import find_task
 from textpolicy.ranks import Ranks, join_ranks
+from textpolicy.ranks.joining import ranks_here
 from textpolicy.runs import RunDirectory, new_directory
 from textpolicy.tracking.report import write_report
 from textpolicy.training.checkpoint import seed_random_numbers
@@ -83,7 +84,7 @@ def run(
     directory = RunDirectory(Path(resume)) if resume is not None else None
     settings = with_absolute_paths(_settings(config, directory, output))
     check_can_be_read_back(settings)
-    check_can_be_divided(settings, ranks)
+    check_can_be_divided(settings, ranks.size)
     workers = settings.rollout.workers if isinstance(settings, TrainConfig) else 0
     apply_thread_option(settings.model, workers=workers)
     # Before the user's code is loaded, which may choose seeds of its own.
@@ -159,7 +160,13 @@ def _parts(
     if fresh:
         settings = with_model_defaults(settings)
     check_before_start(
-        settings, task[0], folder, report.note, written=written, steps_done=steps_done
+        settings,
+        task[0],
+        folder,
+        report.note,
+        written=written,
+        steps_done=steps_done,
+        processes=ranks_here(),
     )
     return settings, Parts(task=task, algorithm=algorithm)
 

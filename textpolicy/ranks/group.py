@@ -40,6 +40,8 @@ class Ranks:
         self._group = group
         self._patience = patience or Patience(None)
         self._waited = 0.0
+        self.lost_another = False
+        """Whether an exchange has failed because another rank has ended."""
 
     @property
     def is_first(self) -> bool:
@@ -139,6 +141,7 @@ class Ranks:
                 result: mx.array = collective(array, group=self._group)
                 mx.eval(result)
         except RuntimeError as error:
+            self.lost_another = True
             raise RunInterruptedError(
                 f"another rank has ended, so rank {self.rank} of {self.size} cannot go on "
                 f"({error}). What that rank wrote last says why. A run with a checkpoint can be "

@@ -24,6 +24,9 @@ Backend = Literal["ring", "mpi", "nccl", "jaccl"]
 DEADLINE = 600.0
 """Seconds that a rank waits for the others, if no other number is given."""
 
+HERE = "TEXTPOLICY_RANKS_HERE"
+"""The environment variable with the number of ranks on this machine, if `--ranks` started them."""
+
 JOINING = "TEXTPOLICY_JOINING"
 """The environment variable with a folder in which a rank leaves a file when it begins to join."""
 
@@ -43,6 +46,11 @@ def described_backend() -> Backend | None:
         if all(os.environ.get(name) for name in names) and not _is_single(backend):
             return backend
     return None
+
+
+def ranks_here() -> int:
+    """Return the number of ranks on this machine, as far as their launcher tells it."""
+    return int(os.environ.get(HERE) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)
 
 
 def _is_single(backend: Backend) -> bool:

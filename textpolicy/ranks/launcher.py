@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 
 from textpolicy.errors import ConfigError
-from textpolicy.ranks.joining import DEADLINE, JOINING, Backend
+from textpolicy.ranks.joining import DEADLINE, HERE, JOINING, Backend
 from textpolicy.ranks.patience import LAUNCHER
 
 _POLL = 0.05
@@ -150,20 +150,17 @@ def _start(
 ) -> Iterator[_Process]:
     joining = folder / "joining"
     joining.mkdir()
-    shared = {
-        LAUNCHER: str(os.getpid()),
-        JOINING: str(joining),
-        # Threads of several ranks on few cores would wait for each other.
-        "OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
-    }
-    environment = shared | {n: v for n, v in os.environ.items() if n not in (LAUNCHER, JOINING)}
+    # Threads of several ranks on few cores would wait for each other.
+    threads = {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    own = {LAUNCHER: str(os.getpid()), JOINING: str(joining), HERE: str(count)}
+    environment = threads | dict(os.environ) | own
     if backend == "mpi":
         yield _start_mpi(command, count, environment)
         return
-    for rank, own in enumerate(_addresses(backend, count, folder)):
+    for rank, addresses in enumerate(_addresses(backend, count, folder)):
         process = subprocess.Popen(
             command,
-            env=environment | own | {"MLX_RANK": str(rank)},
+            env=environment | addresses | {"MLX_RANK": str(rank)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL if rank else None,
             stderr=subprocess.PIPE if rank else None,
@@ -225,7 +222,9 @@ def _free_ports(count: int) -> list[int]:
 def _pass_on(stream: Iterable[str], prefix: str, tell: Callable[[str], None]) -> Thread:
     def read() -> None:
         for line in stream:
-            tell(prefix + line.rstrip("\n"))
+            # mlx repeats ten times that a socket is closed.
+            if not line.startswith("[ring]"):
+                tell(prefix + line.rstrip("\n"))
 
     reader = Thread(target=read, daemon=True)
     reader.start()

@@ -17,6 +17,7 @@ from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.experiment import Measurement, RunResult
 from textpolicy.experiment import run as run_config
+from textpolicy.experiment.following import check_can_be_divided
 from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.resuming import resume_line
 from textpolicy.ranks import ALONE, join_ranks
@@ -30,7 +31,7 @@ def run(options: Namespace) -> Answer:
             "--dry-run --measure, or leave out --measure"
         )
     ranks = ALONE
-    several = options.ranks is not None and options.ranks > 1
+    several = (options.ranks or 1) > 1
     if not several and not options.dry_run:
         ranks = join_ranks(deadline=options.rank_deadline, tell=print_note)
     if not ranks.is_first:
@@ -45,6 +46,7 @@ def run(options: Namespace) -> Answer:
     if options.dry_run:
         return show_plan(config, measure=options.measure)
     if several:
+        check_can_be_divided(config, int(options.ranks))
         return launch_ranks(options)
     with listening(config.run.steps, measured_every=config.evaluation.every) as listener:
         result = run_config(
