@@ -184,6 +184,7 @@ BOUND = {
 }
 FREE = {
     "tracking.tensorboard": ("plain", True),
+    "rollout.swap": ("plain", "tokens"),
     "run.steps": ("plain", 3),
     "run.checkpoint_every": ("plain", 7),
     "run.keep_checkpoints": ("plain", 1),

@@ -17,7 +17,7 @@ from textpolicy.buffer import rollout_to_json
 from textpolicy.cli import main
 from textpolicy.config import TrainConfig, changed
 from textpolicy.environments import load
-from textpolicy.experiment.workers import BuildRunWorker
+from textpolicy.experiment.workers import NO_SWAP, BuildRunWorker
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
 from textpolicy.rollout.executors.crew import Crew
@@ -106,6 +106,38 @@ def test_a_worker_of_a_run_is_built_from_its_config(tmp_path, load_tiny):
     assert attached.env is not None
     assert "QuantizedLinear" in str(worker.policy.model)
     assert worker.policy.sampling.max_tokens == load("hilo").max_tokens
+
+
+def test_a_worker_takes_new_adapters_between_tokens_if_the_config_says_so(load_tiny):
+    for swap, follows in (("completions", False), ("tokens", True)):
+        config = changed(TrainConfig(), {"task.env": "add", "rollout.swap": swap})
+        assert (BuildRunWorker(config)().policy.newest_version is not None) is follows
+
+
+@pytest.mark.slow
+def test_a_run_with_new_adapters_between_tokens_trains_on_tokens_of_several_versions(
+    tmp_path, capsys
+):
+    run = RunDirectory(tmp_path / "run")
+    options = ["--env", "add", *SMALL, "--steps", "8", "--output", str(run.path)]
+    # Answers are long, and a job of one generation begins before the update for the next one.
+    options += ["--max-tokens", "40", "--temperature", "3", "--workers", "1"]
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    options += ["--reward", str(tmp_path / "my_reward.py")]
+    assert main(["train", *options, "--max-staleness", "2", "--swap", "tokens"]) == 0
+    rows = [row for row in read_metrics(run.metrics) if "loss" in row]
+    assert len(rows) == 8
+    assert any(row["staleness/mixed_tokens"] > 0 for row in rows)
+    assert all(row["staleness/token_mean"] <= row["staleness/max"] <= 2 for row in rows)
+    assert NO_SWAP not in capsys.readouterr().err
+
+
+def test_a_run_says_that_between_tokens_means_nothing_without_workers_that_run_ahead(
+    tmp_path, capsys
+):
+    options = ["--env", "add", *SMALL, "--steps", "1", "--output", str(tmp_path / "run")]
+    assert main(["train", *options, "--swap", "tokens"]) == 0
+    assert " ".join(NO_SWAP.split()) in " ".join(capsys.readouterr().err.split())
 
 
 def processes_below(process):

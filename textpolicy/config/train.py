@@ -507,10 +507,21 @@ class RolloutOptions:
         unset="steps_per_generation - 1: no worker runs ahead",
         limit=at_least(0),
     )
+    swap: Literal["completions", "tokens"] = option(
+        "completions",
+        "when workers that run ahead take new adapters: between completions, or between tokens, "
+        "where each token carries the version that sampled it",
+    )
 
     def __post_init__(self) -> None:
         check(self)
         staleness_bound(self.max_staleness, self.steps_per_generation)
+
+    @property
+    def workers_run_ahead(self) -> bool:
+        """Whether workers sample while the trainer trains."""
+        bound = staleness_bound(self.max_staleness, self.steps_per_generation)
+        return bool(self.workers) and bound >= self.steps_per_generation
 
 
 @dataclass(frozen=True, kw_only=True)

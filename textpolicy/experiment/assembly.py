@@ -125,6 +125,7 @@ def build_policy(
         model,
         tokenizer,
         sampling,
+        swap=config.rollout.swap,
         seed=config.run.seed,
         allow_special_tokens=config.model.allow_special_tokens,
         chat_template_kwargs=template_arguments_of(config.model, tokenizer),

@@ -22,7 +22,7 @@ from textpolicy.experiment.observer import MEASURED, StepObserver
 from textpolicy.experiment.resuming import Start, save_options
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.watchdog import Watchdog, watch
-from textpolicy.experiment.workers import open_crew
+from textpolicy.experiment.workers import NO_SWAP, open_crew
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.ranks import Ranks
 from textpolicy.rewards import Scorer
@@ -72,6 +72,8 @@ def train_policy(
         opened.callback(environment.close)
         scorer = open_scorer(experiment.reward, opened, report.note)
         executor: Executor = InProcessExecutor(policy, scorer)
+        if config.rollout.swap == "tokens" and not config.rollout.workers_run_ahead:
+            report.note(NO_SWAP)
         if config.rollout.workers:
             # They load their models while this process measures the policy.
             executor = opened.enter_context(closing(open_crew(config, directory, report.note)))

@@ -17,6 +17,12 @@ from textpolicy.rollout.executors.spawned import SpawnedWorkers
 from textpolicy.runs import RunDirectory
 from textpolicy.training.checkpoint import seed_random_numbers
 
+NO_SWAP = (
+    "--swap tokens changes nothing in this run, because nothing is sampled while the trainer "
+    "trains. It has an effect with --workers, and with a --max-staleness of at least "
+    "--steps-per-generation"
+)
+
 
 @dataclass(frozen=True)
 class BuildRunWorker:
