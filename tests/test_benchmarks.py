@@ -41,6 +41,7 @@ SMALLEST = {
 }
 LONGER = (
     "collapse.py",
+    "kept_cache.py",
     "learning.py",
     "math_verifier.py",
     "plans.py",
@@ -48,6 +49,7 @@ LONGER = (
     "rates.py",
     "real_learning.py",
     "sft.py",
+    "staleness.py",
     "verifiers_eval.py",
 )
 COUNTS = dict.fromkeys(
