@@ -35,7 +35,7 @@ def main(steps: int = 30) -> None:
     with tempfile.TemporaryDirectory() as name:
         results = [train(Path(name) / f"lr-{rate:g}", rate, steps=steps) for rate in (1e-4, 1e-3)]
         with scorer_of(add.reward) as scorer:
-            tasks = add.heldout(256)
+            tasks = add.heldout(128)
             held_out = HeldOut(name="add", tasks=tasks, scorer=scorer, max_tokens=add.max_tokens)
             slow, quick = (measure(result, held_out) for result in results)
         found = compare(tasks, slow, quick)

@@ -47,8 +47,9 @@ class MeanReward:
             return ""
         error = self.standard_error
         known = f"is {error:.3f}, so a gain below about {2 * error:.2f} may be chance"
+        tasks = "task is" if self.count == 1 else "tasks are"
         return (
-            f"Only {self.count} tasks are held out. The standard error of their mean reward "
+            f"Only {self.count} {tasks} held out. The standard error of their mean reward "
             f"{known if error else 'cannot be told, because all rewards are equal'}. Measure at "
             f"least {_ENOUGH_TASKS}: add rows, of which a tenth is held out, or raise --count"
         )
