@@ -13,7 +13,7 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer, shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.buffer import Buffer
 from textpolicy.environments.curriculum import MixedTaskCurriculum
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.loop import train_rl
 from textpolicy.rewards import Rewards, Scorer, scorer_of
@@ -235,6 +235,28 @@ def test_every_task_is_sampled_with_the_seed_that_a_synchronous_run_gives_it():
     stopped = Circle(steps=6, max_staleness=3).run(until=2)
     resumed = stopped.resumed(steps=6, max_staleness=3).run(first=2)
     assert (draws_of(stopped) | draws_of(resumed)).items() >= synchronous.items()
+
+
+def test_a_checkpoint_that_knows_nothing_of_generations_in_flight_is_resumed():
+    stopped = Circle(steps=4, max_staleness=0).run(until=2)
+    state = stopped.feed.state()
+    del state["feed"]
+    resumed = Circle(steps=4, max_staleness=0)
+    resumed.feed.follow(2, Path("2"))
+    resumed.feed.restore(state)
+    resumed.run(first=2)
+    straight = Circle(steps=4, max_staleness=0).run()
+    assert draws_of(stopped) | draws_of(resumed) == draws_of(straight)
+
+
+def test_workers_that_do_not_follow_the_trainer_end_the_run():
+    circle = Circle(steps=4, max_staleness=2)
+    circle.policy.reload = lambda path: None
+    with pytest.raises(TrainingError, match=r"still generates with version 0"):
+        circle.run()
+    circle.executor.follow = lambda version, published: None
+    with pytest.raises(TrainingError, match=r"version 0, although the trainer had version \d when"):
+        circle.run(first=1)
 
 
 def test_a_task_that_is_given_up_is_counted_and_its_group_is_missing():

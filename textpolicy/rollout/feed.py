@@ -5,7 +5,7 @@ worker. At any time, all groups that are sampled, wait or are buffered are at mo
 `max_staleness + 1` steps. So workers run ahead of the trainer by a bounded number of versions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,13 +16,13 @@ from typing import Any
 from textpolicy.activity import doing
 from textpolicy.buffer import Buffer, group_from_json, group_to_json
 from textpolicy.config import staleness_bound
-from textpolicy.errors import ConfigError
+from textpolicy.errors import ConfigError, TrainingError
 from textpolicy.rollout.dynamic_sampling import GroupGeneration
 from textpolicy.rollout.executors.executor import Executor, FinishedJob, RolloutJob
 from textpolicy.rollout.task_source import TaskSource
 from textpolicy.rollout.worker_load import WorkerLoad
 from textpolicy.tracking.rollout_metrics import rollout_metrics
-from textpolicy.types import Metrics, RolloutGroup, Task
+from textpolicy.types import NOT_SAMPLED, Metrics, RolloutGroup, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +95,8 @@ class _Round:
     first: int
     """The position of the first task among all tasks of the run."""
     tasks: list[Task]
+    version: int
+    """The trainer's version when the round was submitted. No job samples with an older one."""
     unfinished: list[RolloutJob] = field(default_factory=list[RolloutJob])
     finished: list[FinishedJob] = field(default_factory=list[FinishedJob])
 
@@ -136,6 +138,7 @@ class RolloutFeed:
         self._rounds: list[_Round] = []
         self._jobs = 0
         self._last_step = -1
+        self._version = 0
         self._dropped = 0
         self._load = WorkerLoad(executor.workers)
 
@@ -150,16 +153,17 @@ class RolloutFeed:
         The buffer has fewer groups if nothing more is being sampled, but at least one. Groups that
         are too stale for the trainer's `version` are dropped.
         """
-        arrivals = Arrivals(workers=self._executor.workers)
-        self._receive(arrivals, version, wait=False)
+        arrivals, self._version = Arrivals(workers=self._executor.workers), version
+        self._receive(arrivals, wait=False)
         self._begin_generations(step)
         while not self._buffer or (self._rounds and self._lacks_groups):
             self._begin_generations(step)
-            self._receive(arrivals, version, wait=True)
+            self._receive(arrivals, wait=True)
         return arrivals
 
     def follow(self, version: int, published: Path) -> None:
         """Let the jobs that begin from now on sample with this version."""
+        self._version = version
         self._executor.follow(version, published)
 
     def metrics(self) -> Metrics:
@@ -212,7 +216,7 @@ class RolloutFeed:
                 sampled=[group_from_json(group) for group in one["sampled"]],
             )
             first, end = one["first"], one["first"] + one["count"]
-            self._submit(_Round(generation=generation, first=first, tasks=earlier[first:end]))
+            self._submit(generation, first, earlier[first:end])
 
     @property
     def _lacks_groups(self) -> bool:
@@ -243,18 +247,18 @@ class RolloutFeed:
 
     def _begin_round(self, generation: GroupGeneration) -> None:
         first = self._source.drawn
-        tasks = self._source.next_tasks(generation.missing)
-        self._submit(_Round(generation=generation, first=first, tasks=tasks))
+        self._submit(generation, first, self._source.next_tasks(generation.missing))
 
-    def _submit(self, new: _Round) -> None:
+    def _submit(self, generation: GroupGeneration, first: int, tasks: list[Task]) -> None:
         """Divide the tasks of a round into one job for each worker."""
+        new = _Round(generation=generation, first=first, tasks=tasks, version=self._version)
         self._rounds.append(new)
-        generation, count = new.generation, min(self._executor.workers, len(new.tasks))
-        ends = [len(new.tasks) * number // count for number in range(count + 1)]
+        count = min(self._executor.workers, len(tasks))
+        ends = [len(tasks) * number // count for number in range(count + 1)]
         for begin, end in pairwise(ends):
             job = RolloutJob(
                 number=self._jobs,
-                tasks=new.tasks[begin:end],
+                tasks=tasks[begin:end],
                 group_size=self._options.group_size,
                 seed=(self._options.seed << 32) + (generation.rounds << 24) + generation.step,
                 first=begin,
@@ -263,7 +267,7 @@ class RolloutFeed:
             new.unfinished.append(job)
             self._executor.submit(job)
 
-    def _receive(self, arrivals: Arrivals, version: int, *, wait: bool) -> None:
+    def _receive(self, arrivals: Arrivals, *, wait: bool) -> None:
         """Take the finished jobs, and put the generations that they complete into the buffer."""
         with self._noting_the_wait() if wait else nullcontext():
             finished = self._executor.completed(wait=wait)
@@ -274,12 +278,13 @@ class RolloutFeed:
             its_round.add(job)
             if not its_round.unfinished:
                 self._finish_round(its_round, arrivals)
-        self._buffer.drop_stale(version)
+        self._buffer.drop_stale(self._version)
 
     def _finish_round(self, done: _Round, arrivals: Arrivals) -> None:
         self._rounds.remove(done)
-        generation = done.generation
-        generation.add_round(done.groups, done.seconds)
+        generation, groups = done.generation, done.groups
+        _check_versions(groups, done.version)
+        generation.add_round(groups, done.seconds)
         if generation.missing:
             self._begin_round(generation)
         else:
@@ -293,6 +298,21 @@ class RolloutFeed:
             return nullcontext()
         jobs = sum(len(one.unfinished) for one in self._rounds)
         return doing(f"waiting for the workers, which have {jobs} jobs")
+
+
+def _check_versions(groups: Sequence[RolloutGroup], version: int) -> None:
+    """Raise `TrainingError` if a group was sampled with a version older than `version`.
+
+    Its workers do not follow the trainer, so that all further groups would be too stale.
+    """
+    for group in groups:
+        if NOT_SAMPLED < group.version < version:
+            raise TrainingError(
+                f"task {group.task.id!r} was sampled with adapter version {group.version}, "
+                f"although the trainer had version {version} when the task was submitted. Let the "
+                "policy load the adapters that the trainer begins with, and let follow() of the "
+                "executor load each version that it is told"
+            )
 
 
 def _with_own_tasks(job: FinishedJob) -> list[RolloutGroup]:
