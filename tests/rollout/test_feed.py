@@ -273,7 +273,7 @@ def test_metrics_say_who_waits_for_whom():
     assert all(0 <= metrics["workers/idle"] <= 1 for metrics in circle.metrics)
     assert max(metrics["workers/queued"] for metrics in circle.metrics) > 0
     # What the watchdog says of a step that takes too long.
-    assert all("waiting for the workers, which have" in text for text in circle.executor.waits)
+    assert all("waiting for groups of the workers" in text for text in circle.executor.waits)
 
 
 def test_a_bound_below_the_steps_of_a_generation_is_an_error_that_says_what_to_set():

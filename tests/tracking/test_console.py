@@ -201,6 +201,12 @@ def test_a_step_without_rewards_shows_nan_and_does_not_stop_the_run(clock):
     assert "reward nan" in stream.getvalue()
 
 
+def test_a_step_of_workers_that_brought_no_new_groups_says_so(clock):
+    stream = io.StringIO()
+    Console(stream, 1, clock=clock).show(0, {"loss": 0.1, "trainer/idle": 0.0, "time/step": 1.0})
+    assert stream.getvalue().split("  ")[1:3] == ["no new groups", "1.00 s/step"]
+
+
 def test_the_time_left_of_a_resumed_run_is_estimated_from_its_own_steps():
     history = RunHistory(100)
     for step, now in ((90, 10.0), (91, 12.0)):

@@ -132,13 +132,15 @@ def test_a_run_with_workers_says_who_waited_for_whom_and_another_run_does_not(tm
     (plain,) = data_in(write_report([make_run(tmp_path / "plain")]))["runs"]
     files = RunFiles(tmp_path / "metrics.jsonl")
     for step in range(4):
-        row = {"reward": 1.0, "time/step": 4.0, "time/wait": 1.0, "trainer/idle": 0.25}
+        # The workers start in the first step.
+        row = {"reward": 1.0, "time/step": 4.0, "time/wait": 1.0 if step else 4.0}
+        row["trainer/idle"] = row["time/wait"] / 4.0
         row |= {"workers/idle": 0.1 * step, "buffer/dropped": float(step == 3) * 2}
         files.write(step, row)
     files.close()
     data = data_in(write_report([tmp_path]))
     facts = dict(data["runs"][0]["facts"])
-    assert facts["waited for the other"] == "trainer 25%, workers 15% of the time"
+    assert facts["waited for the other"] == "trainer 25%, workers 20% of the time"
     assert facts["groups dropped as too stale"] == "2"
     (chart,) = [chart for chart in data["charts"] if chart["title"] == "Who waited for whom"]
     assert [line["metric"] for line in chart["lines"]] == ["trainer/idle", "workers/idle"]

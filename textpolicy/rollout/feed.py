@@ -296,8 +296,7 @@ class RolloutFeed:
         """Mark the wait for workers, so that the watchdog can say what a step waits for."""
         if not self.in_background:
             return nullcontext()
-        jobs = sum(len(one.unfinished) for one in self._rounds)
-        return doing(f"waiting for the workers, which have {jobs} jobs")
+        return doing("waiting for groups of the workers")
 
 
 def _check_versions(groups: Sequence[RolloutGroup], version: int) -> None:

@@ -112,14 +112,22 @@ class LineView:
         """Do nothing, because every line has ended."""
 
 
+def _sampling_fields(metrics: Metrics) -> list[str]:
+    if "num_tokens" not in metrics and "trainer/idle" in metrics:
+        return ["no new groups"]
+    return [
+        f"reward {metrics.get('reward', float('nan')):.3f}",
+        f"length {metrics.get('completions/mean_length', 0):.1f}",
+        f"{metrics.get('tokens_per_second', 0):,.0f} tokens/s",
+    ]
+
+
 def _step_line(history: RunHistory) -> str:
     metrics = history.metrics
     shares = time_shares(metrics).items()
     fields = [
         f"step {history.steps_done:>{len(str(history.steps))}}/{history.steps}",
-        f"reward {metrics.get('reward', float('nan')):.3f}",
-        f"length {metrics.get('completions/mean_length', 0):.1f}",
-        f"{metrics.get('tokens_per_second', 0):,.0f} tokens/s",
+        *_sampling_fields(metrics),
         f"{metrics.get('time/step', 0):.2f} s/step",
         *([", ".join(f"{name} {share:.0%}" for name, share in shares)] if shares else []),
         f"{format_duration(history.seconds_left)} left",

@@ -177,7 +177,7 @@ class Crew:
     def completed(self, *, wait: bool) -> list[FinishedJob]:
         """See `Executor`."""
         missing = sum(len(whole.job.tasks) for whole in self._unfinished)
-        with doing(f"sampling in {self.workers} rollout workers", missing) as activity:
+        with doing(f"sampling in {_count(self.workers)}", missing) as activity:
             while True:
                 for worker in list(self._workers):
                     self._look_at(worker, activity)
@@ -348,3 +348,7 @@ def _parts_without(left_out: set[int], whole: _Whole) -> Iterator[_Part]:
         if not is_out:
             first, *others = run
             yield _Part(whole, range(first, first + 1 + len(others)))
+
+
+def _count(workers: int) -> str:
+    return "1 rollout worker" if workers == 1 else f"{workers} rollout workers"

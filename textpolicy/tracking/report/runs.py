@@ -114,7 +114,12 @@ def _main_numbers(rows: _Rows) -> list[tuple[str, str]]:
 
 
 def _waiting(rows: _Rows) -> list[tuple[str, str]]:
-    """Return how long trainer and workers waited for each other, if the run had workers."""
+    """Return how long trainer and workers waited for each other, if the run had workers.
+
+    Workers start in the first step, which is not counted if there are others.
+    """
+    rows = [row for row in rows if "workers/idle" in row]
+    rows = rows[1:] or rows
     idle = [value for _, value in _points(rows, "workers/idle")]
     if not idle:
         return []
