@@ -12,6 +12,7 @@ import pytest
 from tests.ranks.training_program import MESSAGES, results
 from textpolicy.ranks import ALONE
 from textpolicy.ranks.launcher import launch
+from textpolicy.training.dealing import deal_by_cost
 
 PROGRAM = "tests.ranks.training_program"
 MPIRUN = shutil.which("mpirun", path=Path(sys.executable).parent) or shutil.which("mpirun")
@@ -70,6 +71,19 @@ def test_ranks_are_equal_to_the_bit_after_five_steps(alone: Any, two: Any, bits:
 
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(two: Any) -> None:
     assert [rank["nan"] for rank in two] == [{"skipped": 1.0, "same": True}] * 2
+
+
+def test_ranks_whose_weights_differ_end_the_run(two: Any) -> None:
+    for rank in two:
+        equal, differing = rank["complaints"]
+        assert equal == ""
+        assert differing.startswith("the weights of rank 1 differ from those of rank 0")
+
+
+def test_parts_are_dealt_by_their_cost_and_tasks_in_contiguous_parts() -> None:
+    assert deal_by_cost([5, 1, 1, 3], 2) == [0, 1, 1, 1]
+    assert deal_by_cost([4], 3) == [0]
+    assert [*ALONE.own_part(3)] == [0, 1, 2]
 
 
 def test_a_rank_without_rows_takes_the_update_of_the_others(alone: Any, two: Any) -> None:

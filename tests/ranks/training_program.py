@@ -18,6 +18,7 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.adapters.adapter import digest_of
 from textpolicy.adapters.quantization.quantize import quantize
 from textpolicy.algorithms import dapo
+from textpolicy.errors import TrainingError
 from textpolicy.ranks import ALONE, Ranks, join_ranks
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Batch, RolloutGroup
@@ -107,6 +108,15 @@ def naive_mean(ranks: Ranks) -> list[float]:
     return (np.array(ranks.sum_arrays([gradient])[0]) / ranks.size).tolist()
 
 
+def complaint(ranks: Ranks, digest: str) -> str:
+    """Return the error about ranks whose digests differ, or "" if they are equal."""
+    try:
+        ranks.require_equal(digest, "the weights")
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
 def results(ranks: Ranks) -> dict[str, Any]:
     """Return everything that the tests compare, as JSON values."""
     small = trainer_of(ranks, None)
@@ -121,6 +131,7 @@ def results(ranks: Ranks) -> dict[str, Any]:
             list(map(len, ranks.gather(MESSAGES[ranks.rank :: ranks.size][0]))) for _ in "ab"
         ],
         "first": [list(ranks.send_first(one if ranks.is_first else b"?")) for one in MESSAGES],
+        "complaints": [complaint(ranks, "same"), complaint(ranks, str(ranks.rank))],
         "any": [ranks.any(ranks.rank == ranks.size - 1), ranks.any(False)],
         "sums": [
             a.tolist() for a in ranks.sum_arrays([mx.ones((2, 2)), mx.array([ranks.rank + 1.0])])
