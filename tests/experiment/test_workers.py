@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from textpolicy.loop import train_rl
 from textpolicy.rollout.executors.crew import Crew
 from textpolicy.rollout.executors.spawned import SpawnedWorkers
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.tracking.jsonl import read_metrics, read_rows
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 
@@ -165,6 +166,7 @@ def test_nothing_is_left_of_a_killed_run_and_another_number_of_workers_resumes_i
     run = RunDirectory(tmp_path / "run")
     options = ["train", "--env", "add", *SMALL, "--steps", "1000", "--output", str(run.path)]
     options += ["--reward", str(reward), "--reward-timeout", "60", "--worker-deadline", "120"]
+    options += ["--max-staleness", "1"]
     process, _ = start_command([*options, "--workers", "2"], log)
     wait_for_rows(run, 1, process)
     below = processes_below(process.pid)
@@ -186,6 +188,9 @@ def test_nothing_is_left_of_a_killed_run_and_another_number_of_workers_resumes_i
     rows = [int(row["step"]) for row in read_metrics(run.metrics) if "loss" in row]
     assert rows == list(range(steps + 1))
     assert list(run.workers.iterdir()) == []
+    trained = Counter(row["task"] for row in read_rows(run.samples))
+    assert set(trained.values()) == {4}, "no task is trained on twice"
+    assert len(trained) == 2 * len(rows)
 
 
 DYING = """

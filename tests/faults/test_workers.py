@@ -133,9 +133,10 @@ def test_no_rollout_is_lost_or_comes_twice_whatever_happens_to_the_workers(
             )
             assert tokens_of(one.groups) == tokens_of(expected)
     if kills:
-        # On a busy machine a process starts slowly, whatever it does.
         assert max(killer.cpu_seconds) < 4
-        assert sorted(killer.seconds)[kills // 2] < 5, killer.seconds
+        # On a machine with other work a process starts slowly, whatever it does.
+        if os.getloadavg()[0] < (os.cpu_count() or 1) + WORKERS + 1:
+            assert max(killer.seconds) < 5, killer.seconds
     attempts(kills or poison or hangs)
 
 

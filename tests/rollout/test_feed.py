@@ -268,7 +268,13 @@ def test_a_task_that_is_given_up_is_counted_and_its_group_is_missing():
 
 def test_metrics_say_who_waits_for_whom():
     circle = Circle(steps=6, max_staleness=2).run()
-    names = {"workers/queued", "workers/idle", "workers/given_up", "buffer/dropped"}
+    names = {
+        "workers/queued",
+        "workers/idle",
+        "workers/given_up",
+        "workers/ended",
+        "buffer/dropped",
+    }
     assert all(names == metrics.keys() for metrics in circle.metrics)
     assert all(0 <= metrics["workers/idle"] <= 1 for metrics in circle.metrics)
     assert max(metrics["workers/queued"] for metrics in circle.metrics) > 0
@@ -332,7 +338,7 @@ def test_jobs_out_of_order_give_the_numbers_of_a_run_in_one_process(load_tiny, t
     theirs = {name for name in late.reports[0].metrics if name.startswith(MEASURED)}
     assert {"time/generate", "time/reward", "memory/peak_generate_gb"} == own - theirs
     assert theirs - own == {"time/wait", "trainer/idle", "buffer/dropped"} | {
-        f"workers/{name}" for name in ("queued", "idle", "given_up")
+        f"workers/{name}" for name in ("queued", "idle", "given_up", "ended")
     }
 
 

@@ -16,7 +16,7 @@ class WorkerLoad:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._busy = 0.0
-        self._given_up = 0
+        self._given_up = self._ended = 0
         # The start of a step, and the seconds of the jobs that finished in the step.
         self._began: float | None = None
         self._spans: deque[tuple[float, float]] = deque(maxlen=_STEPS)
@@ -27,11 +27,15 @@ class WorkerLoad:
             self._began = time.perf_counter() - job.seconds
         self._busy += job.seconds
         self._given_up += len(job.given_up)
+        self._ended += job.ended
 
     def metrics(self) -> Metrics:
-        """Return the idle share over the last steps, and the tasks given up in this step."""
-        metrics = {"workers/given_up": float(self._given_up)}
-        self._given_up = 0
+        """Return the idle share over the last steps, and what went wrong in this step."""
+        metrics = {
+            "workers/given_up": float(self._given_up),
+            "workers/ended": float(self._ended),
+        }
+        self._given_up = self._ended = 0
         if self._began is None:
             return metrics
         now = time.perf_counter()

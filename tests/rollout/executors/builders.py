@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,5 +75,7 @@ def dying_worker() -> RolloutWorker:
 
 
 def refusing_worker() -> RolloutWorker:
-    """Raise an error that the user must read."""
+    """Print, and raise an error that the user must read."""
+    print("printed in a worker")
+    print("an error in a worker", file=sys.stderr)
     raise ConfigError("the worker has no model")

@@ -177,7 +177,7 @@ def test_the_tasks_of_a_worker_that_is_killed_during_a_job_are_played_again(
     tasks = tasks_that("add", "die once", "add", mark=str(tmp_path / "mark"))
     done = play(crew, job_of(tasks))
     assert rollouts_of(done[0].groups) == rollouts_of(one_by_one(tasks, policy))
-    assert done[0].given_up == []
+    assert (done[0].given_up, done[0].ended) == ([], 1)
     assert (
         "while it played a job of 3 tasks. It starts again, and its tasks are played again"
         in (notes[-1])
@@ -204,7 +204,7 @@ def test_a_task_that_ends_two_workers_is_given_up_and_the_others_go_on(crew, pol
     tasks = tasks_that("add", "die", "add")
     ended = crew.ended
     done = play(crew, job_of(tasks))
-    assert done[0].given_up == [tasks[1]]
+    assert (done[0].given_up, done[0].ended) == ([tasks[1]], 2)
     assert [group.task for group in done[0].groups] == [tasks[0], tasks[2]]
     whole = one_by_one(tasks, policy)
     assert rollouts_of(done[0].groups) == rollouts_of([whole[0], whole[2]])
@@ -257,13 +257,15 @@ def test_a_worker_that_ends_three_times_in_a_row_ends_the_run(tmp_path, publishe
     assert list((tmp_path / "workers").iterdir()) == []
 
 
-def test_the_error_of_a_worker_that_cannot_be_built_ends_the_run(tmp_path, published):
+def test_the_error_of_a_worker_that_cannot_be_built_ends_the_run(tmp_path, published, capfd):
+    """What the user's code prints in the worker goes where this process prints."""
     refusing = Crew(SpawnedWorkers(builders.refusing_worker), 1, tmp_path / "workers")
     refusing.follow(3, published)
     refusing.submit(job_of(tasks_that("add")))
     with pytest.raises(ConfigError, match="the worker has no model"):
         refusing.completed(wait=True)
     refusing.close()
+    assert capfd.readouterr() == ("printed in a worker\n", "an error in a worker\n")
 
 
 def test_what_another_process_cannot_find_is_refused(crew, tmp_path, published):

@@ -57,6 +57,7 @@ class _Whole:
     worker: int = 0
     seconds: float = 0.0
     reward_seconds: float = 0.0
+    ended: int = 0
 
     @property
     def is_finished(self) -> bool:
@@ -74,6 +75,7 @@ class _Whole:
             seconds=self.seconds,
             reward_seconds=self.reward_seconds,
             given_up=[tasks[place] for place in sorted(self.given_up)],
+            ended=self.ended,
         )
 
 
@@ -321,6 +323,7 @@ class Crew:
     def _play_again(self, part: _Part, how: str) -> str:
         """Return in words what happens with the tasks of the part."""
         ended = part.ended + 1
+        part.whole.ended += 1
         singles = [_Part(part.whole, range(n, n + 1), ended) for n in part.places]
         if len(singles) > 1:
             self._waiting.extendleft(reversed(singles))

@@ -29,6 +29,7 @@ class FinishedJob:
 
     `given_up` holds tasks of `job.tasks` themselves. The tasks of the groups may be copies.
     `seconds` is what the worker took for the job, and `reward_seconds` the part of its rewards.
+    `ended` is how often a worker died or hung while it played tasks of the job.
     """
 
     job: RolloutJob
@@ -37,6 +38,7 @@ class FinishedJob:
     reward_seconds: float = 0.0
     worker: int = 0
     given_up: Sequence[Task] = ()
+    ended: int = 0
 
 
 @runtime_checkable

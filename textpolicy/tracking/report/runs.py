@@ -129,7 +129,12 @@ def _waiting(rows: _Rows) -> list[tuple[str, str]]:
     share = f"trainer {waited / steps:.0%}, workers {fmean(idle):.0%} of the time"
     dropped = sum(value for _, value in _points(rows, "buffer/dropped"))
     given_up = sum(value for _, value in _points(rows, "workers/given_up"))
-    counts = {"groups dropped as too stale": dropped, "tasks given up": given_up}
+    ended = sum(value for _, value in _points(rows, "workers/ended"))
+    counts = {
+        "groups dropped as too stale": dropped,
+        "workers that died or hung": ended,
+        "tasks given up": given_up,
+    }
     return [
         ("waited for the other", share),
         *((title, f"{count:,.0f}") for title, count in counts.items() if count),
