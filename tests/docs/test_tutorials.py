@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.transcripts import masked, missing_line, run_session, typed_in
+from tests.docs.transcripts import held_out_rewards, masked, missing_line, run_session, typed_in
 
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -38,6 +38,24 @@ def test_the_first_reward_goes_from_flat_over_hacked_to_learned(tmp_path, monkey
     assert (before, start) == (0, 0)
     assert hacked < 0.05
     assert learned > 0.15
+
+
+@pytest.mark.slow
+def test_demonstrations_give_a_reward_its_signal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (TUTORIALS / "demonstrations_first.md").read_text("utf-8")
+    run_session(page, tmp_path, capsys.readouterr)
+
+
+@pytest.mark.slow
+def test_the_check_tells_a_kind_judge_from_a_strict_one_that_a_run_learns_from(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    page = (TUTORIALS / "judge.md").read_text("utf-8")
+    lines = run_session(page, tmp_path, capsys.readouterr)
+    before, after = held_out_rewards(lines)[-2:]
+    assert after > before + 0.1
 
 
 @pytest.mark.slow
@@ -88,3 +106,10 @@ def test_the_sick_runs_show_what_the_pages_say_of_them():
     assert max(SICK_RUNS["rate too high"]["metrics"]["entropy"][:60]) == pytest.approx(
         4.6, abs=0.05
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["your_data.md", "to_an_endpoint.md"])
+def test_the_tutorial_prints_what_it_shows(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_session((TUTORIALS / name).read_text("utf-8"), tmp_path, capsys.readouterr)
