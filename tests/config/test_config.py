@@ -255,6 +255,7 @@ def flags_of(command: str) -> dict[str, argparse.Action]:
 
 
 SWITCHES = {"help", "json", "config", "set", "dry_run", "measure", "resume", "force"}
+SWITCHES |= {"ranks", "rank_deadline", "backend"}
 CONFIGS = {"train": DEFAULTS, "sft": SFTConfig()}
 
 
