@@ -50,7 +50,9 @@ LONGER = (
     "real_learning.py",
     "sft.py",
     "staleness.py",
+    "simulate.py",
     "verifiers_eval.py",
+    "workers.py",
 )
 COUNTS = dict.fromkeys(
     [
