@@ -195,6 +195,7 @@ BOUNDS = [
 ]
 
 
+@pytest.mark.proves("F17")
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 def test_what_is_sampled_is_trained_on_once_or_counted_and_never_more_than_the_bound(bounds):
     bound, dropped, oldest = bounds["max_staleness"], 0, 0
@@ -249,6 +250,7 @@ def test_a_checkpoint_that_knows_nothing_of_generations_in_flight_is_resumed():
     assert draws_of(stopped) | draws_of(resumed) == draws_of(straight)
 
 
+@pytest.mark.proves("F17")
 def test_workers_that_do_not_follow_the_trainer_end_the_run():
     circle = Circle(steps=4, max_staleness=2)
     circle.policy.reload = lambda path: None
@@ -257,6 +259,13 @@ def test_workers_that_do_not_follow_the_trainer_end_the_run():
     circle.executor.follow = lambda version, published: None
     with pytest.raises(TrainingError, match=r"version 0, although the trainer had version \d when"):
         circle.run(first=1)
+
+
+def test_an_executor_that_loses_jobs_ends_the_run():
+    circle = Circle(steps=4, max_staleness=1)
+    circle.executor.completed = lambda *, wait: []
+    with pytest.raises(TrainingError, match=r"4 jobs have not ended, but .* LateExecutor returned"):
+        circle.run()
 
 
 def test_a_task_that_is_given_up_is_counted_and_its_group_is_missing():

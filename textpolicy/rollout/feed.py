@@ -271,6 +271,13 @@ class RolloutFeed:
         """Take the finished jobs, and put the generations that they complete into the buffer."""
         with self._noting_the_wait() if wait else nullcontext():
             finished = self._executor.completed(wait=wait)
+        if wait and not finished:
+            raise TrainingError(
+                f"{sum(len(one.unfinished) for one in self._rounds)} jobs have not ended, but "
+                f"completed(wait=True) of {type(self._executor).__name__} returned none. An "
+                "executor must return each job that was submitted, also one whose tasks are all "
+                "given up"
+            )
         for job in finished:
             self._load.add(job)
             arrivals.jobs.append(job)
