@@ -200,7 +200,7 @@ class ParentLink:
 def run_guarded(entry: str, descriptor: int, lifeline: int, uses_mlx: bool = False) -> None:
     """Split into the guard and the worker; the worker runs `entry`.
 
-    With `uses_mlx`, the worker first becomes a fresh program: GPUs do not work after a fork.
+    With `uses_mlx`, the worker is a fresh program: GPUs do not work after a fork.
     """
     os.set_inheritable(lifeline, False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -209,7 +209,7 @@ def run_guarded(entry: str, descriptor: int, lifeline: int, uses_mlx: bool = Fal
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    worker = os.fork()
+    worker = _start_program(entry, descriptor) if uses_mlx else os.fork()
     if worker:
         os.close(descriptor)
         _guard(worker, lifeline, woken)
@@ -218,22 +218,27 @@ def run_guarded(entry: str, descriptor: int, lifeline: int, uses_mlx: bool = Fal
     for unused in (lifeline, woken, wakes):
         os.close(unused)
     os.setsid()
-    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    if uses_mlx:
-        program = (
-            f"{_same_path()}"
-            "from textpolicy.user_code.killable_process import run_entry\n"
-            f"run_entry({entry!r}, {descriptor})"
-        )
-        os.execv(sys.executable, [sys.executable, "-u", "-c", program])
     run_entry(entry, descriptor)
 
 
 def run_entry(entry: str, descriptor: int) -> None:
     """Call the function "package.module:function" with the link to the parent."""
+    _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
     faulthandler.enable()
     module, _, function = entry.partition(":")
     vars(import_module(module))[function](ParentLink(descriptor))
+
+
+def _start_program(entry: str, descriptor: int) -> int:
+    """Start a program that runs `entry` in a session of its own, and return its process id."""
+    program = (
+        f"{_same_path()}"
+        "from textpolicy.user_code.killable_process import run_entry\n"
+        f"run_entry({entry!r}, {descriptor})"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", program], pass_fds=[descriptor], start_new_session=True
+    ).pid
 
 
 def kill_descendants(process_id: int) -> None:
