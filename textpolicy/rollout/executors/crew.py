@@ -201,6 +201,7 @@ class Crew:
         """See `Executor`."""
         for worker in self._workers:
             worker.link.end()
+        self._transport.close()
         self._versions.drop_before(None)
 
     # What workers say

@@ -9,7 +9,7 @@ connection and another one writes, so that neither side waits for the other whil
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import wait
@@ -50,7 +50,7 @@ class SpawnedWorkers:
     """A `Transport` whose workers are processes of this machine, each made by `build`."""
 
     def __init__(self, build: BuildWorker) -> None:
-        self._packed = _pack(build, "the function that builds a rollout worker")
+        self._packed = pack_build(build)
 
     def start(self, number: int) -> "SpawnedLink":
         return SpawnedLink(self._packed)
@@ -58,25 +58,35 @@ class SpawnedWorkers:
     def wait(self, links: Sequence["SpawnedLink"], seconds: float) -> None:
         wait([link.process.socket for link in links], seconds)
 
+    def close(self) -> None:
+        """Return at once: each worker is a process of its own."""
+
 
 class SpawnedLink:
     """The `WorkerLink` of a process."""
 
-    def __init__(self, packed_build: "_Packed") -> None:
+    def __init__(self, packed_build: "Packed") -> None:
         entry = f"{__name__}:{serve_rollouts.__name__}"
         self.process = KillableProcess(entry, max_message_bytes=_MAX_ANSWER_BYTES, uses_mlx=True)
-        self.process.send(packed_build)
+        self.send(packed_build)
 
     def follow(self, published: PublishedVersion) -> None:
-        self.process.send(_pack(published, "an adapter version"))
+        self.send(pack(published, "an adapter version"))
 
     def play(self, job: SentJob) -> None:
-        self.process.send(_pack(job, "the columns of a task"))
+        self.send(pack_job(job))
+
+    def send(self, packed: "Packed") -> None:
+        """Hand over what `pack` or `pack_job` has returned."""
+        self.process.send(packed)
 
     def answers(self) -> Iterator[WorkerAnswer]:
+        return map(answer_from_json, self.messages())
+
+    def messages(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the answers as they were sent. The errors are those of `answers`."""
         try:
-            for message in self.process.read_messages():
-                yield answer_from_json(message)
+            yield from self.process.read_messages()
         except ForgedAnswerError as error:
             raise WorkerEndedError(f"wrote {error} where an answer was expected") from error
         except EOFError as error:
@@ -86,11 +96,22 @@ class SpawnedLink:
         self.process.kill()
 
 
-_Packed = tuple[dict[str, str], bytes]
+Packed = tuple[dict[str, str], bytes]
 """The files that define what a pickle names, and the pickle."""
 
 
-def _pack(content: object, what: str) -> _Packed:
+def pack_job(job: SentJob) -> Packed:
+    """Return a job as it travels. Raise `ConfigError` if a task holds what cannot travel."""
+    return pack(job, "the columns of a task")
+
+
+def pack_build(build: BuildWorker) -> Packed:
+    """Return as it travels what builds a worker in its process."""
+    return pack(build, "the function that builds a rollout worker")
+
+
+def pack(content: object, what: str) -> Packed:
+    """Return what travels to a worker's process, or raise `ConfigError` with the word `what`."""
     with raise_user_errors_as(ConfigError, f"handing {what} to a rollout worker"):
         packed = bytes(ForkingPickler.dumps(content))
     files = files_named_in(packed)
@@ -119,7 +140,7 @@ def serve_rollouts(parent: ParentLink) -> None:
     """Build the worker and play jobs, until the parent closes its end."""
     # A KeyboardInterrupt can then come only from the user's code.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    inbox: SimpleQueue[_Packed | None] = SimpleQueue()
+    inbox: SimpleQueue[Packed | None] = SimpleQueue()
     outbox: SimpleQueue[WorkerAnswer | None] = SimpleQueue()
     writer = Thread(target=_write, args=(parent, outbox), daemon=True)
     for thread in (writer, Thread(target=_read, args=(parent, inbox), daemon=True)):
@@ -138,7 +159,7 @@ class _Server:
     def __init__(
         self,
         parent: ParentLink,
-        inbox: "SimpleQueue[_Packed | None]",
+        inbox: "SimpleQueue[Packed | None]",
         outbox: "SimpleQueue[WorkerAnswer | None]",
     ) -> None:
         self._parent = parent
@@ -182,7 +203,7 @@ class _Server:
         return False
 
 
-def _unpack(parent: ParentLink, packed: _Packed) -> Any:
+def _unpack(parent: ParentLink, packed: Packed) -> Any:
     files, content = packed
     script = files.pop(SCRIPT_MODULE, None)
     if script and vars(sys.modules["__main__"]).get("__file__") != script:
@@ -194,7 +215,7 @@ def _unpack(parent: ParentLink, packed: _Packed) -> Any:
         return parent.unpickle(content)
 
 
-def _read(parent: ParentLink, inbox: "SimpleQueue[_Packed | None]") -> None:
+def _read(parent: ParentLink, inbox: "SimpleQueue[Packed | None]") -> None:
     # A parent that is gone sends nothing more, and the guard ends this process.
     with suppress(EOFError, OSError):
         while True:

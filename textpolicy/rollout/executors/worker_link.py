@@ -111,6 +111,10 @@ class Transport(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End what the transport itself has started. Its workers have ended before."""
+        ...
+
 
 def send_job(job: RolloutJob, number: int) -> SentJob:
     """Return the job as it travels, without the environments and agents of its tasks."""
