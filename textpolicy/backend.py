@@ -24,11 +24,14 @@ def missing_backend() -> str:
 
 def versions() -> dict[str, str | None]:
     """Return the version of each package that computes, or None if it is not installed."""
+    return {package: version_of(package) for package in ("textpolicy", "mlx", "mlx-lm")}
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
     # `import textpolicy` reads this file, and importlib.metadata doubles the time of that import.
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, str | None] = dict.fromkeys(("textpolicy", "mlx", "mlx-lm"))
-    for package in found:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None

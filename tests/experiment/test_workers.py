@@ -40,7 +40,7 @@ def reward(completion, example):
 """
 
 
-def train(folder, workers, steps=22):
+def train(folder, workers, steps=22, transport=None):
     """Return the rollouts of each step, and the bytes of the last adapter."""
     model, adapters, tokenizer = builders.adapted_model()
     adapters.publish_path = folder / "adapters.safetensors"
@@ -48,7 +48,8 @@ def train(folder, workers, steps=22):
     policy = create_policy(shared_copy(model), tokenizer, {"max_tokens": 4})
     crew = None
     if workers:
-        crew = Crew(SpawnedWorkers(builders.add_worker), workers, folder / "workers")
+        transport = transport or SpawnedWorkers(builders.add_worker)
+        crew = Crew(transport, workers, folder / "workers")
     seen = []
     train_rl(
         tasks=load("add").stream(0),

@@ -468,6 +468,9 @@ def staleness_bound(max_staleness: int | None, steps_per_generation: int) -> int
     return max_staleness
 
 
+NO_RAY, LOCAL_RAY = "off", "local"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutOptions:
     """How many completions each step samples."""
@@ -482,6 +485,12 @@ class RolloutOptions:
         "trainer's own process",
         metavar="N",
         limit=at_least(0),
+    )
+    ray: str = option(
+        NO_RAY,
+        "HOST:PORT of a Ray cluster whose machines hold the workers; 'local' starts Ray on this "
+        "machine, and with 'off' the workers are processes without Ray",
+        metavar="ADDRESS",
     )
     worker_deadline: float | None = option(
         None,
@@ -516,6 +525,16 @@ class RolloutOptions:
     def __post_init__(self) -> None:
         check(self)
         staleness_bound(self.max_staleness, self.steps_per_generation)
+        if self.ray != NO_RAY and not self.workers:
+            raise ConfigError(
+                f"ray is {self.ray!r} and workers is 0: no worker would use Ray. Set workers to at "
+                f"least 1, or ray to {NO_RAY!r}"
+            )
+
+    @property
+    def workers_here(self) -> int:
+        """The workers that this machine holds; those of a Ray cluster may be on others."""
+        return self.workers if self.ray in (NO_RAY, LOCAL_RAY) else 0
 
     @property
     def workers_run_ahead(self) -> bool:

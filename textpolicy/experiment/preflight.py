@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.config import SFTConfig, TrainConfig, changed
+from textpolicy.config.train import NO_RAY
 from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError, PromptError
 from textpolicy.experiment.assembly import RunConfig, adapter_config, service_options
@@ -181,7 +182,8 @@ def _milder(config: RunConfig) -> Iterator[dict[str, Any]]:
         return
     if (config.trainer.micro_batch_size or 2) > 1:
         yield {"trainer.micro_batch_size": 1}
-    yield from _halved("rollout.workers", config.rollout.workers, 0)
+    least_workers = 0 if config.rollout.ray == NO_RAY else 1
+    yield from _halved("rollout.workers", config.rollout.workers_here, least_workers)
     yield from _halved("rollout.steps_per_generation", config.rollout.steps_per_generation, 1)
     yield from _halved("evaluation.samples", config.evaluation.samples, 1)
     yield from _halved("evaluation.count", config.evaluation.count, 512)

@@ -35,7 +35,7 @@ _FREE_IN_RL = frozenset(
         *("tracking", "run.output", "run.sample_groups", "run.checkpoint_every"),
         *("run.keep_checkpoints", "run.keep_adapters", "run.stop_on_collapse", "run.steps"),
         *("run.limits", "run.step_deadline", "run.stop_on_stall"),
-        *("rollout.workers", "rollout.worker_deadline", "rollout.swap"),
+        *("rollout.workers", "rollout.worker_deadline", "rollout.swap", "rollout.ray"),
     }
 )
 _FREE_IN_SFT = frozenset(

@@ -149,8 +149,8 @@ class SizeEstimator:
         groups = groups if run.sample_groups is None else min(run.sample_groups, groups)
         text = _CHARACTERS_A_TOKEN * (lengths.prompt + lengths.completion)
         return self._size(
-            workers=rollout.workers,
-            worker_bytes=self._worker_bytes(config, lengths) if rollout.workers else 0,
+            workers=rollout.workers_here,
+            worker_bytes=self._worker_bytes(config, lengths) if rollout.workers_here else 0,
             plan=lambda: self._plan_rl(config, lengths),
             lengths=lengths,
             completions=max(step * _steps_in_memory(config), measured),

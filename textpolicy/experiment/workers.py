@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from textpolicy.config import TrainConfig
+from textpolicy.config.train import NO_RAY
 from textpolicy.experiment.assembly import (
     apply_thread_option,
     build_policy,
@@ -12,6 +13,7 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.tasks import find_worker_task
 from textpolicy.rollout.executors.crew import Crew
+from textpolicy.rollout.executors.ray import RayWorkers
 from textpolicy.rollout.executors.rollout_worker import RolloutWorker
 from textpolicy.rollout.executors.spawned import SpawnedWorkers
 from textpolicy.runs import RunDirectory
@@ -47,10 +49,12 @@ class BuildRunWorker:
 
 def open_crew(config: TrainConfig, directory: RunDirectory, note: Callable[[str], None]) -> Crew:
     """Start the workers of a run. Their incidents are lines for `note`."""
+    build, rollout = BuildRunWorker(config), config.rollout
+    without_ray = rollout.ray == NO_RAY
     return Crew(
-        SpawnedWorkers(BuildRunWorker(config)),
-        config.rollout.workers,
+        SpawnedWorkers(build) if without_ray else RayWorkers(build, rollout.workers, rollout.ray),
+        rollout.workers,
         directory.workers,
-        deadline=config.rollout.worker_deadline,
+        deadline=rollout.worker_deadline,
         note=note,
     )

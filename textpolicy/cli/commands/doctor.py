@@ -14,6 +14,7 @@ from textpolicy import backend, fast_cpu
 from textpolicy.cli.answer import Answer, table
 from textpolicy.machine import memory_bytes, size_text
 
+_NO_RAY = "not installed; rollout workers on other machines need: pip install 'textpolicy[ray]'"
 _TINY = Path(backend.__file__).parent / "tiny" / "model.safetensors"
 _INSTALL = "pip install --force-reinstall textpolicy mlx-lm"
 
@@ -30,6 +31,7 @@ def run(options: Namespace) -> Answer:
         "threads": _measure_threads(),
         "memory_bytes": memory_bytes(),
         "tiny_model": _TINY.is_file(),
+        "ray": backend.version_of("ray"),
     }
     data["usable"] = bool(data["mlx-lm"]) and data["tiny_model"]
     data["next"] = "textpolicy demo" if data["usable"] else _INSTALL
@@ -71,6 +73,7 @@ def _for_people(data: Mapping[str, Any]) -> str:
         *(("", text) for text in _threads_text(data["threads"])),
         *(("", note) for note in (blas["reason"], blas["hint"]) if note),
         ("tiny model", "present" if data["tiny_model"] else f"MISSING: no {_TINY}; reinstall"),
+        ("ray", data["ray"] or _NO_RAY),
         ("verdict", "ready" if data["usable"] else "not usable yet"),
         ("next", data["next"]),
     ]

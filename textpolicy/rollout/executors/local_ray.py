@@ -49,6 +49,8 @@ class LocalRay:
         os.environ[_LOOPBACK] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # By default, actors get the cores that no other process wants.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         import_ray()
         # The paths of sockets must be short: no folder of the run, and none of macOS for one user.
         self._folder = tempfile.mkdtemp(prefix="textpolicy-ray-", dir="/tmp")

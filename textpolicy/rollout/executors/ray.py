@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
+from textpolicy.config.train import LOCAL_RAY
 from textpolicy.errors import ConfigError
 from textpolicy.rollout.executors.local_ray import LocalRay, import_ray
 from textpolicy.rollout.executors.ray_host import Surroundings, WorkerHost
@@ -23,8 +24,6 @@ from textpolicy.rollout.executors.worker_link import (
 )
 from textpolicy.user_code import keep_process_state
 
-LOCAL = "local"
-"""In the place of an address: start Ray on this machine."""
 RESOURCE = "textpolicy_worker"
 """The custom resource of machines that says how many workers each may hold."""
 _ACTORS_OF_CREWS = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
@@ -35,16 +34,17 @@ _LONGEST_REASON = 300
 class RayWorkers:
     """A `Transport` whose workers are Ray actors, each made by `build` on its machine.
 
-    `address` is the HOST:PORT of a Ray cluster that this machine belongs to, or `LOCAL`. Raise
-    `ConfigError` if the cluster has no room for `workers` actors.
+    `address` is the HOST:PORT of a Ray cluster that this machine belongs to; "local" starts Ray
+    here. Raise `ConfigError` if the cluster has no room for `workers` actors.
     """
 
-    def __init__(self, build: BuildWorker, workers: int, address: str = LOCAL) -> None:
+    def __init__(self, build: BuildWorker, workers: int, address: str = LOCAL_RAY) -> None:
         self._packed = pack_build(build)
-        self._local = LocalRay(workers) if address == LOCAL else None
-        self._ray = _connect(self._local.address if self._local else address)
+        self._local = LocalRay(workers) if address == LOCAL_RAY else None
         self._newest: tuple[PublishedVersion, Any] | None = None
+        self._ray = import_ray()
         try:
+            _connect(self._ray, self._local.address if self._local else address)
             options = _ACTORS_OF_CREWS | _room_for(workers, self._ray.cluster_resources())
         except ConfigError:
             self.close()
@@ -109,14 +109,12 @@ class RayLink:
         self._ray.kill(self._host)
 
 
-def _connect(address: str) -> Any:
-    """Return Ray, connected to the cluster at this address."""
-    ray = import_ray()
+def _connect(ray: Any, address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigError(
             f"the address of Ray is {address!r}; expected HOST:PORT, such as 127.0.0.1:6379, or "
-            f"{LOCAL!r}"
+            f"{LOCAL_RAY!r}"
         )
     try:
         # Ray itself tries for minutes.
@@ -130,7 +128,6 @@ def _connect(address: str) -> Any:
             "`ray start --head` on one machine and `ray start --address=HOST:PORT` on every other "
             "machine, this one among them"
         ) from error
-    return ray
 
 
 def _room_for(workers: int, resources: dict[str, float]) -> dict[str, Any]:
