@@ -226,3 +226,12 @@ def test_a_plan_counts_the_copies_of_the_base(capsys):
     said = capsys.readouterr().out
     assert "3 x" in said
     assert "each with its own copy of the base" in said
+
+
+def test_a_plan_counts_no_workers_of_a_cluster_and_ray_needs_workers(capsys):
+    plan = ["train", "--env", "add", "--steps", "2", "--dry-run"]
+    for address, counted in (("10.0.0.1:6379", False), ("local", True)):
+        assert main([*plan, "--workers", "3", "--ray", address]) == 0
+        assert ("each with its own copy of the base" in capsys.readouterr().out) == counted
+    assert main([*plan, "--ray", "local"]) == 2
+    assert "ray is 'local' and workers is 0" in capsys.readouterr().err

@@ -82,6 +82,22 @@ def actors():
     return found
 
 
+def addresses_of(processes):
+    """Return the addresses, as the kernel writes them, at which these processes listen."""
+    sockets = set()
+    for process in processes:
+        for file in Path("/proc", str(process), "fd").iterdir():
+            with suppress(OSError):
+                sockets.add(os.readlink(file))
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]
+    ]
+    listening = [row for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+    return [row[1].partition(":")[0] for row in listening]
+
+
 def take_environment(variables):
     """Take those of this process, among which is the token for its Ray."""
     os.environ.update(variables)
@@ -123,6 +139,13 @@ def test_a_run_on_a_cluster_is_that_of_one_process(home, tmp_path):
 
 
 @needs_ray
+def test_ray_that_was_started_here_listens_to_this_machine_alone(home):
+    addresses = addresses_of(processes_below(home._process.process.pid))
+    assert len(addresses) >= 3
+    assert set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F"}
+
+
+@needs_ray
 def test_what_the_cluster_cannot_hold_or_is_not_there_is_refused(home):
     with pytest.raises(ConfigError, match=r"workers is 3, and the machines .* have CPU for 2"):
         RayWorkers(builders.add_worker, 3, home.address)
@@ -150,7 +173,9 @@ def test_nothing_but_the_cluster_is_left_of_a_killed_run(home, tmp_path):
 
 
 @needs_ray
-def test_the_tasks_of_an_actor_that_is_killed_are_played_again(crew, policy, notes, tmp_path):
+def test_the_tasks_of_an_actor_that_is_killed_are_played_again(
+    crew, policy, notes, tmp_path, capsys
+):
     tasks = tasks_that("add", "add")
     assert rollouts_of(play(crew, job_of(tasks))[0].groups) == rollouts_of(
         in_process(tasks, policy)
@@ -165,9 +190,10 @@ def test_the_tasks_of_an_actor_that_is_killed_are_played_again(crew, policy, not
     (done,) = crew.completed(wait=True)
     assert rollouts_of(done.groups) == rollouts_of(one_by_one(tasks, policy))
     assert {rollout.version for group in done.groups for rollout in group.rollouts} == {3}
-    assert "rollout worker 1 was lost with its Ray actor" in notes[-1]
-    assert notes[-1].endswith("It starts again, and its tasks are played again")
+    assert "its Ray actor (The actor is dead because its worker process has died)" in notes[-1]
+    assert notes[-1].endswith("It starts again, and its tasks are played again one by one")
     assert not any(Path(f"/proc/{one}").exists() for one in below)
+    assert capsys.readouterr().out == ""
 
 
 @needs_ray

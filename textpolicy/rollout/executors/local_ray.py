@@ -27,6 +27,8 @@ _STORE_BYTES = 256 << 20
 
 def import_ray() -> Any:
     """Return the package `ray`. Raise `ConfigError` if it is not installed."""
+    # Ray prints to standard output that an actor has ended. The crew says so itself.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         return import_module("ray")
     except ImportError as error:

@@ -148,4 +148,5 @@ def _room_for(workers: int, resources: dict[str, float]) -> dict[str, Any]:
 
 def _how_an_actor_ended(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"was lost with its Ray actor ({lines[-1][:_LONGEST_REASON] if lines else error!r})"
+    reason, *_ = lines[-1].split(". ") if lines else [repr(error)]
+    return f"was lost with its Ray actor ({reason[:_LONGEST_REASON]})"
