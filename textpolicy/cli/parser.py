@@ -29,6 +29,7 @@ _UNTIMED = (
     *(f"trainer.{name}" for name in ("lr", "schedule", "warmup", "final_lr", "weight_decay")),
     *("trainer.max_grad_norm", "rollout.steps_per_generation", "rollout.refill_rounds"),
     *("rollout.max_staleness", "rollout.workers", "rollout.worker_deadline", "rollout.swap"),
+    "rollout.ray",
     *("model.allow_special_tokens", "task.eval_data"),
 )
 """Sections and settings that `bench` leaves out: they do not change the time of a step that one
