@@ -219,6 +219,8 @@ def some_config(random: Random) -> TrainConfig:
     if (staleness := values.get("rollout.max_staleness")) is not None:
         steps = values.get("rollout.steps_per_generation", 1)
         values["rollout.max_staleness"] = max(staleness, steps)
+    if "rollout.ray" in values:
+        values["rollout.workers"] = max(1, values.get("rollout.workers", 1))
     needed = {"model.quantize": 4, "tracking.wandb": "a project"}
     return changed(DEFAULTS, values | needed)
 
