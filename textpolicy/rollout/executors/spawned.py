@@ -71,13 +71,13 @@ class SpawnedLink:
         self.send(packed_build)
 
     def follow(self, published: PublishedVersion) -> None:
-        self.send(pack(published, "an adapter version"))
+        self.send(_pack(published, "an adapter version"))
 
     def play(self, job: SentJob) -> None:
         self.send(pack_job(job))
 
     def send(self, packed: "Packed") -> None:
-        """Hand over what `pack` or `pack_job` has returned."""
+        """Hand over what `pack_build` or `pack_job` has returned."""
         self.process.send(packed)
 
     def answers(self) -> Iterator[WorkerAnswer]:
@@ -102,15 +102,15 @@ Packed = tuple[dict[str, str], bytes]
 
 def pack_job(job: SentJob) -> Packed:
     """Return a job as it travels. Raise `ConfigError` if a task holds what cannot travel."""
-    return pack(job, "the columns of a task")
+    return _pack(job, "the columns of a task")
 
 
 def pack_build(build: BuildWorker) -> Packed:
     """Return as it travels what builds a worker in its process."""
-    return pack(build, "the function that builds a rollout worker")
+    return _pack(build, "the function that builds a rollout worker")
 
 
-def pack(content: object, what: str) -> Packed:
+def _pack(content: object, what: str) -> Packed:
     """Return what travels to a worker's process, or raise `ConfigError` with the word `what`."""
     with raise_user_errors_as(ConfigError, f"handing {what} to a rollout worker"):
         packed = bytes(ForkingPickler.dumps(content))
