@@ -25,8 +25,10 @@ def result_in(text: str) -> tuple[float, float, float]:
 @pytest.mark.slow
 def test_the_own_reward_of_the_readme_rises_as_the_page_shows(tmp_path):
     write_files(PAGE, tmp_path)
-    (line,) = re.findall(r"^\$ textpolicy (train .*)$", PAGE, re.MULTILINE)
-    for argv in (["make_rows.py"], ["-m", "textpolicy", *shlex.split(line)]):
+    printed = ""
+    for line in re.findall(r"^\$ (.*)$", PAGE, re.MULTILINE):
+        program, *words = shlex.split(line)
+        argv = words if program == "python" else ["-m", program, *words]
         done = subprocess.run(
             [sys.executable, *argv],
             cwd=tmp_path,
@@ -36,7 +38,9 @@ def test_the_own_reward_of_the_readme_rises_as_the_page_shows(tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-    before, after, error = result_in(done.stdout)
+        printed += done.stdout
+    assert "good: the answers of a group often earn different rewards" in printed
+    before, after, error = result_in(printed)
     assert after - before > 4 * error
     shown_before, shown_after, _ = result_in(PAGE)
     assert before == pytest.approx(shown_before, abs=0.01)
