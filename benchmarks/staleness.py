@@ -52,7 +52,6 @@ AVERAGED = {
     "token_staleness": "staleness/token_mean",
     "mixed_tokens": "staleness/mixed_tokens",
     "difference": "sampling/sampling_logp_difference/mean",
-    "trainer_waited": "trainer/idle",
 }
 Record = dict[str, Any]
 
