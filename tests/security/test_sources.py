@@ -36,9 +36,6 @@ ALLOWED = {
         "textpolicy.rewards.verifiers.sandbox",
     ),
     "exec_module": ("textpolicy.user_code.load_file",),
-    # A process that is to use mlx begins anew as Python, because a copy of a process that has used
-    # mlx hangs.
-    "os.execv": ("textpolicy.user_code.killable_process",),
 }
 
 
@@ -68,8 +65,6 @@ def unsafe(source: Source) -> Iterator[str]:
 def unsafe_attribute(source: Source, node: ast.Attribute) -> Iterator[str]:
     owner = node.value.id if isinstance(node.value, ast.Name) else ""
     name = f"{owner}.{node.attr}"
-    if source.module in ALLOWED.get(name, ()):
-        return
     if name in CALLS or name.startswith(FAMILIES) or (node.attr in NAMES and owner in BUILTINS):
         yield f"line {node.lineno}: {name}"
     if node.attr in {"sympify", "parse_expr"}:

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -39,6 +41,38 @@ from textpolicy.runs.directory import GIVEN_UP
 from textpolicy.types import Rollout, Sampling, StopReason
 
 GROUP_SIZE = 2
+SCRIPT = """from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from textpolicy.environments import load
+from textpolicy.rollout.executors.crew import Crew
+from textpolicy.rollout.executors.executor import RolloutJob
+from textpolicy.rollout.executors.rollout_worker import RolloutWorker
+from textpolicy.rollout.executors.spawned import SpawnedWorkers
+import textpolicy as tp
+
+class Number(int):
+    pass
+
+def own_reward(completion, example):
+    return float(type(example["own"]).__name__ == "Number")
+
+def build():
+    model, tokenizer = tp.load_model("tiny")
+    tp.AdapterContainer.from_model(model, tp.AdapterConfig(rank=2))
+    return RolloutWorker(tp.create_policy(model, tokenizer, {"max_tokens": 3}), own_reward)
+
+def main():
+    model, _ = tp.load_model("tiny")
+    adapters = tp.AdapterContainer.from_model(model, tp.AdapterConfig(rank=2))
+    adapters.publish(published := Path("adapters.safetensors"))
+    with closing(Crew(SpawnedWorkers(build), 1, Path("workers"))) as crew:
+        crew.follow(0, published)
+        tasks = [tp.Task(id="1", prompt="1+1=", example={"own": Number(3)})]
+        crew.submit(RolloutJob(number=0, tasks=tasks, group_size=2, seed=0))
+        (done,) = crew.completed(wait=True)
+        print([rollout.reward for group in done.groups for rollout in group.rollouts])
+"""
 DEADLINE = 4.0
 
 
@@ -274,6 +308,24 @@ def test_what_another_process_cannot_find_is_refused(crew, tmp_path, published):
     (task,) = tasks_that("add", column=lambda: None)
     with pytest.raises(ConfigError, match="handing the columns of a task to a rollout worker"):
         crew._workers[0].link.play(send_job(job_of([task]), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ('if __name__ == "__main__":\n    main()\n', "[1.0, 1.0]"),
+        ("main()\n", 'put the code that starts the run under `if __name__ == "__main__":`'),
+    ],
+    ids=["guarded", "not guarded"],
+)
+def test_a_worker_finds_what_a_script_defines_if_its_run_is_guarded(tmp_path, start, said):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT + start)
+    result = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert said in result.stdout + result.stderr
 
 
 @pytest.mark.proves("F17")

@@ -106,7 +106,16 @@ def pack_job(job: SentJob) -> Packed:
 
 
 def pack_build(build: BuildWorker) -> Packed:
-    """Return as it travels what builds a worker in its process."""
+    """Return as it travels what builds a worker in its process.
+
+    Raise `ConfigError` while a worker loads the script that starts the run.
+    """
+    # multiprocessing gives the main script both names. In a worker they differ while it runs.
+    if sys.modules.get(SCRIPT_MODULE) is not sys.modules["__main__"]:
+        raise ConfigError(
+            "this script starts a run when a rollout worker loads the script: put the code that "
+            'starts the run under `if __name__ == "__main__":`'
+        )
     return _pack(build, "the function that builds a rollout worker")
 
 
@@ -121,13 +130,7 @@ def _pack(content: object, what: str) -> Packed:
 
 
 def _main_script(what: str) -> str:
-    main = sys.modules["__main__"]
-    if sys.modules.get(SCRIPT_MODULE) is not main:
-        raise ConfigError(
-            "this script starts a run when a rollout worker loads the script: put the code that "
-            'starts the run under `if __name__ == "__main__":`'
-        )
-    file = vars(main).get("__file__")
+    file = vars(sys.modules["__main__"]).get("__file__")
     if file is None:
         raise ConfigError(
             f"{what} is defined where no other process can find it. Move the definition to a file, "
