@@ -27,7 +27,7 @@ FIRST_SCORES = {
         "letter": 0.38,
         "one_word": 0.47,
         "sum_story": 0.35,
-        "json_keys": 0.62,
-        "word_count": 0.24,
+        "json_keys": 0.61,
+        "word_count": 0.21,
     },
 }
