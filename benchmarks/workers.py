@@ -54,7 +54,7 @@ SIDES = (
     Side("one process"),
     Side("1 worker", ("--workers", "1", "--max-staleness", "1")),
     Side("2 workers", ("--workers", "2", "--max-staleness", "1")),
-    Side("2 Ray actors", ("--workers", "ray:2", "--max-staleness", "1")),
+    Side("2 Ray actors", ("--workers", "2", "--ray", "local", "--max-staleness", "1")),
     Side("2 ranks", ("--ranks", "2")),
 )
 TASKS = {
