@@ -22,9 +22,11 @@ from textpolicy.generation.decode import decode
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine
 from textpolicy.generation.prefix_cache import PrefixCache
+from textpolicy.planning.largest_micro_batch import largest_micro_batch
 from textpolicy.planning.memory_plan import plan_memory
 from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.serving.engine_queue import SERVED_PREFIX_BYTES
+from textpolicy.training.batch import count_prompts, split_into_micro_batches, training_rows
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, Segment, StopReason, Task
 
@@ -291,3 +293,34 @@ def test_a_batch_without_whole_groups_and_a_model_that_is_not_known_are_refused(
     more_norms = gemma2.Model(gemma2.ModelArgs.from_dict(sizes))
     with pytest.raises(ModelError, match="extra post_feedforward_layernorm, pre_feedforward"):
         plan_memory(more_norms, batch=4, **step)
+
+
+@pytest.mark.parametrize("size", [None, 3, 64, 5000])
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("share", [True, False])
+def test_the_largest_micro_batch_of_any_number_of_groups_is_known_at_once(size, segments, share):
+    def largest(groups, group_size):
+        return largest_micro_batch(
+            groups, group_size, segments, (12, 5), size=size, share_prompts=share
+        )
+
+    assert largest(10**9, 8) == largest(10**4, 8)
+    assert largest(2, 10**9) == largest(2, 10**4)
+
+
+@pytest.mark.parametrize(("groups", "group_size"), [(3000, 2), (1300, 8)])
+def test_a_micro_batch_above_the_counted_sizes_is_the_one_that_the_trainer_cuts(groups, group_size):
+    rollout = Rollout(
+        tokens=[0] * 3,
+        mask=[False, True, True],
+        logprobs=[0.0] * 3,
+        completion="",
+        reward=0.0,
+        stop_reason=StopReason.LENGTH,
+        sampling=Sampling(),
+        version=0,
+    )
+    group = RolloutGroup(task=Task(id="", prompt=""), rollouts=[rollout] * group_size)
+    first, *others = split_into_micro_batches(training_rows([group] * groups), 4096)
+    planned = largest_micro_batch(groups, group_size, 1, (1, 2), size=4096, share_prompts=True)
+    assert planned == (len(first), count_prompts(first), bool(others))

@@ -6,6 +6,7 @@ Rollouts of these lengths are cut into micro-batches by the trainer's own functi
 from typing import NamedTuple
 
 from textpolicy.training.batch import (
+    MICRO_BATCH_TOKENS,
     TrainingRow,
     count_padded_tokens,
     count_prompts,
@@ -13,6 +14,10 @@ from textpolicy.training.batch import (
     training_rows,
 )
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, Segment, StopReason, Task
+
+# A plan of a larger micro-batch is far from what fits, so its last rows need not be counted one by
+# one.
+_MOST_ROLLOUTS = 2 * MICRO_BATCH_TOKENS
 
 
 class MicroBatch(NamedTuple):
@@ -33,6 +38,19 @@ def largest_micro_batch(
     share_prompts: bool,
 ) -> MicroBatch:
     """Return the largest micro-batch; `lengths` are the tokens of a prompt and a completion."""
+    # Every rollout has a token, and further micro-batches are like the first ones.
+    most = MICRO_BATCH_TOKENS if size is None else max(1, size // segments)
+    if most > _MOST_ROLLOUTS:
+        rollouts = min(most, groups * group_size)
+        prompts = -(-rollouts // group_size) + rollouts * (segments - 1)
+        rows = rollouts * segments
+        return MicroBatch(
+            rows=rows,
+            prompts=prompts if share_prompts else rows,
+            is_part=rollouts < groups * group_size,
+        )
+    groups = min(groups, most // group_size + 2)
+    group_size = min(group_size, 2 * most + 2)
     prompt, completion = lengths
     one = Segment(
         tokens=[0] * (prompt + completion),
