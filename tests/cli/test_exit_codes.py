@@ -102,7 +102,7 @@ def test_a_command_that_is_near_none_is_answered_with_all_of_them(capsys):
     with pytest.raises(SystemExit):
         main(["zzz"])
     error = capsys.readouterr().err
-    assert "there is no command 'zzz'; the commands: demo, train, sft" in error
+    assert "there is no command 'zzz'; the commands: demo, init, train, sft" in error
 
 
 @pytest.mark.parametrize("name", OTHER_WAYS)

@@ -22,7 +22,7 @@ REQUIREMENTS = [
 ]
 # Backends of other machines, and extras that no test of every machine needs. The last two exclude
 # each other.
-NOT_HERE = {"cuda12", "cuda13", "trackio", "openenv", "verifiers"}
+NOT_HERE = {"ray", "cuda12", "cuda13", "trackio", "openenv", "verifiers"}
 
 
 def of(cases):
