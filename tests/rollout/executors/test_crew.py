@@ -255,18 +255,6 @@ def test_a_task_that_ends_two_workers_is_given_up_and_the_others_go_on(crew, pol
     assert crew.quarantine.path.name == GIVEN_UP
 
 
-@pytest.mark.slow
-@pytest.mark.proves("F9")
-def test_poison_tasks_beside_each_other_do_not_end_the_run(tmp_path, published, policy):
-    alone = Crew(SpawnedWorkers(builders.add_worker), 1, tmp_path / "workers")
-    alone.follow(3, published)
-    tasks = tasks_that("die", "die", "add")
-    done = play(alone, job_of(tasks))
-    alone.close()
-    assert (done[0].given_up, alone.ended) == (tasks[:2], 3)
-    assert rollouts_of(done[0].groups) == rollouts_of(in_process(tasks[2:], policy, first=2))
-
-
 @pytest.mark.proves("F10")
 def test_a_worker_that_hangs_is_ended_at_the_deadline(crew, policy, notes, tmp_path, monkeypatch):
     wait_until_ready(crew)

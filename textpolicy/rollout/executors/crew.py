@@ -307,7 +307,7 @@ class Crew:
         self._waiting.extendleft(reversed([part for part in ahead if part]))
         text = f"rollout worker {worker.number} {how}"
         text += f", while it played {playing}" if playing else ""
-        again = self._play_again(worker, playing, how) if playing else ""
+        again = self._play_again(playing, how) if playing else ""
         if worker.ends == _ENDS_IN_A_ROW:
             raise WorkersLostError(
                 f"{text}. It has ended {_ENDS_IN_A_ROW} times in a row without finishing a job"
@@ -321,7 +321,7 @@ class Crew:
             link.follow(newest)
         return _Worker(number, link, time.monotonic(), ends=ends)
 
-    def _play_again(self, worker: _Worker, part: _Part, how: str) -> str:
+    def _play_again(self, part: _Part, how: str) -> str:
         """Return in words what happens with the tasks of the part."""
         ended = part.ended + 1
         part.whole.ended += 1
@@ -333,8 +333,6 @@ class Crew:
             self._waiting.extendleft(singles)
             return ", and the task is played again"
         self._give_up(part, how)
-        # The task was to blame, and not the worker.
-        worker.ends = 0
         return (
             f". The task is given up, because {ended} workers have ended with it: it is not played "
             f"again in this run, and {self.quarantine.path} names it"
