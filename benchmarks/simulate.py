@@ -33,12 +33,10 @@ _ROLLOUT_BYTES = 30
 class Costs:
     """What the work takes on one machine, in seconds, and the bytes of an adapter."""
 
-    prompt: float
-    """Reading the prompts of a job, for each prompt."""
     decode_step: float
     """One decoding step, whatever the number of rows."""
     decode_row: float
-    """Each row of a decoding step, so each sampled token."""
+    """Each row of a decoding step, so each sampled token, with its share of the prompts."""
     update: float
     update_token: float
     between: float = 0.0
@@ -205,11 +203,7 @@ class _Simulation:
         costs = self.setup.costs
         lengths = [length for group in groups for length in group]
         longest = max(lengths, default=0)
-        return (
-            costs.prompt * len(groups)
-            + costs.decode_step * longest
-            + costs.decode_row * sum(lengths)
-        )
+        return costs.decode_step * longest + costs.decode_row * sum(lengths)
 
     def _update_seconds(self, tokens: int) -> float:
         costs, ranks = self.setup.costs, self.setup.ranks
@@ -252,7 +246,6 @@ def costs_of(phases: list[dict[str, float]], longest: int) -> Costs:
     (steps, row), (update, token) = split("time/generate"), split("time/train")
     known = sum(large.get(f"time/{name}", 0.0) for name in ("generate", "reward", "train"))
     return Costs(
-        prompt=0.0,
         decode_step=steps / longest,
         decode_row=row,
         update=update,
@@ -357,7 +350,14 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=1.1e8, help=text)
     parser.add_argument("--page", type=Path, help="write the tables into this page")
     options = parser.parse_args()
-    text = tables(json.loads(options.record.read_text("utf-8")), options)
+    record = json.loads(options.record.read_text("utf-8")) if options.record.exists() else {}
+    if "larger" not in record:
+        parser.error(
+            f"{options.record} has no times of a larger model. Measure them first: "
+            "python benchmarks/workers.py --larger build/smollm2-135m --output "
+            f"{options.record}"
+        )
+    text = tables(record, options)
     if options.page:
         before, _, after = options.page.read_text("utf-8").split(MARK)
         options.page.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}", "utf-8")

@@ -16,7 +16,7 @@ The record also has the seconds of each phase of a run in one process, for 8 and
 step, and with `--larger FOLDER` those of another model on `word_count`: simulate.py computes from
 them what other numbers of workers and ranks do.
 
-Ray actors need the package ray. The exit code is 1 if workers gain less than the docs promise.
+Ray actors need the package ray. The exit code is 1 if workers gain less than EXPECTED.
 """
 
 import argparse
@@ -38,8 +38,8 @@ HERE = Path(__file__).resolve().parent
 RECORD = HERE / "results" / "workers.json"
 MARK = "<!-- tables of workers.py -->"
 WAITING = str(HERE / "sides" / "waiting_sum.py")
-# What docs/workers.md promises of two quiet cores.
-PROMISED = {("add", "1 worker"): 1.35, ("waits", "2 workers"): 2.0}
+# Times one process, on two quiet cores.
+EXPECTED = {("add", "1 worker"): 1.35, ("waits", "2 workers"): 2.0}
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def keeps_promises(rows: list[dict[str, Any]]) -> bool:
-    """Return whether every side gains at least what the docs promise of it."""
+def gains_enough(rows: list[dict[str, Any]]) -> bool:
+    """Return whether every side gains at least what is expected of it."""
     return all(
-        row["times_one_process"] >= PROMISED.get((row["task"], row["side"]), 0) for row in rows
+        row["times_one_process"] >= EXPECTED.get((row["task"], row["side"]), 0) for row in rows
     )
 
 
@@ -216,7 +216,7 @@ def main() -> None:
     if options.output:
         options.output.write_text(text + "\n", "utf-8")
     print(text if options.json else table(record))
-    sys.exit(not keeps_promises(rows))
+    sys.exit(not gains_enough(rows))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ def script(monkeypatch) -> Any:
 @pytest.fixture
 def equal(script) -> Any:
     """A run in which every completion has 10 tokens, and sampling takes as long as an update."""
-    costs = script.Costs(
-        prompt=0, decode_step=0.1, decode_row=0, update=1.0, update_token=0, adapter_bytes=0
-    )
+    costs = script.Costs(decode_step=0.1, decode_row=0, update=1.0, update_token=0, adapter_bytes=0)
     return script.Setup(costs=costs, groups=4, size=2, mean_length=10, spread=0, delay=0)
 
 
