@@ -88,7 +88,6 @@ class RankedExecutor:
         return self._played.pop(own.number) if own else None
 
 
-@doing("sampling with other ranks")
 def collect_with_ranks(
     tasks: Sequence[Task],
     policy: Policy,
@@ -103,7 +102,8 @@ def collect_with_ranks(
         return collect(tasks, policy, scorer, group_size=group_size, seed=seed)
     executor = RankedExecutor(InProcessExecutor(policy, scorer), ranks)
     executor.submit(RolloutJob(number=0, tasks=tasks, group_size=group_size, seed=seed))
-    (finished,) = executor.completed(wait=True)
+    with doing("sampling with other ranks"):
+        (finished,) = executor.completed(wait=True)
     return [replace(g, task=task) for g, task in zip(finished.groups, tasks, strict=True)]
 
 
