@@ -31,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pages import write_page
 from real.peer import INSTALL, train_with_trl, versions_of
 from real.records import Record, RecordFile
 from real.table import as_expected, markdown
@@ -118,12 +119,6 @@ def known_before(settings: dict[str, Any], file: RecordFile) -> dict[str, float]
     return next((one["before"] for one in same if one["settings"]["variant"] == "lora"), None)
 
 
-def write_page(page: Path, tables: str) -> None:
-    """Replace what is between the two marks of a page. Raise ValueError if there are not two."""
-    before, _, after = page.read_text("utf-8").split(MARK)
-    page.write_text(f"{before}{MARK}\n\n{tables}\n\n{MARK}{after}", "utf-8")
-
-
 def peer_versions(python: Path) -> dict[str, str]:
     """Return the versions of TRL's environment. End the script if there is none."""
     if versions := versions_of(str(python)):
@@ -174,7 +169,7 @@ def main() -> int:
             print(json.dumps(record), flush=True)
     records = file.read()
     if options.page:
-        write_page(options.page, markdown(records))
+        write_page(options.page, MARK, markdown(records))
     if not options.json:
         print(markdown(records))
     return 0 if as_expected(records) else 1

@@ -23,6 +23,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from pages import write_page
+
 RECORD = Path(__file__).resolve().parent / "results" / "workers.json"
 MARK = "<!-- tables of simulate.py -->"
 _ROLLOUT_BYTES = 30
@@ -359,8 +361,7 @@ def main() -> None:
         )
     text = tables(record, options)
     if options.page:
-        before, _, after = options.page.read_text("utf-8").split(MARK)
-        options.page.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}", "utf-8")
+        write_page(options.page, MARK, text)
     else:
         print(text)
 

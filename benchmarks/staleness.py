@@ -26,6 +26,7 @@ from statistics import mean
 from typing import Any
 
 from learning import MARGIN, algorithm_of, show
+from pages import write_page
 from setting import setting
 
 from textpolicy import fast_cpu
@@ -229,12 +230,6 @@ def table(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def write_page(page: Path, text: str) -> None:
-    """Replace what is between the two marks of a page. Raise ValueError if there are not two."""
-    before, _, after = page.read_text("utf-8").split(MARK)
-    page.write_text(f"{before}{MARK}\n\n{text}\n\n{MARK}{after}", "utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,7 +244,7 @@ def main() -> int:
     options = parser.parse_args()
     records = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
     if options.page:
-        write_page(options.page, table(records))
+        write_page(options.page, MARK, table(records))
         return 0
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)

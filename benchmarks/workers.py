@@ -32,6 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pages import write_page
 from setting import setting
 
 HERE = Path(__file__).resolve().parent
@@ -197,9 +198,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="only write the recorded table into this page")
     options = parser.parse_args()
     if options.page:
-        before, _, after = options.page.read_text("utf-8").split(MARK)
-        tables = table(json.loads(RECORD.read_text("utf-8")))
-        options.page.write_text(f"{before}{MARK}\n\n{tables}\n\n{MARK}{after}", "utf-8")
+        write_page(options.page, MARK, table(json.loads(RECORD.read_text("utf-8"))))
         return
     names = ("model", "tasks", "steps", "skip", "groups", "size", "runs")
     rows = compare(options)

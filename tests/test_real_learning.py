@@ -241,7 +241,7 @@ def test_the_page_has_the_tables_of_the_records(scripts, table):
 def test_the_tables_are_written_between_the_marks_of_a_page(scripts, tmp_path):
     script, page = scripts("real_learning"), tmp_path / "page.md"
     page.write_text(f"before\n{script.MARK}\nold\n{script.MARK}\nafter\n")
-    script.write_page(page, "| new |")
+    script.write_page(page, script.MARK, "| new |")
     assert page.read_text() == f"before\n{script.MARK}\n\n| new |\n\n{script.MARK}\nafter\n"
 
 
