@@ -9,8 +9,8 @@ of matrix products in each process. A side's number is rollouts per second of wh
 rewards, update, new adapters and checkpoint. The first steps are left out, because workers load
 their model in them. The sides run in turns; the table has medians, and the least and the most.
 
-"waits" is a task of two turns whose environment waits 50 ms in each turn (sides/waiting_sum.py). In
-one process these waits overlap with each other and with decoding.
+"waits" is a task of two turns. Each call of its environment takes 50 ms: reset, two steps and close
+(sides/waiting_sum.py). In one process up to 64 of these waits overlap, also with decoding.
 
 The record also has the seconds of each phase of a run in one process, for 8 and for 16 groups a
 step, and with `--larger FOLDER` those of another model on `word_count`: simulate.py computes from

@@ -1,7 +1,9 @@
 """Held-out problems of Gymnasium environments are never trained on, and few problems are said."""
 
+import time
 import warnings
 from itertools import islice
+from threading import Lock
 from types import ModuleType
 
 import gymnasium as gym
@@ -291,3 +293,27 @@ def test_an_id_that_cannot_be_loaded_names_the_cause(module, tmp_path):
         load(f"gymnasium:{module}:Parot-v1")
     with pytest.raises(TaskError, match=r"NoSuchThing.*doesn't exist.*gymnasium:MODULE:ID"):
         load("gymnasium:NoSuchThing-v0")
+
+
+class Remote(Numbers):
+    """Waits in each reset, and counts how many resets wait at the same time."""
+
+    waiting, most, lock = 0, 0, Lock()
+
+    def reset(self, *, seed=None, options=None):
+        with Remote.lock:
+            Remote.waiting += 1
+            Remote.most = max(Remote.most, Remote.waiting)
+        time.sleep(0.04)
+        with Remote.lock:
+            Remote.waiting -= 1
+        return super().reset(seed=seed, options=options)
+
+
+def test_resets_that_wait_do_so_side_by_side_and_give_the_same_tasks():
+    quick, remote = from_gymnasium(Numbers), from_gymnasium(Remote, name="Numbers")
+    drawn = list(islice(remote.stream(3), 40))
+    assert [task.id for task in drawn] == [task.id for task in islice(quick.stream(3), 40)]
+    assert 2 < Remote.most <= 8
+    # Nothing is opened while the tasks are played.
+    assert Remote.waiting == 0

@@ -38,6 +38,8 @@ from textpolicy.user_code import WaitingCalls, keep_process_state
 
 OnFault = Callable[[TextPolicyError], None]
 """Takes the error of an environment; raises it if it must end the run."""
+_OPENINGS = WaitingCalls()
+"""Opens and closes environments, and remembers from one generation to the next if they wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +263,7 @@ def _play(
             "in turns with its environment; give the policy the method converse of "
             "textpolicy.types.ConversingPolicy"
         )
-    calls, lock, members = WaitingCalls(), Lock(), range(draws.group_size)
+    lock, members = Lock(), range(draws.group_size)
 
     def on_fault_in_thread(fault: TextPolicyError) -> None:
         with lock:
@@ -269,7 +271,7 @@ def _play(
 
     start = partial(Episode, max_turns=max_turns, on_fault=on_fault_in_thread)
     played = [task for task in tasks if task.env]
-    opened = iter(_call_all(calls, [partial(start, task) for task in played for _ in members]))
+    opened = iter(_call_all([partial(start, task) for task in played for _ in members]))
     episodes: list[list[Episode | None]] = [
         [next(opened) if task.env else None for _ in members] for task in tasks
     ]
@@ -279,24 +281,24 @@ def _play(
         return episode.respond(completion) if episode else None
 
     groups = policy.converse(prompts, respond, **draws.arguments)
-    _call_all(calls, [episode.close for group in episodes for episode in group if episode])
+    _call_all([episode.close for group in episodes for episode in group if episode])
     return [
         [_UnscoredRollout(turns, episode) for turns, episode in zip(group, members, strict=True)]
         for group, members in zip(groups, episodes, strict=True)
     ]
 
 
-def _call_all(calls: WaitingCalls, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+def _call_all(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     """Return the results of all calls. After an error that ends the run, no further call begins."""
     futures: list[Future[Any]] = []
     try:
         for function in functions:
-            futures.append(calls.start(function))
+            futures.append(_OPENINGS.start(function))
             if futures[-1].done():
                 futures[-1].result()
         return [future.result() for future in futures]
     finally:
-        calls.drop()
+        _OPENINGS.drop()
 
 
 def _score(

@@ -12,6 +12,8 @@ from textpolicy.user_code.faults import complete_future
 
 MAX_THREADS = 64
 """The number of calls that may wait at the same time."""
+_IDLE_SECONDS = 1.0
+"""How long a thread waits for a further call before it ends."""
 _WAIT_SECONDS = 0.03
 _OBSERVED_CALLS = 3
 _MAX_BUSY_SHARE = 0.1
@@ -27,9 +29,9 @@ class WaitingCalls:
 
     def __init__(self) -> None:
         self._waited: deque[bool] = deque([False], maxlen=_OBSERVED_CALLS)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._queued: deque[Callable[[], None]] = deque()
-        self._threads = 0
+        self._threads = self._idle = 0
 
     @property
     def wait(self) -> bool:
@@ -43,9 +45,10 @@ class WaitingCalls:
         if not self.wait:
             job()
             return future
-        with self._lock:
+        with self._changed:
             self._queued.append(job)
-            if self._threads >= MAX_THREADS:
+            self._changed.notify()
+            if len(self._queued) <= self._idle or self._threads >= MAX_THREADS:
                 return future
             self._threads += 1
         # A thread that waits for ever must not keep the process from ending.
@@ -54,12 +57,15 @@ class WaitingCalls:
 
     def drop(self) -> None:
         """Forget the calls that have not begun. Their futures never have a result."""
-        with self._lock:
+        with self._changed:
             self._queued.clear()
 
     def _work(self) -> None:
         while True:
-            with self._lock:
+            with self._changed:
+                self._idle += 1
+                self._changed.wait_for(lambda: self._queued, _IDLE_SECONDS)
+                self._idle -= 1
                 if not self._queued:
                     self._threads -= 1
                     return

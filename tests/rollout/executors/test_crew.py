@@ -23,6 +23,7 @@ from textpolicy.errors import (
     TrainingError,
     UnreadableError,
 )
+from textpolicy.rollout.executors import crew as crew_module
 from textpolicy.rollout.executors.crew import Crew, WorkersLostError
 from textpolicy.rollout.executors.executor import RolloutJob
 from textpolicy.rollout.executors.followed_versions import FollowedVersions
@@ -253,6 +254,32 @@ def test_a_task_that_ends_two_workers_is_given_up_and_the_others_go_on(crew, pol
     assert tasks[1] in type(crew.quarantine)(crew.quarantine.path)
     assert stat.S_IMODE(crew.quarantine.path.stat().st_mode) == 0o600
     assert crew.quarantine.path.name == GIVEN_UP
+
+
+@pytest.mark.slow
+def test_deadly_tasks_beside_each_other_are_given_up_and_end_the_run_only_if_there_are_many(
+    tmp_path, published, monkeypatch
+):
+    alone = Crew(SpawnedWorkers(builders.add_worker), 1, tmp_path / "workers")
+    with closing(alone):
+        alone.follow(3, published)
+        tasks = tasks_that("die", "die", "die", "add")
+        done = play(alone, job_of(tasks))
+        assert done[0].given_up == tasks[:3]
+        assert alone.ended == 4
+        monkeypatch.setattr(crew_module, "_GIVEN_UP_IN_A_ROW", 2)
+        alone.submit(job_of(tasks_that("die", "die", "add")))
+        with pytest.raises(WorkersLostError, match="2 tasks in a row were given up"):
+            while True:
+                alone.completed(wait=True)
+
+
+def test_a_job_begins_when_it_is_submitted(crew):
+    """The trainer may update for long before it asks what has finished."""
+    wait_until_ready(crew)
+    crew.submit(job_of(tasks_that("add")))
+    assert sum(len(worker.sent) for worker in crew._workers) == 1
+    crew.completed(wait=True)
 
 
 @pytest.mark.proves("F10")

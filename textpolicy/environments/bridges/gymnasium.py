@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
@@ -23,9 +24,11 @@ from textpolicy.environments.held_out import (
 )
 from textpolicy.errors import TaskError
 from textpolicy.types import Task
-from textpolicy.user_code import keep_process_state, raise_user_errors_as
+from textpolicy.user_code import WaitingCalls, keep_process_state, raise_user_errors_as
 
 _MAX_FAULTS_IN_A_ROW = 10
+_SIDE_BY_SIDE = 8
+"""How many seeds are opened at the same time, if opening one waits for something."""
 _TELL_APART = (
     "If seeds are different problems with the same first observation, return "
     'info["problem"] from reset, a text that tells them apart'
@@ -125,18 +128,25 @@ class GymnasiumTasks:
             yield rng.randrange(2**31)
 
     def _drawn(self, seeds: Iterator[int]) -> Iterator[tuple[int, str, Task]]:
-        """Yield each seed with its problem and its task."""
-        failed = 0
-        for env_seed in seeds:
-            try:
-                problem, task = self._reset(env_seed)
-            except TaskError:
-                failed += 1
-                if failed > self.faults_in_a_row:
-                    raise
-            else:
-                failed = 0
-                yield env_seed, problem, task
+        """Yield each seed with its problem and its task.
+
+        If resets wait for something, such as a server, a few wait side by side.
+        """
+        calls, failed = WaitingCalls(), 0
+        for first in seeds:
+            more = islice(seeds, _SIDE_BY_SIDE - 1) if calls.wait else ()
+            opened = [(each, calls.start(self._reset, each)) for each in (first, *more)]
+            wait(future for _, future in opened)
+            for env_seed, future in opened:
+                try:
+                    problem, task = future.result()
+                except TaskError:
+                    failed += 1
+                    if failed > self.faults_in_a_row:
+                        raise
+                else:
+                    failed = 0
+                    yield env_seed, problem, task
 
     def _reset(self, env_seed: int) -> tuple[str, Task]:
         """Return the problem of a seed and its task."""

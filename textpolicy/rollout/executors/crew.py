@@ -35,6 +35,8 @@ from textpolicy.types import Rollout, RolloutGroup
 
 _TRIES = 2
 _ENDS_IN_A_ROW = 3
+_GIVEN_UP_IN_A_ROW = 8
+"""So many tasks beside each other may each end their workers; more are the workers' own fault."""
 _STARTUP_SECONDS = 900.0
 """How long a worker may take to load its model."""
 _FIRST_SECONDS = 3600.0
@@ -102,7 +104,8 @@ class _Worker:
     """A worker and the parts that it was sent by the numbers of their tries, in order.
 
     `since` is when it was started, or when it began the first of these parts. `ends` counts how
-    often it has ended since it finished something.
+    often it has ended since it finished something, and `given_up` the tasks that were given up for
+    it since then. An end with a task that is given up is the task's fault, and is not in `ends`.
     """
 
     number: int
@@ -112,6 +115,7 @@ class _Worker:
     following: int = -1
     sent: dict[int, _Part] = field(default_factory=dict[int, _Part])
     ends: int = 0
+    given_up: int = 0
 
 
 class Crew:
@@ -119,8 +123,8 @@ class Crew:
 
     A worker that takes longer than `deadline` seconds for a job is ended; by default, longer than
     ten times the median of the jobs, and a minute at least. `note` gets lines for people. If a
-    worker ends three times in a row without finishing anything, `completed` raises
-    `WorkersLostError`.
+    worker ends three times without finishing anything, and not by tasks that are given up, or if
+    eight tasks in a row are given up for it, `completed` raises `WorkersLostError`.
     """
 
     def __init__(
@@ -175,6 +179,8 @@ class Crew:
         self._unfinished.append(whole)
         self._waiting += _parts_without(whole.given_up, whole)
         self._finish(whole)
+        # The trainer may be busy for long before it asks again.
+        self._send_parts()
 
     def completed(self, *, wait: bool) -> list[FinishedJob]:
         """See `Executor`."""
@@ -246,7 +252,8 @@ class Crew:
             raise WorkerEndedError(f"answered job {played.number}, which it was not sent")
         self._check(part.job, played)
         del worker.sent[number]
-        worker.since, worker.ends = time.monotonic(), 0
+        worker.since = time.monotonic()
+        worker.ends = worker.given_up = 0
         if not part.ended:
             self._seconds.append(played.seconds)
         for text in played.notes:
@@ -301,42 +308,53 @@ class Crew:
     def _replace(self, worker: _Worker, how: str) -> None:
         """Start a worker that has ended again; play what it has played again, or give it up."""
         self.ended += 1
-        worker.ends += 1
         worker.link.end()
         playing, *ahead = [*worker.sent.values(), None]
         self._waiting.extendleft(reversed([part for part in ahead if part]))
         text = f"rollout worker {worker.number} {how}"
         text += f", while it played {playing}" if playing else ""
-        again = self._play_again(playing, how) if playing else ""
+        again, is_given_up = self._play_again(playing, how) if playing else ("", False)
+        if is_given_up:
+            worker.given_up += 1
+        else:
+            worker.ends += 1
         if worker.ends == _ENDS_IN_A_ROW:
             raise WorkersLostError(
                 f"{text}. It has ended {_ENDS_IN_A_ROW} times in a row without finishing a job"
             )
+        if worker.given_up == _GIVEN_UP_IN_A_ROW:
+            raise WorkersLostError(
+                f"{text}. {_GIVEN_UP_IN_A_ROW} tasks in a row were given up, and it has finished "
+                "none between them"
+            )
         self._note(f"{text}. It starts again{again}")
-        self._workers[worker.number - 1] = self._start(worker.number, worker.ends)
+        self._workers[worker.number - 1] = self._start(
+            worker.number, ends=worker.ends, given_up=worker.given_up
+        )
 
-    def _start(self, number: int, ends: int = 0) -> _Worker:
+    def _start(self, number: int, *, ends: int = 0, given_up: int = 0) -> _Worker:
         link = self._transport.start(number)
         if newest := self._versions.newest:
             link.follow(newest)
-        return _Worker(number, link, time.monotonic(), ends=ends)
+        return _Worker(number, link, time.monotonic(), ends=ends, given_up=given_up)
 
-    def _play_again(self, part: _Part, how: str) -> str:
-        """Return in words what happens with the tasks of the part."""
+    def _play_again(self, part: _Part, how: str) -> tuple[str, bool]:
+        """Return in words what happens with the tasks of the part, and if its task is given up."""
         ended = part.ended + 1
         part.whole.ended += 1
         singles = [_Part(part.whole, range(n, n + 1), ended) for n in part.places]
         if len(singles) > 1:
             self._waiting.extendleft(reversed(singles))
-            return ", and its tasks are played again one by one"
+            return ", and its tasks are played again one by one", False
         if ended < _TRIES:
             self._waiting.extendleft(singles)
-            return ", and the task is played again"
+            return ", and the task is played again", False
         self._give_up(part, how)
-        return (
+        text = (
             f". The task is given up, because {ended} workers have ended with it: it is not played "
             f"again in this run, and {self.quarantine.path} names it"
         )
+        return text, True
 
     def _give_up(self, part: _Part, how: str) -> None:
         place = part.places.start
