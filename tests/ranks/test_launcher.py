@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Timer
 
 import pytest
 
 from tests.ranks.test_gradients_of_ranks import NEEDS_MPI
+from tests.sockets import THIS_MACHINE, addresses_of
 from textpolicy.config import SFTConfig, TrainConfig
 from textpolicy.config.train import RolloutOptions, RunOptions, TaskOptions
 from textpolicy.environments import load
@@ -108,25 +109,56 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(launched) -> None:
     assert status == 128 + signal.SIGTERM, lines
 
 
+@pytest.fixture
+def start_launcher(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """Return a function that starts two ranks that hang by a launcher in a process of its own."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(backend: str) -> subprocess.Popen[bytes]:
+        code = (
+            "import sys; from textpolicy.ranks.launcher import launch; launch([sys.executable, "
+            "'-m', 'tests.ranks.fault_program', 'hangs', '120', sys.argv[1]], 2, "
+            "backend=sys.argv[2], deadline=120, tell=print)"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path), backend]
+        started.append(subprocess.Popen(command))
+        until = time.monotonic() + 60
+        while processes_of(tmp_path).count("fault_program") < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        # The ranks have joined and wait by now, or are still starting.
+        time.sleep(2)
+        return started[0]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.long
 @pytest.mark.proves("F15")
-def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
-    code = (
-        "import sys; from textpolicy.ranks.launcher import launch; launch([sys.executable, '-m', "
-        "'tests.ranks.fault_program', 'hangs', '120', sys.argv[1]], 2, tell=print)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    until = time.monotonic() + 60
-    while processes_of(tmp_path).count("fault_program") < 2 and time.monotonic() < until:
-        time.sleep(0.1)
-    # The ranks have joined and wait by now, or are still starting: both end.
-    time.sleep(2)
-    process.kill()
-    process.wait()
+@pytest.mark.parametrize("backend", ["ring", pytest.param("mpi", marks=NEEDS_MPI)])
+def test_ranks_end_when_their_launcher_is_killed(
+    start_launcher: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path, backend: str
+) -> None:
+    start_launcher(backend).kill()
     until = time.monotonic() + 10
     while processes_of(tmp_path) and time.monotonic() < until:
         time.sleep(0.1)
     assert processes_of(tmp_path) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.proves("S17")
+@pytest.mark.parametrize("backend", ["ring", pytest.param("mpi", marks=NEEDS_MPI)])
+def test_ranks_of_one_machine_are_not_to_be_reached_from_another(
+    start_launcher: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path, backend: str
+) -> None:
+    start_launcher(backend)
+    processes = [int(line.split()[0]) for line in processes_of(tmp_path).splitlines()]
+    addresses = addresses_of(processes)
+    assert addresses
+    assert set(addresses) <= THIS_MACHINE
 
 
 def test_a_backend_for_several_machines_is_refused_on_one() -> None:

@@ -16,7 +16,8 @@ def test_there_are_two_hundred_different_requests():
 
 
 @pytest.mark.slow
-def test_hostile_requests_are_refused_and_the_server_goes_on(live, policy_of):
+@pytest.mark.proves("S13")
+def test_hostile_requests_are_refused_and_the_server_goes_on(live, policy_of, attempts):
     ((expected,),) = policy_of(max_tokens=12).generate([ASKED], seed=3)
     host, port = live.address.removeprefix("http://").split(":")
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
@@ -61,3 +62,4 @@ def test_hostile_requests_are_refused_and_the_server_goes_on(live, policy_of):
     assert answer.choices[0].message.content == expected.text
     assert live.served.open_rows == 0
     assert live.served.counts.failed_steps == 0
+    attempts(len(POSTED) + len(RAW))

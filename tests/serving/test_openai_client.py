@@ -176,6 +176,7 @@ def test_a_request_that_cannot_be_honoured_names_the_parameter(live, options, st
     assert error.body["message"] and error.body["type"]
 
 
+@pytest.mark.proves("S13")
 def test_a_wrong_key_a_wrong_host_and_a_long_body_are_refused(live):
     def ask():
         with pytest.raises(openai.AuthenticationError):

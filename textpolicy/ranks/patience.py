@@ -5,10 +5,12 @@ process can end such a wait.
 """
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 
 LAUNCHER = "TEXTPOLICY_LAUNCHER"
@@ -59,14 +61,23 @@ class Patience:
     def _is_orphan(self) -> bool:
         if self._is_child:
             return os.getppid() != self._launcher
-        try:
-            os.kill(self._launcher, 0)
-        except ProcessLookupError:
-            return True
-        return False
+        return has_ended(self._launcher)
 
     def _end(self, why: str) -> None:
         try:
             self._tell(f"{why}. The process ends; a run with a checkpoint can be resumed")
         finally:
             os._exit(os.EX_TEMPFAIL)
+
+
+def has_ended(process: int) -> bool:
+    """Return whether a process has ended. Its parent may not have waited for it yet."""
+    try:
+        os.kill(process, 0)
+        if sys.platform != "linux":
+            return False
+        status = Path("/proc", str(process), "stat").read_text("utf-8", "replace")
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+    # The name of the program stands in parentheses, and may hold spaces.
+    return status.rpartition(")")[2].split()[0] in ("Z", "X")

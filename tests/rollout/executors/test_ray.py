@@ -25,6 +25,7 @@ from tests.rollout.executors.test_crew import (
     rollouts_of,
     tasks_that,
 )
+from tests.sockets import LISTENING, THIS_MACHINE, addresses_of
 from textpolicy.cli import main
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rollout.executors.crew import Crew
@@ -82,22 +83,6 @@ def actors():
     return found
 
 
-def addresses_of(processes):
-    """Return the addresses, as the kernel writes them, at which these processes listen."""
-    sockets = set()
-    for process in processes:
-        for file in Path("/proc", str(process), "fd").iterdir():
-            with suppress(OSError):
-                sockets.add(os.readlink(file))
-    rows = [
-        line.split()
-        for table in ("tcp", "tcp6")
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]
-    ]
-    listening = [row for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
-    return [row[1].partition(":")[0] for row in listening]
-
-
 def take_environment(variables):
     """Take those of this process, among which is the token for its Ray."""
     os.environ.update(variables)
@@ -140,9 +125,9 @@ def test_a_run_on_a_cluster_is_that_of_one_process(home, tmp_path):
 
 @needs_ray
 def test_ray_that_was_started_here_listens_to_this_machine_alone(home):
-    addresses = addresses_of(processes_below(home._process.process.pid))
+    addresses = addresses_of(processes_below(home._process.process.pid), LISTENING)
     assert len(addresses) >= 3
-    assert set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F"}
+    assert set(addresses) <= THIS_MACHINE
 
 
 @needs_ray
