@@ -200,9 +200,11 @@ def _start_mpi(command: Sequence[str], count: int, environment: Mapping[str, str
         )
     # Open MPI refuses to run as root, which is the only user of many containers.
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    # Ranks of one machine exchange messages in memory, and need no port that others could reach.
+    memory = {"OMPI_MCA_btl": "self,sm"}
     process = subprocess.Popen(
         [mpirun, "--oversubscribe", "-n", str(count), *command],
-        env={**environment, **(root if os.geteuid() == 0 else {})},
+        env={**memory, **environment, **(root if os.geteuid() == 0 else {})},
         stdin=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
