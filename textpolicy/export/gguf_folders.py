@@ -11,15 +11,15 @@ from textpolicy.activity import doing
 from textpolicy.errors import AdapterError, ExportError
 from textpolicy.export.adapter_folders import open_adapter, refuse_bias
 from textpolicy.export.gguf import (
-    compare_tokens_with_llama_cpp,
     has_llama_cpp,
-    logprobs_by_llama_cpp,
     read_gguf_model,
     write_gguf,
     write_gguf_lora,
 )
 from textpolicy.export.gguf.gguf_package import import_gguf
+from textpolicy.export.gguf.llama_cpp import computed_by_llama_cpp
 from textpolicy.export.gguf.model_metadata import checked_family
+from textpolicy.export.gguf.token_check import CHECKED_TEXTS, require_equal_tokens
 from textpolicy.export.gguf.tokenizer_metadata import tokenizer_metadata
 from textpolicy.export.job import Job, WeightFormat
 from textpolicy.export.merged import merge, new_biases
@@ -110,8 +110,6 @@ def reopen_gguf(job: Job, folder: Path) -> Iterator[Opened]:
     with doing("opening the GGUF file again"):
         compute = log_probabilities_of(read_gguf_model(path))
     yield Opened(compute=compute, by="TextPolicy's reader of GGUF files")
-    if has_llama_cpp():
-        compare_tokens_with_llama_cpp(path, job.tokenizer)
     yield from _by_llama_cpp(job, path)
 
 
@@ -135,8 +133,12 @@ def _by_llama_cpp(job: Job, model: Path, lora: Path | None = None) -> Iterator[O
 
     def compute_all(sequences: Sequence[Sequence[int]]) -> np.ndarray:
         with doing("letting llama.cpp compute the same"):
-            return logprobs_by_llama_cpp(
-                model, sequences, job.architecture["vocab_size"], lora=lora
+            rows, tokens = computed_by_llama_cpp(
+                model, sequences, job.architecture["vocab_size"], CHECKED_TEXTS, lora=lora
             )
+        # A base that was written only for the proof of an adapter is not exported.
+        if lora is None:
+            require_equal_tokens(job.tokenizer, tokens)
+        return rows
 
     yield Opened(compute_ends=compute_all, by=f"llama.cpp (xllamacpp {version('xllamacpp')})")

@@ -11,15 +11,16 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.activity import doing
 from textpolicy.errors import ExportError
 from textpolicy.export.asking import Asking
+from textpolicy.generation.decode import decode
+from textpolicy.generation.engine import can_decode_together
 from textpolicy.generation.lora import adapters_of
 from textpolicy.generation.prompts import encode_prompt
-from textpolicy.types import Prompt
+from textpolicy.types import Prompt, Sampling
 
 ANSWER_TOKENS = 12
 MEASURABLE_EFFECT = 1e-4
@@ -201,7 +202,8 @@ def measure(model: nn.Module, tokenizer: TokenizerWrapper, asking: Asking) -> Re
         for prompt in asking.prompts
     ]
     begins = [tokens[-_PROMPT_TOKENS:] for _, tokens in encoded]
-    sequences = [[*tokens, *_greedy_answer(model, tokens)] for tokens in begins]
+    answers = _greedy_answers(model, begins)
+    sequences = [[*tokens, *answer] for tokens, answer in zip(begins, answers, strict=True)]
     starts = [len(tokens) - 1 for tokens in begins]
     pairs = list(zip(sequences, starts, strict=True))
     trained, base = _trained_and_base(model, lambda compute: answer_rows(compute, pairs))
@@ -236,12 +238,15 @@ def _trained_and_base(
         return trained, rows(compute)
 
 
-def _greedy_answer(model: nn.Module, prompt: Sequence[int]) -> list[int]:
-    cache = make_prompt_cache(model)
-    answer: list[int] = []
-    tokens = list(prompt)
-    for _ in range(ANSWER_TOKENS):
-        logits = cast(Any, model)(mx.array([tokens]), cache=cache)
-        tokens = [int(logits[0, -1].argmax())]
-        answer += tokens
-    return answer
+def _greedy_answers(model: nn.Module, prompts: Sequence[list[int]]) -> list[list[int]]:
+    groups = decode(
+        model,
+        prompts,
+        n=1,
+        sampling=Sampling(max_tokens=ANSWER_TOKENS, temperature=0),
+        stop=lambda tokens: None,
+        seed=0,
+        max_rows=len(prompts),
+        batched=can_decode_together(model),
+    )
+    return [row.tokens for (row,) in groups]

@@ -84,13 +84,25 @@ def logprobs_by_llama_cpp(
 
     `lora` is the GGUF file of an adapter. The prompts are token ids.
     """
-    rows, _ = _run(model, lora, prompts, vocabulary_size, [])
+    return computed_by_llama_cpp(model, prompts, vocabulary_size, [], lora=lora)[0]
+
+
+def computed_by_llama_cpp(
+    model: Path,
+    prompts: Sequence[Sequence[int]],
+    vocabulary_size: int,
+    texts: Sequence[str],
+    *,
+    lora: Path | None = None,
+) -> tuple[np.ndarray, list[list[int]]]:
+    """Return the log-probabilities after prompts, and the token ids of texts, by one process."""
+    rows, tokens = _run(model, lora, prompts, vocabulary_size, texts)
     if rows is None or not np.isfinite(rows).all():
         raise ModelError(
             f"llama.cpp gave no log-probability for some tokens of {model}. The vocabulary of the "
             f"file may not have {vocabulary_size} tokens"
         )
-    return rows
+    return rows, tokens
 
 
 def tokens_by_llama_cpp(model: Path, texts: Sequence[str]) -> list[list[int]]:

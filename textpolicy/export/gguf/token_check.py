@@ -1,5 +1,6 @@
 """Whether llama.cpp makes the same tokens of difficult texts as the tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 from unicodedata import normalize
@@ -20,13 +21,18 @@ DIFFICULT_TEXTS = (
 )
 
 
-def compare_tokens_with_llama_cpp(path: Path, tokenizer: TokenizerWrapper) -> None:
-    """Raise ModelError if llama.cpp, which must be installed, makes other tokens of some text.
+# llama.cpp does not normalise text.
+CHECKED_TEXTS = [normalize("NFC", text) for text in DIFFICULT_TEXTS]
 
-    The texts are in the normal form NFC, because llama.cpp does not normalise text.
-    """
-    texts = [normalize("NFC", text) for text in DIFFICULT_TEXTS]
-    for text, found in zip(texts, tokens_by_llama_cpp(path, texts), strict=True):
+
+def compare_tokens_with_llama_cpp(path: Path, tokenizer: TokenizerWrapper) -> None:
+    """Raise ModelError if llama.cpp, which must be installed, makes other tokens of some text."""
+    require_equal_tokens(tokenizer, tokens_by_llama_cpp(path, CHECKED_TEXTS))
+
+
+def require_equal_tokens(tokenizer: TokenizerWrapper, tokens: Sequence[list[int]]) -> None:
+    """Raise ModelError if llama.cpp has made other tokens of `CHECKED_TEXTS`."""
+    for text, found in zip(CHECKED_TEXTS, tokens, strict=True):
         expected = list(cast(list[int], tokenizer.encode(text)))
         if found != expected:
             raise ModelError(
