@@ -24,7 +24,7 @@ STAMP_DEV := $(VENV)/.setup-dev
 STAMP_DOCS := $(VENV)/.setup-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-fast check lint slow faults fuzz shape bench real-model tiny-model docs format constraints clean
+.PHONY: help setup setup-dev demo test test-fast check lint slow long faults fuzz shape bench real-model tiny-model docs format constraints clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ setup-dev: $(STAMP_DEV) ## Make .venv with the tools for tests and checks too
 demo: setup ## Train the embedded model on addition, and print accuracy before and after
 	@$(BIN)/textpolicy demo
 
-test: setup-dev ## Run the whole test suite, in two processes
+test: setup-dev ## Run the test suite without the long tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup-dev ## Run the quick tests
@@ -50,7 +50,10 @@ lint: setup-dev ## Check format, lint and types, without tests
 	@$(BIN)/basedpyright
 
 slow: setup-dev ## Run only the slow tests
-	@$(BIN)/python -m pytest -m "slow or learning"
+	@$(BIN)/python -m pytest -m "(slow or learning) and not long"
+
+long: setup-dev ## Run the tests that `make test` leaves out, for about half an hour
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 # The tests may fail: the table then says which rows do, and the exit code is the table's.
 faults: setup-dev ## Break runs in every way of the table of faults, and print the table

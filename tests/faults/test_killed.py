@@ -72,16 +72,22 @@ def assert_resumes_to_the_same_numbers(folder, whole_run, mode="several steps a 
 
 
 @pytest.mark.proves("F2")
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("after", "every"),
+    [
+        pytest.param(False, 3, marks=pytest.mark.slow, id="before each third"),
+        pytest.param(False, 1, marks=pytest.mark.long, id="before"),
+        pytest.param(True, 1, marks=pytest.mark.slow, id="after"),
+    ],
+)
 def test_a_run_killed_at_any_system_call_of_a_save_can_be_resumed(
-    whole_run, copy_run, attempts, after
+    whole_run, copy_run, attempts, after, every
 ):
     # Files are written only between an unlink and the next of these calls. After any other call the
     # files are the same as before the next call.
     calls = ("unlink",) if after else ("fsync", "replace", "unlink", "truncate")
     options = MODES["several steps a generation"]
-    for number in count(1):
+    for number in count(1, every):
         folder = copy_run()
         code = exit_code_of(
             start(killable_runs.train_until_call, folder, options, calls, number, after)
@@ -97,15 +103,22 @@ def test_a_run_killed_at_any_system_call_of_a_save_can_be_resumed(
 
 
 @pytest.mark.proves("F2", "F11")
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param(4, marks=pytest.mark.slow, id="each fourth"),
+        pytest.param(1, marks=pytest.mark.long, id="all"),
+    ],
+)
 def test_a_run_killed_at_any_byte_of_a_file_resumes_from_the_last_checkpoint(
-    whole_run, copy_run, attempts
+    whole_run, copy_run, attempts, every
 ):
     run = RunDirectory(copy_run())
     adapter = run.latest.stat().st_size
     saved = max(path.stat().st_size for path in run.checkpoints.iterdir())
     within = [Random(0).randrange(adapter, saved) for _ in range(2)]
-    for size in [0, 9, 500, adapter // 2, adapter - 1, adapter, *within, saved // 3]:
+    sizes = [0, 9, 500, adapter // 2, adapter - 1, adapter, *within, saved // 3]
+    for size in sizes[::every]:
         folder = copy_run()
         before = {path: path.read_bytes() for path in RunDirectory(folder).checkpoints.iterdir()}
         code = exit_code_of(

@@ -145,15 +145,23 @@ def kill_runs(runs, kills, attempts, seed):
     runs.finish()
 
 
+# What the other modes add to these is in the long tests, and without processes in test_resume.py.
+QUICK = {"train", "train, rewards in a process", "sft"}
+
+
 @pytest.mark.proves("F1")
 @pytest.mark.parametrize(
-    ("kills", "seed"),
+    ("kills", "seed", "mode"),
     [
-        pytest.param(3, 0, marks=pytest.mark.slow, id="3 kills"),
-        pytest.param(12, 1, marks=pytest.mark.long, id="12 kills"),
+        pytest.param(
+            *(kills, seed, mode),
+            marks=pytest.mark.slow if kills == 3 and mode in QUICK else pytest.mark.long,
+            id=f"{mode}, {kills} kills",
+        )
+        for kills, seed in ((3, 0), (12, 1))
+        for mode in MODES
     ],
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_a_run_killed_at_any_instants_ends_with_the_same_files(
     tmp_path, attempts, mode, kills, seed
 ):

@@ -59,14 +59,20 @@ def test_a_hostile_model_folder_is_refused_with_an_error_or_answers(
     assert sum(end != "answered" for end in found.values()) > len(found) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param(4, marks=pytest.mark.slow, id="each fourth"),
+        pytest.param(1, marks=pytest.mark.long, id="all"),
+    ],
+)
 @pytest.mark.proves("S3")
 @pytest.mark.filterwarnings("ignore")
 def test_a_hostile_chat_template_is_refused_with_an_error_or_answers(
-    tmp_path: Path, canary: Path, attempts: Attempts
+    tmp_path: Path, canary: Path, attempts: Attempts, every: int
 ) -> None:
     assert len(TEMPLATES) >= 74
-    for number, (name, template) in enumerate(TEMPLATES.items()):
+    for number, (name, template) in enumerate(list(TEMPLATES.items())[::every]):
         folder = copy_of_tiny(tmp_path / f"model-{number}")
         (folder / "chat_template.jinja").write_text(template, errors="surrogatepass")
         started = time.monotonic()
