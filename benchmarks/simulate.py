@@ -8,9 +8,11 @@ worker, and at most `staleness + 1` of them are sampled, wait or are buffered. T
 results/workers.json: a step of one process at two sizes gives the seconds of a decoding step and of
 a row in it, and of an update and of a token in it. Lengths are drawn from a lognormal distribution
 that is cut at the limit, because the longest completion of a job decides when it ends. On one
-machine, processes share the cores equally.
+machine, processes share the cores equally, and a process beside another one is slower by the part
+that workers.py has measured.
 
-The first table compares the simulation with the runs that workers.py has measured. The second goes
+The first table compares the simulation with the runs that workers.py has measured, each as a
+multiple of the run in one process. The second goes
 to numbers that were not measured, for a model and a network that the options describe.
 """
 
@@ -62,6 +64,8 @@ class Setup:
     ranks: int = 1
     cores: int | None = None
     """The cores that all processes share, or None if each has a machine of its own."""
+    beside_another: float = 1.0
+    """The speed of a process while another one computes on the same machine; 1.0 is that alone."""
     bytes_per_second: float = 1.1e8
     delay: float = 2e-4
 
@@ -160,6 +164,7 @@ class _Simulation:
         busy = len(self.playing) + (self.training is not None)
         busy = min(busy, 1) * setup.ranks if not setup.workers else busy
         speed = min(1.0, setup.cores / busy) if setup.cores else 1.0
+        speed *= setup.beside_another if busy > 1 else 1.0
         left = [*self.playing.values(), *([] if self.training is None else [self.training])]
         work = min(left)
         seconds = work / speed
@@ -257,7 +262,7 @@ def costs_of(phases: list[dict[str, float]], longest: int) -> Costs:
 
 
 def compare(record: dict[str, Any]) -> list[list[str]]:
-    """Return the measured and the simulated rates of the runs on record."""
+    """Return the rates of the runs on record as multiples of one process, and the simulated ones."""
     options, cores = record["options"], 2
     large = max(record["phases"], key=lambda one: one["groups"])
     mean = large["num_tokens"] / large["groups"] / options["size"]
@@ -270,6 +275,7 @@ def compare(record: dict[str, Any]) -> list[list[str]]:
         spread=0.1,
         max_length=longest,
         cores=cores,
+        beside_another=record["beside_another"],
     )
     sides = {
         "one process": one,
@@ -278,12 +284,13 @@ def compare(record: dict[str, Any]) -> list[list[str]]:
         "2 Ray actors": replace(one, workers=2, staleness=1),
         "2 ranks": replace(one, ranks=2),
     }
-    measured = {row["side"]: row["median"] for row in record["rows"] if row["task"] == "add"}
+    alone = simulate(one).rate
     rows: list[list[str]] = []
-    for side, rate in measured.items():
-        simulated = simulate(sides[side]).rate
-        error = simulated / rate - 1
-        rows.append([side, f"{rate:.0f}", f"{simulated:.0f}", f"{error:+.0%}"])
+    for row in record["rows"]:
+        if row["task"] == "add" and (side := row["side"]) != "one process":
+            measured, simulated = row["times_one_process"], simulate(sides[side]).rate / alone
+            error = simulated / measured - 1
+            rows.append([side, f"{measured:.2f}", f"{simulated:.2f}", f"{error:+.0%}"])
     return rows
 
 
@@ -327,7 +334,7 @@ def explore(record: dict[str, Any], options: argparse.Namespace) -> list[list[st
 
 def tables(record: dict[str, Any], options: argparse.Namespace) -> str:
     """Return both tables in Markdown."""
-    checked = _table(["side", "measured, rollouts/s", "simulated", "error"], compare(record))
+    checked = _table(["side", "times one process, measured", "simulated", "error"], compare(record))
     names = ["machines", "workers", "ranks", "--max-staleness", "times one machine"]
     names += ["of each machine", "mean staleness", "trainer waits", "workers wait"]
     return f"{checked}\n\n{_table(names, explore(record, options))}"

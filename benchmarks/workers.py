@@ -13,8 +13,10 @@ their model in them. The sides run in turns; the table has medians, and the leas
 (sides/waiting_sum.py). In one process up to 64 of these waits overlap, also with decoding.
 
 The record also has the seconds of each phase of a run in one process, for 8 and for 16 groups a
-step, and with `--larger FOLDER` those of another model on `word_count`: simulate.py computes from
-them what other numbers of workers and ranks do.
+step, the rate of one of two such runs at the same time, which says what the cores take from each
+other, and with `--larger FOLDER` the phases of another model on `word_count`. simulate.py computes
+from them what other numbers of workers and ranks do. `--phases` measures only these, and keeps the
+table on record.
 
 Ray actors need the package ray. The exit code is 1 if workers gain less than EXPECTED.
 """
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,17 +147,36 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def phases_of_one_process(task: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Return the phases of a step in one process, for half and for all of the groups."""
+    """Return the medians of the phases of a step in one process, for half and for all groups."""
     sizes = (options.groups // 2, options.groups)
+    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    for _ in range(options.runs):
+        for size in sizes:
+            found[size].append(measure(task, SIDES[0], size, options).phases)
     return [
-        {"groups": float(groups)} | measure(task, SIDES[0], groups, options).phases
-        for groups in sizes
+        {"groups": float(size)}
+        | {name: statistics.median(one[name] for one in phases) for name in phases[0]}
+        for size, phases in found.items()
     ]
+
+
+def speed_beside_another(task: str, options: argparse.Namespace) -> float:
+    """Return the rate of one of two runs at the same time, as a part of the rate of one alone."""
+
+    def rate(_: int) -> float:
+        return measure(task, SIDES[0], options.groups, options).rate
+
+    found: list[float] = []
+    for _ in range(options.runs):
+        alone = rate(0)
+        with ThreadPoolExecutor(2) as threads:
+            found.append(statistics.mean(threads.map(rate, range(2))) / alone)
+    return statistics.median(found)
 
 
 def phases_of_larger_model(model: str) -> dict[str, Any]:
     """Return the phases of a step of another model."""
-    options = argparse.Namespace(model=model, **LARGER)
+    options = argparse.Namespace(model=model, runs=1, **LARGER)
     phases = phases_of_one_process("word_count", options)
     return {"model": model, "max_tokens": LARGER_TOKENS, **LARGER, "phases": phases}
 
@@ -193,6 +215,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="default: %(default)s")
     text = "another model, such as build/smollm2-135m, whose phases the record gets too"
     parser.add_argument("--larger", metavar="FOLDER", help=text)
+    text = "measure only what simulate.py reads, and keep the table on record"
+    parser.add_argument("--phases", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print the record")
     parser.add_argument("--output", type=Path, help="write the record to this file")
     parser.add_argument("--page", type=Path, help="only write the recorded table into this page")
@@ -201,21 +225,24 @@ def main() -> None:
         write_page(options.page, MARK, table(json.loads(RECORD.read_text("utf-8"))))
         return
     names = ("model", "tasks", "steps", "skip", "groups", "size", "runs")
-    rows = compare(options)
-    record = {
-        "command": f"python benchmarks/workers.py {' '.join(sys.argv[1:])}",
-        "setting": setting(),
-        "options": {name: getattr(options, name) for name in names},
-        "rows": rows,
-        "phases": phases_of_one_process("add", options),
-    }
+    if options.phases:
+        record = json.loads(RECORD.read_text("utf-8"))
+    else:
+        record = {
+            "command": f"python benchmarks/workers.py {' '.join(sys.argv[1:])}",
+            "setting": setting(),
+            "options": {name: getattr(options, name) for name in names},
+            "rows": compare(options),
+        }
+    record["phases"] = phases_of_one_process("add", options)
+    record["beside_another"] = speed_beside_another("add", options)
     if options.larger:
         record["larger"] = phases_of_larger_model(options.larger)
     text = json.dumps(record, indent=2)
     if options.output:
         options.output.write_text(text + "\n", "utf-8")
     print(text if options.json else table(record))
-    sys.exit(not gains_enough(rows))
+    sys.exit(not gains_enough(record["rows"]))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,11 @@ def test_two_processes_on_one_core_are_no_faster_than_one(script, equal):
     assert found.rate == pytest.approx(script.simulate(equal).rate, rel=0.02)
 
 
+def test_a_worker_that_halves_the_speed_of_the_trainer_gives_nothing(script, equal):
+    found = script.simulate(replace(equal, workers=1, staleness=1, beside_another=0.5))
+    assert found.rate == pytest.approx(script.simulate(equal).rate, rel=0.02)
+
+
 @pytest.mark.parametrize("bound", [0, 1, 3])
 def test_no_group_is_staler_than_the_bound(script, equal, bound):
     setup = replace(equal, workers=3, staleness=bound, spread=1.0, mean_length=40)
