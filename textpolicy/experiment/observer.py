@@ -179,5 +179,6 @@ class StepObserver:
 
 
 def _line(step: StepReport) -> str:
-    reward = step.metrics.get("reward", float("nan"))
-    return f"step {step.step + 1}/{step.steps}: reward {reward:.3f}"
+    reward = step.metrics.get("reward")
+    text = "no new groups" if reward is None else f"reward {reward:.3f}"
+    return f"step {step.step + 1}/{step.steps}: {text}"
