@@ -1,5 +1,7 @@
 """Log-probabilities of batches: the numbers and the gradients of whole rows, in less memory."""
 
+import time
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -55,6 +57,30 @@ def test_sharing_prompts_changes_no_gradient(model):
     largest = max(mx.abs(g).max().item() for g in gradients[1].values())
     for name, gradient in gradients[1].items():
         assert mx.abs(gradients[0][name] - gradient).max().item() < 3e-6 * largest, name
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mamba"])
+def test_the_graph_of_a_micro_batch_is_built_while_the_device_computes_the_one_before(family):
+    """Reading any number back would wait for all the work in flight, here some seconds of it."""
+    model = family_model(family)
+    (batch,) = batches_of(groups_of(*RAGGED, vocabulary=96))
+    logprobs = ModelLogprobs(model, None, True)
+    mx.eval(model.parameters(), logprobs(batch))
+
+    def objective():
+        logp, entropy = logprobs(batch)
+        return mx.where(batch.mask, logp + 0.1 * entropy, 0).sum()
+
+    square = mx.random.normal((1200, 1200))
+    work = square
+    for _ in range(15):
+        work = mx.softmax(work @ square)
+    mx.async_eval(work)
+    value, gradient = nn.value_and_grad(model, objective)()
+    built = time.perf_counter()
+    mx.eval(work)
+    assert time.perf_counter() - built > 0.01
+    mx.eval(value, gradient)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
