@@ -262,7 +262,7 @@ def costs_of(phases: list[dict[str, float]], longest: int) -> Costs:
 
 
 def compare(record: dict[str, Any]) -> list[list[str]]:
-    """Return the rates of the runs on record as multiples of one process, and the simulated ones."""
+    """Return rates as multiples of one process: the side, measured, simulated and the error."""
     options, cores = record["options"], 2
     large = max(record["phases"], key=lambda one: one["groups"])
     mean = large["num_tokens"] / large["groups"] / options["size"]

@@ -28,8 +28,8 @@ def run_with_shared_prompts(
     length = batch.prompt_lengths[batch.owner] - 1
     cache = None
     if batch.prompts.shape[1] > 1:
-        # These numbers came from the host. To compute with them on the device and to read the result
-        # would wait for the micro-batch before.
+        # These numbers came from the host. To compute with them on the device, and to read the
+        # result, would wait for the micro-batch before.
         padded = min(cast(list[int], batch.prompt_lengths.tolist())) < batch.prompts.shape[1]
         cache = [
             _recurrent_layer([array[batch.owner] for array in cast(list[mx.array], layer.cache)])
