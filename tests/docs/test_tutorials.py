@@ -108,6 +108,21 @@ def test_the_sick_runs_show_what_the_pages_say_of_them():
     )
 
 
+# A minute at most: imitation and 30 steps of episodes.
+@pytest.mark.slow
+def test_a_reward_for_calls_teaches_nothing_and_one_for_the_answer_teaches_the_tools(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    page = (TUTORIALS / "several_turns.md").read_text("utf-8")
+    lines = run_session(page, tmp_path, capsys.readouterr)
+    paid, still_paid, before, after = held_out_rewards(lines)
+    right = [float(line.split("right ")[1]) for line in lines if line.startswith("held out:")]
+    assert (paid, still_paid) == (1, 1)
+    assert right[0] == right[1] < 0.7
+    assert after > before + 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["your_data.md", "to_an_endpoint.md"])
 def test_the_tutorial_prints_what_it_shows(name, tmp_path, monkeypatch, capsys):
