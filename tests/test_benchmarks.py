@@ -29,7 +29,7 @@ SMALLEST = {
     "functions.py": "--tokens 96 --runs 1 --json",
     "gated_delta.py": "--tokens 32 --runs 1 --json",
     "generate.py": "--rows 1 --runs 1 --threads 1 --json",
-    "generation_versions.py": "--names rows,sleeping_alone --runs 1 --threads 1 --json",
+    "generation_versions.py": "--names rows,sleeping --runs 1 --threads 1 --json",
     "grpo_step.py": f"{STEP} --runs 1 --threads 1 --json",
     "long.py": "--tokens 32 --json",
     "outside.py": "--engines mlx-lm llama.cpp --adapters ranks --json",
@@ -70,6 +70,21 @@ COUNTS = dict.fromkeys(
 )
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """Return a function that runs a script in this process, and returns its exit code."""
+
+    def run(script: str, *options: str) -> object:
+        path = str(BENCHMARKS / script)
+        monkeypatch.setattr(sys, "argv", [path, *options])
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(path, run_name="__main__")
+        return stopped.value.code
+
+    return run
+
+
 def printed(script: str, options: str) -> str:
     command = [sys.executable, str(BENCHMARKS / script), *options.split()]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -77,10 +92,19 @@ def printed(script: str, options: str) -> str:
     return result.stdout
 
 
+# Sixteen episodes one after the other, which wait for half a minute.
+ALONE = "--names sleeping_alone --runs 1 --threads 1 --json"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SMALLEST)
-def test_a_record_describes_the_machine_and_the_versions(script):
-    options = SMALLEST[script]
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        *(pytest.param(*pair, id=pair[0]) for pair in SMALLEST.items()),
+        pytest.param("generation_versions.py", ALONE, marks=pytest.mark.long, id="alone"),
+    ],
+)
+def test_a_record_describes_the_machine_and_the_versions(script, options):
     record = json.loads(printed(script, options))
     setting = record.pop("setting")
     assert setting.keys() >= MACHINE | VERSIONS
@@ -92,8 +116,9 @@ def test_a_record_describes_the_machine_and_the_versions(script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", LONGER)
-def test_a_script_that_takes_minutes_prints_its_options(script):
-    assert printed(script, "--help").startswith(f"usage: {script}")
+def test_a_script_that_takes_minutes_prints_its_options(script, run_here, capsys):
+    assert run_here(script, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"usage: {script}")
 
 
 def imported_names(script: Path) -> list[tuple[str, str]]:
@@ -111,11 +136,6 @@ def test_every_name_that_a_script_imports_from_textpolicy_exists(script):
 
 
 @pytest.mark.parametrize(("script", "flag"), [*COUNTS.items(), ("sft", "--repeats")])
-def test_a_median_of_no_runs_is_refused(script, flag, monkeypatch, capsys):
-    path = str(BENCHMARKS / f"{script}.py")
-    monkeypatch.setattr(sys, "argv", [path, flag, "0"])
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(path, run_name="__main__")
-    assert stopped.value.code == 2
+def test_a_median_of_no_runs_is_refused(script, flag, run_here, capsys):
+    assert run_here(f"{script}.py", flag, "0") == 2
     assert f"{flag} is 0; expected at least 1" in capsys.readouterr().err

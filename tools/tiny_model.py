@@ -120,7 +120,7 @@ ENOUGH = 0.38
 # Sums without a carry come first, because they teach which digits belong together. Without them the
 # model learns no addition for a long time. Such sums are this share of all sums.
 WITHOUT_CARRIES = 0.06
-BATCH, LEARNING_RATE, WARM_UP, COOL_DOWN, EVERY = 64, 1.5e-3, 100, 25, 25
+BATCH, LEARNING_RATE, WARM_UP, COOL_DOWN, EVERY, MEASURED = 64, 1.5e-3, 100, 25, 25, 256
 
 
 def build_tokenizer() -> Tokenizer:
@@ -186,9 +186,12 @@ class Curriculum:
     A task that has reached ENOUGH is still drawn sometimes, because the model forgets other tasks.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: TokenizerWrapper, seed: int, measured: int
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.measured = measured
         self.environments = {name: load(name) for name in TASKS}
         self.streams = {name: env.stream(seed) for name, env in self.environments.items()}
         self.weights = dict(TASKS)
@@ -212,7 +215,7 @@ class Curriculum:
         if not isinstance(report, TrainReport):
             return Progress.MORE
         accuracy = {
-            name: measure(self.model, self.tokenizer, environment, 256)
+            name: measure(self.model, self.tokenizer, environment, self.measured)
             for name, environment in self.environments.items()
         }
         shown = "  ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
@@ -272,19 +275,22 @@ def measure(
     return sum(score(environment.reward, t.prompt, c.text, t.example) for t, (c,) in pairs) / count
 
 
-def make(folder: Path, *, seed: int, iterations: int) -> None:
+def make(
+    folder: Path, *, seed: int, iterations: int, every: int = EVERY, measured: int = MEASURED
+) -> None:
+    """Write the model. Its accuracies are measured on `measured` tasks `every` so many steps."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
     write_config(folder)
     mx.random.seed(seed)
     model = qwen3.Model(qwen3.ModelArgs.from_dict(CONFIG))
-    curriculum = Curriculum(model, load_tokenizer(folder), seed)
+    curriculum = Curriculum(model, load_tokenizer(folder), seed, measured)
     train_sft(
         model,
         BatchStream(curriculum.batches()),
         [],
         optim.AdamW(learning_rate=curriculum.rate, betas=[0.9, 0.98], weight_decay=0.01),
-        parameters=SFTParameters(batch_size=BATCH, iterations=iterations, steps_per_report=EVERY),
+        parameters=SFTParameters(batch_size=BATCH, iterations=iterations, steps_per_report=every),
         loss=loss,
         on_progress=curriculum.practise,
     )

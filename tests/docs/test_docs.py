@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from textpolicy.cli import main
 from textpolicy.config import SFTConfig, TrainConfig, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,9 +99,23 @@ def test_the_python_of_the_page_runs(page: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", having("bash"))
-def test_the_commands_of_the_page_run(page: str, tmp_path: Path) -> None:
+def test_the_commands_of_the_page_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_files(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
     for arguments in commands(page):
+        code = main(arguments)
+        printed = "".join(capfd.readouterr())
+        assert code == 0, f"{shlex.join(arguments)}\n{printed[-4000:]}"
+
+
+@pytest.mark.slow
+def test_commands_run_as_programs_too(tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text("utf-8")
+    found = [words for words in commands(page) if words[0] in ("generate", "doctor")]
+    assert len(found) == 2
+    for arguments in found:
         run([COMMAND, *arguments], tmp_path)
 
 

@@ -23,8 +23,13 @@ def test_hostile_requests_are_refused_and_the_server_goes_on(live, policy_of, at
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
 
     def post():
-        with httpx.Client(base_url=live.address, headers=headers, timeout=60) as client:
-            return [client.post(one.path or "/", content=one.body) for one in POSTED]
+        with (
+            httpx.Client(base_url=live.address, headers=headers, timeout=60) as client,
+            ThreadPoolExecutor(8) as threads,
+        ):
+            return list(
+                threads.map(lambda one: client.post(one.path or "/", content=one.body), POSTED)
+            )
 
     def send_raw(data):
         with socket.create_connection((host, int(port)), timeout=20) as connection:
