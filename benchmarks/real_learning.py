@@ -39,7 +39,7 @@ from real.units import VARIANTS, Unit, train
 from setting import setting
 
 from textpolicy.config import TrainConfig, changed, read_toml
-from textpolicy.experiment.assembly import apply_thread_option
+from textpolicy.experiment.threads import apply_thread_option
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "results" / "real_learning.json"

@@ -23,7 +23,6 @@ from textpolicy.errors import ConfigError, ModelError, TaskError
 from textpolicy.experiment.assembly import (
     Experiment,
     adapter_config,
-    apply_thread_option,
     assemble,
     checkpoints_of,
     dtype_of,
@@ -36,6 +35,7 @@ from textpolicy.experiment.assembly import (
 from textpolicy.experiment.assembly import adapt as adapt_model
 from textpolicy.experiment.run import run
 from textpolicy.experiment.tasks import find_task
+from textpolicy.experiment.threads import apply_thread_option
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import tiny_model
 from textpolicy.runs import RunDirectory

@@ -46,7 +46,11 @@ def next_after_check(
         return Advice("Take harder rows, or choose another task of the list", "textpolicy envs")
     if signal.verdict == "answers cut off" and sampler.cut_at < sampler.max_tokens:
         longer = ["--seconds", f"{_MORE_TOKENS * sampler.seconds:g}"]
-        return Advice("Give the check more time", _check_line(config, sampler, file, *longer))
+        sentence = (
+            f"The check itself has cut the answers at {sampler.cut_at} of {sampler.max_tokens} "
+            f"tokens, to end in {sampler.seconds:g} s. Give it more time"
+        )
+        return Advice(sentence, _check_line(config, sampler, file, *longer))
     if signal.verdict == "answers cut off":
         tokens = {"sampling.max_tokens": _MORE_TOKENS * sampler.max_tokens}
         return Advice("Allow longer answers", _check_line(changed(config, tokens), sampler, file))

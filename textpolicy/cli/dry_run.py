@@ -8,7 +8,6 @@ from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.experiment.assembly import (
     RunConfig,
-    apply_thread_option,
     find_algorithm,
     plain_settings,
     service_options,
@@ -22,6 +21,7 @@ from textpolicy.experiment.run_size import (
     plan_step,
 )
 from textpolicy.experiment.tasks import find_task
+from textpolicy.experiment.threads import apply_thread_option, thread_advice
 from textpolicy.machine import free_disk_bytes, memory_bytes, size_text
 from textpolicy.tracking.open_tracker import check_services
 
@@ -57,6 +57,8 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
         apply_thread_option(config.model, workers=config.rollout.workers)
         rows.append(("time", str(time := estimator.plan_time(config))))
         data["estimated_seconds"] = round(time.seconds, 1)
+        if advice := thread_advice(config.model):
+            rows.append(("threads", advice))
     if environment and has_agent(environment) and not measured:
         rows.append(
             ("agent", "memory is that of one answer a rollout; add --measure to count them")

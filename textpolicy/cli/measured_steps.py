@@ -22,9 +22,10 @@ import mlx.core as mx
 from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig, changed
 from textpolicy.environments import Environment
-from textpolicy.experiment.assembly import apply_thread_option, assemble, find_algorithm
+from textpolicy.experiment.assembly import assemble, find_algorithm
 from textpolicy.experiment.run_size import agents_of
 from textpolicy.experiment.tasks import find_task
+from textpolicy.experiment.threads import apply_thread_option
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
 from textpolicy.runs import RunDirectory

@@ -67,11 +67,20 @@ class TimedSampler:
 
     def _tokens_that_fit(self, prompts: Sequence[Prompt]) -> int:
         """Return how long completions may be, so that one group takes a third of the time."""
-        probe = self._policy(Sampling(max_tokens=min(self.max_tokens, _PROBE_TOKENS)))
-        started = time.monotonic()
-        probe.generate(prompts, n=self.count, seed=0)
-        seconds_a_token = (time.monotonic() - started) / _PROBE_TOKENS
-        fitting = max(_PROBE_TOKENS, int(self.seconds / 3 / seconds_a_token))
+
+        def time_of(tokens: int) -> float:
+            probe = self._policy(Sampling(max_tokens=tokens))
+            started = time.monotonic()
+            probe.generate(prompts, n=self.count, seed=0)
+            return time.monotonic() - started
+
+        tokens = min(self.max_tokens, _PROBE_TOKENS)
+        # The first call also prepares the model, and every call reads the prompts.
+        with doing("measuring how fast the model answers"):
+            time_of(1)
+            reading, answering = time_of(1), time_of(tokens)
+        seconds_a_token = max(answering - reading, answering / 4) / tokens
+        fitting = max(_PROBE_TOKENS, int((self.seconds / 3 - reading) / seconds_a_token))
         if fitting < self.max_tokens:
             print_note(
                 f"completions are cut at {fitting} of {self.max_tokens} tokens, because longer "

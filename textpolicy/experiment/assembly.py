@@ -15,7 +15,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from textpolicy import algorithms, fast_cpu
+from textpolicy import algorithms
 from textpolicy.activity import doing
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.container import AdapterContainer, shared_copy
@@ -452,16 +452,3 @@ def sft_parameters(config: SFTConfig, directory: RunDirectory, data: SFTData) ->
     if trainer.epochs is None:
         return with_iterations(trainer.iterations or _SFT_ITERATIONS)
     return with_iterations(iterations_of(trainer.epochs, data.train, with_iterations(0)))
-
-
-def apply_thread_option(options: ModelOptions, *, workers: int = 0) -> None:
-    """Set the threads of matrix products: one for the embedded model, whose products are small.
-
-    Beside `workers`, each process gets one thread too. Other runs leave a core to other programs.
-    """
-    if options.threads:
-        fast_cpu.set_threads(options.threads)
-    elif (options.name == "tiny" or workers) and fast_cpu.enable().threads:
-        fast_cpu.set_threads(1)
-    elif threads := fast_cpu.default_threads():
-        fast_cpu.set_threads(threads)

@@ -13,13 +13,7 @@ from textpolicy.config import (
     read_toml,
 )
 from textpolicy.errors import ConfigError
-from textpolicy.experiment.assembly import (
-    RunConfig,
-    apply_thread_option,
-    checkpoints_of,
-    find_algorithm,
-    source_of,
-)
+from textpolicy.experiment.assembly import RunConfig, checkpoints_of, find_algorithm, source_of
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
 from textpolicy.experiment.following import (
     check_can_be_divided,
@@ -49,6 +43,7 @@ from textpolicy.experiment.resuming import (
 )
 from textpolicy.experiment.supervised import train_supervised
 from textpolicy.experiment.tasks import find_task
+from textpolicy.experiment.threads import apply_thread_option, thread_advice
 from textpolicy.ranks import Ranks, join_ranks
 from textpolicy.ranks.joining import ranks_here
 from textpolicy.runs import RunDirectory, new_directory
@@ -90,6 +85,8 @@ def run(
     # Before the user's code is loaded, which may choose seeds of its own.
     seed_random_numbers(settings.run.seed)
     report = Reporter(on_event)
+    if advice := thread_advice(settings.model):
+        report.note(advice)
     if directory:
         return _resume(settings, directory, report, ranks, force=force)
     name = _name_of(settings)

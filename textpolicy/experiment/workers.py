@@ -5,13 +5,9 @@ from dataclasses import dataclass
 
 from textpolicy.config import TrainConfig
 from textpolicy.config.train import NO_RAY
-from textpolicy.experiment.assembly import (
-    apply_thread_option,
-    build_policy,
-    load_adapted_model,
-    sampling_of,
-)
+from textpolicy.experiment.assembly import build_policy, load_adapted_model, sampling_of
 from textpolicy.experiment.tasks import find_worker_task
+from textpolicy.experiment.threads import apply_thread_option
 from textpolicy.rollout.executors.crew import Crew
 from textpolicy.rollout.executors.ray import RayWorkers
 from textpolicy.rollout.executors.rollout_worker import RolloutWorker

@@ -6,10 +6,20 @@ calls `enable`; if you build a model without `load_model`, call `enable` yoursel
 
 from textpolicy.fast_cpu.blas import (
     BlasStatus,
+    ThreadSpeeds,
     default_threads,
     enable,
     measure_gflops,
+    measure_threads,
     set_threads,
 )
 
-__all__ = ["BlasStatus", "default_threads", "enable", "measure_gflops", "set_threads"]
+__all__ = [
+    "BlasStatus",
+    "ThreadSpeeds",
+    "default_threads",
+    "enable",
+    "measure_gflops",
+    "measure_threads",
+    "set_threads",
+]

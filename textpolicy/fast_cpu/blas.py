@@ -99,6 +99,33 @@ def measure_gflops(n: int = 1024) -> float:
     return 2 * n**3 / min(seconds) / 1e9
 
 
+@dataclass(frozen=True, kw_only=True)
+class ThreadSpeeds:
+    """The threads of a run, and the GFLOP/s of products with them and with one, measured now."""
+
+    of_a_run: int
+    gflops: float
+    gflops_of_one: float
+
+    @property
+    def is_one_faster(self) -> bool:
+        """Whether other programs use so much of the machine that one thread is faster."""
+        return self.gflops_of_one > self.gflops
+
+
+def measure_threads() -> ThreadSpeeds | None:
+    """Return the speeds of products; None if the number of threads cannot be set."""
+    default, before = default_threads(), enable().threads
+    if default is None or before is None:
+        return None
+    speeds: list[float] = []
+    for count in (default, 1):
+        set_threads(count)
+        speeds.append(round(measure_gflops(), 1))
+    set_threads(before)
+    return ThreadSpeeds(of_a_run=default, gflops=speeds[0], gflops_of_one=speeds[1])
+
+
 @cache
 def _choose_once() -> tuple[BlasStatus, ctypes.CDLL | None]:
     """Return the BLAS that this process uses from now on, and its library if it is an OpenBLAS."""

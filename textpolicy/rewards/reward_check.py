@@ -158,7 +158,10 @@ def _check_deterministic(trials: Sequence[_Trial]) -> Finding:
 def _check_gold(trials: Sequence[_Trial]) -> list[Finding]:
     known = [trial for trial in trials if _RIGHT in trial.verdicts]
     if not known:
-        detail = f"no right answers: name their column; looked for {', '.join(GOLD_COLUMNS)}"
+        looked_for = ", ".join(GOLD_COLUMNS)
+        detail = (
+            f"no right answers: name their column (--gold-column NAME); looked for {looked_for}"
+        )
         return [Finding(name, "not checked", detail) for name in ("gold highest", "empty low")]
     return [_check_gold_highest(known), _check_empty_low(known)]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 
+from textpolicy import fast_cpu
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.check_advice import next_after_check
 from textpolicy.cli.flags import configured
@@ -18,10 +19,11 @@ from textpolicy.environments.environment import sum_turn_rewards
 from textpolicy.environments.preamble import system_messages
 from textpolicy.environments.template import check_template, fill_template
 from textpolicy.errors import ConfigError
-from textpolicy.experiment.assembly import apply_thread_option, template_arguments_of
+from textpolicy.experiment.assembly import template_arguments_of
 from textpolicy.experiment.first_prompt import describe_prompt
 from textpolicy.experiment.run_size import read_tokenizer
 from textpolicy.experiment.tasks import data_source_of, find_task, with_task_preamble
+from textpolicy.experiment.threads import apply_thread_option, thread_advice
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import Rewards, as_rewards, load_reward
 from textpolicy.rewards.checked_rows import CheckedRow, checked_rows
@@ -40,6 +42,10 @@ def run(options: Namespace) -> Answer:
 def _run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     apply_thread_option(config.model)
+    if options.sample and thread_advice(config.model):
+        # No number of a check depends on the threads.
+        fast_cpu.set_threads(1)
+        print_note("other programs use this machine, so the check computes with one thread")
     if not (config.task.env or config.task.data):
         raise ConfigError(
             "there is nothing to try the reward on: name rows with --data rows.jsonl, or an "

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from textpolicy import backend, fast_cpu
 from textpolicy.cli.answer import Answer, table
+from textpolicy.experiment.threads import ONE_IS_FASTER
 from textpolicy.machine import memory_bytes, size_text
 
 _NO_RAY = "not installed; rollout workers on other machines need: pip install 'textpolicy[ray]'"
@@ -20,7 +21,7 @@ _INSTALL = "pip install --force-reinstall textpolicy mlx-lm"
 
 
 def run(options: Namespace) -> Answer:
-    blas = fast_cpu.enable()
+    blas, threads = fast_cpu.enable(), fast_cpu.measure_threads()
     data = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -28,7 +29,7 @@ def run(options: Namespace) -> Answer:
         "device": mx.default_device().type.name,
         "device_name": str(mx.device_info().get("device_name", "unknown")),
         "blas": asdict(blas) | {"gflops": round(fast_cpu.measure_gflops(), 1)},
-        "threads": _measure_threads(),
+        "threads": asdict(threads) if threads else None,
         "memory_bytes": memory_bytes(),
         "tiny_model": _TINY.is_file(),
         "ray": backend.version_of("ray"),
@@ -38,26 +39,13 @@ def run(options: Namespace) -> Answer:
     return Answer(data=data, text=_for_people(data), exit_code=0 if data["usable"] else 1)
 
 
-def _measure_threads() -> dict[str, float] | None:
-    """Return the threads of a run, and the speed of products with them and with one thread."""
-    default, before = fast_cpu.default_threads(), fast_cpu.enable().threads
-    if default is None or before is None:
-        return None
-    speeds: list[float] = []
-    for count in (default, 1):
-        fast_cpu.set_threads(count)
-        speeds.append(round(fast_cpu.measure_gflops(), 1))
-    fast_cpu.set_threads(before)
-    return {"of_a_run": default, "gflops": speeds[0], "gflops_of_one": speeds[1]}
-
-
 def _threads_text(threads: Mapping[str, float] | None) -> Iterator[str]:
     if threads is None:
         return
     count, speed, alone = threads["of_a_run"], threads["gflops"], threads["gflops_of_one"]
     yield f"a run takes {count} of {os.cpu_count()} cores: {speed} GFLOP/s; one thread: {alone}"
     if alone > speed:
-        yield "one thread is faster now, because other programs use this machine: --threads 1"
+        yield ONE_IS_FASTER
 
 
 def _for_people(data: Mapping[str, Any]) -> str:

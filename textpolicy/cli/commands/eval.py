@@ -13,14 +13,10 @@ from textpolicy.cli.progress import showing_progress
 from textpolicy.config import TrainConfig
 from textpolicy.environments import Environment
 from textpolicy.evaluation import Comparison, Evaluation, HeldOut, compare, evaluate
-from textpolicy.experiment.assembly import (
-    apply_thread_option,
-    dtype_of,
-    sampling_of,
-    template_arguments_of,
-)
+from textpolicy.experiment.assembly import dtype_of, sampling_of, template_arguments_of
 from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.tasks import find_task, with_environment
+from textpolicy.experiment.threads import apply_thread_option
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.thinking import describe_thinking

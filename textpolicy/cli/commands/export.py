@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
 from textpolicy.config import TrainConfig
-from textpolicy.experiment.assembly import apply_thread_option
+from textpolicy.experiment.threads import apply_thread_option
 from textpolicy.export.exporting import Exported, export_adapter
 from textpolicy.export.source import find_source
 

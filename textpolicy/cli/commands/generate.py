@@ -9,7 +9,8 @@ from textpolicy.cli.flags import configured
 from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig
 from textpolicy.environments.preamble import system_messages
-from textpolicy.experiment.assembly import apply_thread_option, dtype_of, template_arguments_of
+from textpolicy.experiment.assembly import dtype_of, template_arguments_of
+from textpolicy.experiment.threads import apply_thread_option
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.thinking import describe_thinking

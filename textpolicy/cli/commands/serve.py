@@ -23,7 +23,8 @@ from textpolicy.cli.output import print_answer, print_note
 from textpolicy.cli.signals import STOPPING
 from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError
-from textpolicy.experiment.assembly import apply_thread_option, dtype_of, template_arguments_of
+from textpolicy.experiment.assembly import dtype_of, template_arguments_of
+from textpolicy.experiment.threads import apply_thread_option
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import NamedAdapter, RunDirectory, read_named_adapter
 from textpolicy.serving.adapters import ServedAdapters
