@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from textpolicy.cli import main
 from textpolicy.cli.columns import Columns, display_width, wrap
 from textpolicy.config import TrainConfig, to_toml
 from textpolicy.generation.mlx_generation import create_policy, load_model
+from textpolicy.generation.model_files import tiny_model
 from textpolicy.runs import RunDirectory
 from textpolicy.training.sft import Encoding, load_data
 
@@ -288,3 +290,17 @@ def test_a_wide_terminal_shows_columns_and_a_narrow_one_a_list(terminal, chat, r
         assert shown.replace(" ", "") == reply["answer"].replace(" ", "").replace("\n", "")
     narrow = terminal(60, "12+30=", *options)
     assert "│" not in narrow and narrow.startswith(f"[base] {base['answer']}\n[own] ")
+
+
+def test_a_chat_with_a_run_s_adapter_takes_the_model_of_that_run(tmp_path, capsys, monkeypatch):
+    """The run was trained on a copy of the embedded model, whose folder its config names."""
+    copy = tmp_path / "my-model"
+    shutil.copytree(tiny_model(), copy)
+    run = ["--env", "add", "--steps", "1", "--count", "2", "--group-size", "2", "--rank", "2"]
+    assert main(["train", *run, "--model", str(copy), "--output", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1+1=\n"))
+    assert main(["chat", "--adapter", str(tmp_path / "run"), "--max-tokens", "2"]) == 0
+    assert f"model {copy}" in capsys.readouterr().err.replace("\n", "")
+    assert main(["generate", "--adapter", f"{tmp_path}/run", "--prompt", "1+1="]) == 0
+    assert f"model {copy}" in capsys.readouterr().err.replace("\n", "")

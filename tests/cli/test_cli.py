@@ -127,6 +127,11 @@ def test_the_error_about_a_mistyped_flag_names_the_nearest_flag(command, capsys)
         ("--num_generations", "; did you mean --group-size?"),
         ("--groupsize", "; did you mean --group-size?"),
         ("--fp16", "; did you mean --dtype float16?"),
+        ("--num-train-epochs", "; did you mean --steps?"),
+        ("--gradient-accumulation-steps", "; did you mean --groups-per-step?"),
+        ("--loss-type", "; did you mean --algorithm?"),
+        ("--save-steps", "; did you mean --checkpoint-every?"),
+        ("--reward-weights", "; the weights are in the file of the reward"),
         ("--xyzzy", "; --help lists them"),
     ],
 )

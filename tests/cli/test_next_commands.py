@@ -15,7 +15,7 @@ from textpolicy.cli import main
 
 SMALL = [
     *("--env", "add", "--steps", "1", "--group-size", "2", "--groups-per-step", "2"),
-    *("--count", "4", "--max-tokens", "4"),
+    *("--count", "4", "--max-tokens", "4", "--rank", "2", "--alpha", "4"),
 ]
 
 

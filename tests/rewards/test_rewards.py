@@ -178,6 +178,14 @@ def test_a_function_that_would_not_see_the_completion_is_refused(function):
         Rewards(function)
 
 
+def test_a_function_of_lists_is_told_how_to_take_them():
+    def as_in_trl(completions, answer, **kwargs):
+        return [float(one == right) for one, right in zip(completions, answer, strict=True)]
+
+    with pytest.raises(ConfigError, match=r"write @tp.reward\(batched=True\) above it"):
+        call(as_in_trl, answer="1")
+
+
 def test_async_rewards_are_awaited_sixteen_at_a_time():
     running, most = 0, 0
 

@@ -18,7 +18,12 @@ from typing import Any, TypeVar, cast
 
 from textpolicy.config.option_types import Table, alternatives
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
-from textpolicy.config.toml import NAMES_IN_OTHER_LIBRARIES, read_toml, suggestion_for
+from textpolicy.config.toml import (
+    NAMES_IN_OTHER_LIBRARIES,
+    WAYS_BESIDE_SETTINGS,
+    read_toml,
+    suggestion_for,
+)
 from textpolicy.errors import ConfigError
 from textpolicy.untrusted.terminal import terminal_safe
 
@@ -37,7 +42,8 @@ FLAGS_OF_OTHER_LIBRARIES = {
     "--model-name-or-path": "--model",
     "--dataset": "--data",
     "--dataset-name": "--data",
-    "--output-dir": "--output",
+    "--loss-type": "--algorithm",
+    "--eval-steps": "--eval-every",
     "--fp16": "--dtype float16",
     "--bf16": "--dtype bfloat16",
     "--load-in-8bit": "--quantize 8",
@@ -81,12 +87,16 @@ class FlagParser(SafeParser):
         return super().parse_known_args(args, namespace)
 
     def _suggestion(self, flag: str) -> str:
+        if way := WAYS_BESIDE_SETTINGS.get(flag.strip("-").replace("-", "_")):
+            return f"; {way}"
         flags = {known: known for known in self._option_string_actions}
         known = {
             name: mine
             for name, mine in FLAGS_OF_OTHER_LIBRARIES.items()
             if mine.partition(" ")[0] in flags
         } | flags
+        if "--accumulation" not in flags:
+            known["--gradient-accumulation-steps"] = "--groups-per-step"
         near = get_close_matches(flag.replace("_", "-"), known, n=1)
         return f"; did you mean {known[near[0]]}?" if near else "; --help lists them"
 

@@ -75,12 +75,20 @@ def config_from(content: Mapping[str, Any], defaults: _C, origin: str) -> _C:
         raise ConfigError(f"{origin} cannot be used: {error}") from error
 
 
-# Names of settings in other libraries.
+# Names of settings in other libraries, and ours: the last part of the key, or all of it.
 NAMES_IN_OTHER_LIBRARIES = {
     "learning_rate": "lr",
     "num_generations": "group_size",
     "num_iterations": "epochs",
-    "per_device_train_batch_size": "micro_batch_size",
+    "num_train_epochs": "steps",
+    "max_steps": "steps",
+    "save_steps": "checkpoint_every",
+    "eval_steps": "evaluation.every",
+    "loss_type": "algorithm.name",
+    "lr_scheduler_type": "schedule",
+    "reward_funcs": "reward",
+    "output_dir": "output",
+    "per_device_train_batch_size": "groups_per_step",
     "gradient_checkpointing": "checkpoint_gradients",
     "max_completion_length": "max_tokens",
     "max_new_tokens": "max_tokens",
@@ -94,6 +102,12 @@ NAMES_IN_OTHER_LIBRARIES = {
     "enable_thinking": "thinking",
     "system_prompt": "system",
 }
+WAYS_BESIDE_SETTINGS = {
+    "reward_weights": "the weights are in the file of the reward: "
+    "rewards = tp.Rewards([one, other], weights=[1.0, 0.5])",
+    "logging_steps": "every step is logged; leave it out",
+}
+"""What does here what a setting of another library does there."""
 
 
 def suggestion_for(key: str, known: list[str]) -> str:
@@ -102,8 +116,13 @@ def suggestion_for(key: str, known: list[str]) -> str:
     The same name in another section is preferred to names with a similar spelling.
     """
     word = key.rpartition(".")[2]
+    if way := WAYS_BESIDE_SETTINGS.get(word):
+        return f"; {way}"
     word = NAMES_IN_OTHER_LIBRARIES.get(word, word)
-    alike = [other for other in known if other.rpartition(".")[2] == word]
+    if word == "accumulation" and "rollout.groups_per_step" in known:
+        # Reinforcement learning counts the groups of an update, not its micro-batches.
+        word = "groups_per_step"
+    alike = [other for other in known if word in (other, other.rpartition(".")[2])]
     if not alike:
         words = {other.rpartition(".")[2]: other for other in reversed(known)}
         alike = get_close_matches(key, known, n=1, cutoff=0.75)

@@ -194,7 +194,8 @@ def adapter_config(options: AdapterOptions) -> AdapterConfig:
     given = {name: value for name, value in words.items() if value is not None}
     names = given.pop("target_modules", None)
     config = AdapterConfig(**given)
-    if names is None:
+    # PEFT's name for what is the default here.
+    if names is None or names == ("all-linear",):
         return config
     (rule,) = config.rules
     # Only PEFT's form selects modules by these names, and it takes alpha instead of a scale.

@@ -18,7 +18,7 @@ from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import DTYPES
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import find_model, read_architecture_file
-from textpolicy.runs import RunDirectory, find_adapter
+from textpolicy.runs import RunDirectory, find_adapter, run_of_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def find_source(path: str | Path, *, model: str | None = None) -> Source:
     path = Path(path).expanduser()
     if not path.exists():
         path = find_adapter(path)
-    directory = _run_of(path)
+    directory = run_of_adapter(path)
     if directory is None:
         if model is None:
             raise ConfigError(
@@ -102,12 +102,6 @@ def find_source(path: str | Path, *, model: str | None = None) -> Source:
         dtype=DTYPES.get(str(settings.get("dtype"))),
         directory=directory,
     )
-
-
-def _run_of(path: Path) -> RunDirectory | None:
-    """Return the run that is at the path, or that the adapter at the path belongs to."""
-    candidates = (RunDirectory(path), RunDirectory(path.absolute().parent.parent))
-    return next((directory for directory in candidates if directory.exists), None)
 
 
 def _without_quantization(adapter: Adapter) -> Adapter:

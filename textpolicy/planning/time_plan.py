@@ -71,10 +71,16 @@ class TimePlan:
 
     def __str__(self) -> str:
         """Return the estimate in words, with as many digits as it deserves."""
+        step, evaluation = _two_digits(self.step), _two_digits(self.evaluation)
         return (
-            f"about {_in_words(self.seconds)}: {self.steps:,} steps of {self.step:.2g} s and "
-            f"{self.evaluations} measurements of {self.evaluation:.2g} s, by an estimate"
+            f"about {_in_words(self.seconds)}: {self.steps:,} steps of {step} s and "
+            f"{self.evaluations} measurements of {evaluation} s, by an estimate"
         )
+
+
+def _two_digits(number: float) -> str:
+    """Return a number as 220, 3.1 or 0.042."""
+    return f"{float(f'{number:.2g}'):g}"
 
 
 Speeds = Mapping[int, float]

@@ -127,6 +127,7 @@ class Reward:
                 f"reward {self.name} takes ({', '.join(map(str, parameters))}): it would not see "
                 f"the completion; expected ({', '.join(standard)}), or the names of some of these "
                 f"and of the row's columns, with `{standard[1]}` among them"
+                f"{self._hint_of_batches()}"
             )
         names = [] if by_position else named
         return _Parameters(
@@ -168,6 +169,15 @@ class Reward:
         named |= {name: known[name] for name in asked.optional if name in known}
         return self.function(**own_copy(extra | named))
 
+    def _hint_of_batches(self) -> str:
+        """Return what a function lacks whose parameters are those of a batched one."""
+        names = inspect.signature(self.function).parameters
+        if self.batched or _BATCHED[1] not in names:
+            return ""
+        return (
+            f". A function of `{_BATCHED[1]}` takes lists: write @tp.reward(batched=True) above it"
+        )
+
     def check_columns(self, columns: Collection[str]) -> None:
         """Raise `ConfigError` if the function needs a column that the rows do not have."""
         standard, required = self.parameters.standard, self.parameters.required
@@ -176,7 +186,7 @@ class Reward:
             raise ConfigError(
                 f"your reward {self.name} would not see the completion: the rows have a column "
                 f"`{_ANSWER}`, which the parameter receives. Ask for `{standard[1]}` or "
-                "`visible_answer` as well"
+                f"`visible_answer` as well{self._hint_of_batches()}"
             )
         if self._takes_own_answer(columns):
             known.add(_ANSWER)

@@ -51,6 +51,12 @@ def find_adapter(source: str | Path) -> Path:
     )
 
 
+def run_of_adapter(path: Path) -> RunDirectory | None:
+    """Return the run that is at the path, or that the adapter at the path belongs to."""
+    candidates = map(RunDirectory, (path, *path.absolute().parents[1:3]))
+    return next((directory for directory in candidates if directory.exists), None)
+
+
 def _adapter_of_version(run: RunDirectory, version: int) -> Path:
     versions = {int(path.stem): path for path in run.kept_adapters()}
     for path in (run.best, run.latest):

@@ -14,6 +14,7 @@ from textpolicy.cli.columns import NoView, open_view
 from textpolicy.cli.commands.generate import load_policy, sampling_from_flags
 from textpolicy.cli.conversations import Reply, Side, ask, save_conversations
 from textpolicy.cli.flags import configured
+from textpolicy.cli.models_of_runs import with_model_of_run
 from textpolicy.cli.output import print_answer, print_note
 from textpolicy.config import TrainConfig
 from textpolicy.environments.preamble import system_messages
@@ -53,6 +54,7 @@ def _sides(config: TrainConfig, options: Namespace) -> list[Side]:
             f"several sides of the chat are named {twice[0]!r}. Give each adapter a name of its "
             "own: --adapter NAME=ADAPTER"
         )
+    config = with_model_of_run(config, options, [one.path for one in adapters])
     beginning = system_messages(config.task.system)
     base = load_policy(config, sampling_from_flags(options))
     return [

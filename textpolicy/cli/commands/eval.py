@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from textpolicy.adapters.container import AdapterContainer
@@ -10,7 +10,8 @@ from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
 from textpolicy.cli.output import print_note
 from textpolicy.cli.progress import showing_progress
-from textpolicy.config import TrainConfig
+from textpolicy.config import TrainConfig, read_toml
+from textpolicy.config.train import AdapterOptions
 from textpolicy.environments import Environment
 from textpolicy.evaluation import Comparison, Evaluation, HeldOut, compare, evaluate
 from textpolicy.experiment.assembly import dtype_of, sampling_of, template_arguments_of
@@ -31,7 +32,7 @@ def run(options: Namespace) -> Answer:
 
 
 def _run(options: Namespace) -> Answer:
-    config = configured(TrainConfig(), options)
+    config = _config(options)
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
     all_tasks = (config.task, *others)
@@ -60,6 +61,15 @@ def _run(options: Namespace) -> Answer:
     lines = [line for one in results for line in _lines(one, config.model.name, options.show)]
     lines += _note_about_rows(config)
     return Answer(data=own | {"others": rest}, text="\n".join(lines))
+
+
+def _config(options: Namespace) -> TrainConfig:
+    """Return the config. Adapters of --adapter have a config of their own, not that of the file."""
+    given = vars(options)
+    if given.get("config") is None or "adapter.start" not in given:
+        return configured(TrainConfig(), options)
+    config = replace(read_toml(given["config"], TrainConfig()), adapter=AdapterOptions())
+    return configured(config, Namespace(**given | {"config": None}))
 
 
 def _note_about_rows(config: TrainConfig) -> list[str]:

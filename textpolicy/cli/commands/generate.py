@@ -6,6 +6,7 @@ from pathlib import Path
 
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
+from textpolicy.cli.models_of_runs import with_model_of_run
 from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig
 from textpolicy.environments.preamble import system_messages
@@ -21,6 +22,7 @@ from textpolicy.types import Sampling
 def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     start = find_adapter(config.adapter.start) if config.adapter.start else None
+    config = with_model_of_run(config, options, [start] if start else [])
     sampling = sampling_from_flags(options, stop=tuple(options.stop or ()))
     policy = load_policy(config, sampling, start)
     asked = [*system_messages(config.task.system), {"role": "user", "content": options.prompt}]

@@ -19,6 +19,7 @@ from textpolicy.adapters import read_adapter
 from textpolicy.adapters.base_quantization import quantize_for_adapter
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
+from textpolicy.cli.models_of_runs import with_model_of_run
 from textpolicy.cli.output import print_answer, print_note
 from textpolicy.cli.signals import STOPPING
 from textpolicy.config import TrainConfig
@@ -81,6 +82,7 @@ def _load(
     named = [read_named_adapter(text) for text in options.adapter or ()]
     followed = [_followed_run(text) for text in options.follow or ()]
     _check_names([one.name for one in (*named, *followed)])
+    config = with_model_of_run(config, options, [one.path for one in (*named, *followed)])
     apply_thread_option(config.model)
     model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
     arguments = template_arguments_of(config.model, tokenizer)
