@@ -13,7 +13,7 @@ set always wins, `--dry-run` shows what is chosen, and a resumed run keeps the n
 - **Groups.** 8 tasks with 8 completions each make a step. DPO takes 32 tasks with a pair each.
 - **Steps and measurements.** 60 steps, measured on 256 held-out tasks before, after 30 steps and
   at the end; longer runs are measured after every quarter. 256 tasks give a standard error of 0.03
-  or less, so a gain of a tenth is seen. The best adapter is the best measured one.
+  or less, so a gain of a tenth is seen. The best adapter is the best one of those measurements.
 - **Lengths.** Environments say how long an answer may be. Rows of your own have up to 256 tokens.
 
 Published rates for LoRA on all linear layers:
