@@ -35,11 +35,14 @@ setup-dev: $(STAMP_DEV) ## Make .venv with the tools for tests and checks too
 demo: setup ## Train the embedded model on addition, and print accuracy before and after
 	@$(BIN)/textpolicy demo
 
+# A process takes file after file, first those with the most slow tests: tests/conftest.py sorts them.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup-dev ## Run the test suite without the long tests, in two processes
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest $(SHARED)
 
 test-fast: setup-dev ## Run the quick tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long and not learning and not download"
+	@$(BIN)/python -m pytest $(SHARED) -m "not slow and not long and not learning and not download"
 
 check: setup-dev ## Check format, lint, types and layers, and run the quick tests
 	@$(MAKE) --no-print-directory -j2 lint test-fast

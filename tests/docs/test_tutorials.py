@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.transcripts import held_out_rewards, masked, missing_line, run_session, typed_in
+from tests.docs.transcripts import (
+    held_out_rewards,
+    masked,
+    missing_line,
+    run_session,
+    run_shortened,
+    typed_in,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -27,8 +34,15 @@ def test_numbers_may_differ_and_words_may_not():
     assert missing_line(["a", "b"], ["a"]) == "b"
 
 
-# A minute at most: the page trains five times, for up to 60 steps.
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["first_reward.md", "several_turns.md"])
+def test_the_commands_of_a_tutorial_that_takes_minutes_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_shortened((TUTORIALS / name).read_text("utf-8"), tmp_path, capsys.readouterr)
+
+
+# A minute at most: the page trains five times, for up to 60 steps.
+@pytest.mark.long
 def test_the_first_reward_goes_from_flat_over_hacked_to_learned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (TUTORIALS / "first_reward.md").read_text("utf-8")
@@ -109,7 +123,7 @@ def test_the_sick_runs_show_what_the_pages_say_of_them():
 
 
 # A minute at most: imitation and 30 steps of episodes.
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_for_calls_teaches_nothing_and_one_for_the_answer_teaches_the_tools(
     tmp_path, monkeypatch, capsys
 ):

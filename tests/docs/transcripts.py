@@ -21,6 +21,7 @@ from tests.docs.test_docs import blocks, write_files
 from textpolicy.cli import main
 
 _NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+_STEPS = re.compile(r"--steps \d+")
 _HELD_OUT = re.compile(r"held-out tasks: (-?[\d.]+) ± [\d.]+ before, (-?[\d.]+) ± [\d.]+ after")
 
 
@@ -67,6 +68,15 @@ def missing_line(shown: list[str], printed: list[str]) -> str | None:
 def held_out_rewards(lines: list[str]) -> list[float]:
     """Return the rewards before and after that these lines report."""
     return [float(value) for line in lines for pair in _HELD_OUT.findall(line) for value in pair]
+
+
+def run_shortened(page: str, folder: Path, captured: Callable[[], tuple[str, str]]) -> None:
+    """Run the commands of a page with one step of a run each, and compare only their exit codes."""
+    write_files(page, folder)
+    for typed in typed_in(page):
+        line = _STEPS.sub("--steps 1", shlex.join(typed.words))
+        code, text = _run_command(shlex.split(line), folder, captured)
+        assert code == typed.exit_code, f"{line}\n{text}"
 
 
 def run_session(page: str, folder: Path, captured: Callable[[], tuple[str, str]]) -> list[str]:
