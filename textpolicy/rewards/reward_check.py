@@ -140,7 +140,10 @@ def _check_finite(trials: Sequence[_Trial]) -> Finding:
         return Finding("finite", "FAILED", f"{len(errors)} of {len(verdicts)} calls: {errors[0]}")
     if unscored == len(verdicts):
         return Finding(
-            "finite", "FAILED", f"None for each of {unscored} answers: nothing is scored"
+            "finite",
+            "FAILED",
+            f"None for each of {unscored} answers: nothing is scored. A judge that gives no grade "
+            "returns None",
         )
     detail = f"{len(verdicts)} calls" + (f", {unscored} of them None" if unscored else "")
     return Finding("finite", "ok", detail)
