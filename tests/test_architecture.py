@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,7 @@ def parse(path: str, text: str) -> Source:
     return Source(".".join(parts[:-1] if is_package else parts), is_package, ast.parse(text))
 
 
+@cache
 def read_sources(folders: tuple[str, ...] = PACKAGE) -> list[Source]:
     paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return [parse(str(path.relative_to(ROOT)), path.read_text("utf-8")) for path in paths]
