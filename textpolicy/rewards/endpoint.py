@@ -6,6 +6,7 @@ import secrets
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ class Endpoint:
                 if attempt == self.retries:
                     tried = f"{attempt + 1} times" if attempt else "once"
                     return JudgeReply(retries=attempt, error=f"{error} (tried {tried})")
+                if isinstance(error.__cause__, TimeoutError):
+                    warnings.warn(
+                        f"the judge at {self.url} has not answered within {self.timeout:g} s, and "
+                        "is asked again from the beginning. If it is slow, raise timeout of its "
+                        "Endpoint and lower concurrency",
+                        stacklevel=2,
+                    )
                 # A random wait, so that questions that failed together are not retried together.
                 pause = self.wait * 2**attempt * (0.5 + secrets.randbelow(1000) / 1000)
                 time.sleep(min(_MAX_WAIT_SECONDS, max(pause, error.wait)))
