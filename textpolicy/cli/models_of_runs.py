@@ -6,7 +6,7 @@ from pathlib import Path
 
 from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig, changed
-from textpolicy.runs import run_of_adapter
+from textpolicy.runs.named_adapter import run_of_adapter
 
 _KEYS = ("name", "dtype", "allow_special_tokens")
 

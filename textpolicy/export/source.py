@@ -18,7 +18,8 @@ from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import DTYPES
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.model_files import find_model, read_architecture_file
-from textpolicy.runs import RunDirectory, find_adapter, run_of_adapter
+from textpolicy.runs import RunDirectory, find_adapter
+from textpolicy.runs.named_adapter import run_of_adapter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,7 @@
 """The directory of a run: its files, and the lock that allows only one writer."""
 
 from textpolicy.runs.directory import RunDirectory, new_directory
-from textpolicy.runs.named_adapter import (
-    NamedAdapter,
-    find_adapter,
-    read_named_adapter,
-    run_of_adapter,
-)
+from textpolicy.runs.named_adapter import NamedAdapter, find_adapter, read_named_adapter
 
 __all__ = [
     "NamedAdapter",
@@ -14,5 +9,4 @@ __all__ = [
     "find_adapter",
     "new_directory",
     "read_named_adapter",
-    "run_of_adapter",
 ]
