@@ -83,10 +83,7 @@ def faults(name: str, row: Evidence) -> Iterator[str]:
         yield f"{row.tests['failed']} tests failed"
     if name == "other":
         return
-    if "not_built" in ROWS[name]:
-        if row.tests:
-            yield "the row has tests now; remove its not_built from table.toml"
-    elif not row.tests:
+    if not row.tests:
         yield "no test proves this row"
     elif not row.tests["skipped"] and row.attempts < (least := ROWS[name]["attempts"]):
         yield f"{row.attempts} attempts were made, and the row asks for {least}"
@@ -99,8 +96,7 @@ def show(evidence: Mapping[str, Evidence], failures: list[str]) -> None:
         if name == "other" and not row.tests:
             continue
         texts = ROWS.get(name, {"tried": "tests that prove no row", "holds": ""})
-        missing = f"not built yet: {texts['not_built']}" if "not_built" in texts else "no test"
-        counts = (row.outcome or missing, f"{row.attempts:,}", f"{row.seconds:.0f}")
+        counts = (row.outcome or "no test", f"{row.attempts:,}", f"{row.seconds:.0f}")
         table.add_row(name, texts["tried"], texts["holds"], *counts)
     width = None if sys.stdout.isatty() else 140
     console = Console(markup=False, highlight=False, width=width)
@@ -135,9 +131,7 @@ def table_lines(letter: str, evidence: Mapping[str, Evidence]) -> Iterator[str]:
         if not name.startswith(letter):
             continue
         counts = (NO_COUNT, NO_COUNT)
-        if "not_built" in row:
-            counts = ("not built yet", row["not_built"])
-        elif found := evidence.get(name):
+        if found := evidence.get(name):
             counts = (str(sum(found.tests.values())), f"{found.attempts:,}")
         yield f"| {' | '.join([name, row['tried'], row['holds'], *counts])} |"
 

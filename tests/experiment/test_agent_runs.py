@@ -76,8 +76,10 @@ def test_eval_and_bench_play_an_agent(spec, capsys):
     assert main(["bench", "--env", spec, *few, *LIMITS, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["metrics"]["rollout/segments"] == data["segments"] == data["agents"] == 2
-    for name, peak in data["peak_bytes"].items():
-        assert data["planned_bytes"][name] == pytest.approx(peak, rel=0.25)
+    planned, peaks = data["planned_bytes"], data["peak_bytes"]
+    assert planned["training"] == pytest.approx(peaks["training"], rel=0.25)
+    # Answers of agents that ask one after the other do not decode together, and take less.
+    assert 0.8 * peaks["sampling"] <= planned["sampling"]
 
 
 def test_what_an_agent_would_not_read_is_refused(spec, capsys):

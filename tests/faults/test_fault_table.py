@@ -46,13 +46,9 @@ def test_a_row_with_a_failure_or_few_attempts_does_not_hold(report, case, attemp
     assert list(faults("S18", report(case, attempts)["S18"])) == [fault]
 
 
-def test_a_row_without_tests_does_not_hold_unless_the_product_has_no_such_part(report):
+def test_a_row_without_tests_does_not_hold(report):
     evidence = report(PASSED, 72)
     assert list(faults("F1", evidence["F1"])) == ["no test proves this row"]
-    unbuilt = next(name for name, row in TABLE.items() if "not_built" in row)
-    assert list(faults(unbuilt, evidence[unbuilt])) == []
-    built = report(PASSED, 72, row=unbuilt)[unbuilt]
-    assert [fault for fault in faults(unbuilt, built) if "has tests now" in fault]
 
 
 def test_a_skipped_test_is_shown_with_its_reason(report):
