@@ -291,3 +291,10 @@ def test_a_reward_that_changes_its_process_is_named(tmp_path, monkeypatch):
         assert what in said
     assert check.ok and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert Path.cwd() == tmp_path.parent
+
+
+def test_answers_that_are_cut_off_give_a_signal_if_their_rewards_differ(found):
+    """Eight digits fit into eight tokens, and the end of the answer does not."""
+    check = found("--env", "sort", "--rows", "4", "--sample", "4", "--max-tokens", "8")
+    assert check["signal"]["cut"] == 1
+    assert check["signal"]["verdict"] == "good"

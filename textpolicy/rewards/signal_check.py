@@ -17,7 +17,7 @@ SignalVerdict = Literal["good", "too easy", "too hard", "answers cut off"]
 
 # With a smaller share, most steps of four groups have fewer than one group to learn from.
 _ENOUGH_GROUPS = 0.25
-_MANY_CUT = 0.5
+MANY_CUT = 0.5
 _LONGEST_SHOWN = 200
 _REASONS: dict[SignalVerdict, str] = {
     "good": "the answers of a group often earn different rewards, which is what the model learns "
@@ -95,10 +95,11 @@ def check_signal(
 
 
 def _judge(share: float, mean: float, cut: float, right: float) -> SignalVerdict:
-    if cut > _MANY_CUT:
-        return "answers cut off"
+    # A reward that tells cut answers apart teaches too, and that an answer must end.
     if share >= _ENOUGH_GROUPS:
         return "good"
+    if cut > MANY_CUT:
+        return "answers cut off"
     return "too easy" if mean > right / 2 else "too hard"
 
 

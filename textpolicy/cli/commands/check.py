@@ -28,6 +28,7 @@ from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import Rewards, as_rewards, load_reward
 from textpolicy.rewards.checked_rows import CheckedRow, checked_rows
 from textpolicy.rewards.reward_check import check_reward
+from textpolicy.rewards.signal_check import MANY_CUT
 from textpolicy.types import Prompt, Task
 
 _DEFAULT_MAX_TOKENS = 128
@@ -66,6 +67,9 @@ def _run(options: Namespace) -> Answer:
         greedy=sampler.greedy if sampler else None,
         limit=options.rows,
     )
+    if check.signal and sampler and sampler.cut_at < max_tokens and check.signal.cut > MANY_CUT:
+        # What a run would see are longer answers than these.
+        check = replace(check, signal=replace(check.signal, verdict="answers cut off"))
     asked = _describe_asked(config, rows[0])
     data = asdict(check) | {"ok": check.ok, "asked": asked}
     text = f"{replace(check, signal=None)}\n\n{asked}"
