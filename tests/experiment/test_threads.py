@@ -30,6 +30,7 @@ def test_advice_is_given_if_the_machine_is_busy_and_one_thread_is_faster(
     monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
     monkeypatch.setattr(fast_cpu, "measure_threads", lambda: speeds)
     advice = thread_advice(options)
+    assert thread_advice(options, workers=1) is None
     assert (advice is not None) is is_said
     assert not advice or advice == f"{ONE_IS_FASTER} (26.5 GFLOP/s, and 19.0 with 2 threads)"
 

@@ -57,7 +57,7 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
         apply_thread_option(config.model, workers=config.rollout.workers)
         rows.append(("time", str(time := estimator.plan_time(config))))
         data["estimated_seconds"] = round(time.seconds, 1)
-        if advice := thread_advice(config.model):
+        if advice := thread_advice(config.model, workers=config.rollout.workers):
             rows.append(("threads", advice))
     if environment and has_agent(environment) and not measured:
         rows.append(

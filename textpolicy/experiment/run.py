@@ -85,7 +85,7 @@ def run(
     # Before the user's code is loaded, which may choose seeds of its own.
     seed_random_numbers(settings.run.seed)
     report = Reporter(on_event)
-    if advice := thread_advice(settings.model):
+    if advice := thread_advice(settings.model, workers=workers):
         report.note(advice)
     if directory:
         return _resume(settings, directory, report, ranks, force=force)

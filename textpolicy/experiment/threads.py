@@ -22,13 +22,14 @@ def apply_thread_option(options: ModelOptions, *, workers: int = 0) -> None:
         fast_cpu.set_threads(threads)
 
 
-def thread_advice(options: ModelOptions) -> str | None:
+def thread_advice(options: ModelOptions, *, workers: int = 0) -> str | None:
     """Return what to type if other programs make several threads slower than one; else None.
 
-    OpenBLAS waits for the slowest of its threads, which gets less of its core than the others.
+    A run that takes one thread anyway gets no advice: see `apply_thread_option`. OpenBLAS waits
+    for the slowest of its threads, which gets less of its core than the others.
     """
     is_busy = sys.platform == "linux" and os.getloadavg()[0] >= 1
-    if options.threads or options.name == "tiny" or not is_busy:
+    if options.threads or options.name == "tiny" or workers or not is_busy:
         return None
     speeds = fast_cpu.measure_threads()
     if speeds is None or not speeds.is_one_faster:

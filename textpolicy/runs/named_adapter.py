@@ -53,7 +53,7 @@ def find_adapter(source: str | Path) -> Path:
 
 def run_of_adapter(path: Path) -> RunDirectory | None:
     """Return the run that is at the path, or that the adapter at the path belongs to."""
-    candidates = map(RunDirectory, (path, *path.absolute().parents[1:3]))
+    candidates = (RunDirectory(path), RunDirectory(path.absolute().parent.parent))
     return next((directory for directory in candidates if directory.exists), None)
 
 

@@ -46,7 +46,7 @@ _POLL_SECONDS = 1.0
 
 
 class WorkersLostError(RunInterruptedError):
-    """A worker has ended several times in a row without finishing a job."""
+    """A worker has ended again and again without finishing anything."""
 
 
 @dataclass(eq=False)
@@ -313,8 +313,8 @@ class Crew:
         self._waiting.extendleft(reversed([part for part in ahead if part]))
         text = f"rollout worker {worker.number} {how}"
         text += f", while it played {playing}" if playing else ""
-        again, is_given_up = self._play_again(playing, how) if playing else ("", False)
-        if is_given_up:
+        again = self._play_again(playing, how) if playing else ""
+        if playing and playing.places.start in playing.whole.given_up:
             worker.given_up += 1
         else:
             worker.ends += 1
@@ -338,23 +338,22 @@ class Crew:
             link.follow(newest)
         return _Worker(number, link, time.monotonic(), ends=ends, given_up=given_up)
 
-    def _play_again(self, part: _Part, how: str) -> tuple[str, bool]:
-        """Return in words what happens with the tasks of the part, and if its task is given up."""
+    def _play_again(self, part: _Part, how: str) -> str:
+        """Return in words what happens with the tasks of the part."""
         ended = part.ended + 1
         part.whole.ended += 1
         singles = [_Part(part.whole, range(n, n + 1), ended) for n in part.places]
         if len(singles) > 1:
             self._waiting.extendleft(reversed(singles))
-            return ", and its tasks are played again one by one", False
+            return ", and its tasks are played again one by one"
         if ended < _TRIES:
             self._waiting.extendleft(singles)
-            return ", and the task is played again", False
+            return ", and the task is played again"
         self._give_up(part, how)
-        text = (
+        return (
             f". The task is given up, because {ended} workers have ended with it: it is not played "
             f"again in this run, and {self.quarantine.path} names it"
         )
-        return text, True
 
     def _give_up(self, part: _Part, how: str) -> None:
         place = part.places.start
