@@ -12,6 +12,10 @@ from openai import OpenAI
 
 from tests.serving.command import serve_while
 from textpolicy.cli import main
+from textpolicy.cli.next_commands import next_commands
+from textpolicy.config import TrainConfig, changed
+from textpolicy.experiment import RunResult
+from textpolicy.runs import RunDirectory
 
 SMALL = [
     *("--env", "add", "--steps", "1", "--group-size", "2", "--groups-per-step", "2"),
@@ -94,6 +98,24 @@ def test_the_line_that_the_demo_prints_keeps_a_run(monkeypatch, capsys, tmp_path
     line = capsys.readouterr().out.rpartition("type: textpolicy ")[2]
     assert_works(["textpolicy", *shlex.split(line)], monkeypatch, capsys)
     assert (tmp_path / "runs" / "add" / "adapters" / "latest.safetensors").is_file()
+
+
+def test_a_run_that_began_with_adapters_is_compared_with_them(tmp_path):
+    result = RunResult(
+        directory=RunDirectory(tmp_path / "paid"),
+        ended="finished",
+        steps=1,
+        updates=1,
+        seconds=0.1,
+        before=None,
+        after=None,
+        best=None,
+    )
+    start = tmp_path / "shown.safetensors"
+    begun = changed(TrainConfig(), {"adapter.start": start})
+    line = shlex.split(next_commands(result, begun)["compare it"])
+    assert line[-2:] == ["--before", str(start)]
+    assert "--before" not in next_commands(result, TrainConfig())["compare it"]
 
 
 def test_a_run_outside_the_working_directory_is_named_by_its_whole_path(printed, tmp_path):

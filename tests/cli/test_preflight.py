@@ -236,6 +236,6 @@ def test_the_longest_rows_of_data_are_measured_whichever_part_they_are_in(rows, 
 
 def test_few_held_out_tasks_are_noted_by_train_and_by_eval(empty, capsys):
     assert main(["train", "--env", "add", *SMALL, "--output", "run"]) == 0
-    assert "Only 2 tasks are held out" in capsys.readouterr().err
+    assert "Only 2 tasks are measured" in capsys.readouterr().err
     assert main(["eval", "--env", "add", "--count", "4"]) == 0
-    assert "Only 4 tasks are held out" in capsys.readouterr().out
+    assert "Only 4 tasks are measured" in capsys.readouterr().out

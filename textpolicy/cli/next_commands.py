@@ -22,8 +22,10 @@ def next_commands(result: RunResult, config: RunConfig) -> dict[str, str]:
     adapter = short_path(directory.best if directory.best.exists() else directory.latest)
     commands = {"try it": ["chat", "--adapter", adapter, *_model_flags(config)]}
     if isinstance(config, TrainConfig):
-        settings = short_path(directory.config)
+        settings, start = short_path(directory.config), config.adapter.start
         commands["compare it"] = ["eval", "--config", settings, "--adapter", adapter]
+        # What a run has changed shows beside what it began with.
+        commands["compare it"] += ["--before", short_path(start)] if start else []
     commands["serve it"] = ["serve", "--adapter", adapter, *_model_flags(config)]
     commands["look at it"] = ["report", run]
     exported = f"{run}-export"

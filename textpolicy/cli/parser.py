@@ -200,7 +200,10 @@ def _demo(parser: ArgumentParser) -> None:
 
 def _eval(parser: ArgumentParser) -> None:
     add_config_file(parser, _DEFAULTS)
-    text = "tasks to show, those with the largest difference between base and adapters"
+    text = "adapters, a run or RUN@VERSION with which the adapters are compared"
+    unset = "the base model"
+    _add_flag(parser, "before", str | None, None, text, unset=unset, metavar="ADAPTER")
+    text = "tasks to show: the largest gains and losses, or the highest and lowest rewards"
     _add_flag(parser, "show", int, 5, text, limit=at_least(0))
     asked = ("count", "samples", "temperature", "good", "envs")
     keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
@@ -458,8 +461,8 @@ COMMANDS = {
     "eval": Command(
         "measure the reward on held-out tasks, without and with adapters",
         _eval,
-        "textpolicy eval --env add --adapter runs/add/adapters/latest.safetensors",
-        "textpolicy eval --config runs/add/config.toml --eval-samples 8",
+        "textpolicy eval --env add --adapter runs/add",
+        "textpolicy eval --config runs/add/config.toml --adapter runs/add --before runs/add@10",
         "textpolicy eval --env add --eval-envs sort,reverse --model Qwen/Qwen3-0.6B",
     ),
     "runs": Command(

@@ -15,7 +15,7 @@ _RESAMPLES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class TaskDifference:
-    """A task on which the greedy answers of the two policies have different rewards."""
+    """The greedy answers of two policies to one task, with their rewards."""
 
     prompt: str
     before: str
@@ -63,17 +63,7 @@ def compare(tasks: Sequence[Task], before: Evaluation, after: Evaluation) -> Com
     Differences are sorted by size, the largest first. A task is left out if its reward is None in
     one of the evaluations.
     """
-    scored = [
-        TaskDifference(
-            prompt=prompt_text(task.prompt),
-            before=one.completion,
-            after=other.completion,
-            reward_before=one.reward,
-            reward_after=other.reward,
-        )
-        for task, one, other in zip(tasks, before.greedy, after.greedy, strict=True)
-        if one.reward is not None and other.reward is not None
-    ]
+    scored = pair_answers(tasks, before, after)
     if not scored:
         raise ConfigError(
             "there is nothing to compare: no task has a reward under both policies. Use a reward "
@@ -91,6 +81,26 @@ def compare(tasks: Sequence[Task], before: Evaluation, after: Evaluation) -> Com
             key=lambda difference: -abs(difference.gain),
         ),
     )
+
+
+def pair_answers(
+    tasks: Sequence[Task], before: Evaluation, after: Evaluation
+) -> list[TaskDifference]:
+    """Return the greedy answers of two evaluations to each task with a reward in both.
+
+    Tasks with equal rewards are among them.
+    """
+    return [
+        TaskDifference(
+            prompt=prompt_text(task.prompt),
+            before=one.completion,
+            after=other.completion,
+            reward_before=one.reward,
+            reward_after=other.reward,
+        )
+        for task, one, other in zip(tasks, before.greedy, after.greedy, strict=True)
+        if one.reward is not None and other.reward is not None
+    ]
 
 
 def bootstrap_interval(gains: Sequence[float], *, seed: int = 0) -> tuple[float, float]:

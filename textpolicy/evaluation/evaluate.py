@@ -49,9 +49,10 @@ class MeanReward:
         known = f"is {error:.3f}, so a gain below about {2 * error:.2f} may be chance"
         tasks = "task is" if self.count == 1 else "tasks are"
         return (
-            f"Only {self.count} {tasks} held out. The standard error of their mean reward "
+            f"Only {self.count} {tasks} measured. The standard error of their mean reward "
             f"{known if error else 'cannot be told, because all rewards are equal'}. Measure at "
-            f"least {_ENOUGH_TASKS}: add rows, of which a tenth is held out, or raise --count"
+            f"least {_ENOUGH_TASKS}: raise --count, or add rows. Of the rows of --data a tenth is "
+            "held out, and the rows of --eval-data are all measured"
         )
 
     def __str__(self) -> str:

@@ -117,6 +117,18 @@ def load_adapted_model(
     return model, tokenizer, adapters
 
 
+def load_sampled_model(config: TrainConfig) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load the base with the adapters that the config starts from, to sample without training.
+
+    Without adapters, the base is quantized as the config says.
+    """
+    start = config.adapter.start
+    model, tokenizer = load_model(config.model.name, start, dtype=dtype_of(config.model))
+    if start is None and (quantization := quantization_of(config.model)):
+        quantize(model, **quantization)
+    return model, tokenizer
+
+
 def build_policy(
     model: nn.Module, tokenizer: TokenizerWrapper, config: TrainConfig, sampling: Sampling
 ) -> ModelPolicy:

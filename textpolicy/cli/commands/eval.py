@@ -1,20 +1,30 @@
-"""`textpolicy eval`: evaluate a model on held-out tasks, with and without its adapters."""
+"""`textpolicy eval`: evaluate a model on held-out tasks, without and with adapters."""
 
 from argparse import Namespace
-from contextlib import closing, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from textpolicy.adapters.container import AdapterContainer
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
+from textpolicy.cli.models_of_runs import with_model_of_run
+from textpolicy.cli.next_commands import short_path
 from textpolicy.cli.output import print_note
 from textpolicy.cli.progress import showing_progress
-from textpolicy.config import TrainConfig, read_toml
-from textpolicy.config.train import AdapterOptions
+from textpolicy.cli.shown_tasks import lines_of_answers, lines_of_differences
+from textpolicy.config import TrainConfig, changed, read_toml
+from textpolicy.config.train import AdapterOptions, TaskOptions
 from textpolicy.environments import Environment
+from textpolicy.errors import ConfigError
 from textpolicy.evaluation import Comparison, Evaluation, HeldOut, compare, evaluate
-from textpolicy.experiment.assembly import dtype_of, sampling_of, template_arguments_of
+from textpolicy.experiment.assembly import (
+    dtype_of,
+    load_sampled_model,
+    sampling_of,
+    template_arguments_of,
+)
 from textpolicy.experiment.model_defaults import with_model_defaults
 from textpolicy.experiment.tasks import find_task, with_environment
 from textpolicy.experiment.threads import apply_thread_option
@@ -22,8 +32,13 @@ from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.thinking import describe_thinking
 from textpolicy.rewards import Rewards, scorer_of
+from textpolicy.runs import find_adapter
+from textpolicy.runs.named_adapter import run_of_adapter
+from textpolicy.types import Sampling
 
-_MAX_SHOWN_CHARACTERS = 200
+_BASE, _BEFORE, _AFTER = "base", "before", "adapter"
+# A smaller share of answers without an end hardly changes a mean reward.
+_MANY_CUT = 0.05
 
 
 def run(options: Namespace) -> Answer:
@@ -33,125 +48,215 @@ def run(options: Namespace) -> Answer:
 
 def _run(options: Namespace) -> Answer:
     config = _config(options)
+    before = _find_before(config, options)
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
     all_tasks = (config.task, *others)
-    tasks = [find_task(task, config.run.seed, only_measured=True) for task in all_tasks]
+    found = [find_task(task, config.run.seed, only_measured=True) for task in all_tasks]
     config = with_model_defaults(config)
-    start, dtype = config.adapter.start, dtype_of(config.model)
-    model, tokenizer = load_model(config.model.name, start, dtype=dtype)
-    arguments = template_arguments_of(config.model, tokenizer)
-    if thinking := describe_thinking(tokenizer, arguments):
-        print_note(thinking)
+    policies = _load_policies(config, before)
     results = [
-        _evaluate(
-            config,
-            ModelPolicy(
-                model,
-                tokenizer,
-                sampling_of(config, task[0]),
-                allow_special_tokens=config.model.allow_special_tokens,
-                chat_template_kwargs=arguments,
-            ),
-            *task,
-        )
-        for task in tasks
+        _evaluate(config, policies, task, *parts)
+        for task, parts in zip(all_tasks, found, strict=True)
     ]
+    compared = _describe_compared(config, before)
     own, *rest = map(_data, results)
-    lines = [line for one in results for line in _lines(one, config.model.name, options.show)]
-    lines += _note_about_rows(config)
-    return Answer(data=own | {"others": rest}, text="\n".join(lines))
+    notes = [*_note_about_rows(config), *_note_about_start(config, before)]
+    lines = _lines(results[0], config.model.name, compared, options.show, notes)
+    for one in results[1:]:
+        lines += ["", *_lines(one, config.model.name, compared, options.show)]
+    data = own | {"compared": compared, "others": rest}
+    return Answer(data=data, text="\n".join(lines))
 
 
 def _config(options: Namespace) -> TrainConfig:
     """Return the config. Adapters of --adapter have a config of their own, not that of the file."""
     given = vars(options)
     if given.get("config") is None or "adapter.start" not in given:
-        return configured(TrainConfig(), options)
-    config = replace(read_toml(given["config"], TrainConfig()), adapter=AdapterOptions())
-    return configured(config, Namespace(**given | {"config": None}))
+        config = configured(TrainConfig(), options)
+    else:
+        config = replace(read_toml(given["config"], TrainConfig()), adapter=AdapterOptions())
+        config = configured(config, Namespace(**given | {"config": None}))
+    if config.adapter.start is None:
+        return config
+    start = find_adapter(config.adapter.start)
+    return with_model_of_run(changed(config, {"adapter.start": start}), options, [start])
+
+
+def _find_before(config: TrainConfig, options: Namespace) -> Path | None:
+    if options.before and config.adapter.start is None:
+        raise ConfigError(
+            f"--before {options.before} names the adapters to compare with, and no adapters are "
+            "named to compare. Name them too: --adapter ADAPTER"
+        )
+    return find_adapter(options.before) if options.before else None
+
+
+def _load_policies(config: TrainConfig, before: Path | None) -> dict[str, ModelPolicy]:
+    """Return the policies that are measured, by name: one, or the two that are compared."""
+    start = config.adapter.start
+    # Each of two adapters may want the base quantized in its own way.
+    model, tokenizer = (
+        load_model(config.model.name, dtype=dtype_of(config.model))
+        if before
+        else load_sampled_model(config)
+    )
+    arguments = template_arguments_of(config.model, tokenizer)
+    if thinking := describe_thinking(tokenizer, arguments):
+        print_note(thinking)
+    policy = ModelPolicy(
+        model,
+        tokenizer,
+        Sampling(),
+        allow_special_tokens=config.model.allow_special_tokens,
+        chat_template_kwargs=arguments,
+    )
+    if start is None:
+        return {_BASE: policy}
+    if before is None:
+        return {_BASE: policy.with_adapter(None), _AFTER: policy}
+    return {_BEFORE: policy.with_adapter(before), _AFTER: policy.with_adapter(start)}
+
+
+def _describe_compared(config: TrainConfig, before: Path | None) -> dict[str, str]:
+    """Return what each of the two names stands for, if two are compared."""
+    if config.adapter.start is None:
+        return {}
+    first = {_BEFORE: short_path(before)} if before else {_BASE: "the base model"}
+    return first | {_AFTER: short_path(config.adapter.start)}
+
+
+def _note_about_start(config: TrainConfig, before: Path | None) -> list[str]:
+    """Say which adapters a run has begun with, because the base is not what it has changed."""
+    adapter = config.adapter.start
+    run = run_of_adapter(adapter) if adapter and not before else None
+    began = run.read_settings().get("adapter", {}).get("start") if run else None
+    if run is None or not isinstance(began, str):
+        return []
+    return [
+        f"The run {short_path(run.path)} began with {short_path(Path(began))}, and is compared "
+        f"with the base model. To see what the run has changed, add --before "
+        f"{short_path(Path(began))}"
+    ]
 
 
 def _note_about_rows(config: TrainConfig) -> list[str]:
     data = config.task.data
     if data is None or config.task.eval_data is not None:
         return []
-    return [f"A tenth of the prompts is held out; --eval-data {data} measures every row"]
+    return [
+        f"These tasks are the tenth of the prompts of {data} that training leaves out. For rows "
+        f"that nothing was trained on, --eval-data {data} measures every row"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
-    """Evaluations of the base model, and of the model with adapters if there are any."""
+    """The evaluations of one model, or of two that are compared, by name."""
 
+    measured: str
     heldout: HeldOut
-    evaluations: dict[str, Evaluation]
+    evaluations: Mapping[str, Evaluation]
     comparison: Comparison | None
 
 
 def _evaluate(
-    config: TrainConfig, policy: ModelPolicy, environment: Environment, rewards: Rewards
+    config: TrainConfig,
+    policies: Mapping[str, ModelPolicy],
+    task: TaskOptions,
+    environment: Environment,
+    rewards: Rewards,
 ) -> _Result:
-    settings, adapters = config.evaluation, AdapterContainer.of(policy.model)
+    settings = config.evaluation
     with closing(environment), scorer_of(rewards) as scorer:
         heldout = HeldOut(
             name=environment.name,
             tasks=environment.heldout(settings.count),
             scorer=scorer,
-            max_tokens=policy.sampling.max_tokens,
+            max_tokens=sampling_of(config, environment).max_tokens,
             split_note=environment.split_note,
         )
-        options: dict[str, Any] = {
-            name: getattr(settings, name) for name in ("samples", "temperature", "good")
+        evaluations = {
+            name: evaluate(
+                policy,
+                heldout,
+                samples=settings.samples,
+                temperature=settings.temperature,
+                good=settings.good,
+            )
+            for name, policy in policies.items()
         }
-        with adapters.disabled() if adapters else nullcontext():
-            evaluations = {"base": evaluate(policy, heldout, **options)}
-        comparison = None
-        if adapters:
-            evaluations["adapter"] = evaluate(policy, heldout, **options)
-            comparison = compare(heldout.tasks, evaluations["base"], evaluations["adapter"])
-    return _Result(heldout=heldout, evaluations=evaluations, comparison=comparison)
+    one, *other = evaluations.values()
+    return _Result(
+        measured=_describe_measured(task, heldout, settings.count),
+        heldout=heldout,
+        evaluations=evaluations,
+        comparison=compare(heldout.tasks, one, *other) if other else None,
+    )
+
+
+def _describe_measured(task: TaskOptions, heldout: HeldOut, count: int) -> str:
+    """Return which tasks were measured, and how many, by the names that the user gave."""
+    number = len(heldout.tasks)
+    tasks = f"the first {number}" if number == count else str(number)
+    if task.eval_data:
+        read_by = f", as tasks of {heldout.name}" if task.env else ""
+        return f"{tasks} tasks of {task.eval_data}{read_by}"
+    return f"{tasks} held-out tasks of {task.data if task.data and not task.env else heldout.name}"
 
 
 def _data(result: _Result) -> dict[str, Any]:
     evaluations = result.evaluations.items()
     rewards = {name: asdict(evaluation.greedy_reward) for name, evaluation in evaluations}
     metrics = {name: evaluation.metrics("") for name, evaluation in evaluations}
-    data = {"env": result.heldout.name, **rewards, "metrics": metrics}
+    measured = {"env": result.heldout.name, "measured": result.measured}
+    data = measured | rewards | {"metrics": metrics}
     return data | ({"comparison": asdict(result.comparison)} if result.comparison else {})
 
 
-def _lines(result: _Result, model: str, show: int) -> list[str]:
-    heldout = result.heldout
-    rows: list[tuple[str, str]] = []
-    for name, evaluation in result.evaluations.items():
-        sampled = {k: v for k, v in evaluation.metrics("").items() if "@" in k or "/" in k}
-        shown = {name.removeprefix("rewards/"): value for name, value in sampled.items()}
-        more = "".join(f"  {name} {value:.3f}" for name, value in shown.items())
-        rows.append((name, f"greedy {evaluation.greedy_reward}{more}"))
-    lines = [f"{model} on {len(heldout.tasks)} held-out tasks of {heldout.name}", table(rows)]
+def _lines(
+    result: _Result,
+    model: str,
+    compared: Mapping[str, str],
+    show: int,
+    notes: Sequence[str] = (),
+) -> list[str]:
+    heldout, evaluations = result.heldout, result.evaluations
+    lines = [f"{model} on {result.measured}"]
+    lines += [table([(name, _scores(one)) for name, one in evaluations.items()])]
     lines += [heldout.split_note] if heldout.split_note else []
-    few = next(iter(result.evaluations.values())).greedy_reward.few_tasks_note
+    few = next(iter(evaluations.values())).greedy_reward.few_tasks_note
     lines += [few] if few else []
-    return lines + (_comparison_lines(result.comparison, show) if result.comparison else [])
+    lines += [*_notes_about_length(result), *notes]
+    if result.comparison is None:
+        (evaluation,) = evaluations.values()
+        return lines + lines_of_answers(heldout.tasks, evaluation, show)
+    lines += _comparison_lines(result.comparison, compared)
+    return lines + lines_of_differences(heldout.tasks, evaluations, show)
 
 
-def _comparison_lines(comparison: Comparison, show: int) -> list[str]:
-    lines = [
+def _scores(evaluation: Evaluation) -> str:
+    metrics = evaluation.metrics("").items()
+    shown = {name.removeprefix("rewards/"): x for name, x in metrics if "@" in name or "/" in name}
+    more = "".join(f"  {name} {value:.3f}" for name, value in shown.items())
+    return f"greedy {evaluation.greedy_reward}{more}"
+
+
+def _notes_about_length(result: _Result) -> list[str]:
+    cut = {name: one.metrics("")["clipped_ratio"] for name, one in result.evaluations.items()}
+    return [
+        f"{share:.0%} of the greedy answers of {name} are cut off at {result.heldout.max_tokens} "
+        "tokens; --max-tokens allows longer ones"
+        for name, share in cut.items()
+        if share >= _MANY_CUT
+    ]
+
+
+def _comparison_lines(comparison: Comparison, compared: Mapping[str, str]) -> list[str]:
+    before, after = compared.values()
+    return [
         f"gain  {comparison} (paired bootstrap over tasks)",
         f"{comparison.better} tasks better, {comparison.worse} worse, "
         f"{comparison.count - len(comparison.differences)} equal",
+        f"{after} is compared with {before}",
     ]
-    for difference in comparison.differences[:show]:
-        rows = [
-            ("prompt", difference.prompt),
-            (f"base {difference.reward_before:g}", difference.before),
-            (f"adapter {difference.reward_after:g}", difference.after),
-        ]
-        lines += ["", table([(name, _on_one_line(text)) for name, text in rows])]
-    return lines
-
-
-def _on_one_line(text: str) -> str:
-    line = text.replace("\n", "\\n")
-    limit = _MAX_SHOWN_CHARACTERS
-    return line if len(line) <= limit else f"{line[:limit]} ..."
