@@ -14,7 +14,8 @@ import pytest
 from textpolicy.cli import main
 from textpolicy.cli.flags import FLAGS_OF_OTHER_LIBRARIES
 from textpolicy.cli.parser import build_parser, commands_of
-from textpolicy.config import TrainConfig, read_toml
+from textpolicy.config import SFTConfig, TrainConfig, read_toml, settings_of
+from textpolicy.config.toml import NAMES_IN_OTHER_LIBRARIES, suggestion_for
 
 SMALL_RUN = ["--env", "add", "--group-size", "4", "--groups-per-step", "2", "--count", "4"]
 REWARDS = """
@@ -142,11 +143,42 @@ def test_the_error_about_a_flag_of_another_library_names_our_flag(flag, meant, c
     assert f"unknown flag {flag}{meant}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "train", "sft"),
+    [
+        ("gradient_accumulation_steps", "--groups-per-step", "--accumulation"),
+        ("per_device_train_batch_size", "--groups-per-step", "--batch-size"),
+        ("num_train_epochs", "--steps", "--epochs"),
+        ("max_steps", "--steps", "--iterations"),
+        ("steps_per_eval", "--eval-every", "--eval-every"),
+        ("save_every", "--checkpoint-every", "--checkpoint-every"),
+        ("logging_steps", None, "--steps-per-report"),
+    ],
+)
+def test_a_name_of_another_library_means_the_option_that_the_command_has(name, train, sft):
+    commands = subcommands()
+    for command, ours in (("train", train), ("sft", sft)):
+        hint = commands[command]._suggestion(f"--{name}")
+        assert hint == (
+            f"; did you mean {ours}?" if ours else "; every step is logged; leave it out"
+        )
+    for config, ours in ((TrainConfig(), train), (SFTConfig(), sft)):
+        keys = {setting.flag: setting.key for setting in settings_of(config)}
+        hint = suggestion_for(f"trainer.{name}", list(keys.values()))
+        assert hint == (
+            f"; did you mean {keys[ours]}?" if ours else "; every step is logged; leave it out"
+        )
+
+
 def test_no_name_of_another_library_is_a_flag_of_ours_and_each_stands_for_one():
     commands = subcommands()
-    train, sft = (commands[name]._option_string_actions.keys() for name in ("train", "sft"))
-    assert not FLAGS_OF_OTHER_LIBRARIES.keys() & (train | sft)
-    assert {ours.split()[0] for ours in FLAGS_OF_OTHER_LIBRARIES.values()} <= train | sft
+    flags = {*commands["train"]._option_string_actions, *commands["sft"]._option_string_actions}
+    keys = {one.key for config in (TrainConfig(), SFTConfig()) for one in settings_of(config)}
+    known = keys | {key.rpartition(".")[2] for key in keys}
+    for name, ours in NAMES_IN_OTHER_LIBRARIES.items():
+        assert f"--{name.replace('_', '-')}" not in flags and {*ours} <= known
+    assert not FLAGS_OF_OTHER_LIBRARIES.keys() & flags
+    assert {ours.split()[0] for ours in FLAGS_OF_OTHER_LIBRARIES.values()} <= flags
 
 
 @pytest.mark.parametrize(

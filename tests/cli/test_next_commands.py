@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,13 @@ from openai import OpenAI
 
 from tests.serving.command import serve_while
 from textpolicy.cli import main
+from textpolicy.cli.flags import configured
 from textpolicy.cli.next_commands import next_commands
+from textpolicy.cli.parser import build_parser
 from textpolicy.config import TrainConfig, changed
 from textpolicy.experiment import RunResult
+from textpolicy.experiment.tasks import find_task
+from textpolicy.rewards import score
 from textpolicy.runs import RunDirectory
 
 SMALL = [
@@ -31,7 +36,8 @@ def printed(capsys, monkeypatch, tmp_path):
     def run(*argv: str) -> dict[str, list[str]]:
         capsys.readouterr()
         assert main(argv) == 0
-        lines = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
+        out = capsys.readouterr().out
+        lines = [line for line in out.partition("\nnext:\n")[2].splitlines() if line[:1] == " "]
         found = [re.fullmatch(r"  (\w+ \w+(?: \w+)?)  +(.+)", line) for line in lines]
         assert found and all(found)
         return {match[1]: shlex.split(match[2]) for match in found if match}
@@ -65,20 +71,58 @@ def test_every_line_that_a_run_prints_as_next_works(printed, monkeypatch, capsys
         assert_works(argv, monkeypatch, capsys)
 
 
+@pytest.fixture
+def questions(tmp_path):
+    """Write rows without the columns that supervised training reads."""
+    rows = [{"question": f"{n}+{n}", "sum": str(2 * n)} for n in range(20)]
+    (tmp_path / "my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ("--data", "my rows.jsonl", "--prompt", "{question}=", "--gold-column", "sum")
+
+
 @pytest.mark.slow
 def test_every_line_that_supervised_training_prints_as_next_works(
-    printed, monkeypatch, capsys, tmp_path
+    printed, questions, monkeypatch, capsys
 ):
-    rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     following = printed(
-        *("sft", "--data", "rows.jsonl", "--iterations", "1", "--batch-size", "2"),
-        *("--dtype", "bfloat16", "--allow-special-tokens"),
+        *("sft", *questions, "--iterations", "1", "--batch-size", "2"),
+        *("--dtype", "bfloat16", "--allow-special-tokens", "--system", "Don't stop."),
+        *("--quantize", "4", "--rank", "2"),
     )
-    assert [line[1] for line in following.values()] == ["chat", "serve", "report", "export"]
-    assert following["try it"][-3:] == ["--dtype", "bfloat16", "--allow-special-tokens"]
+    assert [line[1] for line in following.values()] == [
+        *("chat", "eval", "train", "serve", "report", "export")
+    ]
+    assert following["serve it"][-3:] == ["--dtype", "bfloat16", "--allow-special-tokens"]
+    assert following["try it"][-2:] == ["--system", "Don't stop."]
+    few = ["--steps", "1", "--groups-per-step", "2", "--group-size", "2", "--max-tokens", "4"]
     for argv in following.values():
-        assert_works(argv, monkeypatch, capsys)
+        assert_works(argv + (few if argv[1] == "train" else []), monkeypatch, capsys)
+
+
+def test_the_lines_after_supervised_training_read_the_same_rows_and_measure_unlearned_ones(
+    printed, questions, tmp_path
+):
+    following = printed("sft", *questions, "--iterations", "1", "--batch-size", "2", "--rank", "2")
+    options = {
+        name: configured(TrainConfig(), build_parser().parse_args(following[name][1:])).task
+        for name in ("compare it", "train it on")
+    }
+    train = options["train it on"]
+    assert options["compare it"] == replace(train, data=None)
+    environment, rewards = find_task(train, 0)
+    learned = {task.prompt for task in environment.tasks.train}
+    measured = environment.heldout(20)
+    assert len(learned) == 18 and len(measured) == 2
+    assert not learned & {task.prompt for task in measured}
+    right = [environment.tasks.train[0].example["sum"], measured[0].example["sum"]]
+    first = environment.tasks.train[0]
+    assert first.prompt == f"{int(right[0]) // 2}+{int(right[0]) // 2}="
+    assert score(rewards, first.prompt, f" {right[0]}", first.example) == 1
+
+
+def test_rows_that_have_no_prompt_get_no_line_that_would_not_work(printed, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("one\ntwo\nthree\n")
+    following = printed("sft", "--data", "texts.txt", "--iterations", "1", "--batch-size", "2")
+    assert [line[1] for line in following.values()] == ["chat", "serve", "report", "export"]
 
 
 @pytest.mark.slow

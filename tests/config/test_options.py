@@ -509,9 +509,9 @@ SFT_PARAMETERS = {
     "data.packing": True,
     "data.max_length": 64,
     "run.steps_per_report": 5,
-    "run.steps_per_eval": 6,
+    "run.eval_every": 6,
     "run.validation_batches": 0,
-    "run.save_every": 9,
+    "run.checkpoint_every": 9,
     "run.seed": 3,
 }
 
@@ -521,8 +521,11 @@ def test_every_number_of_a_supervised_run_comes_from_its_option(load_tiny, sft_d
     config = changed(SFTConfig(), SFT_PARAMETERS | {"data.source": sft_data})
     data = load_sft_data(config, tokenizer)
     parameters = sft_parameters(config, RunDirectory(tmp_path), data)
+    # These two have the names of mlx-swift-lm in Python.
+    names = {"eval_every": "steps_per_eval", "checkpoint_every": "save_every"}
     for key, value in SFT_PARAMETERS.items():
-        assert getattr(parameters, key.partition(".")[2]) == value
+        name = key.partition(".")[2]
+        assert getattr(parameters, names.get(name, name)) == value
     epochs = changed(SFTConfig(), {"trainer.epochs": 2, "trainer.batch_size": 4})
     # A tenth of the 40 rows is validation data.
     assert sft_parameters(epochs, RunDirectory(tmp_path), data).iterations == 2 * 36 // 4

@@ -68,10 +68,10 @@ def test_a_run_from_python_leaves_the_same_directory_as_the_command(tmp_path):
 
 @pytest.mark.slow
 def test_a_supervised_run_from_python_leaves_the_same_directory_as_the_command(tmp_path, rows):
-    config = {"data": {"source": rows}, "trainer": {"iterations": 3}, "run": {"steps_per_eval": 2}}
+    config = {"data": {"source": rows}, "trainer": {"iterations": 3}, "run": {"eval_every": 2}}
     result = tp.run(config, output=tmp_path / "python")
     command = RunDirectory(tmp_path / "command")
-    options = ["--data", rows, "--iterations", "3", "--steps-per-eval", "2"]
+    options = ["--data", rows, "--iterations", "3", "--eval-every", "2"]
     assert main(["sft", *options, "--output", str(command.path)]) == 0
     assert_same_run(result.directory, command)
     assert (result.ended, result.steps, result.after.name) == ("finished", 3, "validation loss")

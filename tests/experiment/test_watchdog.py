@@ -218,7 +218,7 @@ def supervised(tmp_path):
         "data": {"source": str(tmp_path / "rows.jsonl")},
         "trainer": {"iterations": 6, "batch_size": 2},
         "run": {
-            **{"steps_per_report": 1, "steps_per_eval": 2, "save_every": 2},
+            **{"steps_per_report": 1, "eval_every": 2, "checkpoint_every": 2},
             **{"step_deadline": 1.5, "stop_on_stall": True},
         },
     }

@@ -24,7 +24,7 @@ TRAIN = [
 ]
 SFT = [
     *("sft", "--data", "{folder}/rows.jsonl", "--iterations", "12", "--batch-size", "2"),
-    *("--save-every", "2", "--steps-per-report", "1", "--steps-per-eval", "4", "--rank", "4"),
+    *("--checkpoint-every", "2", "--steps-per-report", "1", "--eval-every", "4", "--rank", "4"),
 ]
 MODES = {
     "train": TRAIN,

@@ -448,7 +448,7 @@ def test_two_checkpoints_of_a_supervised_run_are_kept_and_no_validation_is_made_
     config = {
         "data": {"source": str(tmp_path / "rows.jsonl")},
         "trainer": {"iterations": 20},
-        "run": {"steps_per_eval": 9, "steps_per_report": 1, "save_every": 2},
+        "run": {"eval_every": 9, "steps_per_report": 1, "checkpoint_every": 2},
     }
     result = tp.run(config, output=tmp_path / "run", on_event=stop_after(5))
     assert (result.ended, result.after) == ("stopped", None)

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import math
+import pickle
 from contextlib import closing
 from fractions import Fraction
 
@@ -21,6 +22,7 @@ from textpolicy.rewards import (
     sample_of,
     score,
 )
+from textpolicy.rewards.load_reward import READY_REWARDS
 from textpolicy.rollout.worker import collect
 from textpolicy.tracking.rollout_metrics import rollout_metrics
 from textpolicy.types import Task
@@ -103,10 +105,23 @@ def test_a_wrong_reward_file_says_what_is_wrong(write_rewards, source, name, err
         load_reward(f"{write_rewards(source)}:{name}")
 
 
+@pytest.mark.parametrize("name", READY_REWARDS)
+def test_a_ready_reward_compares_the_answer_after_the_thought_with_the_column(name):
+    # A reward with a timeout is sent to another process.
+    ready = pickle.loads(pickle.dumps(load_reward(name)))
+    right, wrong = ("B", "C") if name == "choice_match" else ("4", "5")
+    assert score(ready, "p", f"<think>{wrong}</think> {right}", {"answer": right}) == 1
+    assert score(ready, "p", f"<think>{right}</think> {wrong}", {"answer": right}) == 0
+    with pytest.raises(ConfigError, match=f"{name} asks for `answer`.*--columns answer=COLUMN"):
+        score(ready, "p", right, {"gold": right})
+
+
 def test_a_missing_file_and_a_text_that_names_no_file_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_reward(f"{tmp_path}/none.py:score")
-    with pytest.raises(ConfigError, match=r"expected FILE\.py or FILE\.py:FUNCTION"):
+    with pytest.raises(
+        ConfigError, match=r"expected FILE\.py, FILE\.py:FUNCTION, or a ready reward: exact_match"
+    ):
         load_reward("mine:score")
 
 

@@ -35,20 +35,13 @@ def _flag_of(name: str) -> str:
 
 
 FLAGS_OF_OTHER_LIBRARIES = {
-    _flag_of(name): _flag_of(ours) for name, ours in NAMES_IN_OTHER_LIBRARIES.items()
-} | {
-    "--base-model": "--model",
     "--chat-template-kwargs": "--template-args",
-    "--model-name-or-path": "--model",
-    "--dataset": "--data",
-    "--dataset-name": "--data",
-    "--loss-type": "--algorithm",
-    "--eval-steps": "--eval-every",
     "--fp16": "--dtype float16",
     "--bf16": "--dtype bfloat16",
     "--load-in-8bit": "--quantize 8",
     "--load-in-4bit": "--quantize 4",
 }
+"""Flags of other libraries that are no names of settings, and what to type here."""
 
 
 OTHER_WAYS = {
@@ -87,18 +80,29 @@ class FlagParser(SafeParser):
         return super().parse_known_args(args, namespace)
 
     def _suggestion(self, flag: str) -> str:
-        if way := WAYS_BESIDE_SETTINGS.get(flag.strip("-").replace("-", "_")):
-            return f"; {way}"
         flags = {known: known for known in self._option_string_actions}
-        known = {
-            name: mine
-            for name, mine in FLAGS_OF_OTHER_LIBRARIES.items()
-            if mine.partition(" ")[0] in flags
-        } | flags
-        if "--accumulation" not in flags:
-            known["--gradient-accumulation-steps"] = "--groups-per-step"
-        near = get_close_matches(flag.replace("_", "-"), known, n=1)
+        named = self._flags_by_name()
+        others = {
+            _flag_of(name): next(named[one] for one in ours if one in named)
+            for name, ours in NAMES_IN_OTHER_LIBRARIES.items()
+            if named.keys() & {*ours}
+        } | {
+            name: ours
+            for name, ours in FLAGS_OF_OTHER_LIBRARIES.items()
+            if ours.partition(" ")[0] in flags
+        }
+        spelled = flag.replace("_", "-")
+        way = WAYS_BESIDE_SETTINGS.get(flag.strip("-").replace("-", "_"))
+        if way and spelled not in others:
+            return f"; {way}"
+        known = others | flags
+        near = get_close_matches(spelled, known, n=1)
         return f"; did you mean {known[near[0]]}?" if near else "; --help lists them"
+
+    def _flags_by_name(self) -> dict[str, str]:
+        """Return the flag of each setting of the command, by its key and by the key's last part."""
+        flags = {one.dest: one.option_strings[0] for one in self._actions if one.option_strings}
+        return {key.rpartition(".")[2]: flag for key, flag in flags.items()} | flags
 
 
 def first_word(given: Sequence[str]) -> str | None:

@@ -5,11 +5,17 @@ import shlex
 from pathlib import Path
 
 from textpolicy.cli.answer import table
-from textpolicy.config import TrainConfig, settings_of
+from textpolicy.config import SFTConfig, TrainConfig, settings_of
+from textpolicy.config.option_types import Table, alternatives
+from textpolicy.config.toml import words_of_table
 from textpolicy.experiment import RunResult
 from textpolicy.experiment.assembly import RunConfig
 
 _MODEL = ("model.name", "model.dtype", "model.allow_special_tokens")
+_PROMPT = ("model.thinking", "model.chat_template_kwargs")
+_SYSTEM = ("data.system", "task.system")
+_ROWS = ("data.prompt", "data.system")
+_REWARD = "exact_match"
 
 
 def next_commands(result: RunResult, config: RunConfig) -> dict[str, str]:
@@ -20,17 +26,59 @@ def next_commands(result: RunResult, config: RunConfig) -> dict[str, str]:
     directory = result.directory
     run = short_path(directory.path)
     adapter = short_path(directory.best if directory.best.exists() else directory.latest)
-    commands = {"try it": ["chat", "--adapter", adapter, *_model_flags(config)]}
+    model = _flags(config, *_MODEL, *_PROMPT)
+    with_adapter = ["--adapter", adapter]
+    commands = {"try it": ["chat", *with_adapter, *model, *_flags(config, *_SYSTEM)]}
     if isinstance(config, TrainConfig):
-        settings, start = short_path(directory.config), config.adapter.start
-        commands["compare it"] = ["eval", "--config", settings, "--adapter", adapter]
+        commands["compare it"] = ["eval", "--config", short_path(directory.config), *with_adapter]
+    elif directory.validation_rows.exists():
+        measured = ["--eval-data", short_path(directory.validation_rows)]
+        rows = [*_row_flags(config), "--reward", _REWARD, *with_adapter, *model]
+        commands["compare it"] = ["eval", *measured, *rows]
+        commands["train it on"] = ["train", "--data", _training_rows(config), *measured, *rows]
+    if "compare it" in commands and (start := config.adapter.start):
         # What a run has changed shows beside what it began with.
-        commands["compare it"] += ["--before", short_path(start)] if start else []
-    commands["serve it"] = ["serve", "--adapter", adapter, *_model_flags(config)]
+        commands["compare it"] += ["--before", short_path(start)]
+    commands["serve it"] = ["serve", *with_adapter, *model]
     commands["look at it"] = ["report", run]
     exported = f"{run}-export"
     commands["export it"] = ["export", run, *_export_flags(config, exported)]
     return {name: shlex.join(["textpolicy", *words]) for name, words in commands.items()}
+
+
+def note_about_reward(result: RunResult) -> str:
+    """Return what a person must know before reinforcement learning follows supervised training."""
+    if result.directory.validation_rows.exists():
+        return (
+            f"{_REWARD} is 1 for an answer that equals the row's. Put your own reward in its "
+            "place: --reward FILE.py"
+        )
+    return (
+        "To measure rewards, or to train by reinforcement learning next, name rows with a prompt, "
+        "and a reward: textpolicy train --adapter ADAPTER --data ROWS --reward FILE.py"
+    )
+
+
+def _row_flags(config: SFTConfig) -> list[str]:
+    """Return the flags by which `eval` and `train` read the rows as the run did.
+
+    The ready reward reads the right answer in the column `answer`.
+    """
+    data = config.data
+    columns = dict(data.columns or {})
+    learned = columns.pop("completion", "completion")
+    columns |= {"answer": data.gold_column or learned}
+    if columns["answer"] == "answer":
+        del columns["answer"]
+    flags = ["--columns", *words_of_table(columns)] if columns else []
+    return [*flags, *_flags(config, *_ROWS)]
+
+
+def _training_rows(config: SFTConfig) -> str:
+    """Return the training rows as `train` reads them: a folder's rows are in its file."""
+    source = str(config.data.source)
+    file = Path(source) / "train.jsonl"
+    return str(file) if file.is_file() else source
 
 
 def next_lines(commands: dict[str, str]) -> str:
@@ -54,10 +102,15 @@ def _export_flags(config: RunConfig, output: str) -> list[str]:
     return [*flags, "--force"] if os.path.exists(output) else flags
 
 
-def _model_flags(config: RunConfig) -> list[str]:
-    """Return the flags that load the model as the run did, where they are not the defaults."""
+def _flags(config: RunConfig, *keys: str) -> list[str]:
+    """Return the flags of these settings, where they are not the defaults."""
     flags: list[str] = []
     for mine, default in zip(settings_of(config), settings_of(type(config)()), strict=True):
-        if mine.key in _MODEL and mine.default != default.default:
-            flags += [mine.flag] if mine.default is True else [mine.flag, str(mine.default)]
+        if mine.key not in keys or mine.default == default.default:
+            continue
+        flags.append(mine.flag)
+        if Table in alternatives(mine.annotation):
+            flags += words_of_table(mine.default)
+        elif mine.default is not True:
+            flags.append(str(mine.default))
     return flags

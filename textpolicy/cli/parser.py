@@ -425,6 +425,7 @@ COMMANDS = {
         "train adapters on demonstrations: texts, prompt and completion, or conversations",
         _sft,
         "textpolicy sft --data my_data --epochs 3 --output runs/mine",
+        "textpolicy sft --data rows.jsonl --prompt 'Solve: {question}' --gold-column answer",
     ),
     "generate": Command(
         "sample completions of a prompt",

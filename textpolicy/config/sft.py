@@ -15,6 +15,8 @@ from textpolicy.config.train import (
     FINAL_LR,
     LIMITS,
     LR,
+    PROMPT,
+    PROMPT_UNSET,
     SCHEDULE,
     STEP_DEADLINE,
     STOP_ON_STALL,
@@ -48,6 +50,13 @@ class DataOptions:
         metavar="FILE",
     )
     columns: Table | None = option(*COLUMNS, unset=COLUMNS_UNSET)
+    prompt: str | None = option(*PROMPT, unset=PROMPT_UNSET)
+    gold_column: str | None = option(
+        None,
+        "column of right answers in --data, which the model learns to give",
+        unset="the column 'completion'",
+        metavar="NAME",
+    )
     learn: Literal["answers", "everything"] = option("answers", "the part of a row that is learned")
     system: str | None = option(None, SYSTEM, metavar="TEXT|FILE")
     max_length: int = option(
@@ -118,11 +127,11 @@ class SFTRunOptions:
     )
     seed: int = option(0, "seed of all random numbers; the same seed repeats the run", limit=SEED)
     steps_per_report: int = option(10, "updates between two reports", limit=at_least(1))
-    steps_per_eval: int = option(100, "updates between two validations", limit=at_least(1))
+    eval_every: int = option(100, "updates between two validations", limit=at_least(1))
     validation_batches: int = option(
         10, "batches to validate on; 0 is all of them", limit=at_least(0)
     )
-    save_every: int = option(
+    checkpoint_every: int = option(
         100, "updates between two saves of adapters and checkpoint", limit=at_least(1)
     )
     step_deadline: float | None = option(

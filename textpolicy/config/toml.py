@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+from textpolicy.config.option_types import Table, table_value
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
 from textpolicy.errors import ConfigError, UnreadableError
 from textpolicy.untrusted.bounds import MAX_TOML_BYTES
@@ -30,6 +31,18 @@ def to_toml(config: Any) -> str:
         else:
             lines.append(f"{setting.name} = {_value(setting.default)}")
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def words_of_table(table: Table) -> list[str]:
+    """Return the arguments of the command line that make this table, one for each entry."""
+    return [_entry(name, value) for name, value in table.items()]
+
+
+def _entry(name: str, value: Any) -> str:
+    if not name.isidentifier():
+        return f"{{{_key(name)} = {_value(value)}}}"
+    is_plain = isinstance(value, str) and table_value(value) == value
+    return f"{name}={value if is_plain else _value(value)}"
 
 
 def check_can_be_read_back(config: Any) -> None:
@@ -75,33 +88,46 @@ def config_from(content: Mapping[str, Any], defaults: _C, origin: str) -> _C:
         raise ConfigError(f"{origin} cannot be used: {error}") from error
 
 
-# Names of settings in other libraries, and ours: the last part of the key, or all of it.
 NAMES_IN_OTHER_LIBRARIES = {
-    "learning_rate": "lr",
-    "num_generations": "group_size",
-    "num_iterations": "epochs",
-    "num_train_epochs": "steps",
-    "max_steps": "steps",
-    "save_steps": "checkpoint_every",
-    "eval_steps": "evaluation.every",
-    "loss_type": "algorithm.name",
-    "lr_scheduler_type": "schedule",
-    "reward_funcs": "reward",
-    "output_dir": "output",
-    "per_device_train_batch_size": "groups_per_step",
-    "gradient_checkpointing": "checkpoint_gradients",
-    "max_completion_length": "max_tokens",
-    "max_new_tokens": "max_tokens",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "lora_dropout": "dropout",
-    "gradient_accumulation_steps": "accumulation",
-    "warmup_steps": "warmup",
-    "lora_alpha": "alpha",
-    "report_to": "wandb",
-    "enable_thinking": "thinking",
-    "system_prompt": "system",
+    "learning_rate": ("lr",),
+    "num_generations": ("group_size",),
+    "num_iterations": ("epochs",),
+    "num_train_epochs": ("steps", "epochs"),
+    "max_steps": ("steps", "iterations"),
+    "iters": ("iterations", "steps"),
+    "save_steps": ("checkpoint_every",),
+    "save_every": ("checkpoint_every",),
+    "eval_steps": ("evaluation.every", "eval_every"),
+    "steps_per_eval": ("evaluation.every", "eval_every"),
+    "logging_steps": ("steps_per_report",),
+    "loss_type": ("algorithm.name",),
+    "lr_scheduler_type": ("schedule",),
+    "reward_funcs": ("reward",),
+    "output_dir": ("output",),
+    # Reinforcement learning counts the groups of an update, not its micro-batches.
+    "per_device_train_batch_size": ("groups_per_step", "batch_size"),
+    "gradient_accumulation_steps": ("groups_per_step", "accumulation"),
+    "gradient_checkpointing": ("checkpoint_gradients",),
+    "max_completion_length": ("max_tokens",),
+    "max_new_tokens": ("max_tokens",),
+    "max_seq_length": ("max_length",),
+    "base_model": ("model.name",),
+    "model_name_or_path": ("model.name",),
+    "dataset": ("data", "data.source"),
+    "dataset_name": ("data", "data.source"),
+    "lora_r": ("rank",),
+    "lora_rank": ("rank",),
+    "lora_dropout": ("dropout",),
+    "lora_alpha": ("alpha",),
+    "warmup_steps": ("warmup",),
+    "report_to": ("wandb",),
+    "enable_thinking": ("thinking",),
+    "system_prompt": ("system",),
 }
+"""Names of settings in other libraries, and ours: the last part of the key, or all of it.
+
+Of several names the first one counts that the command has.
+"""
 WAYS_BESIDE_SETTINGS = {
     "reward_weights": "the weights are in the file of the reward: "
     "rewards = tp.Rewards([one, other], weights=[1.0, 0.5])",
@@ -116,17 +142,16 @@ def suggestion_for(key: str, known: list[str]) -> str:
     The same name in another section is preferred to names with a similar spelling.
     """
     word = key.rpartition(".")[2]
-    if way := WAYS_BESIDE_SETTINGS.get(word):
+    names = NAMES_IN_OTHER_LIBRARIES.get(word, (word,))
+    alike: list[str] = []
+    for name in names:
+        alike = alike or [one for one in known if name in (one, one.rpartition(".")[2])]
+    if not alike and (way := WAYS_BESIDE_SETTINGS.get(word)):
         return f"; {way}"
-    word = NAMES_IN_OTHER_LIBRARIES.get(word, word)
-    if word == "accumulation" and "rollout.groups_per_step" in known:
-        # Reinforcement learning counts the groups of an update, not its micro-batches.
-        word = "groups_per_step"
-    alike = [other for other in known if word in (other, other.rpartition(".")[2])]
     if not alike:
         words = {other.rpartition(".")[2]: other for other in reversed(known)}
         alike = get_close_matches(key, known, n=1, cutoff=0.75)
-        alike = alike or [words[near] for near in get_close_matches(word, words, n=1)]
+        alike = alike or [words[near] for near in get_close_matches(names[0], words, n=1)]
     return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 

@@ -62,6 +62,8 @@ COLUMNS = (
     "into a column",
 )
 COLUMNS_UNSET = "the names in the data"
+PROMPT = (None, "template of the prompt with columns of --data in braces")
+PROMPT_UNSET = "the column 'prompt'"
 SYSTEM = "system message for conversations without one: a text, or a file that holds the text"
 CHECKPOINT_GRADIENTS = (False, "recompute activations in the backward pass: less memory, more time")
 
@@ -104,9 +106,7 @@ class TaskOptions:
         False,
         "read --data while it is used, and shuffle by a buffer, for data of any size",
     )
-    prompt: str | None = option(
-        None, "template of the prompt with columns of --data in braces", unset="the column 'prompt'"
-    )
+    prompt: str | None = option(*PROMPT, unset=PROMPT_UNSET)
     system: str | None = option(None, SYSTEM, metavar="TEXT|FILE")
     few_shot: int = option(
         0,
@@ -122,7 +122,8 @@ class TaskOptions:
     )
     reward: str | None = option(
         None,
-        "your reward function; it replaces the reward of the environment",
+        "your reward function, or a ready one that compares with the column answer, such as "
+        "exact_match or math_equal; it replaces the reward of the environment",
         unset="the environment's",
         metavar="FILE.py[:NAME]",
     )

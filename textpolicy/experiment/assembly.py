@@ -404,7 +404,7 @@ def plain_settings(config: RunConfig) -> dict[str, Any]:
 def checkpoints_of(config: RunConfig, directory: RunDirectory, ranks: Ranks = ALONE) -> Checkpoints:
     """Return the checkpoints of a run."""
     if isinstance(config, SFTConfig):
-        return Checkpoints(directory.checkpoints, every=config.run.save_every)
+        return Checkpoints(directory.checkpoints, every=config.run.checkpoint_every)
     run = config.run
     keep, every = run.keep_checkpoints, run.checkpoint_every
     return Checkpoints(directory.checkpoints, keep=keep, every=every, ranks=ranks)
@@ -437,6 +437,8 @@ def load_sft_data(config: SFTConfig, tokenizer: TokenizerWrapper) -> SFTData:
         validation_share=config.data.validation_share,
         eval_data=config.data.eval_data,
         columns=config.data.columns,
+        prompt=config.data.prompt,
+        gold_column=config.data.gold_column,
     )
 
 
@@ -449,9 +451,9 @@ def sft_parameters(config: SFTConfig, directory: RunDirectory, data: SFTData) ->
             batch_size=trainer.batch_size,
             iterations=iterations,
             steps_per_report=run.steps_per_report,
-            steps_per_eval=run.steps_per_eval,
+            steps_per_eval=run.eval_every,
             validation_batches=run.validation_batches,
-            save_every=run.save_every,
+            save_every=run.checkpoint_every,
             adapter_path=directory.latest,
             best_path=directory.best,
             accumulation=trainer.accumulation,

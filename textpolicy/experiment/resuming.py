@@ -40,8 +40,8 @@ _FREE_IN_RL = frozenset(
 )
 _FREE_IN_SFT = frozenset(
     {
-        *("tracking", "run.output", "run.steps_per_report", "run.steps_per_eval"),
-        *("run.validation_batches", "run.save_every", "run.limits"),
+        *("tracking", "run.output", "run.steps_per_report", "run.eval_every"),
+        *("run.validation_batches", "run.checkpoint_every", "run.limits"),
         *("run.step_deadline", "run.stop_on_stall"),
         *("trainer.iterations", "trainer.epochs", "trainer.patience"),
     }

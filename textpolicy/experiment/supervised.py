@@ -54,6 +54,8 @@ def train_supervised(
     if (length := first.mask.index(True)) > 1:
         arguments = template_arguments_of(config.model, tokenizer)
         report.note(describe_prompt(tokenizer, first.tokens[:length], arguments))
+    if data.valid_rows and all(row.keys() >= {"prompt", "completion"} for row in data.valid_rows):
+        directory.write_validation_rows(data.valid_rows)
     adapt(model, config.adapter, config.model, config.run.seed)
     parameters = sft_parameters(config, directory, data)
     resume = start.resume

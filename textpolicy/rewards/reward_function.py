@@ -197,8 +197,9 @@ class Reward:
         hint = f" Did you mean `{near[0]}`?" if near else ""
         raise ConfigError(
             f"your reward {self.name} asks for {_quoted(missing)}; the rows have "
-            f"{_quoted(columns) or 'no columns'}.{hint} Rename the parameter, give it a default, "
-            f"or ask for `{standard[2]}`, which is the whole row"
+            f"{_quoted(columns) or 'no columns'}.{hint} Rename the parameter, or the column by "
+            f"--columns {missing[0]}=COLUMN, give the parameter a default, or ask for "
+            f"`{standard[2]}`, which is the whole row"
         )
 
     def _takes_own_answer(self, columns: Collection[str]) -> bool:

@@ -1,17 +1,14 @@
-"""`Rewards`: reward functions with weights, a timeout and a policy for errors; loading them."""
+"""`Rewards`: reward functions with weights, a timeout and a policy for errors."""
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from difflib import get_close_matches
 from typing import Any
 
-from textpolicy.errors import ConfigError, RewardError
+from textpolicy.errors import ConfigError
 from textpolicy.rewards.returned_numbers import MAX_REWARD
 from textpolicy.rewards.reward_function import Reward, as_reward
-from textpolicy.user_code import load_beside_run, split_file_and_name
 
 _MAX_WEIGHT = 1e6
 
@@ -88,37 +85,3 @@ class Rewards:
 def as_rewards(reward: Callable[..., Any] | Rewards) -> Rewards:
     """Return `Rewards`; a single function runs in this process, and its errors end the run."""
     return reward if isinstance(reward, Rewards) else Rewards(reward)
-
-
-def load_reward(spec: str) -> Callable[..., Any] | Rewards:
-    """Return the function or `Rewards` that "FILE.py:NAME" names, or a file's only function."""
-    file_and_name = split_file_and_name(spec)
-    if file_and_name is None:
-        raise ConfigError(f"reward is {spec!r}; expected FILE.py or FILE.py:FUNCTION")
-    path, name = file_and_name
-    module = load_beside_run(path, what="reward", error=RewardError)
-    candidates = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, Reward | Rewards)
-        or (inspect.isfunction(value) and value.__module__ == module.__name__)
-    }
-    public = [key for key in candidates if not key.startswith("_")]
-    if not name and len(public) != 1:
-        raise ConfigError(
-            f"{path} holds {len(public)} functions ({', '.join(public) or 'none'}); expected one, "
-            f"or its name: {path}:{public[0] if public else 'FUNCTION'}"
-        )
-    reward: Any = vars(module).get(name or public[0])
-    if reward is None:
-        near = get_close_matches(name, candidates, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"{path} has no {name!r}; its functions: {[*candidates] or 'none'}.{hint}"
-        )
-    if isinstance(reward, Rewards):
-        return reward
-    if not callable(reward):
-        raise ConfigError(f"{spec} is {type(reward).__name__}; expected a function")
-    _ = as_reward(reward).parameters  # Raises for a function that would not see the completion.
-    return reward

@@ -2,11 +2,12 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -41,6 +42,8 @@ class RunDirectory:
         """The metrics: one JSON object a step."""
         self.samples = path / "samples.jsonl"
         """The completions: one JSON object each."""
+        self.validation_rows = path / "validation.jsonl"
+        """The rows that supervised training has measured on: one JSON object each."""
         self.adapters = path / "adapters"
         """The folder of the adapter files."""
         self.latest = self.adapters / f"latest{_SUFFIX}"
@@ -186,6 +189,7 @@ class RunDirectory:
             self.config,
             self.metrics,
             self.samples,
+            self.validation_rows,
             self.report,
             self.tracking_id,
         )
@@ -206,6 +210,12 @@ class RunDirectory:
         """Write the config atomically. Half a config would be read as one with other options."""
         with atomic_replace(self.config, private=True) as temporary:
             temporary.write_text(text, "utf-8")
+
+    def write_validation_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows for `--eval-data`. What JSON does not have, such as a date, becomes text."""
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        with atomic_replace(self.validation_rows, private=True) as temporary:
+            temporary.write_text("".join(lines), "utf-8")
 
     def chosen_adapter(self) -> Path:
         """Return the best adapter, or the latest one if nothing was evaluated."""

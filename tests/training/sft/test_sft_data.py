@@ -7,7 +7,7 @@ import pytest
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.training.sft import Encoding, load_data, load_examples
-from textpolicy.training.sft.data import split_by_hash
+from textpolicy.training.sft.data import choose_by_hash
 
 # Templates that drop earlier answers, count messages, write no stop token, and drop thoughts.
 FORGETFUL = """\
@@ -261,7 +261,43 @@ def test_a_validation_part_with_another_name_is_an_error(tmp_path, tokenizer, na
 def test_one_row_cannot_be_split(tokenizer):
     one = encode(tokenizer, {"text": "sort 31"})
     with pytest.raises(DataError, match="1 distinct row; expected at least 2"):
-        split_by_hash([one, one], 0.5)
+        choose_by_hash([one, one], 0.5)
+
+
+def test_a_template_and_a_gold_column_make_the_demonstration_of_prompt_and_completion(
+    tmp_path, tokenizer
+):
+    encoding = Encoding(tokenizer=tokenizer)
+    rows = [{"question": f"{n}+1", "right": str(n + 1), "text": "unused"} for n in range(20)]
+    found = load_data(
+        write(tmp_path / "a.jsonl", *rows),
+        encoding,
+        columns={"q": "question"},
+        prompt="{q}=",
+        gold_column="right",
+    )
+    plain = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(20)]
+    assert found.train == load_data(write(tmp_path / "b.jsonl", *plain), encoding).train
+    assert [encoding.demonstration(row, "") for row in found.valid_rows] == found.valid
+    assert all(row["text"] == "unused" for row in found.valid_rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "{question}="}, "has no column 'completion'.*such as --gold-column answer"),
+        ({"gold_column": "answer"}, r"has no column 'prompt'.*such as --prompt '\{question\}'"),
+        ({"gold_column": "answers"}, "there is no column 'answers'.*Did you mean 'answer'"),
+        ({"prompt": "{query}"}, "names the column {query}, but the columns of the rows are"),
+        ({}, r"Name the columns, such as --prompt '\{question\}' --gold-column answer"),
+    ],
+)
+def test_an_unnamed_part_of_a_row_is_an_error_that_says_how_to_name_it(
+    tmp_path, tokenizer, options, message
+):
+    path = write(tmp_path / "rows.jsonl", {"question": "1+1=", "answer": "2"})
+    with pytest.raises(DataError, match=f"rows.jsonl, line 1: .*{message}"):
+        load_data(path, Encoding(tokenizer=tokenizer), **options)
 
 
 def test_truncation_is_reported_and_rows_without_an_answer_are_left_out(tmp_path, tokenizer):

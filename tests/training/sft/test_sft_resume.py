@@ -329,8 +329,8 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path):
             "--dropout",
             "0.1",
         ),
-        *("--iterations", "60", "--steps-per-report", "2", "--steps-per-eval", "10"),
-        *("--save-every", "7", "--schedule", "cosine", "--warmup", "5", "--lr", "1e-3"),
+        *("--iterations", "60", "--steps-per-report", "2", "--eval-every", "10"),
+        *("--checkpoint-every", "7", "--schedule", "cosine", "--warmup", "5", "--lr", "1e-3"),
     ]
 
     def run(folder, *more):

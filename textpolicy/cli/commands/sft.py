@@ -7,7 +7,7 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import TerminalListener, listening
-from textpolicy.cli.next_commands import next_commands, next_lines
+from textpolicy.cli.next_commands import next_commands, next_lines, note_about_reward
 from textpolicy.config import SFTConfig
 from textpolicy.experiment import RunResult
 from textpolicy.experiment import run as run_config
@@ -29,7 +29,7 @@ def run(options: Namespace) -> Answer:
         text = _text(result, config, listener)
         following = {} if result.ended == "stopped" else next_commands(result, config)
         if following:
-            text += f"\n{next_lines(following)}"
+            text += f"\n{next_lines(following)}\n{note_about_reward(result)}"
         data = _data(result) | {"next": list(following.values())}
         return Answer(data=data, text=text, exit_code=listener.exit_code(result))
 

@@ -1,14 +1,14 @@
 """Training, validation and test data from a folder, a file or a Hugging Face data set."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import ceil
 from pathlib import Path
 
 import numpy as np
 
-from textpolicy.environments.columns import ColumnNames, check_columns, with_columns
+from textpolicy.environments.columns import ColumnNames
 from textpolicy.environments.data_address import DataAddress
 from textpolicy.environments.data_files import (
     DataRow,
@@ -17,10 +17,13 @@ from textpolicy.environments.data_files import (
     read_text,
 )
 from textpolicy.environments.public_layouts import is_saved_folder, split_addresses
+from textpolicy.environments.template import Template
 from textpolicy.errors import DataError
-from textpolicy.training.sft.demonstrations import Demonstration, Encoding
+from textpolicy.training.sft.demonstrations import Demonstration, EncodedRows, Encoding
+from textpolicy.training.sft.row_parts import RowParts
 
 _LocatedRows = list[LocatedRow]
+_NO_ROWS = EncodedRows(demonstrations=[], places=[], truncated=0, dropped=0)
 _NAMES_SHOWN = 5
 _OTHER_NAMES = ("validation", "val", "dev")
 
@@ -37,6 +40,8 @@ class SFTData:
     max_length: int | None = None
     split_off: bool = False
     """Whether the validation part was split off from the training part."""
+    valid_rows: list[DataRow] = field(default_factory=list[DataRow])
+    """The rows of `valid`, with all their columns."""
 
     def __str__(self) -> str:
         text = f"{len(self.train)} demonstrations to train on, {len(self.valid)} to validate"
@@ -57,6 +62,8 @@ def load_data(
     validation_share: float = 0.1,
     eval_data: str | Path | None = None,
     columns: ColumnNames | None = None,
+    prompt: Template | None = None,
+    gold_column: str | None = None,
 ) -> SFTData:
     """Return the demonstrations in a folder with train, and optionally valid and test, files.
 
@@ -64,34 +71,44 @@ def load_data(
     file (.jsonl, .txt, .csv or .parquet) with training data, a folder that `datasets` can read, or
     "hf:OWNER/NAME[:CONFIG][:SPLIT]". `eval_data` is such an address of the validation data.
     Without validation data, `validation_share` of the distinct rows is split off; their order does
-    not matter, and 0 splits off none. `columns` gives columns other names.
+    not matter, and 0 splits off none. `columns` gives columns other names. `prompt` is a template
+    of the prompt over the columns, and `gold_column` the column of the completion.
     """
     if not 0 <= validation_share < 1:
         raise DataError(f"validation_share is {validation_share}; expected 0 or more, below 1")
-    check_columns(columns or {})
+    parts = RowParts(columns=columns or {}, prompt=prompt, gold_column=gold_column)
     found = _read_splits(source)
     if eval_data is not None:
         found["valid"] = load_rows_with_locations(eval_data, split=None)
-    named = {name: _rename(rows, columns or {}) for name, rows in found.items()}
-    splits = {name: encoding.encode(rows) for name, rows in named.items()}
-    train = splits["train"].demonstrations
-    if not train:
+    named = {
+        name: [(where, parts.name(row, where)) for where, row in rows]
+        for name, rows in found.items()
+    }
+    splits = {
+        name: encoding.encode((where, parts.learned(row, where)) for where, row in rows)
+        for name, rows in named.items()
+    }
+    if not splits["train"].demonstrations:
         raise DataError(
             f"{source} has no answer within the limit of {encoding.max_length} tokens. Raise "
             "max_length (--max-length)"
         )
-    valid = splits["valid"].demonstrations if "valid" in splits else []
+    truncated = sum(one.truncated for one in splits.values())
+    dropped = sum(one.dropped for one in splits.values())
     split_off = "valid" not in splits and validation_share > 0
     if split_off:
-        train, valid = split_by_hash(train, validation_share)
+        named["valid"] = named["train"]
+        splits["train"], splits["valid"] = _split_by_hash(splits["train"], validation_share)
+    train, valid, test = (splits.get(name, _NO_ROWS) for name in ("train", "valid", "test"))
     return SFTData(
-        train=train,
-        valid=valid,
-        test=splits["test"].demonstrations if "test" in splits else [],
-        truncated=sum(one.truncated for one in splits.values()),
-        dropped=sum(one.dropped for one in splits.values()),
+        train=train.demonstrations,
+        valid=valid.demonstrations,
+        test=test.demonstrations,
+        truncated=truncated,
+        dropped=dropped,
         max_length=encoding.max_length,
         split_off=split_off,
+        valid_rows=[named["valid"][place][1] for place in valid.places],
     )
 
 
@@ -100,10 +117,8 @@ def load_examples(folder: str | Path, name: str) -> list[DataRow]:
     return [row for _, row in _require_part(Path(folder), name)]
 
 
-def split_by_hash(
-    demonstrations: Sequence[Demonstration], share: float
-) -> tuple[list[Demonstration], list[Demonstration]]:
-    """Return two parts without common demonstrations; the second has about `share` of them.
+def choose_by_hash(demonstrations: Sequence[Demonstration], share: float) -> list[bool]:
+    """Return for each demonstration whether it is one of about `share` of them.
 
     Hashes decide, so neither order nor seed matters, and equal demonstrations stay together.
     """
@@ -116,8 +131,12 @@ def split_by_hash(
             "(validation_share 0, --validation-share 0)"
         )
     chosen = set(distinct[: min(ceil(share * len(distinct)), len(distinct) - 1)])
-    pairs = list(zip(demonstrations, digests, strict=True))
-    return [d for d, key in pairs if key not in chosen], [d for d, key in pairs if key in chosen]
+    return [digest in chosen for digest in digests]
+
+
+def _split_by_hash(rows: EncodedRows, share: float) -> tuple[EncodedRows, EncodedRows]:
+    chosen = choose_by_hash(rows.demonstrations, share)
+    return rows.select([not one for one in chosen]), rows.select(chosen)
 
 
 def demonstration_digest(demonstration: Demonstration) -> bytes:
@@ -155,10 +174,6 @@ def _check_validation_name(folder: Path) -> None:
             f"{folder / found[0]} would not be read. Rename the file to {ours} if it is the "
             "validation data, or move the file elsewhere"
         )
-
-
-def _rename(rows: _LocatedRows, columns: ColumnNames) -> _LocatedRows:
-    return [(where, with_columns(row, columns, where)) for where, row in rows]
 
 
 def _has_public_layout(folder: Path) -> bool:

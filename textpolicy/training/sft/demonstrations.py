@@ -7,6 +7,7 @@ the prompt of a demonstration has exactly the tokens that a policy reads when it
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -58,10 +59,20 @@ class EncodedRows:
     """Demonstrations, and how many rows were longer than `max_length`."""
 
     demonstrations: list[Demonstration]
+    places: list[int]
+    """The place of each demonstration's row among the rows that were given."""
     truncated: int
     """Rows that were truncated and still have tokens to learn."""
     dropped: int
     """Rows without any token to learn before the limit. They are left out."""
+
+    def select(self, chosen: Sequence[bool]) -> "EncodedRows":
+        """Return the demonstrations that are chosen, with the counts of all rows."""
+        return replace(
+            self,
+            demonstrations=[*compress(self.demonstrations, chosen)],
+            places=[*compress(self.places, chosen)],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +107,15 @@ class Encoding:
         whole = [self.demonstration(row, location) for location, row in rows]
         limit = self.max_length
         short = whole if limit is None else [one.truncate(limit) for one in whole]
-        kept = [one for one in short if one is not None]
+        kept = {place: one for place, one in enumerate(short) if one is not None}
         shortened = sum(a is not b for a, b in zip(whole, short, strict=True))
         dropped = len(whole) - len(kept)
-        return EncodedRows(demonstrations=kept, truncated=shortened - dropped, dropped=dropped)
+        return EncodedRows(
+            demonstrations=[*kept.values()],
+            places=[*kept],
+            truncated=shortened - dropped,
+            dropped=dropped,
+        )
 
     def _tell_of_control_tokens(self, rows: Sequence[DataRow]) -> None:
         control = ControlTokens.of(self.tokenizer)
@@ -143,7 +159,8 @@ class Encoding:
             return tokens, [False, *[True] * (len(tokens) - 1)]
         raise DataError(
             f'the row has the columns {list(row)}; expected {{"text"}}, {{"prompt", "completion"}},'
-            ' {"messages"} or {"instruction", "input", "output"}, of which "input" is optional'
+            ' {"messages"} or {"instruction", "input", "output"}, of which "input" is optional. '
+            "Name the columns, such as --prompt '{question}' --gold-column answer"
         )
 
     def _encode_pair(self, prompt: Any, completion: str) -> tuple[list[int], list[bool]]:
