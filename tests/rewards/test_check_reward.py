@@ -74,13 +74,18 @@ def test_a_random_reward_is_not_deterministic():
 def test_a_reward_that_prefers_something_else_to_the_right_answer_fails():
     check = check_reward(lambda p, c, e: len(c) / 100, ROWS)
     assert verdicts(check)["gold highest"] == "FAILED" and not check.ok
-    assert detail(check, "gold highest").startswith("8 of 8 rows: in row 0 the prompt again")
+    assert detail(check, "gold highest") == (
+        "8 of 8 rows: in row 0 the prompt again, '1+1=', scores 0.04, and the right answer, '2', "
+        "0.01"
+    )
 
 
 def test_a_reward_that_cannot_tell_right_from_wrong_gets_a_warning():
     check = check_reward(lambda p, c, e: float(c.isdecimal()), ROWS)
     assert verdicts(check)["gold highest"] == "warning"
-    assert "right and wrong look alike" in detail(check, "gold highest")
+    assert detail(check, "gold highest").endswith(
+        "right and wrong look alike. In row 0, '4' scores 1, as much as '2', which is right"
+    )
 
 
 def test_a_reward_that_rewards_an_empty_answer_fails():
@@ -217,7 +222,7 @@ def test_the_command_says_that_a_task_is_too_hard_and_proposes_solved_examples(f
     argv = ["--env", "letter", "--rows", "2", "--sample", "2"]
     first, again = found(*argv), found(*argv, "--few-shot", "1")
     assert first["signal"]["verdict"] == again["signal"]["verdict"] == "too hard"
-    assert first["next"] == "textpolicy check --env letter --few-shot 4 --sample 2"
+    assert first["next"] == "textpolicy check --env letter --few-shot 4 --rows 2 --sample 2"
     assert again["next"] == "textpolicy envs"
 
 
@@ -233,8 +238,8 @@ def test_the_command_says_that_answers_are_cut_off_and_its_next_command_mends_it
     short, hurried = found(*argv, "--max-tokens", "4"), found(*argv, "--seconds", "0.01")
     assert short["signal"]["verdict"] == hurried["signal"]["verdict"] == "answers cut off"
     assert short["signal"]["cut"] == 1
-    assert hurried["next"] == "textpolicy check --env sort --sample 2 --seconds 0.04"
-    mended = found(*shlex.split(short["next"])[2:], "--rows", "2")
+    assert hurried["next"] == "textpolicy check --env sort --rows 2 --sample 2 --seconds 0.04"
+    mended = found(*shlex.split(short["next"])[2:])
     assert mended["signal"]["cut"] < 0.5
 
 

@@ -1,20 +1,26 @@
 """What to type after `textpolicy check` has sampled from a model."""
 
 import json
+import re
 import shlex
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from textpolicy.cli.next_commands import short_path
+from textpolicy.cli.parser import CHECK_SECONDS, CHECKED, CHECKED_ROWS
 from textpolicy.cli.timed_sampler import TimedSampler
 from textpolicy.config import TrainConfig, changed, read_toml, settings_of
-from textpolicy.config.settings import ByModel
+from textpolicy.config.option_types import UNSET
+from textpolicy.config.settings import ByModel, Setting
 from textpolicy.rewards.signal_check import SignalCheck
 
 _EXAMPLES = 4
 _MORE_TOKENS = 4
+# A word that is read as itself inside of a table.
+_PLAIN_WORD = re.compile(r"(?!(?:true|false|True|False|inf|nan)$)[A-Za-z_][\w./-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +40,29 @@ def next_after_check(
     sampler: TimedSampler,
     *,
     has_gold: bool,
-    file: Path | None,
+    options: Namespace,
 ) -> Advice:
     """Return what to do with a task for which the model earns these rewards.
 
-    `file` is the TOML file that `config` was read from, if there is one.
+    `options` are those of the check. The command carries all of them that it takes.
     """
     if signal.verdict == "good":
-        return Advice("Train on it", _line("train", config, file))
+        return Advice("Train on it", _line(["train"], config, options))
     if signal.verdict == "too easy":
         return Advice("Take harder rows, or choose another task of the list", "textpolicy envs")
     if signal.verdict == "answers cut off" and sampler.cut_at < sampler.max_tokens:
-        longer = ["--seconds", f"{_MORE_TOKENS * sampler.seconds:g}"]
         sentence = (
             f"The check itself has cut the answers at {sampler.cut_at} of {sampler.max_tokens} "
             f"tokens, to end in {sampler.seconds:g} s. Give it more time"
         )
-        return Advice(sentence, _check_line(config, sampler, file, *longer))
+        longer = _check_line(config, options, seconds=_MORE_TOKENS * sampler.seconds)
+        return Advice(sentence, longer)
     if signal.verdict == "answers cut off":
         tokens = {"sampling.max_tokens": _MORE_TOKENS * sampler.max_tokens}
-        return Advice("Allow longer answers", _check_line(changed(config, tokens), sampler, file))
+        return Advice("Allow longer answers", _check_line(changed(config, tokens), options))
     if has_gold and not config.task.few_shot:
         shots = changed(config, {"task.few_shot": _EXAMPLES})
-        return Advice("Show the model solved tasks", _check_line(shots, sampler, file))
+        return Advice("Show the model solved tasks", _check_line(shots, options))
     return Advice(
         "Take easier rows, give part of the reward to answers that are partly right, or choose "
         "another task of the list",
@@ -64,25 +70,62 @@ def next_after_check(
     )
 
 
-def _check_line(config: TrainConfig, sampler: TimedSampler, file: Path | None, *more: str) -> str:
-    return _line("check", config, file, "--sample", str(sampler.count), *more)
+def _check_line(config: TrainConfig, options: Namespace, seconds: float | None = None) -> str:
+    """Return the command line of another check, as long and of as many rows."""
+    seconds = seconds or options.seconds
+    reward = config.task.reward
+    # A reward after a table would be read as one of its entries.
+    words = ["check", reward] if reward and reward != _begun(options).task.reward else ["check"]
+    more = ["--rows", str(options.rows)] if options.rows != CHECKED_ROWS else []
+    more += ["--sample", str(options.sample)]
+    more += ["--seconds", f"{seconds:g}"] if seconds != CHECK_SECONDS else []
+    return _line(words, config, options, *more)
 
 
-def _line(command: str, config: TrainConfig, file: Path | None, *more: str) -> str:
+def _line(words: list[str], config: TrainConfig, options: Namespace, *more: str) -> str:
     """Return the command line with all settings that are neither the file's nor the defaults."""
-    words = ["textpolicy", command, *(["--config", short_path(file)] if file else [])]
-    begun = read_toml(file, TrainConfig()) if file else TrainConfig()
-    for mine, default in zip(settings_of(config), settings_of(begun), strict=True):
+    file = options.config
+    line = ["textpolicy", *words, *(["--config", short_path(file)] if file else [])]
+    for mine, default in zip(settings_of(config), settings_of(_begun(options)), strict=True):
         if mine.default == default.default or isinstance(mine.default, ByModel):
             continue
-        value = [] if mine.default is True else [_text(mine.default)]
-        # The reward has no flag in this command.
-        named = command == "check" and mine.key == "task.reward"
-        words += value if named else [mine.flag, *value]
-    return shlex.join([*words, *more])
+        if words[0] == "train" or mine.key in CHECKED:
+            line += _flag_words(mine)
+        elif mine.key != "task.reward":
+            line += ["--set", f"{mine.key}={_text(mine.default)}"]
+    return shlex.join([*line, *more])
+
+
+def _begun(options: Namespace) -> TrainConfig:
+    """Return the config that the flags of a line change: that of the file, or the defaults."""
+    return read_toml(options.config, TrainConfig()) if options.config else TrainConfig()
+
+
+def _flag_words(setting: Setting) -> list[str]:
+    """Return the flag of a setting and its value, as they are typed."""
+    value = setting.default
+    if isinstance(value, bool):
+        return [setting.flag if value else setting.flag.replace("--", "--no-", 1)]
+    if isinstance(value, Mapping) and all(map(_is_plain_entry, value.items())):
+        return [setting.flag, *(f"{name}={one}" for name, one in value.items())]
+    text = _text(value)
+    # A value that begins with a dash would be read as a flag.
+    return [f"{setting.flag}={text}"] if text.startswith("-") else [setting.flag, text]
+
+
+def _is_plain_entry(entry: tuple[Any, Any]) -> bool:
+    name, value = entry
+    if not isinstance(value, str) or _PLAIN_WORD.fullmatch(value) is None:
+        return False
+    return name.isascii() and name.isidentifier()
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ",".join(f"{name}={_text(one)}" for name, one in value.items())
+    """Return a value as flags and --set read it."""
+    if value is None:
+        return UNSET
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, Path):
+        return short_path(value)
     return value if isinstance(value, str) else json.dumps(value)

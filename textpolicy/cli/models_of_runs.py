@@ -1,14 +1,39 @@
-"""The model of a command that names an adapter of a run and no model."""
+"""The config of a command that samples with an adapter, which may be that of a run."""
 
 from argparse import Namespace
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from textpolicy.cli.flags import configured
 from textpolicy.cli.output import print_note
-from textpolicy.config import TrainConfig, changed
+from textpolicy.config import TrainConfig, changed, read_toml
+from textpolicy.config.train import AdapterOptions
+from textpolicy.runs import find_adapter
 from textpolicy.runs.named_adapter import run_of_adapter
 
 _KEYS = ("name", "dtype", "allow_special_tokens")
+_QUANTIZATION = ("model.quantize", "model.quantize_mode", "model.quantize_group")
+
+
+def configured_to_sample(options: Namespace) -> TrainConfig:
+    """Return the config of `options`, with the file of the adapter that --adapter names.
+
+    --adapter may name a run, and brings its own config in place of the file's. Without --model and
+    --config, the model is that of the adapter's run.
+    """
+    given = vars(options)
+    if given.get("config") is None or "adapter.start" not in given:
+        config = configured(TrainConfig(), options)
+    else:
+        config = replace(read_toml(given["config"], TrainConfig()), adapter=AdapterOptions())
+        config = configured(config, Namespace(**given | {"config": None}))
+    if config.adapter.start is None:
+        return config
+    start = find_adapter(config.adapter.start)
+    # The adapter says how its base is quantized.
+    config = changed(config, {"adapter.start": start, **dict.fromkeys(_QUANTIZATION)})
+    return with_model_of_run(config, options, [start])
 
 
 def with_model_of_run(

@@ -23,6 +23,14 @@ _PLAIN_MODEL = ("model.name", "model.threads")
 _PROMPTS = ("model.thinking", "model.chat_template_kwargs", "model.allow_special_tokens")
 """Settings that decide how a prompt becomes tokens."""
 _PROMPTED_MODEL = (*_PLAIN_MODEL, *_PROMPTS)
+CHECKED = (
+    *(f"task.{key}" for key in ("env", "data", "columns", "data_stream", "prompt", "system")),
+    *(f"task.{key}" for key in ("few_shot", "gold_column", "reward_timeout")),
+    *(*_PROMPTED_MODEL, "adapter.start", "sampling.max_tokens"),
+)
+"""Settings that have a flag in `check`."""
+CHECKED_ROWS, CHECK_SECONDS = 64, 45.0
+"""The rows and the seconds of `check`, if none are given."""
 _SAMPLED = ("task.system", *_PROMPTED_MODEL, "model.dtype", "adapter.start")
 _UNTIMED = (
     *("evaluation", "tracking", "run"),
@@ -338,24 +346,12 @@ def _check(parser: ArgumentParser) -> None:
     add_config_file(parser, _DEFAULTS)
     text, known = "column of prompts", "the first of prompt, question, problem, ... that exists"
     _add_flag(parser, "prompt_column", str | None, None, text, unset=known, metavar="NAME")
-    _add_flag(parser, "rows", int, 64, "number of rows to check", limit=at_least(1))
+    _add_flag(parser, "rows", int, CHECKED_ROWS, "number of rows to check", limit=at_least(1))
     text = "completions to sample for each row, to see how often rewards differ"
     _add_flag(parser, "sample", int | None, None, text, limit=at_least(2))
     text = "seconds for sampling; rows that do not fit into this time are not sampled"
-    _add_flag(parser, "seconds", float, 45.0, text, limit=above(0))
-    keys = (
-        "env",
-        "data",
-        "columns",
-        "data_stream",
-        "prompt",
-        "system",
-        "few_shot",
-        "gold_column",
-        "reward_timeout",
-    )
-    asked = (*(f"task.{key}" for key in keys), *_PROMPTED_MODEL, "sampling.max_tokens")
-    add_settings(parser, _DEFAULTS, asked)
+    _add_flag(parser, "seconds", float, CHECK_SECONDS, text, limit=above(0))
+    add_settings(parser, _DEFAULTS, CHECKED)
 
 
 def _inspect(parser: ArgumentParser) -> None:
@@ -482,6 +478,7 @@ COMMANDS = {
         _check,
         "textpolicy check my_reward.py --data rows.jsonl",
         "textpolicy check --config run.toml --sample 4",
+        "textpolicy check my_reward.py --data rows.jsonl --sample 8 --adapter runs/mine",
     ),
     "inspect": Command(
         "show the contents of an adapter: modules, ranks, scales, version, base",

@@ -8,8 +8,7 @@ from typing import Any
 from textpolicy.activity import doing
 from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig
-from textpolicy.experiment.assembly import template_arguments_of
-from textpolicy.generation.mlx_generation import load_model
+from textpolicy.experiment.assembly import load_sampled_model, template_arguments_of
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.types import Completion, Prompt, Sampling
 
@@ -49,7 +48,7 @@ class TimedSampler:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return load_model(self._config.model.name)
+        return load_sampled_model(self._config)
 
     def _load(self) -> None:
         """Load the model before the time is taken."""

@@ -1,13 +1,14 @@
 """The rows of a check: their prompts and right answers, from columns of the usual names."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from textpolicy.errors import ConfigError
 from textpolicy.types import Prompt
 
-_PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "input")
+PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "input")
+"""Usual names of a column of prompts, in the order in which they are looked for."""
 GOLD_COLUMNS = ("gold", "answer", "solution", "target", "completion", "output")
 """Usual names of a column of right answers, in the order in which they are looked for."""
 
@@ -36,7 +37,7 @@ def checked_rows(
 ) -> list[CheckedRow]:
     """Return the rows with their prompts and right answers, from columns of the usual names."""
     columns = () if isinstance(rows[0], CheckedRow) else rows[0]
-    prompt = prompt or next((name for name in _PROMPT_COLUMNS if name in columns), None)
+    prompt = prompt or prompt_column_of(columns)
     gold = gold or next((name for name in GOLD_COLUMNS if name in columns), None)
     return [
         row
@@ -44,6 +45,11 @@ def checked_rows(
         else CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
         for row in rows
     ]
+
+
+def prompt_column_of(columns: Container[str]) -> str | None:
+    """Return the column of prompts among `columns`, by the usual names, or None."""
+    return next((name for name in PROMPT_COLUMNS if name in columns), None)
 
 
 def _column_text(row: Mapping[str, Any], column: RowColumn) -> str | None:

@@ -19,6 +19,7 @@ from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
 _DEFAULT_ROWS = 64
 _SLOW_SECONDS = 0.1
 _RIGHT, _EMPTY, _OTHER_ROW = "the right answer", "no answer", "another row's answer"
+_LONGEST_QUOTE = 60
 _GUESSES = "I am not sure, but it could be 3, or (B), or perhaps something else entirely."
 
 
@@ -99,9 +100,16 @@ class _Trial:
     """The answers that were tried on one row, with the verdicts of two calls, by kind of answer."""
 
     number: int
+    texts: Mapping[str, str]
     verdicts: Mapping[str, Verdict]
     repeated: Sequence[Verdict]
     seconds: float
+
+    def quote(self, kind: str) -> str:
+        """Return the beginning of this kind of answer, on one line."""
+        text = self.texts[kind]
+        short = text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]} ..."
+        return repr(short)
 
     def value(self, kind: str) -> float:
         """Return the reward of this kind of answer, or NaN, which makes comparisons False."""
@@ -129,7 +137,8 @@ def _try_answers(scorer: Scorer, rows: Sequence[CheckedRow], number: int) -> _Tr
     before = scorer.seconds
     repeated = scorer.score(list(samples.values()))
     seconds = (scorer.seconds - before) / len(samples)
-    return _Trial(number, dict(zip(samples, verdicts, strict=True)), repeated, seconds)
+    tried = {kind: text for kind, text in texts.items() if text is not None}
+    return _Trial(number, tried, dict(zip(samples, verdicts, strict=True)), repeated, seconds)
 
 
 def _check_finite(trials: Sequence[_Trial]) -> Finding:
@@ -175,13 +184,19 @@ def _check_gold_highest(trials: Sequence[_Trial]) -> Finding:
     if beaten:
         first, kind = beaten[0]
         detail = (
-            f"{len(beaten)} of {len(trials)} rows: in row {first.number} {kind} scores "
-            f"{first.value(kind):g}, the right answer {first.value(_RIGHT):g}"
+            f"{len(beaten)} of {len(trials)} rows: in row {first.number} {kind}, "
+            f"{first.quote(kind)}, scores {first.value(kind):g}, and the right answer, "
+            f"{first.quote(_RIGHT)}, {first.value(_RIGHT):g}"
         )
         return Finding("gold highest", "FAILED", detail)
     compared = [trial for trial in trials if _OTHER_ROW in trial.verdicts]
     if compared and all(trial.value(_OTHER_ROW) == trial.value(_RIGHT) for trial in compared):
-        detail = "another row's answer always scores the same: right and wrong look alike"
+        first = compared[0]
+        detail = (
+            "another row's answer always scores the same: right and wrong look alike. In row "
+            f"{first.number}, {first.quote(_OTHER_ROW)} scores {first.value(_OTHER_ROW):g}, as "
+            f"much as {first.quote(_RIGHT)}, which is right"
+        )
         return Finding("gold highest", "warning", detail)
     scored = sum(trial.verdicts[_RIGHT].value is not None for trial in trials)
     detail = f"in {scored} of {len(trials)} rows"

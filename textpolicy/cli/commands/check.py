@@ -1,21 +1,23 @@
 """`textpolicy check`: try a reward on rows or on an environment's tasks before training on it."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
+from typing import Any
 
 from textpolicy import fast_cpu
 from textpolicy.cli.answer import Answer
 from textpolicy.cli.check_advice import next_after_check
-from textpolicy.cli.flags import configured
+from textpolicy.cli.models_of_runs import configured_to_sample
 from textpolicy.cli.output import print_note
 from textpolicy.cli.progress import showing_progress
 from textpolicy.cli.timed_sampler import TimedSampler
-from textpolicy.config import TrainConfig
+from textpolicy.config import TrainConfig, changed
+from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Dataset, from_dataset
 from textpolicy.environments.chat import gold_for_turn, prompt_text
-from textpolicy.environments.environment import sum_turn_rewards
+from textpolicy.environments.environment import ANSWER_TOKENS, sum_turn_rewards
 from textpolicy.environments.preamble import system_messages
 from textpolicy.environments.template import check_template, fill_template
 from textpolicy.errors import ConfigError
@@ -26,12 +28,15 @@ from textpolicy.experiment.tasks import data_source_of, find_task, with_task_pre
 from textpolicy.experiment.threads import apply_thread_option, thread_advice
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.rewards import Rewards, as_rewards, load_reward
-from textpolicy.rewards.checked_rows import CheckedRow, checked_rows
+from textpolicy.rewards.checked_rows import (
+    PROMPT_COLUMNS,
+    CheckedRow,
+    checked_rows,
+    prompt_column_of,
+)
 from textpolicy.rewards.reward_check import check_reward
 from textpolicy.rewards.signal_check import MANY_CUT
 from textpolicy.types import Prompt, Task
-
-_DEFAULT_MAX_TOKENS = 128
 
 
 def run(options: Namespace) -> Answer:
@@ -41,7 +46,7 @@ def run(options: Namespace) -> Answer:
 
 
 def _run(options: Namespace) -> Answer:
-    config = configured(TrainConfig(), options)
+    config = configured_to_sample(options)
     apply_thread_option(config.model)
     if options.sample and thread_advice(config.model):
         # No number of a check depends on the threads.
@@ -56,7 +61,8 @@ def _run(options: Namespace) -> Answer:
         rewards, rows, max_tokens = _rows_of_environment(config, options)
     else:
         rewards, rows = _rows_of_data(config, options)
-        max_tokens = _DEFAULT_MAX_TOKENS
+        config = _with_prompt_column(config, rows[0], options)
+        max_tokens = ANSWER_TOKENS
     max_tokens = config.sampling.max_tokens or max_tokens
     count = options.sample
     sampler = TimedSampler(config, count, max_tokens, options.seconds) if count else None
@@ -79,7 +85,7 @@ def _run(options: Namespace) -> Answer:
             config,
             sampler,
             has_gold=rows[0].gold is not None,
-            file=options.config,
+            options=options,
         )
         data["next"] = advice.command
         text += f"\n\n{check.signal}. {advice}"
@@ -98,13 +104,40 @@ def _rows_of_data(config: TrainConfig, options: Namespace) -> tuple[Rewards, lis
     # Examples may come from any row.
     source, count = data_source_of(task), None if task.few_shot else options.rows
     rows = list(islice(source.rows(), count))
+    _check_prompt_column(rows, task, options)
     chosen = checked_rows(rows, prompt=options.prompt_column, gold=task.gold_column)
+    column = options.prompt_column or prompt_column_of(rows[0]) or ""
+    # A reward gets the last message of a conversation as its prompt, as in a run.
+    chosen = [
+        replace(one, prompt=prompt_text(given)) if isinstance(given, list) else one
+        for one, given in zip(chosen, (row.get(column) for row in rows), strict=True)
+    ]
     if template := task.prompt:
         check_template(template, rows[0])
         filled = [prompt_text(fill_template(template, row)) for row in rows]
         chosen = [replace(one, prompt=text) for one, text in zip(chosen, filled, strict=True)]
     asked = _asked(config, chosen)
     return rewards, [replace(row, asked=one) for row, one in zip(chosen, asked, strict=True)]
+
+
+def _check_prompt_column(
+    rows: Sequence[Mapping[str, Any]], task: TaskOptions, options: Namespace
+) -> None:
+    """Raise `ConfigError` if nothing says what the model is asked."""
+    if rows and not (task.prompt or options.prompt_column or prompt_column_of(rows[0])):
+        raise ConfigError(
+            f"the rows have no column of prompts; looked for {', '.join(PROMPT_COLUMNS)} among "
+            f"{', '.join(rows[0])}. Name it, as in --columns prompt={next(iter(rows[0]))}, or "
+            "write a prompt from the columns, as in --prompt 'Solve: {question}'"
+        )
+
+
+def _with_prompt_column(config: TrainConfig, row: CheckedRow, options: Namespace) -> TrainConfig:
+    """Return the config with the column of prompts that was found, which `train` must be told."""
+    column = options.prompt_column or prompt_column_of(row.example)
+    if config.task.prompt or column in (None, "prompt"):
+        return config
+    return changed(config, {"task.columns": {**(config.task.columns or {}), "prompt": column}})
 
 
 def _asked(config: TrainConfig, rows: Sequence[CheckedRow]) -> list[Prompt]:

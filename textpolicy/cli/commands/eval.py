@@ -3,19 +3,18 @@
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from textpolicy.cli.answer import Answer, table
-from textpolicy.cli.flags import configured
-from textpolicy.cli.models_of_runs import with_model_of_run
+from textpolicy.cli.models_of_runs import configured_to_sample
 from textpolicy.cli.next_commands import short_path
 from textpolicy.cli.output import print_note
 from textpolicy.cli.progress import showing_progress
 from textpolicy.cli.shown_tasks import lines_of_answers, lines_of_differences
-from textpolicy.config import TrainConfig, changed, read_toml
-from textpolicy.config.train import AdapterOptions, TaskOptions
+from textpolicy.config import TrainConfig
+from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError
 from textpolicy.evaluation import Comparison, Evaluation, HeldOut, compare, evaluate
@@ -47,7 +46,7 @@ def run(options: Namespace) -> Answer:
 
 
 def _run(options: Namespace) -> Answer:
-    config = _config(options)
+    config = configured_to_sample(options)
     before = _find_before(config, options)
     apply_thread_option(config.model)
     others = [with_environment(config.task, name) for name in config.evaluation.envs or ()]
@@ -67,20 +66,6 @@ def _run(options: Namespace) -> Answer:
         lines += ["", *_lines(one, config.model.name, compared, options.show)]
     data = own | {"compared": compared, "others": rest}
     return Answer(data=data, text="\n".join(lines))
-
-
-def _config(options: Namespace) -> TrainConfig:
-    """Return the config. Adapters of --adapter have a config of their own, not that of the file."""
-    given = vars(options)
-    if given.get("config") is None or "adapter.start" not in given:
-        config = configured(TrainConfig(), options)
-    else:
-        config = replace(read_toml(given["config"], TrainConfig()), adapter=AdapterOptions())
-        config = configured(config, Namespace(**given | {"config": None}))
-    if config.adapter.start is None:
-        return config
-    start = find_adapter(config.adapter.start)
-    return with_model_of_run(changed(config, {"adapter.start": start}), options, [start])
 
 
 def _find_before(config: TrainConfig, options: Namespace) -> Path | None:
