@@ -20,7 +20,7 @@ from textpolicy.environments.streamed_rows import StreamedTasks
 from textpolicy.rewards import Rewards, reward
 from textpolicy.types import Agent, Prompt, RewardFn, Task
 
-ANSWER_TOKENS = 256
+USUAL_ANSWER_TOKENS = 256
 """The most tokens of an answer to a task whose environment names no limit."""
 _TELL_APART = (
     "If tasks with the same prompt are different problems, write a function problem(example) that "
@@ -240,7 +240,7 @@ def from_function(
     *,
     tasks: TaskSplit | None = None,
     gold: GoldFn | None = None,
-    max_tokens: int = ANSWER_TOKENS,
+    max_tokens: int = USUAL_ANSWER_TOKENS,
 ) -> Environment:
     """Return an environment of one turn, whose tasks `draw` makes. `tasks` replaces the tasks."""
     return Environment(
@@ -260,7 +260,7 @@ def from_dataset(
     reward: RewardFn | Rewards,
     *,
     gold: GoldFn | None = None,
-    max_tokens: int = ANSWER_TOKENS,
+    max_tokens: int = USUAL_ANSWER_TOKENS,
 ) -> Environment:
     """Return an environment of one turn, whose tasks are the rows of a dataset."""
     return from_function(

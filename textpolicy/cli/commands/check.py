@@ -17,7 +17,7 @@ from textpolicy.config import TrainConfig, changed
 from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Dataset, from_dataset
 from textpolicy.environments.chat import gold_for_turn, prompt_text
-from textpolicy.environments.environment import ANSWER_TOKENS, sum_turn_rewards
+from textpolicy.environments.environment import USUAL_ANSWER_TOKENS, sum_turn_rewards
 from textpolicy.environments.preamble import system_messages
 from textpolicy.environments.template import check_template, fill_template
 from textpolicy.errors import ConfigError
@@ -62,7 +62,7 @@ def _run(options: Namespace) -> Answer:
     else:
         rewards, rows = _rows_of_data(config, options)
         config = _with_prompt_column(config, rows[0], options)
-        max_tokens = ANSWER_TOKENS
+        max_tokens = USUAL_ANSWER_TOKENS
     max_tokens = config.sampling.max_tokens or max_tokens
     count = options.sample
     sampler = TimedSampler(config, count, max_tokens, options.seconds) if count else None
