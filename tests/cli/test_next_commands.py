@@ -13,11 +13,12 @@ from openai import OpenAI
 
 from tests.serving.command import serve_while
 from textpolicy.cli import main
+from textpolicy.cli.commands.train import describe_adapter
 from textpolicy.cli.flags import configured
 from textpolicy.cli.next_commands import next_commands
 from textpolicy.cli.parser import build_parser
-from textpolicy.config import TrainConfig, changed
-from textpolicy.experiment import RunResult
+from textpolicy.config import TrainConfig, changed, to_toml
+from textpolicy.experiment import Measurement, RunResult
 from textpolicy.experiment.tasks import find_task
 from textpolicy.rewards import score
 from textpolicy.runs import RunDirectory
@@ -66,7 +67,7 @@ def ask_the_last_model(client: OpenAI) -> Any:
 def test_every_line_that_a_run_prints_as_next_works(printed, monkeypatch, capsys):
     following = printed("train", *SMALL, "--output", "my runs/a b")
     assert [line[1] for line in following.values()] == ["chat", "eval", "serve", "report", "export"]
-    assert "my runs/a b/adapters/best.safetensors" in following["try it"]
+    assert "my runs/a b/adapters/latest.safetensors" in following["try it"]
     for argv in following.values():
         assert_works(argv, monkeypatch, capsys)
 
@@ -166,3 +167,47 @@ def test_a_run_outside_the_working_directory_is_named_by_its_whole_path(printed,
     outside = tmp_path.parent / f"{tmp_path.name}-elsewhere"
     following = printed("train", *SMALL, "--output", str(outside))
     assert following["look at it"] == ["textpolicy", "report", str(outside)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "named"), [("none", "latest"), ("1", "best")])
+def test_the_adapter_that_is_named_next_has_the_score_that_the_run_printed(
+    every, named, answer, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    more = ["--steps", "3", "--lr", "0.02", "--output", "run", "--eval-every", every]
+    found = answer("train", *SMALL, *more)
+    argv = shlex.split(next(line for line in found["next"] if " eval " in line))[1:]
+    assert argv[-1] == f"run/adapters/{named}.safetensors"
+    printed = found["best"] if every == "1" else found["after"]
+    assert answer(*argv)["adapter"]["reward"] == printed["reward"]
+    assert found["adapter"] == str(tmp_path / argv[-1])
+
+
+@pytest.mark.parametrize(
+    ("every", "best", "words"),
+    [
+        (None, 2, "latest.safetensors (the last one, measured after the run)"),
+        (2, 4, "best.safetensors (the last one, which has the best measurement)"),
+        (2, 2, "best.safetensors (the best one, 0.700 ± 0.100 after step 2)\nlast adapter: "),
+        (2, 0, "best.safetensors (from before training: no later measurement is better than 0.7"),
+    ],
+)
+def test_a_run_says_which_adapter_its_next_lines_name_and_why(every, best, words, tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.adapters.mkdir()
+    for path in (directory.latest, directory.best):
+        path.touch()
+    directory.write_config(to_toml(changed(TrainConfig(), {"evaluation.every": every})))
+    score = Measurement(name="greedy reward", value=0.7, standard_error=0.1, count=9, step=best)
+    result = RunResult(
+        directory=directory,
+        ended="finished",
+        steps=4,
+        updates=4,
+        seconds=1.0,
+        before=replace(score, step=0),
+        after=replace(score, value=0.5, step=4),
+        best=score,
+    )
+    assert words in describe_adapter(result)

@@ -41,9 +41,11 @@ def write_samples(run, prompts):
     run.samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_run_gives_its_best_adapter_or_else_its_latest(run):
+def test_a_run_gives_its_best_measured_adapter_or_else_its_latest(run):
     assert find_source(run.path).adapter == run.latest
     shutil.copy(run.latest, run.best)
+    assert find_source(run.path).adapter == run.latest
+    run.write_config(to_toml(changed(TrainConfig(), {"evaluation.every": 2})))
     source = find_source(run.path)
     assert source.adapter == run.best and source.model == "tiny"
     # An adapter of a run is that adapter, over the model of the run.

@@ -1,12 +1,14 @@
 """Adapters named as people name them: files, folders, runs, and versions of runs."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from textpolicy.adapters import AdapterConfig, AdapterContainer
-from textpolicy.config import TrainConfig, to_toml
+from textpolicy.config import SFTConfig, TrainConfig, changed, to_toml
 from textpolicy.errors import ConfigError
+from textpolicy.experiment.paths import with_absolute_paths, with_found_adapter
 from textpolicy.runs import RunDirectory, find_adapter, read_named_adapter
 
 
@@ -26,11 +28,30 @@ def run(tmp_path, load_tiny):
     return directory
 
 
-def test_a_run_is_its_best_adapter_or_else_its_latest(run):
+MEASURED = changed(TrainConfig(), {"evaluation.every": 2})
+
+
+def test_a_run_is_its_adapter_with_the_best_held_out_score_or_else_its_latest(run):
+    run.write_config(to_toml(MEASURED))
     assert find_adapter(run.path) == run.latest
     shutil.copy(run.adapter_of(2), run.best)
     assert find_adapter(run.path) == run.best
+    run.write_config(to_toml(SFTConfig()))
+    assert find_adapter(run.path) == run.best
     assert find_adapter(str(run.latest)) == run.latest
+
+
+def test_an_adapter_with_the_best_training_reward_does_not_stand_for_its_run(run):
+    shutil.copy(run.adapter_of(2), run.best)
+    assert not run.best_is_measured
+    assert find_adapter(run.path) == run.latest
+
+
+def test_a_run_is_named_where_training_starts(run):
+    for named, path in ((run.path, run.latest), (f"{run.path}@3", run.adapter_of(3))):
+        config = changed(TrainConfig(), {"adapter.start": Path(named)})
+        assert with_found_adapter(config).adapter.start == path
+        assert with_absolute_paths(config).adapter.start == path
 
 
 def test_a_version_of_a_run_is_found_among_the_kept_ones_and_the_latest(run):

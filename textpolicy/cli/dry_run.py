@@ -12,6 +12,7 @@ from textpolicy.experiment.assembly import (
     plain_settings,
     service_options,
 )
+from textpolicy.experiment.paths import with_found_adapter
 from textpolicy.experiment.preflight import check_names, find_problems
 from textpolicy.experiment.run_size import (
     RunSize,
@@ -35,7 +36,7 @@ def show_plan(config: RunConfig, *, measure: bool = False) -> Answer:
     With `measure`, take real steps and correct the estimate by their peaks. The numbers are those
     by which the start of the run decides, and a run that it would refuse has the exit code 2.
     """
-    environment = None
+    environment, config = None, with_found_adapter(config)
     if isinstance(config, TrainConfig):
         find_algorithm(config.algorithm)
         environment, _ = find_task(config.task, config.run.seed)

@@ -21,11 +21,11 @@ _REWARD = "exact_match"
 def next_commands(result: RunResult, config: RunConfig) -> dict[str, str]:
     """Return what to do with the adapter of a run, each with its command line.
 
-    The adapter is the best one of the run, or the last one if the run has measured nothing.
+    The adapter is the one that the name of the run stands for.
     """
     directory = result.directory
     run = short_path(directory.path)
-    adapter = short_path(directory.best if directory.best.exists() else directory.latest)
+    adapter = short_path(directory.chosen_adapter())
     model = _flags(config, *_MODEL, *_PROMPT)
     with_adapter = ["--adapter", adapter]
     commands = {"try it": ["chat", *with_adapter, *model, *_flags(config, *_SYSTEM)]}

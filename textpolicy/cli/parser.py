@@ -427,7 +427,7 @@ COMMANDS = {
         "sample completions of a prompt",
         _generate,
         "textpolicy generate --prompt '347+185=' --temperature 0",
-        "textpolicy generate --prompt '3+4=' -n 4 --adapter runs/add/adapters/best.safetensors",
+        "textpolicy generate --prompt '3+4=' -n 4 --adapter runs/add",
     ),
     "chat": Command(
         "chat with a model, or with several side by side",

@@ -238,7 +238,7 @@ class AdapterOptions:
 
     start: Path | None = option(
         None,
-        "adapters to continue training: a file, a GGUF LoRA, or a folder of mlx-lm or PEFT",
+        "adapters to continue training: a file, a run, a GGUF LoRA, or a folder of mlx-lm or PEFT",
         unset="fresh adapters",
         flag="--adapter",
     )

@@ -123,8 +123,10 @@ class StepObserver:
         score, self._evaluated = self._evaluator()
         if when == "before" and (few := score.few_tasks_note):
             self._report.note(few)
+        best = ""
         if self._every and self.best.record_evaluation(score.reward):
             self.best_step = self.steps
+            best = ", the best so far" if self._before else ""
         self._directory.keep_latest_adapter()
         self._directory.remove_kept_adapters(last=self._keep_adapters, best=self.best.version)
         if not self._before:
@@ -132,7 +134,7 @@ class StepObserver:
             self._before = {"step": 0.0, **{name: self._evaluated[name] for name in names}}
         self._report(
             "measurement",
-            f"{when}  {score}  greedy reward on {score.count} held-out tasks",
+            f"{when}  {score}  greedy reward on {score.count} held-out tasks{best}",
             metrics=self._evaluated,
         )
         return self.measurement_in(self._evaluated | {"step": self.steps})

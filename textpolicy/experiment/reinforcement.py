@@ -113,7 +113,7 @@ def train_policy(
         seconds=time.perf_counter() - started,
         before=before,
         after=after,
-        best=_best_measurement(observer, config),
+        best=_best_measurement(observer, directory),
         alarms=(*observer.alarms, *watchdog.stalls),
         facts={"kept": observer.best.version} if observer.stopped_by_alarm else {},
     )
@@ -262,8 +262,16 @@ def _measure_after(
     return None
 
 
-def _best_measurement(observer: StepObserver, config: TrainConfig) -> Measurement | None:
-    if observer.best.value == float("-inf"):
+def _best_measurement(observer: StepObserver, directory: RunDirectory) -> Measurement | None:
+    """Return the value of the best adapter: its evaluation, or else its mean training reward."""
+    value, step = observer.best.value, observer.best_step
+    if value == float("-inf"):
         return None
-    name = "greedy reward" if config.evaluation.every else "mean training reward"
-    return Measurement(name=name, value=observer.best.value, step=observer.best_step)
+    if not directory.best_is_measured:
+        return Measurement(name="mean training reward", value=value, step=step)
+    rows = read_metrics(directory.metrics) if directory.metrics.is_file() else []
+    for row in rows:
+        if row["step"] == step and row.get("eval/reward") == value:
+            return observer.measurement_in(row)
+    # The row of the evaluation was lost, and its standard error with it.
+    return Measurement(name="greedy reward", value=value, step=step)

@@ -49,7 +49,7 @@ class RunDirectory:
         self.latest = self.adapters / f"latest{_SUFFIX}"
         """The adapter of the last update. Policies reload this file."""
         self.best = self.adapters / f"best{_SUFFIX}"
-        """The best adapter so far."""
+        """The best adapter so far: by its held-out score, or else by its training reward."""
         self.checkpoints = path / "checkpoints"
         """The folder of the checkpoints."""
         self.rejected_batches = path / "rejected"
@@ -217,9 +217,17 @@ class RunDirectory:
         with atomic_replace(self.validation_rows, private=True) as temporary:
             temporary.write_text("".join(lines), "utf-8")
 
+    @property
+    def best_is_measured(self) -> bool:
+        """Whether the best adapter has the best held-out score, not the best training reward."""
+        settings = self.read_settings()
+        supervised = "data" in settings
+        return supervised or settings.get("evaluation", {}).get("every") is not None
+
     def chosen_adapter(self) -> Path:
-        """Return the best adapter, or the latest one if nothing was evaluated."""
-        adapter = self.best if self.best.exists() else self.latest
+        """Return the best adapter if it was chosen by held-out scores, or else the latest one."""
+        measured = self.best.exists() and self.best_is_measured
+        adapter = self.best if measured else self.latest
         if not adapter.exists():
             raise ConfigError(
                 f"the run {self.path} has no adapter {adapter.name}. Let the run train for a "

@@ -34,8 +34,8 @@ def read_named_adapter(text: str) -> NamedAdapter:
 def find_adapter(source: str | Path) -> Path:
     """Return the adapter at a path: a file, a folder of mlx-lm or PEFT, or a run.
 
-    A run gives its best adapter, or its latest one if nothing was evaluated. RUN@3 gives the
-    adapter of version 3, if the run has kept it.
+    A run gives its adapter with the best held-out score, or its latest one if it measured none
+    between its steps. RUN@3 gives the adapter of version 3, if the run has kept it.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -66,7 +66,7 @@ def _adapter_of_version(run: RunDirectory, version: int) -> Path:
         kept = ", ".join(map(str, sorted(versions))) or "none"
         raise ConfigError(
             f"the run {run.path} has no adapter of version {version}; the versions that it has "
-            f"kept: {kept}. Name one of these, or the run alone for its best adapter"
+            f"kept: {kept}. Name one of these, or the run alone"
         )
     return versions[version]
 

@@ -10,7 +10,7 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import listening
-from textpolicy.cli.next_commands import next_commands, next_lines
+from textpolicy.cli.next_commands import next_commands, next_lines, short_path
 from textpolicy.cli.output import print_note
 from textpolicy.cli.ranks import follow_first_rank, launch_ranks
 from textpolicy.config import TrainConfig
@@ -54,7 +54,7 @@ def run(options: Namespace) -> Answer:
         )
         if result.after:
             directory = result.directory
-            files = f"adapters in {directory.latest}\nreport in {directory.report}"
+            files = f"{describe_adapter(result)}\nreport: {short_path(directory.report)}"
             following = next_commands(result, config)
             text = f"{describe_result(result)}\n{files}\n{next_lines(following)}"
         else:
@@ -85,6 +85,23 @@ def describe_result(result: RunResult) -> str:
     return text
 
 
+def describe_adapter(result: RunResult) -> str:
+    """Return which adapter the next commands name and what it scored, in one or two lines."""
+    directory, after, best = result.directory, result.after, result.best
+    adapter, last = short_path(directory.chosen_adapter()), short_path(directory.latest)
+    if result.ended == "alarm":
+        return f"adapter: {adapter} (the best one, measured after the run)"
+    if best is None or not directory.best_is_measured:
+        return f"adapter: {adapter} (the last one, measured after the run)"
+    assert after
+    if best.step == after.step:
+        return f"adapter: {adapter} (the last one, which has the best measurement)"
+    why = f"the best one, {best} after step {best.step}"
+    if not best.step:
+        why = f"from before training: no later measurement is better than {best}"
+    return f"adapter: {adapter} ({why})\nlast adapter: {last} ({after}, measured after the run)"
+
+
 def _gain(result: RunResult) -> str:
     """Return the gain and its standard error, as if other tasks were measured the second time."""
     assert result.before and result.after
@@ -101,10 +118,19 @@ def _data(result: RunResult) -> dict[str, Any]:
         "seconds": result.seconds,
         "run": str(result.directory.path),
         "adapters": str(result.directory.latest),
+        "adapter": str(result.directory.chosen_adapter()) if result.after else None,
+        "best": _best(result),
         "report": str(result.directory.report),
         "alarms": result.alarms,
         "kept": result.facts.get("kept"),
     }
+
+
+def _best(result: RunResult) -> dict[str, Any] | None:
+    """Return the best measurement and its step, if the best adapter was chosen by measurements."""
+    if result.best is None or not result.directory.best_is_measured:
+        return None
+    return {**(_score(result.best) or {}), "step": result.best.step}
 
 
 def _score(measured: Measurement | None) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ class CardFacts:
         directory, run = self.source.directory, self.run
         if directory is None or run is None or self.source.adapter != directory.best:
             return False
-        return run.supervised or run.setting("evaluation.every") is not None
+        return directory.best_is_measured
 
     @property
     def base_name(self) -> str:
