@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.console import sample_line
 from textpolicy.tracking.live_view import panel
 from textpolicy.tracking.run_history import RunHistory
 
@@ -53,7 +52,7 @@ def main() -> None:
     run = RunDirectory(options.run)
     rows, samples = _read(run.metrics), _read(run.samples)
     shown = [sample for sample in samples if sample["step"] == options.step - 1]
-    terminal = terminal_svg(history_until(options.step, rows), sample_line(shown[0]))
+    terminal = terminal_svg(history_until(options.step, rows), shown[0])
     options.output.write_text(picture(rows, terminal), encoding="utf-8")
 
 
@@ -71,7 +70,7 @@ def history_until(step: int, rows: Rows) -> RunHistory:
     return history
 
 
-def terminal_svg(history: RunHistory, sample: str) -> str:
+def terminal_svg(history: RunHistory, sample: Mapping[str, Any]) -> str:
     """Return the panel as rich draws it, in an SVG that has no place yet."""
     console = Console(record=True, width=_COLUMNS, file=StringIO(), highlight=False)
     console.print(panel(history, sample, _COLUMNS))

@@ -14,12 +14,13 @@ ROWS = [
     {"step": 2, "reward": 1.0, "time/step": 2.0},
     {"step": 3, "eval/reward": 1.0, "time/evaluate": 3.0},
 ]
+SAMPLE = {"prompt": "4+5=", "completion": "9", "reward": 1.0}
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """Return the picture of a run of three steps after its second step."""
-    return picture(ROWS, terminal_svg(history_until(2, ROWS), "4+5= → 9  (reward 1)"))
+    return picture(ROWS, terminal_svg(history_until(2, ROWS), SAMPLE))
 
 
 def words_of(svg):

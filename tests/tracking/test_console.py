@@ -14,10 +14,17 @@ from functools import cache
 import pytest
 import rich.console
 
-from textpolicy.tracking.console import Console, sample_line
+from textpolicy.tracking.console import Console
 from textpolicy.tracking.live_view import panel
-from textpolicy.tracking.run_history import RunHistory, format_duration, spark_line, time_shares
-from textpolicy.untrusted.terminal import terminal_safe
+from textpolicy.tracking.run_history import (
+    RunHistory,
+    describe_scores,
+    format_duration,
+    spark_line,
+    time_shares,
+)
+from textpolicy.tracking.samples import sample_line
+from textpolicy.untrusted.terminal import one_line, terminal_safe
 
 METRICS = {
     "reward": 0.5,
@@ -252,7 +259,7 @@ def test_the_panel_keeps_its_labels_and_numbers_whole_on_a_terminal_of_few_colum
         history.add(step, metrics | {"reward": -12345.678 + step % 7}, 1234.56 * step)
     stream = io.StringIO()
     terminal = rich.console.Console(file=stream, width=width, force_terminal=True, no_color=True)
-    terminal.print(panel(history, "2+3= → 5" + "0" * 200, width))
+    terminal.print(panel(history, SAMPLE | {"completion": "5" + "0" * 200}, width))
     lines = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
     assert {len(line) for line in lines} == {width}
     rows = [line.strip("│ ") for line in lines[2:-1]]
@@ -301,11 +308,55 @@ def test_shares_of_time_leave_out_parts_below_a_hundredth():
 
 def test_a_sample_is_one_short_line():
     chat = [{"role": "system", "content": "no"}, {"role": "user", "content": "2+3="}]
-    assert sample_line(SAMPLE | {"prompt": chat, "reward": None}) == "2+3= → 5  (no reward)"
-    line = sample_line(SAMPLE | {"completion": "a\nb\tc" + "x" * 500})
+    assert sample_line(SAMPLE | {"prompt": chat, "reward": None}, 80) == "2+3= → 5  (no reward)"
+    line = sample_line(SAMPLE | {"completion": "a\nb\tc" + "x" * 500 + " so 5"}, 80)
     assert line.startswith("2+3= → a⏎b cxxx")
-    assert line.endswith("x…  (reward 1)")
-    assert len(line) == len("2+3= → ") + 60 + len("  (reward 1)")
+    assert line.endswith("x so 5  (reward 1)")
+    assert len(line) == 80
+
+
+def test_a_long_prompt_keeps_the_question_at_its_end():
+    long = {"prompt": "Think step by step. " * 30 + "What is 2+3?"}
+    line = sample_line(SAMPLE | long, 100)
+    assert line.startswith("Think step by step.")
+    assert line.endswith("What is 2+3? → 5  (reward 1)")
+    assert len(line) == 100
+    both = sample_line(SAMPLE | long | {"completion": "First, " * 90 + "so 5"}, 100)
+    assert "What is 2+3? → First, " in both
+    assert both.endswith("so 5  (reward 1)")
+    assert len(both) == 100
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 10, 20])
+def test_a_line_is_as_long_as_allowed_and_has_the_beginning_and_the_end(limit):
+    assert one_line("short", 5) == "short"
+    line = one_line("abcdefghijklmnopqrstuvwxyz", limit)
+    assert len(line) == limit
+    head, tail = line.split("…")
+    assert "abcdefghij".startswith(head)
+    assert "klmnopqrstuvwxyz".endswith(tail)
+
+
+def test_numbers_beside_the_reward_are_on_the_line_of_the_step(clock):
+    stream = io.StringIO()
+    scores = {"rewards/reward/mean": 0.5, "rewards/reward/std": 0.1, "rewards/reward/right": 0.25}
+    Console(stream, 1, clock=clock).show(0, METRICS | scores)
+    assert "reward 0.500  length 4.2  right 0.250  1,234 tokens/s" in stream.getvalue()
+
+
+def test_a_few_numbers_of_reward_functions_are_named_shortly():
+    one = {"rewards/mine/mean": 0.5, "rewards/mine/std": 0.1, "rewards/mine/right": 0.25}
+    assert describe_scores(one) == ["right 0.250"]
+    assert describe_scores({f"eval/{name}": value for name, value in one.items()}) == []
+    assert describe_scores({"eval/rewards/mine/right": 1.0}, "eval/") == ["right 1.000"]
+    # The numbers of an algorithm have no reward function in their names.
+    assert describe_scores({"rewards/chosen": 1.0, "reward": 0.5}) == []
+    two = one | {"rewards/form/mean": 1.0, "rewards/form/std": 0.0}
+    assert describe_scores(two) == ["mine 0.500", "mine/right 0.250", "form 1.000"]
+    many = {f"rewards/mine/{name}": 0.0 for name in "abcdefg"}
+    assert describe_scores(many)[3:] == ["d 0.000", "3 more in metrics.jsonl"]
+    (hostile,) = describe_scores({"rewards/mine/\x1b[2J" + "x" * 90: 0.0})
+    assert "\x1b" not in hostile and len(hostile) < 40
 
 
 def test_a_spark_line_rises_with_its_values_and_keeps_its_width():

@@ -12,10 +12,9 @@ import pytest
 
 from textpolicy.errors import ConfigError
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.console import sample_line
 from textpolicy.tracking.jsonl import RunFiles, read_metrics, read_rows
 from textpolicy.tracking.open_tracker import ServiceOptions, open_tracker, tracking_id
-from textpolicy.tracking.samples import first_whole_groups, sample_rows
+from textpolicy.tracking.samples import first_whole_groups, sample_line, sample_rows
 from textpolicy.tracking.sink import BackgroundSink, Sink
 from textpolicy.tracking.tensorboard_run import TensorBoardRun
 from textpolicy.tracking.tracker import Tracker
@@ -231,7 +230,7 @@ def test_rewards_and_advantages_that_are_not_finite_are_texts_in_a_sample(tmp_pa
     (row,) = read_rows(tmp_path / "samples.jsonl")
     assert (row["reward"], row["advantage"]) == ("-Infinity", "NaN")
     assert row["turns"][0]["reward"] == "Infinity"
-    assert sample_line(row).endswith("(reward -inf)")
+    assert sample_line(row, 80).endswith("(reward -inf)")
 
 
 def test_services_get_whole_groups_of_samples():

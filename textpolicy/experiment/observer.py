@@ -11,6 +11,7 @@ from textpolicy.machine import MemoryPressure
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarms import AlarmMonitor, low_disk, low_memory
 from textpolicy.tracking.best import BestAdapter
+from textpolicy.tracking.run_history import describe_scores
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.types import Metrics, Progress
@@ -123,7 +124,7 @@ class StepObserver:
         score, self._evaluated = self._evaluator()
         if when == "before" and (few := score.few_tasks_note):
             self._report.note(few)
-        best = ""
+        text, best = f"{when}  {score}  greedy reward on {score.count} held-out tasks", ""
         if self._every and self.best.record_evaluation(score.reward):
             self.best_step = self.steps
             best = ", the best so far" if self._before else ""
@@ -134,7 +135,7 @@ class StepObserver:
             self._before = {"step": 0.0, **{name: self._evaluated[name] for name in names}}
         self._report(
             "measurement",
-            f"{when}  {score}  greedy reward on {score.count} held-out tasks{best}",
+            "  ".join([text, *describe_scores(self._evaluated, "eval/")]) + best,
             metrics=self._evaluated,
         )
         return self.measurement_in(self._evaluated | {"step": self.steps})

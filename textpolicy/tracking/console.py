@@ -9,16 +9,18 @@ from typing import Protocol, runtime_checkable
 
 from textpolicy.tracking.run_history import (
     RunHistory,
+    describe_scores,
     format_duration,
     present_alarms,
     time_shares,
 )
+from textpolicy.tracking.samples import sample_line
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics
 from textpolicy.untrusted.terminal import TextStream, terminal_safe
 
 _SECONDS_BETWEEN_SAMPLES = 10.0
-_MAX_SAMPLE_CHARACTERS = 60
+_SAMPLE_WIDTH = 140
 # Of lines for a file or a pipe.
 _LINES = 40
 _SECONDS_WITHOUT_A_LINE = 30.0
@@ -28,7 +30,7 @@ _SECONDS_WITHOUT_A_LINE = 30.0
 class ProgressView(Protocol):
     """Shows the last step and a new sample, and writes notes that stay, until `close`."""
 
-    def show(self, history: RunHistory, sample: str | None) -> None: ...
+    def show(self, history: RunHistory, sample: SampleRow | None) -> None: ...
     def note(self, text: str) -> None: ...
     def close(self) -> None: ...
 
@@ -64,7 +66,7 @@ class Console:
         sample = None
         if samples and now - self._last_sample >= _SECONDS_BETWEEN_SAMPLES:
             self._last_sample = now
-            sample = sample_line(samples[step % len(samples)])
+            sample = samples[step % len(samples)]
         self._view.show(self._history, sample)
 
     def note(self, text: str) -> None:
@@ -88,7 +90,7 @@ class LineView:
         self._clock = clock
         self._last_line = self._last_sample = float("-inf")
 
-    def show(self, history: RunHistory, sample: str | None) -> None:
+    def show(self, history: RunHistory, sample: SampleRow | None) -> None:
         """Write the line of the step, and the line of the sample."""
         now, every = self._clock(), ceil(history.steps / _LINES)
         in_turn = history.steps_done % every == 0 or self._last_line == float("-inf")
@@ -98,7 +100,7 @@ class LineView:
         self.note(_step_line(history))
         if sample and (every == 1 or now - self._last_sample >= _SECONDS_WITHOUT_A_LINE):
             self._last_sample = now
-            self.note(f"sample  {sample}")
+            self.note(f"sample  {sample_line(sample, _SAMPLE_WIDTH)}")
 
     def note(self, text: str) -> None:
         """Write a line."""
@@ -118,6 +120,7 @@ def _sampling_fields(metrics: Metrics) -> list[str]:
     return [
         f"reward {metrics.get('reward', float('nan')):.3f}",
         f"length {metrics.get('completions/mean_length', 0):.1f}",
+        *describe_scores(metrics),
         f"{metrics.get('tokens_per_second', 0):,.0f} tokens/s",
     ]
 
@@ -134,17 +137,3 @@ def _step_line(history: RunHistory) -> str:
         *(f"alarm: {name}" for name in present_alarms(metrics)),
     ]
     return "  ".join(fields)
-
-
-def sample_line(sample: SampleRow) -> str:
-    """Return a sample as one line that is safe on a terminal. Long texts are cut."""
-    prompt, reward = sample["prompt"], sample["reward"]
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    reward_text = "no reward" if reward is None else f"reward {float(reward):.3g}"
-    return f"{_cut(text)} → {_cut(sample['completion'])}  ({reward_text})"
-
-
-def _cut(text: str) -> str:
-    line = terminal_safe(text).replace("\n", "⏎").replace("\t", " ")
-    limit = _MAX_SAMPLE_CHARACTERS
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -14,11 +14,14 @@ from rich.text import Text
 from textpolicy.tracking.run_history import (
     BLOCKS,
     RunHistory,
+    describe_scores,
     format_duration,
     present_alarms,
     spark_line,
     time_shares,
 )
+from textpolicy.tracking.samples import sample_line
+from textpolicy.tracking.sink import SampleRow
 
 _LABEL_WIDTH = 7
 _BORDERS = 6  # of the panel, and between the columns
@@ -39,10 +42,10 @@ class LiveView:
             redirect_stdout=False,
         )
         self._history: RunHistory | None = None
-        self._sample: str | None = None
+        self._sample: SampleRow | None = None
         self._last_frame = float("-inf")
 
-    def show(self, history: RunHistory, sample: str | None) -> None:
+    def show(self, history: RunHistory, sample: SampleRow | None) -> None:
         """Draw the history so far, with the sample or else the last sample."""
         if self._history is None:
             self._live.start()
@@ -67,7 +70,7 @@ class LiveView:
         return panel(history, self._sample, self._live.console.width)
 
 
-def panel(history: RunHistory, sample: str | None, width: int) -> RenderableType:
+def panel(history: RunHistory, sample: SampleRow | None, width: int) -> RenderableType:
     """Return the panel: the numbers of the last step, and spark lines of the steps before it.
 
     On a terminal of few columns, spark lines and bars give way. Labels and numbers stay whole.
@@ -78,6 +81,8 @@ def panel(history: RunHistory, sample: str | None, width: int) -> RenderableType
     rows.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     spread = f"± {metrics.get('reward_std', 0):.2f}"
     rows.add_row("reward", _spark(history, "reward", spread, room))
+    if scores := describe_scores(metrics):
+        rows.add_row("scores", Text("   ".join(scores)))
     if history.values("eval/reward"):
         error = history.last("eval/standard_error")
         rows.add_row("eval", _spark(history, "eval/reward", f"± {error:.2f}", room))
@@ -93,7 +98,7 @@ def panel(history: RunHistory, sample: str | None, width: int) -> RenderableType
     if alarms := present_alarms(metrics):
         rows.add_row(Text("alarm", style="red"), Text(", ".join(alarms), style="red"))
     if sample:
-        rows.add_row("sample", Text(sample, style="italic"))
+        rows.add_row("sample", Text(sample_line(sample, room), style="italic"))
     title = f"step {history.steps_done}/{history.steps}"
     # The bar has no line end of its own, so it gets a row of its own.
     whole = Table.grid(expand=True)

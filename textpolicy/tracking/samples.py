@@ -7,6 +7,10 @@ from typing import Any
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Rollout, RolloutGroup
+from textpolicy.untrusted.terminal import one_line
+
+_ARROW = " → "
+_LEAST_CHARACTERS = 10
 
 
 def sample_rows(
@@ -24,6 +28,18 @@ def sample_rows(
         for g, group in enumerate(groups)
         for m, rollout in enumerate(group.rollouts)
     ]
+
+
+def sample_line(sample: SampleRow, width: int) -> str:
+    """Return a sample as one line of about `width` characters that is safe on a terminal."""
+    prompt, completion, reward = sample["prompt"], sample["completion"], sample["reward"]
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    end = "  (no reward)" if reward is None else f"  (reward {float(reward):.3g})"
+    room = max(2 * _LEAST_CHARACTERS, width - len(_ARROW) - len(end))
+    # A short text leaves its room to the other one.
+    question = one_line(asked, max(room // 2, room - len(completion)))
+    answer = one_line(completion, room - len(question))
+    return f"{question}{_ARROW}{answer}{end}"
 
 
 def first_whole_groups(samples: Sequence[SampleRow], rows: int) -> list[SampleRow]:

@@ -34,6 +34,19 @@ def terminal_safe(text: str) -> str:
     )
 
 
+def one_line(text: str, limit: int) -> str:
+    """Return a text as one safe line of at most `limit` characters.
+
+    Of a longer text the middle is left out: a prompt often ends with what it asks, and an answer
+    with its result.
+    """
+    line = terminal_safe(text).replace("\n", "⏎").replace("\t", " ")
+    if len(line) <= limit:
+        return line
+    head = (limit - 1) // 3
+    return f"{line[:head]}…{line[len(line) - (limit - 1 - head) :]}"
+
+
 def terminal_message(text: str) -> str:
     """Return an error message that is safe on a terminal, and of bounded length."""
     if len(text) > MAX_MESSAGE_CHARACTERS:
