@@ -39,12 +39,12 @@ HELD_OUT = ("--eval-data", "heldout.jsonl", *ASKED)
 
 
 def run_with(folder: Path, adapter: Path, start: Path | None) -> RunDirectory:
-    """Return a run that has this adapter as its best one, and began with `start`."""
+    """Return a run that has this adapter as its latest one, and began with `start`."""
     run = RunDirectory(folder / "run")
     run.claim()
     run.write_config(to_toml(changed(TrainConfig(), {"adapter.start": start})))
     run.adapters.mkdir()
-    run.best.write_bytes(adapter.read_bytes())
+    run.latest.write_bytes(adapter.read_bytes())
     return run
 
 
@@ -68,7 +68,7 @@ def test_a_run_that_began_with_adapters_is_compared_with_them_if_asked(folder, a
     assert main(["eval", *HELD_OUT, "--adapter", "run", "--before", str(adapters["red"])]) == 0
     shown = capsys.readouterr().out
     assert "began with" not in shown
-    assert f"run/adapters/best.safetensors is compared with {adapters['red']}" in shown
+    assert f"run/adapters/latest.safetensors is compared with {adapters['red']}" in shown
     # It is the same adapter.
     assert "gain  +0.000, 95 % interval +0.000 to +0.000" in shown
     assert "\nbefore   greedy" in shown and "\nadapter  greedy" in shown

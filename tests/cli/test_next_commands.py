@@ -156,6 +156,8 @@ def test_a_run_that_began_with_adapters_is_compared_with_them(tmp_path):
         after=None,
         best=None,
     )
+    result.directory.adapters.mkdir(parents=True)
+    result.directory.latest.touch()
     start = tmp_path / "shown.safetensors"
     begun = changed(TrainConfig(), {"adapter.start": start})
     line = shlex.split(next_commands(result, begun)["compare it"])
@@ -178,7 +180,7 @@ def test_the_adapter_that_is_named_next_has_the_score_that_the_run_printed(
     more = ["--steps", "3", "--lr", "0.02", "--output", "run", "--eval-every", every]
     found = answer("train", *SMALL, *more)
     argv = shlex.split(next(line for line in found["next"] if " eval " in line))[1:]
-    assert argv[-1] == f"run/adapters/{named}.safetensors"
+    assert argv[-1] == found["next"][0].split()[-1] == f"run/adapters/{named}.safetensors"
     printed = found["best"] if every == "1" else found["after"]
     assert answer(*argv)["adapter"]["reward"] == printed["reward"]
     assert found["adapter"] == str(tmp_path / argv[-1])
