@@ -201,15 +201,15 @@ def test_a_run_says_which_adapter_its_next_lines_name_and_why(every, best, words
     for path in (directory.latest, directory.best):
         path.touch()
     directory.write_config(to_toml(changed(TrainConfig(), {"evaluation.every": every})))
-    score = Measurement(name="greedy reward", value=0.7, standard_error=0.1, count=9, step=best)
+    measured = Measurement(name="greedy reward", value=0.7, standard_error=0.1, count=9, step=best)
     result = RunResult(
         directory=directory,
         ended="finished",
         steps=4,
         updates=4,
         seconds=1.0,
-        before=replace(score, step=0),
-        after=replace(score, value=0.5, step=4),
-        best=score,
+        before=replace(measured, step=0),
+        after=replace(measured, value=0.5, step=4),
+        best=measured,
     )
     assert words in describe_adapter(result)
