@@ -24,7 +24,7 @@ from textpolicy.tracking.run_history import (
     time_shares,
 )
 from textpolicy.tracking.samples import sample_line
-from textpolicy.untrusted.terminal import one_line, terminal_safe
+from textpolicy.untrusted.terminal import shorten_line, terminal_safe
 
 METRICS = {
     "reward": 0.5,
@@ -329,8 +329,8 @@ def test_a_long_prompt_keeps_the_question_at_its_end():
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 10, 20])
 def test_a_line_is_as_long_as_allowed_and_has_the_beginning_and_the_end(limit):
-    assert one_line("short", 5) == "short"
-    line = one_line("abcdefghijklmnopqrstuvwxyz", limit)
+    assert shorten_line("short", 5) == "short"
+    line = shorten_line("abcdefghijklmnopqrstuvwxyz", limit)
     assert len(line) == limit
     head, tail = line.split("…")
     assert "abcdefghij".startswith(head)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from textpolicy.types import Metrics
-from textpolicy.untrusted.terminal import one_line
+from textpolicy.untrusted.terminal import shorten_line
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 _RECENT_STEPS = 10
@@ -101,7 +101,7 @@ def describe_scores(metrics: Metrics, prefix: str = "") -> list[str]:
         for (function, name), value in found.items()
         if several or name != "mean"
     ]
-    texts = [f"{one_line(name, _NAME_WIDTH)} {value:.3f}" for name, value in shown[:_SCORES]]
+    texts = [f"{shorten_line(name, _NAME_WIDTH)} {value:.3f}" for name, value in shown[:_SCORES]]
     more = len(shown) - _SCORES
     return [*texts, f"{more} more in metrics.jsonl"] if more > 0 else texts
 

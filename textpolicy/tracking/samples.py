@@ -7,7 +7,7 @@ from typing import Any
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Rollout, RolloutGroup
-from textpolicy.untrusted.terminal import one_line
+from textpolicy.untrusted.terminal import shorten_line
 
 _ARROW = " → "
 _LEAST_CHARACTERS = 10
@@ -37,8 +37,8 @@ def sample_line(sample: SampleRow, width: int) -> str:
     end = "  (no reward)" if reward is None else f"  (reward {float(reward):.3g})"
     room = max(2 * _LEAST_CHARACTERS, width - len(_ARROW) - len(end))
     # A short text leaves its room to the other one.
-    question = one_line(asked, max(room // 2, room - len(completion)))
-    answer = one_line(completion, room - len(question))
+    question = shorten_line(asked, max(room // 2, room - len(completion)))
+    answer = shorten_line(completion, room - len(question))
     return f"{question}{_ARROW}{answer}{end}"
 
 

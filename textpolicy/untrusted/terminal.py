@@ -34,7 +34,7 @@ def terminal_safe(text: str) -> str:
     )
 
 
-def one_line(text: str, limit: int) -> str:
+def shorten_line(text: str, limit: int) -> str:
     """Return a text as one safe line of at most `limit` characters.
 
     Of a longer text the middle is left out: a prompt often ends with what it asks, and an answer
