@@ -158,7 +158,7 @@ def test_a_dry_run_of_sft_shows_rows_memory_and_disk(rows, empty, capsys):
     assert "20, of up to" in shown
     for name in ("weights", "adapters", "optimizer", "training", "machine", "disk"):
         assert re.search(rf"^{name} +", shown, re.MULTILINE)
-    assert "MB at its peak (estimated)" in shown and "no run was started" in shown
+    assert "MB of memory at its peak (estimated)" in shown and "no run was started" in shown
     assert list(empty.iterdir()) == []
 
 

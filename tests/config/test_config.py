@@ -258,7 +258,17 @@ def flags_of(command: str) -> dict[str, argparse.Action]:
     return {action.dest: action for action in commands_of(build_parser())[command]._actions}
 
 
-SWITCHES = {"help", "json", "config", "set", "dry_run", "measure", "resume", "force"}
+SWITCHES = {
+    "help",
+    "json",
+    "config",
+    "set",
+    "dry_run",
+    "measure",
+    "resume",
+    "force",
+    "all_settings",
+}
 SWITCHES |= {"ranks", "rank_deadline", "backend"}
 CONFIGS = {"train": DEFAULTS, "sft": SFTConfig()}
 

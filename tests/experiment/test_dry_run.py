@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 from dataclasses import asdict
 
@@ -33,10 +34,18 @@ def planned(capsys):
 ARGV = ["train", "--env", "add", "--lr", "1e-4", "--rank", "4"]
 
 
-def test_it_prints_a_config_that_can_be_given_back(planned, tmp_path):
-    text, _ = planned(*ARGV, "--output", str(tmp_path / "run"))
-    toml = text.partition("\nprompt  ")[0]
+def settings_in(text: str) -> str:
+    """Return the settings that a dry run has printed, as TOML."""
+    settings = text.partition("shows all:\n\n")[2] or text[text.index("\n\n# The tasks") :]
+    return settings.removesuffix("no run was started\n")
+
+
+@pytest.mark.parametrize("flags", [(), ("--all-settings",)])
+def test_it_prints_a_config_that_can_be_given_back(flags, capsys, tmp_path):
+    assert main([*ARGV, "--output", str(tmp_path / "run"), "--dry-run", *flags]) == 0
+    toml = settings_in(capsys.readouterr().out)
     (tmp_path / "again.toml").write_text(toml)
+    assert ("group_size" in toml) == bool(flags)
     values = {"task.env": "add", "trainer.lr": 1e-4, "adapter.rank": 4}
     values["run.output"] = tmp_path / "run"
     assert read_toml(tmp_path / "again.toml", TrainConfig()) == changed(TrainConfig(), values)
@@ -81,6 +90,27 @@ def test_the_memory_of_a_model_that_cannot_be_planned_is_measured(planned, tiny,
     assert data["measured"]["bytes"]["training"] > sum(a.nbytes for a in arrays(model).values())
 
 
+def test_it_says_first_what_the_run_takes_and_then_what_differs_from_the_defaults(capsys):
+    assert main([*ARGV, "--dry-run"]) == 0
+    estimate, title, *settings = capsys.readouterr().out.split("\n\n")
+    names = [line.split("  ")[0] for line in estimate.splitlines()]
+    assert names[:5] == ["time", "sampling", "training", "machine", "disk"]
+    assert re.search(r"^asked +\d+\+\d+= \(a held-out prompt\)$", estimate, re.MULTILINE)
+    assert "--all-settings shows all" in title
+    assert settings == [
+        '[task]\nenv = "add"',
+        "[adapter]\nrank = 4",
+        "[trainer]\nlr = 0.0001",
+        "no run was started\n",
+    ]
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_all_settings_are_shown_by_a_dry_run_only(command, capsys):
+    assert main([command, "--all-settings"]) == 2
+    assert "Type --dry-run --all-settings" in capsys.readouterr().err
+
+
 def test_measuring_goes_with_a_dry_run(capsys):
     assert main([*ARGV, "--measure"]) == 2
     assert "Type --dry-run --measure" in capsys.readouterr().err
@@ -108,7 +138,7 @@ def test_a_teacher_s_weights_are_in_the_plan(planned, tiny):
     weights = sum(array.size * mx.float32.size for array in stored)
     for peak in ("estimated_training_bytes", "estimated_generation_bytes"):
         assert taught[peak] - alone[peak] == weights
-    assert "reference" in text.partition("\nprompt  ")[2]
+    assert "\nreference  " in text
 
 
 @pytest.mark.slow
@@ -136,6 +166,6 @@ def test_a_supervised_run_shows_its_settings(planned, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ["--data", str(tmp_path / "rows.jsonl")]
     text, data = planned("sft", *data, "--output", str(tmp_path / "run"), "--lr", "1e-3")
-    (tmp_path / "again.toml").write_text(text.partition("\nrows  ")[0])
+    (tmp_path / "again.toml").write_text(settings_in(text))
     assert read_toml(tmp_path / "again.toml", SFTConfig()).trainer.lr == 1e-3
     assert data["config"]["trainer.lr"] == 1e-3 and not (tmp_path / "run").exists()

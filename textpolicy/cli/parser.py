@@ -152,7 +152,7 @@ def _add_flag(
 def _train(parser: ArgumentParser) -> None:
     add_config_file(parser, _DEFAULTS)
     add_resume(parser)
-    _dry_run(parser, "show the settings and the estimated memory of the run, and start nothing")
+    _dry_run_of_training(parser)
     text = "with --dry-run: take two steps, and correct the estimated memory by measured peaks"
     parser.add_argument("--measure", action="store_true", help=text)
     _ranks(parser)
@@ -194,8 +194,14 @@ def _ranks(parser: ArgumentParser) -> None:
 def _sft(parser: ArgumentParser) -> None:
     add_config_file(parser, SFTConfig())
     add_resume(parser)
-    _dry_run(parser, "show the settings and the estimated memory of the run, and start nothing")
+    _dry_run_of_training(parser)
     add_settings(parser, SFTConfig())
+
+
+def _dry_run_of_training(parser: ArgumentParser) -> None:
+    _dry_run(parser, "show the estimated memory of the run and its settings, and start nothing")
+    text = "with --dry-run: show every setting, also those that have their defaults"
+    parser.add_argument("--all-settings", action="store_true", help=text)
 
 
 def _dry_run(parser: ArgumentParser, text: str) -> None:

@@ -18,14 +18,21 @@ from textpolicy.untrusted.parsing import parse_toml, read_toml_file
 _C = TypeVar("_C")
 
 
-def to_toml(config: Any) -> str:
-    """Return a config as TOML; a comment says what happens for each unset setting."""
+def to_toml(config: Any, *, only_changed: bool = False) -> str:
+    """Return a config as TOML; a comment says what happens for each unset setting.
+
+    With `only_changed`, return only the settings that differ from their defaults.
+    """
     lines: list[str] = []
     section = ""
+    defaults = {one.key: one.default for one in settings_of(type(config)())}
     for setting in settings_of(config):
+        if only_changed and setting.default == defaults[setting.key]:
+            continue
         if setting.section != section:
             section = setting.section
-            lines += ["", f"# {sections_of(config)[section]}", f"[{section}]"]
+            about = [] if only_changed else [f"# {sections_of(config)[section]}"]
+            lines += ["", *about, f"[{section}]"]
         if setting.default is None:
             lines.append(f"# {setting.name}: {setting.option.unset}")
         else:

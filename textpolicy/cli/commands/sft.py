@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from textpolicy.cli.answer import Answer
-from textpolicy.cli.dry_run import show_plan
+from textpolicy.cli.dry_run import check_flags_of_plan, show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import TerminalListener, listening
 from textpolicy.cli.next_commands import next_commands, next_lines, note_about_reward
@@ -18,12 +18,13 @@ _ENDS = {"finished": "", "stopped": " (stopped)", "early": " (out of patience)"}
 
 def run(options: Namespace) -> Answer:
     """Train on rows of text, or show what training would take."""
+    check_flags_of_plan(options)
     if options.resume:
         config = configured_to_resume(SFTConfig(), options)
     else:
         config = configured(SFTConfig(), options)
     if options.dry_run:
-        return show_plan(config)
+        return show_plan(config, all_settings=options.all_settings)
     with listening(config.trainer.iterations or 0, panel=False) as listener:
         result = run_config(config, resume=options.resume, force=options.force, on_event=listener)
         text = _text(result, config, listener)
@@ -46,7 +47,7 @@ def _text(result: RunResult, config: SFTConfig, listener: TerminalListener) -> s
         facts["validation loss"] = f"{before}{result.after} after"
     if result.test:
         facts["test loss"] = result.test
-    facts["adapters"] = directory.latest
+    facts["last adapters"] = directory.latest
     if result.best:
         facts["best adapters"] = (
             f"{directory.best} (validation loss {result.best} after {result.best.step} iterations)"

@@ -7,7 +7,7 @@ from math import hypot
 from typing import Any
 
 from textpolicy.cli.answer import Answer
-from textpolicy.cli.dry_run import show_plan
+from textpolicy.cli.dry_run import check_flags_of_plan, show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import listening
 from textpolicy.cli.next_commands import next_commands, next_lines, short_path
@@ -25,6 +25,7 @@ from textpolicy.ranks import ALONE, join_ranks
 
 def run(options: Namespace) -> Answer:
     """Train, or show what training would take."""
+    check_flags_of_plan(options)
     if options.measure and not options.dry_run:
         raise ConfigError(
             "--measure estimates the memory of a run from two steps, and starts no run. Type "
@@ -44,7 +45,7 @@ def run(options: Namespace) -> Answer:
         with suppress(ModelError):
             config = with_model_defaults(config)
     if options.dry_run:
-        return show_plan(config, measure=options.measure)
+        return show_plan(config, measure=options.measure, all_settings=options.all_settings)
     if several:
         check_can_be_divided(config, int(options.ranks))
         return launch_ranks(options)
