@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from textpolicy.cli.next_commands import short_path
-from textpolicy.cli.parser import CHECK_SECONDS, CHECKED, CHECKED_ROWS
+from textpolicy.cli.parser import CHECK_SECONDS, CHECKED
 from textpolicy.cli.timed_sampler import TimedSampler
 from textpolicy.config import TrainConfig, changed, read_toml, settings_of
 from textpolicy.config.option_types import UNSET
@@ -76,7 +76,7 @@ def _check_line(config: TrainConfig, options: Namespace, seconds: float | None =
     reward = config.task.reward
     # A reward after a table would be read as one of its entries.
     words = ["check", reward] if reward and reward != _begun(options).task.reward else ["check"]
-    more = ["--rows", str(options.rows)] if options.rows != CHECKED_ROWS else []
+    more = ["--rows", str(options.rows)] if options.rows else []
     more += ["--sample", str(options.sample)]
     more += ["--seconds", f"{seconds:g}"] if seconds != CHECK_SECONDS else []
     return _line(words, config, options, *more)

@@ -29,8 +29,8 @@ CHECKED = (
     *(*_PROMPTED_MODEL, "adapter.start", "sampling.max_tokens"),
 )
 """Settings that have a flag in `check`."""
-CHECKED_ROWS, CHECK_SECONDS = 64, 45.0
-"""The rows and the seconds of `check`, if none are given."""
+CHECKED_ROWS, GRADED_ROWS, CHECK_SECONDS = 64, 1000, 45.0
+"""The rows of `check`, without and with grades, and its seconds, if none are given."""
 _SAMPLED = ("task.system", *_PROMPTED_MODEL, "model.dtype", "adapter.start")
 _UNTIMED = (
     *("evaluation", "tracking", "run"),
@@ -352,7 +352,13 @@ def _check(parser: ArgumentParser) -> None:
     add_config_file(parser, _DEFAULTS)
     text, known = "column of prompts", "the first of prompt, question, problem, ... that exists"
     _add_flag(parser, "prompt_column", str | None, None, text, unset=known, metavar="NAME")
-    _add_flag(parser, "rows", int, CHECKED_ROWS, "number of rows to check", limit=at_least(1))
+    unset = f"{CHECKED_ROWS}; {GRADED_ROWS} with --label-column"
+    text = "number of rows to check"
+    _add_flag(parser, "rows", int | None, None, text, unset=unset, limit=at_least(1))
+    text = (
+        "column of your own grades of the answers in the column completion, to compare rewards with"
+    )
+    _add_flag(parser, "label_column", str | None, None, text, metavar="NAME")
     text = "completions to sample for each row, to see how often rewards differ"
     _add_flag(parser, "sample", int | None, None, text, limit=at_least(2))
     text = "seconds for sampling; rows that do not fit into this time are not sampled"
@@ -485,6 +491,7 @@ COMMANDS = {
         "textpolicy check my_reward.py --data rows.jsonl",
         "textpolicy check --config run.toml --sample 4",
         "textpolicy check my_reward.py --data rows.jsonl --sample 8 --adapter runs/mine",
+        "textpolicy check my_judge.py --data graded.jsonl --label-column grade",
     ),
     "inspect": Command(
         "show the contents of an adapter: modules, ranks, scales, version, base",

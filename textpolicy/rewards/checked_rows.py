@@ -59,4 +59,8 @@ def _column_text(row: Mapping[str, Any], column: RowColumn) -> str | None:
         return str(column(row))
     if column not in row:
         raise ConfigError(f"no column {column!r}; the rows have {', '.join(row)}")
-    return str(row[column])
+    value = row[column]
+    # As in a run, the text of a conversation is its last message.
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+        return str(value[-1].get("content"))
+    return str(value)

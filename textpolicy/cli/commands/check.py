@@ -11,6 +11,7 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.check_advice import next_after_check
 from textpolicy.cli.models_of_runs import configured_to_sample
 from textpolicy.cli.output import print_note
+from textpolicy.cli.parser import CHECKED_ROWS, GRADED_ROWS
 from textpolicy.cli.progress import showing_progress
 from textpolicy.cli.timed_sampler import TimedSampler
 from textpolicy.config import TrainConfig, changed
@@ -34,6 +35,7 @@ from textpolicy.rewards.checked_rows import (
     checked_rows,
     prompt_column_of,
 )
+from textpolicy.rewards.label_agreement import compare_with_labels
 from textpolicy.rewards.reward_check import check_reward
 from textpolicy.rewards.signal_check import MANY_CUT
 from textpolicy.types import Prompt, Task
@@ -48,6 +50,8 @@ def run(options: Namespace) -> Answer:
 def _run(options: Namespace) -> Answer:
     config = configured_to_sample(options)
     apply_thread_option(config.model)
+    if options.label_column:
+        return _compare_with_labels(config.task, options)
     if options.sample and thread_advice(config.model):
         # No number of a check depends on the threads.
         fast_cpu.set_threads(1)
@@ -71,7 +75,7 @@ def _run(options: Namespace) -> Answer:
         rows,
         sample=sampler.sample if sampler else None,
         greedy=sampler.greedy if sampler else None,
-        limit=options.rows,
+        limit=options.rows or CHECKED_ROWS,
     )
     if check.signal and sampler and sampler.cut_at < max_tokens and check.signal.cut > MANY_CUT:
         # What a run would see are longer answers than these.
@@ -92,26 +96,39 @@ def _run(options: Namespace) -> Answer:
     return Answer(data=data, text=text, exit_code=0 if check.ok else 1)
 
 
+def _compare_with_labels(task: TaskOptions, options: Namespace) -> Answer:
+    if not (task.data and task.reward) or task.env or options.sample:
+        raise ConfigError(
+            "--label-column compares a reward with your grades of answers. It needs the reward and "
+            "the rows, and takes neither --env nor --sample: textpolicy check FILE.py --data "
+            "graded.jsonl --label-column NAME"
+        )
+    rows = list(islice(data_source_of(task).rows(), options.rows or GRADED_ROWS))
+    _check_prompt_column(rows, task, options)
+    found = compare_with_labels(
+        _rewards_of(task), rows, label=options.label_column, prompt=options.prompt_column
+    )
+    data = asdict(found) | {"verdict": found.verdict, "mean_rewards": found.mean_rewards}
+    return Answer(data=data, text=str(found), exit_code=int(found.verdict == "disagrees"))
+
+
+def _rewards_of(task: TaskOptions) -> Rewards:
+    rewards = as_rewards(load_reward(str(task.reward)))
+    return replace(rewards, timeout=task.reward_timeout) if task.reward_timeout else rewards
+
+
 def _rows_of_data(config: TrainConfig, options: Namespace) -> tuple[Rewards, list[CheckedRow]]:
     task = config.task
     if not task.reward:
         raise ConfigError(
             "there is no reward to try on these rows: name it as FILE.py or FILE.py:FUNCTION"
         )
-    rewards = as_rewards(load_reward(task.reward))
-    if task.reward_timeout:
-        rewards = replace(rewards, timeout=task.reward_timeout)
+    rewards = _rewards_of(task)
     # Examples may come from any row.
-    source, count = data_source_of(task), None if task.few_shot else options.rows
+    source, count = data_source_of(task), None if task.few_shot else options.rows or CHECKED_ROWS
     rows = list(islice(source.rows(), count))
     _check_prompt_column(rows, task, options)
     chosen = checked_rows(rows, prompt=options.prompt_column, gold=task.gold_column)
-    column = options.prompt_column or prompt_column_of(rows[0]) or ""
-    # A reward gets the last message of a conversation as its prompt, as in a run.
-    chosen = [
-        replace(one, prompt=prompt_text(given)) if isinstance(given, list) else one
-        for one, given in zip(chosen, (row.get(column) for row in rows), strict=True)
-    ]
     if template := task.prompt:
         check_template(template, rows[0])
         filled = [prompt_text(fill_template(template, row)) for row in rows]
@@ -177,7 +194,7 @@ def _rows_of_environment(
             gold_for_turn(gold(one.example), -1) if gold else None,
             one.asked,
         )
-        for one in environment.heldout(options.rows)
+        for one in environment.heldout(options.rows or CHECKED_ROWS)
     ]
     return rewards, rows, environment.max_tokens
 
