@@ -39,17 +39,18 @@ def run_line(line: str, folder: Path) -> str:
 @pytest.mark.slow
 def test_the_lines_that_it_prints_work_as_printed(capsys, tmp_path, adapter_files):
     def ask(client):
-        out = capsys.readouterr().out
+        out, err = capsys.readouterr()
         curl, python = [line for line in out.splitlines() if line.startswith(("curl", "python"))]
         shown = run_line(curl, tmp_path) if shutil.which("curl") else None
-        return out, shown, run_line(python, tmp_path)
+        return out, err, shown, run_line(python, tmp_path)
 
     argv = ["serve", "--adapter", f"red={adapter_files['red']}", "--max-tokens", "4"]
-    code, (out, shown, text) = serve_while(argv, ask)
+    code, (out, err, shown, text) = serve_while(argv, ask)
     assert code == 130
     token = re.search(r"^token: (\S{30,})$", out, re.MULTILINE)
     assert token and re.search(r"^address: http://127\.0\.0\.1:\d+$", out, re.MULTILINE)
     assert "models: tiny (version 0), red (version 1)\n" in out
+    assert re.search(r"\nloaded the adapters red in \d+\.\d s\n", err)
     assert shown is None or json.loads(shown)["usage"]["completion_tokens"] > 0
     assert text.endswith("\n")
 
@@ -57,7 +58,8 @@ def test_the_lines_that_it_prints_work_as_printed(capsys, tmp_path, adapter_file
 def test_a_token_of_the_environment_is_not_printed(capsys, monkeypatch):
     monkeypatch.setenv("TEXTPOLICY_TOKEN", KEY)
     code, models = serve_while(["serve"], lambda client: list(client.models.list()), key=KEY)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.match(r"loading the model tiny\nloaded the model tiny in \d+\.\d s\n", err)
     assert code == 130 and len(models) == 1
     assert KEY not in out and "token: $TEXTPOLICY_TOKEN\n" in out
 

@@ -17,7 +17,7 @@ import pytest
 
 import textpolicy as tp
 from textpolicy.adapters.config.rules import LoRARule
-from textpolicy.cli.flags import add_config_file, add_settings, configured
+from textpolicy.cli.flags import FlagParser, add_config_file, add_settings, configured
 from textpolicy.cli.parser import build_parser, commands_of
 from textpolicy.config import (
     DEMO,
@@ -32,6 +32,7 @@ from textpolicy.config import (
 from textpolicy.config.option_types import Table, alternatives
 from textpolicy.config.settings import above, check, option
 from textpolicy.errors import ConfigError
+from textpolicy.experiment.assembly import service_options
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 
@@ -67,7 +68,7 @@ def refusal(read):
 
 def given(*argv: str, defaults: TrainConfig = DEFAULTS) -> TrainConfig:
     """Return the config of a command line."""
-    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser = FlagParser(exit_on_error=False)
     add_config_file(parser, defaults)
     add_settings(parser, defaults)
     return configured(defaults, parser.parse_args(argv))
@@ -154,6 +155,96 @@ def test_the_error_about_a_mistake_names_the_file_the_value_and_what_is_expected
 ):
     message = refusal(text)
     assert all(word in message for word in words), message
+
+
+@cache
+def train_parser() -> argparse.ArgumentParser:
+    return build_parser("train")
+
+
+BOOLEANS = [
+    *((word, True) for word in ("True", "true", "yes", "YES", "on", "1")),
+    *((word, False) for word in ("False", "false", "no", "off", "0")),
+]
+
+
+@pytest.mark.parametrize(("word", "meant"), BOOLEANS)
+def test_every_boolean_option_understands_the_usual_words(word, meant, read):
+    booleans = [one for one in SETTINGS.values() if one.annotation is bool]
+    assert len(booleans) > 5
+    for setting in booleans:
+        start = changed(DEFAULTS, {setting.key: not meant, "tracking.wandb": "needed"})
+        expected = changed(start, {setting.key: meant})
+        value = word if word in ("true", "false", "0", "1") else f"'{word}'"
+        text = f"[{setting.section}]\n{setting.name} = {value}"
+        assert read(text, start) == expected
+        for argv in (
+            [f"{setting.flag}={word}"],
+            [setting.flag, word],
+            [f"--{setting.key}={word}"],
+            ["--set", f"{setting.key}={word}"],
+        ):
+            options = train_parser().parse_args(["train", *argv])
+            assert configured(start, options) == expected, argv
+
+
+@pytest.mark.parametrize(
+    ("given_as", "project"),
+    [("True", "textpolicy"), ("yes", "textpolicy"), ("mine", "mine"), ("False", None)],
+)
+def test_a_service_without_a_name_has_the_project_of_the_library(given_as, project, read):
+    values = {"True": "true", "False": "false"}
+    for name in ("wandb", "trackio"):
+        for config in (
+            given(f"--{name}={given_as}"),
+            given(f"--tracking.{name}", given_as),
+            given("--set", f"tracking.{name}={given_as}"),
+            read(f"[tracking]\n{name} = {values.get(given_as, repr(given_as))}"),
+            read(f"[tracking]\n{name} = '{given_as}'"),
+        ):
+            assert vars(service_options(config))[name] == project
+            again = read(to_toml(config))
+            assert service_options(again) == service_options(config)
+    assert service_options(given("--wandb", "--lr", "1")).wandb == "textpolicy"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("[trainer]\nlr = 1e-4", "trainer.lr", 1e-4),
+        ("[trainer]\nlr = '1e-4'", "trainer.lr", 1e-4),
+        ("[run]\nsteps = 10_000", "run.steps", 10_000),
+        ("[run]\nsteps = 1e3", "run.steps", 1000),
+        ("[sampling]\nmax_tokens = 'None'", "sampling.max_tokens", None),
+    ],
+)
+def test_numbers_are_understood_in_files_and_on_the_command_line(text, key, value, read):
+    expected = changed(DEFAULTS, {key: value})
+    assert read(text) == expected
+    word = text.rpartition(" ")[2].strip("'")
+    assert given(f"--{key}", word) == given("--set", f"{key}={word}") == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("wandb = True", "Write wandb = true"),
+        ("tensorboard = off # for now", "Write tensorboard = false"),
+        ("wandb = my-project", 'Write wandb = "my-project"'),
+        ("wandb = None", "Leave out the line of wandb for no value"),
+    ],
+)
+def test_the_error_about_a_word_of_python_in_a_file_says_what_to_write(line, hint, refusal):
+    assert refusal(f"[tracking]\n{line}\n").endswith(hint)
+
+
+def test_another_value_of_a_boolean_flag_is_an_error_that_says_what_to_write(capsys):
+    with pytest.raises(SystemExit):
+        given("--tensorboard=maybe")
+    wanted = "--tensorboard is 'maybe'; write --tensorboard alone for true, or --no-tensorboard"
+    assert wanted in capsys.readouterr().err
+    options = train_parser().parse_args(["train", "--dry-run=True", "--json=no"])
+    assert options.dry_run and not options.json
 
 
 def test_one_error_lists_all_mistakes_of_a_file(refusal):

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from textpolicy.cli.spelled_flags import spell_as_flags
 from textpolicy.config.option_types import Table, alternatives
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
 from textpolicy.config.toml import (
@@ -69,15 +70,21 @@ class FlagParser(SafeParser):
     ) -> Any:
         given: list[str] = list(args or ())
         end = given.index("--") if "--" in given else len(given)
+        actions = self._option_string_actions
+        with_words = any(not one.option_strings for one in self._actions)
+        try:
+            flags = spell_as_flags(given[:end], actions, with_words=with_words)
+        except ConfigError as error:
+            self.error(str(error))
         # The value of a short flag may follow without a space.
         unknown = [
             f"unknown flag {flag}{self._suggestion(flag)}"
-            for flag in dict.fromkeys(map(_flag_in, given[:end]))
-            if flag and not {flag, flag[:2]} & self._option_string_actions.keys()
+            for flag in dict.fromkeys(map(_flag_in, flags))
+            if flag and not {flag, flag[:2]} & actions.keys()
         ]
         if unknown:
             self.error("\n  ".join(unknown))
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args([*flags, *given[end:]], namespace)
 
     def _suggestion(self, flag: str) -> str:
         flags = {known: known for known in self._option_string_actions}
@@ -171,6 +178,8 @@ def add_setting(parser: Any, setting: Setting, **rest: Any) -> None:
         shape |= {"nargs": "+", "action": _MergeTables}
     elif setting.annotation is not bool:
         shape = {"type": partial(parse_flag, setting.parse), "metavar": setting.metavar}
+        if bool in alternatives(setting.annotation):
+            shape |= {"nargs": "?", "const": True}
     known = {"dest": setting.key, "default": SUPPRESS, "help": help_of(setting)}
     parser.add_argument(setting.flag, **(known | shape | rest))
 

@@ -100,10 +100,26 @@ def _exactly(value: Any, *types: type) -> Any:
     return value
 
 
-def _truth(text: str) -> bool:
-    if text not in ("true", "false"):
+_YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def read_truth(text: str) -> bool:
+    """Return the boolean that a word such as True, yes, on or 1 means, in any case."""
+    word = text.strip().lower()
+    if word not in _YES + _NO:
         raise ValueError(text)
-    return text == "true"
+    return word in _YES
+
+
+def _whole(text: str) -> int:
+    """Return the whole number of 1000, 10_000 or 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        number = _number(text)
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 def _number(value: str | float) -> float:
@@ -129,7 +145,7 @@ def _path(value: Any) -> Path:
 
 
 def _nothing(value: Any) -> None:
-    if value not in (None, UNSET):
+    if value is not None and str(value).lower() != UNSET:
         raise ValueError(value)
 
 
@@ -167,13 +183,13 @@ _TYPES: dict[Any, OptionType] = {
     NoneType: _NONE,
     bool: OptionType(
         words="true or false",
-        from_text=_truth,
+        from_text=read_truth,
         from_toml=lambda value: _exactly(value, bool),
         metavar="BOOL",
     ),
     int: OptionType(
         words="a whole number",
-        from_text=int,
+        from_text=_whole,
         from_toml=lambda value: _exactly(value, int),
         metavar="N",
     ),

@@ -6,6 +6,7 @@ dataclasses too. Help, flags, TOML files, checks and documentation all read `set
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import NoneType
 from typing import Any, TypeVar
@@ -124,6 +125,26 @@ class Setting:
     def accept(self, value: Any) -> Any:
         """Return the value of a TOML or Python value; raise ConfigError if it is not allowed."""
         return self._checked(from_toml, value)
+
+    def understand(self, value: Any) -> Any:
+        """Return the value as `accept` does, or of a text or number that plainly means one.
+
+        YAML reads 1e-4 as a text, TOML reads 1e3 as a fraction, and many a file has "yes" or 1 for
+        true.
+        """
+        if isinstance(value, str) and {bool, str} <= {*alternatives(self.annotation)}:
+            return self.parse(value)
+        try:
+            return self.accept(value)
+        except ConfigError:
+            plain = {bool, int, float, NoneType}
+            if type(value) not in (str, int, float) or not plain.issuperset(
+                alternatives(self.annotation)
+            ):
+                raise
+            with suppress(ConfigError):
+                return self.parse(str(value))
+            raise
 
     def _checked(self, read: Callable[[Any, Any], Any], given: Any) -> Any:
         if isinstance(given, ByModel):

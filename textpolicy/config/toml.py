@@ -185,7 +185,7 @@ class _Reading:
 
     def _take(self, setting: Setting, value: Any) -> None:
         try:
-            self.values[setting.key] = setting.accept(value)
+            self.values[setting.key] = setting.understand(value)
         except ConfigError as error:
             self.problems.append(f"{setting.key} is {error}")
 

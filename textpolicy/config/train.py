@@ -584,17 +584,21 @@ class EvaluationOptions:
 class TrackingOptions:
     """Services that get the metrics, beside the files of the run."""
 
-    wandb: str | None = option(
+    wandb: bool | str | None = option(
         None,
-        "log to this project of Weights & Biases; offline without an API key",
+        "log to this project of Weights & Biases, or to the project textpolicy without a name; "
+        "offline without an API key",
         unset="no",
         metavar="PROJECT",
     )
     tensorboard: bool = option(
         False, "log to TensorBoard event files in the folder tensorboard of the run"
     )
-    trackio: str | None = option(
-        None, "log to this project of trackio", unset="no", metavar="PROJECT"
+    trackio: bool | str | None = option(
+        None,
+        "log to this project of trackio, or to the project textpolicy without a name",
+        unset="no",
+        metavar="PROJECT",
     )
     wandb_artifacts: bool = option(
         False, "upload the latest and the best adapter to Weights & Biases at the end"
@@ -602,7 +606,7 @@ class TrackingOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.wandb_artifacts and self.wandb is None:
+        if self.wandb_artifacts and not self.wandb:
             raise ConfigError(
                 "wandb_artifacts is given without a project of Weights & Biases. Name one, for "
                 "example --wandb PROJECT"

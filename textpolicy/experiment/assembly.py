@@ -6,7 +6,7 @@ learning; `textpolicy.loop` runs them. What a config says is read here and nowhe
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -392,7 +392,18 @@ def open_run_tracker(
 
 def service_options(config: RunConfig) -> ServiceOptions:
     """Return the services that a run logs to."""
-    return ServiceOptions(**asdict(config.tracking))
+    options = config.tracking
+    return ServiceOptions(
+        wandb=_project_of(options.wandb),
+        wandb_artifacts=options.wandb_artifacts,
+        tensorboard=options.tensorboard,
+        trackio=_project_of(options.trackio),
+    )
+
+
+def _project_of(given: bool | str | None) -> str | None:
+    """Return the project that an option names; True alone means the project of this library."""
+    return "textpolicy" if given is True else given or None
 
 
 def plain_settings(config: RunConfig) -> dict[str, Any]:

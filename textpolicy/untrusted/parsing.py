@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,33 @@ def read_toml_file(path: Path) -> dict[str, Any]:
     try:
         return parse_toml(text)
     except ValueError as error:
-        raise UnreadableError(f"{shown_path(path)} is not TOML: {error}") from error
+        hint = _toml_hint(text, str(error))
+        raise UnreadableError(f"{shown_path(path)} is not TOML: {error}{hint}") from error
+
+
+def _toml_hint(text: str, error: str) -> str:
+    """Return how to write the value of the line at which reading ended, if it is a word."""
+    place, lines = re.search(r"at line ([0-9]+)", error), text.splitlines()
+    line = lines[int(place[1]) - 1] if place and int(place[1]) <= len(lines) else ""
+    assigned = _WORD_ASSIGNED.fullmatch(line)
+    if assigned is None:
+        return ""
+    name, value = assigned.groups()
+    if value.lower() in ("none", "null"):
+        return f". Leave out the line of {name} for no value"
+    return f". Write {name} = {_TRUTHS.get(value.lower(), json.dumps(value))}"
 
 
 _MAX_DOTS = 2000
+_WORD_ASSIGNED = re.compile(r"""\s*([\w.-]{1,80})\s*=\s*([^\s"'[{#]{1,200})\s*(?:#.*)?""")
+_TRUTHS = {
+    "true": "true",
+    "yes": "true",
+    "on": "true",
+    "false": "false",
+    "no": "false",
+    "off": "false",
+}
 _TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 
 

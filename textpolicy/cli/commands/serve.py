@@ -5,9 +5,10 @@ import os
 import secrets
 import shlex
 import signal
+import time
 from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
 from textpolicy.cli.models_of_runs import with_model_of_run
 from textpolicy.cli.output import print_answer, print_note
+from textpolicy.cli.progress import showing_progress
 from textpolicy.cli.signals import STOPPING
 from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError
@@ -46,7 +48,8 @@ def run(options: Namespace) -> Answer:
     from textpolicy.serving.server import running_server
 
     key = _key(options)
-    served, adapters, followers, arguments = _load(options)
+    with showing_progress(print_note):
+        served, adapters, followers, arguments = _load(options)
     app = create_app(
         served,
         owner_of=one_key(key.token) if key else None,
@@ -73,7 +76,6 @@ def run(options: Namespace) -> Answer:
     return Answer(data=asdict(served.counts), text="", exit_code=128 + stopped.signal)
 
 
-@doing("loading what is served")
 def _load(
     options: Namespace,
 ) -> tuple[ServedEngine, ServedAdapters, Followers, dict[str, Any]]:
@@ -84,20 +86,33 @@ def _load(
     _check_names([one.name for one in (*named, *followed)])
     config = with_model_of_run(config, options, [one.path for one in (*named, *followed)])
     apply_thread_option(config.model)
-    model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
+    with _telling(f"the model {config.model.name}"):
+        model, tokenizer = load_model(config.model.name, dtype=dtype_of(config.model))
     arguments = template_arguments_of(config.model, tokenizer)
-    sources = {one.name: read_adapter(one.path) for one in named}
-    present = [read_adapter(one.path) for one in followed if one.path.exists()]
-    for adapter in (*sources.values(), *present):
-        quantize_for_adapter(model, adapter)
-    served = ServedEngine(model, tokenizer, max_rows=options.max_rows)
-    allowed = [Path("runs"), *(options.allow_load or ()), *(one.path.parent for one in named)]
-    adapters = ServedAdapters(served, _base_name(config.model.name), allowed=allowed)
-    for name, adapter in sources.items():
-        adapters.put_adapter(name, adapter)
-    followers = Followers(served, adapters, {one.name: one.path for one in followed})
-    followers.load_present()
+    names = [one.name for one in (*named, *followed)]
+    with _telling(f"the adapters {', '.join(names)}") if names else nullcontext():
+        sources = {one.name: read_adapter(one.path) for one in named}
+        present = [read_adapter(one.path) for one in followed if one.path.exists()]
+        for adapter in (*sources.values(), *present):
+            quantize_for_adapter(model, adapter)
+        served = ServedEngine(model, tokenizer, max_rows=options.max_rows)
+        allowed = [Path("runs"), *(options.allow_load or ()), *(one.path.parent for one in named)]
+        adapters = ServedAdapters(served, _base_name(config.model.name), allowed=allowed)
+        for name, adapter in sources.items():
+            adapters.put_adapter(name, adapter)
+        followers = Followers(served, adapters, {one.name: one.path for one in followed})
+        followers.load_present()
     return served, adapters, followers, arguments
+
+
+@contextmanager
+def _telling(what: str) -> Generator[None]:
+    """Say that a part is being loaded, and how long that took."""
+    print_note(f"loading {what}")
+    started = time.monotonic()
+    with doing(f"loading {what}"):
+        yield
+    print_note(f"loaded {what} in {time.monotonic() - started:.1f} s")
 
 
 def _followed_run(text: str) -> NamedAdapter:
@@ -185,9 +200,10 @@ def _print_start(address: str, key: _Key | None, models: dict[str, int], *, as_j
 def _curl_line(address: str, key: _Key | None, model: str) -> str:
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
     secret = f" -H {key.header}" if key else ""
+    # Brackets of an IPv6 address mean something to a shell.
+    url = shlex.quote(f"{address}/v1/chat/completions")
     return (
-        f"curl {address}/v1/chat/completions{secret} -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(json.dumps(body))}"
+        f"curl {url}{secret} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     )
 
 
