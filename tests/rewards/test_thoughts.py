@@ -123,6 +123,13 @@ def test_a_reward_that_would_compare_the_model_with_itself_is_refused():
     with pytest.raises(ConfigError, match="asks for `answer`; the rows have `solution`"):
         call(close, "4", solution="4")
 
+    def asking(prompt, completion, answer):
+        raise AssertionError("never called")
+
+    # Neither parameter receives the column of its name, so nothing of the row is read.
+    with pytest.raises(ConfigError, match="asks for `answer`; the rows have `completion`, `prompt"):
+        call(asking, "4", prompt="2+2=", completion="5")
+
     def graded(answer):
         raise AssertionError("never called")
 

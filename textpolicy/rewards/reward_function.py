@@ -209,8 +209,11 @@ class Reward:
         compare the model's text with itself.
         """
         asked = {*self.parameters.required, *self.parameters.optional}
-        reads_row = asked & {self.parameters.standard[2], *columns}
-        return bool(reads_row) or self.parameters.standard[1] not in asked
+        prompt, completion, example = self.parameters.standard
+        # A parameter of these names never receives the column.
+        own = {prompt, completion, *CONTEXT_FIELDS}
+        reads_row = asked & {example, *columns} - own
+        return bool(reads_row) or completion not in asked
 
 
 @overload
