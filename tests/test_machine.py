@@ -6,7 +6,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from textpolicy.machine import MemoryLimits, MemoryPressure, keep_memory_in_bounds, memory_bytes
+from textpolicy.machine import (
+    MemoryLimits,
+    MemoryPressure,
+    keep_memory_in_bounds,
+    memory_bytes,
+    with_busy_note,
+)
 
 # What a Mac with 16 GB reports.
 RECOMMENDED = 12_713_115_648
@@ -83,3 +89,26 @@ def test_swap_is_read_from_what_linux_says():
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux has this file")
 def test_the_pressure_of_this_machine_can_be_read():
     assert MemoryPressure.now().swapped >= 0 and not MemoryPressure.now().warned
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "note"),
+    [
+        (0.9, 2, ""),
+        (5.51, 2, ". The machine is busy now (load 5.5 on 2 cores), so this time may change"),
+        (3.0, 10, ""),
+        (8.0, 10, ". The machine is busy now (load 8.0 on 10 cores), so this time may change"),
+    ],
+)
+def test_a_load_of_half_the_cores_or_more_is_told_beside_a_time(monkeypatch, load, cores, note):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert with_busy_note("about 3 s") == f"about 3 s{note}"
+
+
+def test_without_a_load_average_nothing_is_said(monkeypatch):
+    def fail():
+        raise OSError("not known")
+
+    monkeypatch.setattr("os.getloadavg", fail)
+    assert with_busy_note("about 3 s") == "about 3 s"

@@ -1,4 +1,4 @@
-"""What this machine has: memory for arrays and Python objects, and free disk space.
+"""What this machine has: memory for arrays and Python objects, free disk space, and idle cores.
 
 On a Mac, programs and the GPU share one memory, and a program that wires or caches too much of it
 can freeze the system. `keep_memory_in_bounds` sets mlx's limits for a run.
@@ -122,6 +122,22 @@ def _sysctl(name: str) -> bytes:
         name.encode(), value, ctypes.byref(size), None, ctypes.c_size_t(0)
     )
     return b"" if failed else value.raw[: size.value]
+
+
+def with_busy_note(time: str) -> str:
+    """Return the words about a time, with a sentence if programs keep half of the cores busy.
+
+    The load is the mean number of programs that computed in the last minute.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return time
+    cores = os.cpu_count() or 1
+    if load < cores / 2:
+        return time
+    busy = f"The machine is busy now (load {load:.1f} on {cores} cores), so this time may change"
+    return f"{time}. {busy}"
 
 
 def free_disk_bytes(path: Path) -> int:

@@ -90,11 +90,15 @@ def test_the_memory_of_a_model_that_cannot_be_planned_is_measured(planned, tiny,
     assert data["measured"]["bytes"]["training"] > sum(a.nbytes for a in arrays(model).values())
 
 
-def test_it_says_first_what_the_run_takes_and_then_what_differs_from_the_defaults(capsys):
+def test_it_says_first_what_the_run_takes_and_then_what_differs_from_the_defaults(
+    capsys, monkeypatch
+):
+    monkeypatch.setattr("os.getloadavg", lambda: (100.0, 0.0, 0.0))
     assert main([*ARGV, "--dry-run"]) == 0
     estimate, title, *settings = capsys.readouterr().out.split("\n\n")
     names = [line.split("  ")[0] for line in estimate.splitlines()]
     assert names[:5] == ["time", "sampling", "training", "machine", "disk"]
+    assert re.search(r"^time .*by an estimate\. The machine is busy now", estimate)
     assert re.search(r"^asked +\d+\+\d+= \(a held-out prompt\)$", estimate, re.MULTILINE)
     assert "--all-settings shows all" in title
     assert settings == [

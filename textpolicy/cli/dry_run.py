@@ -27,7 +27,7 @@ from textpolicy.experiment.run_size import (
 )
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.threads import apply_thread_option, thread_advice
-from textpolicy.machine import free_disk_bytes, memory_bytes, size_text
+from textpolicy.machine import free_disk_bytes, memory_bytes, size_text, with_busy_note
 from textpolicy.tracking.open_tracker import check_services
 from textpolicy.untrusted.terminal import shorten_line
 
@@ -108,7 +108,7 @@ def _time_rows(
     time = estimator.plan_time(config)
     data["estimated_seconds"] = round(time.seconds, 1)
     advice = thread_advice(config.model, workers=config.rollout.workers)
-    return [("time", str(time)), *([("threads", advice)] if advice else [])]
+    return [("time", with_busy_note(str(time))), *([("threads", advice)] if advice else [])]
 
 
 def _rows_about_turns(environment: Environment) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig
 from textpolicy.experiment.assembly import load_sampled_model, template_arguments_of
 from textpolicy.generation.policy import ModelPolicy
+from textpolicy.machine import with_busy_note
 from textpolicy.types import Completion, Prompt, Sampling
 
 _PROBE_TOKENS = 8
@@ -82,9 +83,11 @@ class TimedSampler:
         fitting = max(_PROBE_TOKENS, int((self.seconds / 3 - reading) / seconds_a_token))
         if fitting < self.max_tokens:
             print_note(
-                f"completions are cut at {fitting} of {self.max_tokens} tokens, because longer "
-                f"ones do not fit into {self.seconds:g} s. Raise --seconds to sample longer "
-                "completions"
+                with_busy_note(
+                    f"completions are cut at {fitting} of {self.max_tokens} tokens, because longer "
+                    f"ones do not fit into {self.seconds:g} s. Raise --seconds to sample longer "
+                    "completions"
+                )
             )
         return min(fitting, self.max_tokens)
 

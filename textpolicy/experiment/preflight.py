@@ -12,7 +12,7 @@ from textpolicy.errors import ConfigError, PromptError
 from textpolicy.experiment.assembly import RunConfig, adapter_config, service_options
 from textpolicy.experiment.run_size import RunSize, SizeEstimator, has_turns
 from textpolicy.generation.model_files import find_model
-from textpolicy.machine import free_disk_bytes, memory_bytes, size_text
+from textpolicy.machine import free_disk_bytes, memory_bytes, size_text, with_busy_note
 from textpolicy.tracking.open_tracker import check_services
 from textpolicy.training.sft import SFTData
 
@@ -69,7 +69,7 @@ def time_text(
     """Return how long the rest of a run takes, or "" if that is not known before it starts."""
     if isinstance(config, SFTConfig) or environment is None or has_turns(environment):
         return ""
-    return str(estimator.plan_time(config, steps_done))
+    return with_busy_note(str(estimator.plan_time(config, steps_done)))
 
 
 def check_names(config: RunConfig) -> None:
