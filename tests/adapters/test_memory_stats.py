@@ -18,7 +18,7 @@ from textpolicy.adapters import (
 
 CONFIG = AdapterConfig(rank=4, scale=2.0)
 
-# Bytes of a layer's scale, and of the gate that all layers share.
+# Bytes of a layer's scale, also of the gated one, and of the gate that all layers share.
 SCALE, GATE = 4, 1
 
 
@@ -31,8 +31,8 @@ def test_memory_is_the_sum_of_the_bytes_of_the_arrays(make):
     assert stats["base_bytes"] + stats["adapter_bytes"] == total
     assert stats["adapter_bytes"] == sum(a.nbytes for a in container.parameters().values())
     assert stats["gradient_bytes"] == stats["adapter_bytes"] and stats["optimizer_bytes"] == 0
-    # A float32 scale and a gate of one byte for each layer.
-    assert stats["adapter_buffer_bytes"] == SCALE * len(container.layers()) + GATE
+    # Two float32 scales for each layer, one of them gated, and a gate of one byte for all.
+    assert stats["adapter_buffer_bytes"] == 2 * SCALE * len(container.layers()) + GATE
     assert stats["memory_ratio"] == stats["adapter_bytes"] / stats["base_bytes"]
     trainable = sum(array.size for array in container.parameters().values())
     assert stats["trainable_parameters"] == trainable
@@ -74,7 +74,7 @@ def test_doras_measured_lengths_are_counted():
     container = AdapterContainer.from_model(model, AdapterConfig(kind="dora"))
     lengths = sum(layer.m.nbytes for layer in container.layers().values())
     buffers = memory_stats(model)["adapter_buffer_bytes"]
-    assert buffers == lengths + SCALE * len(container.layers()) + GATE
+    assert buffers == lengths + 2 * SCALE * len(container.layers()) + GATE
 
 
 def test_trainable_parameters_are_said_in_one_line():

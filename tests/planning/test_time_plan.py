@@ -75,7 +75,7 @@ def test_a_chosen_expert_counts_and_the_others_do_not():
 def test_speeds_are_measured_without_loading_the_model():
     model = build_unloaded_model(SHAPE | {"num_hidden_layers": 2})
     before = mx.get_active_memory()
-    speeds = measure_speeds(model, (8, 512))
+    speeds = measure_speeds(model, (1, 512))
     # Many rows share the time of reading a matrix.
-    assert 0 < speeds[512] < speeds[8] < 1e-6
+    assert 0 < speeds[512] < speeds[1] < 1e-6
     assert mx.get_active_memory() - before < 2**20

@@ -229,7 +229,8 @@ class ActiveAdapter:
         return expected_shapes({path: layer.base for path, layer in self.layers.items()}, rules)
 
     def _assign(self, arrays: Mapping[str, mx.array], rules: Mapping[str, LoRARule]) -> None:
-        tensors = {name: array.astype(mx.float32) for name, array in arrays.items()}
+        # Rounding depends on the order in which memory holds a matrix: one order for all sources.
+        tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in arrays.items()}
         mx.eval(tensors)
         for path, layer in self.layers.items():
             for name in layer.trainable:

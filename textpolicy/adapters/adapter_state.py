@@ -23,13 +23,9 @@ class AdapterState:
     def of(cls, model: nn.Module) -> "AdapterState":
         """Return the present state of the adapters in a model."""
         layers = adapter_layers(model).values()
-        return cls([item for layer in layers for item in layer.values() if _is_array(item)])
+        return cls([array for layer in layers for array in layer.state_arrays()])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AdapterState) or len(self._arrays) != len(other._arrays):
             return False
         return all(map(is_, self._arrays, other._arrays))
-
-
-def _is_array(item: object) -> bool:
-    return isinstance(item, mx.array)

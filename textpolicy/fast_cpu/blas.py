@@ -3,8 +3,10 @@
 The Linux wheel of mlx carries netlib's reference BLAS, which is some 30 times slower than OpenBLAS.
 `libmlx.so` calls it through three pointers in its table of imported functions. `enable` lets these
 pointers point to OpenBLAS, compares products with numpy's, and restores the pointers if a product
-differs. Nothing outside this process changes. The environment variable `TEXTPOLICY_BLAS=off` keeps
-mlx's BLAS; `TEXTPOLICY_BLAS=/path/lib.so` names another library, one with 32-bit integers.
+differs. Products of few rows then go to the loops of `few_rows.c`, in the same way. Outside this
+process nothing changes, but that the compiled loops are kept. The environment variable
+`TEXTPOLICY_BLAS=off` keeps mlx's BLAS; `TEXTPOLICY_BLAS=/path/lib.so` names another library, one
+with 32-bit integers.
 """
 
 import ctypes
@@ -23,11 +25,12 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import ConfigError
+from textpolicy.fast_cpu.few_rows import NotCompiled, load_product
 from textpolicy.fast_cpu.function_table import BlasNotReplaced, replace_functions
 
 _STOCK = "mlx's own (netlib reference)"
 _PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
-_SHAPES = ((64, 64, 64), (33, 130, 17))
+_SHAPES = ((64, 64, 64), (33, 130, 17), (3, 300, 170))
 # How long idle OpenBLAS threads poll for the next product before they sleep, as a power of two of
 # processor ticks. OpenBLAS' own value of 26 takes tens of milliseconds from mlx's threads.
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
@@ -36,13 +39,18 @@ _TIMEOUT = ("OPENBLAS_THREAD_TIMEOUT", "16")
 
 @dataclass(frozen=True, kw_only=True)
 class BlasStatus:
-    """Which library multiplies matrices on the CPU, why, and how to get a faster one."""
+    """Which library multiplies matrices on the CPU, why, and how to get a faster one.
+
+    `few_rows` says whether compiled loops multiply matrices of few rows, with the reason if not.
+    """
 
     name: str
     fast: bool
     threads: int | None = None  # None where their number cannot be set
     reason: str = ""
     hint: str = ""
+    few_rows: bool = False
+    few_rows_reason: str = ""
 
 
 def enable() -> BlasStatus:
@@ -140,14 +148,28 @@ def _choose_once() -> tuple[BlasStatus, ctypes.CDLL | None]:
         pointers = {
             name: ctypes.cast(_function(library, name), ctypes.c_void_p) for name in _PRODUCTS
         }
-        _use({name: pointer.value or 0 for name, pointer in pointers.items()})
+        addresses = {name: pointer.value or 0 for name, pointer in pointers.items()}
+        _use(addresses)
     except (BlasNotReplaced, OSError) as error:
         hint = _hint_for(mx.default_device())
         return BlasStatus(name=_STOCK, fast=False, reason=str(error), hint=hint), None
     config = _config(library)
     name = " ".join(config.split()[:2]) or Path(library._name).name
     status = BlasStatus(name=name, fast=True, reason=f"{library._name} agrees with numpy")
-    return status, library if config else None
+    if not config:
+        return status, None
+    reason = _use_few_rows(library, addresses["cblas_sgemm"])
+    return replace(status, few_rows=not reason, few_rows_reason=reason), library
+
+
+def _use_few_rows(library: ctypes.CDLL, others: int) -> str:
+    """Let mlx multiply matrices of few rows by compiled loops; return why it cannot, or ""."""
+    threads = ctypes.cast(_function(library, "openblas_get_num_threads"), ctypes.c_void_p)
+    try:
+        _use({"cblas_sgemm": load_product(others, threads.value or 0)})
+    except (BlasNotReplaced, NotCompiled) as error:
+        return str(error)
+    return ""
 
 
 def _hint_for(device: Any) -> str:
@@ -214,7 +236,7 @@ def _wrong_product() -> str:
         for dtype, (rows, inner, columns) in itertools.product(dtypes, _SHAPES):
             left, right = rng.normal(size=(inner, rows)), rng.normal(size=(columns, inner))
             a, b = (mx.array(x.astype(dtype), dtype=dtypes[dtype]).T for x in (left, right))
-            for x, y in ((a, b), (mx.contiguous(a), mx.contiguous(b))):
+            for x, y in itertools.product((a, mx.contiguous(a)), (b, mx.contiguous(b))):
                 if not np.allclose(np.array(x @ y), left.T @ right.T, rtol=1e-3, atol=1e-3):
                     return f"{dtype.__name__} product of {rows}x{inner} and {inner}x{columns}"
     return ""

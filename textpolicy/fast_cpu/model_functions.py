@@ -16,7 +16,8 @@ from mlx_lm.models import activations, base
 
 from textpolicy.fast_cpu.array_slices import apply_in_slices
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
-from textpolicy.fast_cpu.exponential import exp
+from textpolicy.fast_cpu.exponential import SMALL, exp
+from textpolicy.fast_cpu.rotary import FastRoPE
 
 Features = Float[mx.array, "*batch features"]
 
@@ -30,6 +31,8 @@ def swiglu(gate: Features, x: Features) -> Features:
     """
     if gate.dtype != mx.float32 or x.dtype != mx.float32:
         return activations.swiglu(gate, x)
+    if gate.size <= SMALL:
+        return gate * mx.sigmoid(gate) * x
     return _swiglu(gate, x)
 
 
@@ -55,7 +58,7 @@ def use_fast_functions(model: nn.Module) -> None:
     if mx.default_device().type != mx.cpu:
         return
     for module in model.modules():
-        module.__class__ = _faster_class(type(module))
+        module.__class__ = FastRoPE if type(module) is nn.RoPE else _faster_class(type(module))
 
 
 @cache

@@ -155,6 +155,11 @@ class DecodingBatch:
         """Whether the position that a pending step has added to the cache can be removed."""
         return all(isinstance(layer, BatchKVCache) for layer in self.cache)
 
+    @property
+    def positions(self) -> list[mx.array]:
+        """The position of each row's next token, an array for each layer, if all have one."""
+        return [layer.offset for layer in self.cache] if self.can_take_back else []
+
     def copy_rows(self, indices: list[int]) -> "DecodingBatch":
         """Return a batch with copies of these rows and of their cache, without a pending step."""
         rows = self._select(deepcopy(self.cache), indices)

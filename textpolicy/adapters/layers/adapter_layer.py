@@ -25,8 +25,8 @@ _TRAINABLE = ("lora_a", "lora_b", "m", "lora_bias")
 class AdapterLayer(nn.Module):
     """Abstract. `base` is the original module; the trained tensors are float32 over any base dtype.
 
-    The scale and the gate are arrays whose names begin with an underscore. A compiled function
-    that takes the model's state sees them change, and no optimizer updates them.
+    The scale, the gate and their product are arrays whose names begin with an underscore. A
+    compiled function that takes the model's state sees them change, and no optimizer updates them.
     """
 
     kind: ClassVar[str]
@@ -59,7 +59,7 @@ class AdapterLayer(nn.Module):
         self.lora_b = draw(rule.b_init, shapes["lora_b"], key=key_b)
         if rule.bias:
             self.lora_bias = mx.zeros(shapes["lora_bias"])
-        self._scale = mx.array(rule.scale, mx.float32)
+        self._scale = self._gated_scale = mx.array(rule.scale, mx.float32)
         self._enabled = mx.array(True)
 
     @property
@@ -80,10 +80,24 @@ class AdapterLayer(nn.Module):
     def set_scale(self, scale: float) -> None:
         """Change the scale. Compiled functions see the change."""
         self._scale = mx.array(scale, mx.float32)
+        self._gate_scale()
 
     def set_enabled(self, enabled: Bool[mx.array, ""]) -> None:
         """Set the gate. While the gate is False, the layer computes exactly what its base does."""
         self._enabled = enabled
+        self._gate_scale()
+
+    def _gate_scale(self) -> None:
+        self._gated_scale = mx.where(self._enabled, self._scale, 0.0)
+
+    def state_arrays(self) -> list[mx.array]:
+        """Return the arrays that decide what the layer adds to its base."""
+        return [
+            value
+            for name, value in self.items()
+            # The gated scale follows from the scale and the gate.
+            if isinstance(value, mx.array) and name != "_gated_scale"
+        ]
 
     def factors(self) -> tuple[Float[mx.array, "*e out rank"], Float[mx.array, "*e rank in"]]:
         """Return the two factors such that their product has the shape of the base's weight."""
@@ -134,7 +148,7 @@ class AdapterLayer(nn.Module):
 
     def gated_scale(self) -> Float[mx.array, ""]:
         """Return the scale, or zero while the gate is False."""
-        return mx.where(self._enabled, self._scale, 0.0)
+        return self._gated_scale
 
     def gated_bias(self) -> Float[mx.array, " out"]:
         """Return the trained bias, or zeros while the gate is False."""

@@ -3,6 +3,8 @@
 A new layer has B = 0, so it computes bit for bit what its base does.
 """
 
+import math
+
 import mlx.core as mx
 from jaxtyping import Float, Integer
 
@@ -16,12 +18,15 @@ class LoRALinear(AdapterLayer):
     module_kind = "linear"
 
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
+        # All three products take the same two axes.
+        batch = x.shape[:-1]
+        x = x.reshape(math.prod(batch), x.shape[-1])
         y = self.base(x)
         # Gate and scale multiply the activations of size rank, where this costs least.
         update = (self.gated_scale() * (self.dropout(x) @ self.lora_a)) @ self.lora_b
         if "lora_bias" in self:
             update = update + self.gated_bias()
-        return y + update.astype(y.dtype)
+        return (y + update.astype(y.dtype)).reshape(*batch, y.shape[-1])
 
 
 class LoRAEmbedding(AdapterLayer):

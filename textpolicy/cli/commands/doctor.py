@@ -48,6 +48,13 @@ def _threads_text(threads: Mapping[str, float] | None) -> Iterator[str]:
         yield ONE_IS_FASTER
 
 
+def _few_rows_text(blas: Mapping[str, Any]) -> str:
+    if blas["few_rows"]:
+        return "loops compiled for this processor multiply few rows"
+    reason = blas["few_rows_reason"]
+    return f"a C compiler would make decoding of few rows faster: {reason}" if reason else ""
+
+
 def _for_people(data: Mapping[str, Any]) -> str:
     blas = data["blas"]
     rows = [
@@ -59,7 +66,7 @@ def _for_people(data: Mapping[str, Any]) -> str:
         ("memory", size_text(data["memory_bytes"])),
         ("CPU products", f"{blas['name']}: {blas['gflops']} GFLOP/s in float32"),
         *(("", text) for text in _threads_text(data["threads"])),
-        *(("", note) for note in (blas["reason"], blas["hint"]) if note),
+        *(("", note) for note in (blas["reason"], blas["hint"], _few_rows_text(blas)) if note),
         ("tiny model", "present" if data["tiny_model"] else f"MISSING: no {_TINY}; reinstall"),
         ("ray", data["ray"] or _NO_RAY),
         ("verdict", "ready" if data["usable"] else "not usable yet"),
