@@ -26,7 +26,7 @@ def compiled() -> None:
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 15, 16, 17, 48, 49])
 @pytest.mark.parametrize("columns", [1, 6, 63, 256])
-@pytest.mark.parametrize("inner", [127, 128, 133, 576])
+@pytest.mark.parametrize("inner", [63, 64, 133, 576])
 def test_products_equal_those_of_numpy(rows, columns, inner):
     rng = np.random.default_rng(rows * columns + inner)
     x = rng.normal(size=(rows, inner)).astype(np.float32)
@@ -93,7 +93,7 @@ def test_few_rows_reach_the_compiled_loops_and_many_rows_the_blas(tmp_path):
     multiply(16)
     assert calls == [] and (out[:16] == 256).all() and (out[16:] == 0).all()
     multiply(64)
-    multiply(1, inner=64)
+    multiply(1, inner=63)
     multiply(1, transposed=111)
     assert calls == [64, 1, 1]
 

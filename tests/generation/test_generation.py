@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from collections import Counter
 
 import mlx.core as mx
@@ -14,7 +15,8 @@ from tests.logprobs import token_logprobs
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
 from textpolicy.generation.decode import decode
-from textpolicy.generation.decoding_batch import DecodingRow
+from textpolicy.generation.decode_step import next_logits
+from textpolicy.generation.decoding_batch import DecodingRow, merge_batches
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prefill import prefill_prompts
 from textpolicy.generation.prompts import check_prompt, encode_prompt
@@ -259,6 +261,28 @@ def test_the_cache_builds_a_mask_only_if_a_row_is_padded(loaded):
     assert cache.make_mask(1) is None
     cache.extend(mask_after([1, 2, 3]))
     assert cache.make_mask(1)[0, 0, 0].tolist() == [False, True, True]
+
+
+def test_rows_are_dropped_and_the_next_step_is_built_while_the_device_computes(loaded):
+    """Reading any number back would wait for all the work in flight, here some seconds of it."""
+    model, _ = loaded
+    batch = prefill_prompts(model, [[row_of([1, 2, 3])], [row_of([4, 5])], [row_of([6])]])
+    more = prefill_prompts(model, [[row_of([7, 8, 9, 10])]])
+    mx.eval(batch.last_tokens, more.last_tokens, model.parameters())
+    square = work = mx.random.normal((1200, 1200))
+    for _ in range(15):
+        work = mx.softmax(work @ square)
+    # The tokens, and all that is computed from the caches, depend on the work in flight.
+    for layer in (*batch.cache, *more.cache):
+        layer.keys = layer.keys + 0 * work[0, 0]
+    batch.last_tokens = batch.last_tokens + (0 * work[0, 0]).astype(mx.uint32)
+    mx.async_eval(work)
+    merged = merge_batches(batch.keep_rows([0, 2]), more)
+    logits = next_logits(model, merged)
+    built = time.perf_counter()
+    mx.eval(work)
+    assert time.perf_counter() - built > 0.01
+    assert logits.shape[0] == 3 and bool(mx.isfinite(logits).all())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@
 enum { ROW_MAJOR = 101, AS_STORED = 111, TRANSPOSED = 112 };
 
 /* Shorter sums than this spend their time on adding up the lanes of a vector. */
-enum { SHORTEST_SUM = 128 };
+enum { SHORTEST_SUM = 64 };
 /* Smaller products than this take less time than to wake a thread. */
 enum { SMALLEST_SHARED = 1 << 17 };
 

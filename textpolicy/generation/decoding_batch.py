@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -218,13 +218,14 @@ def merge_batches(first: DecodingBatch | None, second: DecodingBatch) -> Decodin
 
 
 class DecodingCache(BatchKVCache):
-    """A `BatchKVCache` that builds a mask only when a row is padded.
+    """A `BatchKVCache` that knows how far each row is padded without asking the device.
 
-    On a CPU, the mask of mlx-lm's cache costs a tenth of a decode step, and most positions of a
-    short prompt's cache are unused, so they are not copied.
+    On a CPU, the mask of mlx-lm's cache costs a tenth of a decode step, so it is built only when a
+    row is padded. Most positions of a short prompt's cache are unused, so they are not copied.
     """
 
-    _padded: bool | None = None
+    # None until the device has been asked.
+    _padding: list[int] | None = None
 
     @classmethod
     def repeat_prompts(
@@ -238,9 +239,8 @@ class DecodingCache(BatchKVCache):
         # Cut off the unused positions before they are copied for every row.
         rows.state = keys[..., :used, :], values[..., :used, :], offset, padding, used
         rows.filter(owner)
-        keys, values, *rest = rows.state
         unused = [(0, 0), (0, 0), (0, room), (0, 0)]
-        rows.state = mx.pad(keys, unused), mx.pad(values, unused), *rest
+        rows.keys, rows.values = mx.pad(rows.keys, unused), mx.pad(rows.values, unused)
         return rows
 
     @property
@@ -251,27 +251,40 @@ class DecodingCache(BatchKVCache):
     @state.setter
     def state(self, v: Any) -> None:
         self.keys, self.values, self.offset, self.left_padding, self._idx = v
-        self._padded = None
+        self._padding = None
+
+    @property
+    def padding(self) -> list[int]:
+        """The number of unused positions before each row."""
+        if self._padding is None:
+            self._padding = cast(list[int], self.left_padding.tolist())
+        return self._padding
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:
         """Return None if each row adds one position and may attend to every key."""
-        if N == 1 and kwargs.get("window_size") is None and not self._is_padded():
+        if N == 1 and kwargs.get("window_size") is None and not any(self.padding):
             return None
         return super().make_mask(N, return_array, **kwargs)
 
-    def filter(self, batch_indices: Any) -> None:
-        super().filter(batch_indices)
-        self._padded = None
+    def filter(self, batch_indices: Int[mx.array, " rows"]) -> None:
+        """Keep these rows, and cut off the positions that all of them leave unused."""
+        padding = [self.padding[index] for index in cast(list[int], batch_indices.tolist())]
+        unused = min(padding)
+        self.keys = self.keys[batch_indices][..., unused:, :]
+        self.values = self.values[batch_indices][..., unused:, :]
+        self.offset = self.offset[batch_indices]
+        self.left_padding = self.left_padding[batch_indices] - unused
+        self._idx -= unused
+        self._padding = [number - unused for number in padding]
 
     def extend(self, other: BatchKVCache) -> None:
+        """Add the rows of the other cache."""
+        theirs = other.padding if isinstance(other, DecodingCache) else other.left_padding.tolist()
+        both = (self._idx, self.padding), (other._idx, cast(list[int], theirs))
+        longest = max(self._idx, other._idx)
         super().extend(other)
-        self._padded = None
+        self._padding = [number + longest - used for used, rows in both for number in rows]
 
     def finalize(self) -> None:
         super().finalize()
-        self._padded = None
-
-    def _is_padded(self) -> bool:
-        if self._padded is None:
-            self._padded = bool(self.left_padding.any())
-        return self._padded
+        self._padding = None
