@@ -58,12 +58,14 @@ def use_fast_functions(model: nn.Module) -> None:
     if mx.default_device().type != mx.cpu:
         return
     for module in model.modules():
-        module.__class__ = FastRoPE if type(module) is nn.RoPE else _faster_class(type(module))
+        module.__class__ = _faster_class(type(module))
 
 
 @cache
 def _faster_class(layer: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass that calls the faster functions, or the class if it calls none of them."""
+    if layer is nn.RoPE:
+        return FastRoPE
     call: Any = layer.__call__
     if not isinstance(call, FunctionType):
         return layer

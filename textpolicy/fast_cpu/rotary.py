@@ -5,7 +5,7 @@ of each layer, by thirty operations. In a decode step all layers are at the same
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -49,7 +49,7 @@ _STEP: ContextVar[_Step | None] = ContextVar("step", default=None)
 
 
 @contextmanager
-def one_step(positions: Sequence[Int[mx.array, " rows"]]) -> Iterator[None]:
+def one_step(positions: Sequence[Int[mx.array, " rows"]]) -> Generator[None]:
     """Say that these arrays, one of each layer, have equal positions, with one token for each row.
 
     Without any array, the layers compute their angles themselves.

@@ -1,0 +1,275 @@
+"""Compare the time of a decode step with other generators and with the limit of the machine.
+
+    make real-model
+    python benchmarks/decode.py --output benchmarks/results/decode.json
+    python benchmarks/decode.py --page docs/benchmarks.md
+
+Prompts are 64 random tokens, and every row is decoded to the end on every side. The prompts are
+read before the time starts: of transformers, the time of a call that draws one token is taken off.
+"ours" draws with a random key for each row and keeps the log-probability of each token;
+"ours_with_lora" has unmerged LoRA of rank 8 on every linear layer; "mlx_lm" is mlx-lm's
+`BatchGenerator`, with the same products; "products" are the matrix products of a step alone.
+"ours_by_openblas" is a process in which OpenBLAS multiplies few rows too.
+
+No step can be faster than the limit: the time in which memory gives all weights once, or the time
+of all multiplications, whichever is longer. Both speeds are measured in the same run, by dot
+products of long vectors and by the product of two matrices.
+
+The sides take turns. The script reports medians, quartiles, and ratios of medians. transformers
+runs in an environment of its own, `build/peers/trl`; see grpo_step.py.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from grpo_step import LibraryProcess, find_interpreters, running
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.sample_utils import make_sampler
+from pages import write_page
+from setting import setting
+
+from textpolicy import fast_cpu
+from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.generation.decoding_batch import DecodingRow
+from textpolicy.generation.engine import Engine
+from textpolicy.generation.mlx_generation import load_model
+from textpolicy.generation.sampling import random_keys
+from textpolicy.types import Sampling
+
+HERE = Path(__file__).parent
+MODEL = HERE.parent / "build" / "smollm2-135m"
+RECORD = HERE / "results" / "decode.json"
+ROWS = (1, 8, 32)
+PROMPT, STEPS = 64, 32
+MARK = "<!-- tables of decode.py -->"
+COLUMNS = {
+    "ours": "TextPolicy",
+    "ours_with_lora": "with LoRA",
+    "ours_by_openblas": "by OpenBLAS alone",
+    "mlx_lm": "mlx-lm",
+    "transformers": "transformers",
+    "products": "products",
+}
+
+Seconds = Callable[[], float]
+"""Decodes all steps once; returns the seconds of one step."""
+
+
+def prompts(rows: int, vocabulary: int) -> list[list[int]]:
+    """Return random tokens, the same for every side."""
+    drawn = np.random.default_rng(0).integers(vocabulary // 2, size=(rows, PROMPT))
+    return drawn.tolist()
+
+
+def ours(model: nn.Module, texts: Sequence[list[int]]) -> float:
+    engine = Engine(model)
+    keys = random_keys(0, [(number, 0) for number in range(len(texts))])
+    sampling = Sampling(max_tokens=1 + STEPS, temperature=1.0)
+    for text, key in zip(texts, keys, strict=True):
+        engine.submit([DecodingRow(context=text, sampling=sampling, stop=lambda _: None, key=key)])
+    engine.step()
+    started = time.perf_counter()
+    while engine.can_step:
+        engine.step()
+    return (time.perf_counter() - started) / STEPS
+
+
+def mlx_lm(model: nn.Module, texts: Sequence[list[int]]) -> float:
+    rows = len(texts)
+    generator = BatchGenerator(
+        model,
+        max_tokens=1 + STEPS,
+        sampler=make_sampler(temp=1.0),
+        completion_batch_size=rows,
+        prefill_batch_size=rows,
+    )
+    generator.insert([*texts])
+    drawn, started = 0, 0.0
+    while drawn < rows * (1 + STEPS):
+        drawn += len(generator.next()[1])
+        if drawn == rows:
+            started = time.perf_counter()
+    seconds = time.perf_counter() - started
+    generator.close()
+    return seconds / STEPS
+
+
+def matrices(model: nn.Module) -> list[mx.array]:
+    """Return the weights of all products of a step; the embedding table is also the head."""
+    named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    return [weight for _, weight in named if weight.ndim == 2]
+
+
+def products(model: nn.Module, rows: int) -> float:
+    weights = matrices(model)
+    inputs = [mx.random.normal((rows, weight.shape[1])) for weight in weights]
+    mx.eval(inputs)
+    started = time.perf_counter()
+    for _ in range(4):
+        mx.eval([x @ weight.T for x, weight in zip(inputs, weights, strict=True)])
+    return (time.perf_counter() - started) / 4
+
+
+def transformers(side: LibraryProcess) -> float:
+    parts = side.step()
+    return (parts["prompt and steps"] - parts["prompt"]) / STEPS
+
+
+def bytes_a_second(threads: int) -> float:
+    """Return how fast memory gives numbers: dot products of vectors of 64 MB, by all threads."""
+    vectors = [np.ones(2**24, np.float32) for _ in range(threads)]
+
+    def read(vector: np.ndarray) -> None:
+        for half in (vector[: 2**23], vector[2**23 :]):
+            np.dot(half, half)
+
+    best = float("inf")
+    for _ in range(5):
+        workers = [threading.Thread(target=read, args=(vector,)) for vector in vectors]
+        started = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = min(best, time.perf_counter() - started)
+    return threads * 2**26 / best
+
+
+def limit(weights: int, rows: int, threads: int) -> dict[str, float]:
+    """Return the shortest time of a step, and what it is measured from."""
+    speed, memory = fast_cpu.measure_gflops() * 1e9, bytes_a_second(threads)
+    return {
+        "gflops": round(speed / 1e9, 1),
+        "gigabytes_a_second": round(memory / 1e9, 1),
+        "milliseconds": 1000 * max(4 * weights / memory, 2 * weights * rows / speed),
+    }
+
+
+def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """Let all sides take turns; return the times of a step and their ratios."""
+    model, _ = load_model(options.model)
+    adapted, _ = load_model(options.model)
+    container = AdapterContainer.from_model(adapted, AdapterConfig(rank=8, scale=2.0))
+    container.swap({name: a + 0.01 for name, a in container.parameters().items()})
+    shapes = [weight.shape for weight in matrices(model)]
+    texts = prompts(rows, shapes[0][0])
+    task = {"model": str(options.model), "prompts": texts, "steps": STEPS}
+    task |= {"threads": options.threads}
+    sides: dict[str, Seconds] = {
+        "ours": partial(ours, model, texts),
+        "ours_with_lora": partial(ours, adapted, texts),
+        "mlx_lm": partial(mlx_lm, model, texts),
+        "products": partial(products, model, rows),
+    }
+    with ExitStack() as stack:
+        for name, process in other_processes(stack, task):
+            sides[name] = partial(transformers, process)
+        for side in sides.values():
+            side()
+        turns = [{name: side() for name, side in sides.items()} for _ in range(options.runs)]
+    bound = limit(sum(a * b for a, b in shapes), rows, options.threads)
+    times = {name: sorted(1000 * turn[name] for turn in turns) for name in sides}
+    medians = {name: statistics.median(some) for name, some in times.items()}
+    return {
+        "rows": rows,
+        "milliseconds": {name: round(median, 1) for name, median in medians.items()},
+        "quartiles": {name: quartiles(some) for name, some in times.items()},
+        "others_over_ours": {
+            name: round(medians[name] / medians["ours"], 2)
+            for name in ("mlx_lm", "ours_by_openblas", "transformers")
+            if name in medians
+        },
+        "fraction_in_products": round(medians["products"] / medians["ours"], 2),
+        "limit": bound,
+        "fraction_of_the_limit": {
+            name: round(bound["milliseconds"] / median, 3) for name, median in medians.items()
+        },
+    }
+
+
+def other_processes(stack: ExitStack, task: Any) -> Iterator[tuple[str, LibraryProcess]]:
+    """Start transformers if it is installed, and this library without its compiled loops."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    (folder / "task.json").write_text(json.dumps(task))
+    found = find_interpreters(["trl"])
+    pythons = {"ours_by_openblas": found["ours"]}
+    pythons |= {"transformers": found["trl"]} if "trl" in found else {}
+    for name, python in pythons.items():
+        yield name, stack.enter_context(running(name, python, folder / "task.json"))
+
+
+def tables(results: Sequence[Any]) -> str:
+    """Return the record as tables: milliseconds of a step, and the ratios."""
+    names = [name for name in COLUMNS if name in results[0]["milliseconds"]]
+    lines = [f"| rows | {' | '.join(COLUMNS[name] for name in names)} | limit |"]
+    lines += ["|---" * (len(names) + 2) + "|"]
+    for one in results:
+        cells = [cell(one["milliseconds"][name], one["quartiles"][name]) for name in names]
+        lines.append(
+            f"| {one['rows']} | {' | '.join(cells)} | {one['limit']['milliseconds']:.1f} |"
+        )
+    others = [name for name in names if name in results[0]["others_over_ours"]]
+    lines += ["", f"| rows | {' | '.join(COLUMNS[name] for name in others)} | of the limit |"]
+    lines += ["|---" * (len(others) + 2) + "|"]
+    for one in results:
+        ratios = [f"{one['others_over_ours'][name]:.2f}" for name in others]
+        share = one["fraction_of_the_limit"]["ours"]
+        lines.append(f"| {one['rows']} | {' | '.join(ratios)} | {share:.0%} |")
+    return "\n".join(lines)
+
+
+def cell(median: float, spread: Sequence[float]) -> str:
+    return f"{median:.1f} ({spread[0]:.1f} to {spread[1]:.1f})"
+
+
+def quartiles(times: Sequence[float]) -> list[float]:
+    first, _, third = statistics.quantiles(times, n=4)
+    return [round(first, 1), round(third, 1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, help="a folder (default: SmolLM2)")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="separated by commas")
+    parser.add_argument("--runs", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object to a file")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the record's tables there")
+    options = parser.parse_args()
+    if options.page:
+        write_page(options.page, MARK, tables(json.loads(RECORD.read_text())["results"]))
+        return
+    if options.runs < 2:
+        parser.error(f"--runs is {options.runs}; expected at least 2")
+    if fast_cpu.enable().threads:
+        fast_cpu.set_threads(options.threads)
+    found = [compare(options, int(rows)) for rows in options.rows.split(",")]
+    asked = {
+        "runs": options.runs,
+        "model": options.model.name,
+        "few_rows": fast_cpu.enable().few_rows,
+    }
+    record = {"setting": setting() | asked, "results": found}
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Decode steps of transformers: `generate` after random tokens, where only the last step ends."""
+
+from typing import Any
+
+import torch
+import transformers
+from protocol import Steps, read_task
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    steps, task = Steps(), read_task()
+    torch.set_num_threads(task["threads"])
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    prompts = torch.tensor(task["prompts"])
+
+    def generate(tokens: int) -> Any:
+        made = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=0,
+        )
+        assert made.shape[1] == prompts.shape[1] + tokens
+
+    generate(2)
+    steps.ready(torch=torch.__version__, transformers=transformers.__version__)
+    while steps.wait():
+        generate(1)
+        steps.lap("prompt")
+        generate(1 + task["steps"])
+        steps.lap("prompt and steps")
+        steps.done()
+    steps.end()
+
+
+if __name__ == "__main__":
+    main()
