@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 INSTALLED_AS = {"textpolicy": "textpolicy", "envs": "textpolicy_envs"}
 MOST_BYTES = 5_000_000
-# What the package is made of: sources, the embedded model, the page of reports, new projects.
+# Sources, the loops that are compiled on the machine, the embedded model, reports, new projects.
 SUFFIXES = {".py", ".typed", ".md", ".json", ".jinja", ".safetensors", ".toml", ".jsonl", ".txt"}
-SUFFIXES |= {".html", ".js", ".css"}
+SUFFIXES |= {".html", ".js", ".css", ".c"}
 
 
 @pytest.fixture(scope="module")

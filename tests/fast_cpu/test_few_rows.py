@@ -158,6 +158,17 @@ def test_a_compiler_that_fails_is_named_with_its_last_line(tmp_path):
 
 
 @pytest.mark.usefixtures("compiled")
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path):
+    folder = tmp_path / "textpolicy"
+    folder.mkdir()
+    folder.chmod(0o777)
+    fast, few, right, said = few_rows_in_a_fresh_process(tmp_path)
+    assert (fast, few, right) == ("True", "False", "True")
+    assert said == f"others than you could change the files in {folder}"
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("compiled")
 def test_a_kept_file_that_is_torn_is_declined(tmp_path):
     folder = tmp_path / "textpolicy"
     folder.mkdir()

@@ -19,6 +19,7 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _COMPILERS = ("cc", "gcc", "clang")
 _NATIVE = {"aarch64": "-mcpu=native"}
 _SECONDS = 60
+_WRITABLE_BY_OTHERS = 0o022
 # OpenMP's threads poll for their next product about as long as those of OpenBLAS do, then sleep.
 _POLLING = ("GOMP_SPINCOUNT", "1500")
 
@@ -45,7 +46,7 @@ def load_product(others: int, thread_count: int) -> int:
 def _load() -> ctypes.CDLL:
     try:
         return _open(compiled_loops(_cache_folder()))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise NotCompiled(f"the compiled loops cannot be kept or opened: {error}") from None
 
 
@@ -61,6 +62,9 @@ def compiled_loops(folder: Path) -> Path:
 def _cache_folder() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "textpolicy"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & _WRITABLE_BY_OTHERS:
+        raise NotCompiled(f"others than you could change the files in {folder}")
     return folder
 
 
