@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int
 
-Heads = Float[mx.array, "*rows heads time width"]
+RowsOfHeads = Float[mx.array, "*rows heads time width"]
 Angles = Float[mx.array, "rows 1 1 2 half"]
 
 
@@ -64,7 +64,7 @@ def one_step(positions: Sequence[Int[mx.array, " rows"]]) -> Generator[None]:
 class FastRoPE(nn.RoPE):
     """`nn.RoPE`, which takes the angles of a decode step from the step."""
 
-    def __call__(self, x: Heads, offset: Any = 0) -> Heads:
+    def __call__(self, x: RowsOfHeads, offset: Any = 0) -> RowsOfHeads:
         step = _STEP.get()
         whole = x.dtype == mx.float32 and x.shape[-1] == self.dims and not self.traditional
         if step is None or not whole or not step.begins_at(offset):
