@@ -86,7 +86,8 @@ def test_eval_names_the_file_whose_rows_it_measures(answer, folder, capsys):
     assert (
         "100% of the greedy answers of base are cut off at 1 tokens; --max-tokens allows" in shown
     )
-    first = answer("eval", "--data", "train.jsonl", *HELD_OUT, "--count", "3")
+    whole_path = ("--eval-data", str(folder / "heldout.jsonl"))
+    first = answer("eval", "--data", "train.jsonl", *whole_path, *ASKED, "--count", "3")
     assert first["measured"] == "the first 3 tasks of heldout.jsonl"
     tenth = answer("eval", "--data", "train.jsonl", *ASKED)
     assert tenth["measured"] == "1 held-out tasks of train.jsonl"

@@ -64,8 +64,8 @@ def next_after_check(
         shots = changed(config, {"task.few_shot": _EXAMPLES})
         return Advice("Show the model solved tasks", _check_line(shots, options))
     return Advice(
-        "Take easier rows, give part of the reward to answers that are partly right, or choose "
-        "another task of the list",
+        "Take easier rows, give part of the reward to answers that are partly right, show the "
+        "model demonstrations first (textpolicy sft), or choose another task of the list",
         "textpolicy envs",
     )
 

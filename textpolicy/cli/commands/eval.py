@@ -186,8 +186,14 @@ def _describe_measured(task: TaskOptions, heldout: HeldOut, count: int) -> str:
     tasks = f"the first {number}" if number == count else str(number)
     if task.eval_data:
         read_by = f", as tasks of {heldout.name}" if task.env else ""
-        return f"{tasks} tasks of {task.eval_data}{read_by}"
-    return f"{tasks} held-out tasks of {task.data if task.data and not task.env else heldout.name}"
+        return f"{tasks} tasks of {_short_address(task.eval_data)}{read_by}"
+    named = _short_address(task.data) if task.data and not task.env else heldout.name
+    return f"{tasks} held-out tasks of {named}"
+
+
+def _short_address(data: str) -> str:
+    """Return the address of rows as a person would type it; a run has kept the whole path."""
+    return short_path(Path(data)) if Path(data).exists() else data
 
 
 def _data(result: _Result) -> dict[str, Any]:
