@@ -1,8 +1,10 @@
 """Alarms go off in runs that collapse and in no other run; the best adapter is kept."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import mlx.core as mx
 import pytest
@@ -11,11 +13,16 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.adapters.files.adapter_file import read_adapter_file
 from textpolicy.cli import main
 from textpolicy.cli.commands.train import describe_result
+from textpolicy.config import TrainConfig, changed
+from textpolicy.config.train import ModelOptions
 from textpolicy.experiment import Measurement, RunResult
+from textpolicy.experiment.model_defaults import default_rate_of, with_model_defaults
 from textpolicy.machine import MemoryPressure, memory_bytes
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor, low_disk, low_memory
+from textpolicy.tracking.alarm_advice import LearningSettings
+from textpolicy.tracking.alarms import ALARM_METRICS, AlarmMonitor
 from textpolicy.tracking.best import BestAdapter
+from textpolicy.tracking.machine_signs import low_disk, low_memory
 
 RECORDED = Path(__file__).parents[1] / "golden" / "collapse"
 # The step by which each collapse must set off an alarm. A high learning rate ruins a policy at
@@ -117,6 +124,69 @@ def test_a_reward_that_varies_with_the_tasks_has_not_fallen():
 
     assert names(steps(*[0.5, 0.6] * 40)) == set()
     assert names(steps(*[0.6] * 20, *[0.5] * 20)) == {"reward"}
+
+
+def sampled(chances, groups, size, seed):
+    """Yield steps of tasks of which half can be solved, each sample with its step's chance."""
+    rng = random.Random(seed)
+    for chance in chances:
+        rewards = [
+            [float(rng.random() < solvable) for _ in range(size)]
+            for solvable in (rng.choice((0.0, chance)) for _ in range(groups))
+        ]
+        yield STEADY | {
+            "reward": fmean(map(fmean, rewards)),
+            "reward_std": fmean(map(pstdev, rewards)),
+            "frac_reward_zero_std": fmean(len(set(one)) == 1 for one in rewards),
+        }
+
+
+def first_alarm(steps, groups):
+    monitor = AlarmMonitor(settings=LearningSettings(groups_per_step=groups))
+    return next((step for step, one in enumerate(steps) if monitor.check(step, one)), None)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 4), (2, 4), (4, 8)])
+def test_the_noise_of_few_groups_is_no_fall_and_a_fall_is_still_noticed(groups, size):
+    for seed in range(15):
+        steady = sampled([0.6] * 80, groups, size, seed)
+        assert first_alarm(steady, groups) is None
+    falls = [sampled([0.9] * 100 + [0.0] * 120, groups, size, seed) for seed in range(5)]
+    assert all(100 <= (first_alarm(steps, groups) or 0) < 220 for steps in falls)
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "Lower the learning rate. Add a KL divergence (--beta). Check"),
+        (
+            {"lr": 1e-2, "default_lr": 5e-4, "beta": 0.0},
+            "Lower the learning rate: it is 0.01, and the default for this model is 0.0005. Add a",
+        ),
+        (
+            {"lr": 3e-4, "default_lr": 3e-4, "beta": 0.04},
+            "Lower the learning rate, for example by --lr 0.0001. Raise the weight of the KL "
+            "divergence (--beta, now 0.04)",
+        ),
+        (
+            {"lr": 1e-5, "default_lr": 3e-4, "groups_per_step": 8},
+            "The learning rate is 1e-05, far below the default of 0.0003 for this model, so "
+            "another cause is more likely. Sample more groups a step (--groups-per-step, now 8)",
+        ),
+    ],
+)
+def test_the_advice_of_an_alarm_fits_the_settings(settings, advice):
+    monitor = AlarmMonitor(settings=LearningSettings(**settings))
+    steps = enumerate(turning(reward=0.1))
+    (alarm,) = [alarm for step, one in steps for alarm in monitor.check(step, one)]
+    assert alarm.advice.startswith(advice)
+    assert alarm.advice.endswith("Check that each reward belongs to its completion")
+
+
+def test_the_default_rate_of_a_model_is_the_one_that_a_run_takes(tiny):
+    assert default_rate_of(ModelOptions(name="tiny")) == TrainConfig().trainer.lr
+    config = changed(TrainConfig(), {"model.name": str(tiny)})
+    assert default_rate_of(config.model) == with_model_defaults(config).trainer.lr
 
 
 def test_an_alarm_is_reported_once_and_its_metric_is_1_while_the_sign_is_present():

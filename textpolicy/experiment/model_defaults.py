@@ -36,6 +36,12 @@ def with_model_defaults(config: TrainConfig) -> TrainConfig:
     return changed(config, free)
 
 
+def default_rate_of(options: ModelOptions) -> float:
+    """Return the learning rate of a run with this model that sets none."""
+    defaults = {} if options.name == "tiny" else defaults_of(size_of(options))
+    return float(defaults.get("trainer.lr", TrainConfig().trainer.lr))
+
+
 def size_of(options: ModelOptions) -> ModelSize:
     """Return the size of a model by its config.json. Weights count as before quantization."""
     architecture = read_architecture_file(find_model(options.name))

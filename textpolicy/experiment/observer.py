@@ -9,8 +9,10 @@ from textpolicy.experiment.watchdog import Watchdog
 from textpolicy.loop import StepReport
 from textpolicy.machine import MemoryPressure
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.alarms import AlarmMonitor, low_disk, low_memory
+from textpolicy.tracking.alarm_advice import LearningSettings
+from textpolicy.tracking.alarms import AlarmMonitor
 from textpolicy.tracking.best import BestAdapter
+from textpolicy.tracking.machine_signs import low_disk, low_memory
 from textpolicy.tracking.run_history import describe_scores
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.tracking.tracker import Tracker
@@ -40,6 +42,7 @@ class StepObserver:
         stop_on_alarm: bool,
         watchdog: Watchdog,
         keep_adapters: int,
+        learning: LearningSettings | None = None,
     ) -> None:
         self._directory = directory
         self._tracker = tracker
@@ -51,7 +54,7 @@ class StepObserver:
         self._watchdog = watchdog
         self._keep_adapters = keep_adapters
         self._before: Mapping[str, float] = {}
-        self._monitor = AlarmMonitor()
+        self._monitor = AlarmMonitor(settings=learning)
         self._pressure = MemoryPressure.now()
         self._evaluated: Metrics = {}
         self.alarms: list[str] = []

@@ -18,6 +18,7 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.events import Measurement, Reporter, RunResult
 from textpolicy.experiment.first_prompt import describe_prompt
+from textpolicy.experiment.model_defaults import default_rate_of
 from textpolicy.experiment.observer import MEASURED, StepObserver
 from textpolicy.experiment.resuming import Start, save_options
 from textpolicy.experiment.tasks import find_task
@@ -30,6 +31,7 @@ from textpolicy.rollout.executors.executor import Executor
 from textpolicy.rollout.executors.in_process import InProcessExecutor
 from textpolicy.rollout.executors.ranks import RankedExecutor
 from textpolicy.runs import RunDirectory
+from textpolicy.tracking.alarm_advice import LearningSettings
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoint
@@ -164,6 +166,12 @@ def _open_observer(
         stop_on_alarm=config.run.stop_on_collapse,
         watchdog=watchdog,
         keep_adapters=config.run.keep_adapters,
+        learning=LearningSettings(
+            groups_per_step=config.rollout.groups_per_step,
+            lr=config.trainer.lr,
+            default_lr=default_rate_of(config.model),
+            beta=config.algorithm.beta,
+        ),
     )
 
 

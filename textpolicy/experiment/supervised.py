@@ -22,7 +22,8 @@ from textpolicy.experiment.watchdog import Watchdog, watch
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.machine import MemoryPressure
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.alarms import Alarm, low_memory
+from textpolicy.tracking.alarms import Alarm
+from textpolicy.tracking.machine_signs import low_memory
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.training.sft import (
     SaveReport,

@@ -7,13 +7,13 @@ loses most of its reward or entropy within some tens of steps.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from math import hypot
-from pathlib import Path
-from statistics import fmean, pstdev
+from math import ceil, hypot, sqrt
+from statistics import fmean, stdev
 
-from textpolicy.machine import MemoryPressure, free_disk_bytes, memory_bytes, size_text
+from textpolicy.tracking.alarm_advice import LearningSettings
+from textpolicy.tracking.machine_signs import Sign
 from textpolicy.types import Metrics
 
 REWARD = "reward"
@@ -24,10 +24,6 @@ _LENGTH = "completions/mean_length"
 _CLIPPED = "completions/clipped_ratio"
 _NOT_FINITE = "update_skipped/not_finite"
 _EVALUATED, _EVALUATION_ERROR = "eval/reward", "eval/standard_error"
-# A disk with room for fewer further checkpoints is nearly full.
-_CHECKPOINTS_LEFT = 10
-# The share of the memory that all programs may move to swap during a run.
-_SWAPPED_SHARE = 1 / 50
 ALARM_METRICS = (REWARD, _REWARD_STD, _ENTROPY, _ZERO_STD, _LENGTH, _CLIPPED)
 
 
@@ -39,6 +35,9 @@ class AlarmThresholds:
     """Steps before learning shows. Few, because a run with a high rate is lost after ten steps."""
     window: int = 10
     """Steps in a rolling mean. With 16 groups of 8, the mean of a 0/1 reward is known to 0.02."""
+    groups_per_step: int = 8
+    """The groups for which these numbers of steps are enough. A run with fewer groups a step
+    compares more steps, because the mean of few groups varies with their tasks."""
     entropy_factor: float = 2.0
     """Growth of entropy above which noise hides the reward. A healthy run's entropy falls."""
     entropy_left: float = 0.05
@@ -53,8 +52,9 @@ class AlarmThresholds:
     """Fall from the best rolling mean, in units of the standard deviation of rewards in a group,
     because rewards have no common scale."""
     noise_factor: float = 2.0
-    """Standard deviations of reward between the steps of the window that a fall must exceed,
-    because the mean reward also varies with the tasks of a step."""
+    """Standard deviations of reward between steps that a fall must exceed, because the mean reward
+    also varies with the tasks of a step. The larger one of the best and the last steps counts: a
+    reward that was rare and is gone has none in the last steps."""
     heldout_fall: float = 2.0
     """Standard errors that the held-out reward must fall from its best to be an alarm."""
 
@@ -81,8 +81,20 @@ class Alarm:
         )
 
 
-_Sign = tuple[str, str, str]
-"""The fields `got`, `expected` and `advice` of an alarm."""
+@dataclass(frozen=True, kw_only=True)
+class _Level:
+    """The mean reward of several steps, and its standard deviation between these steps."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, steps: Collection[Metrics]) -> "_Level":
+        rewards = [step[REWARD] for step in steps]
+        count = len(rewards)
+        # The deviation between few steps is known badly, and is often larger.
+        deviation = stdev(rewards) * count / (count - 1) if count > 1 else 0.0
+        return cls(mean=fmean(rewards), deviation=deviation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +106,7 @@ class _Trend:
     best: float
     spread: float
     noise: float
+    settings: LearningSettings
 
     @property
     def reward_fell(self) -> bool:
@@ -111,7 +124,7 @@ class _HeldOutTrend:
     last_error: float = 0.0
     last_training: float = float("-inf")
 
-    def sign(self, limits: AlarmThresholds) -> _Sign | None:
+    def sign(self, limits: AlarmThresholds) -> Sign | None:
         """Return the sign of a held-out reward that falls while the training reward rises."""
         least = self.best - limits.heldout_fall * hypot(self.best_error, self.last_error)
         if self.last >= least or self.last_training <= self.best_training:
@@ -128,31 +141,39 @@ class _HeldOutTrend:
 class AlarmMonitor:
     """Checks the metrics of each step and reports each alarm once.
 
-    Steps without reward are not compared with other steps.
+    Steps without reward are not compared with other steps. The `settings` of the run decide how
+    many steps are compared, and what an alarm advises.
     """
 
-    def __init__(self, limits: AlarmThresholds | None = None) -> None:
+    def __init__(
+        self, limits: AlarmThresholds | None = None, settings: LearningSettings | None = None
+    ) -> None:
         self.limits = limits or AlarmThresholds()
+        self._settings = settings or LearningSettings()
         self._first: list[Metrics] = []
-        self._last: deque[Metrics] = deque(maxlen=self.limits.window)
-        self._best = self._spread = 0.0
+        each = self._settings.groups_per_step or self.limits.groups_per_step
+        self._share = min(1.0, each / self.limits.groups_per_step)
+        self._first_steps = ceil(self.limits.first_steps / self._share)
+        self._last: deque[Metrics] = deque(maxlen=ceil(self.limits.window / self._share))
+        self._best = _Level(mean=0.0, deviation=0.0)
+        self._spread = 0.0
         self._heldout: _HeldOutTrend | None = None
         self._reported: set[str] = set()
-        self._signs: dict[str, _Sign] = {}
+        self._signs: dict[str, Sign] = {}
 
     def check(
         self,
         step: int,
         metrics: Metrics,
         *,
-        disk: _Sign | None = None,
-        memory: _Sign | None = None,
+        disk: Sign | None = None,
+        memory: Sign | None = None,
     ) -> list[Alarm]:
         """Return the alarms that this step sets off for the first time.
 
         `disk` is what `low_disk` returned, and `memory` what `low_memory` returned.
         """
-        now: dict[str, _Sign | None] = {
+        now: dict[str, Sign | None] = {
             "not_finite": _check_not_finite(metrics),
             "disk": disk,
             "memory": memory,
@@ -181,22 +202,27 @@ class AlarmMonitor:
                 self._heldout, last=value, last_error=error, last_training=training
             )
 
-    def _check_trend(self, metrics: Metrics) -> dict[str, _Sign | None]:
+    def _check_trend(self, metrics: Metrics) -> dict[str, Sign | None]:
         """Return the signs of collapse, and None for each sign that is not there."""
         self._last.append(metrics)
-        if len(self._first) < self.limits.first_steps:
+        if len(self._first) < self._first_steps:
             self._first.append(metrics)
-            self._best, self._spread = _mean(self._first, REWARD), _mean(self._first, _REWARD_STD)
-        if len(self._last) < self.limits.window:
+            self._best, self._spread = _Level.of(self._first), _mean(self._first, _REWARD_STD)
+        if len(self._last) < (self._last.maxlen or 0):
             return {}
-        self._best = max(self._best, _mean(self._last, REWARD))
+        last = _Level.of(self._last)
+        self._best = max(self._best, last, key=lambda level: level.mean)
         self._spread = max(self._spread, _mean(self._last, _REWARD_STD))
         trend = _Trend(
             first={name: _mean(self._first, name) for name in ALARM_METRICS},
             last={name: _mean(self._last, name) for name in ALARM_METRICS},
-            best=self._best,
+            best=self._best.mean,
             spread=self._spread,
-            noise=self.limits.noise_factor * pstdev(metrics[REWARD] for metrics in self._last),
+            # The mean of several small steps varies less than each of them.
+            noise=self.limits.noise_factor
+            * sqrt(self._share)
+            * max(self._best.deviation, last.deviation),
+            settings=self._settings,
         )
         return {name: check(trend, self.limits) for name, check in _CHECKS.items()}
 
@@ -205,34 +231,7 @@ class AlarmMonitor:
         return {f"alarm/{name}": float(name in self._signs) for name in (*_CHECKS, *_OTHER_ALARMS)}
 
 
-def low_disk(checkpoints: Path) -> _Sign | None:
-    """Return the sign of a disk that has little room beside the checkpoints in this folder."""
-    sizes = [path.stat().st_size for path in checkpoints.glob("*.safetensors")]
-    free, needed = free_disk_bytes(checkpoints), _CHECKPOINTS_LEFT * max(sizes, default=0)
-    if free >= needed:
-        return None
-    return (
-        f"the disk of {checkpoints} has {size_text(free)} free",
-        f"at least {size_text(needed)}, which is {_CHECKPOINTS_LEFT} checkpoints",
-        "Free some space. A run that cannot save a checkpoint ends and can be resumed",
-    )
-
-
-def low_memory(before: MemoryPressure, now: MemoryPressure) -> _Sign | None:
-    """Return the sign of a machine that has begun to swap since the pressure was as before."""
-    swapped, most = now.swapped - before.swapped, int(memory_bytes() * _SWAPPED_SHARE)
-    if swapped <= most and not now.warned:
-        return None
-    warned = ", and macOS warns of memory pressure" if now.warned else ""
-    return (
-        f"{size_text(max(swapped, 0))} were moved to swap since the run began{warned}",
-        f"at most {size_text(most)}, and no warning",
-        "A machine that swaps is slow, and a Mac can freeze. Close other programs, or start a "
-        "smaller run: --checkpoint-gradients, --micro-batch-size 1, fewer --max-tokens",
-    )
-
-
-def _check_not_finite(metrics: Metrics) -> _Sign | None:
+def _check_not_finite(metrics: Metrics) -> Sign | None:
     share = metrics.get(_NOT_FINITE, 0.0)
     if not share:
         return None
@@ -244,38 +243,39 @@ def _check_not_finite(metrics: Metrics) -> _Sign | None:
     )
 
 
-def _check_entropy(trend: _Trend, limits: AlarmThresholds) -> _Sign | None:
+def _check_entropy(trend: _Trend, limits: AlarmThresholds) -> Sign | None:
     first, last = trend.first[_ENTROPY], trend.last[_ENTROPY]
     got = f"{last:.3f} nats a token after {first:.3f} at the beginning"
     if last > (most := limits.entropy_factor * first):
-        return got, f"at most {most:.3f}", "Lower the learning rate, and remove any entropy bonus"
+        advice = f"{trend.settings.about_rate}. Remove any entropy bonus"
+        return got, f"at most {most:.3f}", advice
     if last < (least := limits.entropy_left * first) and trend.reward_fell:
-        advice = "Lower the learning rate, or add a KL divergence (--beta)"
+        advice = f"{trend.settings.about_rate}. {trend.settings.about_kl}"
         return got, f"at least {least:.3f}, because reward fell too", advice
     return None
 
 
-def _check_length(trend: _Trend, limits: AlarmThresholds) -> _Sign | None:
+def _check_length(trend: _Trend, limits: AlarmThresholds) -> Sign | None:
     first, last = trend.first, trend.last
     if last[_CLIPPED] > (most := first[_CLIPPED] + limits.clipped_rise):
         return (
             f"{last[_CLIPPED]:.0%} of completions are cut off, after {first[_CLIPPED]:.0%} at the "
             "beginning",
             f"at most {most:.0%}",
-            "Check whether the reward grows with length. If not, lower the learning rate, or raise "
-            "max_tokens",
+            "Check whether the reward grows with length. If not, raise --max-tokens. "
+            f"{trend.settings.about_rate}",
         )
     least, most = first[_LENGTH] / limits.length_factor, first[_LENGTH] * limits.length_factor
     if trend.reward_fell and not least <= last[_LENGTH] <= most:
         return (
             f"{last[_LENGTH]:.1f} tokens a completion after {first[_LENGTH]:.1f} at the beginning",
             f"{least:.1f} to {most:.1f}, because reward fell too",
-            "Lower the learning rate, and read some completions",
+            f"{trend.settings.about_rate}. Read some completions",
         )
     return None
 
 
-def _check_zero_std(trend: _Trend, limits: AlarmThresholds) -> _Sign | None:
+def _check_zero_std(trend: _Trend, limits: AlarmThresholds) -> Sign | None:
     first, last = trend.first, trend.last
     if last[_ZERO_STD] <= limits.zero_std or not trend.reward_fell:
         return None
@@ -283,20 +283,21 @@ def _check_zero_std(trend: _Trend, limits: AlarmThresholds) -> _Sign | None:
         f"{last[_ZERO_STD]:.0%} of groups have equal rewards, after {first[_ZERO_STD]:.0%} at the "
         f"beginning, and reward fell from {first[REWARD]:.3f} to {last[REWARD]:.3f}",
         f"at most {limits.zero_std:.0%}",
-        "Nothing is left to learn from. Start again from an earlier adapter with a lower learning "
-        "rate",
+        "Nothing is left to learn from. Start again from an earlier adapter. "
+        f"{trend.settings.about_rate}",
     )
 
 
-def _check_reward(trend: _Trend, limits: AlarmThresholds) -> _Sign | None:
+def _check_reward(trend: _Trend, limits: AlarmThresholds) -> Sign | None:
     least = trend.best - max(limits.reward_fall * trend.spread, trend.noise)
     if trend.last[REWARD] >= least:
         return None
+    settings = trend.settings
+    remedy = settings.about_groups if settings.has_low_rate else settings.about_kl
     return (
         f"the mean reward fell to {trend.last[REWARD]:.3f} from {trend.best:.3f} at its best",
         f"at least {least:.3f}",
-        "Lower the learning rate, or add a KL divergence (--beta). If the rate is low already, "
-        "check that each reward belongs to its completion",
+        f"{settings.about_rate}. {remedy}. Check that each reward belongs to its completion",
     )
 
 
