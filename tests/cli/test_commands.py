@@ -102,8 +102,24 @@ def test_comparing_two_runs_shows_only_what_differs(runs, answer, capsys):
     assert main(["runs", *paths]) == 0
     shown = capsys.readouterr().out
     assert "trainer.lr" in shown and "group_size" not in shown
+    assert report["scores"]["held-out reward, last"] == [0.6, 0.2]
+    lines = [line.split() for line in shown.splitlines()]
+    assert lines[0] == ["finished", "stopped"]
+    assert lines[1] == ["held-out", "reward,", "first", "0.2", "0.2"]
+    assert lines[4] == ["steps", "2/2", "1/2"]
+    assert shown.index("steps") < shown.index("settings that differ:") < shown.index("trainer.lr")
+    assert shown.index("trainer.lr") < shown.index("last numbers:")
     assert main(["runs", paths[0], paths[0]]) == 0
     assert "do not differ" in capsys.readouterr().out
+
+
+def test_runs_of_two_kinds_are_compared_by_the_settings_that_both_have(runs, answer, capsys):
+    paths = [str(runs / "finished"), str(runs / "taught")]
+    report = answer("runs", *paths)
+    assert report["scores"]["validation loss, best"] == [None, 0.5]
+    assert None not in [value for values in report["config"].values() for value in values]
+    assert main(["runs", *paths]) == 0
+    assert len(capsys.readouterr().out.splitlines()) < 25
 
 
 def test_a_folder_without_runs_is_an_empty_list_and_a_missing_folder_is_an_error(

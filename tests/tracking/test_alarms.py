@@ -242,6 +242,19 @@ def test_the_best_adapter_is_the_one_that_a_worker_behind_the_trainer_sampled_wi
     assert (best.version, best.value, read_adapter_file(best.path).version) == (1, 0.9, 1)
 
 
+def test_of_equal_evaluations_the_first_or_the_last_adapter_is_the_best(load_tiny, tmp_path):
+    model, _ = load_tiny()
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=2))
+    kept = {}
+    for latest in (False, True):
+        best = BestAdapter(container, tmp_path / f"{latest}.safetensors")
+        for value in (0.5, 0.5, 0.4):
+            best.record_evaluation(value, latest_of_equals=latest)
+            container.swap(dict(container.parameters()))
+        kept[latest] = container.version - best.version
+    assert kept == {False: 3, True: 2}
+
+
 def test_the_summary_says_which_adapters_a_stopped_run_ends_with():
     score = Measurement(name="greedy reward", value=0.5, standard_error=0.1, count=9, step=17)
     result = RunResult(

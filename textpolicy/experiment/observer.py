@@ -128,7 +128,8 @@ class StepObserver:
         if when == "before" and (few := score.few_tasks_note):
             self._report.note(few)
         text, best = f"{when}  {score}  greedy reward on {score.count} held-out tasks", ""
-        if self._every and self.best.record_evaluation(score.reward):
+        # Scores of few tasks are often equal, and more training is what the user asked for.
+        if self._every and self.best.record_evaluation(score.reward, latest_of_equals=True):
             self.best_step = self.steps
             best = ", the best so far" if self._before else ""
         self._directory.keep_latest_adapter()

@@ -77,9 +77,12 @@ class BestAdapter:
         self._recent.append(self._adapters.adapter())
         return better
 
-    def record_evaluation(self, value: float) -> bool:
-        """Take a value of the adapter as it is now; return whether it is the best so far."""
-        if better := value > self.value:
+    def record_evaluation(self, value: float, *, latest_of_equals: bool = False) -> bool:
+        """Take a value of the adapter as it is now; return whether it is the best so far.
+
+        Of equal values the first one is the best, or with `latest_of_equals` the last one.
+        """
+        if better := value > self.value or (latest_of_equals and value == self.value):
             adapter = self._adapters.adapter()
             self.value, self.version = value, adapter.version
             write_adapter_file(self.path, adapter)

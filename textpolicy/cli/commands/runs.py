@@ -11,6 +11,12 @@ from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
 
+# Names, words, and which one is the best.
+_SCORES = (
+    ("eval/reward", "held-out reward", max),
+    ("validation/loss", "validation loss", min),
+)
+_NAMED_SCORE = "eval/rewards/"
 # The metrics that a comparison shows beside those of evaluations.
 _COMPARED = ("reward", "loss", "validation/loss", "entropy", "completions/mean_length", "time/step")
 
@@ -109,14 +115,44 @@ def _table(summaries: Sequence[RunSummary]) -> str:
 
 
 def _compare(directories: Sequence[RunDirectory]) -> Answer:
-    names = [directory.path.name for directory in directories]
-    settings = _differing([_settings(directory) for directory in directories])
+    """Answer the scores of runs, then the settings and numbers that differ between the runs."""
+    summaries = [_summary(directory, named=True) for directory in directories]
+    all_rows = [_rows(directory) for directory in directories]
+    # A setting of one kind of run only says nothing about the other kind.
+    mixed = len({one.algorithm == "sft" for one in summaries}) > 1
+    settings = _differing([_settings(directory) for directory in directories], shared=mixed)
     settings.pop("run.output", None)
-    metrics = _differing([_final_metrics(_rows(directory)) for directory in directories])
-    rows = [(key, *map(_to_text, values)) for key, values in (settings | metrics).items()]
+    metrics = _differing([_final_metrics(rows) for rows in all_rows])
+    scores = _by_key([_scores(rows) for rows in all_rows])
+    scores |= {"steps": [f"{one.steps}/{one.planned}" for one in summaries]}
+    others = {name: found for name, found in metrics.items() if "eval/" not in name}
+    names = [one.name for one in summaries]
+    table = [("", *names), *_cells(scores)]
+    for title, found in (("settings that differ:", settings), ("last numbers:", others)):
+        if found:
+            empty = [""] * len(names)
+            table += [("", *empty), (title, *empty), *_cells(found)]
+    text = _columns(table) if settings or metrics else "these runs do not differ"
     data = {"runs": [str(directory.path) for directory in directories]}
-    text = _columns([("", *names), *rows]) if rows else "these runs do not differ"
-    return Answer(data=data | {"config": settings, "metrics": metrics}, text=text)
+    data |= {"scores": scores, "config": settings, "metrics": metrics}
+    return Answer(data=data, text=text)
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the first, the last and the best score on held-out data, and other last scores."""
+    scores: dict[str, float] = {}
+    for name, about, best in _SCORES:
+        if values := _values(rows, name):
+            first, last = values[0], values[-1]
+            scores |= {f"{about}, first": first, f"{about}, last": last}
+            scores[f"{about}, best"] = best(values)
+    named = [row for row in rows if any(key.startswith(_NAMED_SCORE) for key in row)]
+    last_row = named[-1] if named else {}
+    return scores | {k: v for k, v in last_row.items() if k.startswith(_NAMED_SCORE)}
+
+
+def _cells(values: Mapping[str, Sequence[Any]]) -> list[tuple[str, ...]]:
+    return [(key, *map(_to_text, found)) for key, found in values.items()]
 
 
 def _final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -128,11 +164,21 @@ def _final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return last | best
 
 
-def _differing(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return the keys whose values differ, each with the value in every mapping."""
+def _differing(
+    mappings: Sequence[Mapping[str, Any]], *, shared: bool = False
+) -> dict[str, list[Any]]:
+    """Return the keys whose values differ; if `shared`, only those that every mapping has."""
+    return {
+        key: found
+        for key, found in _by_key(mappings).items()
+        if any(one != found[0] for one in found) and not (shared and None in found)
+    }
+
+
+def _by_key(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return every key with its value in each mapping, or None where a mapping has none."""
     keys = dict.fromkeys(key for mapping in mappings for key in mapping)
-    values = {key: [mapping.get(key) for mapping in mappings] for key in keys}
-    return {key: found for key, found in values.items() if any(one != found[0] for one in found)}
+    return {key: [mapping.get(key) for mapping in mappings] for key in keys}
 
 
 def _to_text(value: Any) -> str:
