@@ -1,26 +1,18 @@
 """What to type after `textpolicy check` has sampled from a model."""
 
-import json
-import re
 import shlex
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from textpolicy.cli.next_commands import short_path
 from textpolicy.cli.parser import CHECK_SECONDS, CHECKED
 from textpolicy.cli.timed_sampler import TimedSampler
+from textpolicy.cli.typed_flags import flag_words, short_path, text_of
 from textpolicy.config import TrainConfig, changed, read_toml, settings_of
-from textpolicy.config.option_types import UNSET
-from textpolicy.config.settings import ByModel, Setting
+from textpolicy.config.settings import ByModel
 from textpolicy.rewards.signal_check import SignalCheck
 
 _EXAMPLES = 4
 _MORE_TOKENS = 4
-# A word that is read as itself inside of a table.
-_PLAIN_WORD = re.compile(r"(?!(?:true|false|True|False|inf|nan)$)[A-Za-z_][\w./-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,42 +82,12 @@ def _line(words: list[str], config: TrainConfig, options: Namespace, *more: str)
         if mine.default == default.default or isinstance(mine.default, ByModel):
             continue
         if words[0] == "train" or mine.key in CHECKED:
-            line += _flag_words(mine)
+            line += flag_words(mine)
         elif mine.key != "task.reward":
-            line += ["--set", f"{mine.key}={_text(mine.default)}"]
+            line += ["--set", f"{mine.key}={text_of(mine.default)}"]
     return shlex.join([*line, *more])
 
 
 def _begun(options: Namespace) -> TrainConfig:
     """Return the config that the flags of a line change: that of the file, or the defaults."""
     return read_toml(options.config, TrainConfig()) if options.config else TrainConfig()
-
-
-def _flag_words(setting: Setting) -> list[str]:
-    """Return the flag of a setting and its value, as they are typed."""
-    value = setting.default
-    if isinstance(value, bool):
-        return [setting.flag if value else setting.flag.replace("--", "--no-", 1)]
-    if isinstance(value, Mapping) and all(map(_is_plain_entry, value.items())):
-        return [setting.flag, *(f"{name}={one}" for name, one in value.items())]
-    text = _text(value)
-    # A value that begins with a dash would be read as a flag.
-    return [f"{setting.flag}={text}"] if text.startswith("-") else [setting.flag, text]
-
-
-def _is_plain_entry(entry: tuple[Any, Any]) -> bool:
-    name, value = entry
-    if not isinstance(value, str) or _PLAIN_WORD.fullmatch(value) is None:
-        return False
-    return name.isascii() and name.isidentifier()
-
-
-def _text(value: Any) -> str:
-    """Return a value as flags and --set read it."""
-    if value is None:
-        return UNSET
-    if isinstance(value, tuple):
-        return ",".join(value)
-    if isinstance(value, Path):
-        return short_path(value)
-    return value if isinstance(value, str) else json.dumps(value)

@@ -5,9 +5,8 @@ import shlex
 from pathlib import Path
 
 from textpolicy.cli.answer import table
-from textpolicy.config import SFTConfig, TrainConfig, settings_of
-from textpolicy.config.option_types import Table, alternatives
-from textpolicy.config.toml import words_of_table
+from textpolicy.cli.typed_flags import flag_words, short_path
+from textpolicy.config import SFTConfig, TrainConfig, changed, settings_of
 from textpolicy.experiment import RunResult
 from textpolicy.experiment.assembly import RunConfig
 
@@ -70,8 +69,8 @@ def _row_flags(config: SFTConfig) -> list[str]:
     columns |= {"answer": data.gold_column or learned}
     if columns["answer"] == "answer":
         del columns["answer"]
-    flags = ["--columns", *words_of_table(columns)] if columns else []
-    return [*flags, *_flags(config, *_ROWS)]
+    named = changed(config, {"data.columns": columns or None})
+    return _flags(named, "data.columns", *_ROWS)
 
 
 def _training_rows(config: SFTConfig) -> str:
@@ -86,13 +85,6 @@ def next_lines(commands: dict[str, str]) -> str:
     return "next:\n" + table([(f"  {name}", line) for name, line in commands.items()])
 
 
-def short_path(path: Path) -> str:
-    """Return a path as a person would type it: relative if it is below the working directory."""
-    relative = os.path.relpath(path)
-    # A name that begins with a dash would be read as a flag.
-    return str(path) if relative.startswith(("..", "-")) else relative
-
-
 def _export_flags(config: RunConfig, output: str) -> list[str]:
     """Return the flags of an export that keeps the whole update, whatever the base is."""
     flags = ["--to", "mlx-lm", "--output", output]
@@ -104,13 +96,6 @@ def _export_flags(config: RunConfig, output: str) -> list[str]:
 
 def _flags(config: RunConfig, *keys: str) -> list[str]:
     """Return the flags of these settings, where they are not the defaults."""
-    flags: list[str] = []
-    for mine, default in zip(settings_of(config), settings_of(type(config)()), strict=True):
-        if mine.key not in keys or mine.default == default.default:
-            continue
-        flags.append(mine.flag)
-        if Table in alternatives(mine.annotation):
-            flags += words_of_table(mine.default)
-        elif mine.default is not True:
-            flags.append(str(mine.default))
-    return flags
+    pairs = zip(settings_of(config), settings_of(type(config)()), strict=True)
+    given = [mine for mine, default in pairs if mine.default != default.default]
+    return [word for one in given if one.key in keys for word in flag_words(one)]

@@ -157,14 +157,14 @@ def _table(text: str) -> Table:
     """Return the table of {key = value}, of {"key": value} as in JSON, or of KEY=VALUE."""
     name, equals, value = text.partition("=")
     if equals and re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name):
-        return {name.strip(): table_value(value)}
+        return {name.strip(): _table_value(value)}
     try:
         return _exactly(parse_toml(f"table = {text}")["table"], dict)
     except ValueError:
         return _exactly(parse_json(text), dict)
 
 
-def table_value(text: str) -> Any:
+def _table_value(text: str) -> Any:
     """Return the value of TOML, such as false, 3 or "a b", or else the text itself."""
     words = {"True": True, "False": False}
     try:

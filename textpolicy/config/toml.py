@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from textpolicy.config.option_types import Table, table_value
 from textpolicy.config.settings import Setting, changed, sections_of, settings_of
 from textpolicy.errors import ConfigError, UnreadableError
 from textpolicy.untrusted.bounds import MAX_TOML_BYTES
@@ -38,18 +37,6 @@ def to_toml(config: Any, *, only_changed: bool = False) -> str:
         else:
             lines.append(f"{setting.name} = {_value(setting.default)}")
     return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def words_of_table(table: Table) -> list[str]:
-    """Return the arguments of the command line that make this table, one for each entry."""
-    return [_entry(name, value) for name, value in table.items()]
-
-
-def _entry(name: str, value: Any) -> str:
-    if not name.isidentifier():
-        return f"{{{_key(name)} = {_value(value)}}}"
-    is_plain = isinstance(value, str) and table_value(value) == value
-    return f"{name}={value if is_plain else _value(value)}"
 
 
 def check_can_be_read_back(config: Any) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.models_of_runs import configured_to_sample
-from textpolicy.cli.next_commands import short_path
 from textpolicy.cli.output import print_note
 from textpolicy.cli.progress import showing_progress
 from textpolicy.cli.shown_tasks import lines_of_answers, lines_of_differences
+from textpolicy.cli.typed_flags import short_path
 from textpolicy.config import TrainConfig
 from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Environment

@@ -5,7 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from textpolicy.cli.answer import Answer
-from textpolicy.cli.next_commands import next_lines, short_path
+from textpolicy.cli.next_commands import next_lines
+from textpolicy.cli.typed_flags import short_path
 from textpolicy.errors import ConfigError
 from textpolicy.file_writing import atomic_replace, make_writable_folder
 

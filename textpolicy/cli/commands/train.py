@@ -10,9 +10,10 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.dry_run import check_flags_of_plan, show_plan
 from textpolicy.cli.flags import configured, configured_to_resume
 from textpolicy.cli.listener import listening
-from textpolicy.cli.next_commands import next_commands, next_lines, short_path
+from textpolicy.cli.next_commands import next_commands, next_lines
 from textpolicy.cli.output import print_note
 from textpolicy.cli.ranks import follow_first_rank, launch_ranks
+from textpolicy.cli.typed_flags import short_path
 from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.experiment import Measurement, RunResult
