@@ -274,6 +274,24 @@ def test_the_summary_says_which_adapters_a_stopped_run_ends_with():
     assert "stopped" not in describe_result(replace(result, ended="finished", facts={}))
 
 
+@pytest.mark.parametrize(
+    ("after", "error", "may_be_chance"), [(0.6, 0.1, True), (0.9, 0.1, False), (0.5, 0.0, False)]
+)
+def test_the_summary_says_whether_a_gain_may_be_chance(after, error, may_be_chance):
+    score = Measurement(name="greedy reward", value=0.5, standard_error=error, count=9, step=0)
+    result = RunResult(
+        directory=RunDirectory(Path("run")),
+        ended="finished",
+        steps=9,
+        updates=9,
+        seconds=1.0,
+        before=score,
+        after=replace(score, value=after),
+        best=None,
+    )
+    assert ("may be chance" in describe_result(result)) == may_be_chance
+
+
 def collapsing(output, *options):
     settings = "--env add --lr 0.01 --steps 30 --count 64 --groups-per-step 8"
     return ["train", *settings.split(), "--output", str(output), "--json", *options]

@@ -69,9 +69,10 @@ def run(options: Namespace) -> Answer:
 def describe_result(result: RunResult) -> str:
     """Return the result of a finished run in a few lines for people."""
     assert result.after
+    gain, error = _gain(result)
     text = (
         f"greedy reward on {result.after.count} held-out tasks: "
-        f"{result.before} before, {result.after} after ({_gain(result)})\n"
+        f"{result.before} before, {result.after} after ({gain:+.3f} ± {error:.3f})\n"
         f"{result.steps} steps in {result.seconds:.0f} s"
     )
     if result.ended == "alarm":
@@ -83,6 +84,11 @@ def describe_result(result: RunResult) -> str:
         text += (
             "\nNo update was made, so the adapters change nothing. Does the reward differ between "
             "completions of one task?"
+        )
+    elif abs(gain) < 2 * error:
+        text += (
+            "\nThis difference is below twice its standard error, so it may be chance. `textpolicy "
+            "eval` compares task by task, and can show smaller ones"
         )
     return text
 
@@ -104,11 +110,11 @@ def describe_adapter(result: RunResult) -> str:
     return f"adapter: {adapter} ({why})\nlast adapter: {last} ({after}, measured after the run)"
 
 
-def _gain(result: RunResult) -> str:
+def _gain(result: RunResult) -> tuple[float, float]:
     """Return the gain and its standard error, as if other tasks were measured the second time."""
     assert result.before and result.after
     errors = (result.before.standard_error or 0.0, result.after.standard_error or 0.0)
-    return f"{result.after.value - result.before.value:+.3f} ± {hypot(*errors):.3f}"
+    return result.after.value - result.before.value, hypot(*errors)
 
 
 def _data(result: RunResult) -> dict[str, Any]:
