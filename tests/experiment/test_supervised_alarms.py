@@ -1,9 +1,10 @@
-"""The result of a supervised run names the alarms that the run has reported."""
+"""A supervised run reports alarms and the time left, and its result names the alarms."""
 
 from itertools import count
 
 import textpolicy as tp
 from textpolicy.machine import MemoryPressure, memory_bytes
+from textpolicy.tracking.run_history import format_duration
 
 
 def test_a_supervised_run_that_swaps_returns_its_alarm(tmp_path, monkeypatch):
@@ -24,3 +25,7 @@ def test_a_supervised_run_that_swaps_returns_its_alarm(tmp_path, monkeypatch):
     reported = [event.text for event in events if event.kind == "alarm"]
     assert len(reported) == 1 and "memory" in reported[0]
     assert list(result.alarms) == reported
+    # The time left is that of one more update, and then of none, at the measured speed.
+    steps = [event for event in events if event.kind == "step"]
+    one_more = format_duration(1 / steps[0].metrics["iterations_per_second"])
+    assert [event.text.rpartition(", ")[2] for event in steps] == [f"{one_more} left", "0:00 left"]

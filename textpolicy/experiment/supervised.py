@@ -24,6 +24,7 @@ from textpolicy.machine import MemoryPressure
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarms import Alarm
 from textpolicy.tracking.machine_signs import low_memory
+from textpolicy.tracking.run_history import format_duration
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.training.sft import (
     SaveReport,
@@ -76,7 +77,9 @@ def train_supervised(
         config, directory, report.note, resume_step=first_step + 1 if resume else 0, sample_groups=0
     )
     with tracking as tracker, watch(config, directory, report) as watchdog:
-        recorder = _Recorder(config, directory, tracker, report, start, watchdog)
+        recorder = _Recorder(
+            config, directory, tracker, report, start, watchdog, parameters.iterations
+        )
         result = train_sft(
             model,
             data.train,
@@ -121,6 +124,7 @@ class _Recorder:
         report: Reporter,
         start: Start,
         watchdog: Watchdog,
+        iterations: int,
     ) -> None:
         self._config = config
         self._directory = directory
@@ -128,6 +132,7 @@ class _Recorder:
         self._report = report
         self._start = start
         self._watchdog = watchdog
+        self._iterations = iterations
         self._first = True
         self._stalled = False
         self._pressure = MemoryPressure.now()
@@ -157,8 +162,15 @@ class _Recorder:
         if metrics:
             self._tracker.write(event.iteration, metrics)
         self._report.step = event.iteration
-        self._report(_KINDS[type(event)], str(event), metrics=metrics)
+        self._report(_KINDS[type(event)], self._text(event), metrics=metrics)
         return self._answer()
+
+    def _text(self, event: SFTEvent) -> str:
+        """Return the event in words, with the time left at the speed of the last updates."""
+        if not isinstance(event, TrainReport):
+            return str(event)
+        left = (self._iterations - event.iteration) / event.iterations_per_second
+        return f"{event}, {format_duration(left)} left"
 
     def on_update(self, iteration: int) -> Progress:
         """Tell the watchdog that an update is done; return STOP if a stall ends the run."""
