@@ -138,7 +138,6 @@ def test_the_error_about_a_wrong_assignment_says_what_is_allowed(argument, words
         ("[run]\nseed = 18446744073709551616", ["run.seed is 18446744073709551616"]),
         ("[run]\nsteps = true", ["run.steps is True"]),
         ("[trainer]\nschedule = 'steep'", ["one of constant, linear, cosine"]),
-        ("[adapter]\nkeys = 'q_proj'", ["expected a list of texts"]),
         ("[adapter]\nkeys = [1]", ["expected a list of texts"]),
         ("[task]\nenv = 5", ["expected text"]),
         ("[task]\non_reward_error = 'explode'", ["one of fail, skip or a number"]),
@@ -223,6 +222,11 @@ def test_numbers_are_understood_in_files_and_on_the_command_line(text, key, valu
     assert read(text) == expected
     word = text.rpartition(" ")[2].strip("'")
     assert given(f"--{key}", word) == given("--set", f"{key}={word}") == expected
+
+
+@pytest.mark.parametrize("names", ["'all-linear'", "['all-linear']"])
+def test_one_name_is_a_list_of_one(names, read):
+    assert read(f"[adapter]\ntarget_modules = {names}").adapter.target_modules == ("all-linear",)
 
 
 @pytest.mark.parametrize(

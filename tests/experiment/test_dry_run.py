@@ -109,6 +109,12 @@ def test_it_says_first_what_the_run_takes_and_then_what_differs_from_the_default
     ]
 
 
+def test_a_rate_far_below_the_default_is_said_after_the_time(capsys):
+    assert main(["train", "--env", "add", "--lr", "1e-5", "--dry-run"]) == 0
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[:2] == ["time", "rate"]
+
+
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_all_settings_are_shown_by_a_dry_run_only(command, capsys):
     assert main([command, "--all-settings"]) == 2

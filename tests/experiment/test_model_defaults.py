@@ -10,7 +10,7 @@ import textpolicy as tp
 from textpolicy.config import TrainConfig, changed, read_toml
 from textpolicy.config.model_defaults import learning_rate
 from textpolicy.errors import ConfigError
-from textpolicy.experiment.model_defaults import size_of, with_model_defaults
+from textpolicy.experiment.model_defaults import low_rate_note, size_of, with_model_defaults
 from textpolicy.runs import RunDirectory
 
 
@@ -71,6 +71,16 @@ def test_quantization_does_not_change_the_size(wide):
 
 def test_the_embedded_model_keeps_the_config_as_it_is():
     assert with_model_defaults(config("tiny")) == config("tiny")
+
+
+def test_a_rate_far_below_the_default_of_the_model_is_noted(wide):
+    usual = learning_rate(192)
+    said = low_rate_note(config(wide, trainer__lr=usual / 50))
+    assert said and f"50 times below the default of {usual:g} for this model" in said
+    assert low_rate_note(config("tiny", trainer__lr=1e-5))
+    for model in (wide, "tiny"):
+        assert low_rate_note(with_model_defaults(config(model))) is None
+    assert low_rate_note(config(wide, trainer__lr=usual / 5)) is None
 
 
 @pytest.mark.slow

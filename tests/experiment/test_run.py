@@ -1,6 +1,7 @@
 """`tp.run` and the commands start the same runs and leave the same directory."""
 
 import json
+from importlib import import_module
 
 import pytest
 
@@ -9,6 +10,7 @@ from textpolicy.adapters.files.adapter_file import read_adapter_file
 from textpolicy.cli import main
 from textpolicy.config import TrainConfig, changed, read_toml
 from textpolicy.errors import ConfigError
+from textpolicy.experiment.reward_address import with_reward_address
 from textpolicy.runs import RunDirectory
 
 SMALL = ["--groups-per-step", "2", "--group-size", "2", "--count", "4", "--eval-every", "1"]
@@ -17,6 +19,21 @@ SMALL_CONFIG = {
     "rollout": {"groups_per_step": 2, "group_size": 2},
     "evaluation": {"count": 4, "every": 1},
 }
+PAID = """
+import textpolicy as tp
+
+def right(completion, answer):
+    return float(completion == answer)
+
+def brief(completion):
+    return -len(completion)
+
+both = tp.Rewards([right, brief])
+
+@tp.reward(name="other")
+def named(completion):
+    return 1.0
+"""
 CLOCKS = ("time/", "memory/", "tokens_per_second", "iterations_per_second")
 
 
@@ -149,6 +166,37 @@ def test_a_wrong_config_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         tp.run(config)
     assert not any(tmp_path.rglob("*.toml"))
+
+
+def test_a_reward_may_be_an_object_of_an_imported_file(tmp_path, monkeypatch):
+    (tmp_path / "paid_rewards.py").write_text(PAID)
+    monkeypatch.syspath_prepend(tmp_path)
+    paid = vars(import_module("paid_rewards"))
+    for name in ("right", "both", "named"):
+        found = with_reward_address({"task": {"data": "rows.jsonl", "reward": paid[name]}})
+        address = f"{tmp_path / 'paid_rewards.py'}:{name}"
+        assert found == {"task": {"data": "rows.jsonl", "reward": address}}
+    pairs = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(10, 30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    small = {"run": {"steps": 1}, "sampling": {"max_tokens": 2}, "evaluation": {"count": 2}}
+    small |= {"rollout": {"groups_per_step": 1, "group_size": 2}}
+    task = {"data": str(tmp_path / "rows.jsonl"), "reward": paid["both"]}
+    result = tp.run({**small, "task": task}, output=tmp_path / "run")
+    written = read_toml(result.directory.config, TrainConfig()).task.reward
+    assert written == f"{tmp_path / 'paid_rewards.py'}:both"
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completion: 0.0, "the function <lambda> that no imported file holds"),
+        (tp.Rewards(lambda completion: 0.0), r'a tp.Rewards that .*"rewards\.py:NAME"'),
+        ([len], r"is a list; .*tp\.Rewards\(\[one, other\]"),
+    ],
+)
+def test_a_reward_that_no_file_holds_is_answered_with_what_to_write(reward, message):
+    with pytest.raises(ConfigError, match=message):
+        tp.run({"task": {"data": "rows.jsonl", "reward": reward}})
 
 
 def test_a_config_file_that_is_not_utf_8_is_a_config_error(tmp_path):

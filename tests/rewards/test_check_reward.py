@@ -50,6 +50,31 @@ def test_a_sound_reward_passes_and_the_table_says_so():
     assert lines[1].split() == ["finite", "ok", "40", "calls"]
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_reward_that_was_written_for_messages_is_told_that_a_completion_is_a_text(batched):
+    def chat(completion):
+        return float(len(completion[0]["content"]))
+
+    def chats(completions):
+        return [chat(one) for one in completions]
+
+    reward = tp.reward(batched=True)(chats) if batched else chat
+    found = detail(check_reward(reward, ROWS), "finite")
+    assert "string indices" in found and 'leave out [0]["content"]' in found
+
+
+def test_rows_are_tried_only_until_one_fails_slowly():
+    def slow(completion):
+        time.sleep(0.3)
+        raise ValueError("nothing")
+
+    check = check_reward(slow, ROWS)
+    assert "5 of 5 calls" in detail(check, "finite")
+    assert "The other 7 rows were not tried" in detail(check, "finite")
+    assert verdicts(check)["deterministic"] == "not checked"
+    assert detail(check, "speed").startswith("3") and "e+" not in detail(check, "speed")
+
+
 def test_the_first_failure_of_a_reward_is_shown():
     def fragile(completion, answer):
         return float(int(completion) == int(answer))

@@ -11,6 +11,7 @@ import pytest
 
 from tests.bases import trained
 from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.cli.progress import showing_progress
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.scripted import ScriptedPolicy
@@ -18,6 +19,7 @@ from textpolicy.rewards import Rewards, Scorer, sample_of
 from textpolicy.rewards.endpoint import Endpoint, JudgeReply
 from textpolicy.rewards.judge import judge, read_grade
 from textpolicy.rewards.local_judge import LocalJudge
+from textpolicy.rewards.reward_check import check_reward
 from textpolicy.types import Sampling
 
 RUBRIC = "10 for a polite answer, 0 for a rude one"
@@ -176,6 +178,21 @@ def test_a_server_that_stays_down_fails_the_call_after_its_retries(server):
     closed = Endpoint(url="http://127.0.0.1:9/v1", model="m", retries=0)
     with pytest.raises(RewardError, match="did not answer"):
         verdicts(judge(closed, RUBRIC), "x")
+
+
+def test_a_judge_that_is_too_slow_is_named_while_it_is_asked_and_when_it_fails(server):
+    server.script = ["stall"] * 15
+    lines = []
+    with showing_progress(lines.append, after=0.8), pytest.warns(UserWarning, match="asked again"):
+        check = check_reward(
+            judge(endpoint(server, timeout=0.3, retries=4), RUBRIC),
+            [{"prompt": "ask me"}] * 3,
+        )
+    again = f"asking the judge at {server.url} again, which has not answered within 0.3 s"
+    assert any("rows (0 of 3)" in line and again in line for line in lines), lines
+    text = str(check)
+    assert "did not answer within 0.3 s. If the judge is slow, raise timeout" in text
+    assert "The other 2 rows were not tried" in text and "on 1 rows" in text
 
 
 def test_a_question_without_an_answer_leaves_out_only_its_sample(server):

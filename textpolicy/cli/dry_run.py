@@ -16,6 +16,7 @@ from textpolicy.experiment.assembly import (
     plain_settings,
     service_options,
 )
+from textpolicy.experiment.model_defaults import low_rate_note
 from textpolicy.experiment.paths import with_found_adapter
 from textpolicy.experiment.preflight import check_names, find_problems
 from textpolicy.experiment.run_size import (
@@ -71,6 +72,7 @@ def show_plan(config: RunConfig, *, measure: bool = False, all_settings: bool = 
     data["fits"] = not found
     rows = [
         *_time_rows(config, estimator, environment, data),
+        *_rate_rows(config),
         *_peak_rows(size, data),
         *_machine_rows(size, folder, data),
         *_task_rows(config, size, environment, data),
@@ -109,6 +111,12 @@ def _time_rows(
     data["estimated_seconds"] = round(time.seconds, 1)
     advice = thread_advice(config.model, workers=config.rollout.workers)
     return [("time", with_busy_note(str(time))), *([("threads", advice)] if advice else [])]
+
+
+def _rate_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """Return a row about a learning rate with which the model would hardly learn."""
+    low_rate = low_rate_note(config) if isinstance(config, TrainConfig) else None
+    return [("rate", low_rate)] if low_rate else []
 
 
 def _rows_about_turns(environment: Environment) -> list[tuple[str, str]]:

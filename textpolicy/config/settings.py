@@ -132,15 +132,15 @@ class Setting:
         YAML reads 1e-4 as a text, TOML reads 1e3 as a fraction, and many a file has "yes" or 1 for
         true.
         """
-        if isinstance(value, str) and {bool, str} <= {*alternatives(self.annotation)}:
+        kinds = {*alternatives(self.annotation)}
+        # One name, such as PEFT's "all-linear", is a list of one.
+        if isinstance(value, str) and ({bool, str} <= kinds or tuple[str, ...] in kinds):
             return self.parse(value)
         try:
             return self.accept(value)
         except ConfigError:
             plain = {bool, int, float, NoneType}
-            if type(value) not in (str, int, float) or not plain.issuperset(
-                alternatives(self.annotation)
-            ):
+            if type(value) not in (str, int, float) or not plain.issuperset(kinds):
                 raise
             with suppress(ConfigError):
                 return self.parse(str(value))

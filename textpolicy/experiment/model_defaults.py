@@ -13,6 +13,8 @@ from textpolicy.config.train import ModelOptions
 from textpolicy.generation.model_files import find_model, read_architecture_file
 from textpolicy.planning.unloaded_model import build_unloaded_model
 
+# Published rates for LoRA go down to about a tenth of the default (`textpolicy.config`).
+_LOW_SHARE = 0.1
 _ADAPTER_KEYS = ("adapter.rank", "adapter.scale")
 
 
@@ -51,6 +53,18 @@ def size_of(options: ModelOptions) -> ModelSize:
     embeddings = [one for one in model.modules() if isinstance(one, nn.Embedding)]
     width = max(embeddings, key=lambda one: one.weight.shape[0]).weight.shape[1]
     return ModelSize(width=width, weights=sum(arrays.values()))
+
+
+def low_rate_note(config: TrainConfig) -> str | None:
+    """Return a sentence about a learning rate far below the model's default, or None."""
+    rate, usual = config.trainer.lr, default_rate_of(config.model)
+    if not 0 < rate < _LOW_SHARE * usual:
+        return None
+    return (
+        f"the learning rate is {rate:g}, {usual / rate:.0f} times below the default of {usual:g} "
+        "for this model, so the reward may hardly change. Such rates are usual where all weights "
+        "are trained, and adapters need higher ones. Leave out --lr to get the default"
+    )
 
 
 def _is_free(value: Any) -> bool:

@@ -23,7 +23,7 @@ from textpolicy.experiment.following import (
     send_start,
 )
 from textpolicy.experiment.identity import identity_of
-from textpolicy.experiment.model_defaults import with_model_defaults
+from textpolicy.experiment.model_defaults import low_rate_note, with_model_defaults
 from textpolicy.experiment.paths import with_absolute_paths
 from textpolicy.experiment.preflight import check_before_start
 from textpolicy.experiment.reinforcement import train_policy
@@ -41,6 +41,7 @@ from textpolicy.experiment.resuming import (
     run_facts,
     telling_how_to_resume,
 )
+from textpolicy.experiment.reward_address import with_reward_address
 from textpolicy.experiment.supervised import train_supervised
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.threads import apply_thread_option, thread_advice
@@ -64,10 +65,11 @@ def run(
 
     `config` is a TrainConfig, an SFTConfig, a TOML file, or a mapping of sections such as
     {"task": {"env": "sort"}, "run": {"steps": 100}}; a mapping with a "data" section is supervised
-    training. `output` is the run directory, by default a new one in `runs`. `resume` names a run
-    directory to resume from its last checkpoint; `config` may then be left out, or hold only what
-    changes; a change that alters the numbers of the run needs `force`. `on_event` is called with
-    every event, and the run stops after the step in which it returns Progress.STOP.
+    training, and the reward in a mapping may be a function or `Rewards` of an imported file.
+    `output` is the run directory, by default a new one in `runs`. `resume` names a run directory to
+    resume from its last checkpoint; `config` may then be left out, or hold only what changes; a
+    change that alters the numbers of the run needs `force`. `on_event` is called with every event,
+    and the run stops after the step in which it returns Progress.STOP.
 
     `ranks` are the processes that train together, by default those that the environment describes.
     The first rank's config counts, and the first rank keeps the run. The result of another rank
@@ -156,6 +158,8 @@ def _parts(
     task = find_task(settings.task, settings.run.seed)
     if fresh:
         settings = with_model_defaults(settings)
+        if low_rate := low_rate_note(settings):
+            report.note(low_rate)
     check_before_start(
         settings,
         task[0],
@@ -216,7 +220,7 @@ def _config_of(
         return config
     if isinstance(config, Mapping):
         defaults = started or (SFTConfig() if "data" in config else TrainConfig())
-        return config_from(config, defaults, "The config given to run()")
+        return config_from(with_reward_address(config), defaults, "The config given to run()")
     if config is None:
         raise ConfigError(
             "no config is given. Pass one, for example run({'task': {'env': 'sort'}}), or name a "

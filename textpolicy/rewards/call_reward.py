@@ -81,7 +81,7 @@ def _call_once(reward: Reward, sample: Sample) -> RewardResult:
                 answer = _await(answer)
         result = _result_of(reward, answer, described)
     except RewardError as error:
-        result = RewardResult(error=str(error))
+        result = RewardResult(error=_describe_failure(error))
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -92,7 +92,8 @@ def _call_batch(reward: Reward, samples: Sequence[Sample], on_result: OnResult) 
     except RewardError as error:
         seconds = time.perf_counter() - started
         for position in range(len(samples)):
-            failed = RewardResult(error=str(error), seconds=seconds, counts=position == 0)
+            message = _describe_failure(error)
+            failed = RewardResult(error=message, seconds=seconds, counts=position == 0)
             on_result(position, failed)
         return
     seconds = (time.perf_counter() - started) / len(samples)
@@ -178,6 +179,16 @@ async def _call_concurrently(
 def _errors_of(reward: Reward, sample: str) -> raise_user_errors_as:
     return raise_user_errors_as(
         RewardError, f"reward {reward.name}", file=reward.file, sample=sample
+    )
+
+
+def _describe_failure(error: RewardError) -> str:
+    """Return the message, with a hint if the function may have been written for messages."""
+    if "string indices must be integers" not in str(error):
+        return str(error)
+    return (
+        f"{error}\n  A completion is a text, and not a list of messages as in TRL: leave out "
+        '[0]["content"]. The parameter `messages` receives the whole conversation'
     )
 
 

@@ -10,15 +10,18 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 
+from textpolicy.activity import Activity, doing
 from textpolicy.errors import ConfigError
 from textpolicy.untrusted.parsing import parse_json
 
 _MAX_ANSWER_BYTES = 1 << 22
 _RETRIED_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
 _MAX_WAIT_SECONDS = 30.0
+_TOO_SLOW = "If the judge is slow, raise timeout of its Endpoint and lower concurrency"
 # Without a handler for redirections: the key would be sent to wherever a redirection leads.
 _HANDLERS = (
     urllib.request.ProxyHandler,
@@ -69,10 +72,18 @@ class Endpoint:
 
     def __call__(self, questions: Sequence[str]) -> list[JudgeReply]:
         """Return the replies to the questions, in order."""
-        with ThreadPoolExecutor(self.concurrency) as threads:
-            return list(threads.map(self._ask, questions))
+        asking = f"asking the judge at {self.url}"
+        with (
+            doing(asking, len(questions)) as activity,
+            ThreadPoolExecutor(self.concurrency) as threads,
+        ):
+            replies: list[JudgeReply] = []
+            for reply in threads.map(partial(self._ask, activity), questions):
+                replies.append(reply)
+                activity.advance()
+            return replies
 
-    def _ask(self, question: str) -> JudgeReply:
+    def _ask(self, activity: Activity, question: str) -> JudgeReply:
         attempt = 0
         while True:
             try:
@@ -81,11 +92,14 @@ class Endpoint:
                 if attempt == self.retries:
                     tried = f"{attempt + 1} times" if attempt else "once"
                     return JudgeReply(retries=attempt, error=f"{error} (tried {tried})")
-                if isinstance(error.__cause__, TimeoutError):
+                if error.is_timeout:
+                    activity.text = (
+                        f"asking the judge at {self.url} again, which has not answered within "
+                        f"{self.timeout:g} s"
+                    )
                     warnings.warn(
                         f"the judge at {self.url} has not answered within {self.timeout:g} s, and "
-                        "is asked again from the beginning. If it is slow, raise timeout of its "
-                        "Endpoint and lower concurrency",
+                        f"is asked again from the beginning. {_TOO_SLOW}",
                         stacklevel=2,
                     )
                 # A random wait, so that questions that failed together are not retried together.
@@ -104,6 +118,10 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             raise _status_error(error, self.url) from error
         except (OSError, HTTPException) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(reason, TimeoutError):
+                late = f"{self.url} did not answer within {self.timeout:g} s. {_TOO_SLOW}"
+                raise _TemporaryError(late, is_timeout=True) from error
             raise _TemporaryError(f"{self.url} did not answer: {error}") from error
 
     def _request(self, question: str) -> urllib.request.Request:
@@ -123,9 +141,10 @@ class Endpoint:
 class _TemporaryError(Exception):
     """A failure after which a retry may succeed, in `wait` seconds if the server asked for them."""
 
-    def __init__(self, message: str, wait: float = 0.0) -> None:
+    def __init__(self, message: str, wait: float = 0.0, *, is_timeout: bool = False) -> None:
         super().__init__(message)
         self.wait = wait
+        self.is_timeout = is_timeout
 
 
 def _status_error(error: urllib.error.HTTPError, url: str) -> Exception:

@@ -9,6 +9,7 @@ from math import isnan, nan
 from statistics import mean, median
 from typing import Any, Literal
 
+from textpolicy.activity import doing
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.checked_rows import GOLD_COLUMNS, CheckedRow, RowColumn, checked_rows
 from textpolicy.rewards.reward_function import sample_of
@@ -18,6 +19,8 @@ from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
 
 _DEFAULT_ROWS = 64
 _SLOW_SECONDS = 0.1
+# Seconds on a row without a single reward after which no further row is tried.
+_FAILED_SECONDS = 1.0
 _RIGHT, _EMPTY, _OTHER_ROW = "the right answer", "no answer", "another row's answer"
 _LONGEST_QUOTE = 60
 _GUESSES = "I am not sure, but it could be 3, or (B), or perhaps something else entirely."
@@ -76,9 +79,9 @@ def check_reward(
     rewards = replace(as_rewards(reward), on_error="skip", max_error_rate=1.0)
     before = _Process()
     with scorer_of(rewards) as scorer:
-        trials = [_try_answers(scorer, checked, number) for number in range(len(checked))]
+        trials = _try_rows(scorer, checked)
         findings = [
-            _check_finite(trials),
+            _check_finite(trials, len(checked) - len(trials)),
             _check_deterministic(trials),
             *_check_gold(trials),
             _check_speed(trials),
@@ -92,7 +95,7 @@ def check_reward(
             signal = check_signal(scorer, checked, sample, greedy, right)
         findings.append(_find_signal(signal, len(checked), failed if sample else []))
     names = " + ".join(member.name for member in rewards.members)
-    return RewardCheck(f"reward {names} on {len(checked)} rows", findings, signal)
+    return RewardCheck(f"reward {names} on {len(trials)} rows", findings, signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,12 @@ class _Trial:
     repeated: Sequence[Verdict]
     seconds: float
 
+    @property
+    def failed_slowly(self) -> bool:
+        """Whether each call of the row failed, so late that further rows would take too long."""
+        failed = all(verdict.error for verdict in self.verdicts.values())
+        return failed and self.seconds * len(self.verdicts) > _FAILED_SECONDS
+
     def quote(self, kind: str) -> str:
         """Return the beginning of this kind of answer, on one line."""
         text = self.texts[kind]
@@ -115,6 +124,18 @@ class _Trial:
         """Return the reward of this kind of answer, or NaN, which makes comparisons False."""
         value = self.verdicts[kind].value if kind in self.verdicts else None
         return nan if value is None else value
+
+
+def _try_rows(scorer: Scorer, rows: Sequence[CheckedRow]) -> list[_Trial]:
+    """Return a trial of each row, or of the rows up to one whose calls all failed slowly."""
+    trials: list[_Trial] = []
+    with doing("trying the reward on rows", len(rows)) as activity:
+        for number in range(len(rows)):
+            trials.append(_try_answers(scorer, rows, number))
+            activity.advance()
+            if trials[-1].failed_slowly:
+                break
+    return trials
 
 
 def _try_answers(scorer: Scorer, rows: Sequence[CheckedRow], number: int) -> _Trial:
@@ -132,21 +153,30 @@ def _try_answers(scorer: Scorer, rows: Sequence[CheckedRow], number: int) -> _Tr
         for kind, text in texts.items()
         if text is not None
     }
-    verdicts = scorer.score(list(samples.values()))
-    # Only the second call is timed, because the first may have started processes.
     before = scorer.seconds
-    repeated = scorer.score(list(samples.values()))
+    verdicts = repeated = scorer.score(list(samples.values()))
+    if not all(verdict.error for verdict in verdicts):
+        # Only the second call is timed, because the first may have started processes.
+        before = scorer.seconds
+        repeated = scorer.score(list(samples.values()))
     seconds = (scorer.seconds - before) / len(samples)
     tried = {kind: text for kind, text in texts.items() if text is not None}
     return _Trial(number, tried, dict(zip(samples, verdicts, strict=True)), repeated, seconds)
 
 
-def _check_finite(trials: Sequence[_Trial]) -> Finding:
+def _check_finite(trials: Sequence[_Trial], rows_left: int) -> Finding:
     verdicts = [verdict for trial in trials for verdict in trial.verdicts.values()]
     errors = [verdict.error for verdict in verdicts if verdict.error]
     unscored = sum(verdict.value is None for verdict in verdicts)
     if errors:
-        return Finding("finite", "FAILED", f"{len(errors)} of {len(verdicts)} calls: {errors[0]}")
+        detail = f"{len(errors)} of {len(verdicts)} calls: {errors[0]}"
+        if rows_left:
+            last = trials[-1]
+            detail += (
+                f"\n  The other {rows_left} rows were not tried, because the calls of row "
+                f"{last.number} failed after {last.seconds * len(last.verdicts):.0f} s"
+            )
+        return Finding("finite", "FAILED", detail)
     if unscored == len(verdicts):
         return Finding(
             "finite",
@@ -159,6 +189,8 @@ def _check_finite(trials: Sequence[_Trial]) -> Finding:
 
 
 def _check_deterministic(trials: Sequence[_Trial]) -> Finding:
+    if all(verdict.error for trial in trials for verdict in trial.verdicts.values()):
+        return Finding("deterministic", "not checked", "no call has returned a value")
     for trial in trials:
         for (kind, first), second in zip(trial.verdicts.items(), trial.repeated, strict=True):
             if first.value != second.value:
@@ -218,8 +250,12 @@ def _check_empty_low(trials: Sequence[_Trial]) -> Finding:
 def _check_speed(trials: Sequence[_Trial]) -> Finding:
     slowest = max(trials, key=lambda trial: trial.seconds)
     usual = median(trial.seconds for trial in trials)
-    detail = f"{1e3 * usual:.2g} ms a call, {1e3 * slowest.seconds:.2g} ms in row {slowest.number}"
+    detail = f"{_duration(usual)} a call, {_duration(slowest.seconds)} in row {slowest.number}"
     return Finding("speed", "warning" if slowest.seconds > _SLOW_SECONDS else "ok", detail)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{float(f'{1e3 * seconds:.2g}'):g} ms"
 
 
 class _Process:
