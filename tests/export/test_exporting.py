@@ -131,9 +131,9 @@ def test_the_export_of_an_untrained_adapter_names_the_last_one_of_the_run(tmp_pa
         "run": {"steps": 1, "seed": 7},
     }
     run = tp.run(settings, output=tmp_path / "run").directory
-    (note,) = tp.export_adapter(run.path, "peft", tmp_path / "best").notes
+    (note,) = tp.export_adapter(run.best, "peft", tmp_path / "best").notes
     assert "best.safetensors changes nothing" in note and "latest.safetensors in" in note
-    assert tp.export_adapter(run.latest, "peft", tmp_path / "latest").notes == ()
+    assert tp.export_adapter(run.path, "peft", tmp_path / "latest").notes == ()
 
 
 @pytest.fixture(scope="module")
