@@ -102,13 +102,17 @@ _MODULES = {
     "textpolicy.training.sft": ["SFTParameters", "evaluate_sft", "train_sft"],
     "textpolicy.training.trainer": ["Trainer"],
 }
+# Reached as `tp.rewards` too; other packages are imported by their names.
+_PACKAGES = ("adapters", "algorithms", "environments", "rewards", "training")
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in __all__ and name not in _PACKAGES:
         raise AttributeError(f"module 'textpolicy' has no attribute {name!r}")
     try:
+        if name in _PACKAGES:
+            return import_module(f"textpolicy.{name}")
         if name == "verifiers":
             return import_module("textpolicy.rewards.verifiers")
         return getattr(import_module(_MODULE_OF.get(name, "textpolicy.types")), name)

@@ -6,10 +6,12 @@ import math
 import pickle
 from contextlib import closing
 from fractions import Fraction
+from importlib import import_module
 
 import numpy as np
 import pytest
 
+import textpolicy as tp
 from tests.rewards.scoring_calls import score_all
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import create_policy
@@ -425,3 +427,10 @@ def test_rollouts_carry_the_parts_the_metrics_and_the_errors_of_their_rewards(lo
     assert metrics["reward/errors"] == metrics["reward/unscored"] == 0.5
     assert metrics["rewards/brief/mean"] == 0.5 and metrics["rewards/brief/std"] == 0.0
     assert metrics["rewards/picky/seen"] == 2.0
+
+
+def test_the_packages_of_the_reference_need_no_import_of_their_own():
+    # Another test may have imported them, so the first use is asked for by itself.
+    for name in ("adapters", "algorithms", "environments", "rewards", "training"):
+        assert tp.__getattr__(name) is import_module(f"textpolicy.{name}")
+    assert tp.rewards.score is score

@@ -208,6 +208,15 @@ def test_a_step_without_rewards_shows_nan_and_does_not_stop_the_run(clock):
     assert "reward nan" in stream.getvalue()
 
 
+def test_a_step_whose_update_was_skipped_says_so(clock):
+    stream = io.StringIO()
+    console = Console(stream, 2, clock=clock)
+    console.show(0, METRICS | {"update_skipped/no_signal": 1.0})
+    console.show(1, METRICS | {"update_skipped/no_signal": 0.0})
+    first, second = stream.getvalue().splitlines()
+    assert "no update: no signal" in first and "no update" not in second
+
+
 def test_a_step_of_workers_that_brought_no_new_groups_says_so(clock):
     stream = io.StringIO()
     Console(stream, 1, clock=clock).show(0, {"loss": 0.1, "trainer/idle": 0.0, "time/step": 1.0})

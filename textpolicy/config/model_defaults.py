@@ -27,9 +27,10 @@ Published rates for LoRA on all linear layers:
 | verl, example for GRPO, scale 0.5 | Qwen2.5-3B | 3e-6 |
 
 Measured here with SmolLM2-135M-Instruct, whose width is 576 (`benchmarks/rates.py`): in 14 steps on
-`opposites` the sampled reward rises from 0.14 to 0.31 at 1e-4, from 0.23 to 0.68 at 3e-4 and from
-0.48 to 0.80 at 1e-3. On `number_words` it rises from 0.44 to 0.78 at 3e-4, and swings between 0 and
-1 at 1e-3. Wider models were not measured; for them the rule stays within the published rates.
+`benchmarks/opposites.py` the sampled reward rises from 0.14 to 0.31 at 1e-4, from 0.23 to 0.68 at
+3e-4 and from 0.48 to 0.80 at 1e-3. On `number_words` it rises from 0.44 to 0.78 at 3e-4, and swings
+between 0 and 1 at 1e-3. Wider models were not measured; for them the rule stays within the
+published rates.
 """
 
 from collections.abc import Mapping

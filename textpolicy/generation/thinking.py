@@ -157,7 +157,10 @@ def _no_switch(tokenizer: TokenizerWrapper) -> str:
     elif _WORD_FOR_OFF in str(tokenizer.chat_template):
         advice = f"It looks for {_WORD_FOR_OFF} in a message: --system {_WORD_FOR_OFF}"
     else:
-        advice = "Ask for a short thought in the system message, or choose another model"
+        advice = (
+            "Leave the option out if the model does not think. For a short thought, ask for one in "
+            "the system message, or choose another model"
+        )
     return (
         "the model's chat template has no switch for it, such as enable_thinking or thinking. "
         f"{words_of_arguments(tokenizer)}. {advice}"

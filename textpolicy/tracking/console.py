@@ -131,6 +131,8 @@ def _step_line(history: RunHistory) -> str:
     fields = [
         f"step {history.steps_done:>{len(str(history.steps))}}/{history.steps}",
         *_sampling_fields(metrics),
+        # The trainer skips an update whose gradient is exactly 0, so no adapter follows.
+        *(["no update: no signal"] if metrics.get("update_skipped/no_signal") == 1 else []),
         f"{metrics.get('time/step', 0):.2f} s/step",
         *([", ".join(f"{name} {share:.0%}" for name, share in shares)] if shares else []),
         f"{format_duration(history.seconds_left)} left",
