@@ -118,13 +118,17 @@ def test_flags_give_the_config_that_a_file_of_the_same_values_gives(tmp_path, co
     flags = {one.key: one for one in settings_of(config)}
     argv = []
     for key, value in values.items():
-        if isinstance(value, bool):
-            flag = flags[key].flag
-            argv.append(flag if value else flag.replace("--", "--no-", 1))
+        flag = flags[key].flag
+        if value is True:
+            argv.append(flag)
+        elif value is False:
+            # A flag that also takes a name has no --no-.
+            takes_name = flags[key].annotation is not bool
+            argv.append(f"{flag}=no" if takes_name else flag.replace("--", "--no-", 1))
         else:
             text = as_text(value)
             assume(text is not None and not (isinstance(value, str) and text == UNSET))
-            argv.append(f"{flags[key].flag}={text}")
+            argv.append(f"{flag}={text}")
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_settings(parser, config)
     try:

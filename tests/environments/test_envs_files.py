@@ -221,7 +221,7 @@ def test_rows_and_a_reward_train_from_an_empty_folder(folder, capsys):
     assert main([*train, "--steps", "2", "--group-size", "4", "--max-tokens", "6"]) == 0
     out = capsys.readouterr()
     assert "4 held-out tasks" in out.err
-    assert "/runs/rows/adapters/latest.safetensors" in out.out
+    assert "adapter: runs/rows/adapters/latest.safetensors" in out.out
     assert (folder / "runs" / "rows" / "adapters" / "latest.safetensors").is_file()
 
 

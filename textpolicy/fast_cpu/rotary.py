@@ -67,7 +67,7 @@ class FastRoPE(nn.RoPE):
     def __call__(self, x: RowsOfHeads, offset: Any = 0) -> RowsOfHeads:
         step = _STEP.get()
         whole = x.dtype == mx.float32 and x.shape[-1] == self.dims and not self.traditional
-        if step is None or not whole or not step.begins_at(offset):
+        if step is None or not whole or self.base <= 0 or not step.begins_at(offset):
             return super().__call__(x, offset)
         cosine, sine = step.angles(self.dims, self.base, self.scale)
         # The halves of a head are rotated together: x cos + (second half, first half) (-sin, sin).

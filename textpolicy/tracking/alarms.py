@@ -83,10 +83,12 @@ class Alarm:
 
 @dataclass(frozen=True, kw_only=True)
 class _Level:
-    """The mean reward of several steps, and its standard deviation between these steps."""
+    """The rewards of several steps: mean, standard deviation between the steps, and range."""
 
     mean: float
     deviation: float
+    least: float
+    most: float
 
     @classmethod
     def of(cls, steps: Collection[Metrics]) -> "_Level":
@@ -94,7 +96,7 @@ class _Level:
         count = len(rewards)
         # The deviation between few steps is known badly, and is often larger.
         deviation = stdev(rewards) * count / (count - 1) if count > 1 else 0.0
-        return cls(mean=fmean(rewards), deviation=deviation)
+        return cls(mean=fmean(rewards), deviation=deviation, least=min(rewards), most=max(rewards))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ class AlarmMonitor:
         self._share = min(1.0, each / self.limits.groups_per_step)
         self._first_steps = ceil(self.limits.first_steps / self._share)
         self._last: deque[Metrics] = deque(maxlen=ceil(self.limits.window / self._share))
-        self._best = _Level(mean=0.0, deviation=0.0)
+        self._best = _Level.of([{REWARD: 0.0}])
         self._spread = 0.0
         self._heldout: _HeldOutTrend | None = None
         self._reported: set[str] = set()
@@ -218,13 +220,18 @@ class AlarmMonitor:
             last={name: _mean(self._last, name) for name in ALARM_METRICS},
             best=self._best.mean,
             spread=self._spread,
-            # The mean of several small steps varies less than each of them.
-            noise=self.limits.noise_factor
-            * sqrt(self._share)
-            * max(self._best.deviation, last.deviation),
+            noise=self._noise_between(self._best, last),
             settings=self._settings,
         )
         return {name: check(trend, self.limits) for name, check in _CHECKS.items()}
+
+    def _noise_between(self, best: _Level, last: _Level) -> float:
+        """Return the fall that chance may cause. A reward that fell at once varied by the fall."""
+        if best.least > last.most:
+            return 0.0
+        # The mean of several small steps varies less than each of them.
+        deviation = sqrt(self._share) * max(best.deviation, last.deviation)
+        return self.limits.noise_factor * deviation
 
     def metrics(self) -> Metrics:
         """Return 1 for each alarm whose sign is present now, and 0 for the other alarms."""
