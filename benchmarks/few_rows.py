@@ -1,0 +1,126 @@
+"""Compare products of few rows by the compiled loops with those by OpenBLAS.
+
+    python benchmarks/few_rows.py --output benchmarks/results/few_rows.json
+    python benchmarks/few_rows.py --page docs/benchmarks.md
+
+The products are those of a decode step of SmolLM2-135M: each of its weights, in float32, times as
+many rows as decode together. Every side runs in a process of its own, with one thread, and the
+sides take turns. The script reports medians and quartiles of the processor's milliseconds, because
+other programs may use the machine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from pages import write_page
+from setting import setting
+
+from textpolicy import fast_cpu
+
+RECORD = Path(__file__).parent / "results" / "few_rows.json"
+MARK = "<!-- tables of few_rows.py -->"
+ROWS = (1, 2, 4, 8, 16, 32, 48)
+SIDES = {"loops": "on", "OpenBLAS": "off"}
+WIDTH, KEYS, HIDDEN, BLOCKS, VOCABULARY = 576, 192, 1536, 30, 49152
+SHAPES = [
+    *[(WIDTH, WIDTH), (KEYS, WIDTH), (KEYS, WIDTH), (WIDTH, WIDTH)] * BLOCKS,
+    *[(HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)] * BLOCKS,
+    (VOCABULARY, WIDTH),
+]
+
+
+def measure() -> dict[int, float]:
+    """Return the processor's milliseconds of all products of a step, by the number of rows."""
+    fast_cpu.enable()
+    fast_cpu.set_threads(1)
+    weights = [mx.random.normal(shape) for shape in SHAPES]
+    mx.eval(weights)
+    found: dict[int, float] = {}
+    for rows in ROWS:
+        inputs = {width: mx.random.normal((rows, width)) for width in (WIDTH, HIDDEN)}
+        seconds: list[float] = []
+        for _ in range(4):
+            started = time.process_time()
+            mx.eval([inputs[weight.shape[1]] @ weight.T for weight in weights])
+            seconds.append(time.process_time() - started)
+        # The first pass also makes the inputs.
+        found[rows] = 1000 * statistics.median(seconds[1:])
+    return found
+
+
+def run_side(setting: str) -> Mapping[str, float]:
+    environment = os.environ | {"TEXTPOLICY_COMPILE": setting}
+    command = [sys.executable, __file__, "--one"]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def compare(turns: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    for rows in ROWS:
+        times = {side: [turn[side][str(rows)] for turn in turns] for side in SIDES}
+        medians = {side: statistics.median(some) for side, some in times.items()}
+        spread = {side: statistics.quantiles(some, n=4)[::2] for side, some in times.items()}
+        results.append(
+            {
+                "rows": rows,
+                "milliseconds": {side: round(median, 1) for side, median in medians.items()},
+                "quartiles": {side: [round(x, 1) for x in some] for side, some in spread.items()},
+                "times_as_fast": round(medians["OpenBLAS"] / medians["loops"], 2),
+            }
+        )
+    return results
+
+
+def tables(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the record as a table."""
+    lines = ["| rows | loops, ms | OpenBLAS, ms | times as fast |", "|---|---|---|---|"]
+    for one in results:
+        cells = [
+            f"{one['milliseconds'][side]} ({one['quartiles'][side][0]} to "
+            f"{one['quartiles'][side][1]})"
+            for side in SIDES
+        ]
+        lines.append(f"| {one['rows']} | {' | '.join(cells)} | {one['times_as_fast']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--one", action="store_true", help="measure this process and print JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the object to a file")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the record's table there")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure()))
+        return
+    if options.page:
+        write_page(options.page, MARK, tables(json.loads(RECORD.read_text())["results"]))
+        return
+    if options.runs < 2:
+        parser.error(f"--runs is {options.runs}; expected at least 2")
+    turns = [
+        {side: run_side(compiled) for side, compiled in SIDES.items()} for _ in range(options.runs)
+    ]
+    fast_cpu.enable()
+    fast_cpu.set_threads(1)
+    record = {"setting": setting() | {"runs": options.runs}, "results": compare(turns)}
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
