@@ -137,7 +137,7 @@ def test_gains_and_losses_are_shown_in_equal_numbers_the_largest_first():
     lines = lines_of_differences(TASKS, both, 4)
     assert titles(lines) == ["largest gains (2 of 3 tasks):", "largest losses (2 of 2 tasks):"]
     assert prompts(lines) == ["p0", "p2", "p4", "p3"]
-    assert "  base 0     said\\n0\n  adapter 1  said\\n1" in "\n".join(lines)
+    assert "  base 0     said⏎0\n  adapter 1  said⏎1" in "\n".join(lines)
     assert prompts(lines_of_differences(TASKS, both, 1)) == ["p0"]
     assert prompts(lines_of_differences(TASKS, both, 3)) == ["p0", "p2", "p4"]
     assert lines_of_differences(TASKS, both, 0) == []

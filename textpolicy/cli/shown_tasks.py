@@ -7,6 +7,7 @@ from textpolicy.environments.chat import prompt_text
 from textpolicy.evaluation.compare import TaskDifference, pair_answers
 from textpolicy.evaluation.evaluate import Evaluation
 from textpolicy.types import Task
+from textpolicy.untrusted.terminal import shorten_line
 
 _MAX_SHOWN_CHARACTERS = 200
 
@@ -78,12 +79,8 @@ def _section(title: str, blocks: Sequence[list[tuple[str, str]]], of: int) -> li
         return []
     lines = ["", f"{title} ({len(blocks)} of {of} tasks):"]
     for number, block in enumerate(blocks):
-        shown = table([(f"  {name}", _on_one_line(text)) for name, text in block])
+        shown = table(
+            [(f"  {name}", shorten_line(text, _MAX_SHOWN_CHARACTERS)) for name, text in block]
+        )
         lines += [shown] if number == 0 else ["", shown]
     return lines
-
-
-def _on_one_line(text: str) -> str:
-    line = text.replace("\n", "\\n")
-    limit = _MAX_SHOWN_CHARACTERS
-    return line if len(line) <= limit else f"{line[:limit]} ..."

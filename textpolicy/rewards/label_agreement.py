@@ -19,6 +19,7 @@ from textpolicy.rewards.rank_agreement import (
 from textpolicy.rewards.reward_function import Sample, sample_of
 from textpolicy.rewards.scorer import scorer_of
 from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
+from textpolicy.untrusted.terminal import shorten_line
 
 AgreementVerdict = Literal["agrees", "unclear", "disagrees"]
 
@@ -120,8 +121,8 @@ class LabelAgreement:
             lines += [
                 "",
                 f"row {one.row}: you {one.label:g}, the reward {one.reward:.2f}",
-                f"  prompt  {_on_one_line(one.prompt)}",
-                f"  answer  {_on_one_line(one.completion)}",
+                f"  prompt  {shorten_line(one.prompt, _LONGEST_SHOWN)}",
+                f"  answer  {shorten_line(one.completion, _LONGEST_SHOWN)}",
             ]
         return "\n".join(lines)
 
@@ -241,8 +242,3 @@ def _read_label(row: Mapping[str, Any], column: str, number: int) -> float | Non
             "number, true or false, or nothing if you have not graded it"
         )
     return grade
-
-
-def _on_one_line(text: str) -> str:
-    line = text.replace("\n", "\\n")
-    return line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]} ..."

@@ -130,8 +130,8 @@ def _note_about_rows(config: TrainConfig) -> list[str]:
     if data is None or config.task.eval_data is not None:
         return []
     return [
-        f"These tasks are the tenth of the prompts of {data} that training leaves out. For rows "
-        f"that nothing was trained on, --eval-data {data} measures every row"
+        f"These tasks are the tenth of the prompts of {data} that training leaves out. If nothing "
+        f"was trained on these rows, --eval-data {data} measures every row"
     ]
 
 
