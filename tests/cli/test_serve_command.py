@@ -1,5 +1,6 @@
 """`textpolicy serve` serves what it is told, prints lines that work, and ends by Ctrl-C."""
 
+import ast
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -53,6 +55,93 @@ def test_the_lines_that_it_prints_work_as_printed(capsys, tmp_path, adapter_file
     assert re.search(r"\nloaded the adapters red in \d+\.\d s\n", err)
     assert shown is None or json.loads(shown)["usage"]["completion_tokens"] > 0
     assert text.endswith("\n")
+
+
+AWKWARD = 'it\'s "größer" 🙂\u202e \\n:\n$HOME `ls` 日本'
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch, adapter_files):
+    """Return a function that writes the run `runs/two` with these rows in one of its files."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(file: str, prompts: list[Any], config: str = "") -> None:
+        from textpolicy.runs import RunDirectory
+
+        run = RunDirectory(Path("runs/two"))
+        run.claim()
+        run.write_config(config)
+        run.adapters.mkdir()
+        shutil.copy(adapter_files["red"], run.latest)
+        rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+        (run.path / file).write_text("".join(rows), encoding="utf-8")
+
+    return write
+
+
+def printed_requests(out: str) -> tuple[dict[str, Any], list[Any]]:
+    """Return the body of the printed curl line, and the messages of the printed Python line."""
+    curl, python = [line for line in out.splitlines() if line.startswith(("curl", "python"))]
+    program = ast.parse(shlex.split(python)[-1])
+    keywords = [node for node in ast.walk(program) if isinstance(node, ast.keyword)]
+    (messages,) = [ast.literal_eval(one.value) for one in keywords if one.arg == "messages"]
+    return json.loads(shlex.split(curl)[-1]), messages
+
+
+@pytest.mark.parametrize("file", ["samples.jsonl", "validation.jsonl"])
+def test_the_printed_lines_ask_what_the_run_was_asked(capsys, run_of, file):
+    run_of(file, [AWKWARD, "sort 31"], '[task]\nsystem = "Don\'t talk."\n')
+
+    def ask(client):
+        body, messages = printed_requests(capsys.readouterr().out)
+        sent = client.chat.completions.create(**body, max_tokens=2)
+        return [model.id for model in client.models.list()], body, messages, sent
+
+    argv = ["serve", "--no-token", "--adapter", "runs/two"]
+    code, (models, body, messages, sent) = serve_while(argv, ask)
+    assert code == 130 and models == ["tiny", "two"] and body["model"] == sent.model == "two"
+    assert (
+        body["messages"]
+        == messages
+        == [
+            {"role": "system", "content": "Don't talk."},
+            {"role": "user", "content": AWKWARD},
+        ]
+    )
+
+
+def test_a_long_first_prompt_gives_way_to_the_shortest_of_the_next(capsys, run_of):
+    asked = [{"role": "user", "content": "sort 31"}]
+    run_of("samples.jsonl", ["long " * 100, "sort 3120", asked, *(f"sort {n}" for n in range(99))])
+    argv = ["serve", "--no-token", "--adapter", "runs/two"]
+    _, out = serve_while(argv, lambda client: capsys.readouterr().out)
+    assert printed_requests(out)[0]["messages"] == [{"role": "user", "content": "sort 0"}]
+
+
+def test_a_model_without_a_run_is_greeted(capsys, adapter_files):
+    argv = ["serve", "--no-token", "--adapter", str(adapter_files["red"])]
+    _, out = serve_while(argv, lambda client: capsys.readouterr().out)
+    assert printed_requests(out)[0] == {
+        "model": "red",
+        "messages": [{"role": "user", "content": "Hello"}],
+    }
+
+
+def test_a_run_has_the_same_name_from_wherever_it_is_named(run_of, monkeypatch):
+    from textpolicy.runs import read_named_adapter
+
+    run_of("samples.jsonl", [])
+    named = [read_named_adapter(text).name for text in ("runs/two", "runs/two/", "./runs/two")]
+    named += [read_named_adapter("runs/two/adapters/latest.safetensors").name]
+    monkeypatch.chdir("runs")
+    assert [*named, read_named_adapter("two").name] == ["two", "two", "two", "two/latest", "two"]
+
+
+def test_a_run_without_its_option_is_an_error_that_names_the_option(capsys, run_of):
+    run_of("samples.jsonl", [])
+    with pytest.raises(SystemExit):
+        main(["serve", "runs/two"])
+    assert "every option has a name, such as --adapter runs/two." in capsys.readouterr().err
 
 
 def test_a_token_of_the_environment_is_not_printed(capsys, monkeypatch):

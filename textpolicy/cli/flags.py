@@ -26,6 +26,7 @@ from textpolicy.config.toml import (
     suggestion_for,
 )
 from textpolicy.errors import ConfigError
+from textpolicy.runs import RunDirectory
 from textpolicy.untrusted.terminal import terminal_safe
 
 _C = TypeVar("_C")
@@ -142,9 +143,10 @@ class CommandsParser(SafeParser):
         if options.version:
             return options
         if rest:
+            named = f"--adapter {rest[0]}" if RunDirectory(Path(rest[0])).exists else "--env add"
             self.error(
                 f"{options.command} takes no argument {rest[0]!r}; every option has a name, such "
-                f"as --env add. `textpolicy {options.command} --help` lists the options"
+                f"as {named}. `textpolicy {options.command} --help` lists the options"
             )
         return options
 

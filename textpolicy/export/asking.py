@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -109,16 +109,17 @@ def _common_system(directory: RunDirectory) -> str | None:
 
 
 def _sampled_prompts(directory: RunDirectory) -> Iterator[Prompt]:
-    if directory.samples.exists():
-        for row in _rows(directory.samples):
-            if _is_prompt(row.get("prompt")):
-                yield row["prompt"]
+    """Yield the prompts of the samples, or those of the held-out rows of supervised training."""
+    for path in (directory.samples, directory.validation_rows):
+        if path.exists():
+            prompts = (row.get("prompt") for row in _rows(path))
+            yield from filter(_is_prompt, prompts)
 
 
-def _rows(samples: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the first rows of a file of samples, without lines that are too long or no rows."""
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the first rows of a file, without lines that are too long or no rows."""
     try:
-        with open_regular(samples) as file:
+        with open_regular(path) as file:
             for _ in range(_MAX_ROWS):
                 line = file.readline(MAX_DATA_LINE_BYTES)
                 if not line:
@@ -133,7 +134,7 @@ def _rows(samples: Path) -> Iterator[Mapping[str, Any]]:
         return
 
 
-def _is_prompt(value: Any) -> bool:
+def _is_prompt(value: Any) -> TypeGuard[Prompt]:
     """Return whether a value is a text, or messages with known roles and texts."""
     if isinstance(value, str):
         return bool(value)

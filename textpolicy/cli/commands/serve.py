@@ -15,6 +15,8 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from textpolicy.activity import doing
 from textpolicy.adapters import read_adapter
 from textpolicy.adapters.base_quantization import quantize_for_adapter
@@ -28,16 +30,22 @@ from textpolicy.config import TrainConfig
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import dtype_of, template_arguments_of
 from textpolicy.experiment.threads import apply_thread_option
+from textpolicy.export.asking import read_asking
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.runs import NamedAdapter, RunDirectory, read_named_adapter
+from textpolicy.runs.named_adapter import run_of_adapter
 from textpolicy.serving.adapters import ServedAdapters
 from textpolicy.serving.encoding import PromptEncoder
 from textpolicy.serving.engine_queue import ServedEngine
 from textpolicy.serving.follow import Followers
 from textpolicy.serving.security import hosts_for, is_loopback, one_key
+from textpolicy.types import Message, Prompt
 
 TOKEN_VARIABLE = "TEXTPOLICY_TOKEN"
 _MIN_TOKEN = 8
+_PROMPTS_READ = 8
+"""Prompts of a run among which the shortest is shown, if the first one is long."""
+_LONG_PROMPT = 200
 
 
 def run(options: Namespace) -> Answer:
@@ -49,7 +57,7 @@ def run(options: Namespace) -> Answer:
 
     key = _key(options)
     with showing_progress(print_note):
-        served, adapters, followers, arguments = _load(options)
+        served, adapters, followers, arguments, paths = _load(options)
     app = create_app(
         served,
         owner_of=one_key(key.token) if key else None,
@@ -69,7 +77,9 @@ def run(options: Namespace) -> Answer:
         running_server(app, options.host, options.port) as address,
         followers.watching(print_note),
     ):
-        _print_start(address, key, _versions(served.models), as_json=options.json)
+        name = list(served.models)[-1]
+        asked = _example(paths.get(name), served.tokenizer)
+        _print_start(address, key, _versions(served.models), asked, as_json=options.json)
         served.run(until=lambda: stopped.signal is not None)
     assert stopped.signal is not None
     print_note(f"{stopped.signal.name}: the server has stopped")
@@ -78,8 +88,11 @@ def run(options: Namespace) -> Answer:
 
 def _load(
     options: Namespace,
-) -> tuple[ServedEngine, ServedAdapters, Followers, dict[str, Any]]:
-    """Return the engine, its adapters, the followed runs, and the arguments of the template."""
+) -> tuple[ServedEngine, ServedAdapters, Followers, dict[str, Any], dict[str, Path]]:
+    """Return the engine, its adapters, the followed runs, the arguments of the template, and files.
+
+    The files are those of the adapters by name.
+    """
     config = configured(TrainConfig(), options)
     named = [read_named_adapter(text) for text in options.adapter or ()]
     followed = [_followed_run(text) for text in options.follow or ()]
@@ -102,7 +115,13 @@ def _load(
             adapters.put_adapter(name, adapter)
         followers = Followers(served, adapters, {one.name: one.path for one in followed})
         followers.load_present()
-    return served, adapters, followers, arguments
+    return (
+        served,
+        adapters,
+        followers,
+        arguments,
+        {one.name: one.path for one in (*named, *followed)},
+    )
 
 
 @contextmanager
@@ -183,7 +202,27 @@ def _versions(models: Mapping[str, Any]) -> dict[str, int]:
     return {name: one.version for name, one in models.items()}
 
 
-def _print_start(address: str, key: _Key | None, models: dict[str, int], *, as_json: bool) -> None:
+def _example(adapter: Path | None, tokenizer: TokenizerWrapper) -> list[Message]:
+    """Return the conversation that the printed lines ask: of the adapter's run, or a greeting."""
+    run = run_of_adapter(adapter) if adapter else None
+    # Without a run, the prompts are those for the proof of an export.
+    prompts = read_asking(run, tokenizer, _PROMPTS_READ).prompts
+    prompt = prompts[0] if len(str(prompts[0])) <= _LONG_PROMPT else min(prompts, key=_length)
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+
+
+def _length(prompt: Prompt) -> int:
+    return len(str(prompt))
+
+
+def _print_start(
+    address: str,
+    key: _Key | None,
+    models: dict[str, int],
+    asked: list[Message],
+    *,
+    as_json: bool,
+) -> None:
     """Print where the server is, what it serves, and lines that ask it."""
     if as_json:
         token = key.shown if key else None
@@ -193,28 +232,34 @@ def _print_start(address: str, key: _Key | None, models: dict[str, int], *, as_j
     name = list(models)[-1]
     print_answer(
         f"address: {address}\ntoken: {key.shown if key else 'none'}\nmodels: {versions}\n\n"
-        f"{_curl_line(address, key, name)}\n\n{_python_line(address, key, name)}\n"
+        f"{_curl_line(address, key, name, asked)}\n\n{_python_line(address, key, name, asked)}\n"
     )
 
 
-def _curl_line(address: str, key: _Key | None, model: str) -> str:
-    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
+def _curl_line(address: str, key: _Key | None, model: str, asked: list[Message]) -> str:
+    body = json.dumps({"model": model, "messages": asked})
     secret = f" -H {key.header}" if key else ""
     # Brackets of an IPv6 address mean something to a shell.
     url = shlex.quote(f"{address}/v1/chat/completions")
-    return (
-        f"curl {url}{secret} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
-    )
+    return f"curl {url}{secret} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
-def _python_line(address: str, key: _Key | None, model: str) -> str:
+def _python_line(address: str, key: _Key | None, model: str, asked: list[Message]) -> str:
     secret = key.in_python if key else '"-"'
     program = (
         f'from openai import OpenAI; client = OpenAI(base_url="{address}/v1", api_key={secret}); '
-        f"print(client.chat.completions.create(model={json.dumps(model)}, "
-        'messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)'
+        f"print(client.chat.completions.create(model={_literal(model)}, "
+        f"messages={_literal(asked)}).choices[0].message.content)"
     )
     return f"python -c {shlex.quote(program)}"
+
+
+def _literal(value: Any) -> str:
+    """Return a text or messages as a Python literal in ASCII.
+
+    The escapes of JSON would split an emoji into two characters.
+    """
+    return json.dumps(value, ensure_ascii=False).encode("ascii", "backslashreplace").decode()
 
 
 class _Stop:
