@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,15 +18,22 @@ COMMAND = [sys.executable, "-c", "from textpolicy.cli import main; raise SystemE
 
 
 @pytest.fixture
-def runs(tmp_path):
-    """Make a folder with three runs: a finished run, a stopped run and a supervised run."""
+def make(tmp_path):
+    """Return a function that makes a run of a config and of rows of metrics, and its path."""
 
     def make(name, config, rows):
         directory = RunDirectory(tmp_path / "runs" / name)
         directory.claim()
         directory.write_config(to_toml(config))
         directory.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return str(directory.path)
 
+    return make
+
+
+@pytest.fixture
+def runs(tmp_path, make):
+    """Make a folder with three runs: a finished run, a stopped run and a supervised run."""
     base = changed(TrainConfig(), {"task.env": "add", "run.steps": 2})
     steps = [
         {"step": 0, "reward": 0.1, "eval/reward": 0.2},
@@ -97,12 +106,13 @@ def test_comparing_two_runs_shows_only_what_differs(runs, answer, capsys):
     paths = [str(runs / "finished"), str(runs / "stopped")]
     report = answer("runs", *paths)
     assert report["config"] == {"algorithm.name": ["grpo", "dapo"], "trainer.lr": [5e-4, 1e-5]}
-    assert report["metrics"]["eval/reward"] == [0.6, 0.2]
-    assert report["metrics"]["best eval/reward"] == [0.6, 0.2]
+    assert report["metrics"] == {"reward": [0.3, 0.1]}
+    assert report["not_comparable"] == ""
     assert main(["runs", *paths]) == 0
     shown = capsys.readouterr().out
     assert "trainer.lr" in shown and "group_size" not in shown
     assert report["scores"]["held-out reward, last"] == [0.6, 0.2]
+    assert report["scores"]["held-out reward, best"] == [0.6, 0.2]
     lines = [line.split() for line in shown.splitlines()]
     assert lines[0] == ["finished", "stopped"]
     assert lines[1] == ["held-out", "reward,", "first", "0.2", "0.2"]
@@ -113,13 +123,107 @@ def test_comparing_two_runs_shows_only_what_differs(runs, answer, capsys):
     assert "do not differ" in capsys.readouterr().out
 
 
-def test_runs_of_two_kinds_are_compared_by_the_settings_that_both_have(runs, answer, capsys):
-    paths = [str(runs / "finished"), str(runs / "taught")]
-    report = answer("runs", *paths)
-    assert report["scores"]["validation loss, best"] == [None, 0.5]
-    assert None not in [value for values in report["config"].values() for value in values]
+SHAPES = {"run.steps": 2, "task.data": "/no/where/rows.jsonl", "trainer.lr": 2e-3}
+
+
+def test_runs_of_two_kinds_show_every_setting_that_differs_and_the_shaping_ones_first(
+    make, answer, capsys
+):
+    shapes = {"task.reward": "close.py", "adapter.start": Path("runs/taught"), "rollout.workers": 3}
+    config = changed(TrainConfig(), SHAPES | shapes)
+    paid = make("paid", config, [{"step": 0, "reward": 0.5, "eval/reward": 0.2, "loss": 1e-9}])
+    sft = changed(SFTConfig(), {"data.source": "texts", "trainer.iterations": 10})
+    taught = make("taught", sft, [{"step": 10, "loss": 1.0, "validation/loss": 0.5}])
+    report = answer("runs", taught, paid)
+    assert report["scores"]["validation loss, best"] == [0.5, None]
+    assert report["config"]["task.reward"] == [None, "close.py"]
+    # The settings of one kind at their defaults are in the data, and are counted for a person.
+    assert report["config"]["sampling.temperature"] == [None, 1.0]
+    assert main(["runs", taught, paid]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("These scores cannot be compared")
+    assert "the validation loss of taught and the held-out reward of paid" in first
+    shown = {cells[0]: cells[1:] for line in lines if (cells := re.split(r"  +", line))}
+    assert shown["data.source"] == ["texts", "—"]
+    assert shown["task.data"] == ["—", "/no/where/rows.jsonl"]
+    assert shown["adapter.start"] == ["not set", "runs/taught"]
+    assert shown["algorithm.name"] == ["—", "grpo"]
+    assert shown["rollout.workers"] == ["—", "3"]
+    assert "sampling.temperature" not in shown and len(lines) < 40
+    order = list(shown)
+    assert order.index("data.source") < order.index("task.reward") < order.index("trainer.lr")
+    assert order.index("trainer.lr") < order.index("rollout.workers")
+    assert order.index("rollout.workers") < order.index("run.checkpoint_every")
+    assert re.match(r"not shown: \d+ settings that only one kind of run has", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, ""),
+        ({"trainer.lr": 1e-5}, ""),
+        ({"task.reward": "exact.py"}, "the rewards differ (close.py, exact.py)"),
+        (
+            {"task.eval_data": "x.csv"},
+            "held-out data differ (a part of /no/where/rows.jsonl, x.csv)",
+        ),
+        ({"evaluation.count": 64}, "the numbers of held-out tasks differ (512, 64)"),
+    ],
+)
+def test_scores_of_different_things_are_shown_below_a_sentence_that_says_so(
+    make, capsys, other, said
+):
+    base = changed(TrainConfig(), SHAPES | {"task.reward": "close.py"})
+    row = {"step": 0, "reward": 0.5, "eval/reward": 0.2}
+    paths = make("one", base, [row]), make("two", changed(base, other), [row | {"reward": 0.6}])
     assert main(["runs", *paths]) == 0
-    assert len(capsys.readouterr().out.splitlines()) < 25
+    shown = capsys.readouterr().out
+    first = shown.splitlines()[0]
+    assert said in first and first.startswith("These scores cannot be compared") == bool(said)
+    assert "held-out reward, first  0.2" in shown
+
+
+def test_a_standard_error_is_beside_every_score_that_has_one_and_names_are_short(make, capsys):
+    scored = {"eval/rewards/close/exact": 0.25, "eval/standard_errors/close/exact": 0.125}
+    rows = [
+        {"step": 0, "loss": 7e-9, "reward": 0.1, "eval/reward": 0.2, "eval/standard_error": 0.01},
+        {"step": 1, "loss": 2e-9, "reward": 0.3, "eval/reward": 0.6, "eval/standard_error": 0.02},
+        {"step": 2, "eval/reward": 0.5, "eval/standard_error": 0.03} | scored,
+    ]
+    config = changed(TrainConfig(), {"task.env": "add", "run.steps": 2})
+    paths = make("new", config, rows), make("old", config, rows[:1])
+    assert main(["runs", *paths]) == 0
+    shown = capsys.readouterr().out
+    lines = [re.split(r"  +", line) for line in shown.splitlines()]
+    assert lines[1:5] == [
+        ["held-out reward, first", "0.200 ± 0.010", "0.200 ± 0.010"],
+        ["held-out reward, last", "0.500 ± 0.030", "0.200 ± 0.010"],
+        ["held-out reward, best", "0.600 ± 0.020", "0.200 ± 0.010"],
+        ["held-out exact, first", "0.250 ± 0.125", "-"],
+    ]
+    assert "rewards/" not in shown
+    # What people look at comes before the loss, which says nothing about progress.
+    assert shown.index("last numbers:") < shown.index("\nreward") < shown.index("\nloss")
+
+
+def test_the_list_says_of_each_best_value_what_it_measures_and_its_standard_error(
+    make, runs, answer, capsys
+):
+    config = changed(TrainConfig(), SHAPES | {"task.reward": "close.py"})
+    row = {"step": 2, "eval/reward": 0.75, "eval/standard_error": 0.02}
+    make("own", config, [row])
+    found = {one["name"]: one for one in answer("runs", str(runs))["runs"]}
+    assert {name: one["measure"] for name, one in found.items()} == {
+        "finished": "held-out reward",
+        "own": "held-out reward of close.py",
+        "stopped": "held-out reward",
+        "taught": "validation loss",
+    }
+    assert (found["own"]["standard_error"], found["taught"]["standard_error"]) == (0.02, None)
+    assert main(["runs", str(runs)]) == 0
+    shown = capsys.readouterr().out
+    assert "0.750 ± 0.020  held-out reward of close.py" in shown
+    assert "0.500          validation loss" in shown
 
 
 def test_a_folder_without_runs_is_an_empty_list_and_a_missing_folder_is_an_error(

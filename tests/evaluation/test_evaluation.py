@@ -63,6 +63,16 @@ def test_the_numbers_of_an_evaluation_can_be_checked_by_hand():
     }
 
 
+def test_a_number_beside_the_reward_has_a_standard_error_as_the_reward_has_one():
+    rollouts = [replace(rollout(x), metrics={"rewards/mine/exact": x}) for x in (1.0, 0.0)]
+    # A reward may leave its number out, and an environment counts other things.
+    rollouts.append(replace(rollout(0.5), metrics={"env/turns": 2.0}))
+    metrics = Evaluation(greedy=rollouts, sampled=[], good=0.5).metrics()
+    assert metrics["eval/rewards/mine/exact"] == 0.5
+    assert metrics["eval/standard_errors/mine/exact"] == pytest.approx(0.5 / 2**0.5)
+    assert not any("env" in name for name in metrics)
+
+
 def test_a_sample_is_right_from_the_threshold_on():
     sampled = [[1, 0.4]]
     assert evaluation([1.0], sampled, good=0.4).metrics()["eval/pass@1"] == 1

@@ -16,9 +16,9 @@ import rich.console
 
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.live_view import panel
+from textpolicy.tracking.named_numbers import describe_numbers
 from textpolicy.tracking.run_history import (
     RunHistory,
-    describe_scores,
     format_duration,
     spark_line,
     time_shares,
@@ -355,16 +355,23 @@ def test_numbers_beside_the_reward_are_on_the_line_of_the_step(clock):
 
 def test_a_few_numbers_of_reward_functions_are_named_shortly():
     one = {"rewards/mine/mean": 0.5, "rewards/mine/std": 0.1, "rewards/mine/right": 0.25}
-    assert describe_scores(one) == ["right 0.250"]
-    assert describe_scores({f"eval/{name}": value for name, value in one.items()}) == []
-    assert describe_scores({"eval/rewards/mine/right": 1.0}, "eval/") == ["right 1.000"]
+    assert describe_numbers(one) == ["right 0.250"]
+    assert describe_numbers({f"eval/{name}": value for name, value in one.items()}) == []
+    assert describe_numbers({"eval/rewards/mine/right": 1.0}, "eval/") == ["right 1.000"]
     # The numbers of an algorithm have no reward function in their names.
-    assert describe_scores({"rewards/chosen": 1.0, "reward": 0.5}) == []
+    assert describe_numbers({"rewards/chosen": 1.0, "reward": 0.5}) == []
     two = one | {"rewards/form/mean": 1.0, "rewards/form/std": 0.0}
-    assert describe_scores(two) == ["mine 0.500", "mine/right 0.250", "form 1.000"]
+    assert describe_numbers(two) == ["mine 0.500", "right 0.250", "form 1.000"]
+    assert describe_numbers(two | {"rewards/form/right": 0.75})[1:] == [
+        "mine.right 0.250",
+        "form 1.000",
+        "form.right 0.750",
+    ]
+    measured = {"eval/rewards/mine/right": 0.5, "eval/standard_errors/mine/right": 0.125}
+    assert describe_numbers(measured, "eval/") == ["right 0.500 ± 0.125"]
     many = {f"rewards/mine/{name}": 0.0 for name in "abcdefg"}
-    assert describe_scores(many)[3:] == ["d 0.000", "3 more in metrics.jsonl"]
-    (hostile,) = describe_scores({"rewards/mine/\x1b[2J" + "x" * 90: 0.0})
+    assert describe_numbers(many)[3:] == ["d 0.000", "3 more in metrics.jsonl"]
+    (hostile,) = describe_numbers({"rewards/mine/\x1b[2J" + "x" * 90: 0.0})
     assert "\x1b" not in hostile and len(hostile) < 40
 
 

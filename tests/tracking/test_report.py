@@ -173,6 +173,21 @@ def test_samples_are_whole_groups_within_the_limit_of_bytes(tmp_path):
     assert all(text.endswith("[5 characters more in samples.jsonl]") for text in cut)
 
 
+def test_the_page_of_several_runs_leaves_the_page_of_the_first_run_as_it_is(tmp_path, capsys):
+    runs = [make_run(tmp_path / name, steps=2) for name in "abc"]
+    own = write_report(runs[:1])
+    before = own.read_bytes()
+    assert main(["report", *map(str, runs)]) == 0
+    page = tmp_path / "a" / "compare-b-c.html"
+    assert capsys.readouterr().out.strip() == str(page)
+    assert [run["name"] for run in data_in(page)["runs"]] == ["a", "b", "c"]
+    assert own.read_bytes() == before
+    page.write_text("mine")
+    assert main(["report", *map(str, runs)]) == 2
+    assert "compare-b-c.html is not a report that textpolicy wrote" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_a_report_of_several_runs_stays_at_a_few_megabytes(tmp_path):
     runs = [make_run(tmp_path / name, text="y" * 4000) for name in "abc"]
@@ -194,6 +209,21 @@ def test_every_metric_with_data_has_a_chart():
     assert [line["label"] for line in several[0]["lines"]] == ["a", "b"]
     evaluated = charts_for(dict.fromkeys(["eval/reward", "eval/pass@4", "eval/sort/reward"], True))
     assert [chart["title"] for chart in evaluated] == ["Evaluation", "Evaluation of sort"]
+
+
+def test_a_number_of_a_reward_has_one_chart_under_its_short_name():
+    key = "rewards/reward/exact"
+    error = "eval/standard_errors/reward/exact"
+    names = ["reward", "rewards/reward/mean", "rewards/reward/std", key, f"eval/{key}", error]
+    main_charts = [chart for chart in charts_for(dict.fromkeys(names, True)) if not chart["more"]]
+    assert [chart["title"] for chart in main_charts] == ["Reward", "exact"]
+    assert [(line["metric"], line["spread"]) for line in main_charts[1]["lines"]] == [
+        (key, None),
+        (f"eval/{key}", error),
+    ]
+    # A run may be measured on another reward than it is trained on.
+    held_out = charts_for(dict.fromkeys([f"eval/{key}", error], True))
+    assert [chart["title"] for chart in held_out] == ["exact"]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

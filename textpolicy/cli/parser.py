@@ -393,7 +393,10 @@ def _runs(parser: ArgumentParser) -> None:
 def _report(parser: ArgumentParser) -> None:
     text = "directory of a run; the curves of several runs share the charts"
     parser.add_argument("paths", nargs="+", help=text, type=Path, metavar="RUN")
-    text, unset = "file of the page", "report.html in the first run"
+    text, unset = (
+        "file of the page",
+        "report.html in the run, or compare-OTHER.html in the first of several runs",
+    )
     _add_flag(parser, "output", Path | None, None, text, unset=unset, metavar="FILE")
 
 

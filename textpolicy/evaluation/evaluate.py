@@ -13,12 +13,11 @@ from textpolicy.generation.policy import ModelPolicy
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.executors.ranks import collect_with_ranks
+from textpolicy.tracking.named_numbers import ERRORS, REPORTED
 from textpolicy.types import Metrics, Rollout, RolloutGroup, Sampling, StopReason, Task
 
 # All evaluations use the same seed, so that two evaluations of one policy are equal.
 _SEED = 0
-# Names of metrics of reward functions, among those of environments.
-_REPORTED = "rewards/"
 # Fewer held-out tasks leave an error of several hundredths.
 _ENOUGH_TASKS = 50
 
@@ -116,13 +115,17 @@ class Evaluation:
         return {f"{prefix}{name}": value for name, value in metrics.items()}
 
     def _reported_metrics(self) -> Metrics:
-        """Return the means of what reward functions reported beside the rewards of greedy answers.
+        """Return means and standard errors of what rewards reported beside the greedy rewards.
 
         These are numbers in a `Score`, such as the accuracy of a stricter reading.
         """
         given = [rollout.metrics for rollout in self.greedy]
-        names = dict.fromkeys(name for one in given for name in one if name.startswith(_REPORTED))
-        return {name: float(np.mean([one[name] for one in given if name in one])) for name in names}
+        names = dict.fromkeys(name for one in given for name in one if name.startswith(REPORTED))
+        means = {name: MeanReward.of([one[name] for one in given if name in one]) for name in names}
+        return {name: mean.reward for name, mean in means.items()} | {
+            f"{ERRORS}{name.removeprefix(REPORTED)}": mean.standard_error
+            for name, mean in means.items()
+        }
 
     def _sample_metrics(self) -> Metrics:
         """Return avg@n and pass@k, over the tasks of which every sample has a reward."""

@@ -13,7 +13,7 @@ from textpolicy.tracking.alarm_advice import LearningSettings
 from textpolicy.tracking.alarms import AlarmMonitor
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.tracking.machine_signs import low_disk, low_memory
-from textpolicy.tracking.run_history import describe_scores
+from textpolicy.tracking.named_numbers import describe_numbers
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.tracking.tracker import Tracker
 from textpolicy.types import Metrics, Progress
@@ -139,7 +139,7 @@ class StepObserver:
             self._before = {"step": 0.0, **{name: self._evaluated[name] for name in names}}
         self._report(
             "measurement",
-            "  ".join([text, *describe_scores(self._evaluated, "eval/")]) + best,
+            "  ".join([text, *describe_numbers(self._evaluated, "eval/")]) + best,
             metrics=self._evaluated,
         )
         return self.measurement_in(self._evaluated | {"step": self.steps})

@@ -7,9 +7,9 @@ from contextlib import suppress
 from math import ceil
 from typing import Protocol, runtime_checkable
 
+from textpolicy.tracking.named_numbers import describe_numbers
 from textpolicy.tracking.run_history import (
     RunHistory,
-    describe_scores,
     format_duration,
     present_alarms,
     time_shares,
@@ -120,7 +120,7 @@ def _sampling_fields(metrics: Metrics) -> list[str]:
     return [
         f"reward {metrics.get('reward', float('nan')):.3f}",
         f"length {metrics.get('completions/mean_length', 0):.1f}",
-        *describe_scores(metrics),
+        *describe_numbers(metrics),
         f"{metrics.get('tokens_per_second', 0):,.0f} tokens/s",
     ]
 

@@ -11,10 +11,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from textpolicy.tracking.named_numbers import describe_numbers
 from textpolicy.tracking.run_history import (
     BLOCKS,
     RunHistory,
-    describe_scores,
     format_duration,
     present_alarms,
     spark_line,
@@ -81,7 +81,7 @@ def panel(history: RunHistory, sample: SampleRow | None, width: int) -> Renderab
     rows.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     spread = f"± {metrics.get('reward_std', 0):.2f}"
     rows.add_row("reward", _spark(history, "reward", spread, room))
-    if scores := describe_scores(metrics):
+    if scores := describe_numbers(metrics):
         rows.add_row("scores", Text("   ".join(scores)))
     if history.values("eval/reward"):
         error = history.last("eval/standard_error")

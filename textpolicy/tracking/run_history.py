@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from textpolicy.types import Metrics
-from textpolicy.untrusted.terminal import shorten_line
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 _RECENT_STEPS = 10
-# Of the numbers that reward functions report: how many are shown, and how long a name may be.
-_SCORES, _NAME_WIDTH = 4, 24
 _MEASUREMENT = "time/evaluate"
 _TIMES = ("wait", "generate", "reward", "train", "reload", "checkpoint")
 
@@ -83,27 +80,6 @@ def present_alarms(metrics: Metrics) -> list[str]:
         for name, value in metrics.items()
         if name.startswith(prefix) and value > 0
     ]
-
-
-def describe_scores(metrics: Metrics, prefix: str = "") -> list[str]:
-    """Return names and means of what reward functions report beside the reward, a few of them.
-
-    These are the numbers of a `Score` and, of several reward functions, the value of each.
-    """
-    start, found = f"{prefix}rewards/", dict[tuple[str, str], float]()
-    for key, value in metrics.items():
-        function, _, name = key.removeprefix(start).partition("/")
-        if key.startswith(start) and name not in ("", "std"):
-            found[function, name] = value
-    several = len({function for function, _ in found}) > 1
-    shown = [
-        (function if name == "mean" else f"{function}/{name}" if several else name, value)
-        for (function, name), value in found.items()
-        if several or name != "mean"
-    ]
-    texts = [f"{shorten_line(name, _NAME_WIDTH)} {value:.3f}" for name, value in shown[:_SCORES]]
-    more = len(shown) - _SCORES
-    return [*texts, f"{more} more in metrics.jsonl"] if more > 0 else texts
 
 
 def spark_line(values: Sequence[float], width: int) -> str:

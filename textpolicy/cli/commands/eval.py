@@ -33,6 +33,7 @@ from textpolicy.generation.thinking import describe_thinking
 from textpolicy.rewards import Rewards, scorer_of
 from textpolicy.runs import find_adapter
 from textpolicy.runs.named_adapter import run_of_adapter
+from textpolicy.tracking.named_numbers import named_numbers
 from textpolicy.types import Sampling
 
 _BASE, _BEFORE, _AFTER = "base", "before", "adapter"
@@ -227,10 +228,11 @@ def _lines(
 
 
 def _scores(evaluation: Evaluation) -> str:
-    metrics = evaluation.metrics("").items()
-    shown = {name.removeprefix("rewards/"): x for name, x in metrics if "@" in name or "/" in name}
-    more = "".join(f"  {name} {value:.3f}" for name, value in shown.items())
-    return f"greedy {evaluation.greedy_reward}{more}"
+    metrics = evaluation.metrics("")
+    sampled = [f"{name} {value:.3f}" for name, value in metrics.items() if "@" in name]
+    return "  ".join(
+        [f"greedy {evaluation.greedy_reward}", *map(str, named_numbers(metrics)), *sampled]
+    )
 
 
 def _notes_about_length(result: _Result) -> list[str]:

@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from textpolicy.cli.answer import Answer
+from textpolicy.cli.compared_runs import (
+    by_key,
+    differing_numbers,
+    differing_settings,
+    lines_of_settings,
+    scores_of,
+    why_not_comparable,
+)
+from textpolicy.cli.recorded_runs import RecordedRun, shown_setting
 from textpolicy.errors import ConfigError, DataError
 from textpolicy.runs import RunDirectory
-from textpolicy.tracking.jsonl import read_metrics
-
-# Names, words, and which one is the best.
-_SCORES = (
-    ("eval/reward", "held-out reward", max),
-    ("validation/loss", "validation loss", min),
-)
-_NAMED_SCORE = "eval/rewards/"
-# The metrics that a comparison shows beside those of evaluations.
-_COMPARED = ("reward", "loss", "validation/loss", "entropy", "completions/mean_length", "time/step")
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run, read from its files. `best` is its best evaluation reward or validation loss."""
+    """One run, read from its files. `best` is its best value of `measure` on held-out data."""
 
     name: str
     task: str
@@ -31,6 +30,8 @@ class RunSummary:
     steps: int
     planned: int
     best: float | None
+    standard_error: float | None
+    measure: str
     state: Literal["running", "finished", "stopped", "unreadable"]
 
 
@@ -38,7 +39,7 @@ def run(options: Namespace) -> Answer:
     paths: Sequence[Path] = options.paths or [Path("runs")]
     directories = [directory for path in paths for directory in _runs_in(path)]
     if len(paths) > 1 and all(RunDirectory(path).exists for path in paths):
-        return _compare(directories)
+        return _compare(list(map(RecordedRun.of, directories)))
     named = [path.absolute() for path in paths]
     summaries = [_summary(directory, named=directory.path in named) for directory in directories]
     if not summaries:
@@ -56,57 +57,44 @@ def _runs_in(path: Path) -> list[RunDirectory]:
     return [directory for directory in inside if directory.exists]
 
 
-def _settings(directory: RunDirectory) -> dict[str, Any]:
-    """Return the settings by key, such as "run.steps"."""
-    return {
-        f"{section}.{name}": value
-        for section, settings in directory.read_settings().items()
-        for name, value in settings.items()
-    }
-
-
-def _rows(directory: RunDirectory) -> list[dict[str, Any]]:
-    return read_metrics(directory.metrics) if directory.metrics.is_file() else []
-
-
 def _summary(directory: RunDirectory, *, named: bool) -> RunSummary:
     """Return the summary of a run; a damaged run that was not named must not hide the others."""
     try:
-        settings, rows = _settings(directory), _rows(directory)
+        run = RecordedRun.of(directory)
     except DataError:
         if named:
             raise
-        return RunSummary(directory.path.name, "-", "-", 0, 0, None, "unreadable")
-    supervised = "data.source" in settings
-    planned = settings.get("trainer.iterations" if supervised else "run.steps", 0)
-    done = max((row["step"] + ("reward" in row) for row in rows), default=0)
-    evaluated = _values(rows, "validation/loss" if supervised else "eval/reward")
-    state = "running" if directory.is_running else "finished" if done >= planned else "stopped"
-    task = settings.get("task.env") or settings.get("task.data") or settings.get("data.source")
+        return RunSummary(directory.path.name, "-", "-", 0, 0, None, None, "-", "unreadable")
+    best = run.best()
     return RunSummary(
-        name=directory.path.name,
-        task=str(task),
-        algorithm="sft" if supervised else str(settings.get("algorithm.name")),
-        steps=done,
-        planned=planned,
-        best=(min if supervised else max)(evaluated) if evaluated else None,
-        state=state,
+        name=run.name,
+        task=run.task,
+        algorithm=run.algorithm,
+        steps=run.steps,
+        planned=run.planned,
+        best=best.value if best else None,
+        standard_error=best.standard_error if best else None,
+        measure=_measure(run) if best else "-",
+        state=run.state,
     )
 
 
-def _values(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [row[name] for row in rows if name in row]
+def _measure(run: RecordedRun) -> str:
+    """Return what the best value is of. Values of different rewards cannot be compared."""
+    reward = None if run.is_supervised else run.settings.get("task.reward")
+    return run.measure.name + (f" of {shown_setting(reward)}" if reward else "")
 
 
 def _table(summaries: Sequence[RunSummary]) -> str:
-    head = ("run", "task", "algorithm", "steps", "best", "state")
+    head = ("run", "task", "algorithm", "steps", "best", "measure", "state")
     cells = [
         (
             one.name,
             one.task,
             one.algorithm,
             f"{one.steps}/{one.planned}" if one.planned else f"{one.steps}",
-            "-" if one.best is None else f"{one.best:.3f}",
+            _best(one),
+            one.measure,
             one.state,
         )
         for one in summaries
@@ -114,71 +102,44 @@ def _table(summaries: Sequence[RunSummary]) -> str:
     return _columns([head, *cells])
 
 
-def _compare(directories: Sequence[RunDirectory]) -> Answer:
+def _best(summary: RunSummary) -> str:
+    if summary.best is None:
+        return "-"
+    error = summary.standard_error
+    return f"{summary.best:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _compare(runs: Sequence[RecordedRun]) -> Answer:
     """Answer the scores of runs, then the settings and numbers that differ between the runs."""
-    summaries = [_summary(directory, named=True) for directory in directories]
-    all_rows = [_rows(directory) for directory in directories]
-    # A setting of one kind of run only says nothing about the other kind.
-    mixed = len({one.algorithm == "sft" for one in summaries}) > 1
-    settings = _differing([_settings(directory) for directory in directories], shared=mixed)
-    settings.pop("run.output", None)
-    metrics = _differing([_final_metrics(rows) for rows in all_rows])
-    scores = _by_key([_scores(rows) for rows in all_rows])
-    scores |= {"steps": [f"{one.steps}/{one.planned}" for one in summaries]}
-    others = {name: found for name, found in metrics.items() if "eval/" not in name}
-    names = [one.name for one in summaries]
-    table = [("", *names), *_cells(scores)]
-    for title, found in (("settings that differ:", settings), ("last numbers:", others)):
-        if found:
-            empty = [""] * len(names)
-            table += [("", *empty), (title, *empty), *_cells(found)]
-    text = _columns(table) if settings or metrics else "these runs do not differ"
-    data = {"runs": [str(directory.path) for directory in directories]}
-    data |= {"scores": scores, "config": settings, "metrics": metrics}
-    return Answer(data=data, text=text)
-
-
-def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the first, the last and the best score on held-out data, and other last scores."""
-    scores: dict[str, float] = {}
-    for name, about, best in _SCORES:
-        if values := _values(rows, name):
-            first, last = values[0], values[-1]
-            scores |= {f"{about}, first": first, f"{about}, last": last}
-            scores[f"{about}, best"] = best(values)
-    named = [row for row in rows if any(key.startswith(_NAMED_SCORE) for key in row)]
-    last_row = named[-1] if named else {}
-    return scores | {k: v for k, v in last_row.items() if k.startswith(_NAMED_SCORE)}
+    scores = by_key([scores_of(run) for run in runs])
+    settings = differing_settings(runs)
+    numbers = differing_numbers(runs)
+    warning = why_not_comparable(runs)
+    steps = [f"{run.steps}/{run.planned}" for run in runs]
+    shown_settings, note = lines_of_settings(runs, settings)
+    empty = ("",) * len(runs)
+    table = [("", *(run.name for run in runs)), *_cells(scores), ("steps", *steps)]
+    for title, rows in (
+        ("settings that differ:", shown_settings),
+        ("last numbers:", _cells(numbers)),
+    ):
+        table += [("", *empty), (title, *empty), *rows] if rows else []
+    text = "\n".join(filter(None, [warning, _columns(table), note]))
+    values = {name: [one and one.value for one in found] for name, found in scores.items()}
+    errors = {name: [one and one.standard_error for one in found] for name, found in scores.items()}
+    data = {
+        "runs": [str(run.directory.path) for run in runs],
+        "not_comparable": warning,
+        "scores": values | {"steps": steps},
+        "standard_errors": errors,
+        "config": settings,
+        "metrics": numbers,
+    }
+    return Answer(data=data, text=text if settings or numbers else "these runs do not differ")
 
 
 def _cells(values: Mapping[str, Sequence[Any]]) -> list[tuple[str, ...]]:
     return [(key, *map(_to_text, found)) for key, found in values.items()]
-
-
-def _final_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the last value of each compared metric, and the best evaluation reward."""
-    last: dict[str, Any] = {}
-    for row in rows:
-        last |= {k: v for k, v in row.items() if k.startswith("eval/") or k in _COMPARED}
-    best = {"best eval/reward": max(rewards)} if (rewards := _values(rows, "eval/reward")) else {}
-    return last | best
-
-
-def _differing(
-    mappings: Sequence[Mapping[str, Any]], *, shared: bool = False
-) -> dict[str, list[Any]]:
-    """Return the keys whose values differ; if `shared`, only those that every mapping has."""
-    return {
-        key: found
-        for key, found in _by_key(mappings).items()
-        if any(one != found[0] for one in found) and not (shared and None in found)
-    }
-
-
-def _by_key(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return every key with its value in each mapping, or None where a mapping has none."""
-    keys = dict.fromkeys(key for mapping in mappings for key in mapping)
-    return {key: [mapping.get(key) for mapping in mappings] for key in keys}
 
 
 def _to_text(value: Any) -> str:

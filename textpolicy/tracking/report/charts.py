@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from textpolicy.tracking.named_numbers import ERRORS, REPORTED, NamedNumber, named_numbers
+
 
 @dataclass(frozen=True)
 class Line:
@@ -113,6 +115,7 @@ STACKED_METRICS = frozenset(
     line.metric for chart in _CHARTS if chart.kind == "stack" for line in chart.lines
 )
 """Metrics of stacked charts. A step needs a value for each of them, or the stack has gaps."""
+_HELD_OUT = "eval/"
 _NOT_DRAWN = ("version", "sink_errors", "num_tokens", "time/train", "time/step", "alarm/")
 
 
@@ -128,18 +131,42 @@ def charts_for(metrics: Mapping[str, bool]) -> list[dict[str, Any]]:
     lines = [Line(name, name.split("/")[1], spread=f"{name[:-5]}/std") for name in means]
     # The mean of a single reward function equals the reward.
     functions = [Chart("Reward functions", lines)] if len(lines) > 1 else []
-    candidates = [main, *_evaluation_charts(names), *functions, *_CHARTS]
+    named = [_chart_of_number(one, names) for one in _named_in(names)]
+    candidates = [main, *_evaluation_charts(names), *functions, *named, *_CHARTS]
     kept = [
         replace(chart, lines=[line for line in chart.lines if line.metric in metrics])
         for chart in candidates
     ]
     charts = [chart for chart in kept if chart.lines]
     used = {metric for chart in charts for line in chart.lines for metric in asdict(line).values()}
-    others = [n for n in names if n not in used and not n.startswith(_NOT_DRAWN)]
+    unused = [n for n in names if n not in used and not n.startswith(_NOT_DRAWN)]
+    # The band around a number shows its standard error.
+    others = [n for n in unused if f"/{ERRORS}" not in n]
     nonzero = [chart for chart in charts if any(metrics[line.metric] for line in chart.lines)]
     more = [chart for chart in charts if chart not in nonzero]
     more += [Chart(name, [Line(name, name)]) for name in sorted(others)]
     return [asdict(chart) | {"more": chart in more} for chart in [*nonzero, *more]]
+
+
+def _named_in(names: Sequence[str]) -> list[NamedNumber]:
+    """Return the numbers that rewards report beside their values, in training or held out."""
+    found = named_numbers(dict.fromkeys(names, 0.0))
+    known = {one.key for one in found}
+    held_out = named_numbers(dict.fromkeys(names, 0.0), _HELD_OUT)
+    found += [one for one in held_out if one.key.removeprefix(_HELD_OUT) not in known]
+    return [one for one in found if not one.key.endswith("/mean")]
+
+
+def _chart_of_number(number: NamedNumber, names: Sequence[str]) -> Chart:
+    """Return the chart of a number in training and on held-out tasks, under its short name."""
+    key = number.key.removeprefix(_HELD_OUT)
+    error = f"{_HELD_OUT}{ERRORS}{key.removeprefix(REPORTED)}"
+    held_out = Line(f"{_HELD_OUT}{key}", "greedy, held out", spread=error)
+    return Chart(
+        number.name,
+        [Line(key, "sampled in training"), held_out],
+        "a number of the reward; shaded: the standard error" if error in names else "",
+    )
 
 
 def _evaluation_charts(names: Sequence[str]) -> list[Chart]:

@@ -17,11 +17,15 @@ from textpolicy.tracking.report.runs import read_run
 
 SAMPLE_BYTES = 2_000_000
 _GENERATOR = b'<meta name="generator" content="textpolicy">'
+# File systems allow names of 255 bytes.
+_LONGEST_NAME = 60
 _SCRIPTS = ("elements.js", "charts.js", "samples.js", "page.js")
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """Write the page of the runs to `output`, or into the first run. Return the page's path.
+
+    The page of several runs has a name of its own, so that the first run keeps its own page.
 
     The content of the runs is shown as text. The page's content security policy allows only the
     page's own script and style, and loads nothing.
@@ -32,20 +36,23 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
         nonzero[name] = nonzero.get(name, False) or any(value for _, value in points)
     title = " and ".join(run["name"] for run in shown)
     data = {"title": title, "runs": shown, "charts": charts_for(nonzero)}
-    target = output or _page_of(RunDirectory(runs[0]))
+    target = output or _page_of(runs[0], [run["name"] for run in shown[1:]])
     with atomic_replace(target, private=output is None) as temporary:
         temporary.write_text(_page(title, data), encoding="utf-8")
     return target
 
 
-def _page_of(run: RunDirectory) -> Path:
+def _page_of(run: Path, others: Sequence[str]) -> Path:
     """Return the path of the page in a run; raise `ConfigError` if another page is there."""
-    if run.report.is_file() and _GENERATOR not in run.report.read_bytes():
+    own = RunDirectory(run).report
+    name = f"compare-{'-'.join(others)[:_LONGEST_NAME]}.html"
+    page = own.with_name(name) if others else own
+    if page.is_file() and _GENERATOR not in page.read_bytes():
         raise ConfigError(
-            f"{run.report} is not a report that textpolicy wrote, so it is not replaced. Name "
+            f"{page} is not a report that textpolicy wrote, so it is not replaced. Name "
             "another file by --output, or move this one away"
         )
-    return run.report
+    return page
 
 
 def _page(title: str, data: object) -> str:
