@@ -66,9 +66,10 @@ def train_policy(
     save_options(config, directory, start)
     policy = experiment.policy
     if environment.agent is None:
-        (first,) = environment.heldout(1)
+        first, *others = environment.heldout(max(1, config.evaluation.count))
         tokens = policy.encode(first.asked)
-        report.note(describe_prompt(policy.tokenizer, tokens, policy.chat_template_kwargs))
+        asked = [first.asked, *(task.asked for task in others)]
+        report.note(describe_prompt(policy.tokenizer, tokens, policy.chat_template_kwargs, asked))
     report.step = start.resume.step if start.resume else 0
     with ExitStack() as opened:
         opened.callback(environment.close)

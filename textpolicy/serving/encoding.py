@@ -1,6 +1,6 @@
 """Requests as token ids: the chat template is applied, and every limit is checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,11 @@ from textpolicy.chat_template import argument_names
 from textpolicy.control_tokens import encode_text
 from textpolicy.errors import PromptError
 from textpolicy.generation.prompts import check_prompt, context_length, encode_prompt, encode_reply
+from textpolicy.generation.unread_characters import UnreadCharacters
 from textpolicy.serving.generation_request import GenerationRequest
 from textpolicy.serving.refusal import RefusalError
 from textpolicy.serving.requests import Asked, ChatRequest, CompletionRequest, RawPrompt
-from textpolicy.types import Message
+from textpolicy.types import Message, Prompt
 from textpolicy.untrusted.template_check import SWITCHES
 
 DEFAULT_MAX_TOKENS = 1024
@@ -26,7 +27,8 @@ _UNLIMITED_CONTEXT = 1 << 20
 class PromptEncoder:
     """Makes token ids of requests, in one thread of its own: its tokenizer is a copy.
 
-    `chat_template_kwargs` are the arguments of the chat template that requests may change.
+    `chat_template_kwargs` are the arguments of the chat template that requests may change. `note`
+    is told once if the model cannot read some characters.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class PromptEncoder:
         most_tokens: int | None = None,
         allow_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         own = context_length(model) or _UNLIMITED_CONTEXT
         self.max_model_len = min(own, max_model_len or own)
@@ -49,6 +52,8 @@ class PromptEncoder:
         self._most_tokens = most_tokens or self.max_model_len
         self._allow_special_tokens = allow_special_tokens
         self._arguments = dict(chat_template_kwargs or {})
+        self._note = note
+        self._unread = UnreadCharacters(self._tokenizer)
 
     def encode_chat(self, request: ChatRequest) -> GenerationRequest:
         """Return a chat request for the engine."""
@@ -64,6 +69,7 @@ class PromptEncoder:
             )
         except PromptError as error:
             raise RefusalError(str(error), param="messages") from error
+        self._tell_unread([request.messages])
         return self._for_engine(request.asked, [tokens], "messages")
 
     def encode_completion(self, request: CompletionRequest) -> GenerationRequest:
@@ -72,6 +78,7 @@ class PromptEncoder:
             prompts = [self._tokens_of(prompt) for prompt in request.prompts]
         except PromptError as error:
             raise RefusalError(str(error), param="prompt") from error
+        self._tell_unread([prompt for prompt in request.prompts if isinstance(prompt, str)])
         return self._for_engine(request.asked, prompts, "prompt")
 
     def encode_reply(self, replies: Sequence[Message], last_token: int) -> list[int] | None:
@@ -89,6 +96,10 @@ class PromptEncoder:
             )
         except PromptError:
             return None
+
+    def _tell_unread(self, prompts: Sequence[Prompt]) -> None:
+        if self._note:
+            self._unread.tell_once(prompts, self._note)
 
     def _tokens_of(self, prompt: RawPrompt) -> list[int]:
         if not isinstance(prompt, str):

@@ -19,6 +19,7 @@ from textpolicy.cli.output import print_answer, print_note
 from textpolicy.config import TrainConfig
 from textpolicy.environments.preamble import system_messages
 from textpolicy.errors import ConfigError, UnwritableError
+from textpolicy.generation.unread_characters import UnreadCharacters
 from textpolicy.runs import read_named_adapter
 
 _BASE = "base"
@@ -73,6 +74,7 @@ class _Chat:
         self._as_json = as_json
         self._lines = 0
         self._saved: set[Path] = set()
+        self._unread = UnreadCharacters(sides[0].policy.tokenizer)
 
     def take(self, line: str) -> None:
         """Do what a line says."""
@@ -97,6 +99,7 @@ class _Chat:
     def _ask(self, sides: Sequence[Side], question: str) -> None:
         if not question:
             return
+        self._unread.tell_once([question], print_note)
         view = NoView() if self._as_json else open_view([side.name for side in sides])
         # The number of the line is a part of the seed, so a repeated question is answered anew.
         for reply in ask(sides, question, (self._seed << 32) + self._lines - 1, view):

@@ -80,7 +80,7 @@ def _run(options: Namespace) -> Answer:
     if check.signal and sampler and sampler.cut_at < max_tokens and check.signal.cut > MANY_CUT:
         # What a run would see are longer answers than these.
         check = replace(check, signal=replace(check.signal, verdict="answers cut off"))
-    asked = _describe_asked(config, rows[0])
+    asked = _describe_asked(config, rows)
     data = asdict(check) | {"ok": check.ok, "asked": asked}
     text = f"{replace(check, signal=None)}\n\n{asked}"
     if check.signal and sampler:
@@ -199,14 +199,15 @@ def _rows_of_environment(
     return rewards, rows, environment.max_tokens
 
 
-def _describe_asked(config: TrainConfig, row: CheckedRow) -> str:
-    """Return the prompt of a row as the model would read it."""
+def _describe_asked(config: TrainConfig, rows: Sequence[CheckedRow]) -> str:
+    """Return the prompt of the first row as the model would read it."""
     tokenizer = read_tokenizer(config.model)
     arguments = template_arguments_of(config.model, tokenizer)
+    prompts = [row.asked or row.prompt for row in rows]
     tokens = encode_prompt(
         tokenizer,
-        row.asked or row.prompt,
+        prompts[0],
         allow_special_tokens=config.model.allow_special_tokens,
         chat_template_kwargs=arguments,
     )
-    return describe_prompt(tokenizer, tokens, arguments)
+    return describe_prompt(tokenizer, tokens, arguments, prompts)

@@ -15,6 +15,7 @@ from textpolicy.experiment.threads import apply_thread_option
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.generation.thinking import describe_thinking
+from textpolicy.generation.unread_characters import UnreadCharacters
 from textpolicy.runs import find_adapter
 from textpolicy.types import Sampling
 
@@ -27,6 +28,7 @@ def run(options: Namespace) -> Answer:
     policy = load_policy(config, sampling, start)
     asked = [*system_messages(config.task.system), {"role": "user", "content": options.prompt}]
     prompt = asked if len(asked) > 1 else options.prompt
+    UnreadCharacters(policy.tokenizer).tell_once([prompt], print_note)
     (completions,) = policy.generate([prompt], n=options.n, seed=options.seed)
     texts = [completion.text for completion in completions]
     if len(texts) > 1:

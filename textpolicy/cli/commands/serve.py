@@ -70,6 +70,7 @@ def run(options: Namespace) -> Answer:
             max_tokens=options.max_tokens,
             allow_special_tokens=configured(TrainConfig(), options).model.allow_special_tokens,
             chat_template_kwargs=arguments,
+            note=print_note,
         ),
     )
     with (
