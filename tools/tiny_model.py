@@ -97,9 +97,9 @@ tasks, so that reinforcement learning has something to raise. It knows nothing e
 The tasks are the modules of the same names in `textpolicy_envs`. Held-out problems were not
 trained on.
 
-The model has learned digits, capital letters, `+`, `-`, `*`, `=`, the space, and four words: `sort`,
-`reverse`, `make` and `from`. The tokenizer has a token for each byte, so the model accepts every
-other text too, and its answers to such a text mean nothing until it is trained on such texts.
+The model has learned digits, capital letters, `+`, `-`, `*`, `=`, the space, and four words:
+`sort`, `reverse`, `make` and `from`. The tokenizer has a token for each byte, so the model accepts
+every other text too, and its answers to such a text mean nothing until it is trained on such texts.
 
 **Made by** `make tiny-model` (seed {seed}; {versions}) on Linux, x86-64: supervised training of all
 weights in float32 on generated problems, then rounded to bfloat16. The accuracies are those of
