@@ -1,12 +1,15 @@
 """Compare the time and the memory of one GRPO step with other libraries on the same task.
 
     python benchmarks/grpo_step.py --peer both --beta 0.1 --json
+    python benchmarks/grpo_step.py --peer both --model build/smollm2-135m --layers 16 --prompts 2
 
-The model is a Qwen3 of 3.7 million random weights in float32, with LoRA of rank 8 on every linear
-layer. A step has 4 prompts of 64 tokens, 8 completions of 64 tokens for each prompt, and one Adam
-update. Every library runs in its own process. The script asks one process after another for a
-step, so that other load on the machine slows all libraries alike. It reports medians and ratios
-of medians.
+The model is a Qwen3 of 3.7 million random weights in float32, or the folder that `--model` names,
+with LoRA of rank 8 on every linear layer of all blocks, or of the last `--layers` blocks. A step
+has 4 prompts of 64 tokens, 8 completions of 64 tokens for each prompt, and one Adam update. No
+completion ends early. Every library runs in its own process. The script asks one process after
+another for a step, so that other load on the machine slows all libraries alike. It reports medians
+and ratios of medians. `--trl-rows` says how many rows TRL takes at a time in its update; without
+it, all.
 
 The other libraries live in environments of their own, where this script looks for them:
 
@@ -59,29 +62,45 @@ SIZES: dict[str, Any] = {
     "rope_theta": 10000.0,
     "max_position_embeddings": 2048,
 }
-# The end token is outside the vocabulary, so that no completion ends early.
-END = VOCABULARY
 
 
 def write_model(folder: Path) -> None:
-    """Write a checkpoint of random weights, with a tokenizer of one word for each token."""
+    """Write a checkpoint of random weights."""
     mx.random.seed(0)
     model = qwen3.Model(qwen3.ModelArgs(**SIZES))
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
     config = {"architectures": ["Qwen3ForCausalLM"], "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(SIZES | config))
-    words = {f"t{token}": token for token in range(VOCABULARY)} | {"<end>": END}
+
+
+def link_model(model: Path, folder: Path) -> None:
+    """Link the weights of a model's folder, and copy its config without its end tokens."""
+    for file in model.glob("*.safetensors*"):
+        (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((model / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if not name.endswith("_token_id")}
+    (folder / "config.json").write_text(json.dumps(kept | {"torch_dtype": "float32"}))
+
+
+def write_tokenizer(folder: Path) -> int:
+    """Write a tokenizer of one word for each token; return the size of the vocabulary.
+
+    The end token is outside the vocabulary, so that no completion ends early.
+    """
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = {f"t{token}": token for token in range(size)} | {"<end>": size}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
     ).save_pretrained(folder)
+    return size
 
 
-def prompts(count: int, length: int) -> list[str]:
+def prompts(count: int, length: int, vocabulary: int) -> list[str]:
     """Return prompts of random words. Every library gets the same prompts."""
-    drawn = mx.random.randint(0, VOCABULARY, (count, length), key=mx.random.key(1)).tolist()
+    drawn = mx.random.randint(0, vocabulary, (count, length), key=mx.random.key(1)).tolist()
     return [" ".join(f"t{token}" for token in row) for row in drawn]
 
 
@@ -160,10 +179,16 @@ def measure(options: argparse.Namespace) -> list[LibraryProcess]:
     """Take steps of all libraries in turn. The first steps are warm-up and are not recorded."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
         folder = Path(name)
-        write_model(folder)
+        if options.model:
+            link_model(options.model, folder)
+        else:
+            write_model(folder)
+        vocabulary = write_tokenizer(folder)
         task = {
             "model": str(folder),
-            "prompts": prompts(options.prompts, options.prompt_tokens),
+            "layers": options.layers,
+            "trl_rows": options.trl_rows,
+            "prompts": prompts(options.prompts, options.prompt_tokens, vocabulary),
             "group_size": options.group_size,
             "completion_tokens": options.completion_tokens,
             "rank": 8,
@@ -224,6 +249,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", choices=(*PEERS, "both"), help="default: TextPolicy alone")
+    parser.add_argument("--model", type=Path, help="a folder (default: random weights)")
+    parser.add_argument("--layers", type=int, help="last blocks with LoRA (default: all)")
+    parser.add_argument("--trl-rows", type=int, help="rows of TRL's micro-batch (default: all)")
     parser.add_argument(
         "--beta", type=float, default=0.0, help="weight of the KL term (default: 0)"
     )
@@ -243,10 +271,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")
+    if options.model and not (options.model / "config.json").is_file():
+        parser.error(f"{options.model} has no config.json; expected a model's folder")
     sides = measure(options)
     tokens = options.prompts * options.group_size * options.completion_tokens
     records = {side.name: summary(side, tokens) for side in sides}
     asked = {name: value for name, value in vars(options).items() if name not in ("json", "output")}
+    asked["model"] = options.model.name if options.model else "random weights"
     left_out = [peer for peer in peer_names(options.peer) if peer not in records]
     record = {
         "setting": setting() | asked,

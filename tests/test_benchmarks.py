@@ -30,7 +30,7 @@ SMALLEST = {
     "gated_delta.py": "--tokens 32 --runs 1 --json",
     "generate.py": "--rows 1 --runs 1 --threads 1 --json",
     "generation_versions.py": "--names rows,sleeping --runs 1 --threads 1 --json",
-    "grpo_step.py": f"{STEP} --runs 1 --threads 1 --json",
+    "grpo_step.py": f"{STEP} --model {ROOT}/textpolicy/tiny --layers 1 --runs 1 --threads 1 --json",
     "long.py": "--tokens 32 --json",
     "outside.py": "--engines mlx-lm llama.cpp --adapters ranks --json",
     "products.py": "--size 64 --json",

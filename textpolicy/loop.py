@@ -16,6 +16,7 @@ from textpolicy.rollout.feed import FeedOptions, RolloutFeed
 from textpolicy.rollout.task_source import TaskSource
 from textpolicy.tracking.rollout_metrics import staleness_metrics
 from textpolicy.tracking.step_timer import StepTimer
+from textpolicy.training.background_saving import BackgroundSaver
 from textpolicy.training.checkpoint import Checkpoint, Checkpoints
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import Metrics, Policy, Progress, RolloutGroup, Task, asks_to_stop
@@ -68,9 +69,10 @@ def train_rl(
     executor may run ahead: no group is trained on that is more than `max_staleness` versions old,
     which is `steps_per_generation - 1` by default. The caller closes the executor.
 
-    A checkpoint is saved after `on_step` and at the end. With `resume`, the run continues from
-    that checkpoint and computes the numbers that an uninterrupted run computes, if all other
-    arguments are the same and `tasks` starts from its beginning.
+    A checkpoint is made after `on_step` and at the end, and is written while the next step samples.
+    With `resume`, the run continues from that checkpoint and computes the numbers that an
+    uninterrupted run computes, if all other arguments are the same and `tasks` starts from its
+    beginning.
     """
     options = FeedOptions(
         steps=steps,
@@ -83,7 +85,8 @@ def train_rl(
     )
     buffer = Buffer(options.staleness)
     metrics: Metrics = {}
-    with scorer_of(reward) as scorer, keep_memory_in_bounds():
+    saver = BackgroundSaver(checkpoints)
+    with scorer_of(reward) as scorer, keep_memory_in_bounds(), saver:
         feed = RolloutFeed(
             TaskSource(tasks), executor or InProcessExecutor(policy, scorer), buffer, options
         )
@@ -95,6 +98,8 @@ def train_rl(
         for step in range(first, steps):
             arrived = feed.fill(step, trainer.version)
             timer.record("wait" if feed.in_background else "generate")
+            if saver.wait():
+                timer.record("checkpoint")
 
             trained = buffer.take(trainer.version, groups_per_step)
             staleness = staleness_metrics(trained, trainer.version)
@@ -119,8 +124,8 @@ def train_rl(
             stop = on_step is not None and asks_to_stop(on_step(report))
             # `on_step` has written this step's metrics: the next step's have the time of saving.
             timer = StepTimer()
-            if checkpoints and (stop or step + 1 == steps or checkpoints.due(step + 1)):
-                checkpoints.save(make_checkpoint(step + 1, trainer, feed, scorer))
+            if saver.due(step + 1, last=stop or step + 1 == steps):
+                saver.save(make_checkpoint(step + 1, trainer, feed, scorer))
                 timer.record("checkpoint")
             if stop:
                 break

@@ -26,7 +26,7 @@ def main() -> None:
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(task["threads"])
     model, tokenizer = load_model(task["model"])
-    config = AdapterConfig(rank=task["rank"], scale=task["scale"])
+    config = AdapterConfig(rank=task["rank"], scale=task["scale"], num_layers=task["layers"])
     with tempfile.TemporaryDirectory() as folder:
         adapters = AdapterContainer.from_model(model, config)
         adapters.publish_path = Path(folder) / "adapters.safetensors"
@@ -44,7 +44,7 @@ def main() -> None:
 
         def on_step(report: StepReport) -> Progress:
             measured = {name: report.metrics[f"time/{name}"] for name in TIMES}
-            steps.done(**measured, mlx_peak=mx.get_peak_memory())
+            steps.done(**measured, mlx_peak=report.metrics["memory/peak_gb"] * 1e9)
             return Progress.MORE if steps.wait() else Progress.STOP
 
         steps.ready(mlx=mx.__version__, blas=fast_cpu.enable().name)

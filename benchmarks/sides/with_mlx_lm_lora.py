@@ -36,7 +36,7 @@ def main() -> None:
     reference = load(task["model"])[0] if task["beta"] else None
     model.freeze()
     lora = {"rank": task["rank"], "scale": task["scale"], "dropout": 0.0}
-    linear_to_lora_layers(model, len(model.layers), lora)
+    linear_to_lora_layers(model, task["layers"] or len(model.layers), lora)
     mx.eval(model.parameters())
     prompts = [tokenizer.encode(prompt) for prompt in task["prompts"]]
 

@@ -41,7 +41,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
     requests = StepRequests(steps)
-    groups = len(task["prompts"])
+    rows = len(task["prompts"]) * task["group_size"]
+    rows_of_pass = task["trl_rows"] or rows
+    blocks = range(model.config.num_hidden_layers)
+    adapted = blocks[-task["layers"] :] if task["layers"] else blocks
 
     def even_share(completions: list[str], **_: Any) -> list[float]:
         steps.lap("generate")
@@ -63,7 +66,8 @@ def main() -> None:
                 disable_tqdm=True,
                 logging_strategy="no",
                 max_steps=MANY,
-                per_device_train_batch_size=groups * task["group_size"],
+                per_device_train_batch_size=rows_of_pass,
+                gradient_accumulation_steps=rows // rows_of_pass,
                 num_generations=task["group_size"],
                 max_completion_length=task["completion_tokens"],
                 beta=task["beta"],
@@ -77,7 +81,8 @@ def main() -> None:
             peft_config=LoraConfig(
                 r=task["rank"],
                 lora_alpha=task["scale"] * task["rank"],
-                target_modules="all-linear",
+                target_modules=linear_layers(model.model.layers),
+                layers_to_transform=[*adapted],
                 task_type="CAUSAL_LM",
             ),
             callbacks=[requests],
@@ -87,6 +92,12 @@ def main() -> None:
             trl=trl.__version__, torch=torch.__version__, transformers=transformers.__version__
         )
         trainer.train()
+
+
+def linear_layers(blocks: torch.nn.Module) -> list[str]:
+    """Return the names of the linear layers of a block."""
+    linear = [name for name, at in blocks.named_modules() if isinstance(at, torch.nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def time_reference_passes(trainer: GRPOTrainer, requests: StepRequests) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint files: exact, checked for damage, and the newest undamaged file is found."""
 
 import json
+import os
 import random
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from textpolicy.training.checkpoint import (
     restore_random_state,
     restore_random_states,
     restore_training_tensors,
+    tensors_of,
     training_tensors,
     write_checkpoint,
 )
@@ -34,7 +36,7 @@ def checkpoint(step: int) -> Checkpoint:
 
 
 def test_a_checkpoint_is_read_back_bit_for_bit(tmp_path):
-    write_checkpoint(tmp_path / "a.safetensors", checkpoint(3))
+    write_checkpoint(tmp_path / "a.safetensors", 3, tensors_of(checkpoint(3)))
     found = read_checkpoint(tmp_path / "a.safetensors")
     assert (found.step, found.facts) == (3, {"random": [1, 2], "name": "é"})
     for name, array in checkpoint(3).arrays.items():
@@ -46,7 +48,7 @@ def test_a_checkpoint_is_read_back_bit_for_bit(tmp_path):
 @pytest.mark.proves("F3")
 def test_a_changed_byte_is_noticed_wherever_it_changes_the_content(tmp_path, attempts):
     path = tmp_path / "a.safetensors"
-    write_checkpoint(path, checkpoint(3))
+    write_checkpoint(path, 3, tensors_of(checkpoint(3)))
     data = path.read_bytes()
     refused = 0
     for place in range(len(data)):
@@ -183,3 +185,16 @@ def test_a_restored_optimizer_keeps_its_own_learning_rate(scheduled):
     expected = 0.5 * 0.99 if scheduled else 0.5
     assert float(resumed.learning_rate) == pytest.approx(expected)
     assert float(mx.abs(before - other.weight).max()) > 0.3
+
+
+def test_the_rows_of_a_run_are_on_the_disk_before_its_checkpoint(tmp_path, monkeypatch):
+    flushed, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (flushed.append(os.fstat(file).st_ino), fsync(file))
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: (flushed.append("named"), replace(*paths)))
+    rows = tmp_path / "metrics.jsonl"
+    rows.write_text("{}\n")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", after=[rows, tmp_path / "missing.jsonl"])
+    checkpoints.save(checkpoint(1))
+    assert flushed.index(rows.stat().st_ino) < flushed.index("named")

@@ -414,11 +414,12 @@ def plain_settings(config: RunConfig) -> dict[str, Any]:
 
 def checkpoints_of(config: RunConfig, directory: RunDirectory, ranks: Ranks = ALONE) -> Checkpoints:
     """Return the checkpoints of a run."""
+    folder, every = directory.checkpoints, config.run.checkpoint_every
+    rows = directory.metrics, directory.samples
     if isinstance(config, SFTConfig):
-        return Checkpoints(directory.checkpoints, every=config.run.checkpoint_every)
-    run = config.run
-    keep, every = run.keep_checkpoints, run.checkpoint_every
-    return Checkpoints(directory.checkpoints, keep=keep, every=every, ranks=ranks)
+        return Checkpoints(folder, every=every, after=rows)
+    keep = config.run.keep_checkpoints
+    return Checkpoints(folder, keep=keep, every=every, ranks=ranks, after=rows)
 
 
 def source_of(config: SFTConfig) -> str:

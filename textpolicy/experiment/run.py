@@ -184,7 +184,8 @@ def _train(
         check_files(start.resume, identity, report.note, force=start.force)
     else:
         directory.remove_earlier_start()
-    start.checkpoints.facts[RUN] = lambda: run_facts(settings, identity)
+    facts = run_facts(settings, identity)
+    start.checkpoints.facts[RUN] = lambda: facts
     if isinstance(settings, SFTConfig):
         result = train_supervised(settings, directory, report, start)
     else:

@@ -26,7 +26,7 @@ class RunFiles:
     """Appends whole lines to the file `metrics`, and to the file `samples` if there is one.
 
     Rows of step `resume_step` and later steps are dropped first, because a resumed run writes them
-    again. A new run drops all rows. When `write` returns, the disk has all rows so far.
+    again. A new run drops all rows. When `close` returns, the disk has all rows.
     """
 
     def __init__(self, metrics: Path, samples: Path | None = None, *, resume_step: int = 0) -> None:
@@ -39,10 +39,6 @@ class RunFiles:
         """Append `metrics` as one line."""
         finite = {name: to_json_number(value) for name, value in metrics.items()}
         _append_rows(self._metrics, [{"step": step, **finite}])
-        # A checkpoint is on the disk at once; the rows before it must be too.
-        os.fsync(self._metrics.fileno())
-        if self._samples:
-            os.fsync(self._samples.fileno())
 
     def write_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Append one line for each completion."""
@@ -51,9 +47,9 @@ class RunFiles:
 
     def close(self) -> None:
         """Close the files."""
-        self._metrics.close()
-        if self._samples:
-            self._samples.close()
+        for file in filter(None, (self._metrics, self._samples)):
+            os.fsync(file.fileno())
+            file.close()
 
     def _open_to_append(self, path: Path, resume_step: int) -> TextIO:
         make_private_folder(path.parent)

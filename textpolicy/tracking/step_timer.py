@@ -17,11 +17,12 @@ class StepTimer:
         self._peaks: Metrics = {}
 
     def record(self, name: str) -> None:
-        """Record the time and the peak since the last phase ended as those of phase `name`."""
+        """Add the time since the last phase ended to phase `name`, and keep the highest peak."""
         now = time.perf_counter()
-        self._seconds[f"time/{name}"] = now - self._last
+        seconds, peak = f"time/{name}", f"memory/peak_{name}_gb"
+        self._seconds[seconds] = self._seconds.get(seconds, 0.0) + now - self._last
         self._last = now
-        self._peaks[f"memory/peak_{name}_gb"] = mx.get_peak_memory() / 1e9
+        self._peaks[peak] = max(self._peaks.get(peak, 0.0), mx.get_peak_memory() / 1e9)
         mx.reset_peak_memory()
 
     def metrics(self, *, reward_seconds: float) -> Metrics:

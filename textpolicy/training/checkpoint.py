@@ -6,8 +6,9 @@ newest undamaged file is found by reading the files; no pointer names it.
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from textpolicy.activity import doing
 from textpolicy.adapters.adapter import bytes_of, digest_of
 from textpolicy.adapters.files.tensor_file import read_tensors, write_tensors
 from textpolicy.errors import ConfigError, TextPolicyError, TrainingError, UnwritableError
-from textpolicy.file_writing import make_private_folder, remove_partial_files
+from textpolicy.file_writing import flush_to_disk, make_private_folder, remove_partial_files
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.untrusted.parsing import parse_json
 
@@ -48,11 +49,18 @@ class Checkpoint:
 class Checkpoints:
     """The last `keep` checkpoints of a run in a folder, one every `every` steps.
 
-    All `ranks` of a run save at the same steps, and the first one writes.
+    All `ranks` of a run save at the same steps, and the first one writes. The disk has the content
+    of the files `after` before it has a checkpoint: a resumed run goes on after their last rows.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int = 2, every: int = 1, ranks: Ranks = ALONE
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        every: int = 1,
+        ranks: Ranks = ALONE,
+        after: Sequence[Path] = (),
     ) -> None:
         for name, value in (("keep", keep), ("every", every)):
             if value < 1:
@@ -61,6 +69,7 @@ class Checkpoints:
         self.keep = keep
         self.every = every
         self.ranks = ranks
+        self.after = after
         self.damaged: list[str] = []
         """The damaged checkpoints that `newest` skipped, and why."""
         self.facts: dict[str, Callable[[], Any]] = {}
@@ -70,23 +79,38 @@ class Checkpoints:
         """Return whether a checkpoint is due after `step` steps."""
         return step % self.every == 0
 
-    @doing("saving a checkpoint")
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint, then remove those that are no longer among the last."""
-        whole = join_ranks_of(checkpoint, self.ranks)
-        return self.rewrite(whole) if self.ranks.is_first else self.path_of(checkpoint)
+        self.freeze(checkpoint)()
+        return self.path_of(checkpoint)
 
-    def rewrite(self, checkpoint: Checkpoint) -> Path:
+    def freeze(self, checkpoint: Checkpoint) -> Callable[[], None]:
+        """Return a function that saves the state of now, whatever the run does until its call."""
+        whole = join_ranks_of(checkpoint, self.ranks)
+        return self._freeze(whole) if self.ranks.is_first else lambda: None
+
+    def rewrite(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint of all ranks, with the `facts` as they are now."""
+        self._freeze(checkpoint)()
+
+    def _freeze(self, checkpoint: Checkpoint) -> Callable[[], None]:
+        more = {name: fact() for name, fact in self.facts.items()}
+        arrays = tensors_of(replace(checkpoint, facts={**checkpoint.facts, **more}))
+        mx.eval(arrays)
+        return partial(self._write, checkpoint, arrays)
+
+    @doing("saving a checkpoint")
+    def _write(self, checkpoint: Checkpoint, arrays: Mapping[str, mx.array]) -> None:
         path = self.path_of(checkpoint)
         remove_partial_files(self.folder)
-        more = {name: fact() for name, fact in self.facts.items()}
-        write_checkpoint(path, replace(checkpoint, facts={**checkpoint.facts, **more}))
+        for rows in self.after:
+            if rows.exists():
+                flush_to_disk(rows)
+        write_checkpoint(path, checkpoint.step, arrays)
         # A run that was resumed from an older checkpoint must not keep the newer ones.
         kept = [p for p in self._paths() if p.stem <= path.stem]
         for other in set(self._paths()) - set(kept[-self.keep :]):
             other.unlink()
-        return path
 
     def path_of(self, checkpoint: Checkpoint) -> Path:
         """Return the file of a checkpoint."""
@@ -135,17 +159,20 @@ def part_of_rank(checkpoint: Checkpoint, ranks: Ranks) -> Checkpoint:
     return replace(checkpoint, facts={**checkpoint.facts, **own})
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint to `path` atomically, in place of any file there."""
+def tensors_of(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """Return what the file of a checkpoint holds."""
+    return {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
+
+
+def write_checkpoint(path: Path, step: int, arrays: Mapping[str, mx.array]) -> None:
+    """Write the tensors of a checkpoint to `path` atomically, in place of any file there."""
     make_private_folder(path.parent)
-    arrays = {**checkpoint.arrays, _CONTENT: _content(checkpoint)}
     metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "sha256": digest_of(arrays)}
     try:
         write_tensors(path, arrays, metadata)
     except UnwritableError as error:
         raise UnwritableError(
-            f"no checkpoint was saved after step {checkpoint.step}; earlier checkpoints are "
-            f"unchanged\n{error}"
+            f"no checkpoint was saved after step {step}; earlier checkpoints are unchanged\n{error}"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Reading safetensors files with checks, and writing them with a checksum."""
 
 import hashlib
+import json
 import math
 import os
 import secrets
@@ -12,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from textpolicy.adapters.adapter import bytes_of
 from textpolicy.errors import AdapterError, UnreadableError, UnwritableError
 from textpolicy.file_writing import atomic_replace
 from textpolicy.machine import free_disk_bytes, size_text
@@ -33,6 +35,11 @@ _DTYPES = {
     **{"F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8"},
     # numpy has no bfloat16: the bits are read as whole numbers.
     "BF16": "<u2",
+}
+_NAMES = {
+    **{mx.bool_: "BOOL", mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32"},
+    **{mx.float64: "F64", mx.complex64: "C64", mx.int8: "I8", mx.int16: "I16", mx.int32: "I32"},
+    **{mx.int64: "I64", mx.uint8: "U8", mx.uint16: "U16", mx.uint32: "U32", mx.uint64: "U64"},
 }
 
 
@@ -74,10 +81,17 @@ def write_tensors(
             f"{target} cannot be written: it takes {size_text(needed)}, and the disk has "
             f"{size_text(free)} free. Free some space"
         )
-    with atomic_replace(target) as temporary:
-        place = secrets.token_hex(32)
-        mx.save_safetensors(str(temporary), dict(arrays), {**metadata, CHECKSUM_KEY: place})
-        _write_checksum(temporary, place)
+    # Wide numbers come first, so that each tensor begins where its numbers may lie.
+    ordered = dict(sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    contents = [bytes_of(array) for array in ordered.values()]
+    place = secrets.token_hex(32).encode()
+    header = _header_of(ordered, {**metadata, CHECKSUM_KEY: place.decode()})
+    digest = hashlib.sha256(header.replace(place, _NO_CHECKSUM))
+    for content in contents:
+        digest.update(content)
+    with atomic_replace(target) as temporary, temporary.open("wb") as file:
+        file.write(header.replace(place, digest.hexdigest().encode()))
+        file.writelines(contents)
 
 
 def read_tensor_header(path: Path) -> tuple[dict[str, Any], os.stat_result]:
@@ -151,13 +165,17 @@ def _checksum(content: memoryview, start: int, own: str) -> str:
     return digest.hexdigest()
 
 
-def _write_checksum(path: Path, place: str) -> None:
-    """Replace the text `place` in the header by the checksum of the file."""
-    with path.open("r+b") as file:
-        content = memoryview(file.read())
-        start = _LENGTH.size + _LENGTH.unpack(content[: _LENGTH.size])[0]
-        file.seek(bytes(content[:start]).index(place.encode()))
-        file.write(_checksum(content, start, place).encode())
+def _header_of(arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
+    """Return the first bytes of a safetensors file, whose tensors follow in this order."""
+    header: dict[str, Any] = {METADATA_KEY: metadata}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        dtype, offsets = _NAMES[array.dtype], [begin, end]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH.size)
+    return _LENGTH.pack(len(text)) + text
 
 
 def _not_whole(path: Path, reason: str) -> AdapterError:
