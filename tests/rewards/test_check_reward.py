@@ -179,7 +179,7 @@ def test_the_first_greedy_score_is_that_of_the_answers_at_temperature_0():
         greedy=lambda prompts: [["2"] for _ in prompts[:4]],
     )
     assert check.signal and check.signal.greedy == 0.25
-    assert "first greedy score  0.250 of 4 rows" in str(check)
+    assert "first greedy score  0.250 on average over 4 rows" in str(check)
 
 
 def test_several_rewards_are_checked_together():
@@ -236,7 +236,7 @@ def test_the_command_says_that_a_task_is_good_for_a_model_and_how_to_train(found
     assert [value for _, value in signal["shown"]] == [0.0, 1.0]
     assert main(["check", *argv]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("reward reward on 8 rows")
+    assert text.startswith("reward on 8 rows")
     assert "of 8 groups of 4 completions; mean reward 0." in text
     assert f"first greedy score  {signal['greedy']:.3f}" in text
     assert "good: the answers of a group often earn different rewards" in text

@@ -324,6 +324,12 @@ def test_a_sample_is_one_short_line():
     assert len(line) == 80
 
 
+def test_the_line_of_a_sample_has_the_numbers_that_its_reward_reported():
+    reported = {"metrics": {"exact": 0.0, "length ok": 1.0, "third": 1.0}}
+    line = sample_line(SAMPLE | reported, 80)
+    assert line == "2+3= → 5  (reward 1, exact 0, length ok 1)"
+
+
 def test_a_long_prompt_keeps_the_question_at_its_end():
     long = {"prompt": "Think step by step. " * 30 + "What is 2+3?"}
     line = sample_line(SAMPLE | long, 100)

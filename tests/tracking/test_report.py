@@ -55,6 +55,7 @@ def sample(step, group, member, text):
         **{"step": step, "group": group, "member": member, "task": "add/0", "version": step},
         **{"prompt": f"{group}+{step}=", "completion": text if member else "alone", "tokens": 4},
         **{"reward": member / 4, "rewards": {"right": member / 4}, "advantage": 0.5},
+        "metrics": {"exact": member / 8},
         "stop_reason": "length" if member == 3 else "stop_token",
     }
 

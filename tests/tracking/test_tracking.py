@@ -209,6 +209,19 @@ def test_a_sample_row_has_the_exact_text_of_a_completion_and_all_its_numbers(tmp
     assert (second["advantage"], second["error"]) == (None, "timeout")
 
 
+def test_a_sample_row_has_the_numbers_that_its_reward_reported_under_short_names():
+    one = rollout(metrics={"rewards/mine/exact": 1.0, "env/turns": 2.0})
+    two = rollout(metrics={"rewards/mine/exact": INF, "rewards/form/exact": 0.5})
+    rows = sample_rows(0, [group(one, one)], [[0.5, 0.5]])
+    assert [row["metrics"] for row in rows] == [{"exact": 1.0}, {"exact": 1.0}]
+    # A name says the reward in every row of a step in which two rewards use it.
+    rows = sample_rows(0, [group(one, two)], [[0.5, 0.5]])
+    assert [row["metrics"] for row in rows] == [
+        {"mine.exact": 1.0},
+        {"mine.exact": "Infinity", "form.exact": 0.5},
+    ]
+
+
 def test_a_sample_of_an_episode_has_its_turns_and_a_chat_its_messages():
     replies = [{"role": "user", "content": "wrong"}]
     turns = [Turn(completion="4", reward=0.0, replies=replies), Turn(completion="5", reward=1.0)]

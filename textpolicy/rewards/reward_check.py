@@ -95,7 +95,8 @@ def check_reward(
             signal = check_signal(scorer, checked, sample, greedy, right)
         findings.append(_find_signal(signal, len(checked), failed if sample else []))
     names = " + ".join(member.name for member in rewards.members)
-    return RewardCheck(f"reward {names} on {len(trials)} rows", findings, signal)
+    title = names if names == "reward" else f"reward {names}"
+    return RewardCheck(f"{title} on {len(trials)} rows", findings, signal)
 
 
 @dataclass(frozen=True, slots=True)

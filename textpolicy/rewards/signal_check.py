@@ -48,7 +48,9 @@ class SignalCheck:
     shown: Sequence[tuple[str, float | None]]
 
     def __str__(self) -> str:
-        first = f"  first greedy score  {self.greedy or 0:.3f} of {self.greedy_rows} rows"
+        first = (
+            f"  first greedy score  {self.greedy or 0:.3f} on average over {self.greedy_rows} rows"
+        )
         greedy = [] if self.greedy is None else [first]
         lines = [
             "what this model earns:",

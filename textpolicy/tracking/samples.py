@@ -1,9 +1,11 @@
 """Sample rows: one row for each completion of a step, with its reward and its advantage."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+from textpolicy.tracking.named_numbers import named_numbers
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
 from textpolicy.types import Rollout, RolloutGroup
@@ -11,6 +13,7 @@ from textpolicy.untrusted.terminal import shorten_line
 
 _ARROW = " → "
 _LEAST_CHARACTERS = 10
+_MOST_NUMBERS, _LONGEST_NAME = 2, 16
 
 
 def sample_rows(
@@ -18,13 +21,18 @@ def sample_rows(
 ) -> list[SampleRow]:
     """Return a row for each completion of the groups that `step` was trained on.
 
+    A row has `metrics` if the reward reported numbers beside its value: each under its short name.
     `advantages` has the index of the group and then of the member; None stands for a completion
     that was not trained on. A row has `turns` in an episode of several turns, `segments` (their
     number) if the rollout has several, `error` if the reward function failed, and `versions` (the
     number of tokens of each adapter version) if the tokens are of several versions.
     """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    reported = {key: value for rollout in rollouts for key, value in rollout.metrics.items()}
+    # A rollout may lack a number that makes a name ambiguous.
+    names = {number.key: number.name for number in named_numbers(reported)}
     return [
-        {"step": step, "group": g, "member": m, **_row(group, rollout, advantages[g][m])}
+        {"step": step, "group": g, "member": m, **_row(group, rollout, advantages[g][m], names)}
         for g, group in enumerate(groups)
         for m, rollout in enumerate(group.rollouts)
     ]
@@ -34,7 +42,12 @@ def sample_line(sample: SampleRow, width: int) -> str:
     """Return a sample as one line of about `width` characters that is safe on a terminal."""
     prompt, completion, reward = sample["prompt"], sample["completion"], sample["reward"]
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    end = "  (no reward)" if reward is None else f"  (reward {float(reward):.3g})"
+    numbers = ["no reward" if reward is None else f"reward {float(reward):.3g}"]
+    numbers += [
+        f"{shorten_line(name, _LONGEST_NAME)} {float(value):.3g}"
+        for name, value in islice(sample.get("metrics", {}).items(), _MOST_NUMBERS)
+    ]
+    end = f"  ({', '.join(numbers)})"
     room = max(2 * _LEAST_CHARACTERS, width - len(_ARROW) - len(end))
     # A short text leaves its room to the other one.
     question = shorten_line(asked, max(room // 2, room - len(completion)))
@@ -52,7 +65,9 @@ def first_whole_groups(samples: Sequence[SampleRow], rows: int) -> list[SampleRo
     return list(samples[:kept])
 
 
-def _row(group: RolloutGroup, rollout: Rollout, advantage: float | None) -> dict[str, Any]:
+def _row(
+    group: RolloutGroup, rollout: Rollout, advantage: float | None, names: Mapping[str, str]
+) -> dict[str, Any]:
     prompt = group.task.prompt
     row: dict[str, Any] = {
         "task": group.task.id,
@@ -65,6 +80,10 @@ def _row(group: RolloutGroup, rollout: Rollout, advantage: float | None) -> dict
         "stop_reason": rollout.stop_reason.value,
         "tokens": rollout.sampled,
     }
+    if reported := {
+        names[key]: to_json_number(value) for key, value in rollout.metrics.items() if key in names
+    }:
+        row["metrics"] = reported
     if len(rollout.turns) > 1:
         row["turns"] = [
             {

@@ -16,7 +16,7 @@ from textpolicy.types import Metrics
 _MAX_TABLE_ROWS = 5000
 _COLUMNS = (
     *("step", "group", "member", "version", "prompt", "completion"),
-    *("reward", "rewards", "advantage", "tokens", "stop_reason"),
+    *("reward", "rewards", "metrics", "advantage", "tokens", "stop_reason"),
 )
 
 

@@ -129,6 +129,7 @@ function memberCard(sample, rewards) {
   const facts = [
     sample.advantage === null ? "not learned from" : `advantage ${short(sample.advantage)}`,
     ...(parts.length > 1 ? parts.map(([name, value]) => `${name} ${typeof value === "number" ? short(value) : value}`) : []),
+    ...Object.entries(sample.metrics ?? {}).map(([name, value]) => `${name} ${typeof value === "number" ? short(value) : value}`),
     `${sample.tokens} tokens`,
     ...(sample.segments ? [`${sample.segments} segments`] : []),
     sample.stop_reason.replace("_", " "),
