@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from tests.served_adapters import write_adapter
+from textpolicy.cli import main
 from textpolicy.cli.check_advice import next_after_check
 from textpolicy.cli.flags import configured
 from textpolicy.cli.models_of_runs import configured_to_sample
 from textpolicy.cli.parser import build_parser
 from textpolicy.cli.timed_sampler import TimedSampler
-from textpolicy.config import TrainConfig, changed
+from textpolicy.config import SFTConfig, TrainConfig, changed
 from textpolicy.rewards.signal_check import SignalCheck, SignalVerdict
 
 SETTINGS = {
@@ -56,8 +57,11 @@ def next_line(verdict: SignalVerdict, options: Namespace, **more: Any) -> list[s
     config = configured_to_sample(options)
     known = {"groups": 8, "group_size": 4, "differing": 2, "mean": 0.5, "cut": 0.0, "shown": ()}
     signal = SignalCheck(verdict=verdict, greedy=None, greedy_rows=0, **known)
-    sampler = TimedSampler(config, options.sample, 64, options.seconds)
-    advice = next_after_check(signal, config, sampler, has_gold=True, options=options, **more)
+    sampler = TimedSampler(
+        config, options.sample, config.sampling.max_tokens or 64, options.seconds
+    )
+    more = {"has_gold": True, "gold_column": config.task.gold_column} | more
+    advice = next_after_check(signal, config, sampler, options=options, **more)
     program, *argv = shlex.split(advice.command)
     assert program == "textpolicy"
     return argv
@@ -78,11 +82,44 @@ def test_the_next_check_differs_from_the_check_in_one_setting(given, folder):
     hard = options_of(next_line("too hard", options))
     assert configured_to_sample(hard) == changed(config, {"task.few_shot": 4})
     cut = options_of(next_line("answers cut off", options))
-    assert configured_to_sample(cut) == changed(config, {"sampling.max_tokens": 256})
+    assert configured_to_sample(cut) == changed(
+        config, {"sampling.max_tokens": 4 * (config.sampling.max_tokens or 64)}
+    )
     for proposed in (hard, cut):
         assert proposed.command == "check"
         names = ("rows", "sample", "seconds")
         assert [vars(proposed)[one] for one in names] == [vars(options)[one] for one in names]
+
+
+def test_no_advice_of_the_check_leads_back_to_itself(folder):
+    """Each proposal is typed as it stands, and the answers stay as bad as they were."""
+    task = ["mine.py", "--data", "a.csv", "--columns", "answer=b c", "--gold-column", "answer"]
+    for verdict in ("too hard", "answers cut off"):
+        argv, lines = ["check", *task, "--sample", "4"], []
+        while argv[0] == "check":
+            lines.append(argv)
+            assert len(lines) < 6
+            argv = next_line(verdict, options_of(argv))
+        assert argv[0] == "sft"
+    learned = configured(SFTConfig(), options_of(argv))
+    assert learned.data.source == "a.csv" and learned.data.gold_column == "answer"
+    assert learned.data.columns == {"answer": "b c"}
+
+
+def test_the_first_check_of_shown_examples_is_not_followed_by_longer_answers(folder):
+    task = ["mine.py", "--data", "a.csv", "--few-shot", "4", "--sample", "4"]
+    assert next_line("answers cut off", options_of(["check", *task]))[0] == "sft"
+
+
+def test_an_adapter_of_supervised_training_is_trained_longer(folder, rows):
+    demonstrations = [{"prompt": row["question"], "completion": row["answer"]} for row in ROWS]
+    (folder / "shown.jsonl").write_text("\n".join(map(json.dumps, demonstrations)))
+    shown = ["--data", "shown.jsonl", "--iterations", "2", "--output", "warm"]
+    assert main(["sft", *shown]) == 0
+    argv = ["check", *rows, "--sample", "2", "--adapter", "warm"]
+    proposed = next_line("too hard", options_of(argv))
+    assert proposed == ["sft", "--resume", "warm", "--iterations", "4"]
+    assert main(proposed) == 0
 
 
 REWARD = "def right(completion, answer): return float(completion == answer)\n"

@@ -1,13 +1,14 @@
 """`textpolicy eval` says what is measured and what is compared, and shows gains and losses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.served_adapters import write_adapters
 from textpolicy.cli import main
-from textpolicy.cli.shown_tasks import lines_of_answers, lines_of_differences
+from textpolicy.cli.shown_tasks import data_of_tasks, lines_of_answers, lines_of_differences
 from textpolicy.config import TrainConfig, changed
 from textpolicy.config.toml import to_toml
 from textpolicy.evaluation import Evaluation
@@ -141,6 +142,36 @@ def test_gains_and_losses_are_shown_in_equal_numbers_the_largest_first():
     assert prompts(lines_of_differences(TASKS, both, 1)) == ["p0"]
     assert prompts(lines_of_differences(TASKS, both, 3)) == ["p0", "p2", "p4"]
     assert lines_of_differences(TASKS, both, 0) == []
+
+
+def test_an_answer_is_shown_with_its_numbers_and_the_right_answer():
+    tasks = [replace(task, example={"answer": f"right\n{task.id}"}) for task in TASKS]
+    numbers = {"rewards/reward/exact": 0.0, "rewards/reward/len ok": 1.0}
+    rollouts = [replace(rollout(0.5), metrics=numbers) for _ in TASKS]
+    one = Evaluation(greedy=rollouts, sampled=[], good=0.5)
+
+    def read(example):
+        return example["answer"]
+
+    shown = (
+        "  prompt        p0\n  reward 0.5    said⏎0.5\n    numbers     exact 0, len ok 1\n"
+        "  right answer  right⏎0"
+    )
+    assert shown in "\n".join(lines_of_answers(tasks, one, 1, read))
+    assert lines_of_answers(tasks, one, 1, lambda example: None)[-1].startswith("  prompt")
+    both = lines_of_differences(tasks, {"base": one, "adapter": one}, 1, read)
+    assert both[-1].endswith("  right answer  right⏎0")
+    first = data_of_tasks(tasks, {"adapter": one}, read)[0]
+    assert first["prompt"] == "p0" and first["right_answer"] == "right\n0"
+    assert first["adapter"]["numbers"] == {"exact": 0.0, "len ok": 1.0}
+
+
+def test_the_help_of_adapters_says_what_the_command_does_with_them(capsys):
+    for command, use in (("eval", "measure"), ("generate", "generate with"), ("check", "sample")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"adapters to {use}" in said and "continue training" not in said
 
 
 def test_places_that_no_loss_takes_are_for_gains_and_then_for_equal_rewards():

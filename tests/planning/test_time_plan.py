@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from tests.planning.test_memory_plan import SHAPE
+from textpolicy.experiment.announced_time import AnnouncedTime
 from textpolicy.planning.time_plan import (
     ModelWork,
     StepWork,
@@ -41,6 +42,19 @@ def test_a_run_is_its_steps_and_its_measurements():
     assert plan.seconds == 7 * plan.step + 2 * plan.evaluation
     assert planned(held_out=512).evaluation == pytest.approx(2 * plan.evaluation, rel=0.01)
     assert "7 steps" in str(plan) and "by an estimate" in str(plan)
+
+
+def test_a_time_that_is_announced_far_too_short_is_corrected_once_by_the_first_steps():
+    plan, told = replace(planned(steps=80), step=0.1), []
+    announced = AnnouncedTime(plan, told.append)
+    for left, seconds in enumerate((9.0, 1.0, 0.9, 0.9, 0.9, 0.9), start=-79):
+        announced.step_ended(seconds, -left)
+    assert told == [
+        "slower than announced: a step takes 0.9 s and not 0.1 s, so about 68 s to go for the 76 "
+        "steps that are left"
+    ]
+    assert plan.correction(0.01, 2000).startswith("faster than announced")
+    assert plan.correction(0.19, 1000) == plan.correction(0.9, 10) == ""
 
 
 @pytest.mark.parametrize(

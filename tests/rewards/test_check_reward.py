@@ -71,8 +71,25 @@ def test_rows_are_tried_only_until_one_fails_slowly():
     check = check_reward(slow, ROWS)
     assert "5 of 5 calls" in detail(check, "finite")
     assert "The other 7 rows were not tried" in detail(check, "finite")
-    assert verdicts(check)["deterministic"] == "not checked"
-    assert detail(check, "speed").startswith("3") and "e+" not in detail(check, "speed")
+
+
+def test_nothing_that_needs_a_value_is_checked_if_no_call_has_returned_one():
+    def broken(completion):
+        return missing  # noqa: F821
+
+    needs_values = ("deterministic", "gold highest", "empty low", "speed")
+    check = check_reward(broken, ROWS)
+    assert verdicts(check)["finite"] == "FAILED" and "NameError" in detail(check, "finite")
+    for name in needs_values:
+        assert verdicts(check)[name] == "not checked"
+        assert detail(check, name) == "no call has returned a value"
+
+    def only_wrong(completion, answer):
+        return 1 / (completion != answer)
+
+    unlucky = verdicts(check_reward(only_wrong, ROWS))
+    assert unlucky["gold highest"] == unlucky["empty low"] == "not checked"
+    assert unlucky["deterministic"] == "ok"
 
 
 def test_the_first_failure_of_a_reward_is_shown():
@@ -87,6 +104,15 @@ def test_the_first_failure_of_a_reward_is_shown():
 
 def test_a_reward_that_scores_nothing_fails():
     assert verdicts(check_reward(lambda p, c, e: None, ROWS))["finite"] == "FAILED"
+
+
+def test_the_note_of_a_reward_that_scores_nothing_is_shown():
+    def unsure(completion):
+        return tp.Score(None, note=f"the judge wrote 'about {completion}'")
+
+    assert detail(check_reward(unsure, ROWS), "finite").endswith(
+        "A judge that gives no grade returns None; the first: the judge wrote 'about 2'"
+    )
 
 
 def test_a_random_reward_is_not_deterministic():
@@ -165,10 +191,43 @@ def test_sampling_shows_how_many_groups_have_signal():
         "good: rewards differ inside 3 of 8 groups of 3 completions; mean reward 0.125"
     )
     assert check.signal and check.signal.greedy is None
-    assert check.signal.shown == [("4", 0.0), ("6", 1.0)]
+    low, high = check.signal.shown
+    assert (low.prompt, low.answer, low.right_answer, low.reward) == ("1+1=", "4", "2", 0.0)
+    assert (high.prompt, high.answer, high.right_answer, high.reward) == ("3+3=", "6", "6", 1.0)
+    assert "  sampled answer      4\n    to the prompt     1+1=\n    right answer      2" in str(
+        check
+    )
     silent = check_reward(right, ROWS, sample=lambda prompts: [["x", "y"] for _ in prompts])
     assert verdicts(silent)["signal"] == "warning" and silent.ok
     assert silent.signal and silent.signal.verdict == "too hard"
+
+
+def test_a_sampled_answer_that_earns_more_than_the_right_one_is_quoted():
+    def long(completion, answer):
+        return len(completion) / 10 if completion.startswith("so ") else float(completion == answer)
+
+    check = check_reward(long, ROWS, sample=lambda prompts: [["2", "so it is 16"] for _ in prompts])
+    assert verdicts(check)["gold highest"] == "warning" and check.ok
+    assert detail(check, "gold highest") == (
+        "8 of 16 sampled answers score higher than the right one: 'so it is 16' scores 1.1, and "
+        "the right answer, '2', 1. A model learns such answers"
+    )
+
+
+def test_a_number_that_is_0_for_all_sampled_answers_is_named_if_the_rewards_differ():
+    def near(completion, answer):
+        value = float(completion == answer)
+        return tp.Score(value or min(len(completion), 2) / 10, {"exact": value, "faults": 0.0})
+
+    def sample(prompts):
+        return [["x", "yy"] for _ in prompts]
+
+    said = str(check_reward(near, ROWS, sample=sample))
+    assert "    earns             0.1 (exact 0, faults 0)" in said
+    assert "but exact is 0 for each of 16 sampled answers, and 1 for right answers: so" in said
+    assert "faults is 0" not in said
+    told = str(check_reward(near, ROWS, sample=lambda prompts: [["x", "2"] for _ in prompts]))
+    assert "sampled answers, and" not in told
 
 
 def test_the_first_greedy_score_is_that_of_the_answers_at_temperature_0():
@@ -204,7 +263,11 @@ def files(tmp_path):
 def test_the_command_prints_the_table_and_exits_with_a_code(files, capsys):
     data = ["--data", str(files / "rows.jsonl")]
     assert main(["check", f"{files}/mine.py:right", *data]) == 0
-    assert capsys.readouterr().out.startswith("reward right on 8 rows\n  finite         ok")
+    said = capsys.readouterr().out
+    assert said.startswith("reward right on 8 rows\n  finite         ok")
+    *_, line = said.splitlines()
+    assert line.startswith("  textpolicy check ") and line.endswith(" --sample 8")
+    assert "--columns prompt=question" in line and "mine.py:right" in line
     assert main(["check", f"{files}/mine.py:long", *data, "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is False
@@ -233,7 +296,7 @@ def test_the_command_says_that_a_task_is_good_for_a_model_and_how_to_train(found
     signal = found(*argv)["signal"]
     assert signal["verdict"] == "good" and signal["differing"] >= 2
     assert signal["greedy"] > 0.2 and 0 < signal["mean"] < 1
-    assert [value for _, value in signal["shown"]] == [0.0, 1.0]
+    assert [one["reward"] for one in signal["shown"]] == [0.0, 1.0]
     assert main(["check", *argv]) == 0
     text = capsys.readouterr().out
     assert text.startswith("reward on 8 rows")

@@ -216,6 +216,7 @@ def test_an_answer_without_a_grade_leaves_its_sample_out(server):
     server.script = ["wordless"]
     (verdict,) = verdicts(judge(endpoint(server), RUBRIC), "x")
     assert verdict.value is None and verdict.metrics["judge/no_grade"] == 1.0
+    assert verdict.note.startswith("the judge wrote '")
 
 
 def test_questions_are_asked_together_and_equal_ones_once(server):

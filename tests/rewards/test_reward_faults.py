@@ -235,7 +235,7 @@ def forger(completion):
                 pass
     return 1.0
 """
-RESULT = {"value": 9.0, "metrics": {}, "seconds": 0.0, "error": None, "counts": True}
+RESULT = {"value": 9.0, "metrics": {}, "seconds": 0.0, "error": None, "counts": True, "note": ""}
 FORGED_ANSWERS = {
     "a place that is not there": {"place": 99, "result": RESULT},
     "a negative place": {"place": -1, "result": RESULT},

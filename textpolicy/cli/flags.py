@@ -10,7 +10,7 @@ from argparse import (
     BooleanOptionalAction,
     Namespace,
 )
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -158,17 +158,25 @@ def _flag_in(text: str) -> str | None:
     return text.partition("=")[0]
 
 
-def add_settings(parser: ArgumentParser, config: Any, only: Collection[str] = ()) -> None:
+def add_settings(
+    parser: ArgumentParser,
+    config: Any,
+    only: Collection[str] = (),
+    *,
+    helps: Mapping[str, str] | None = None,
+) -> None:
     """Add a flag for each setting of `config`, or for the keys in `only`, in groups by section.
 
-    A flag that is not given adds nothing to the namespace.
+    A flag that is not given adds nothing to the namespace. `helps` replaces the help lines of
+    settings that mean something else to this command than to a run.
     """
     settings = [one for one in settings_of(config) if not only or one.key in only]
     for section, about in sections_of(config).items():
         if chosen := [setting for setting in settings if setting.section == section]:
             group = parser.add_argument_group(f"[{section}] {about[0].lower()}{about[1:]}")
             for setting in chosen:
-                add_setting(group, setting)
+                own = (helps or {}).get(setting.key)
+                add_setting(group, setting, **({"help": own} if own else {}))
 
 
 def add_setting(parser: Any, setting: Setting, **rest: Any) -> None:

@@ -221,7 +221,15 @@ def _eval(parser: ArgumentParser) -> None:
     _add_flag(parser, "show", int, 5, text, limit=at_least(0))
     asked = ("count", "samples", "temperature", "good", "envs")
     keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
-    add_settings(parser, _DEFAULTS, (*_TASK, *_PROMPTED_MODEL, "model.dtype", *keys))
+    helps = _help_of_adapter("adapters to measure, beside the base model or those of --before")
+    asked_model = (*_TASK, *_PROMPTED_MODEL, "model.dtype", *keys)
+    add_settings(parser, _DEFAULTS, asked_model, helps=helps)
+
+
+def _help_of_adapter(use: str) -> dict[str, str]:
+    """Return the help line of --adapter for a command that trains nothing."""
+    forms = "a file, a run, RUN@VERSION, a GGUF LoRA, or a folder of mlx-lm or PEFT"
+    return {"adapter.start": f"{use}: {forms} (default: the base model alone)"}
 
 
 def _plan(parser: ArgumentParser) -> None:
@@ -233,7 +241,8 @@ def _plan(parser: ArgumentParser) -> None:
 
 
 def _generate(parser: ArgumentParser) -> None:
-    add_settings(parser, _DEFAULTS, _SAMPLED)
+    helps = _help_of_adapter("adapters to generate with")
+    add_settings(parser, _DEFAULTS, _SAMPLED, helps=helps)
     _add_flag(parser, "prompt", str, None, "text for the model", required=True)
     _add_flag(parser, "n", int, 1, "number of completions", flag="-n", limit=at_least(1))
     _add_sampling_flags(parser)
@@ -363,7 +372,7 @@ def _check(parser: ArgumentParser) -> None:
     _add_flag(parser, "sample", int | None, None, text, limit=at_least(2))
     text = "seconds for sampling; rows that do not fit into this time are not sampled"
     _add_flag(parser, "seconds", float, CHECK_SECONDS, text, limit=above(0))
-    add_settings(parser, _DEFAULTS, CHECKED)
+    add_settings(parser, _DEFAULTS, CHECKED, helps=_help_of_adapter("adapters to sample with"))
 
 
 def _inspect(parser: ArgumentParser) -> None:

@@ -1,30 +1,32 @@
 """The tasks that `eval` shows: the best and the worst answers, or the gains and the losses."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from textpolicy.cli.answer import table
 from textpolicy.environments.chat import prompt_text
-from textpolicy.evaluation.compare import TaskDifference, pair_answers
+from textpolicy.environments.right_answers import ReadRightAnswer
 from textpolicy.evaluation.evaluate import Evaluation
-from textpolicy.types import Task
+from textpolicy.tracking.named_numbers import named_numbers
+from textpolicy.types import Rollout, Task
 from textpolicy.untrusted.terminal import shorten_line
 
 _MAX_SHOWN_CHARACTERS = 200
 
 
-def lines_of_answers(tasks: Sequence[Task], evaluation: Evaluation, count: int) -> list[str]:
+def lines_of_answers(
+    tasks: Sequence[Task],
+    evaluation: Evaluation,
+    count: int,
+    right_answer: ReadRightAnswer | None = None,
+) -> list[str]:
     """Return lines with `count` answers: half have the highest rewards, half the lowest."""
-    scored = [
-        (prompt_text(task.prompt), one.completion, one.reward)
-        for task, one in zip(tasks, evaluation.greedy, strict=True)
-        if one.reward is not None
-    ]
-    ordered = sorted(scored, key=lambda one: -one[2])
-    blocks = [
-        [("prompt", prompt), (f"reward {reward:g}", answer)] for prompt, answer, reward in ordered
-    ]
-    if ordered[0][2] == ordered[-1][2]:
-        title = f"all {len(blocks)} tasks have the reward {ordered[0][2]:g}"
+    answered = _answered(tasks, {"reward": evaluation}, right_answer)
+    ordered = sorted(answered, key=lambda one: -one.rewards[0])
+    blocks = [one.block for one in ordered]
+    if ordered[0].rewards == ordered[-1].rewards:
+        title = f"all {len(blocks)} tasks have the reward {ordered[0].rewards[0]:g}"
         return _section(title, blocks[:count], len(blocks))
     count = min(count, len(blocks))
     low = count // 2
@@ -35,18 +37,21 @@ def lines_of_answers(tasks: Sequence[Task], evaluation: Evaluation, count: int) 
 
 
 def lines_of_differences(
-    tasks: Sequence[Task], evaluations: Mapping[str, Evaluation], count: int
+    tasks: Sequence[Task],
+    evaluations: Mapping[str, Evaluation],
+    count: int,
+    right_answer: ReadRightAnswer | None = None,
 ) -> list[str]:
     """Return lines with `count` tasks of two evaluations: the largest gains and losses.
 
     Half are gains and half losses, if there are so many. Tasks with equal rewards, the lowest
     first, take the places that are left.
     """
-    names, (before, after) = list(evaluations), evaluations.values()
-    pairs = sorted(pair_answers(tasks, before, after), key=lambda pair: -abs(pair.gain))
+    answered = _answered(tasks, evaluations, right_answer)
+    pairs = sorted(answered, key=lambda one: -abs(one.gain))
     gains = [pair for pair in pairs if pair.gain > 0]
     losses = [pair for pair in pairs if pair.gain < 0]
-    equal = sorted((pair for pair in pairs if not pair.gain), key=lambda pair: pair.reward_after)
+    equal = sorted((pair for pair in pairs if not pair.gain), key=lambda pair: pair.rewards[-1])
     # With an odd number, the one more is of the kind of the largest difference.
     lost = (count + (pairs[0].gain < 0)) // 2
     lost = min(len(losses), max(lost, count - len(gains)))
@@ -60,17 +65,76 @@ def lines_of_differences(
     return [
         line
         for title, (chosen, number) in shown.items()
-        for line in _section(title, [_block(pair, names) for pair in chosen[:number]], len(chosen))
+        for line in _section(title, [pair.block for pair in chosen[:number]], len(chosen))
     ]
 
 
-def _block(pair: TaskDifference, names: Sequence[str]) -> list[tuple[str, str]]:
-    before, after = names
+def data_of_tasks(
+    tasks: Sequence[Task],
+    evaluations: Mapping[str, Evaluation],
+    right_answer: ReadRightAnswer | None,
+) -> list[dict[str, Any]]:
+    """Return each task with a reward, for programs: its right answer, and each model's answer."""
+    return [one.data for one in _answered(tasks, evaluations, right_answer)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answered:
+    """A task with its right answer, if that is known, and a scored greedy answer of each model."""
+
+    task: Task
+    right: str | None
+    answers: Mapping[str, Rollout]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [one.reward for one in self.answers.values() if one.reward is not None]
+
+    @property
+    def gain(self) -> float:
+        return self.rewards[-1] - self.rewards[0]
+
+    @property
+    def block(self) -> list[tuple[str, str]]:
+        """The prompt, the answers and the right answer, as rows of a table."""
+        rows = [("prompt", prompt_text(self.task.prompt))]
+        for name, one in self.answers.items():
+            rows.append((f"{name} {one.reward:g}", one.completion))
+            if numbers := _numbers(one):
+                text = ", ".join(f"{label} {value:g}" for label, value in numbers.items())
+                rows.append(("  numbers", text))
+        return [*rows, ("right answer", self.right)] if self.right is not None else rows
+
+    @property
+    def data(self) -> dict[str, Any]:
+        answers = {
+            name: {"answer": one.completion, "reward": one.reward, "numbers": _numbers(one)}
+            for name, one in self.answers.items()
+        }
+        return {"prompt": prompt_text(self.task.prompt), "right_answer": self.right, **answers}
+
+
+def _answered(
+    tasks: Sequence[Task],
+    evaluations: Mapping[str, Evaluation],
+    right_answer: ReadRightAnswer | None,
+) -> list[_Answered]:
+    """Return the tasks whose answer has a reward in every evaluation."""
+    answers = zip(*(one.greedy for one in evaluations.values()), strict=True)
     return [
-        ("prompt", pair.prompt),
-        (f"{before} {pair.reward_before:g}", pair.before),
-        (f"{after} {pair.reward_after:g}", pair.after),
+        _Answered(
+            task=task,
+            right=right_answer(task.example) if right_answer else None,
+            answers=dict(zip(evaluations, rollouts, strict=True)),
+        )
+        for task, rollouts in zip(tasks, answers, strict=True)
+        if all(one.reward is not None for one in rollouts)
     ]
+
+
+def _numbers(rollout: Rollout) -> dict[str, float]:
+    """Return the numbers that the reward reported for an answer."""
+    return {number.name: number.value for number in named_numbers(rollout.metrics)}
 
 
 def _section(title: str, blocks: Sequence[list[tuple[str, str]]], of: int) -> list[str]:

@@ -13,8 +13,8 @@ from textpolicy.environments.environment import (
     TaskSplit,
     attach_from,
 )
+from textpolicy.environments.right_answers import right_answer_reader
 from textpolicy.errors import ConfigError, TaskError, UnreadableError
-from textpolicy.rewards.checked_rows import GOLD_COLUMNS
 from textpolicy.types import Message, Task
 from textpolicy.untrusted.files import read_utf8
 
@@ -134,22 +134,15 @@ class _Solver:
         return [*(one for one in asked if one["role"] != "system"), answer]
 
     def _gold(self, task: Task) -> str:
-        if self.environment.gold and self.gold_column is None:
-            gold = self.environment.gold(task.example)
-            if isinstance(gold, str):
-                return gold
-        elif column := self._column(task):
-            return str(task.example[column])
+        gold = right_answer_reader(self.environment, self.gold_column)(task.example)
+        if gold is not None:
+            return gold
         raise TaskError(
             f"few_shot needs the right answer of each task as one text, and {task.id} has none. "
             f"The columns are {list(task.example)}. Name the column of right answers "
             "(--gold-column), write a function gold(example) that returns a text, or leave out "
             "few_shot"
         )
-
-    def _column(self, task: Task) -> str | None:
-        names = GOLD_COLUMNS if self.gold_column is None else (self.gold_column,)
-        return next((name for name in names if name in task.example), None)
 
 
 def _problem_of(task: Task) -> str:

@@ -1,9 +1,11 @@
 """Evaluate a policy on held-out tasks, with one greedy answer and several samples for each task."""
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from textpolicy.generation.policy import ModelPolicy
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.executors.ranks import collect_with_ranks
+from textpolicy.tracking.doubts import EQUAL_ANSWERS
 from textpolicy.tracking.named_numbers import ERRORS, REPORTED
 from textpolicy.types import Metrics, Rollout, RolloutGroup, Sampling, StopReason, Task
 
@@ -63,6 +66,7 @@ class HeldOut:
     """The held-out tasks of an environment and their scorer. `max_tokens` limits an answer.
 
     `split_note` says what a reader of the score must know if the environment has few problems.
+    `gold` returns the right answer of a row, or None where it is not known.
     """
 
     name: str
@@ -70,6 +74,7 @@ class HeldOut:
     scorer: Scorer
     max_tokens: int
     split_note: str = ""
+    gold: Callable[[Mapping[str, Any]], str | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,7 @@ class Evaluation:
             "standard_error": mean.standard_error,
             "mean_length": float(np.mean(lengths)),
             "clipped_ratio": float(np.mean(cut)),
+            EQUAL_ANSWERS: equal_share([rollout.completion for rollout in self.greedy]),
         }
         metrics |= self._reported_metrics() | self._sample_metrics()
         return {f"{prefix}{name}": value for name, value in metrics.items()}
@@ -219,6 +225,11 @@ def evaluate_greedy(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) 
     limit = policy.sampling.max_tokens
     heldout = HeldOut(name="", tasks=tasks, scorer=scorer, max_tokens=limit)
     return evaluate(policy, heldout).greedy_reward
+
+
+def equal_share(texts: Sequence[str]) -> float:
+    """Return the share of texts that equal the most frequent one."""
+    return Counter(texts).most_common(1)[0][1] / len(texts)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

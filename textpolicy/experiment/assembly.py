@@ -33,6 +33,7 @@ from textpolicy.config.train import (
 )
 from textpolicy.environments import Environment
 from textpolicy.environments.preamble import read_system
+from textpolicy.environments.right_answers import right_answer_reader
 from textpolicy.errors import ConfigError, UnreadableError
 from textpolicy.evaluation import Evaluator, HeldOut
 from textpolicy.experiment.tasks import find_task, with_environment
@@ -330,6 +331,7 @@ def build_evaluator(
         scorer=scorer,
         max_tokens=experiment.policy.sampling.max_tokens,
         split_note=environment.split_note,
+        gold=right_answer_reader(environment, config.task.gold_column),
     )
     others = [_heldout_of(name, config, opened, note) for name in options.envs or ()]
     for heldout in (own, *others):

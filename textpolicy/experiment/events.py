@@ -94,7 +94,8 @@ class RunResult:
     `steps` counts finished steps and `updates` the updates of this process: a step whose groups
     all have equal rewards makes none. `after` is None if the run was stopped before its last step,
     and both measurements are None if there was nothing to measure on. `best` is the measurement of
-    the adapters in `directory.best`. `facts` holds other numbers, such as how many rows were cut.
+    the adapters in `directory.best`. `doubts` say why the policy may earn more without doing the
+    task. `facts` holds other numbers, such as how many rows were cut.
     """
 
     directory: RunDirectory
@@ -107,4 +108,5 @@ class RunResult:
     best: Measurement | None
     test: Measurement | None = None
     alarms: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])

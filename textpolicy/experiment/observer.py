@@ -4,10 +4,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from textpolicy.evaluation import Evaluator
+from textpolicy.evaluation.right_answers import right_answer_metrics
+from textpolicy.experiment.announced_time import AnnouncedTime
 from textpolicy.experiment.events import Measurement, Reporter
 from textpolicy.experiment.watchdog import Watchdog
 from textpolicy.loop import StepReport
 from textpolicy.machine import MemoryPressure
+from textpolicy.planning.time_plan import TimePlan
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarm_advice import LearningSettings
 from textpolicy.tracking.alarms import AlarmMonitor
@@ -43,6 +46,7 @@ class StepObserver:
         watchdog: Watchdog,
         keep_adapters: int,
         learning: LearningSettings | None = None,
+        announced: TimePlan | None = None,
     ) -> None:
         self._directory = directory
         self._tracker = tracker
@@ -57,6 +61,7 @@ class StepObserver:
         self._monitor = AlarmMonitor(settings=learning)
         self._pressure = MemoryPressure.now()
         self._evaluated: Metrics = {}
+        self._announced = AnnouncedTime(announced, report.note)
         self.alarms: list[str] = []
         self.best_step = 0
         """How many steps were finished when the best adapter sampled, or was measured."""
@@ -161,6 +166,7 @@ class StepObserver:
         self._write(step.step, step.metrics | alarms)
         self._report.step = step.step + 1
         self._report("step", _line(step), metrics=metrics | alarms, samples=samples)
+        self._announced.step_ended(step.metrics["time/step"], step.steps - self.steps)
         for alarm in new:
             self._report("alarm", str(alarm))
         sampled_with = min((group.version for group in step.groups), default=None)
@@ -177,8 +183,16 @@ class StepObserver:
     def finish(self, version: int) -> Measurement:
         """Measure the last adapters and write a row for them, because no step follows."""
         measured = self.evaluate("after ")
+        self._evaluated |= self._measure_right_answers()
         self._write(self.steps, {"version": float(version)})
         return measured
+
+    def _measure_right_answers(self) -> Metrics:
+        """Return what right answers have, if the reward reports numbers beside its value."""
+        heldout = self._evaluator.heldout
+        reports = any(name.startswith("eval/rewards/") for name in self._evaluated)
+        several = len(heldout.scorer.rewards.members) > 1
+        return right_answer_metrics(heldout, scored=reports or several)
 
     def _write(self, step: int, metrics: Metrics) -> None:
         self._tracker.write(step, metrics | self._evaluated)

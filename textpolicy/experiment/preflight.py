@@ -13,6 +13,7 @@ from textpolicy.experiment.assembly import RunConfig, adapter_config, service_op
 from textpolicy.experiment.run_size import RunSize, SizeEstimator, has_turns
 from textpolicy.generation.model_files import find_model
 from textpolicy.machine import free_disk_bytes, memory_bytes, size_text, with_busy_note
+from textpolicy.planning.time_plan import TimePlan
 from textpolicy.tracking.open_tracker import check_services
 from textpolicy.training.sft import SFTData
 
@@ -28,10 +29,11 @@ def check_before_start(
     written: int = 0,
     steps_done: int = 0,
     processes: int = 1,
-) -> SFTData | None:
+) -> tuple[SFTData | None, TimePlan | None]:
     """Raise an error about whatever would end the run later; no weight is read, nothing sampled.
 
-    Return the rows of a supervised run, which are read on the way. `folder` is where the run will
+    Return the rows of a supervised run, which are read on the way, and the time that is announced
+    for a run with rewards. `folder` is where the run will
     write, and `written` are the bytes that it has written there. `note` gets warnings, the problems
     that `run.limits = "warn"` allows, and how long the steps after `steps_done` take. `processes`
     is the number of ranks on this machine, each of which needs the memory of the run.
@@ -45,9 +47,10 @@ def check_before_start(
         if config.run.limits == "refuse":
             raise ConfigError(f"{problem}. {_OVERRIDE}")
         note(f"{problem}. The run starts all the same, because of --limits warn")
-    if time := time_text(estimator, config, environment, steps_done):
-        note(f"the run takes {time}")
-    return estimator.data
+    plan = _plan_time(estimator, config, environment, steps_done)
+    if plan is not None:
+        note(f"the run takes {with_busy_note(str(plan))}")
+    return estimator.data, plan
 
 
 def ranks_problem(size: RunSize, processes: int) -> Iterator[str]:
@@ -60,16 +63,16 @@ def ranks_problem(size: RunSize, processes: int) -> Iterator[str]:
         )
 
 
-def time_text(
+def _plan_time(
     estimator: SizeEstimator,
     config: RunConfig,
     environment: Environment | None,
-    steps_done: int = 0,
-) -> str:
-    """Return how long the rest of a run takes, or "" if that is not known before it starts."""
+    steps_done: int,
+) -> TimePlan | None:
+    """Return how long the rest of a run takes, or None if that is not known before it starts."""
     if isinstance(config, SFTConfig) or environment is None or has_turns(environment):
-        return ""
-    return with_busy_note(str(estimator.plan_time(config, steps_done)))
+        return None
+    return estimator.plan_time(config, steps_done)
 
 
 def check_names(config: RunConfig) -> None:

@@ -25,6 +25,7 @@ from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.watchdog import Watchdog, watch
 from textpolicy.experiment.workers import NO_SWAP, open_crew
 from textpolicy.loop import StepReport, train_rl
+from textpolicy.planning.time_plan import TimePlan
 from textpolicy.ranks import Ranks
 from textpolicy.rewards import Scorer
 from textpolicy.rollout.executors.executor import Executor
@@ -33,6 +34,7 @@ from textpolicy.rollout.executors.ranks import RankedExecutor
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarm_advice import LearningSettings
 from textpolicy.tracking.best import BestAdapter
+from textpolicy.tracking.doubts import find_doubts
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoint
 from textpolicy.types import Progress
@@ -90,6 +92,7 @@ def train_policy(
             scorer=scorer,
             watchdog=watchdog,
             ranks=ranks,
+            announced=start.parts.time,
         )
         started = time.perf_counter()
         report("start", f"resuming after step {report.step}" if start.resume else "training starts")
@@ -118,6 +121,7 @@ def train_policy(
         after=after,
         best=_best_measurement(observer, directory),
         alarms=(*observer.alarms, *watchdog.stalls),
+        doubts=_find_doubts(directory) if after else (),
         facts={"kept": observer.best.version} if observer.stopped_by_alarm else {},
     )
 
@@ -143,6 +147,7 @@ def _open_observer(
     scorer: Scorer,
     watchdog: Watchdog,
     ranks: Ranks,
+    announced: TimePlan | None,
 ) -> StepObserver:
     tracker = open_run_tracker(
         config,
@@ -173,6 +178,7 @@ def _open_observer(
             default_lr=default_rate_of(config.model),
             beta=config.algorithm.beta,
         ),
+        announced=announced,
     )
 
 
@@ -269,6 +275,11 @@ def _measure_after(
     if observer.stopped_by_alarm or observer.steps >= config.run.steps:
         return observer.finish(policy.version)
     return None
+
+
+def _find_doubts(directory: RunDirectory) -> tuple[str, ...]:
+    # Only the first rank keeps a file.
+    return tuple(find_doubts(read_metrics(directory.metrics)))
 
 
 def _best_measurement(observer: StepObserver, directory: RunDirectory) -> Measurement | None:

@@ -16,6 +16,7 @@ from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError, RunInterruptedError, UnreadableError, UnwritableError
 from textpolicy.experiment.assembly import RunConfig
 from textpolicy.experiment.identity import Hashes, changes_of
+from textpolicy.planning.time_plan import TimePlan
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Rewards
 from textpolicy.rollout.executors.crew import WorkersLostError
@@ -69,11 +70,12 @@ _MACHINE_ERRORS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a config names and what is read before a model is loaded: task, algorithm, rows."""
+    """What is known before a model is loaded: task, algorithm, rows, and the announced time."""
 
     task: tuple[Environment, Rewards] | None = None
     algorithm: Algorithm | None = None
     data: SFTData | None = None
+    time: TimePlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,7 +152,7 @@ def _parts(
     The config comes with it: that of a `fresh` run gets the defaults that depend on its model.
     """
     if isinstance(settings, SFTConfig):
-        data = check_before_start(settings, None, folder, report.note, written=written)
+        data, _ = check_before_start(settings, None, folder, report.note, written=written)
         return settings, Parts(data=data)
     algorithm = find_algorithm(settings.algorithm)
     task = find_task(settings.task, settings.run.seed)
@@ -160,7 +160,7 @@ def _parts(
         settings = with_model_defaults(settings)
         if low_rate := low_rate_note(settings):
             report.note(low_rate)
-    check_before_start(
+    _, time = check_before_start(
         settings,
         task[0],
         folder,
@@ -169,7 +169,7 @@ def _parts(
         steps_done=steps_done,
         processes=ranks_here(),
     )
-    return settings, Parts(task=task, algorithm=algorithm)
+    return settings, Parts(task=task, algorithm=algorithm, time=time)
 
 
 def _train(

@@ -26,6 +26,7 @@ _SAMPLING, _TRAINING = 1.3, 1.5  # the time of a phase by that of its products
 _LAYER_SECONDS = 4e-4  # of a block in a decode step, beside its products
 _MEASURED_BYTES = 2**25  # of weights: more than the caches of a processor hold
 _MEASURED_SECONDS = 0.1
+_FAR_OFF, _LITTLE_SECONDS = 2.0, 10.0  # an estimate that is worth a correction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,21 @@ class TimePlan:
     def seconds(self) -> float:
         """The seconds of the whole run."""
         return self.steps * self.step + self.evaluations * self.evaluation
+
+    def correction(self, measured: float, steps_left: int) -> str:
+        """Return in words how long the rest takes if a step takes `measured` seconds.
+
+        Return "" if the estimate is within a factor of 2, or if little time is left either way.
+        """
+        slower = measured > self.step
+        far_off = measured > _FAR_OFF * self.step or _FAR_OFF * measured < self.step
+        if not far_off or abs(measured - self.step) * steps_left < _LITTLE_SECONDS:
+            return ""
+        return (
+            f"{'slower' if slower else 'faster'} than announced: a step takes "
+            f"{_two_digits(measured)} s and not {_two_digits(self.step)} s, so about "
+            f"{_in_words(steps_left * measured)} to go for the {steps_left:,} steps that are left"
+        )
 
     def __str__(self) -> str:
         """Return the estimate in words, with as many digits as it deserves."""

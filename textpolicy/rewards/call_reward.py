@@ -9,13 +9,14 @@ from typing import Any
 
 from textpolicy.errors import RewardError
 from textpolicy.rewards.returned_numbers import read_answer
-from textpolicy.rewards.reward_function import Reward, Sample
+from textpolicy.rewards.reward_function import Reward, Sample, Score
 from textpolicy.user_code import describe_value, raise_user_errors_as, type_name
 
 MAX_CONCURRENT = 16
 """How many calls of an `async def` reward are in flight together."""
 _MAX_EXCERPT = 60
 _MAX_SURPLUS = 1000
+_LONGEST_NOTE = 300
 """How many answers too many are counted in the message about a batch."""
 
 
@@ -32,6 +33,7 @@ class RewardResult:
     seconds: float = 0.0
     error: str | None = None
     counts: bool = True
+    note: str = ""
 
 
 OnResult = Callable[[int, RewardResult], None]
@@ -200,7 +202,8 @@ def _result_of(reward: Reward, answer: Any, sample: str) -> RewardResult:
     if isinstance(read, str):
         raise RewardError(f"reward {reward.name} returned {read}\n  {sample}")
     value, metrics = read
-    return RewardResult(value=value, metrics=metrics)
+    note = answer.note if isinstance(answer, Score) and type(answer.note) is str else ""
+    return RewardResult(value=value, metrics=metrics, note=note[:_LONGEST_NOTE])
 
 
 def _is_ordered(answers: Any) -> bool:

@@ -38,11 +38,11 @@ def checked_rows(
     """Return the rows with their prompts and right answers, from columns of the usual names."""
     columns = () if isinstance(rows[0], CheckedRow) else rows[0]
     prompt = prompt or prompt_column_of(columns)
-    gold = gold or next((name for name in GOLD_COLUMNS if name in columns), None)
+    gold = gold or gold_column_of(columns)
     return [
         row
         if isinstance(row, CheckedRow)
-        else CheckedRow(_column_text(row, prompt) or "", row, _column_text(row, gold))
+        else CheckedRow(column_text(row, prompt) or "", row, column_text(row, gold))
         for row in rows
     ]
 
@@ -52,7 +52,13 @@ def prompt_column_of(columns: Container[str]) -> str | None:
     return next((name for name in PROMPT_COLUMNS if name in columns), None)
 
 
-def _column_text(row: Mapping[str, Any], column: RowColumn) -> str | None:
+def gold_column_of(columns: Container[str]) -> str | None:
+    """Return the column of right answers among `columns`, by the usual names, or None."""
+    return next((name for name in GOLD_COLUMNS if name in columns), None)
+
+
+def column_text(row: Mapping[str, Any], column: RowColumn) -> str | None:
+    """Return the text in a column of the row, or None without a column."""
     if column is None:
         return None
     if not isinstance(column, str):

@@ -19,8 +19,10 @@ from textpolicy.rewards.endpoint import JudgeReply
 from textpolicy.rewards.local_judge import LocalJudge
 from textpolicy.rewards.reward_function import Reward, Score
 from textpolicy.untrusted.parsing import read_json_object
+from textpolicy.untrusted.terminal import shorten_line
 
 _NUMBER = r"-?[0-9]{1,6}(?:\.[0-9]{1,6})?"
+_SHOWN_CHARACTERS = 160
 _GRADE = re.compile(rf"(?:score|grade|rating)[^\w-]{{0,10}}({_NUMBER})", re.IGNORECASE)
 _INSTRUCTION = (
     "Judge the answer below by this rubric:\n\n{rubric}\n\n"
@@ -140,8 +142,10 @@ class _Judge:
         }
         if self.prices:
             metrics["cost"] = sum(map(mul, tokens, self.prices)) / 1e6
+        said = shorten_line(reply.text, _SHOWN_CHARACTERS)
         value = None if grade is None else (grade - self.low) / (self.high - self.low)
-        return Score(value, metrics)
+        wrote = f"the judge failed: {reply.error}" if reply.error else f"the judge wrote {said!r}"
+        return Score(value, metrics, note=wrote if value is None else "")
 
     def _cache_path(self, question: str) -> Path | None:
         if self.cache is None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
-from statistics import mean, median
+from statistics import median
 from typing import Any, Literal
 
 from textpolicy.activity import doing
@@ -23,6 +23,7 @@ _SLOW_SECONDS = 0.1
 _FAILED_SECONDS = 1.0
 _RIGHT, _EMPTY, _OTHER_ROW = "the right answer", "no answer", "another row's answer"
 _LONGEST_QUOTE = 60
+_NO_VALUE = "no call has returned a value"
 _GUESSES = "I am not sure, but it could be 3, or (B), or perhaps something else entirely."
 
 
@@ -82,17 +83,16 @@ def check_reward(
         trials = _try_rows(scorer, checked)
         findings = [
             _check_finite(trials, len(checked) - len(trials)),
-            _check_deterministic(trials),
-            *_check_gold(trials),
-            _check_speed(trials),
+            *_check_values(trials),
             _check_process(scorer, before),
         ]
         signal = None
         failed = [finding.name for finding in findings if finding.verdict == "FAILED"]
         # Sampling takes long, and says nothing about a reward that is wrong.
         if sample and not failed:
-            right = _mean_of_right(trials)
-            signal = check_signal(scorer, checked, sample, greedy, right)
+            rights = [trial.verdicts.get(_RIGHT) for trial in trials]
+            signal = check_signal(scorer, checked, sample, greedy, rights)
+            findings = [_with_sampled(finding, signal) for finding in findings]
         findings.append(_find_signal(signal, len(checked), failed if sample else []))
     names = " + ".join(member.name for member in rewards.members)
     title = names if names == "reward" else f"reward {names}"
@@ -117,9 +117,7 @@ class _Trial:
 
     def quote(self, kind: str) -> str:
         """Return the beginning of this kind of answer, on one line."""
-        text = self.texts[kind]
-        short = text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]} ..."
-        return repr(short)
+        return _quote(self.texts[kind])
 
     def value(self, kind: str) -> float:
         """Return the reward of this kind of answer, or NaN, which makes comparisons False."""
@@ -169,6 +167,8 @@ def _check_finite(trials: Sequence[_Trial], rows_left: int) -> Finding:
     verdicts = [verdict for trial in trials for verdict in trial.verdicts.values()]
     errors = [verdict.error for verdict in verdicts if verdict.error]
     unscored = sum(verdict.value is None for verdict in verdicts)
+    note = next((one.note for one in verdicts if one.note and one.value is None), "")
+    said = f"; the first: {note}" if note else ""
     if errors:
         detail = f"{len(errors)} of {len(verdicts)} calls: {errors[0]}"
         if rows_left:
@@ -183,15 +183,24 @@ def _check_finite(trials: Sequence[_Trial], rows_left: int) -> Finding:
             "finite",
             "FAILED",
             f"None for each of {unscored} answers: nothing is scored. A judge that gives no grade "
-            "returns None",
+            f"returns None{said}",
         )
-    detail = f"{len(verdicts)} calls" + (f", {unscored} of them None" if unscored else "")
+    detail = f"{len(verdicts)} calls" + (f", {unscored} of them None{said}" if unscored else "")
     return Finding("finite", "ok", detail)
 
 
+def _check_values(trials: Sequence[_Trial]) -> list[Finding]:
+    """Return the findings about returned values, none of which is checked without a value."""
+    if any(one.value is not None for trial in trials for one in trial.verdicts.values()):
+        return [_check_deterministic(trials), *_check_gold(trials), _check_speed(trials)]
+    names = ("deterministic", "gold highest", "empty low")
+    findings = [Finding(name, "not checked", _NO_VALUE) for name in names]
+    if all(one.error for trial in trials for one in trial.verdicts.values()):
+        return [*findings, Finding("speed", "not checked", _NO_VALUE)]
+    return [*findings, _check_speed(trials)]
+
+
 def _check_deterministic(trials: Sequence[_Trial]) -> Finding:
-    if all(verdict.error for trial in trials for verdict in trial.verdicts.values()):
-        return Finding("deterministic", "not checked", "no call has returned a value")
     for trial in trials:
         for (kind, first), second in zip(trial.verdicts.items(), trial.repeated, strict=True):
             if first.value != second.value:
@@ -208,7 +217,11 @@ def _check_gold(trials: Sequence[_Trial]) -> list[Finding]:
             f"no right answers: name their column (--gold-column NAME); looked for {looked_for}"
         )
         return [Finding(name, "not checked", detail) for name in ("gold highest", "empty low")]
-    return [_check_gold_highest(known), _check_empty_low(known)]
+    scored = [trial for trial in known if not isnan(trial.value(_RIGHT))]
+    if not scored:
+        detail = "no right answer has a reward"
+        return [Finding(name, "not checked", detail) for name in ("gold highest", "empty low")]
+    return [_check_gold_highest(known), _check_empty_low(scored)]
 
 
 def _check_gold_highest(trials: Sequence[_Trial]) -> Finding:
@@ -233,7 +246,22 @@ def _check_gold_highest(trials: Sequence[_Trial]) -> Finding:
         return Finding("gold highest", "warning", detail)
     scored = sum(trial.verdicts[_RIGHT].value is not None for trial in trials)
     detail = f"in {scored} of {len(trials)} rows"
-    return Finding("gold highest", "ok" if scored == len(trials) else "warning", detail)
+    if scored == len(trials):
+        return Finding("gold highest", "ok", detail)
+    return Finding("gold highest", "warning", f"{detail}; the other right answers have no reward")
+
+
+def _with_sampled(finding: Finding, signal: SignalCheck) -> Finding:
+    """Return the finding, which warns if sampled answers earn more than the right ones."""
+    best = signal.highest
+    if finding.name != "gold highest" or best is None:
+        return finding
+    detail = (
+        f"{signal.above_right} of {signal.groups * signal.group_size} sampled answers score higher "
+        f"than the right one: {_quote(best.answer)} scores {best.reward:g}, and the right answer, "
+        f"{_quote(best.right_answer or '')}, {best.right_reward:g}. A model learns such answers"
+    )
+    return Finding("gold highest", "warning", detail)
 
 
 def _check_empty_low(trials: Sequence[_Trial]) -> Finding:
@@ -244,6 +272,8 @@ def _check_empty_low(trials: Sequence[_Trial]) -> Finding:
             f"{high[0].value(_EMPTY):g}, as much as the right one"
         )
         return Finding("empty low", "FAILED", detail)
+    if all(trial.verdicts[_EMPTY].error for trial in trials):
+        return Finding("empty low", "not checked", "no empty answer has a reward")
     usual = Counter(trial.verdicts[_EMPTY].value for trial in trials).most_common(1)[0][0]
     return Finding("empty low", "ok", f"mostly {usual}")
 
@@ -280,17 +310,15 @@ def _check_process(scorer: Scorer, before: _Process) -> Finding:
     return Finding("process", "ok", "the reward changes nothing that other code relies on")
 
 
-def _mean_of_right(trials: Sequence[_Trial]) -> float:
-    """Return the mean reward of the right answers, or 1 if no right answer has a reward."""
-    values = [value for trial in trials if not isnan(value := trial.value(_RIGHT))]
-    return mean(values) if values else 1.0
+def _quote(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]} ...")
 
 
 def _find_signal(signal: SignalCheck | None, rows: int, failed: Sequence[str]) -> Finding:
     if failed:
         return Finding("signal", "not checked", f"mend first: {', '.join(failed)}")
     if signal is None:
-        return Finding("signal", "not checked", "no policy to sample from")
+        return Finding("signal", "not checked", "no answers of a model were sampled")
     detail = (
         f"{signal.verdict}: rewards differ inside {signal.differing} of {signal.groups} groups of "
         f"{signal.group_size} completions; mean reward {signal.mean:.3g}"

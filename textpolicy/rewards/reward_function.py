@@ -70,10 +70,15 @@ def append_completion(
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward, or None to leave the sample out, with metrics that the run reports beside it."""
+    """A reward, or None to leave the sample out, with metrics that the run reports beside it.
+
+    `note` is a text for people about this sample. `textpolicy check` shows the note of a sample
+    that is left out.
+    """
 
     value: float | None
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,15 @@ class Verdict:
 
     `value` is the weighted sum of `parts`, which hold each function's own reward by its name. A
     function that returned None is left out of both. `value` is None if all functions returned
-    None, or if one failed and `on_error` is "skip". `error` is the message of the first failure.
+    None, or if one failed and `on_error` is "skip". `error` is the message of the first failure,
+    and `note` the first note of a `Score`.
     """
 
     value: float | None
     parts: Mapping[str, float] = field(default_factory=dict[str, float])
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     error: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,6 +236,7 @@ class Scorer:
             parts=parts,
             metrics={f"{name}/{key}": x for name, r in named for key, x in r.metrics.items()},
             error=errors[0] if errors else None,
+            note=next((result.note for result in results if result.note), ""),
         )
 
 

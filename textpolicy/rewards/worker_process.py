@@ -262,9 +262,15 @@ def _checked_result(fields: dict[str, Any]) -> RewardResult:
             "seconds": float(seconds),
             "error": str() | None as error,
             "counts": bool(counts),
-        } if len(fields) == 5 and all(map(_is_finite, [value or 0.0, seconds, *metrics.values()])):
+            "note": str(note),
+        } if len(fields) == 6 and all(map(_is_finite, [value or 0.0, seconds, *metrics.values()])):
             return RewardResult(
-                value=value, metrics=metrics, seconds=seconds, error=error, counts=counts
+                value=value,
+                metrics=metrics,
+                seconds=seconds,
+                error=error,
+                counts=counts,
+                note=note,
             )
         case _:
             raise ForgedAnswerError(repr(fields)[:_MAX_EXCERPT])

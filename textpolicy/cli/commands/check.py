@@ -8,7 +8,7 @@ from typing import Any
 
 from textpolicy import fast_cpu
 from textpolicy.cli.answer import Answer
-from textpolicy.cli.check_advice import next_after_check
+from textpolicy.cli.check_advice import how_to_sample, next_after_check
 from textpolicy.cli.models_of_runs import configured_to_sample
 from textpolicy.cli.output import print_note
 from textpolicy.cli.parser import CHECKED_ROWS, GRADED_ROWS
@@ -33,6 +33,7 @@ from textpolicy.rewards.checked_rows import (
     PROMPT_COLUMNS,
     CheckedRow,
     checked_rows,
+    gold_column_of,
     prompt_column_of,
 )
 from textpolicy.rewards.label_agreement import compare_with_labels
@@ -89,10 +90,15 @@ def _run(options: Namespace) -> Answer:
             config,
             sampler,
             has_gold=rows[0].gold is not None,
+            gold_column=config.task.gold_column or gold_column_of(rows[0].example),
             options=options,
         )
         data["next"] = advice.command
         text += f"\n\n{check.signal}. {advice}"
+    elif check.ok:
+        advice = how_to_sample(config, options)
+        data["next"] = advice.command
+        text += f"\n\n{advice}"
     return Answer(data=data, text=text, exit_code=0 if check.ok else 1)
 
 

@@ -11,11 +11,12 @@ from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.models_of_runs import configured_to_sample
 from textpolicy.cli.output import print_note
 from textpolicy.cli.progress import showing_progress
-from textpolicy.cli.shown_tasks import lines_of_answers, lines_of_differences
+from textpolicy.cli.shown_tasks import data_of_tasks, lines_of_answers, lines_of_differences
 from textpolicy.cli.typed_flags import short_path
 from textpolicy.config import TrainConfig
 from textpolicy.config.train import TaskOptions
 from textpolicy.environments import Environment
+from textpolicy.environments.right_answers import right_answer_reader
 from textpolicy.errors import ConfigError
 from textpolicy.evaluation import Comparison, Evaluation, HeldOut, compare, evaluate
 from textpolicy.experiment.assembly import (
@@ -161,6 +162,7 @@ def _evaluate(
             scorer=scorer,
             max_tokens=sampling_of(config, environment).max_tokens,
             split_note=environment.split_note,
+            gold=right_answer_reader(environment, task.gold_column),
         )
         evaluations = {
             name: evaluate(
@@ -202,7 +204,9 @@ def _data(result: _Result) -> dict[str, Any]:
     rewards = {name: asdict(evaluation.greedy_reward) for name, evaluation in evaluations}
     metrics = {name: evaluation.metrics("") for name, evaluation in evaluations}
     measured = {"env": result.heldout.name, "measured": result.measured}
-    data = measured | rewards | {"metrics": metrics}
+    heldout = result.heldout
+    tasks = data_of_tasks(heldout.tasks, result.evaluations, heldout.gold)
+    data = measured | rewards | {"metrics": metrics, "tasks": tasks}
     return data | ({"comparison": asdict(result.comparison)} if result.comparison else {})
 
 
@@ -222,9 +226,9 @@ def _lines(
     lines += [*_notes_about_length(result), *notes]
     if result.comparison is None:
         (evaluation,) = evaluations.values()
-        return lines + lines_of_answers(heldout.tasks, evaluation, show)
+        return lines + lines_of_answers(heldout.tasks, evaluation, show, heldout.gold)
     lines += _comparison_lines(result.comparison, compared)
-    return lines + lines_of_differences(heldout.tasks, evaluations, show)
+    return lines + lines_of_differences(heldout.tasks, evaluations, show, heldout.gold)
 
 
 def _scores(evaluation: Evaluation) -> str:

@@ -1,6 +1,7 @@
 """`textpolicy train`: a run of reinforcement learning. Its options are in `config/train.py`."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from math import hypot
@@ -58,7 +59,8 @@ def run(options: Namespace) -> Answer:
             directory = result.directory
             files = f"{describe_adapter(result)}\nreport: {short_path(directory.report)}"
             following = next_commands(result, config)
-            text = f"{describe_result(result)}\n{files}\n{next_lines(following)}"
+            read = f"\n{how_to_read(following)}" if result.doubts else ""
+            text = f"{describe_result(result)}{read}\n{files}\n{next_lines(following)}"
         else:
             following = {}
             text = listener.stopped(resume_line(result.directory, config))
@@ -90,7 +92,14 @@ def describe_result(result: RunResult) -> str:
             "\nThis difference is below twice its standard error, so it may be chance. `textpolicy "
             "eval` compares task by task, and can show smaller ones"
         )
+    if result.doubts:
+        text += "\n" + "\n".join(f"{doubt}." for doubt in result.doubts)
     return text
+
+
+def how_to_read(following: Mapping[str, str]) -> str:
+    """Return the line that says how to read the answers of a run."""
+    return f"read the answers: {following['compare it']} --show 8"
 
 
 def describe_adapter(result: RunResult) -> str:
@@ -130,6 +139,7 @@ def _data(result: RunResult) -> dict[str, Any]:
         "best": _best(result),
         "report": str(result.directory.report),
         "alarms": result.alarms,
+        "doubts": result.doubts,
         "kept": result.facts.get("kept"),
     }
 

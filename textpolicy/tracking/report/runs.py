@@ -11,6 +11,7 @@ from typing import Any
 
 from textpolicy.errors import DataError
 from textpolicy.runs import RunDirectory
+from textpolicy.tracking.doubts import find_doubts
 from textpolicy.tracking.jsonl import read_metrics, read_rows
 from textpolicy.tracking.report.charts import STACKED_METRICS
 
@@ -90,7 +91,7 @@ def _curve(rows: _Rows, name: str) -> _Points:
 
 
 def _main_numbers(rows: _Rows) -> list[tuple[str, str]]:
-    """Return steps, changes, totals and alarms of a run as pairs of title and value."""
+    """Return steps, changes, totals, doubts and alarms of a run as pairs of title and value."""
     # A row without the time of a step comes after the last step, as a last evaluation does.
     done = max((row["step"] + ("time/step" in row) for row in rows), default=0)
     numbers = [("steps", f"{done:,.0f}")]
@@ -109,6 +110,7 @@ def _main_numbers(rows: _Rows) -> list[tuple[str, str]]:
         for name in row:
             if name.startswith("alarm/") and row[name] > 0:
                 alarms.setdefault(name, row["step"])
+    numbers += [("doubt", doubt) for doubt in find_doubts(rows)]
     numbers += [(name.replace("/", ": "), f"at step {step:g}") for name, step in alarms.items()]
     return numbers
 

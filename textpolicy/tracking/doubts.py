@@ -1,0 +1,90 @@
+"""Doubts about a run: its reward rose, and nothing else shows that it learned the task."""
+
+from collections.abc import Sequence
+from math import hypot
+from statistics import fmean
+
+from textpolicy.tracking.named_numbers import named_numbers
+from textpolicy.types import Metrics
+from textpolicy.untrusted.terminal import shorten_line
+
+EQUAL_ANSWERS = "equal_answers"
+RIGHT_ANSWERS = "eval/right/"
+_REWARD, _ERROR = "eval/reward", "eval/standard_error"
+# Standard errors that the held-out reward must have risen, and its rise in units of the standard
+# deviation of rewards in a group, because rewards have no common scale.
+_SURE, _LARGE = 3.0, 0.5
+# The share of what right answers have that counts as 0: a few answers are right by chance.
+_NOTHING = 0.02
+_LAST_STEPS = 10
+_NAME_WIDTH = 40
+# Shares of answers that are the same text: of nearly all, and of few enough.
+_NEARLY_ALL, _FEW = 0.9, 0.5
+
+
+def find_doubts(rows: Sequence[Metrics]) -> list[str]:
+    """Return a sentence for each sign that the policy earns more and does not do the task.
+
+    `rows` are those of the whole run. A run whose held-out reward has not clearly risen gives no
+    doubts.
+    """
+    measured = [row for row in rows if _REWARD in row]
+    if len(measured) < 2 or not _has_risen(measured[0], measured[-1], rows):
+        return []
+    first, last = measured[0], measured[-1]
+    rose = f"although the held-out reward rose from {first[_REWARD]:.3f} to {last[_REWARD]:.3f}"
+    known = {name.removeprefix("eval/"): 0.0 for row in rows for name in row}
+    doubts = [
+        _number_at_zero(rows, one.key, shorten_line(one.name, _NAME_WIDTH), rose)
+        for one in named_numbers(known)
+    ]
+    return [doubt for doubt in [*doubts, _same_answer(first, last)] if doubt]
+
+
+def _has_risen(first: Metrics, last: Metrics, rows: Sequence[Metrics]) -> bool:
+    rise = last[_REWARD] - first[_REWARD]
+    noise = _SURE * hypot(first.get(_ERROR, 0.0), last.get(_ERROR, 0.0))
+    spread = next((row["reward_std"] for row in rows if "reward_std" in row), 0.0)
+    return rise > max(noise, _LARGE * spread)
+
+
+def _number_at_zero(rows: Sequence[Metrics], key: str, shown: str, rose: str) -> str:
+    """Return the doubt about a number that a reward reports, or "" if there is none.
+
+    The number is about 0 at the end, and of right answers it is not 0. Without right answers it was
+    0 at the beginning too: a number that has fallen may count faults.
+    """
+    sampled = [row[key] for row in rows if key in row]
+    measured = [row[f"eval/{key}"] for row in rows if f"eval/{key}" in row] or sampled
+    right = rows[-1].get(f"{RIGHT_ANSWERS}{key}")
+    first, last = measured[0], measured[-1]
+    nothing = _NOTHING * (1.0 if right is None else abs(right))
+    at_end = (last, fmean(sampled[-_LAST_STEPS:] or [last]))
+    if right == 0 or max(map(abs, at_end)) > nothing or (right is None and first):
+        return ""
+    went = "stayed at" if abs(first) <= nothing else f"went from {first:.3f} to"
+    if right is None:
+        return (
+            f"{shown} {went} {last:.3f}, {rose}. If {shown} counts right answers, the policy "
+            "earns the reward without doing the task"
+        )
+    return (
+        f"{shown} {went} {last:.3f}, {rose}. Right answers have {right:.3f}: the policy earns the "
+        "reward without doing the task"
+    )
+
+
+def _same_answer(first: Metrics, last: Metrics) -> str:
+    """Return the doubt about answers that became one text, as right answers are not."""
+    key = f"eval/{EQUAL_ANSWERS}"
+    if key not in first or key not in last:
+        return ""
+    before, after = first[key], last[key]
+    right = last.get(f"{RIGHT_ANSWERS}{EQUAL_ANSWERS}", 0.0)
+    if before >= _FEW or after < _NEARLY_ALL or right >= _FEW:
+        return ""
+    return (
+        f"{after:.0%} of the greedy answers to held-out tasks are one and the same text, after "
+        f"{before:.0%} before the run. If the tasks have different right answers, the policy no "
+        "longer reads the prompts"
+    )
