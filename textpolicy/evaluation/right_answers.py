@@ -35,7 +35,8 @@ def _measure(heldout: HeldOut, scored: int) -> Metrics:
         [sample_of(prompt_text(task.prompt), gold, task.example) for task, gold in known[:scored]]
     )
     reported = [
-        one.metrics | {f"{name}/mean": part for name, part in one.parts.items()} for one in verdicts
+        {**one.metrics, **{f"{name}/mean": part for name, part in one.parts.items()}}
+        for one in verdicts
     ]
     names = dict.fromkeys(name for one in reported for name in one)
     metrics = {

@@ -1,11 +1,10 @@
 """Doubts about a run: its reward rose, and nothing else shows that it learned the task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import hypot
 from statistics import fmean
 
 from textpolicy.tracking.named_numbers import named_numbers
-from textpolicy.types import Metrics
 from textpolicy.untrusted.terminal import shorten_line
 
 EQUAL_ANSWERS = "equal_answers"
@@ -20,9 +19,10 @@ _LAST_STEPS = 10
 _NAME_WIDTH = 40
 # Shares of answers that are the same text: of nearly all, and of few enough.
 _NEARLY_ALL, _FEW = 0.9, 0.5
+_Rows = Sequence[Mapping[str, float]]
 
 
-def find_doubts(rows: Sequence[Metrics]) -> list[str]:
+def find_doubts(rows: _Rows) -> list[str]:
     """Return a sentence for each sign that the policy earns more and does not do the task.
 
     `rows` are those of the whole run. A run whose held-out reward has not clearly risen gives no
@@ -41,14 +41,14 @@ def find_doubts(rows: Sequence[Metrics]) -> list[str]:
     return [doubt for doubt in [*doubts, _same_answer(first, last)] if doubt]
 
 
-def _has_risen(first: Metrics, last: Metrics, rows: Sequence[Metrics]) -> bool:
+def _has_risen(first: Mapping[str, float], last: Mapping[str, float], rows: _Rows) -> bool:
     rise = last[_REWARD] - first[_REWARD]
     noise = _SURE * hypot(first.get(_ERROR, 0.0), last.get(_ERROR, 0.0))
     spread = next((row["reward_std"] for row in rows if "reward_std" in row), 0.0)
     return rise > max(noise, _LARGE * spread)
 
 
-def _number_at_zero(rows: Sequence[Metrics], key: str, shown: str, rose: str) -> str:
+def _number_at_zero(rows: _Rows, key: str, shown: str, rose: str) -> str:
     """Return the doubt about a number that a reward reports, or "" if there is none.
 
     The number is about 0 at the end, and of right answers it is not 0. Without right answers it was
@@ -74,7 +74,7 @@ def _number_at_zero(rows: Sequence[Metrics], key: str, shown: str, rose: str) ->
     )
 
 
-def _same_answer(first: Metrics, last: Metrics) -> str:
+def _same_answer(first: Mapping[str, float], last: Mapping[str, float]) -> str:
     """Return the doubt about answers that became one text, as right answers are not."""
     key = f"eval/{EQUAL_ANSWERS}"
     if key not in first or key not in last:
