@@ -93,7 +93,7 @@ def check_reward(
             rights = [trial.verdicts.get(_RIGHT) for trial in trials]
             signal = check_signal(scorer, checked, sample, greedy, rights)
             findings = [_with_sampled(finding, signal) for finding in findings]
-        findings.append(_find_signal(signal, len(checked), failed if sample else []))
+        findings.append(_find_signal(signal, len(checked), failed))
     names = " + ".join(member.name for member in rewards.members)
     title = names if names == "reward" else f"reward {names}"
     return RewardCheck(f"{title} on {len(trials)} rows", findings, signal)
