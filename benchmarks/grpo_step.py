@@ -212,18 +212,31 @@ def measure(options: argparse.Namespace) -> list[LibraryProcess]:
     return sides
 
 
+def quartiles(values: list[float]) -> list[float]:
+    """Return the first and the third quartile; of one value, this value."""
+    if len(values) == 1:
+        return [*values, *values]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
 def summary(side: LibraryProcess, tokens: int) -> dict[str, Any]:
     """Return medians in seconds, memory in megabytes, and generated tokens per second."""
-    names = side.steps[0].keys() - {"mlx_peak"}
+    names = side.steps[0].keys() - {"mlx_peak", "peak"}
     medians = {name: statistics.median(step[name] for step in side.steps) for name in names}
+    steps = sorted(step["step"] for step in side.steps)
     peaks = {name: value / 1e6 for name, value in side.peaks.items()}
     if "mlx_peak" in side.steps[0]:
         peaks["mlx"] = max(step["mlx_peak"] for step in side.steps) / 1e6
     return {
         "facts": side.facts,
         "seconds": {name: round(value, 4) for name, value in sorted(medians.items())},
-        "fastest_step": round(min(step["step"] for step in side.steps), 4),
+        "middle_half_of_steps": [round(quantile, 4) for quantile in quartiles(steps)],
         "megabytes": {name: round(value, 1) for name, value in sorted(peaks.items())},
+        # The peak grows in the first steps. A leak makes it grow to the end.
+        "megabytes_grown_in_second_half": round(
+            (side.steps[-1]["peak"] - side.steps[len(side.steps) // 2]["peak"]) / 1e6, 1
+        ),
         "tokens_per_second": round(tokens / medians["step"], 1),
         "tokens_per_second_generating": round(tokens / medians["generate"], 1),
     }
@@ -292,7 +305,11 @@ def main() -> None:
         return
     for name, found in records.items():
         print(
-            name, f"{found['seconds']['step']:.3f} s a step", found["seconds"], found["megabytes"]
+            name,
+            f"{found['seconds']['step']:.3f} s a step, half of the steps within",
+            found["middle_half_of_steps"],
+            found["seconds"],
+            found["megabytes"],
         )
     for name, found in record["ours_over"].items():
         print(f"ours over {name}:", found)

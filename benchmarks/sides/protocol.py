@@ -56,10 +56,12 @@ class Steps:
         self._last = now
 
     def done(self, **measured: float) -> None:
-        """Answer with the times of the step. The library itself timed the parts in `measured`."""
-        self._answer(
-            {"step": time.perf_counter() - self._started} | self._seconds_by_part | measured
-        )
+        """Answer with the times of the step and the peak memory so far, in bytes.
+
+        The library itself timed the parts in `measured`.
+        """
+        step = {"step": time.perf_counter() - self._started, "peak": float(_peak_bytes())}
+        self._answer(step | self._seconds_by_part | measured)
 
     def end(self, **peaks: float) -> None:
         """Answer with the peak memory of this process."""

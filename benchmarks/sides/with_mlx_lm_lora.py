@@ -1,10 +1,9 @@
 """Steps of mlx-lm-lora: its unchanged `train_grpo`, which gets one batch for each requested step.
 
-mlx uses the same OpenBLAS as in the process of TextPolicy; `textpolicy.fast_cpu` of this repository
-installs it. The waiting time of the OpenBLAS threads is OpenBLAS' own default.
+mlx uses the same products as in the process of TextPolicy, with threads that wait as long;
+`textpolicy.fast_cpu` of this repository installs them.
 """
 
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from mlx_lm_lora.trainer.grpo_trainer import GRPOTrainingArgs, train_grpo
 from protocol import Steps, read_task, reward_of
 
 sys.path.append(str(Path(__file__).parents[2]))
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "26")
 from textpolicy import fast_cpu
 
 MANY = 1_000_000
