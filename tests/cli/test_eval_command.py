@@ -166,6 +166,13 @@ def test_an_answer_is_shown_with_its_numbers_and_the_right_answer():
     assert first["adapter"]["numbers"] == {"exact": 0.0, "len ok": 1.0}
 
 
+def test_an_answer_is_shown_with_the_value_of_each_of_several_rewards():
+    parts = [replace(rollout(0.5), rewards={"form": 1.0, "right": 0.0}) for _ in TASKS]
+    one = Evaluation(greedy=parts, sampled=[], good=0.5)
+    first = data_of_tasks(TASKS, {"adapter": one}, None)[0]
+    assert first["adapter"]["numbers"] == {"form": 1.0, "right": 0.0}
+
+
 def test_the_help_of_adapters_says_what_the_command_does_with_them(capsys):
     for command, use in (("eval", "measure"), ("generate", "generate with"), ("check", "sample")):
         with pytest.raises(SystemExit):

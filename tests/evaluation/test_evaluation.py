@@ -14,6 +14,7 @@ from textpolicy.evaluation.compare import bootstrap_interval
 from textpolicy.evaluation.evaluate import Evaluation
 from textpolicy.generation.policy import ModelPolicy
 from textpolicy.rewards import as_rewards, scorer_of
+from textpolicy.tracking.named_numbers import named_numbers
 from textpolicy.types import Rollout, RolloutGroup, Sampling, StopReason, Task
 
 
@@ -71,6 +72,23 @@ def test_a_number_beside_the_reward_has_a_standard_error_as_the_reward_has_one()
     assert metrics["eval/rewards/mine/exact"] == 0.5
     assert metrics["eval/standard_errors/mine/exact"] == pytest.approx(0.5 / 2**0.5)
     assert not any("env" in name for name in metrics)
+
+
+def test_each_of_several_rewards_is_measured_with_a_standard_error_and_a_single_one_is_not():
+    values = ((1.0, 1.0), (1.0, 0.0))
+    rollouts = [
+        replace(rollout(form + right), rewards={"form": form, "right": right})
+        for form, right in values
+    ]
+    metrics = Evaluation(greedy=rollouts, sampled=[], good=0.5).metrics()
+    assert list(map(str, named_numbers(metrics, "eval/"))) == [
+        "form 1.000 ± 0.000",
+        f"right 0.500 ± {0.5 / 2**0.5:.3f}",
+    ]
+    single = [replace(rollout(1.0), rewards={"right": 1.0})]
+    assert not any(
+        "rewards/" in name for name in Evaluation(greedy=single, sampled=[], good=0.5).metrics()
+    )
 
 
 def test_a_sample_is_right_from_the_threshold_on():

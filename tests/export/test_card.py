@@ -123,6 +123,17 @@ def test_the_card_of_a_run_says_what_its_files_say(run, tmp_path):
     assert "\necho done\n" in card and "![" in card
 
 
+def test_the_values_of_several_rewards_are_beside_the_score(run, tmp_path):
+    several = RunDirectory(tmp_path / "several")
+    shutil.copytree(run.path, several.path)
+    parts = {"eval/rewards/form/mean": 1.0, "eval/rewards/right/mean": 0.25}
+    parts |= {"eval/standard_errors/right/mean": 0.125}
+    rows = [row | (parts if "eval/reward" in row else {}) for row in rows_in(run.metrics)]
+    several.metrics.write_text("\n".join(map(json.dumps, rows)))
+    card = card_of(find_source(several.path), tmp_path / "out")
+    assert "| numbers beside it, of the base | `form` 1.000, `right` 0.250 ± 0.125 |" in card
+
+
 def test_the_score_is_that_of_the_exported_adapter_or_names_its_version(run, tmp_path):
     measured = rows_in(run.metrics)
     last = f"{measured[-1]['eval/reward']:.3f} ± {measured[-1]['eval/standard_error']:.3f}"

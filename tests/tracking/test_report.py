@@ -227,6 +227,15 @@ def test_a_number_of_a_reward_has_one_chart_under_its_short_name():
     assert [chart["title"] for chart in held_out] == ["exact"]
 
 
+def test_each_of_several_rewards_has_one_chart_with_its_values_on_held_out_tasks():
+    names = [f"{where}rewards/{name}/mean" for where in ("", "eval/") for name in ("form", "right")]
+    names += [f"eval/standard_errors/{name}/mean" for name in ("form", "right")]
+    charts = charts_for(dict.fromkeys(names, True))
+    shown = [(chart["title"], [line["metric"] for line in chart["lines"]]) for chart in charts]
+    assert ("right", ["rewards/right/mean", "eval/rewards/right/mean"]) in shown
+    assert not any(chart["more"] for chart in charts)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     with pytest.raises(DataError, match=r"has no metrics\.jsonl; expected the directory of a run"):
         write_report([tmp_path])

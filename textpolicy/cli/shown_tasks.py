@@ -7,7 +7,7 @@ from typing import Any
 from textpolicy.cli.answer import table
 from textpolicy.environments.chat import prompt_text
 from textpolicy.environments.right_answers import ReadRightAnswer
-from textpolicy.evaluation.evaluate import Evaluation
+from textpolicy.evaluation.evaluate import Evaluation, reported_numbers
 from textpolicy.tracking.named_numbers import named_numbers
 from textpolicy.types import Rollout, Task
 from textpolicy.untrusted.terminal import shorten_line
@@ -133,8 +133,8 @@ def _answered(
 
 
 def _numbers(rollout: Rollout) -> dict[str, float]:
-    """Return the numbers that the reward reported for an answer."""
-    return {number.name: number.value for number in named_numbers(rollout.metrics)}
+    """Return the numbers that the rewards gave an answer, beside the reward."""
+    return {number.name: number.value for number in named_numbers(reported_numbers(rollout))}
 
 
 def _section(title: str, blocks: Sequence[list[tuple[str, str]]], of: int) -> list[str]:

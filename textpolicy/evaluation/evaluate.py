@@ -121,12 +121,9 @@ class Evaluation:
         return {f"{prefix}{name}": value for name, value in metrics.items()}
 
     def _reported_metrics(self) -> Metrics:
-        """Return means and standard errors of what rewards reported beside the greedy rewards.
-
-        These are numbers in a `Score`, such as the accuracy of a stricter reading.
-        """
-        given = [rollout.metrics for rollout in self.greedy]
-        names = dict.fromkeys(name for one in given for name in one if name.startswith(REPORTED))
+        """Return means and standard errors of what is known beside the greedy rewards."""
+        given = [reported_numbers(rollout) for rollout in self.greedy]
+        names = dict.fromkeys(name for one in given for name in one)
         means = {name: MeanReward.of([one[name] for one in given if name in one]) for name in names}
         return {name: mean.reward for name, mean in means.items()} | {
             f"{ERRORS}{name.removeprefix(REPORTED)}": mean.standard_error
@@ -225,6 +222,16 @@ def evaluate_greedy(policy: ModelPolicy, tasks: Sequence[Task], scorer: Scorer) 
     limit = policy.sampling.max_tokens
     heldout = HeldOut(name="", tasks=tasks, scorer=scorer, max_tokens=limit)
     return evaluate(policy, heldout).greedy_reward
+
+
+def reported_numbers(rollout: Rollout) -> Metrics:
+    """Return the numbers that rewards reported in a `Score`, and the value of each of several.
+
+    The value of a single reward function is the reward.
+    """
+    reported = {name: x for name, x in rollout.metrics.items() if name.startswith(REPORTED)}
+    parts = rollout.rewards if len(rollout.rewards) > 1 else {}
+    return reported | {f"{REPORTED}{name}/mean": value for name, value in parts.items()}
 
 
 def equal_share(texts: Sequence[str]) -> float:

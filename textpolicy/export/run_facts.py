@@ -12,6 +12,7 @@ from textpolicy.errors import TrainingError
 from textpolicy.experiment.resuming import RUN
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
+from textpolicy.tracking.named_numbers import NamedNumber, named_numbers
 from textpolicy.training.checkpoint import Checkpoints
 
 _DATASET = re.compile(r"hf:([\w.-]{1,96}(?:/[\w.-]{1,96})?)(?![\w./-])", re.ASCII)
@@ -27,6 +28,8 @@ class HeldOutScore:
     value: float
     standard_error: float | None
     version: int
+    numbers: Sequence[NamedNumber] = ()
+    """What the rewards gave beside their sum, on the same data."""
 
     def __str__(self) -> str:
         if self.standard_error is None:
@@ -109,6 +112,7 @@ def _scores(rows: Sequence[Mapping[str, float]], name: str) -> list[HeldOutScore
                     value=row[name],
                     standard_error=error if _is_number(error) else None,
                     version=int(version),
+                    numbers=[one for one in named_numbers(row, "eval/") if _is_number(one.value)],
                 )
             )
         # The row of a step has the measurement before the step, and the version after it.

@@ -24,8 +24,13 @@ class NamedNumber:
     standard_error: float | None = None
 
     def __str__(self) -> str:
+        return f"{shorten_line(self.name, _NAME_WIDTH)} {self.amount}"
+
+    @property
+    def amount(self) -> str:
+        """The value and its standard error, as people read them."""
         error = "" if self.standard_error is None else f" ± {self.standard_error:.3f}"
-        return f"{shorten_line(self.name, _NAME_WIDTH)} {self.value:.3f}{error}"
+        return f"{self.value:.3f}{error}"
 
 
 def named_numbers(metrics: Mapping[str, float], prefix: str = "") -> list[NamedNumber]:

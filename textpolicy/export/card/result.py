@@ -5,10 +5,11 @@ from pathlib import Path
 
 from textpolicy.export.card.facts import CardFacts
 from textpolicy.export.curve_picture import draw_curves
-from textpolicy.export.markdown import markdown_table
-from textpolicy.export.run_facts import RunFacts
+from textpolicy.export.markdown import code, markdown_table
+from textpolicy.export.run_facts import HeldOutScore, RunFacts
 
 PICTURE = "curve.png"
+_NUMBERS = 8
 
 
 def result_parts(card: CardFacts, folder: Path) -> Iterator[str]:
@@ -21,13 +22,11 @@ def result_parts(card: CardFacts, folder: Path) -> Iterator[str]:
     rows: list[tuple[str, str]] = []
     if run.before:
         started = run.setting("adapter.start") is not None
-        rows.append(
-            (f"{measure}, {'before this run' if started else 'of the base'}", f"{run.before}")
-        )
+        rows += _rows_of(run.before, measure, "before this run" if started else "of the base")
     if run.after:
         same = run.after.version == card.adapter.version
         whose = "of this adapter" if same else f"of version {run.after.version} of the adapter"
-        rows.append((f"{measure}, {whose}", f"{run.after}"))
+        rows += _rows_of(run.after, measure, whose)
     if rows:
         yield markdown_table(rows)
     if run.after and run.after.standard_error is not None:
@@ -38,6 +37,13 @@ def result_parts(card: CardFacts, folder: Path) -> Iterator[str]:
         (folder / PICTURE).write_bytes(draw_curves(list(run.curves.values())))
         yield f"![curve of the run]({PICTURE})"
         yield f"{_caption(run)}."
+
+
+def _rows_of(score: HeldOutScore, measure: str, whose: str) -> list[tuple[str, str]]:
+    """Return the score, and a few of the numbers that the rewards gave beside it."""
+    numbers = [f"{code(one.name)} {one.amount}" for one in score.numbers[:_NUMBERS]]
+    beside = [(f"numbers beside it, {whose}", ", ".join(numbers))] if numbers else []
+    return [(f"{measure}, {whose}", f"{score}"), *beside]
 
 
 def _task_count(run: RunFacts) -> str:

@@ -149,12 +149,16 @@ def charts_for(metrics: Mapping[str, bool]) -> list[dict[str, Any]]:
 
 
 def _named_in(names: Sequence[str]) -> list[NamedNumber]:
-    """Return the numbers that rewards report beside their values, in training or held out."""
+    """Return the numbers that rewards report beside their values, in training or held out.
+
+    The values of several rewards are among them if they were measured on held-out tasks.
+    """
     found = named_numbers(dict.fromkeys(names, 0.0))
     known = {one.key for one in found}
     held_out = named_numbers(dict.fromkeys(names, 0.0), _HELD_OUT)
     found += [one for one in held_out if one.key.removeprefix(_HELD_OUT) not in known]
-    return [one for one in found if not one.key.endswith("/mean")]
+    measured = {one.key.removeprefix(_HELD_OUT) for one in held_out}
+    return [one for one in found if not one.key.endswith("/mean") or one.key in measured]
 
 
 def _chart_of_number(number: NamedNumber, names: Sequence[str]) -> Chart:
