@@ -169,10 +169,10 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path):
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_kept_file_that_is_torn_is_declined(tmp_path):
+def test_a_kept_file_that_is_torn_is_compiled_again(tmp_path):
     folder = tmp_path / "textpolicy"
-    folder.mkdir()
-    (folder / f"few_rows-{few_rows._key()}.so").write_bytes(b"\x7fELF torn")
-    fast, few, right, said = few_rows_in_a_fresh_process(tmp_path)
-    assert (fast, few, right) == ("True", "False", "True")
-    assert "cannot be kept or opened" in said
+    folder.mkdir(mode=0o700)
+    torn = folder / f"few_rows-{few_rows._key()}.so"
+    torn.write_bytes(b"\x7fELF torn")
+    assert few_rows_in_a_fresh_process(tmp_path)[:3] == ["True", "True", "True"]
+    assert torn.stat().st_size > 1000

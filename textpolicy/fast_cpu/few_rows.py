@@ -45,7 +45,13 @@ def load_product(others: int, thread_count: int) -> int:
 
 def _load() -> ctypes.CDLL:
     try:
-        return _open(compiled_loops(_cache_folder()))
+        path = compiled_loops(_cache_folder())
+        try:
+            return _open(path)
+        except OSError:
+            # A file that a full disk has cut short is written again.
+            path.unlink()
+            return _open(compiled_loops(path.parent))
     except (OSError, RuntimeError) as error:
         raise NotCompiled(f"the compiled loops cannot be kept or opened: {error}") from None
 
