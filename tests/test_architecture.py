@@ -75,8 +75,13 @@ CONTRACTS = {
     "DECLARATION": "textpolicy.algorithms",
     "load": "textpolicy.environments.bridges",
 }
-# Files that may write to the terminal: trackio prints by itself, and its output is sent elsewhere.
-TERMINAL_WRITERS = {"textpolicy.cli.output", "textpolicy.tracking.trackio_run"}
+# Files that may write to the terminal: a run that nobody listens to says what it does, and trackio
+# prints by itself, and its output is sent elsewhere.
+TERMINAL_WRITERS = {
+    "textpolicy.cli.output",
+    "textpolicy.experiment.event_lines",
+    "textpolicy.tracking.trackio_run",
+}
 # Files that may call Python's readers: they have bounds of their own.
 PARSERS = {
     "textpolicy.untrusted.parsing",

@@ -63,8 +63,10 @@ def test_the_version_of_a_group_is_that_of_its_oldest_rollout():
     assert group.version == 2
 
 
-def test_a_callback_may_return_stop_or_more_or_none_and_nothing_else():
-    answers = (Progress.STOP, Progress.MORE, None)
-    assert [asks_to_stop(answer) for answer in answers] == [True, False, False]
-    with pytest.raises(ConfigError, match="the callback returned True; return"):
-        asks_to_stop(True)
+def test_a_callback_may_return_stop_or_more_or_what_a_false_condition_gives():
+    answers = (Progress.STOP, Progress.MORE, None, False)
+    assert [asks_to_stop(answer, "on_step") for answer in answers] == [True, False, False, False]
+    for answer in (True, 0, "", 3):
+        message = f"the callback on_step returned {answer!r}; return Progress.STOP"
+        with pytest.raises(ConfigError, match=message):
+            asks_to_stop(answer, "on_step")

@@ -121,7 +121,7 @@ def train_rl(
                 trained=trained,
                 advantages=trainer.advantages,
             )
-            stop = on_step is not None and asks_to_stop(on_step(report))
+            stop = on_step is not None and asks_to_stop(on_step(report), "on_step")
             # `on_step` has written this step's metrics: the next step's have the time of saving.
             timer = StepTimer()
             if saver.due(step + 1, last=stop or step + 1 == steps):

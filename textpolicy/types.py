@@ -29,12 +29,15 @@ class Progress(Enum):
     STOP = auto()
 
 
-def asks_to_stop(answer: object) -> bool:
-    """Return whether a callback's answer ends the run; None means `Progress.MORE`."""
-    if answer is not None and not isinstance(answer, Progress):
+def asks_to_stop(answer: object, callback: str) -> bool:
+    """Return whether the answer of `callback` ends the run; None and False mean `Progress.MORE`.
+
+    False is what `condition and print(event)` returns.
+    """
+    if answer is not None and answer is not False and not isinstance(answer, Progress):
         raise ConfigError(
-            f"the callback returned {answer!r:.60}; return Progress.STOP to end the run, or "
-            "Progress.MORE or None to continue"
+            f"the callback {callback} returned {answer!r:.60}; return Progress.STOP to end the "
+            "run, or Progress.MORE or None to continue"
         )
     return answer is Progress.STOP
 

@@ -10,6 +10,7 @@ from textpolicy.adapters.files.adapter_file import read_adapter_file
 from textpolicy.cli import main
 from textpolicy.config import TrainConfig, changed, read_toml
 from textpolicy.errors import ConfigError
+from textpolicy.experiment.event_lines import EventLines
 from textpolicy.experiment.reward_address import with_reward_address
 from textpolicy.runs import RunDirectory
 
@@ -116,6 +117,38 @@ def test_events_come_in_order_and_a_listener_can_stop_the_run(tmp_path):
     assert (result.ended, result.steps, result.after) == ("stopped", 1, None)
     told = [("start", 0), ("measurement", 0), ("step", 1), ("measurement", 1)]
     assert [event for event in events if event[0] != "note"] == told
+
+
+def test_a_run_without_a_listener_says_on_standard_error_what_it_does(tmp_path, capfd):
+    config = {"task": {"env": "add"}, "run": {"steps": 1}, "trainer": {"lr": 1e-5}}
+    config |= {"rollout": {"groups_per_step": 1, "group_size": 2}, "sampling": {"max_tokens": 2}}
+    result = tp.run(config | {"evaluation": {"count": 2}}, output=tmp_path / "run")
+    out, err = capfd.readouterr()
+    assert not out and "the learning rate is 1e-05" in err.lower()
+    assert "step 1/1: reward" in err and f"before  {result.before}" in err
+
+
+def test_of_many_steps_one_every_five_seconds_is_written(capsys):
+    now = 0.0
+    lines = EventLines(clock=lambda: now)
+    for step in range(1, 12):
+        lines(tp.RunEvent(kind="step", step=step, text=f"step {step}"))
+        now += 1.0
+    lines(tp.RunEvent(kind="doubt", step=11, text="a \x1b doubt"))
+    assert capsys.readouterr().err.splitlines() == ["step 1", "step 6", "step 11", "a \\x1b doubt"]
+
+
+def test_a_wrong_listener_is_named_before_training_begins_and_a_listener_is_alone(tmp_path, capfd):
+    told: list[str] = []
+
+    def listen(event):
+        told.append(event.kind)
+        return 3
+
+    with pytest.raises(ConfigError, match="the callback on_event returned 3"):
+        tp.run(SMALL_CONFIG | {"run": {"steps": 1}}, output=tmp_path / "run", on_event=listen)
+    assert len(told) == 1 and told != ["step"]
+    assert not any(capfd.readouterr())
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ class TerminalListener:
             self._console.show(event.step - 1, event.metrics, event.samples)
             if event.step == self._steps:
                 self._console.close()
-        else:
+        elif event.kind != "doubt":  # The command ends with the doubts.
             if event.kind == "killed":
                 # The panel must give the cursor back before the process ends.
                 self._console.close()

@@ -8,7 +8,7 @@ from textpolicy.runs import RunDirectory
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.types import Metrics, Progress, asks_to_stop
 
-EventKind = Literal["note", "start", "step", "measurement", "alarm", "saved", "killed"]
+EventKind = Literal["note", "start", "step", "measurement", "alarm", "doubt", "saved", "killed"]
 RunEnd = Literal["finished", "stopped", "alarm", "early"]
 """Why a run ended: all steps done, stopped by its listener, by an alarm, or out of patience."""
 
@@ -40,9 +40,9 @@ class RunEvent:
 
     "start" comes when the model is loaded, before the first measurement. A "step" has the metrics
     and samples of a step or, in supervised training, the metrics since the last report. `step`
-    counts finished steps. "killed" comes when the watchdog ends the process right after it; this
-    event and a stall's "alarm" come from the watchdog's thread. `text` is one line for people, and
-    may quote the model or files.
+    counts finished steps. A "doubt" comes at the end of a run. "killed" comes when the watchdog
+    ends the process right after it; this event and a stall's "alarm" come from the watchdog's
+    thread. `text` is one line for people, and may quote the model or files.
     """
 
     kind: EventKind
@@ -55,8 +55,12 @@ class RunEvent:
         return self.text
 
 
-EventListener = Callable[[RunEvent], Progress | None]
-"""A function that is called with every event; the run stops after the step if it returns STOP."""
+EventListener = Callable[[RunEvent], Progress | Literal[False] | None]
+"""A function that is called with every event; the run stops after the step if it returns STOP.
+
+None and False continue the run, so that `lambda event: event.kind == "note" and print(event)` may
+be a listener.
+"""
 
 
 class Reporter:
@@ -79,7 +83,7 @@ class Reporter:
         event = RunEvent(
             kind=kind, step=self.step, text=text, metrics=metrics or {}, samples=samples
         )
-        if self._listener and asks_to_stop(self._listener(event)):
+        if self._listener and asks_to_stop(self._listener(event), "on_event"):
             self.stop_requested = True
 
     def note(self, text: str) -> None:

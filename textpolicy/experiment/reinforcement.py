@@ -111,6 +111,9 @@ def train_policy(
     finished = observer.steps >= config.run.steps
     if not finished:
         watchdog.check_not_stalled()
+    doubts = _find_doubts(directory) if after else ()
+    for doubt in doubts:
+        report("doubt", doubt)
     return RunResult(
         directory=directory,
         ended="alarm" if observer.stopped_by_alarm else "finished" if finished else "stopped",
@@ -121,7 +124,7 @@ def train_policy(
         after=after,
         best=_best_measurement(observer, directory),
         alarms=(*observer.alarms, *watchdog.stalls),
-        doubts=_find_doubts(directory) if after else (),
+        doubts=doubts,
         facts={"kept": observer.best.version} if observer.stopped_by_alarm else {},
     )
 

@@ -14,6 +14,7 @@ from textpolicy.config import (
 )
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import RunConfig, checkpoints_of, find_algorithm, source_of
+from textpolicy.experiment.event_lines import EventLines
 from textpolicy.experiment.events import EventListener, Reporter, RunResult
 from textpolicy.experiment.following import (
     check_can_be_divided,
@@ -68,8 +69,11 @@ def run(
     training, and the reward in a mapping may be a function or `Rewards` of an imported file.
     `output` is the run directory, by default a new one in `runs`. `resume` names a run directory to
     resume from its last checkpoint; `config` may then be left out, or hold only what changes; a
-    change that alters the numbers of the run needs `force`. `on_event` is called with every event,
-    and the run stops after the step in which it returns Progress.STOP.
+    change that alters the numbers of the run needs `force`.
+
+    `on_event` is called with every event, and the run stops after the step in which it returns
+    Progress.STOP. Without it, the lines of notes, alarms, doubts and measurements, and a step every
+    few seconds, go to standard error; `on_event=lambda event: None` shows nothing.
 
     `ranks` are the processes that train together, by default those that the environment describes.
     The first rank's config counts, and the first rank keeps the run. The result of another rank
@@ -86,7 +90,7 @@ def run(
     apply_thread_option(settings.model, workers=workers)
     # Before the user's code is loaded, which may choose seeds of its own.
     seed_random_numbers(settings.run.seed)
-    report = Reporter(on_event)
+    report = Reporter(on_event or EventLines())
     if advice := thread_advice(settings.model, workers=workers):
         report.note(advice)
     if directory:

@@ -138,7 +138,7 @@ def train_sft(
         run.restore(resume)
     with in_mode(model, training=True), keep_memory_in_bounds():
         for event in run.events(source.updates(run.iteration)):
-            if on_progress is not None and asks_to_stop(on_progress(event)):
+            if on_progress is not None and asks_to_stop(on_progress(event), "on_progress"):
                 run.ended = "stopped"
                 break
     # A callback may have stopped the run before its last files were written.
@@ -258,7 +258,7 @@ class _Run:
                 self.ended = "early"
                 break
             self._update(rows)
-            if self.on_update and asks_to_stop(self.on_update(self.iteration)):
+            if self.on_update and asks_to_stop(self.on_update(self.iteration), "on_update"):
                 self.ended = "stopped"
                 return
             yield from self._due()
