@@ -5,12 +5,14 @@ import threading
 import time
 from contextlib import closing, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from tests.bases import trained
 from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.cli import main
 from textpolicy.cli.progress import showing_progress
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.policy import ModelPolicy
@@ -18,6 +20,7 @@ from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rewards import Rewards, Scorer, sample_of
 from textpolicy.rewards.endpoint import Endpoint, JudgeReply
 from textpolicy.rewards.judge import judge, read_grade
+from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE, own_name
 from textpolicy.rewards.local_judge import LocalJudge
 from textpolicy.rewards.reward_check import check_reward
 from textpolicy.types import Sampling
@@ -140,6 +143,7 @@ def test_grades_become_rewards_from_0_to_1_and_report_their_cost(server):
     reward = judge(endpoint(server), RUBRIC, prices=(2.0, 10.0))
     kind, rude = verdicts(reward, "yes please", "no")
     assert (kind.value, rude.value) == (pytest.approx(0.9), pytest.approx(0.2))
+    assert {own_name(name) for name in kind.metrics} == ABOUT_THE_JUDGE
     assert kind.metrics == {
         "judge/prompt_tokens": 100.0,
         "judge/completion_tokens": 7.0,
@@ -202,6 +206,39 @@ def test_a_question_without_an_answer_leaves_out_only_its_sample(server):
     )
     assert (first.value, first.metrics["judge/no_grade"]) == (None, 1.0)
     assert second.value == pytest.approx(0.2)
+
+
+DYING = """
+from textpolicy.rewards.endpoint import Endpoint, JudgeReply
+from textpolicy.rewards.judge import judge
+
+class Dying:
+    name = "dying"
+    left = 2
+
+    def __call__(self, questions):
+        Dying.left -= 1
+        if Dying.left < 0:
+            return Endpoint(url="http://127.0.0.1:9/v1", model="m", retries=0)(questions)
+        return [JudgeReply("SCORE: 5") for _ in questions]
+
+reward = judge(Dying(), "Be strict.")
+"""
+
+
+def test_a_judge_that_dies_ends_the_run_within_two_steps_and_says_what_to_do(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(DYING)
+    Path("rows.jsonl").write_text("\n".join(f'{{"prompt": "Name {n}"}}' for n in range(40)))
+    task = ["--data", "rows.jsonl", "--reward", "mine.py:reward", "--on-reward-error", "skip"]
+    size = ["--groups-per-step", "4", "--group-size", "4", "--max-tokens", "4", "--steps", "9"]
+    assert main(["train", *task, *size, "--output", "run"]) == 1
+    said = capsys.readouterr().err
+    assert "21 of the last" in said and "http://127.0.0.1:9/v1 did not answer" in said
+    assert "Start the judge" in said and "textpolicy train" in said.splitlines()[-1]
+    assert Path("run/metrics.jsonl").read_text().count("no_signal") <= 1
 
 
 @pytest.mark.parametrize(("fault", "message"), [("refuse", "401: bad key"), ("redirect", "302")])

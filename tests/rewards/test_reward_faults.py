@@ -235,7 +235,7 @@ def forger(completion):
                 pass
     return 1.0
 """
-RESULT = {"value": 9.0, "metrics": {}, "seconds": 0.0, "error": None, "counts": True, "note": ""}
+RESULT = {"value": 9.0, "metrics": {}, "seconds": 0.0, "error": None, "note": ""}
 FORGED_ANSWERS = {
     "a place that is not there": {"place": 99, "result": RESULT},
     "a negative place": {"place": -1, "result": RESULT},
@@ -311,7 +311,7 @@ def test_too_many_faults_end_the_run_with_the_last_of_them(on_error):
             scorer.score(samples("bad", "bad", "bad"))
 
 
-def test_a_failed_batch_counts_as_one_failure():
+def test_each_sample_of_a_failed_batch_counts_as_a_failed_call():
     from textpolicy.rewards import reward
 
     @reward(batched=True)
@@ -319,10 +319,18 @@ def test_a_failed_batch_counts_as_one_failure():
         raise OSError("no route")
 
     with closing(Scorer(Rewards(offline, on_error="skip"))) as scorer:
-        for _ in range(20):
-            scorer.score(samples(*["x"] * 50))
+        scorer.score(samples(*["x"] * 16))
         with pytest.raises(RewardError, match="21 of the last 21 calls"):
-            scorer.score(samples("x"))
+            scorer.score(samples(*["x"] * 16))
+
+
+def test_each_sample_of_a_batch_that_another_process_loses_counts_as_a_failed_call(faulty):
+    rewards = Rewards(faulty("odd_batch"), timeout=20, on_error="skip", workers=1)
+    with (
+        closing(Scorer(rewards)) as scorer,
+        pytest.raises(RewardError, match="21 of the last 21 calls"),
+    ):
+        scorer.score(samples(*["exits the process"] * 24))
 
 
 def test_failing_and_slow_samples_are_reported_once_a_call_with_function_and_seconds():

@@ -16,6 +16,7 @@ import rich.console
 
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.live_view import panel
+from textpolicy.rewards.judge_numbers import COSTS, NO_GRADE
 from textpolicy.tracking.named_numbers import describe_numbers
 from textpolicy.tracking.run_history import (
     RunHistory,
@@ -379,6 +380,13 @@ def test_a_few_numbers_of_reward_functions_are_named_shortly():
     assert describe_numbers(many)[3:] == ["d 0.000", "3 more in metrics.jsonl"]
     (hostile,) = describe_numbers({"rewards/mine/\x1b[2J" + "x" * 90: 0.0})
     assert "\x1b" not in hostile and len(hostile) < 40
+
+
+def test_of_the_numbers_of_a_judge_people_see_how_often_it_gave_no_grade():
+    metrics = {f"rewards/strict/{name}": 0.5 for name in (*sorted(COSTS), NO_GRADE, "polite")}
+    assert describe_numbers(metrics) == ["no_grade 0.500", "polite 0.500"]
+    row = {"prompt": "Q", "completion": "A", "reward": 1.0, "metrics": {"cached": 1.0, NO_GRADE: 0}}
+    assert sample_line(row, 80) == "Q → A  (reward 1, no_grade 0)"
 
 
 def test_a_spark_line_rises_with_its_values_and_keeps_its_width():

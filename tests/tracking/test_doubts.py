@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from textpolicy.cli import main
+from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE
 from textpolicy.tracking.doubts import find_doubts
 
 SICK_RUNS = Path(__file__).parents[2] / "benchmarks" / "results" / "sick_runs.json"
@@ -46,6 +47,17 @@ def test_a_number_that_right_answers_leave_at_0_too_counts_faults_and_is_no_doub
     assert not doubts(rewards__reward__exact=(0.3, 0.0))
     (fell,) = doubts(rewards__reward__exact=(0.3, 0.0), right=1.0)
     assert fell.startswith("exact went from 0.300 to 0.000, although")
+
+
+def test_what_a_judge_reports_about_its_own_work_is_never_doubted():
+    learned = {"rewards/reward/exact": (0.0, 0.5)}
+    (doubt,) = find_doubts(run(**learned, **{"eval/rewards/reward/right": (0.0, 0.0)}))
+    assert doubt.startswith("right stayed at 0.000")
+    for name in ABOUT_THE_JUDGE:
+        assert not find_doubts(run(**learned, **{f"eval/rewards/reward/{name}": (0.0, 0.0)})), name
+        # Of two judges, the name of the function comes first.
+        two = {f"eval/rewards/{one}/{name}": (0.0, 0.0) for one in ("kind", "strict")}
+        assert not find_doubts(run(**learned, **two)), name
 
 
 def test_no_number_is_doubted_if_the_reward_has_hardly_risen_or_the_number_has_risen():

@@ -5,7 +5,7 @@ from typing import Any
 
 from textpolicy.cli.recorded_runs import RecordedRun, Value, shown_setting
 from textpolicy.config import SFTConfig, TrainConfig, settings_of
-from textpolicy.tracking.named_numbers import named_numbers
+from textpolicy.tracking.named_numbers import shown_numbers
 
 # What shapes a result most; other settings follow in the order of the config.
 _FIRST = (
@@ -63,7 +63,7 @@ def scores_of(run: RecordedRun) -> dict[str, Value]:
     if values := run.measured():
         ends = {"first": values[0], "last": values[-1], "best": run.best() or values[-1]}
         scores |= {f"{run.measure.name}, {when}": value for when, value in ends.items()}
-    rows = [numbers for row in run.rows if (numbers := named_numbers(row, "eval/"))]
+    rows = [numbers for row in run.rows if (numbers := shown_numbers(row, "eval/"))]
     for number in rows[0] if rows else ():
         last = [one for one in rows[-1] if one.name == number.name] or [number]
         for when, one in (("first", number), ("last", last[0])):

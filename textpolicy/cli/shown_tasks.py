@@ -8,7 +8,7 @@ from textpolicy.cli.answer import table
 from textpolicy.environments.chat import prompt_text
 from textpolicy.environments.right_answers import ReadRightAnswer
 from textpolicy.evaluation.evaluate import Evaluation, reported_numbers
-from textpolicy.tracking.named_numbers import named_numbers
+from textpolicy.tracking.named_numbers import named_numbers, shown_numbers
 from textpolicy.types import Rollout, Task
 from textpolicy.untrusted.terminal import shorten_line
 
@@ -100,8 +100,8 @@ class _Answered:
         rows = [("prompt", prompt_text(self.task.prompt))]
         for name, one in self.answers.items():
             rows.append((f"{name} {one.reward:g}", one.completion))
-            if numbers := _numbers(one):
-                text = ", ".join(f"{label} {value:g}" for label, value in numbers.items())
+            if numbers := shown_numbers(reported_numbers(one)):
+                text = ", ".join(f"{number.name} {number.value:g}" for number in numbers)
                 rows.append(("  numbers", text))
         return [*rows, ("right answer", self.right)] if self.right is not None else rows
 

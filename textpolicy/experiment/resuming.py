@@ -13,12 +13,19 @@ from textpolicy.backend import versions
 from textpolicy.config import SFTConfig, TrainConfig, config_from, read_toml, settings_of, to_toml
 from textpolicy.config.settings import Setting
 from textpolicy.environments import Environment
-from textpolicy.errors import ConfigError, RunInterruptedError, UnreadableError, UnwritableError
+from textpolicy.errors import (
+    ConfigError,
+    RewardError,
+    RunInterruptedError,
+    UnreadableError,
+    UnwritableError,
+)
 from textpolicy.experiment.assembly import RunConfig
 from textpolicy.experiment.identity import Hashes, changes_of
 from textpolicy.planning.time_plan import TimePlan
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Rewards
+from textpolicy.rewards.scorer import TooManyFailuresError
 from textpolicy.rollout.executors.crew import WorkersLostError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics
@@ -321,7 +328,7 @@ def _check_output(directory: RunDirectory, output: Path | None) -> None:
 
 @contextmanager
 def telling_how_to_resume(directory: RunDirectory, config: RunConfig) -> Generator[None]:
-    """Turn a full disk and other errors of the machine into an error that says how to resume."""
+    """Add how to resume to errors that time mends, such as a full disk or a judge that is gone."""
     try:
         yield
     except (UnwritableError, OSError, MemoryError, RuntimeError) as error:
@@ -332,11 +339,12 @@ def telling_how_to_resume(directory: RunDirectory, config: RunConfig) -> Generat
         else:
             state = "The run has no checkpoint yet. Begin it again with"
         what = str(error) or "the memory is full"
-        raise RunInterruptedError(f"{what}\n{state}: {resume_line(directory, config)}") from error
+        kind = type(error) if isinstance(error, RewardError) else RunInterruptedError
+        raise kind(f"{what}\n{state}: {resume_line(directory, config)}") from error
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    if isinstance(error, UnwritableError | MemoryError | WorkersLostError):
+    if isinstance(error, UnwritableError | MemoryError | WorkersLostError | TooManyFailuresError):
         return True
     if isinstance(error, OSError):
         return error.errno in _MACHINE_ERRORS

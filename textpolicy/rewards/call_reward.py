@@ -22,17 +22,12 @@ _LONGEST_NOTE = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardResult:
-    """What one function returned for one sample. If the call failed, `error` says why.
-
-    `counts` is False for all samples but the first of a batched call that failed as a whole,
-    because the error rate counts such a call once.
-    """
+    """What one function returned for one sample. If the call failed, `error` says why."""
 
     value: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     seconds: float = 0.0
     error: str | None = None
-    counts: bool = True
     note: str = ""
 
 
@@ -94,9 +89,7 @@ def _call_batch(reward: Reward, samples: Sequence[Sample], on_result: OnResult) 
     except RewardError as error:
         seconds = time.perf_counter() - started
         for position in range(len(samples)):
-            message = _describe_failure(error)
-            failed = RewardResult(error=message, seconds=seconds, counts=position == 0)
-            on_result(position, failed)
+            on_result(position, RewardResult(error=_describe_failure(error), seconds=seconds))
         return
     seconds = (time.perf_counter() - started) / len(samples)
     for position, (sample, answer) in enumerate(zip(samples, answers, strict=True)):

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rewards.endpoint import JudgeReply
+from textpolicy.rewards.judge_numbers import NO_GRADE
 from textpolicy.rewards.local_judge import LocalJudge
 from textpolicy.rewards.reward_function import Reward, Score
 from textpolicy.untrusted.parsing import read_json_object
@@ -110,7 +111,10 @@ class _Judge:
         replies = dict(zip(new, self.model(new), strict=True)) if new else {}
         errors = [reply.error for reply in replies.values() if reply.error]
         if errors and len(errors) == len(new):
-            raise RewardError(f"the judge answered none of {len(new)} questions; {errors[-1]}")
+            raise RewardError(
+                f"the judge answered none of {len(new)} questions; {errors[-1]}. Start the judge, "
+                "or correct its address in the file of the reward"
+            )
         for question, reply in replies.items():
             if reply.error is None:
                 self._write_cache(question, reply)
@@ -138,7 +142,7 @@ class _Judge:
             "completion_tokens": tokens[1],
             "retries": reply.retries * fresh,
             "cached": not fresh,
-            "no_grade": grade is None,
+            NO_GRADE: grade is None,
         }
         if self.prices:
             metrics["cost"] = sum(map(mul, tokens, self.prices)) / 1e6

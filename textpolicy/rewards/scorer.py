@@ -25,7 +25,7 @@ from textpolicy.rewards.worker_process import WorkerPool
 from textpolicy.user_code import keep_process_state
 
 _ERROR_WINDOW = 100
-"""The number of last calls over which the error rate is taken."""
+"""The number of last calls over which the error rate is taken; a batch has one a sample."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +63,10 @@ class Incident:
         if self.error:
             return f"{self.error}{more}"
         return f"reward {self.reward} took {self.seconds:.1f} s{more}\n  {self.sample}"
+
+
+class TooManyFailuresError(RewardError):
+    """So many of the last calls of rewards and environments failed that the run ends."""
 
 
 class Scorer:
@@ -204,8 +208,7 @@ class Scorer:
         position: int,
         result: RewardResult,
     ) -> None:
-        if result.counts:
-            self._last_calls_failed.append(result.error is not None)
+        self._last_calls_failed.append(result.error is not None)
         if result.error is not None:
             if self.rewards.on_error == "fail":
                 raise RewardError(result.error)
@@ -217,7 +220,7 @@ class Scorer:
         """Raise if too many of the last calls failed; `error` is the last of them."""
         failed, rate = sum(self._last_calls_failed), self.rewards.max_error_rate
         if failed > rate * _ERROR_WINDOW:
-            raise RewardError(
+            raise TooManyFailuresError(
                 f"{failed} of the last {len(self._last_calls_failed)} calls of rewards and "
                 f"environments failed, more than {rate:.0%} of {_ERROR_WINDOW}; the last: {error}"
             )

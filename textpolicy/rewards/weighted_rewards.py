@@ -26,9 +26,9 @@ class Rewards:
         on_error=-1.0     any number: the reward of this function for the sample
 
     With "skip" or a number, the run still ends once more than `max_error_rate` of the last 100
-    calls have failed. No call is repeated. A sample that takes more than `slow` seconds is
-    reported. On Linux, `memory_gb` limits the memory of each of the other processes, which then
-    raise MemoryError.
+    calls have failed, where each sample of a batch counts. No call is repeated. A sample that takes
+    more than `slow` seconds is reported. On Linux, `memory_gb` limits the memory of each of the
+    other processes, which then raise MemoryError.
     """
 
     functions: Callable[..., Any] | Sequence[Callable[..., Any]]

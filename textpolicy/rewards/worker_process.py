@@ -219,7 +219,7 @@ class WorkerPool:
             # An idle process was killed from outside: no sample is to blame.
             return
         reward = self._rewards[call.index]
-        for number, place in enumerate(sorted(worker.unanswered)):
+        for place in sorted(worker.unanswered):
             sample = call.samples[place]
             what = describe_batch(call.samples) if reward.batched else describe_sample(sample)
             error = timeout_message(reward, self._timeout, what)
@@ -227,9 +227,7 @@ class WorkerPool:
                 how, *printed = ending.splitlines()
                 ended = f"reward {reward.name} ended its process, which {how}"
                 error = "\n".join([ended, f"  {what}", *printed])
-            counts = number == 0 or not reward.batched
-            result = RewardResult(error=error, seconds=seconds, counts=counts)
-            on_result(call.first + place, result)
+            on_result(call.first + place, RewardResult(error=error, seconds=seconds))
 
     def _replace(self, worker: WorkerProcess) -> None:
         worker.child.kill()
@@ -261,16 +259,10 @@ def _checked_result(fields: dict[str, Any]) -> RewardResult:
             "metrics": dict(metrics),
             "seconds": float(seconds),
             "error": str() | None as error,
-            "counts": bool(counts),
             "note": str(note),
-        } if len(fields) == 6 and all(map(_is_finite, [value or 0.0, seconds, *metrics.values()])):
+        } if len(fields) == 5 and all(map(_is_finite, [value or 0.0, seconds, *metrics.values()])):
             return RewardResult(
-                value=value,
-                metrics=metrics,
-                seconds=seconds,
-                error=error,
-                counts=counts,
-                note=note,
+                value=value, metrics=metrics, seconds=seconds, error=error, note=note
             )
         case _:
             raise ForgedAnswerError(repr(fields)[:_MAX_EXCERPT])

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import hypot
 from statistics import fmean
 
+from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE, own_name
 from textpolicy.tracking.named_numbers import named_numbers
 from textpolicy.untrusted.terminal import shorten_line
 
@@ -37,6 +38,7 @@ def find_doubts(rows: _Rows) -> list[str]:
     doubts = [
         _number_at_zero(rows, one.key, shorten_line(one.name, _NAME_WIDTH), rose)
         for one in named_numbers(known)
+        if own_name(one.name) not in ABOUT_THE_JUDGE
     ]
     return [doubt for doubt in [*doubts, _same_answer(first, last)] if doubt]
 

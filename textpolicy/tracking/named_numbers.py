@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from textpolicy.rewards.judge_numbers import COSTS, own_name
 from textpolicy.untrusted.terminal import shorten_line
 
 REPORTED = "rewards/"
@@ -60,9 +61,14 @@ def named_numbers(metrics: Mapping[str, float], prefix: str = "") -> list[NamedN
     ]
 
 
+def shown_numbers(metrics: Mapping[str, float], prefix: str = "") -> list[NamedNumber]:
+    """Return the named numbers that people read: all but those of what a judge has cost."""
+    return [one for one in named_numbers(metrics, prefix) if own_name(one.name) not in COSTS]
+
+
 def describe_numbers(metrics: Mapping[str, float], prefix: str = "") -> list[str]:
     """Return a few of the named numbers as texts, and how many more there are."""
-    numbers = named_numbers(metrics, prefix)
+    numbers = shown_numbers(metrics, prefix)
     texts = list(map(str, numbers[:_SHOWN]))
     more = len(numbers) - _SHOWN
     return [*texts, f"{more} more in metrics.jsonl"] if more > 0 else texts

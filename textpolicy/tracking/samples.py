@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from textpolicy.rewards.judge_numbers import COSTS, own_name
 from textpolicy.tracking.named_numbers import named_numbers
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
@@ -43,9 +44,10 @@ def sample_line(sample: SampleRow, width: int) -> str:
     prompt, completion, reward = sample["prompt"], sample["completion"], sample["reward"]
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     numbers = ["no reward" if reward is None else f"reward {float(reward):.3g}"]
+    reported = {k: v for k, v in sample.get("metrics", {}).items() if own_name(k) not in COSTS}
     numbers += [
         f"{shorten_line(name, _LONGEST_NAME)} {float(value):.3g}"
-        for name, value in islice(sample.get("metrics", {}).items(), _MOST_NUMBERS)
+        for name, value in islice(reported.items(), _MOST_NUMBERS)
     ]
     end = f"  ({', '.join(numbers)})"
     room = max(2 * _LEAST_CHARACTERS, width - len(_ARROW) - len(end))

@@ -34,7 +34,7 @@ from textpolicy.generation.thinking import describe_thinking
 from textpolicy.rewards import Rewards, scorer_of
 from textpolicy.runs import find_adapter
 from textpolicy.runs.named_adapter import run_of_adapter
-from textpolicy.tracking.named_numbers import named_numbers
+from textpolicy.tracking.named_numbers import shown_numbers
 from textpolicy.types import Sampling
 
 _BASE, _BEFORE, _AFTER = "base", "before", "adapter"
@@ -235,7 +235,7 @@ def _scores(evaluation: Evaluation) -> str:
     metrics = evaluation.metrics("")
     sampled = [f"{name} {value:.3f}" for name, value in metrics.items() if "@" in name]
     return "  ".join(
-        [f"greedy {evaluation.greedy_reward}", *map(str, named_numbers(metrics)), *sampled]
+        [f"greedy {evaluation.greedy_reward}", *map(str, shown_numbers(metrics)), *sampled]
     )
 
 

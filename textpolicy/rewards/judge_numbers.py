@@ -1,0 +1,12 @@
+"""The numbers that a judge reports about its own work. None of them says that an answer is right."""
+
+NO_GRADE = "no_grade"
+"""The share of answers of the judge without a grade."""
+COSTS = frozenset({"prompt_tokens", "completion_tokens", "retries", "cached", "cost"})
+"""What the answers of the judge have cost; `metrics.jsonl` has them, and lines for people do not."""
+ABOUT_THE_JUDGE = COSTS | {NO_GRADE}
+
+
+def own_name(name: str) -> str:
+    """Return the name that a reward gave a number: "cached" of "rewards/strict/cached"."""
+    return name.replace("/", ".").rpartition(".")[2]
