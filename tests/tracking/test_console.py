@@ -14,9 +14,9 @@ from functools import cache
 import pytest
 import rich.console
 
+from textpolicy.rewards.judge_numbers import COSTS, NO_GRADE
 from textpolicy.tracking.console import Console
 from textpolicy.tracking.live_view import panel
-from textpolicy.rewards.judge_numbers import COSTS, NO_GRADE
 from textpolicy.tracking.named_numbers import describe_numbers
 from textpolicy.tracking.run_history import (
     RunHistory,

@@ -1,9 +1,9 @@
-"""The numbers that a judge reports about its own work. None of them says that an answer is right."""
+"""Numbers that a judge reports about its own work: none says that an answer is right."""
 
 NO_GRADE = "no_grade"
 """The share of answers of the judge without a grade."""
 COSTS = frozenset({"prompt_tokens", "completion_tokens", "retries", "cached", "cost"})
-"""What the answers of the judge have cost; `metrics.jsonl` has them, and lines for people do not."""
+"""What the judge has cost. `metrics.jsonl` has these numbers, and lines for people do not."""
 ABOUT_THE_JUDGE = COSTS | {NO_GRADE}
 
 
