@@ -15,7 +15,7 @@ from textpolicy.cli import main
 from textpolicy.cli.flags import FLAGS_OF_OTHER_LIBRARIES
 from textpolicy.cli.parser import build_parser, commands_of
 from textpolicy.config import SFTConfig, TrainConfig, read_toml, settings_of
-from textpolicy.config.toml import NAMES_IN_OTHER_LIBRARIES, suggestion_for
+from textpolicy.config.toml import NAMES_IN_OTHER_LIBRARIES, WAYS_BESIDE_SETTINGS, suggestion_for
 
 SMALL_RUN = ["--env", "add", "--group-size", "4", "--groups-per-step", "2", "--count", "4"]
 REWARDS = """
@@ -129,7 +129,7 @@ def test_the_error_about_a_mistyped_flag_names_the_nearest_flag(command, capsys)
         ("--groupsize", "; did you mean --group-size?"),
         ("--fp16", "; did you mean --dtype float16?"),
         ("--num-train-epochs", "; did you mean --steps?"),
-        ("--gradient-accumulation-steps", "; did you mean --groups-per-step?"),
+        ("--gradient-accumulation-steps", "; rollout.groups_per_step (--groups-per-step) is per_device_train_batch_size times "),
         ("--loss-type", "; did you mean --algorithm?"),
         ("--save-steps", "; did you mean --checkpoint-every?"),
         ("--reward-weights", "; the weights are in the file of the reward"),
@@ -146,8 +146,8 @@ def test_the_error_about_a_flag_of_another_library_names_our_flag(flag, meant, c
 @pytest.mark.parametrize(
     ("name", "train", "sft"),
     [
-        ("gradient_accumulation_steps", "--groups-per-step", "--accumulation"),
-        ("per_device_train_batch_size", "--groups-per-step", "--batch-size"),
+        ("gradient_accumulation_steps", None, "--accumulation"),
+        ("per_device_train_batch_size", None, "--batch-size"),
         ("num_train_epochs", "--steps", "--epochs"),
         ("max_steps", "--steps", "--iterations"),
         ("steps_per_eval", "--eval-every", "--eval-every"),
@@ -159,15 +159,12 @@ def test_a_name_of_another_library_means_the_option_that_the_command_has(name, t
     commands = subcommands()
     for command, ours in (("train", train), ("sft", sft)):
         hint = commands[command]._suggestion(f"--{name}")
-        assert hint == (
-            f"; did you mean {ours}?" if ours else "; every step is logged; leave it out"
-        )
+        assert hint == (f"; did you mean {ours}?" if ours else f"; {WAYS_BESIDE_SETTINGS[name]}")
     for config, ours in ((TrainConfig(), train), (SFTConfig(), sft)):
         keys = {setting.flag: setting.key for setting in settings_of(config)}
         hint = suggestion_for(f"trainer.{name}", list(keys.values()))
-        assert hint == (
-            f"; did you mean {keys[ours]}?" if ours else "; every step is logged; leave it out"
-        )
+        way = WAYS_BESIDE_SETTINGS.get(name)
+        assert hint == (f"; did you mean {keys[ours]}?" if ours else f"; {way}")
 
 
 def test_no_name_of_another_library_is_a_flag_of_ours_and_each_stands_for_one():

@@ -107,7 +107,7 @@ def test_set_reaches_inside_a_table():
         ("trainer.lrr=1", ["trainer.lrr", "did you mean trainer.lr?"]),
         ("trainer.rank=8", ["trainer.rank", "did you mean adapter.rank?"]),
         ("run.save_steps=8", ["run.save_steps", "did you mean run.checkpoint_every?"]),
-        ("trainer.gradient_accumulation_steps=4", ["did you mean rollout.groups_per_step?"]),
+        ("trainer.gradient_accumulation_steps=4", ["divided by num_generations"]),
         ("trainer.lr=fast", ["trainer.lr is 'fast'", "a number above 0"]),
         ("trainer.schedule=steep", ["'steep'", "one of constant, linear, cosine"]),
     ],

@@ -10,6 +10,7 @@ from textpolicy.environments import check_env, gold_answers, load, ready_names
 from textpolicy.environments.chat import prompt_text
 from textpolicy.errors import TaskError
 from textpolicy.generation.scripted import ScriptedPolicy
+from textpolicy.rewards import score
 from textpolicy.rollout.worker import collect
 
 # The rows of public suites come from elsewhere; tests/environments/test_suites.py has them.
@@ -59,6 +60,18 @@ def test_gold_answers_earn_the_highest_reward(name, load_tiny):
     rewards = [group.rollouts[0].reward for group in groups]
     # Against an opponent with random moves, a draw is sometimes the best result.
     assert set(rewards) <= ({0.5, 1.0} if name == "tictactoe" else {1.0})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_of_the_question_never_earns_what_the_right_answer_earns(name):
+    environment = load(name)
+    for task in environment.heldout(10):
+        asked, gold = prompt_text(task.prompt), gold_answers(environment, task)[-1]
+        most = score(environment.reward, asked, gold, task.example)
+        for copied in {asked, asked.rstrip("=?"), asked.partition("=")[0]}:
+            for answer in (copied, f"The answer is {copied}", f"#### {copied}"):
+                earned = score(environment.reward, asked, answer, task.example) or 0
+                assert earned < most or not most, answer
 
 
 def test_streams_repeat_by_seed_and_differ_between_seeds():

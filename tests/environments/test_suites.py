@@ -62,6 +62,32 @@ def test_answers_of_math500_are_judged_by_their_value(suites, completion, reward
     assert scored(environment, solved, completion) == reward
 
 
+@pytest.mark.parametrize(
+    ("problem", "right", "copy"),
+    [
+        ("What is $2^{10} + 7$?", "1031", "2^{10}+7"),
+        (r"Compute $\dbinom{8}{4}$.", "70", r"\binom{8}{4}"),
+        (r"What is $\sin 30^\circ$?", "0.5", r"\sin 30^\circ"),
+        (r"Simplify $\sqrt{180}$.", r"6\sqrt5", r"\sqrt{180}"),
+    ],
+)
+def test_a_copied_expression_of_a_problem_of_math500_earns_nothing(suites, problem, right, copy):
+    environment = load("math500", suites["math500"])
+    row = {"problem": problem, "answer": right}
+    for text in (rf"\boxed{{{copy}}}", f"The answer is {copy}."):
+        assert scored(environment, row, text) == 0
+        assert scored(environment, row | {"problem": "Another."}, text) == 1
+    for text in (rf"\boxed{{{right}}}", rf"\boxed{{{copy} = {right}}}"):
+        assert scored(environment, row, text) == 1
+
+
+def test_an_answer_that_a_problem_of_math500_offers_may_be_copied(suites):
+    environment = load("math500", suites["math500"])
+    problem = r"Which is larger, $\frac{1}{2}$ or $\frac{2}{3}$? Is it 2/3, or $x-1$?"
+    for right, given in ((r"\frac{2}{3}", "2/3"), ("2/3", r"\frac{2}{3}"), ("x-1", "x - 1")):
+        assert scored(environment, {"problem": problem, "answer": right}, given) == 1
+
+
 def test_a_row_of_math500_without_an_answer_is_an_error_with_its_columns(suites):
     environment = load("math500", suites["math500"])
     with pytest.raises(RewardError, match=r"no right answer: its columns are \['problem'\]"):

@@ -170,6 +170,22 @@ def test_what_the_run_would_refuse_it_refuses_too(argv, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_a_dropout_is_refused_by_the_dry_run_and_by_a_run_that_leaves_no_folder(tmp_path, capsys):
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "lora_dropout": 0.05}
+    peft = tmp_path / "adapter_config.json"
+    peft.write_text(json.dumps(config))
+    run = ["train", "--env", "add", "--output", str(tmp_path / "run")]
+    for argv, where in (
+        (["--dropout", "0.05"], "adapter.dropout (--dropout)"),
+        (["--adapter-config", str(peft)], str(peft)),
+    ):
+        for dry in (["--dry-run"], []):
+            assert main([*run, *argv, *dry]) == 2
+            message = " ".join(capsys.readouterr().err.split())
+            assert f"the adapter dropout is 0.05, from {where}" in message
+            assert "Remove the dropout" in message and not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_supervised_run_shows_its_settings(planned, tmp_path):
     rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(4)]

@@ -15,6 +15,7 @@ import pytest
 import textpolicy as tp
 from textpolicy.cli import main
 from textpolicy.errors import ConfigError
+from textpolicy.rewards.load_reward import READY_REWARDS
 from textpolicy.rewards.reward_check import check_reward
 from textpolicy.user_code import keep_working_directory
 
@@ -47,7 +48,7 @@ def test_a_sound_reward_passes_and_the_table_says_so():
     }
     lines = str(check).splitlines()
     assert lines[0] == "reward right on 8 rows" and len(lines) == 8
-    assert lines[1].split() == ["finite", "ok", "40", "calls"]
+    assert lines[1].split() == ["finite", "ok", "48", "calls"]
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -69,7 +70,7 @@ def test_rows_are_tried_only_until_one_fails_slowly():
         raise ValueError("nothing")
 
     check = check_reward(slow, ROWS)
-    assert "5 of 5 calls" in detail(check, "finite")
+    assert "6 of 6 calls" in detail(check, "finite")
     assert "The other 7 rows were not tried" in detail(check, "finite")
 
 
@@ -98,7 +99,7 @@ def test_the_first_failure_of_a_reward_is_shown():
 
     check = check_reward(fragile, ROWS)
     assert not check.ok and verdicts(check)["finite"] == "FAILED"
-    assert "24 of 40 calls: reward fragile raised ValueError" in detail(check, "finite")
+    assert "32 of 48 calls: reward fragile raised ValueError" in detail(check, "finite")
     assert "on task row 0, prompt '1+1=', completion ''" in detail(check, "finite")
 
 
@@ -137,6 +138,33 @@ def test_a_reward_that_cannot_tell_right_from_wrong_gets_a_warning():
     assert detail(check, "gold highest").endswith(
         "right and wrong look alike. In row 0, '4' scores 1, as much as '2', which is right"
     )
+
+
+@pytest.mark.parametrize("asked", ["{}+{}=", "What is {}+{}?", "Compute {} + {}."])
+def test_a_reward_that_pays_a_copy_of_the_question_gets_a_warning(asked):
+    rows = [{"question": asked.format(n, 341), "answer": str(n + 341)} for n in range(1, 9)]
+    found = detail(check_reward(READY_REWARDS["math_equal"], rows), "gold highest")
+    assert found.startswith("in 8 of 8 rows a copy of the prompt scores as much as the right ")
+    assert "341' scores 1, and so does '342', which is right" in found.replace("1 + ", "1+")
+    assert "number_equal" in found
+    numbers = check_reward(READY_REWARDS["number_equal"], rows)
+    assert verdicts(numbers)["gold highest"] == "ok"
+
+
+def test_a_conversation_is_copied_from_its_last_message():
+    turns = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "1+1: 2"}]
+    rows = [
+        {"prompt": [*turns, {"role": "user", "content": f"{n}+50"}], "answer": str(n + 50)}
+        for n in range(10, 14)
+    ]
+    check = check_reward(READY_REWARDS["math_equal"], rows)
+    assert "'The answer is 10+50' scores 1" in detail(check, "gold highest")
+
+
+def test_the_last_choice_of_a_prompt_is_no_copy():
+    rows = [{"question": f"{n}: (A) or (B)?", "answer": "ABAA"[n % 4]} for n in range(8)]
+    check = check_reward(READY_REWARDS["choice_match"], rows)
+    assert verdicts(check)["gold highest"] == "ok"
 
 
 def test_a_reward_that_rewards_an_empty_answer_fails():

@@ -16,6 +16,7 @@ from tests.rewards.scoring_calls import score_all
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.generation.mlx_generation import create_policy
 from textpolicy.rewards import (
+    Reward,
     Rewards,
     Score,
     Scorer,
@@ -82,6 +83,68 @@ def test_an_exception_in_a_reward_names_function_line_and_sample(write_rewards):
     path = write_rewards("def bad(prompt, completion, example):\n    return example['missing']\n")
     with pytest.raises(RewardError, match=r"reward bad raised KeyError: 'missing' \(.*line 2\)"):
         score(load_reward(f"{path}:bad"), "p", "c", {})
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_column_that_is_looked_for_in_kwargs_is_a_parameter_here(batched):
+    def right(completion, **kwargs):
+        return float(completion == kwargs["answer"])
+
+    def all_right(completions, **kwargs):
+        return [right(one, **kwargs) for one in completions]
+
+    function = reward(batched=True)(all_right) if batched else right
+    with pytest.raises(RewardError, match="KeyError: 'answer'") as caught:
+        score(function, "p", "c", {"answer": "2"})
+    name = "all_right" if batched else "right"
+    assert str(caught.value).endswith(f"write answer among the parameters of {name}")
+
+
+def test_a_list_from_a_reward_for_one_sample_is_told_of_the_decorator():
+    def right(prompts, completions, answer):
+        return [float(one == "2") for one in completions]
+
+    with pytest.raises(RewardError, match=r"returned \[0.0, 0.0\]") as caught:
+        score(right, "p", "cc", {"answer": "2"})
+    assert "@tp.reward(batched=True) above it" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("completion_ids", "`tokens` holds the sampled token ids"),
+        ("prompt_ids", "no parameter holds the prompt's token ids"),
+        ("prompts", "@tp.reward(batched=True)"),
+        ("trainer_state", "leave the parameter out"),
+        ("log_metric", "return tp.Score("),
+        ("log_extra", "return tp.Score("),
+        ("info", "`example` is the whole row"),
+        ("state", "`messages` is the conversation"),
+    ],
+)
+def test_a_parameter_of_another_library_is_answered_with_what_replaces_it(name, words):
+    spaces = {}
+    exec(f"def right(completion, {name}): return 0.0", spaces)
+    with pytest.raises(ConfigError, match=f"asks for `{name}`") as caught:
+        Reward(spaces["right"], "right").check_columns(["answer"])
+    assert words in str(caught.value) and "--columns" not in str(caught.value)
+    Reward(spaces["right"], "right").check_columns(["answer", name])
+    with pytest.raises(RewardError, match="KeyError") as caught:
+        score(lambda completion, **kwargs: kwargs[name], "p", "c", {})
+    assert words in str(caught.value)
+
+
+def test_the_combination_of_a_file_is_its_reward(write_rewards):
+    source = (
+        "import textpolicy as tp\n"
+        "def one(completion): return 1.0\n"
+        "def other(completion): return 2.0\n"
+        "both = tp.Rewards([one, other], weights=[1.0, 0.5])\n"
+    )
+    assert score(load_reward(write_rewards(source)), "p", "c", {}) == 2.0
+    path = write_rewards(source + "single = tp.Rewards([one])\n")
+    with pytest.raises(ConfigError, match=r"2 combinations \(both, single\).*:both"):
+        load_reward(path)
 
 
 def test_long_samples_are_cut_in_messages():

@@ -338,6 +338,50 @@ def test_json_brackets_in_strings_do_not_nest():
         read_json("[" * 65 + "]" * 65)
 
 
+@pytest.mark.parametrize(
+    ("calculation", "value"),
+    [
+        ("341+980", "1321"),
+        ("The answer is 341+980.", "1321"),
+        ("100-1", "99"),
+        ("12*7", "84"),
+        (r"\boxed{12 \times 7}", "84"),
+        ("3(4)", "12"),
+        ("48/6", "8"),
+        ("1000/8/5", "25"),
+        (r"\frac{48}{6}", "8"),
+        ("3+1/2", "3.5"),
+        ("2^10", "1024"),
+        (r"\sqrt{16}", "4"),
+    ],
+)
+def test_a_calculation_that_is_not_done_is_no_number(calculation, value):
+    assert not number_equal(calculation, value) and number_in(value) is not None
+
+
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [
+        ("1,321", "1321"),
+        ("341+980 = 1321", "1321"),
+        ("1321 = 341+980", "1321"),
+        ("I get 341+980 which is 1321", "1321"),
+        ("2/4", "0.5"),
+        (r"-\frac{1}{2}", "-0.5"),
+        ("3 1/2", "3.5"),
+        (r"3\frac{1}{2}", "3.5"),
+        ("300%", "3"),
+        ("1.5e6", "1500000"),
+        (r"-1.5 \times 10^{6}", "-1500000"),
+        ("1.5 million", "1500000"),
+        ("2 hours 30 minutes", "2.5"),
+        ("x = 7", "7"),
+    ],
+)
+def test_a_number_is_read_in_every_spelling(number, value):
+    assert number_equal(number, value)
+
+
 def test_a_verifier_makes_a_reward_in_two_lines():
     def reward(completion, answer):
         return float(math_equal(completion, answer))

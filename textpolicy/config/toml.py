@@ -98,9 +98,8 @@ NAMES_IN_OTHER_LIBRARIES = {
     "lr_scheduler_type": ("schedule",),
     "reward_funcs": ("reward",),
     "output_dir": ("output",),
-    # Reinforcement learning counts the groups of an update, not its micro-batches.
-    "per_device_train_batch_size": ("groups_per_step", "batch_size"),
-    "gradient_accumulation_steps": ("groups_per_step", "accumulation"),
+    "per_device_train_batch_size": ("batch_size",),
+    "gradient_accumulation_steps": ("accumulation",),
     "gradient_checkpointing": ("checkpoint_gradients",),
     "max_completion_length": ("max_tokens",),
     "max_new_tokens": ("max_tokens",),
@@ -122,7 +121,15 @@ NAMES_IN_OTHER_LIBRARIES = {
 
 Of several names the first one counts that the command has.
 """
+# TRL counts the completions of an update. Here an update is a number of groups.
+_GROUPS_OF_AN_UPDATE = (
+    "rollout.groups_per_step (--groups-per-step) is per_device_train_batch_size times "
+    "gradient_accumulation_steps, divided by num_generations; trainer.micro_batch_size "
+    "(--micro-batch-size) changes the memory and not the update"
+)
 WAYS_BESIDE_SETTINGS = {
+    "per_device_train_batch_size": _GROUPS_OF_AN_UPDATE,
+    "gradient_accumulation_steps": _GROUPS_OF_AN_UPDATE,
     "reward_weights": "the weights are in the file of the reward: "
     "rewards = tp.Rewards([one, other], weights=[1.0, 0.5])",
     "logging_steps": "every step is logged; leave it out",

@@ -82,7 +82,14 @@ def check_names(config: RunConfig) -> None:
     if start and not start.exists():
         raise ConfigError(f"there are no adapters at {start}. Name a file, or a folder with one")
     if start is None:
-        adapter_config(config.adapter)
+        dropout = adapter_config(config.adapter).dropout
+        if dropout and isinstance(config, TrainConfig):
+            name = config.adapter.config or "adapter.dropout (--dropout)"
+            raise ConfigError(
+                f"the adapter dropout is {dropout}, from {name}; reinforcement learning needs 0, "
+                "because the trainer computes log-probabilities with the network that sampled, and "
+                "dropout makes another network of each call. Remove the dropout"
+            )
 
 
 def find_problems(

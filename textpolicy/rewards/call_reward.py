@@ -2,12 +2,13 @@
 
 import inspect
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from textpolicy.errors import RewardError
+from textpolicy.rewards.parameters_elsewhere import parameter_hint
 from textpolicy.rewards.returned_numbers import read_answer
 from textpolicy.rewards.reward_function import Reward, Sample, Score
 from textpolicy.user_code import describe_value, raise_user_errors_as, type_name
@@ -78,7 +79,7 @@ def _call_once(reward: Reward, sample: Sample) -> RewardResult:
                 answer = _await(answer)
         result = _result_of(reward, answer, described)
     except RewardError as error:
-        result = RewardResult(error=_describe_failure(error))
+        result = RewardResult(error=_describe_failure(error, reward, sample.example))
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -89,7 +90,8 @@ def _call_batch(reward: Reward, samples: Sequence[Sample], on_result: OnResult) 
     except RewardError as error:
         seconds = time.perf_counter() - started
         for position in range(len(samples)):
-            on_result(position, RewardResult(error=_describe_failure(error), seconds=seconds))
+            message = _describe_failure(error, reward, samples[0].example)
+            on_result(position, RewardResult(error=message, seconds=seconds))
         return
     seconds = (time.perf_counter() - started) / len(samples)
     for position, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
@@ -162,7 +164,7 @@ async def _call_concurrently(
                         answer = await reward.call(sample)
                 result = _result_of(reward, answer, described)
             except RewardError as error:
-                message = str(error)
+                message = _describe_failure(error, reward, sample.example)
                 if await_limit is not None and deadline.expired():
                     message = timeout_message(reward, await_limit, described)
                 result = RewardResult(error=message)
@@ -177,8 +179,18 @@ def _errors_of(reward: Reward, sample: str) -> raise_user_errors_as:
     )
 
 
-def _describe_failure(error: RewardError) -> str:
-    """Return the message, with a hint if the function may have been written for messages."""
+def _describe_failure(error: RewardError, reward: Reward, columns: Collection[str]) -> str:
+    """Return the message, with a hint if the function may have been written for TRL."""
+    cause = error.__cause__
+    if isinstance(cause, KeyError) and reward.parameters.takes_context:
+        (name,) = cause.args or ("",)
+        if name in columns:
+            return (
+                f"{error}\n  A column reaches a reward as an argument of its own, and not in "
+                f"**kwargs as in TRL: write {name!s} among the parameters of {reward.name}"
+            )
+        if type(name) is str and (known := parameter_hint(name, batched=reward.batched)):
+            return f"{error}\n  {known}"
     if "string indices must be integers" not in str(error):
         return str(error)
     return (
@@ -193,7 +205,13 @@ def _result_of(reward: Reward, answer: Any, sample: str) -> RewardResult:
         # What a reward returns may be an object whose methods raise.
         read = read_answer(answer)
     if isinstance(read, str):
-        raise RewardError(f"reward {reward.name} returned {read}\n  {sample}")
+        hint = ""
+        if not reward.batched and type(answer) in (list, tuple):
+            hint = (
+                "\n  A function that takes and returns lists, as in TRL, needs "
+                "@tp.reward(batched=True) above it"
+            )
+        raise RewardError(f"reward {reward.name} returned {read}\n  {sample}{hint}")
     value, metrics = read
     note = answer.note if isinstance(answer, Score) and type(answer.note) is str else ""
     return RewardResult(value=value, metrics=metrics, note=note[:_LONGEST_NOTE])

@@ -1,6 +1,7 @@
 """`check_reward`: try a reward on right, wrong and empty answers before a run."""
 
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,10 @@ _SLOW_SECONDS = 0.1
 # Seconds on a row without a single reward after which no further row is tried.
 _FAILED_SECONDS = 1.0
 _RIGHT, _EMPTY, _OTHER_ROW = "the right answer", "no answer", "another row's answer"
+_PROMPT, _PROMPT_AS_ANSWER = "the prompt again", "the prompt as the answer"
+_CALCULATION = re.compile(r"[0-9(][0-9 .,()^]*[-+*/\u00d7\u00f7][-+*/\u00d7\u00f70-9 .,()^]*[0-9)]")
 _LONGEST_QUOTE = 60
+_LONGEST_PROMPT = 10_000
 _NO_VALUE = "no call has returned a value"
 _GUESSES = "I am not sure, but it could be 3, or (B), or perhaps something else entirely."
 
@@ -144,7 +148,8 @@ def _try_answers(scorer: Scorer, rows: Sequence[CheckedRow], number: int) -> _Tr
         _RIGHT: row.gold,
         _EMPTY: "",
         _OTHER_ROW: next((gold for gold in other_golds if gold not in (None, row.gold)), None),
-        "the prompt again": row.prompt,
+        _PROMPT: row.prompt,
+        _PROMPT_AS_ANSWER: f"The answer is {_asked_in(row.prompt)}",
         "a guess at everything": _GUESSES,
     }
     samples = {
@@ -244,11 +249,36 @@ def _check_gold_highest(trials: Sequence[_Trial]) -> Finding:
             f"much as {first.quote(_RIGHT)}, which is right"
         )
         return Finding("gold highest", "warning", detail)
+    copied = [(trial, kind) for trial in trials if (kind := _paid_copy(trial))]
+    # By chance, the last choice that a prompt offers is right in some rows.
+    if 2 * len(copied) > len(trials):
+        first, kind = copied[0]
+        detail = (
+            f"in {len(copied)} of {len(trials)} rows a copy of the prompt scores as much as the "
+            f"right answer. In row {first.number}, {first.quote(kind)} scores "
+            f"{first.value(kind):g}, and so does {first.quote(_RIGHT)}, which is right. A model "
+            "learns to copy: compare numbers with number_equal and texts with exact_match"
+        )
+        return Finding("gold highest", "warning", detail)
     scored = sum(trial.verdicts[_RIGHT].value is not None for trial in trials)
     detail = f"in {scored} of {len(trials)} rows"
     if scored == len(trials):
         return Finding("gold highest", "ok", detail)
     return Finding("gold highest", "warning", f"{detail}; the other right answers have no reward")
+
+
+def _paid_copy(trial: _Trial) -> str | None:
+    """Return the kind of answer that copies the prompt and earns as much as the right one."""
+    right = trial.value(_RIGHT)
+    if trial.value(_EMPTY) == right:
+        return None
+    return next((k for k in (_PROMPT_AS_ANSWER, _PROMPT) if trial.value(k) == right), None)
+
+
+def _asked_in(prompt: str) -> str:
+    """Return the longest calculation in a prompt, or the whole prompt without one."""
+    found = [match.group() for match in _CALCULATION.finditer(prompt[:_LONGEST_PROMPT])]
+    return max(found, key=len, default=prompt)
 
 
 def _with_sampled(finding: Finding, signal: SignalCheck) -> Finding:

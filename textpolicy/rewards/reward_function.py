@@ -16,6 +16,7 @@ from types import FunctionType, MappingProxyType, NoneType
 from typing import Any, overload
 
 from textpolicy.errors import ConfigError
+from textpolicy.rewards.parameters_elsewhere import parameter_hint
 from textpolicy.rewards.thoughts import thought_fields
 
 CONTEXT_FIELDS = (
@@ -198,6 +199,12 @@ class Reward:
         missing = [name for name in required if name not in known]
         if not missing:
             return
+        hints = [parameter_hint(name, batched=self.batched) for name in missing]
+        if foreign := ". ".join(filter(None, hints)):
+            raise ConfigError(
+                f"your reward {self.name} asks for {_quoted(missing)}; the rows have "
+                f"{_quoted(columns) or 'no columns'}. {foreign[0].upper()}{foreign[1:]}"
+            )
         near = get_close_matches(missing[0], sorted(known - {*required}), n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
         raise ConfigError(

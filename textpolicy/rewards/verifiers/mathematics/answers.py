@@ -11,6 +11,7 @@ from textpolicy.rewards.verifiers.answer_in_text import final_answer, last_numbe
 from textpolicy.rewards.verifiers.mathematics.answer_tree import (
     AnswerTree,
     MeasureNode,
+    OperationNode,
     RelationNode,
 )
 from textpolicy.rewards.verifiers.mathematics.comparison import named_value, same_answer
@@ -24,13 +25,16 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mbox|textbf|textit|textrm|mathbf)\
 _LETTER_UNIT = re.compile(r"[0-9] ?[mgshL](?![a-zA-Z])")
 _CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-Z])(?:\)(| .*)|[.:]?)")
 _SECOND_CHOICE = re.compile(r"\b[A-Z]\)|\b(?:and|or)\b")
+_SUM = re.compile(r"(?<=[^\s+$])\s*\+")
+_PRODUCT = re.compile(r"[*(\u00b7\u00d7]|\\times|\\cdot")
 
 
 def math_equal(completion: str, answer: object) -> bool:
     """Return whether the final answer of `completion` has the value of `answer`, a text or number.
 
     A percent sign divides by 100. Two units must be equal, but one answer may have none. A list
-    without brackets is a set.
+    without brackets is a set. An expression equals its value, so on tasks of arithmetic a copy of
+    the question, such as 341+980, is right too: use `number_equal` there.
     """
     given, wanted = final_answer(completion), str(answer)
     if given is None:
@@ -51,9 +55,12 @@ def math_equal(completion: str, answer: object) -> bool:
 
 
 def number_equal(completion: str, answer: float | str, *, tolerance: float = 0.0) -> bool:
-    """Return whether the number in `completion` is within a relative `tolerance` of `answer`."""
+    """Return whether the number in `completion` is within a relative `tolerance` of `answer`.
+
+    `number_in` says what is a number: 1321 is one, and 341+980 is none.
+    """
     try:
-        given, wanted = number_in(completion), _number_of(str(answer))
+        given, wanted = number_in(completion), _value_of(parse_answer(str(answer)))
     except UnreadableAnswerError:
         return False
     if given is None or wanted is None:
@@ -62,22 +69,68 @@ def number_equal(completion: str, answer: float | str, *, tolerance: float = 0.0
 
 
 def number_in(text: str) -> Fraction | None:
-    """Return the exact value of a text's final answer, else of its last number, else None."""
+    """Return the exact value of a text's final answer, else of its last number, else None.
+
+    A number is an integer, a decimal, a fraction such as 2/3, a mixed number, a percentage or
+    1.5*10^6, with or without a unit. A final answer that is left to calculate is no number: a sum,
+    a difference, a product, a power, a root, or a division without remainder, such as 48/6.
+    """
     for answer in (final_answer(text), last_number(text)):
         try:
-            value = _number_of(answer) if answer is not None else None
+            tree = parse_answer(answer) if answer is not None else None
+            value = _value_of(tree) if tree is not None else None
         except UnreadableAnswerError:
             continue
-        if value is not None:
-            return value
+        if answer is not None and tree is not None and value is not None:
+            return value if _is_written_out(tree, value, answer) else None
     return None
 
 
-def _number_of(text: str) -> Fraction | None:
-    tree = parse_answer(text)
+def _value_of(tree: AnswerTree) -> Fraction | None:
     if isinstance(tree, RelationNode):
         tree = named_value(tree, any_label=True) or tree
     return exact_value(tree.value if isinstance(tree, MeasureNode) else tree)
+
+
+def _is_written_out(tree: AnswerTree, value: Fraction, text: str) -> bool:
+    """Return whether the answer, or one side of an equation, writes the value as a number."""
+    sides = tree.sides if isinstance(tree, RelationNode) else (tree,)
+    return any(_is_number(side, text) and _value_of(side) == value for side in sides)
+
+
+def _is_number(tree: AnswerTree, text: str) -> bool:
+    """Return whether the tree is a number. Only `text` tells a mixed number from a sum."""
+    if isinstance(tree, MeasureNode):
+        return _is_number(tree.value, text)
+    if not isinstance(tree, OperationNode):
+        return isinstance(tree, Fraction)
+    if len(tree.operands) != 2:
+        return False
+    left, right = tree.operands
+    if tree.operator == "-":
+        return left == Fraction(0) and _is_number(right, text)
+    if tree.operator == "+":
+        return not _SUM.search(text) and _is_number(left, text) and isinstance(right, OperationNode)
+    if tree.operator == "*":
+        return _is_number(left, text) and _is_scale(right, exact_value(left), text)
+    if tree.operator == "/" and right == Fraction(100) and "%" in text:
+        return _is_number(left, text)
+    whole = all(_is_number(part, text) and _is_whole(part) for part in (left, right))
+    return tree.operator == "/" and whole and not _is_whole(tree)
+
+
+def _is_scale(tree: AnswerTree, factor: Fraction | None, text: str) -> bool:
+    """Return whether a factor in front of the tree makes 1.5*10^6, 1.5 million or 30 minutes."""
+    if isinstance(tree, Fraction):
+        return not _PRODUCT.search(text)
+    if not isinstance(tree, OperationNode) or tree.operator != "^":
+        return False
+    return tree.operands[0] == Fraction(10) and 1 <= abs(factor or 0) < 10
+
+
+def _is_whole(tree: AnswerTree) -> bool:
+    value = exact_value(tree)
+    return value is not None and value.denominator == 1
 
 
 def _is_same(given: str, right: AnswerTree, *, letters: bool = False) -> bool:
