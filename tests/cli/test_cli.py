@@ -129,7 +129,10 @@ def test_the_error_about_a_mistyped_flag_names_the_nearest_flag(command, capsys)
         ("--groupsize", "; did you mean --group-size?"),
         ("--fp16", "; did you mean --dtype float16?"),
         ("--num-train-epochs", "; did you mean --steps?"),
-        ("--gradient-accumulation-steps", "; rollout.groups_per_step (--groups-per-step) is per_device_train_batch_size times "),
+        (
+            "--gradient-accumulation-steps",
+            "; rollout.groups_per_step (--groups-per-step) is per_device_train_batch_size times ",
+        ),
         ("--loss-type", "; did you mean --algorithm?"),
         ("--save-steps", "; did you mean --checkpoint-every?"),
         ("--reward-weights", "; the weights are in the file of the reward"),
