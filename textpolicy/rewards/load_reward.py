@@ -43,7 +43,8 @@ READY_REWARDS = {one.__name__: Reward(_WithAnswer(one), one.__name__) for one in
 def load_reward(spec: str) -> Callable[..., Any] | Rewards:
     """Return the function or `Rewards` that "FILE.py:NAME" names.
 
-    Without NAME, this is the only `Rewards` of the file, else its only function. A name of `READY_REWARDS` alone is that reward.
+    Without NAME, this is the only `Rewards` of the file, else its only function. A name of
+    `READY_REWARDS` alone is that reward.
     """
     if spec in READY_REWARDS:
         return READY_REWARDS[spec]
@@ -67,7 +68,8 @@ def load_reward(spec: str) -> Callable[..., Any] | Rewards:
     public = combined or public
     if not name and len(public) != 1:
         raise ConfigError(
-            f"{path} holds {len(public)} {'combinations' if combined else 'functions'} ({', '.join(public) or 'none'}); expected one, "
+            f"{path} holds {len(public)} {'combinations' if combined else 'functions'} "
+            f"({', '.join(public) or 'none'}); expected one, "
             f"or its name: {path}:{public[0] if public else 'FUNCTION'}"
         )
     reward: Any = vars(module).get(name or public[0])

@@ -356,8 +356,8 @@ class Trainer:
             raise ConfigError(
                 f"adapter dropout is {self.adapters.config.dropout}; policy gradients need 0, "
                 "because the trainer computes log-probabilities with the network that sampled. "
-                "Leave dropout out of the adapter config. Adapters of a file that were trained with "
-                "dropout are loaded without it by load(model, dropout=0)"
+                "Leave dropout out of the adapter config. Adapters of a file that were trained "
+                "with dropout are loaded without it by load(model, dropout=0)"
             )
         if self.reference == "base" and self.adapters is None:
             raise ConfigError(
