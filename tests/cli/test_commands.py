@@ -123,6 +123,23 @@ def test_comparing_two_runs_shows_only_what_differs(runs, answer, capsys):
     assert "do not differ" in capsys.readouterr().out
 
 
+def test_an_adapter_option_that_is_given_as_its_default_is_no_difference(make, answer):
+    base = {"task.env": "add", "run.steps": 1}
+    wide = {"adapter.rank": 8, "adapter.alpha": 32.0}
+    started = {"adapter.start": Path("red.safetensors")}
+    paths = [
+        make(f"run{n}", changed(TrainConfig(), base | own), [{"step": 0, "reward": 0.1}])
+        for n, own in enumerate([{}, {"adapter.rank": 16, "adapter.alpha": 32.0}, wide, started])
+    ]
+    assert answer("runs", *paths[:2])["config"] == {}
+    # The product of scale and rank is equal.
+    assert answer("runs", paths[0], paths[2])["config"] == {"adapter.rank": [16, 8]}
+    halved = make("half", changed(TrainConfig(), base | {"adapter.scale": 1.0}), [])
+    assert answer("runs", paths[0], halved)["config"] == {"adapter.scale": [2.0, 1.0]}
+    # The adapters that a run began with have a rank of their own.
+    assert "adapter.start" in answer("runs", paths[0], paths[3])["config"]
+
+
 SHAPES = {"run.steps": 2, "task.data": "/no/where/rows.jsonl", "trainer.lr": 2e-3}
 
 

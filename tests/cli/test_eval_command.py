@@ -16,6 +16,12 @@ from textpolicy.runs import RunDirectory
 from textpolicy.types import Rollout, Sampling, StopReason, Task
 
 REWARD = "def mixed(completion): return float(sum(map(ord, completion)) % 2)\n"
+ENV = """
+PROMPT = "What is {prompt}"
+
+def reward(completion):
+    return float(len(completion) % 2)
+"""
 ROWS = [{"prompt": f"{n}+{n + 3}="} for n in range(8)]
 
 
@@ -73,6 +79,26 @@ def test_a_run_that_began_with_adapters_is_compared_with_them_if_asked(folder, a
     # It is the same adapter.
     assert "gain  +0.000, 95 % interval +0.000 to +0.000" in shown
     assert "\nbefore   greedy" in shown and "\nadapter  greedy" in shown
+
+
+@pytest.mark.parametrize("env", [None, "own.py"])
+def test_tasks_that_an_adapter_was_trained_on_are_counted(answer, folder, adapters, env):
+    (folder / "own.py").write_text(ENV)
+    run = run_with(folder, adapters["red"], None)
+    given = {"task.data": str(folder / "train.jsonl"), "task.env": env}
+    run.write_config(to_toml(changed(TrainConfig(), given)))
+    asked = ("eval", *HELD_OUT, *(["--env", env] if env else []))
+    (note,) = answer(*asked, "--adapter", str(adapters["blue"]), "--before", "run")["notes"]
+    # One of the 5 is the tenth of the rows that the run has held out.
+    assert note.startswith("4 of these 5 tasks are among the rows that run trains on, so its score")
+    alone = answer(*asked, "--adapter", "run")
+    assert alone["notes"] == [note] and alone["env"] == ("own" if env else "heldout")
+    # The run has left out the tasks that it measures on.
+    given["task.eval_data"] = str(folder / "heldout.jsonl")
+    run.write_config(to_toml(changed(TrainConfig(), given)))
+    assert answer(*asked, "--adapter", "run")["notes"] == []
+    (folder / "train.jsonl").unlink()
+    assert answer(*asked, "--adapter", "run")["notes"] == []
 
 
 def test_something_to_compare_with_needs_something_to_compare(failure, folder, adapters):

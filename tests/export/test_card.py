@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 
 import textpolicy as tp
 from textpolicy.cli import main
+from textpolicy.config import TrainConfig, changed, read_toml, to_toml
 from textpolicy.export.base_model import hub_id, licence_of
 from textpolicy.export.card import write_card
 from textpolicy.export.curve_picture import draw_curves
@@ -303,6 +304,18 @@ def test_the_picture_shows_where_the_curve_rises():
 )
 def test_every_curve_can_be_drawn(curve):
     assert pixels_of(draw_curves([curve, curve])).shape == (320, 720, 3)
+
+
+def test_the_line_that_continues_training_has_the_data_and_the_lengths_of_the_run(run, tmp_path):
+    own = RunDirectory(tmp_path / "own")
+    shutil.copytree(run.path, own.path)
+    given = {"task.env": None, "task.data": "rows.jsonl", "task.eval_data": "/far/held.jsonl"}
+    given |= {"task.reward": "mine.py", "sampling.max_tokens": 12}
+    own.write_config(to_toml(changed(read_toml(run.config, TrainConfig()), given)))
+    card = card_of(find_source(own.path), tmp_path / "out")
+    (line,) = re.findall(r"^textpolicy (train .*)$", card, re.MULTILINE)
+    task = "train --data rows.jsonl --eval-data held.jsonl --reward mine.py --max-tokens 12 "
+    assert line.startswith(task)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.cli.recorded_runs import RecordedRun, Value, shown_setting
 from textpolicy.config import SFTConfig, TrainConfig, settings_of
 from textpolicy.tracking.named_numbers import shown_numbers
@@ -14,6 +15,7 @@ _FIRST = (
     *("trainer.iterations", "trainer.epochs", "run.steps", "trainer.lr"),
     *("trainer.batch_size", "rollout.groups_per_step", "rollout.group_size"),
 )
+_RANK, _SCALE, _ALPHA = "adapter.rank", "adapter.scale", "adapter.alpha"
 _LAST = ("run.", "tracking.")
 # In the order in which people look at them.
 _METRICS = ("reward", "completions/mean_length", "entropy", "loss", "time/step")
@@ -99,9 +101,22 @@ def by_key(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def differing_settings(runs: Sequence[RecordedRun]) -> dict[str, list[Any]]:
     """Return all settings that differ, also those of one kind of run; what shapes results first."""
-    found = _differing([run.settings for run in runs])
-    found.pop("run.output", None)
+    found = _differing([_with_adapter_defaults(run.settings) for run in runs])
+    given = {key for run in runs for key, value in run.settings.items() if value is not None}
+    # Rank and scale have a value in every run, and alpha is the other name of the scale.
+    for key in {"run.output", *({_SCALE, _ALPHA} - given)}:
+        found.pop(key, None)
     return {key: found[key] for key in sorted(found, key=_place)}
+
+
+def _with_adapter_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the rank, the scale and the alpha of adapters that begin fresh."""
+    whole = dict(settings)
+    if any(settings.get(key) is not None for key in ("adapter.start", "adapter.config")):
+        return whole
+    given = {name: settings.get(f"adapter.{name}") for name in ("rank", "scale", "alpha")}
+    rule = LoRARule(**{name: value for name, value in given.items() if value is not None})
+    return whole | {_RANK: rule.rank, _SCALE: rule.scale, _ALPHA: rule.scale * rule.rank}
 
 
 def _place(key: str) -> int:

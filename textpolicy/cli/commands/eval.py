@@ -12,6 +12,7 @@ from textpolicy.cli.models_of_runs import configured_to_sample
 from textpolicy.cli.output import print_note
 from textpolicy.cli.progress import showing_progress
 from textpolicy.cli.shown_tasks import data_of_tasks, lines_of_answers, lines_of_differences
+from textpolicy.cli.trained_rows import note_about_trained_rows
 from textpolicy.cli.typed_flags import short_path
 from textpolicy.config import TrainConfig
 from textpolicy.config.train import TaskOptions
@@ -63,10 +64,12 @@ def _run(options: Namespace) -> Answer:
     compared = _describe_compared(config, before)
     own, *rest = map(_data, results)
     notes = [*_note_about_rows(config), *_note_about_start(config, before)]
+    for adapter in filter(None, (before, config.adapter.start)):
+        notes += note_about_trained_rows(adapter, results[0].heldout.tasks)
     lines = _lines(results[0], config.model.name, compared, options.show, notes)
     for one in results[1:]:
         lines += ["", *_lines(one, config.model.name, compared, options.show)]
-    data = own | {"compared": compared, "others": rest}
+    data = own | {"compared": compared, "notes": notes, "others": rest}
     return Answer(data=data, text="\n".join(lines))
 
 
@@ -157,7 +160,7 @@ def _evaluate(
     settings = config.evaluation
     with closing(environment), scorer_of(rewards) as scorer:
         heldout = HeldOut(
-            name=environment.name,
+            name=Path(task.eval_data).stem if task.eval_data and not task.env else environment.name,
             tasks=environment.heldout(settings.count),
             scorer=scorer,
             max_tokens=sampling_of(config, environment).max_tokens,

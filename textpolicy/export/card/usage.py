@@ -12,8 +12,11 @@ _TINY = "python -c 'import textpolicy; print(textpolicy.tiny_model())'"
 _CONTINUED = {
     "task.env": "--env",
     "task.data": "--data",
+    "task.eval_data": "--eval-data",
     "task.reward": "--reward",
+    "sampling.max_tokens": "--max-tokens",
     "data.source": "--data",
+    "data.eval_data": "--eval-data",
     "algorithm.name": "--algorithm",
 }
 
