@@ -126,6 +126,10 @@ def test_the_error_about_a_wrong_assignment_says_what_is_allowed(argument, words
         ("[optimizer]\nlr = 1e-3", ["optimizer.lr", "did you mean trainer.lr?"]),
         ("[trainer]\nlearning_rate = 1", ["did you mean trainer.lr?"]),
         ("num_generations = 4", ["did you mean rollout.group_size?"]),
+        (
+            "[evaluation]\ndata = 'held.jsonl'",
+            ["evaluation.data is not a setting; did you mean task.eval_data?"],
+        ),
         ("[trainr]", ["trainr is not a setting"]),
         ("lr = 1e-3", ["lr is not a setting", "did you mean trainer.lr?"]),
         ("trainer = 5", ["trainer is not a setting"]),

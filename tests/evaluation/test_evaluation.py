@@ -197,8 +197,11 @@ def test_the_interval_is_that_of_the_normal_approximation_where_tasks_are_many()
 
 def test_few_held_out_tasks_are_noted_with_the_error_that_they_leave():
     few, equal, enough = (MeanReward.of(r) for r in ([0.0, 1.0] * 10, [1.0] * 20, [0.0, 1.0] * 25))
-    assert few.few_tasks_note.startswith("Only 20 tasks are measured.")
-    assert replace(few, count=1).few_tasks_note.startswith("Only 1 task is measured.")
-    assert "is 0.112, so a gain below about 0.22 may be chance" in few.few_tasks_note
-    assert "cannot be told, because all rewards are equal" in equal.few_tasks_note
-    assert enough.few_tasks_note == ""
+    assert few.few_tasks_note(has_more=True).startswith("Only 20 tasks are measured.")
+    one = replace(few, count=1)
+    assert one.few_tasks_note(has_more=True).startswith("Only 1 task is measured.")
+    assert "is 0.112, so a gain below about 0.22 may be chance" in few.few_tasks_note(has_more=True)
+    assert "cannot be told, because all rewards are equal" in equal.few_tasks_note(has_more=True)
+    assert "at least 50: raise --count, or add rows. Of" in few.few_tasks_note(has_more=True)
+    assert "--count" not in few.few_tasks_note(has_more=False)
+    assert enough.few_tasks_note(has_more=True) == ""

@@ -258,6 +258,28 @@ def test_a_number_that_is_0_for_all_sampled_answers_is_named_if_the_rewards_diff
     assert "sampled answers, and" not in told
 
 
+def test_rewards_that_differ_in_a_quarter_of_the_groups_are_not_said_to_differ_often():
+    def sample(differing):
+        golds = [row["answer"] for row in ROWS]
+        return lambda _: [["x", gold if n < differing else "x"] for n, gold in enumerate(golds)]
+
+    seldom, often = (check_reward(right, ROWS, sample=sample(n)).signal for n in (2, 4))
+    assert seldom.verdict == often.verdict == "good"
+    assert "good: the answers of 2 of 8 groups earn different rewards" in str(seldom)
+    assert "good: the answers of a group often earn different rewards" in str(often)
+
+
+def test_without_right_answers_an_answer_of_each_of_eight_rows_is_shown_to_read():
+    rows = [{"prompt": f"Name {n}"} for n in range(12)]
+    groups = [["x" * (n + 1), "y" * (n + 2)] for n in range(12)]
+    check = check_reward(lambda completion: len(completion), rows, sample=lambda _: groups)
+    shown = check.signal.shown
+    assert len({one.prompt for one in shown}) == 8
+    rewards = [one.reward for one in shown]
+    assert rewards == sorted(rewards) and (rewards[0], rewards[-1]) == (1, 13)
+    assert len(str(check).splitlines()) < 40
+
+
 def test_the_first_greedy_score_is_that_of_the_answers_at_temperature_0():
     check = check_reward(
         right,

@@ -142,10 +142,12 @@ def suggestion_for(key: str, known: list[str]) -> str:
 
     The same name in another section is preferred to names with a similar spelling.
     """
-    word = key.rpartition(".")[2]
+    section, _, word = key.rpartition(".")
     names = NAMES_IN_OTHER_LIBRARIES.get(word, (word,))
     alike: list[str] = []
-    for name in names:
+    # What held-out tasks have beside the training tasks is named beside these.
+    beside = (f"eval_{word}",) if section == "evaluation" else ()
+    for name in (*beside, *names):
         alike = alike or [one for one in known if name in (one, one.rpartition(".")[2])]
     if not alike and (way := WAYS_BESIDE_SETTINGS.get(word)):
         return f"; {way}"

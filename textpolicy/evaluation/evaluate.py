@@ -42,18 +42,21 @@ class MeanReward:
             count=len(rewards),
         )
 
-    @property
-    def few_tasks_note(self) -> str:
-        """Return what a score of few tasks cannot show, or an empty text if there are enough."""
+    def few_tasks_note(self, *, has_more: bool) -> str:
+        """Return what a score of few tasks cannot show, or an empty text if there are enough.
+
+        With `has_more`, a higher count measures more tasks.
+        """
         if self.count >= _ENOUGH_TASKS:
             return ""
         error = self.standard_error
         known = f"is {error:.3f}, so a gain below about {2 * error:.2f} may be chance"
         tasks = "task is" if self.count == 1 else "tasks are"
+        more = "raise --count, or add rows" if has_more else "add rows, because these are all"
         return (
             f"Only {self.count} {tasks} measured. The standard error of their mean reward "
             f"{known if error else 'cannot be told, because all rewards are equal'}. Measure at "
-            f"least {_ENOUGH_TASKS}: raise --count, or add rows. Of the rows of --data a tenth is "
+            f"least {_ENOUGH_TASKS}: {more}. Of the rows of --data a tenth is "
             "held out, and the rows of --eval-data are all measured"
         )
 

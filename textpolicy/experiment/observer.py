@@ -45,6 +45,7 @@ class StepObserver:
         stop_on_alarm: bool,
         watchdog: Watchdog,
         keep_adapters: int,
+        held_out: int,
         learning: LearningSettings | None = None,
         announced: TimePlan | None = None,
     ) -> None:
@@ -57,6 +58,7 @@ class StepObserver:
         self._stop_on_alarm = stop_on_alarm
         self._watchdog = watchdog
         self._keep_adapters = keep_adapters
+        self._held_out = held_out
         self._before: Mapping[str, float] = {}
         self._monitor = AlarmMonitor(settings=learning)
         self._pressure = MemoryPressure.now()
@@ -130,7 +132,8 @@ class StepObserver:
     def evaluate(self, when: str) -> Measurement:
         """Measure the policy as it is now, for the row of the next step."""
         score, self._evaluated = self._evaluator()
-        if when == "before" and (few := score.few_tasks_note):
+        has_more = len(self._evaluator.heldout.tasks) == self._held_out
+        if when == "before" and (few := score.few_tasks_note(has_more=has_more)):
             self._report.note(few)
         text, best = f"{when}  {score}  greedy reward on {score.count} held-out tasks", ""
         # Scores of few tasks are often equal, and more training is what the user asked for.

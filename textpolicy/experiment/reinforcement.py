@@ -175,6 +175,7 @@ def _open_observer(
         stop_on_alarm=config.run.stop_on_collapse,
         watchdog=watchdog,
         keep_adapters=config.run.keep_adapters,
+        held_out=config.evaluation.count,
         learning=LearningSettings(
             groups_per_step=config.rollout.groups_per_step,
             lr=config.trainer.lr,

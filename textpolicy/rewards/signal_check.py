@@ -21,6 +21,10 @@ SignalVerdict = Literal["good", "too easy", "too hard", "answers cut off"]
 # With a smaller share, most steps of four groups have fewer than one group to learn from.
 _ENOUGH_GROUPS = 0.25
 MANY_CUT = 0.5
+# A share of groups from which rewards are said to differ often.
+_OFTEN = 0.5
+# Answers to read where no right answer is known.
+_READ = 8
 _LINE_WIDTH = 120
 # Rewards that are sums of weighted parts differ by rounding.
 _ROUNDING = 1e-6
@@ -106,10 +110,20 @@ class SignalCheck:
             f"{self.group_size} answers differ",
             f"  answers cut off     {self.cut:.0%}",
             *(line for one in self.shown for line in one.lines),
-            f"{self.verdict}: {_REASONS[self.verdict]}",
+            f"{self.verdict}: {self._reason}",
             *(self._describe_zero(name, right) for name, right in self.at_zero.items()),
         ]
         return "\n".join(lines)
+
+    @property
+    def _reason(self) -> str:
+        if self.verdict != "good" or self.differing >= _OFTEN * self.groups:
+            return _REASONS[self.verdict]
+        return (
+            f"the answers of {self.differing} of {self.groups} groups earn different rewards, "
+            "which is enough to begin with. The model learns nothing from the other groups; larger "
+            "groups (--group-size) differ more often"
+        )
 
     def _describe_zero(self, name: str, right: float | None) -> str:
         count = self.groups * self.group_size
@@ -163,7 +177,7 @@ def check_signal(
         cut=cut,
         greedy=_mean([value for value in first if value is not None]) if first else None,
         greedy_rows=len(first),
-        shown=_choose_shown(answers),
+        shown=_choose_shown(answers) if any(rights) else _choose_to_read(answers_G),
         above_right=len(above),
         highest=above[0] if above else None,
         # In a task that is too hard all numbers may be 0.
@@ -243,6 +257,17 @@ def _choose_shown(answers: Sequence[SampledAnswer]) -> list[SampledAnswer]:
     """Return an answer with the lowest reward, and one with the highest if that is another."""
     order = sorted(answers, key=lambda one: float("-inf") if one.reward is None else one.reward)
     return order[:1] if order[0].reward == order[-1].reward else [order[0], order[-1]]
+
+
+def _choose_to_read(answers_G: Sequence[Sequence[SampledAnswer]]) -> list[SampledAnswer]:
+    """Return answers of several prompts, by their rewards: nothing but reading tells their worth.
+
+    The answers with the lowest and the highest reward are among them.
+    """
+    chosen = _choose_shown([one for answers in answers_G for one in answers])
+    others = [answers[0] for answers in answers_G if not any(one in chosen for one in answers)]
+    chosen += others[: _READ - len(chosen)]
+    return sorted(chosen, key=lambda one: float("-inf") if one.reward is None else one.reward)
 
 
 def _line(text: str) -> str:

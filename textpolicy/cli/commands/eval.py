@@ -145,6 +145,7 @@ class _Result:
     """The evaluations of one model, or of two that are compared, by name."""
 
     measured: str
+    asked: int
     heldout: HeldOut
     evaluations: Mapping[str, Evaluation]
     comparison: Comparison | None
@@ -180,6 +181,7 @@ def _evaluate(
     one, *other = evaluations.values()
     return _Result(
         measured=_describe_measured(task, heldout, settings.count),
+        asked=settings.count,
         heldout=heldout,
         evaluations=evaluations,
         comparison=compare(heldout.tasks, one, *other) if other else None,
@@ -224,7 +226,9 @@ def _lines(
     lines = [f"{model} on {result.measured}"]
     lines += [table([(name, _scores(one)) for name, one in evaluations.items()])]
     lines += [heldout.split_note] if heldout.split_note else []
-    few = next(iter(evaluations.values())).greedy_reward.few_tasks_note
+    few = next(iter(evaluations.values())).greedy_reward.few_tasks_note(
+        has_more=len(heldout.tasks) == result.asked
+    )
     lines += [few] if few else []
     lines += [*_notes_about_length(result), *notes]
     if result.comparison is None:
