@@ -17,6 +17,7 @@ from textpolicy.cli import main
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.load_reward import READY_REWARDS
 from textpolicy.rewards.reward_check import check_reward
+from textpolicy.rewards.verifiers import math_equal, number_equal
 from textpolicy.user_code import keep_working_directory
 
 ROWS = [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 9)]
@@ -48,7 +49,7 @@ def test_a_sound_reward_passes_and_the_table_says_so():
     }
     lines = str(check).splitlines()
     assert lines[0] == "reward right on 8 rows" and len(lines) == 8
-    assert lines[1].split() == ["finite", "ok", "48", "calls"]
+    assert lines[1].split() == ["finite", "ok", "56", "calls"]
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -70,7 +71,7 @@ def test_rows_are_tried_only_until_one_fails_slowly():
         raise ValueError("nothing")
 
     check = check_reward(slow, ROWS)
-    assert "6 of 6 calls" in detail(check, "finite")
+    assert "7 of 7 calls" in detail(check, "finite")
     assert "The other 7 rows were not tried" in detail(check, "finite")
 
 
@@ -99,7 +100,7 @@ def test_the_first_failure_of_a_reward_is_shown():
 
     check = check_reward(fragile, ROWS)
     assert not check.ok and verdicts(check)["finite"] == "FAILED"
-    assert "32 of 48 calls: reward fragile raised ValueError" in detail(check, "finite")
+    assert "40 of 56 calls: reward fragile raised ValueError" in detail(check, "finite")
     assert "on task row 0, prompt '1+1=', completion ''" in detail(check, "finite")
 
 
@@ -145,7 +146,7 @@ def test_a_reward_that_pays_a_copy_of_the_question_gets_a_warning(asked):
     rows = [{"question": asked.format(n, 341), "answer": str(n + 341)} for n in range(1, 9)]
     found = detail(check_reward(READY_REWARDS["math_equal"], rows), "gold highest")
     assert found.startswith("in 8 of 8 rows a copy of the prompt scores as much as the right ")
-    assert "341' scores 1, and so does '342', which is right" in found.replace("1 + ", "1+")
+    assert "341' scores 1, and '342', which is right, scores 1" in found.replace("1 + ", "1+")
     assert "number_equal" in found
     numbers = check_reward(READY_REWARDS["number_equal"], rows)
     assert verdicts(numbers)["gold highest"] == "ok"
@@ -159,6 +160,19 @@ def test_a_conversation_is_copied_from_its_last_message():
     ]
     check = check_reward(READY_REWARDS["math_equal"], rows)
     assert "'The answer is 10+50' scores 1" in detail(check, "gold highest")
+
+
+def test_words_around_an_answer_that_earn_something_are_no_copy():
+    def formatted(completion, answer):
+        return float("answer" in completion) + number_equal(completion, answer)
+
+    def copied(completion, answer):
+        return float("answer" in completion) + math_equal(completion, answer)
+
+    assert verdicts(check_reward(formatted, ROWS))["gold highest"] == "ok"
+    assert "scores 2, and '2', which is right, scores 1" in (
+        detail(check_reward(copied, ROWS), "gold highest")
+    )
 
 
 def test_the_last_choice_of_a_prompt_is_no_copy():

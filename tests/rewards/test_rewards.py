@@ -97,7 +97,7 @@ def test_a_column_that_is_looked_for_in_kwargs_is_a_parameter_here(batched):
     with pytest.raises(RewardError, match="KeyError: 'answer'") as caught:
         score(function, "p", "c", {"answer": "2"})
     name = "all_right" if batched else "right"
-    assert str(caught.value).endswith(f"write answer among the parameters of {name}")
+    assert str(caught.value).endswith(f"write `answer` among the parameters of {name}")
 
 
 def test_a_list_from_a_reward_for_one_sample_is_told_of_the_decorator():

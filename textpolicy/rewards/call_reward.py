@@ -187,7 +187,7 @@ def _describe_failure(error: RewardError, reward: Reward, columns: Collection[st
         if name in columns:
             return (
                 f"{error}\n  A column reaches a reward as an argument of its own, and not in "
-                f"**kwargs as in TRL: write {name!s} among the parameters of {reward.name}"
+                f"**kwargs as in TRL: write `{name}` among the parameters of {reward.name}"
             )
         if type(name) is str and (known := parameter_hint(name, batched=reward.batched)):
             return f"{error}\n  {known}"

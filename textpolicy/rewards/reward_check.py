@@ -24,6 +24,9 @@ _SLOW_SECONDS = 0.1
 _FAILED_SECONDS = 1.0
 _RIGHT, _EMPTY, _OTHER_ROW = "the right answer", "no answer", "another row's answer"
 _PROMPT, _PROMPT_AS_ANSWER = "the prompt again", "the prompt as the answer"
+_OTHER_AS_ANSWER = "another row's answer in a sentence"
+# The words around an answer may earn a share of their own.
+_SENTENCES = (_PROMPT_AS_ANSWER, _OTHER_AS_ANSWER)
 _CALCULATION = re.compile(r"[0-9(][0-9 .,()^]*[-+*/\u00d7\u00f7][-+*/\u00d7\u00f70-9 .,()^]*[0-9)]")
 _LONGEST_QUOTE = 60
 _LONGEST_PROMPT = 10_000
@@ -144,12 +147,14 @@ def _try_rows(scorer: Scorer, rows: Sequence[CheckedRow]) -> list[_Trial]:
 def _try_answers(scorer: Scorer, rows: Sequence[CheckedRow], number: int) -> _Trial:
     row = rows[number]
     other_golds = [other.gold for other in (*rows[number + 1 :], *rows[:number])]
+    other = next((gold for gold in other_golds if gold not in (None, row.gold)), None)
     texts = {
         _RIGHT: row.gold,
         _EMPTY: "",
-        _OTHER_ROW: next((gold for gold in other_golds if gold not in (None, row.gold)), None),
+        _OTHER_ROW: other,
         _PROMPT: row.prompt,
         _PROMPT_AS_ANSWER: f"The answer is {_asked_in(row.prompt)}",
+        _OTHER_AS_ANSWER: other and f"The answer is {other}",
         "a guess at everything": _GUESSES,
     }
     samples = {
@@ -230,7 +235,10 @@ def _check_gold(trials: Sequence[_Trial]) -> list[Finding]:
 
 
 def _check_gold_highest(trials: Sequence[_Trial]) -> Finding:
-    higher = [[k for k in t.verdicts if t.value(k) > t.value(_RIGHT)] for t in trials]
+    higher = [
+        [k for k in t.verdicts if k not in _SENTENCES and t.value(k) > t.value(_RIGHT)]
+        for t in trials
+    ]
     beaten = [(trial, kinds[0]) for trial, kinds in zip(trials, higher, strict=True) if kinds]
     if beaten:
         first, kind = beaten[0]
@@ -256,7 +264,8 @@ def _check_gold_highest(trials: Sequence[_Trial]) -> Finding:
         detail = (
             f"in {len(copied)} of {len(trials)} rows a copy of the prompt scores as much as the "
             f"right answer. In row {first.number}, {first.quote(kind)} scores "
-            f"{first.value(kind):g}, and so does {first.quote(_RIGHT)}, which is right. A model "
+            f"{first.value(kind):g}, and {first.quote(_RIGHT)}, which is right, scores "
+            f"{first.value(_RIGHT):g}. A model "
             "learns to copy: compare numbers with number_equal and texts with exact_match"
         )
         return Finding("gold highest", "warning", detail)
@@ -272,7 +281,11 @@ def _paid_copy(trial: _Trial) -> str | None:
     right = trial.value(_RIGHT)
     if trial.value(_EMPTY) == right:
         return None
-    return next((k for k in (_PROMPT_AS_ANSWER, _PROMPT) if trial.value(k) == right), None)
+    if trial.value(_PROMPT_AS_ANSWER) >= right and not (
+        trial.value(_OTHER_AS_ANSWER) >= trial.value(_PROMPT_AS_ANSWER)
+    ):
+        return _PROMPT_AS_ANSWER
+    return _PROMPT if trial.value(_PROMPT) == right else None
 
 
 def _asked_in(prompt: str) -> str:
