@@ -9,6 +9,7 @@ from textpolicy.cli import main
 from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE
 from textpolicy.tracking.doubts import find_doubts
 
+DOCS = Path(__file__).parents[2] / "docs"
 SICK_RUNS = Path(__file__).parents[2] / "benchmarks" / "results" / "sick_runs.json"
 
 
@@ -75,6 +76,36 @@ def test_one_of_several_rewards_that_stays_at_0_is_named_by_its_function():
     assert "right stayed at 0.000" in " ".join(find_doubts(rows))
 
 
+def few_rows(*, reward=(0.4, 0.9), held_out=(0.63, 0.65), error=0.035, times_seen=5.0):
+    """Return the rows of a run on few rows, whose rewards vary by 0.02 between steps."""
+    (first, last), (before, after) = reward, held_out
+    rewards = [first + (last - first) * min(1, n / 30) + 0.02 * (-1) ** n for n in range(40)]
+    rows = [{"step": n, "reward": one, "reward_std": 0.2} for n, one in enumerate(rewards)]
+    rows[0] |= {"eval/reward": before, "eval/standard_error": error}
+    end = {"eval/reward": after, "eval/standard_error": error}
+    return [*rows, {"step": 40, "data/rows": 270.0, "data/times_seen": times_seen} | end]
+
+
+def test_a_run_that_learns_its_rows_by_heart_is_doubted_and_other_runs_are_not():
+    (doubt,) = find_doubts(few_rows())
+    assert doubt.startswith("The reward of the training rows rose by 0.4")
+    assert "held-out tasks by 0.020 ± 0.049: the policy learns its 270 rows by heart" in doubt
+    section = doubt.partition('"')[2].partition('"')[0]
+    assert f"\n## {section}\n" in (DOCS / "symptoms.md").read_text()
+    for other in (
+        {"times_seen": 1.0},
+        {"reward": (0.4, 0.41)},  # The noise of a step is larger.
+        {"held_out": (0.63, 0.75)},  # The held-out reward has risen.
+        {"held_out": (0.88, 0.89)},  # The samples have become as good as greedy answers.
+        {"error": 0.3},  # Too few held-out tasks to tell.
+        {"held_out": (0.63, 0.4)},  # The alarm of overfitting is about a fall.
+    ):
+        assert not find_doubts(few_rows(**other)), other
+    assert not find_doubts(
+        [{k: v for k, v in row.items() if "data" not in k} for row in few_rows()]
+    )
+
+
 def test_answers_that_become_one_text_are_doubted_unless_the_right_answers_are_few():
     (doubt,) = doubts(rewards__reward__exact=(0.0, 1.0), equal_answers=(0.05, 0.98))
     assert doubt.startswith("98% of the greedy answers to held-out tasks are one and the same text")
@@ -119,4 +150,7 @@ def test_a_run_that_is_paid_for_something_else_ends_with_the_doubt(tmp_path, mon
     assert "Right answers have 1.000: the policy earns the reward without doing the task" in told
     (line,) = [line for line in told.splitlines() if line.startswith("read the answers: ")]
     assert line.endswith("--show 8") and "textpolicy eval --config run" in line
+    # 24 groups of 180 training rows.
+    last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["data/rows"], last["data/times_seen"]) == (180, 24 / 180)
     assert "exact stayed at 0.000" in Path("run/report.html").read_text()

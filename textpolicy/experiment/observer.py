@@ -183,11 +183,14 @@ class StepObserver:
         stop = self.stopped_by_alarm or self._report.stop_requested
         return Progress.STOP if stop else Progress.MORE
 
-    def finish(self, version: int) -> Measurement:
-        """Measure the last adapters and write a row for them, because no step follows."""
+    def finish(self, version: int, data: Metrics) -> Measurement:
+        """Measure the last adapters and write a row for them, because no step follows.
+
+        The row has the metrics `data` too.
+        """
         measured = self.evaluate("after ")
         self._evaluated |= self._measure_right_answers()
-        self._write(self.steps, {"version": float(version)})
+        self._write(self.steps, {"version": float(version)} | data)
         return measured
 
     def _measure_right_answers(self) -> Metrics:

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from textpolicy.algorithms import Algorithm
 from textpolicy.config import TrainConfig, staleness_bound
+from textpolicy.environments import Environment
+from textpolicy.environments.training_rows import count_training_rows
 from textpolicy.experiment.assembly import (
     Experiment,
     assemble,
@@ -34,10 +36,10 @@ from textpolicy.rollout.executors.ranks import RankedExecutor
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.alarm_advice import LearningSettings
 from textpolicy.tracking.best import BestAdapter
-from textpolicy.tracking.doubts import find_doubts
+from textpolicy.tracking.doubts import TIMES_SEEN, TRAINING_ROWS, find_doubts
 from textpolicy.tracking.jsonl import read_metrics
 from textpolicy.training.checkpoint import Checkpoint
-from textpolicy.types import Progress
+from textpolicy.types import Metrics, Progress
 
 
 def train_policy(
@@ -277,8 +279,15 @@ def _measure_after(
         # Each update publishes; without one, `textpolicy eval` still needs the file.
         adapters.publish()
     if observer.stopped_by_alarm or observer.steps >= config.run.steps:
-        return observer.finish(policy.version)
+        sampled = observer.steps * config.rollout.groups_per_step
+        return observer.finish(policy.version, _data_metrics(experiment.environment, sampled))
     return None
+
+
+def _data_metrics(environment: Environment, groups: int) -> Metrics:
+    """Return how many rows the run trains on, and how often each, if its tasks are rows."""
+    rows = count_training_rows(environment)
+    return {TRAINING_ROWS: float(rows), TIMES_SEEN: groups / rows} if rows else {}
 
 
 def _find_doubts(directory: RunDirectory) -> tuple[str, ...]:

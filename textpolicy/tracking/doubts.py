@@ -1,8 +1,8 @@
-"""Doubts about a run: its reward rose, and nothing else shows that it learned the task."""
+"""Doubts about a run: its reward rose, and other numbers do not show that it learned the task."""
 
 from collections.abc import Mapping, Sequence
 from math import hypot
-from statistics import fmean
+from statistics import fmean, stdev
 
 from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE, own_name
 from textpolicy.tracking.named_numbers import named_numbers
@@ -10,13 +10,17 @@ from textpolicy.untrusted.terminal import shorten_line
 
 EQUAL_ANSWERS = "equal_answers"
 RIGHT_ANSWERS = "eval/right/"
+TRAINING_ROWS, TIMES_SEEN = "data/rows", "data/times_seen"
 _REWARD, _ERROR = "eval/reward", "eval/standard_error"
 # Standard errors that the held-out reward must have risen, and its rise in units of the standard
 # deviation of rewards in a group, because rewards have no common scale.
 _SURE, _LARGE = 3.0, 0.5
 # The share of what right answers have that counts as 0: a few answers are right by chance.
 _NOTHING = 0.02
-_LAST_STEPS = 10
+_FIRST_STEPS, _LAST_STEPS = 3, 10
+# Times that a policy has sampled a row before it can know the row by heart, and the share of the
+# training reward's rise that the held-out reward of such a policy misses.
+_SEVERAL, _THIRD = 3.0, 1 / 3
 _NAME_WIDTH = 40
 # Shares of answers that are the same text: of nearly all, and of few enough.
 _NEARLY_ALL, _FEW = 0.9, 0.5
@@ -26,13 +30,15 @@ _Rows = Sequence[Mapping[str, float]]
 def find_doubts(rows: _Rows) -> list[str]:
     """Return a sentence for each sign that the policy earns more and does not do the task.
 
-    `rows` are those of the whole run. A run whose held-out reward has not clearly risen gives no
-    doubts.
+    `rows` are those of the whole run. A run whose held-out reward has not clearly risen gives only
+    the doubt that it knows its training rows by heart.
     """
     measured = [row for row in rows if _REWARD in row]
-    if len(measured) < 2 or not _has_risen(measured[0], measured[-1], rows):
+    if len(measured) < 2:
         return []
     first, last = measured[0], measured[-1]
+    if not _has_risen(first, last, rows):
+        return _knows_rows_by_heart(rows, first, last)
     rose = f"although the held-out reward rose from {first[_REWARD]:.3f} to {last[_REWARD]:.3f}"
     known = {name.removeprefix("eval/"): 0.0 for row in rows for name in row}
     doubts = [
@@ -48,6 +54,35 @@ def _has_risen(first: Mapping[str, float], last: Mapping[str, float], rows: _Row
     noise = _SURE * hypot(first.get(_ERROR, 0.0), last.get(_ERROR, 0.0))
     spread = next((row["reward_std"] for row in rows if "reward_std" in row), 0.0)
     return rise > max(noise, _LARGE * spread)
+
+
+def _knows_rows_by_heart(
+    rows: _Rows, first: Mapping[str, float], last: Mapping[str, float]
+) -> list[str]:
+    """Return the doubt about a run whose reward rises on its training rows alone.
+
+    The last sampled reward must be above the greedy reward of held-out tasks too: a policy whose
+    samples come near its greedy answers has learned no row by heart.
+    """
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    if len(rewards) <= _FIRST_STEPS + _LAST_STEPS or last.get(TIMES_SEEN, 0.0) < _SEVERAL:
+        return []
+    ends = rewards[:_FIRST_STEPS], rewards[-_LAST_STEPS:]
+    rise = fmean(ends[1]) - fmean(ends[0])
+    noise = _SURE * hypot(*(stdev(end) / len(end) ** 0.5 for end in ends))
+    gain = last[_REWARD] - first[_REWARD]
+    error = 2 * hypot(first.get(_ERROR, 0.0), last.get(_ERROR, 0.0))
+    above = fmean(ends[1]) - last[_REWARD]
+    if rise <= noise or abs(gain) > error or gain + error >= rise or gain >= _THIRD * rise:
+        return []
+    if above <= max(_THIRD * rise, 2 * last.get(_ERROR, 0.0)):
+        return []
+    return [
+        f"The reward of the training rows rose by {rise:.3f}, and that of held-out tasks by "
+        f"{gain:.3f} ± {error / 2:.3f}: the policy learns its {last[TRAINING_ROWS]:.0f} rows by "
+        'heart. Take more rows or fewer steps (docs/symptoms.md, "The reward rises and the '
+        'held-out reward does not")'
+    ]
 
 
 def _number_at_zero(rows: _Rows, key: str, shown: str, rose: str) -> str:

@@ -116,7 +116,7 @@ STACKED_METRICS = frozenset(
 )
 """Metrics of stacked charts. A step needs a value for each of them, or the stack has gaps."""
 _HELD_OUT = "eval/"
-_NOT_DRAWN = ("version", "sink_errors", "num_tokens", "time/train", "time/step", "alarm/")
+_NOT_DRAWN = ("version", "sink_errors", "num_tokens", "time/train", "time/step", "alarm/", "data/")
 
 
 def charts_for(metrics: Mapping[str, bool]) -> list[dict[str, Any]]:
