@@ -26,7 +26,6 @@ from textpolicy.config.toml import (
     suggestion_for,
 )
 from textpolicy.errors import ConfigError
-from textpolicy.runs import RunDirectory
 from textpolicy.untrusted.terminal import terminal_safe
 
 _C = TypeVar("_C")
@@ -143,6 +142,9 @@ class CommandsParser(SafeParser):
         if options.version:
             return options
         if rest:
+            # `--help` must work where mlx has no backend, and runs need mlx.
+            from textpolicy.runs import RunDirectory
+
             named = f"--adapter {rest[0]}" if RunDirectory(Path(rest[0])).exists else "--env add"
             self.error(
                 f"{options.command} takes no argument {rest[0]!r}; every option has a name, such "
