@@ -41,7 +41,8 @@ def test_a_run_is_its_steps_and_its_measurements():
     plan = planned(steps=7, evaluations=2)
     assert plan.seconds == 7 * plan.step + 2 * plan.evaluation
     assert planned(held_out=512).evaluation == pytest.approx(2 * plan.evaluation, rel=0.01)
-    assert "7 steps" in str(plan) and "by an estimate" in str(plan)
+    assert "7 steps" in str(plan) and str(plan).endswith("by an estimate")
+    assert str(replace(plan, beside="the judge")).endswith("estimate without the time of the judge")
 
 
 def test_a_time_that_is_announced_far_too_short_is_corrected_once_by_the_first_steps():

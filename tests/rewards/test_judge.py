@@ -185,7 +185,7 @@ def test_a_server_that_stays_down_fails_the_call_after_its_retries(server):
 
 
 def test_a_judge_that_is_too_slow_is_named_while_it_is_asked_and_when_it_fails(server):
-    server.script = ["stall"] * 15
+    server.script = ["stall"] * 20
     lines = []
     with showing_progress(lines.append, after=0.8), pytest.warns(UserWarning, match="asked again"):
         check = check_reward(
@@ -236,6 +236,7 @@ def test_a_judge_that_dies_ends_the_run_within_two_steps_and_says_what_to_do(
     size = ["--groups-per-step", "4", "--group-size", "4", "--max-tokens", "4", "--steps", "9"]
     assert main(["train", *task, *size, "--output", "run"]) == 1
     said = capsys.readouterr().err
+    assert "by an estimate without the time of the judge" in said
     assert "21 of the last" in said and "http://127.0.0.1:9/v1 did not answer" in said
     assert "Start the judge" in said and "textpolicy train" in said.splitlines()[-1]
     assert Path("run/metrics.jsonl").read_text().count("no_signal") <= 1
@@ -281,6 +282,24 @@ def test_answers_are_cached_by_question_and_model(server, tmp_path):
         file.write_text('{"text": "SCO')
     assert ask() == (1, 0.0)
     assert ask() == (0, 1.0)
+
+
+def test_the_check_times_questions_that_the_judge_has_not_answered_before(server, tmp_path):
+    class Slow:
+        name = "slow"
+
+        def __call__(self, questions):
+            time.sleep(0.02 * len(questions))
+            return endpoint(server)(questions)
+
+    reward = judge(Slow(), RUBRIC, cache=tmp_path / "judged")
+    rows = [{"prompt": f"Name {n}"} for n in range(3)]
+    first, again = (check_reward(reward, rows).findings for _ in range(2))
+    (timed,) = [one.detail for one in first if one.name == "speed"]
+    assert timed.endswith("in row 1") or timed.endswith("in row 2")
+    assert float(timed.split()[0]) >= 20 and " ms a call" in timed
+    (untimed,) = [one.detail for one in again if one.name == "speed"]
+    assert untimed == "not measured: all answers of the judge were cached"
 
 
 def test_failures_are_not_cached(server, tmp_path):

@@ -36,6 +36,7 @@ from textpolicy.generation.prompts import encode_prompt
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
 from textpolicy.planning.time_plan import TimePlan
 from textpolicy.planning.unloaded_model import build_unloaded_model
+from textpolicy.rewards.judge import asks_a_judge
 from textpolicy.training.sft import SFTData
 from textpolicy.types import Prompt
 
@@ -129,6 +130,7 @@ class SizeEstimator:
         if isinstance(config, TrainConfig):
             assert environment
             self._agents = agents_of(config, environment)
+            self._has_judge = asks_a_judge(environment.reward)
             self._held_out = _count_held_out(environment, config.evaluation.count)
             self.lengths = _rl_lengths(config, environment, self._architecture)
         else:
@@ -163,7 +165,7 @@ class SizeEstimator:
 
     def plan_time(self, config: TrainConfig, steps_done: int = 0) -> TimePlan:
         """Return how long the steps take that are not done; times products of the model now."""
-        return plan_run_time(
+        time = plan_run_time(
             config,
             self._network(),
             self._architecture,
@@ -171,6 +173,7 @@ class SizeEstimator:
             held_out=self._held_out,
             steps_done=steps_done,
         )
+        return replace(time, beside="the judge") if self._has_judge else time
 
     def _estimate_sft(self, config: SFTConfig) -> RunSize:
         steps = (config.trainer.iterations or 1000) // config.run.steps_per_report

@@ -64,6 +64,8 @@ class TimePlan:
     evaluation: float
     steps: int
     evaluations: int
+    beside: str = ""
+    """What takes time that the estimate does not have, such as a judge."""
 
     @property
     def seconds(self) -> float:
@@ -91,6 +93,7 @@ class TimePlan:
         return (
             f"about {_in_words(self.seconds)}: {self.steps:,} steps of {step} s and "
             f"{self.evaluations} measurements of {evaluation} s, by an estimate"
+            + (f" without the time of {self.beside}" if self.beside else "")
         )
 
 

@@ -8,17 +8,18 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from operator import mul
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from textpolicy.errors import ConfigError, RewardError
 from textpolicy.rewards.endpoint import JudgeReply
-from textpolicy.rewards.judge_numbers import NO_GRADE
+from textpolicy.rewards.judge_numbers import CACHED, NO_GRADE
 from textpolicy.rewards.local_judge import LocalJudge
 from textpolicy.rewards.reward_function import Reward, Score
+from textpolicy.rewards.weighted_rewards import Rewards, as_rewards
 from textpolicy.untrusted.parsing import read_json_object
 from textpolicy.untrusted.terminal import shorten_line
 
@@ -70,6 +71,11 @@ def judge(
     # Another reward may change the working directory later.
     folder = Path(cache).absolute() if cache is not None else None
     return Reward(_Judge(model, rubric, low, high, folder, prices), name, batched=True)
+
+
+def asks_a_judge(reward: Callable[..., Any] | Rewards) -> bool:
+    """Return whether one of the functions is a judge."""
+    return any(isinstance(one.function, _Judge) for one in as_rewards(reward).members)
 
 
 def _with_adapter(model: JudgeModel, adapter: str | Path) -> LocalJudge:
@@ -141,7 +147,7 @@ class _Judge:
             "prompt_tokens": tokens[0],
             "completion_tokens": tokens[1],
             "retries": reply.retries * fresh,
-            "cached": not fresh,
+            CACHED: not fresh,
             NO_GRADE: grade is None,
         }
         if self.prices:

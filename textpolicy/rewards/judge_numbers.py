@@ -2,7 +2,9 @@
 
 NO_GRADE = "no_grade"
 """The share of answers of the judge without a grade."""
-COSTS = frozenset({"prompt_tokens", "completion_tokens", "retries", "cached", "cost"})
+CACHED = "cached"
+"""The share of answers that were known, for which the judge was not asked."""
+COSTS = frozenset({"prompt_tokens", "completion_tokens", "retries", CACHED, "cost"})
 """What the judge has cost. `metrics.jsonl` has these numbers, and lines for people do not."""
 ABOUT_THE_JUDGE = COSTS | {NO_GRADE}
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from textpolicy.activity import doing
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.checked_rows import GOLD_COLUMNS, CheckedRow, RowColumn, checked_rows
+from textpolicy.rewards.judge_numbers import CACHED, own_name
 from textpolicy.rewards.reward_function import sample_of
 from textpolicy.rewards.scorer import Scorer, Verdict, scorer_of
 from textpolicy.rewards.signal_check import CompletionSampler, SignalCheck, check_signal
@@ -164,13 +165,23 @@ def _try_answers(scorer: Scorer, rows: Sequence[CheckedRow], number: int) -> _Tr
     }
     before = scorer.seconds
     verdicts = repeated = scorer.score(list(samples.values()))
+    first = scorer.seconds - before
     if not all(verdict.error for verdict in verdicts):
         # Only the second call is timed, because the first may have started processes.
         before = scorer.seconds
         repeated = scorer.score(list(samples.values()))
     seconds = (scorer.seconds - before) / len(samples)
+    if all(map(_was_cached, repeated)):
+        # A judge is asked in the first call alone, and only what it has not answered before.
+        asked = sum(not _was_cached(verdict) for verdict in verdicts)
+        seconds = first / asked if asked else nan
     tried = {kind: text for kind, text in texts.items() if text is not None}
     return _Trial(number, tried, dict(zip(samples, verdicts, strict=True)), repeated, seconds)
+
+
+def _was_cached(verdict: Verdict) -> bool:
+    """Return whether a judge gave this verdict without being asked."""
+    return any(value for name, value in verdict.metrics.items() if own_name(name) == CACHED)
 
 
 def _check_finite(trials: Sequence[_Trial], rows_left: int) -> Finding:
@@ -322,8 +333,13 @@ def _check_empty_low(trials: Sequence[_Trial]) -> Finding:
 
 
 def _check_speed(trials: Sequence[_Trial]) -> Finding:
-    slowest = max(trials, key=lambda trial: trial.seconds)
-    usual = median(trial.seconds for trial in trials)
+    timed = [trial for trial in trials if not isnan(trial.seconds)]
+    if not timed:
+        return Finding("speed", "not checked", "not measured: all answers of the judge were cached")
+    # The first call of a judge may have started processes.
+    timed = timed[1:] if len(timed) > 1 and all(map(_was_cached, timed[0].repeated)) else timed
+    slowest = max(timed, key=lambda trial: trial.seconds)
+    usual = median(trial.seconds for trial in timed)
     detail = f"{_duration(usual)} a call, {_duration(slowest.seconds)} in row {slowest.number}"
     return Finding("speed", "warning" if slowest.seconds > _SLOW_SECONDS else "ok", detail)
 
