@@ -89,14 +89,14 @@ def few_rows(*, reward=(0.4, 0.9), held_out=(0.63, 0.65), error=0.035, times_see
 def test_a_run_that_learns_its_rows_by_heart_is_doubted_and_other_runs_are_not():
     (doubt,) = find_doubts(few_rows())
     assert doubt.startswith("The reward of the training rows rose by 0.4")
-    assert "held-out tasks by 0.020 ± 0.049: the policy learns its 270 rows by heart" in doubt
+    assert "held-out tasks by 0.020 ± 0.049: the policy may learn its 270 rows by heart" in doubt
     section = doubt.partition('"')[2].partition('"')[0]
     assert f"\n## {section}\n" in (DOCS / "symptoms.md").read_text()
     for other in (
         {"times_seen": 1.0},
         {"reward": (0.4, 0.41)},  # The noise of a step is larger.
         {"held_out": (0.63, 0.75)},  # The held-out reward has risen.
-        {"held_out": (0.88, 0.89)},  # The samples have become as good as greedy answers.
+        {"held_out": (0.92, 0.93)},  # The samples have come near the greedy answers.
         {"error": 0.3},  # Too few held-out tasks to tell.
         {"held_out": (0.63, 0.4)},  # The alarm of overfitting is about a fall.
     ):
