@@ -58,6 +58,7 @@ def scored(value, metrics=None):
     made = object.__new__(Score)
     object.__setattr__(made, "value", value)
     object.__setattr__(made, "metrics", metrics if metrics is not None else {})
+    object.__setattr__(made, "note", "")
     return made
 
 

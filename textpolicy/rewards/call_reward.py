@@ -204,6 +204,7 @@ def _result_of(reward: Reward, answer: Any, sample: str) -> RewardResult:
     with _errors_of(reward, sample):
         # What a reward returns may be an object whose methods raise.
         read = read_answer(answer)
+        note = answer.note if isinstance(answer, Score) and type(answer.note) is str else ""
     if isinstance(read, str):
         hint = ""
         if not reward.batched and type(answer) in (list, tuple):
@@ -213,7 +214,6 @@ def _result_of(reward: Reward, answer: Any, sample: str) -> RewardResult:
             )
         raise RewardError(f"reward {reward.name} returned {read}\n  {sample}{hint}")
     value, metrics = read
-    note = answer.note if isinstance(answer, Score) and type(answer.note) is str else ""
     return RewardResult(value=value, metrics=metrics, note=note[:_LONGEST_NOTE])
 
 
