@@ -91,10 +91,15 @@ def of_algorithms(load_tiny, tmp_path_factory):
 
 
 MEASURED = """
-from textpolicy.rewards import Score
+from textpolicy.rewards import Rewards, Score
 
 def measured(prompt, completion):
     return Score(sum(map(ord, completion)) % 10 / 10, {"length": float(len(completion))})
+
+def brief(completion):
+    return -len(completion)
+
+both = Rewards([measured, brief])
 """
 AGENT = Path(__file__).resolve().parents[2] / "examples" / "my_agent.py"
 
@@ -107,9 +112,10 @@ def of_commands(tmp_path_factory):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "measured.py").write_text(MEASURED)
     evaluated = ["--eval-samples", "2", "--eval-envs", "reverse", "--beta", "0.1"]
-    own = ["--reward", str(folder / "measured.py")]
+    own = ["--reward", f"{folder / 'measured.py'}:both", "--gold-column", "completion"]
+    own += ["--data", str(folder / "rows.jsonl"), "--max-tokens", "4"]
     runs = {
-        "single": ["train", "--env", "add", *SMALL, *evaluated, *own],
+        "single": ["train", *own, *SMALL, *evaluated],
         "agent": ["train", "--env", f"agent:{AGENT}", *SMALL],
         "tools": ["train", "--env", "calculator", *SMALL],
         "sft": ["sft", "--data", str(folder / "rows.jsonl"), "--iterations", "2"],
