@@ -41,6 +41,10 @@ class RewardError(TextPolicyError, RuntimeError):
     """A reward function raised, or returned neither a finite number nor None."""
 
 
+class TooManyFailuresError(RewardError):
+    """So many of the last calls of rewards and environments failed that the run ends."""
+
+
 class TaskError(TextPolicyError, ValueError):
     """An environment does not exist, breaks its contract, or has no more tasks."""
 

@@ -17,6 +17,7 @@ from textpolicy.errors import (
     ConfigError,
     RewardError,
     RunInterruptedError,
+    TooManyFailuresError,
     UnreadableError,
     UnwritableError,
 )
@@ -25,7 +26,6 @@ from textpolicy.experiment.identity import Hashes, changes_of
 from textpolicy.planning.time_plan import TimePlan
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.rewards import Rewards
-from textpolicy.rewards.scorer import TooManyFailuresError
 from textpolicy.rollout.executors.crew import WorkersLostError
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.jsonl import read_metrics

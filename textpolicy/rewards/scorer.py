@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from textpolicy.activity import Activity, doing
-from textpolicy.errors import RewardError, TextPolicyError
+from textpolicy.errors import RewardError, TextPolicyError, TooManyFailuresError
 from textpolicy.rewards.call_reward import (
     MAX_CONCURRENT,
     RewardResult,
@@ -63,10 +63,6 @@ class Incident:
         if self.error:
             return f"{self.error}{more}"
         return f"reward {self.reward} took {self.seconds:.1f} s{more}\n  {self.sample}"
-
-
-class TooManyFailuresError(RewardError):
-    """So many of the last calls of rewards and environments failed that the run ends."""
 
 
 class Scorer:

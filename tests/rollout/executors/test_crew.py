@@ -20,6 +20,7 @@ from textpolicy.errors import (
     AdapterError,
     ConfigError,
     RewardError,
+    TooManyFailuresError,
     TrainingError,
     UnreadableError,
 )
@@ -30,6 +31,7 @@ from textpolicy.rollout.executors.followed_versions import FollowedVersions
 from textpolicy.rollout.executors.rollout_worker import RolloutWorker, as_it_is
 from textpolicy.rollout.executors.spawned import SpawnedWorkers
 from textpolicy.rollout.executors.worker_link import (
+    Failed,
     PlayedJob,
     WorkerEndedError,
     answer_from_json,
@@ -431,3 +433,8 @@ def test_the_error_of_a_reward_ends_the_run_with_its_message(crew):
     with pytest.raises(RewardError, match="the reward of the user is broken"):
         while True:
             crew.completed(wait=True)
+
+
+def test_too_many_failures_in_a_worker_are_the_same_error_in_the_run_which_says_how_to_resume():
+    told = answer_from_json(answer_to_json(Failed(TooManyFailuresError("21 of the last 21"))))
+    assert isinstance(told, Failed) and type(told.error) is TooManyFailuresError
