@@ -81,7 +81,9 @@ class Scorer:
         timeout = rewards.timeout
         self._pool = None if timeout is None else WorkerPool(rewards, timeout)
         self._on_incident = on_incident
-        self._last_calls_failed: deque[bool] = deque(maxlen=_ERROR_WINDOW)
+        # For each of the last samples the number of the call that failed, or 0.
+        self._failed_calls: deque[int] = deque(maxlen=_ERROR_WINDOW)
+        self._calls = 0
         self.side_effects: dict[str, None] = {}
         """What rewards changed in this process, and what was therefore restored, in order."""
         self._faults: list[TextPolicyError] = []
@@ -99,13 +101,14 @@ class Scorer:
         is_async = any(member.is_async for member in self._members)
         return self.rewards.workers * (MAX_CONCURRENT if is_async else 1)
 
-    def state(self) -> list[bool]:
+    def state(self) -> list[int]:
         """Return which of the last calls failed, for a checkpoint: the error rate depends on it."""
-        return list(self._last_calls_failed)
+        return list(self._failed_calls)
 
-    def restore(self, state: Sequence[bool]) -> None:
+    def restore(self, state: Sequence[int]) -> None:
         """Continue from what `state()` returned."""
-        self._last_calls_failed = deque(state, maxlen=_ERROR_WINDOW)
+        self._failed_calls = deque(state, maxlen=_ERROR_WINDOW)
+        self._calls = max(state, default=0)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -163,7 +166,8 @@ class Scorer:
 
     def count_fault(self, fault: TextPolicyError) -> None:
         """Count the failure of an environment as a failed call; raise if it must end the run."""
-        self._last_calls_failed.append(True)
+        self._calls += 1
+        self._failed_calls.append(self._calls)
         if self.rewards.on_error == "fail":
             raise fault
         self._faults.append(fault)
@@ -184,7 +188,9 @@ class Scorer:
         """Return one function's results, in order; raise if the errors must end the run."""
         results: dict[int, RewardResult] = {}
         with doing(f"reward {self._names[index]}", len(samples)) as activity:
-            on_result = partial(self._record_result, results, activity)
+            batched = self._members[index].batched
+            self._calls += batched
+            on_result = partial(self._record_result, results, activity, batched)
             if self._pool:
                 self._pool.run(index, samples, on_result)
             else:
@@ -201,10 +207,13 @@ class Scorer:
         self,
         results: dict[int, RewardResult],
         activity: Activity,
+        batched: bool,
         position: int,
         result: RewardResult,
     ) -> None:
-        self._last_calls_failed.append(result.error is not None)
+        if not batched:
+            self._calls += 1
+        self._failed_calls.append(self._calls if result.error is not None else 0)
         if result.error is not None:
             if self.rewards.on_error == "fail":
                 raise RewardError(result.error)
@@ -214,10 +223,12 @@ class Scorer:
 
     def _check_error_rate(self, error: str) -> None:
         """Raise if too many of the last calls failed; `error` is the last of them."""
-        failed, rate = sum(self._last_calls_failed), self.rewards.max_error_rate
-        if failed > rate * _ERROR_WINDOW:
+        failed, rate = [call for call in self._failed_calls if call], self.rewards.max_error_rate
+        # A single batch may fail by chance, and all its samples with it.
+        is_one_batch = len(failed) > len({*failed}) == 1
+        if len(failed) > rate * _ERROR_WINDOW and not (rate and is_one_batch):
             raise TooManyFailuresError(
-                f"{failed} of the last {len(self._last_calls_failed)} calls of rewards and "
+                f"{len(failed)} of the last {len(self._failed_calls)} calls of rewards and "
                 f"environments failed, more than {rate:.0%} of {_ERROR_WINDOW}; the last: {error}"
             )
 
