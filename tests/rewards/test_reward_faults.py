@@ -494,12 +494,14 @@ def test_no_process_of_a_reward_outlives_a_killed_run_whatever_the_reward_was_do
     # The run, two guards and two workers, and the process that each worker may have started.
     wanted = 7 if what == "starts" else 5
     deadline = time.monotonic() + 30
-    while len(_started_with(mark)) < wanted and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.5)
-    assert len(_started_with(mark)) >= 3
-    parent.kill()
-    parent.wait()
+    try:
+        while (most := len(_started_with(mark))) < wanted and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert most >= 3
     assert not _still_running_after(mark, 5)
     attempts.add()
 
