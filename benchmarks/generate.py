@@ -24,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from grpo_step import VOCABULARY, prompts, write_model
+from grpo_step import VOCABULARY, prompts, write_model, write_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
@@ -44,7 +44,7 @@ Generate = Callable[[], object]
 def ours(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate:
     """Return a call of a policy, for groups of 8 or for one completion."""
     size = min(GROUP, rows)
-    texts = prompts(rows // size, PROMPT)
+    texts = prompts(rows // size, PROMPT, VOCABULARY)
     policy = create_policy(model, tokenizer, {"max_tokens": COMPLETION, "seed": 0})
 
     def generate() -> None:
@@ -57,7 +57,7 @@ def ours(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate:
 def mlx_lm(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate:
     """Return a call of mlx-lm, in which each row has its own copy of the prompt."""
     size = min(GROUP, rows)
-    texts = prompts(rows // size, PROMPT)
+    texts = prompts(rows // size, PROMPT, VOCABULARY)
     tokens = [tokenizer.encode(text) for text in texts for _ in range(size)]
 
     def generate() -> None:
@@ -140,6 +140,7 @@ def main() -> None:
         fast_cpu.set_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
+        write_tokenizer(Path(folder))
         found = [compare(folder, int(rows), options.runs) for rows in options.rows.split(",")]
     asked = {"runs": options.runs, "vocabulary": VOCABULARY}
     record = {"setting": setting() | asked, "results": found}
