@@ -18,6 +18,8 @@ from textpolicy.errors import UnwritableError
 _PARTIAL = re.compile(r"\..*\.(\d+)-\w+\.partial(\.\w+)?")
 _PARTIAL_FOLDER = re.compile(r"\..*\.(\d+)-\w+\.unfinished")
 _LONGEST_STEM = 100
+# Linux says here what the umask is.
+_STATUS = Path("/proc/self/status")
 _PRIVATE_FILE, _PRIVATE_FOLDER = 0o600, 0o700
 
 
@@ -169,7 +171,10 @@ def _mode(folder: Path) -> int:
 
 
 def _umask() -> int:
-    # There is no other way to ask. Files that threads make meanwhile are private.
+    if _STATUS.exists():
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(lines["Umask"], 8)
+    # Elsewhere there is no other way to ask. Files that other threads make meanwhile are private.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

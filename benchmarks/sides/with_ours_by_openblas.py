@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["TEXTPOLICY_COMPILE"] = "off"
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -14,18 +16,19 @@ from textpolicy import fast_cpu
 from textpolicy.generation.mlx_generation import load_model
 
 
-def main() -> None:
+def decode_by_openblas(load: Callable[[str], Any], decode: Callable[..., float]) -> None:
+    """Take turns of `decode`, which returns the seconds of a step, on the first part of a load."""
     steps, task = Steps(), read_task()
-    model, _ = load_model(task["model"])
-    fast_cpu.set_threads(task["threads"])
     assert not fast_cpu.enable().few_rows
-    ours(model, task["prompts"])
+    model = load(task["model"])[0]
+    fast_cpu.set_threads(task["threads"])
+    decode(model, task["prompts"])
     steps.ready()
     while steps.wait():
-        seconds = ours(model, task["prompts"])
+        seconds = decode(model, task["prompts"])
         steps.done(**{"prompt": 0.0, "prompt and steps": seconds * STEPS})
     steps.end()
 
 
 if __name__ == "__main__":
-    main()
+    decode_by_openblas(load_model, ours)

@@ -11,6 +11,7 @@ from textpolicy.cli import main
 from textpolicy.cli.shown_tasks import data_of_tasks, lines_of_answers, lines_of_differences
 from textpolicy.config import TrainConfig, changed
 from textpolicy.config.toml import to_toml
+from textpolicy.errors import TaskError
 from textpolicy.evaluation import Evaluation
 from textpolicy.runs import RunDirectory
 from textpolicy.types import Rollout, Sampling, StopReason, Task
@@ -190,6 +191,15 @@ def test_an_answer_is_shown_with_its_numbers_and_the_right_answer():
     first = data_of_tasks(tasks, {"adapter": one}, read)[0]
     assert first["prompt"] == "p0" and first["right_answer"] == "right\n0"
     assert first["adapter"]["numbers"] == {"exact": 0.0, "len ok": 1.0}
+
+
+def test_a_fault_of_gold_loses_no_scores():
+    def read(example):
+        raise TaskError("gold raised KeyError")
+
+    one = Evaluation(greedy=[rollout(0.5) for _ in TASKS], sampled=[], good=0.5)
+    first, *_ = data_of_tasks(TASKS, {"adapter": one}, read)
+    assert first["right_answer"] is None and first["adapter"]["reward"] == 0.5
 
 
 def test_an_answer_is_shown_with_the_value_of_each_of_several_rewards():

@@ -20,7 +20,7 @@ from textpolicy.generation.scripted import ScriptedPolicy
 from textpolicy.rewards import Rewards, Scorer, sample_of
 from textpolicy.rewards.endpoint import Endpoint, JudgeReply
 from textpolicy.rewards.judge import judge, read_grade
-from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE, own_name
+from textpolicy.rewards.judge_numbers import COSTS, costs_of_judges, numbers_of_judges
 from textpolicy.rewards.local_judge import LocalJudge
 from textpolicy.rewards.reward_check import check_reward
 from textpolicy.types import Sampling
@@ -143,7 +143,8 @@ def test_grades_become_rewards_from_0_to_1_and_report_their_cost(server):
     reward = judge(endpoint(server), RUBRIC, prices=(2.0, 10.0))
     kind, rude = verdicts(reward, "yes please", "no")
     assert (kind.value, rude.value) == (pytest.approx(0.9), pytest.approx(0.2))
-    assert {own_name(name) for name in kind.metrics} == ABOUT_THE_JUDGE
+    assert numbers_of_judges(kind.metrics) == {*kind.metrics}
+    assert costs_of_judges(kind.metrics) == {f"judge/{name}" for name in COSTS}
     assert kind.metrics == {
         "judge/prompt_tokens": 100.0,
         "judge/completion_tokens": 7.0,

@@ -11,6 +11,7 @@ import pytest
 import textpolicy as tp
 from tests.quick import quick_first
 from textpolicy.cli import main
+from textpolicy.file_writing import atomic_replace
 from textpolicy.runs import RunDirectory
 from textpolicy.tracking.report import write_report
 
@@ -258,3 +259,20 @@ def test_reports_that_are_written_at_once_do_not_disturb_each_other(tmp_path, wh
     assert [writer.communicate()[1] for writer in writers] == [b"", b""]
     assert Path(run / "report.html").read_text().endswith("</html>\n")
     assert not list(run.glob(".*partial*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="to ask for the umask sets it elsewhere")
+def test_writing_a_file_changes_the_umask_of_no_other_thread(tmp_path, monkeypatch):
+    def fails(mask):
+        raise AssertionError("the umask of the process was changed")
+
+    tmp_path.chmod(0o755)
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", fails)
+            with atomic_replace(tmp_path / "a") as temporary:
+                temporary.write_text("a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

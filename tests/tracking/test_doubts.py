@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from textpolicy.cli import main
-from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE
+from textpolicy.rewards.judge_numbers import COSTS, NO_GRADE
 from textpolicy.tracking.doubts import find_doubts
+from textpolicy.tracking.named_numbers import describe_numbers
 
 DOCS = Path(__file__).parents[2] / "docs"
 SICK_RUNS = Path(__file__).parents[2] / "benchmarks" / "results" / "sick_runs.json"
@@ -54,11 +55,22 @@ def test_what_a_judge_reports_about_its_own_work_is_never_doubted():
     learned = {"rewards/reward/exact": (0.0, 0.5)}
     (doubt,) = find_doubts(run(**learned, **{"eval/rewards/reward/right": (0.0, 0.0)}))
     assert doubt.startswith("right stayed at 0.000")
-    for name in ABOUT_THE_JUDGE:
-        assert not find_doubts(run(**learned, **{f"eval/rewards/reward/{name}": (0.0, 0.0)})), name
-        # Of two judges, the name of the function comes first.
-        two = {f"eval/rewards/{one}/{name}": (0.0, 0.0) for one in ("kind", "strict")}
-        assert not find_doubts(run(**learned, **two)), name
+    about = (*COSTS, NO_GRADE)
+    one = {f"eval/rewards/reward/{name}": (0.0, 0.0) for name in about}
+    assert not find_doubts(run(**learned, **one))
+    # Of two judges, the name of the function comes first.
+    two = {
+        f"eval/rewards/{judge}/{name}": (0.0, 0.0) for judge in ("kind", "strict") for name in about
+    }
+    assert not find_doubts(run(**learned, **two))
+
+
+@pytest.mark.parametrize("name", sorted(COSTS))
+def test_a_number_of_the_users_own_may_have_a_name_that_judges_use(name):
+    own = {"rewards/reward/exact": (0.0, 0.5), f"eval/rewards/reward/{name}": (0.0, 0.0)}
+    (doubt,) = find_doubts(run(**own))
+    assert doubt.startswith(f"{name} stayed at 0.000")
+    assert describe_numbers({f"rewards/reward/{name}": 2.0}) == [f"{name} 2.000"]
 
 
 def test_no_number_is_doubted_if_the_reward_has_hardly_risen_or_the_number_has_risen():

@@ -7,6 +7,7 @@ from typing import Any
 from textpolicy.cli.answer import table
 from textpolicy.environments.chat import prompt_text
 from textpolicy.environments.right_answers import ReadRightAnswer
+from textpolicy.errors import TaskError
 from textpolicy.evaluation.evaluate import Evaluation, reported_numbers
 from textpolicy.tracking.named_numbers import named_numbers, shown_numbers
 from textpolicy.types import Rollout, Task
@@ -124,12 +125,20 @@ def _answered(
     return [
         _Answered(
             task=task,
-            right=right_answer(task.example) if right_answer else None,
+            right=_right(task, right_answer),
             answers=dict(zip(evaluations, rollouts, strict=True)),
         )
         for task, rollouts in zip(tasks, answers, strict=True)
         if all(one.reward is not None for one in rollouts)
     ]
+
+
+def _right(task: Task, right_answer: ReadRightAnswer | None) -> str | None:
+    """Return the right answer, or None if it is not known. A fault of `gold` loses no scores."""
+    try:
+        return right_answer(task.example) if right_answer else None
+    except TaskError:
+        return None
 
 
 def _numbers(rollout: Rollout) -> dict[str, float]:

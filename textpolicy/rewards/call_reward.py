@@ -17,8 +17,8 @@ MAX_CONCURRENT = 16
 """How many calls of an `async def` reward are in flight together."""
 _MAX_EXCERPT = 60
 _MAX_SURPLUS = 1000
-_LONGEST_NOTE = 300
 """How many answers too many are counted in the message about a batch."""
+_LONGEST_NOTE = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,9 +89,11 @@ def _call_batch(reward: Reward, samples: Sequence[Sample], on_result: OnResult) 
         answers = _batch_answers(reward, samples)
     except RewardError as error:
         seconds = time.perf_counter() - started
+        failed = RewardResult(
+            error=_describe_failure(error, reward, samples[0].example), seconds=seconds
+        )
         for position in range(len(samples)):
-            message = _describe_failure(error, reward, samples[0].example)
-            on_result(position, RewardResult(error=message, seconds=seconds))
+            on_result(position, failed)
         return
     seconds = (time.perf_counter() - started) / len(samples)
     for position, (sample, answer) in enumerate(zip(samples, answers, strict=True)):

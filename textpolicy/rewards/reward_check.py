@@ -13,7 +13,7 @@ from typing import Any, Literal
 from textpolicy.activity import doing
 from textpolicy.errors import ConfigError
 from textpolicy.rewards.checked_rows import GOLD_COLUMNS, CheckedRow, RowColumn, checked_rows
-from textpolicy.rewards.judge_numbers import CACHED, own_name
+from textpolicy.rewards.judge_numbers import CACHED, numbers_of_judges
 from textpolicy.rewards.reward_function import sample_of
 from textpolicy.rewards.scorer import Scorer, Verdict, scorer_of
 from textpolicy.rewards.signal_check import CompletionSampler, SignalCheck, check_signal
@@ -181,7 +181,8 @@ def _try_answers(scorer: Scorer, rows: Sequence[CheckedRow], number: int) -> _Tr
 
 def _was_cached(verdict: Verdict) -> bool:
     """Return whether a judge gave this verdict without being asked."""
-    return any(value for name, value in verdict.metrics.items() if own_name(name) == CACHED)
+    of_judges = numbers_of_judges(verdict.metrics)
+    return any(verdict.metrics[name] for name in of_judges if name.endswith(f"/{CACHED}"))
 
 
 def _check_finite(trials: Sequence[_Trial], rows_left: int) -> Finding:

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from textpolicy.rewards.checked_rows import CheckedRow
-from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE, COSTS, own_name
+from textpolicy.rewards.judge_numbers import costs_of_judges, numbers_of_judges
 from textpolicy.rewards.reward_function import Sample, sample_of
 from textpolicy.rewards.scorer import Scorer, Verdict
 from textpolicy.rewards.thoughts import thought_fields
@@ -59,10 +59,9 @@ class SampledAnswer:
     @property
     def lines(self) -> list[str]:
         """The answer as lines of a table."""
+        costs = costs_of_judges(self.numbers)
         numbers = ", ".join(
-            f"{name} {value:g}"
-            for name, value in self.numbers.items()
-            if own_name(name) not in COSTS
+            f"{name} {value:g}" for name, value in self.numbers.items() if name not in costs
         )
         right = [] if self.right_answer is None else [("right answer", _line(self.right_answer))]
         earned = "nothing is scored" if self.reward is None else f"{self.reward:g}"
@@ -229,8 +228,12 @@ def _numbers_at_zero(
 ) -> dict[str, float | None]:
     """Return the numbers that are 0 for all answers, unless right answers have 0 as well."""
     names = dict.fromkeys(name for one in answers for name in one.numbers)
-    names = [name for name in names if own_name(name) not in ABOUT_THE_JUDGE]
-    zero = [name for name in names if not any(one.numbers.get(name) for one in answers)]
+    of_judges = numbers_of_judges(names)
+    zero = [
+        name
+        for name in names
+        if name not in of_judges and not any(one.numbers.get(name) for one in answers)
+    ]
     of_right = [_numbers(one) for one in rights if one and not one.error]
     known = {name: [one[name] for one in of_right if name in one] for name in zero}
     means = {name: fmean(values) if values else None for name, values in known.items()}

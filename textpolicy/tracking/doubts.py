@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import hypot
 from statistics import fmean, stdev
 
-from textpolicy.rewards.judge_numbers import ABOUT_THE_JUDGE, own_name
+from textpolicy.rewards.judge_numbers import numbers_of_judges
 from textpolicy.tracking.named_numbers import named_numbers
 from textpolicy.untrusted.terminal import shorten_line
 
@@ -41,10 +41,11 @@ def find_doubts(rows: _Rows) -> list[str]:
         return _knows_rows_by_heart(rows, first, last)
     rose = f"although the held-out reward rose from {first[_REWARD]:.3f} to {last[_REWARD]:.3f}"
     known = {name.removeprefix("eval/"): 0.0 for row in rows for name in row}
+    of_judges = numbers_of_judges(known)
     doubts = [
         _number_at_zero(rows, one.key, shorten_line(one.name, _NAME_WIDTH), rose)
         for one in named_numbers(known)
-        if own_name(one.name) not in ABOUT_THE_JUDGE
+        if one.key not in of_judges
     ]
     return [doubt for doubt in [*doubts, _same_answer(first, last)] if doubt]
 

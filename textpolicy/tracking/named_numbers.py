@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from textpolicy.rewards.judge_numbers import COSTS, own_name
+from textpolicy.rewards.judge_numbers import costs_of_judges
 from textpolicy.untrusted.terminal import shorten_line
 
 REPORTED = "rewards/"
@@ -63,7 +63,8 @@ def named_numbers(metrics: Mapping[str, float], prefix: str = "") -> list[NamedN
 
 def shown_numbers(metrics: Mapping[str, float], prefix: str = "") -> list[NamedNumber]:
     """Return the named numbers that people read: all but those of what a judge has cost."""
-    return [one for one in named_numbers(metrics, prefix) if own_name(one.name) not in COSTS]
+    costs = costs_of_judges(metrics)
+    return [one for one in named_numbers(metrics, prefix) if one.key not in costs]
 
 
 def describe_numbers(metrics: Mapping[str, float], prefix: str = "") -> list[str]:

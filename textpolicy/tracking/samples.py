@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from textpolicy.rewards.judge_numbers import COSTS, own_name
+from textpolicy.rewards.judge_numbers import costs_of_judges
 from textpolicy.tracking.named_numbers import named_numbers
 from textpolicy.tracking.sink import SampleRow
 from textpolicy.tracking.values import to_json_number
@@ -44,10 +44,12 @@ def sample_line(sample: SampleRow, width: int) -> str:
     prompt, completion, reward = sample["prompt"], sample["completion"], sample["reward"]
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     numbers = ["no reward" if reward is None else f"reward {float(reward):.3g}"]
-    reported = {k: v for k, v in sample.get("metrics", {}).items() if own_name(k) not in COSTS}
+    reported = sample.get("metrics", {})
+    costs = costs_of_judges(reported)
+    shown = ((name, value) for name, value in reported.items() if name not in costs)
     numbers += [
         f"{shorten_line(name, _LONGEST_NAME)} {float(value):.3g}"
-        for name, value in islice(reported.items(), _MOST_NUMBERS)
+        for name, value in islice(shown, _MOST_NUMBERS)
     ]
     end = f"  ({', '.join(numbers)})"
     room = max(2 * _LEAST_CHARACTERS, width - len(_ARROW) - len(end))
