@@ -46,6 +46,7 @@ from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine
 from textpolicy.generation.mlx_generation import load_model
@@ -65,8 +66,11 @@ COLUMNS = {
     "mlx_lm_by_openblas": "mlx-lm by OpenBLAS",
     "mlx_lm": "mlx-lm with our products",
     "transformers": "transformers",
+    "transformers_in_bfloat16": "transformers in bfloat16",
     "products": "products",
 }
+
+OTHERS = [name for name in COLUMNS if name not in ("ours", "ours_with_lora", "products")]
 
 Seconds = Callable[[], float]
 """Decodes all steps once; returns the seconds of one step."""
@@ -152,13 +156,13 @@ def bytes_a_second(threads: int) -> float:
     return threads * 2**26 / best
 
 
-def limit(weights: int, rows: int, threads: int) -> dict[str, float]:
+def limit(weights: int, size: int, rows: int, threads: int) -> dict[str, float]:
     """Return the shortest time of a step, and what it is measured from."""
     speed, memory = fast_cpu.measure_gflops() * 1e9, bytes_a_second(threads)
     return {
         "gflops": round(speed / 1e9, 1),
         "gigabytes_a_second": round(memory / 1e9, 1),
-        "milliseconds": 1000 * max(4 * weights / memory, 2 * weights * rows / speed),
+        "milliseconds": 1000 * max(size * weights / memory, 2 * weights * rows / speed),
     }
 
 
@@ -184,7 +188,9 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         for side in sides.values():
             side()
         turns = [{name: side() for name, side in sides.items()} for _ in range(options.runs)]
-    bound = limit(sum(a * b for a, b in shapes), rows, options.threads)
+    copied = keep_copies(model, 1 << 60) > 0
+    size = (mx.bfloat16 if copied else mx.float32).size
+    bound = limit(sum(a * b for a, b in shapes), size, rows, options.threads)
     times = {name: sorted(1000 * turn[name] for turn in turns) for name in sides}
     medians = {name: statistics.median(some) for name, some in times.items()}
     return {
@@ -192,11 +198,10 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         "milliseconds": {name: round(median, 1) for name, median in medians.items()},
         "quartiles": {name: quartiles(some) for name, some in times.items()},
         "others_over_ours": {
-            name: round(medians[name] / medians["ours"], 2)
-            for name in ("mlx_lm_by_openblas", "mlx_lm", "ours_by_openblas", "transformers")
-            if name in medians
+            name: round(medians[name] / medians["ours"], 2) for name in OTHERS if name in medians
         },
         "fraction_in_products": round(medians["products"] / medians["ours"], 2),
+        "bytes_of_a_weight": size,
         "limit": bound,
         "fraction_of_the_limit": {
             name: round(bound["milliseconds"] / median, 3) for name, median in medians.items()
@@ -213,6 +218,10 @@ def other_processes(stack: ExitStack, task: Any) -> Iterator[tuple[str, LibraryP
     pythons |= {"transformers": found["trl"]} if "trl" in found else {}
     for name, python in pythons.items():
         yield name, stack.enter_context(running(name, python, folder / "task.json"))
+    if "trl" in found:
+        (folder / "bfloat16.json").write_text(json.dumps(task | {"dtype": "bfloat16"}))
+        process = running("transformers", found["trl"], folder / "bfloat16.json")
+        yield "transformers_in_bfloat16", stack.enter_context(process)
 
 
 def tables(results: Sequence[Any]) -> str:

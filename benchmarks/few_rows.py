@@ -4,7 +4,8 @@
     python benchmarks/few_rows.py --page docs/benchmarks.md
 
 The products are those of a decode step of SmolLM2-135M: each of its weights, in float32, times as
-many rows as decode together. Every side runs in a process of its own, with one thread, and the
+many rows as decode together. The weights are numbers of bfloat16; "copies" multiplies by their
+bfloat16 copies, "loops" by the weights themselves. Every side runs in a process of its own, with one thread, and the
 sides take turns. The script reports medians and quartiles of the processor's milliseconds, because
 other programs may use the machine.
 """
@@ -21,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from pages import write_page
 from setting import setting
 
 from textpolicy import fast_cpu
+from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 
 RECORD = Path(__file__).parent / "results" / "few_rows.json"
 MARK = "<!-- tables of few_rows.py -->"
-ROWS = (1, 2, 4, 8, 16, 32, 48)
-SIDES = {"loops": "on", "OpenBLAS": "off"}
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64)
+SIDES = {"copies": "on", "loops": "on", "OpenBLAS": "off"}
 WIDTH, KEYS, HIDDEN, BLOCKS, VOCABULARY = 576, 192, 1536, 30, 49152
 SHAPES = [
     *[(WIDTH, WIDTH), (KEYS, WIDTH), (KEYS, WIDTH), (WIDTH, WIDTH)] * BLOCKS,
@@ -38,12 +41,17 @@ SHAPES = [
 ]
 
 
-def measure() -> dict[int, float]:
+def measure(side: str) -> dict[int, float]:
     """Return the processor's milliseconds of all products of a step, by the number of rows."""
     fast_cpu.enable()
     fast_cpu.set_threads(1)
-    weights = [mx.random.normal(shape) for shape in SHAPES]
-    mx.eval(weights)
+    model = nn.Sequential(*(nn.Linear(inputs, outputs, bias=False) for outputs, inputs in SHAPES))
+    model.set_dtype(mx.bfloat16)
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    if side == "copies":
+        assert keep_copies(model, 1 << 60)
+    weights = [layer.weight for layer in model.layers]
     found: dict[int, float] = {}
     for rows in ROWS:
         inputs = {width: mx.random.normal((rows, width)) for width in (WIDTH, HIDDEN)}
@@ -57,9 +65,9 @@ def measure() -> dict[int, float]:
     return found
 
 
-def run_side(setting: str) -> Mapping[str, float]:
-    environment = os.environ | {"TEXTPOLICY_COMPILE": setting}
-    command = [sys.executable, __file__, "--one"]
+def run_side(side: str) -> Mapping[str, float]:
+    environment = os.environ | {"TEXTPOLICY_COMPILE": SIDES[side]}
+    command = [sys.executable, __file__, "--one", side]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -75,7 +83,9 @@ def compare(turns: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str
                 "rows": rows,
                 "milliseconds": {side: round(median, 1) for side, median in medians.items()},
                 "quartiles": {side: [round(x, 1) for x in some] for side, some in spread.items()},
-                "times_as_fast": round(medians["OpenBLAS"] / medians["loops"], 2),
+                "times_as_fast": {
+                    side: round(medians["OpenBLAS"] / medians[side], 2) for side in SIDES
+                },
             }
         )
     return results
@@ -83,14 +93,16 @@ def compare(turns: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str
 
 def tables(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the record as a table."""
-    lines = ["| rows | loops, ms | OpenBLAS, ms | times as fast |", "|---|---|---|---|"]
+    lines = ["| rows | copies, ms | loops, ms | OpenBLAS, ms | copies, times as fast | loops |"]
+    lines += ["|---" * 6 + "|"]
     for one in results:
         cells = [
             f"{one['milliseconds'][side]} ({one['quartiles'][side][0]} to "
             f"{one['quartiles'][side][1]})"
             for side in SIDES
         ]
-        lines.append(f"| {one['rows']} | {' | '.join(cells)} | {one['times_as_fast']:.2f} |")
+        cells += [f"{one['times_as_fast'][side]:.2f}" for side in ("copies", "loops")]
+        lines.append(f"| {one['rows']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -99,21 +111,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5, help="turns of each side (default: 5)")
-    parser.add_argument("--one", action="store_true", help="measure this process and print JSON")
+    parser.add_argument("--one", choices=SIDES, help="measure one side and print JSON")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the object to a file")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the record's table there")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure()))
+        print(json.dumps(measure(options.one)))
         return
     if options.page:
         write_page(options.page, MARK, tables(json.loads(RECORD.read_text())["results"]))
         return
     if options.runs < 2:
         parser.error(f"--runs is {options.runs}; expected at least 2")
-    turns = [
-        {side: run_side(compiled) for side, compiled in SIDES.items()} for _ in range(options.runs)
-    ]
+    turns = [{side: run_side(side) for side in SIDES} for _ in range(options.runs)]
     fast_cpu.enable()
     fast_cpu.set_threads(1)
     record = {"setting": setting() | {"runs": options.runs}, "results": compare(turns)}

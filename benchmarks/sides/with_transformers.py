@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 def main() -> None:
     steps, task = Steps(), read_task()
     torch.set_num_threads(task["threads"])
-    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    dtype = getattr(torch, task.get("dtype", "float32"))
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype)
     prompts = torch.tensor(task["prompts"])
 
     def generate(tokens: int) -> Any:

@@ -4,6 +4,7 @@ import gc
 from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from mlx_lm.models import gemma2
 from tests.families import family_model
 from tests.memory import peak_of
 from tests.tiny import SIZES, expert_model, qwen3_model
-from textpolicy import algorithms
+from textpolicy import algorithms, fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, quantize
 from textpolicy.adapters.container import shared_copy
 from textpolicy.algorithms import grpo
@@ -328,3 +329,19 @@ def test_a_micro_batch_above_the_counted_sizes_is_the_one_that_the_trainer_cuts(
     first, *others = split_into_micro_batches(training_rows([group] * groups), 4096)
     planned = largest_micro_batch(groups, group_size, 1, (1, 2), size=4096, share_prompts=True)
     assert planned == (len(first), count_prompts(first), bool(others))
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="GPUs multiply in bfloat16")
+def test_copies_of_a_bfloat16_checkpoint_are_planned_where_compiled_loops_use_them():
+    step = {"batch": 8, "group_size": 8, "prompt_tokens": 8, "completion_tokens": 8}
+    model = qwen3_model()
+    expected = sum(
+        module["weight"].size * 2 for module in model.modules() if isinstance(module, nn.Linear)
+    )
+    planned = plan_memory(model, **step, stored=mx.bfloat16).arrays["bfloat16 copies"].bytes
+    assert planned == (expected if fast_cpu.enable().few_rows else 0)
+    for stored in (None, mx.float16, mx.float32):
+        assert plan_memory(model, **step, stored=stored).arrays["bfloat16 copies"].bytes == 0
+    shape = SHAPE | {"num_hidden_layers": 1}
+    in_bfloat16 = plan_memory(shape, **step, dtype=mx.bfloat16, stored=mx.bfloat16)
+    assert in_bfloat16.arrays["bfloat16 copies"].bytes == 0

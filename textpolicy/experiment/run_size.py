@@ -35,7 +35,7 @@ from textpolicy.generation.policy import rollout_bytes
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
 from textpolicy.planning.time_plan import TimePlan
-from textpolicy.planning.unloaded_model import build_unloaded_model
+from textpolicy.planning.unloaded_model import build_unloaded_model, stored_dtype
 from textpolicy.rewards.judge import asks_a_judge
 from textpolicy.training.sft import SFTData
 from textpolicy.types import Prompt
@@ -214,6 +214,7 @@ class SizeEstimator:
             checkpoint_gradients=trainer.checkpoint_gradients,
             prompt_tokens=self.lengths.prompt,
             completion_tokens=self.lengths.completion,
+            stored=stored_dtype(self._architecture),
         )
 
     def _build_network(self) -> nn.Module:
@@ -238,6 +239,7 @@ def plan_step(
         micro_batch_size=trainer.micro_batch_size,
         checkpoint_gradients=trainer.checkpoint_gradients,
         dtype=dtype_of(config.model),
+        stored=stored_dtype(read_architecture(config.model)),
         reference=read_architecture(other) if other else None,
         **lengths,
     )

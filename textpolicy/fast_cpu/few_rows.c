@@ -1,8 +1,9 @@
 /* C = alpha A B' + beta C for a matrix A of few rows, with the arguments of cblas_sgemm.
 
    A BLAS first copies B into the order in which the processor reads it best. With few rows in A,
-   the copy takes longer than the product. These loops read B once, from where it lies: at any time
-   four rows of A meet four rows of B, while the next four rows of B are on their way.
+   the copy takes longer than the product. `bfloat16_copies.c` has made its copy before. Of other
+   matrices, the loops here read B once, from where it lies: at any time four rows of A meet four
+   rows of B, while the next four rows of B are on their way.
 
    Each number of C is summed in an order that depends only on its own row of A and its own row of
    B, so what a row gives does not depend on the rows beside it. Other products go to the function
@@ -11,50 +12,43 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "loops.h"
+
 enum { ROW_MAJOR = 101, AS_STORED = 111, TRANSPOSED = 112 };
 
 /* Shorter sums than this spend their time on adding up the lanes of a vector. */
 enum { SHORTEST_SUM = 64 };
-/* Smaller products than this take less time than to wake a thread. */
-enum { SMALLEST_SHARED = 1 << 17 };
 
 /* With more rows, a BLAS that copies B first is as fast. MOST_ROWS is what measurements say. */
-#define TILE 4
-#if defined(__AVX512F__)
-#define LANES 16
-#define MOST_ROWS 48
-#define IN_REGISTER(v) __asm__("" : "+v"(v))
-#elif defined(__AVX__)
-#define LANES 8
-#define MOST_ROWS 16
-#define IN_REGISTER(v) __asm__("" : "+x"(v))
-#else
-#define LANES 4
-#define MOST_ROWS 16
-#define IN_REGISTER(v)
-#endif
-#define UNROLL _Pragma("GCC unroll 4")
+enum { TILE = 4, MOST_ROWS = LANES == 16 ? 48 : 16 };
 
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-typedef void Product(int order, int transpose_a, int transpose_b, int rows, int columns, int inner,
-                     float alpha, const float *a, int lda, const float *b, int ldb, float beta,
-                     float *c, int ldc);
+typedef void Blas(int order, int transpose_a, int transpose_b, int rows, int columns, int inner,
+                  float alpha, const float *a, int lda, const float *b, int ldb, float beta,
+                  float *c, int ldc);
 
-static Product *other_products;
+static Blas *other_products;
 static int (*thread_count)(void);
 
-/* The aligned copy of A that each thread keeps, and its bytes. */
-static __thread float *aligned_a;
-static __thread size_t aligned_bytes;
+/* What `scratch` keeps for each thread, and its bytes. */
+static __thread float *kept;
+static __thread size_t kept_bytes;
 
-void few_rows_begin(Product *others, int (*threads)(void)) {
+void few_rows_begin(Blas *others, int (*threads)(void)) {
     other_products = others;
     thread_count = threads;
 }
 
-static inline int least(int a, int b) { return a < b ? a : b; }
+float *scratch(long numbers) {
+    size_t bytes = (sizeof(float) * numbers + 63) / 64 * 64;
+    if (bytes > kept_bytes) {
+        free(kept);
+        kept = aligned_alloc(64, bytes);
+        kept_bytes = kept ? bytes : 0;
+    }
+    return kept;
+}
 
 /* Fold the lanes of a vector to four. */
 static inline Four fold(Vector v) {
@@ -80,52 +74,54 @@ static inline Four sums_of(const Vector v[TILE]) {
     return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-/* `rows` x `columns` numbers of C, at most four each way. The compiler makes a loop without any
-   branch for each pair of numbers. With `fetch`, the next rows of B are fetched into the cache. */
-static inline __attribute__((always_inline)) void tile(
-    const int fetch, const int rows, const int columns, int inner, float alpha, const float *a,
-    long lda, const float *b, long ldb, float beta, float *c, long ldc) {
+/* `rows` x `columns` numbers of C from row i and column j on, at most four each way. The compiler
+   makes a loop without any branch for each pair of numbers. With `fetch`, the next rows of B are
+   fetched into the cache. */
+INLINE void tile(const int fetch, const int rows, const int columns, const Product *p, int i,
+                 int j) {
+    const float *a = p->a + i * p->lda, *b = p->b + j * p->ldb;
+    const long lda = p->lda, ldb = p->ldb;
     Vector sums[TILE][TILE];
-    UNROLL for (int i = 0; i < TILE; i++)
-        UNROLL for (int j = 0; j < TILE; j++) sums[i][j] = (Vector){0};
+    UNROLL for (int r = 0; r < TILE; r++)
+        UNROLL for (int s = 0; s < TILE; s++) sums[r][s] = (Vector){0};
     int k = 0;
-    for (; k + LANES <= inner; k += LANES) {
+    for (; k + LANES <= p->inner; k += LANES) {
         Vector x[TILE];
-        UNROLL for (int i = 0; i < rows; i++) {
-            x[i] = *(const Vector *)(a + i * lda + k);
-            IN_REGISTER(x[i]);
+        UNROLL for (int r = 0; r < rows; r++) {
+            x[r] = *(const Vector *)(a + r * lda + k);
+            IN_REGISTER(x[r]);
         }
-        UNROLL for (int j = 0; j < columns; j++) {
-            Vector y = *(const Vector *)(b + j * ldb + k);
+        UNROLL for (int s = 0; s < columns; s++) {
+            Vector y = *(const Vector *)(b + s * ldb + k);
             IN_REGISTER(y);
-            if (fetch) __builtin_prefetch(b + (j + TILE) * ldb + k);
-            UNROLL for (int i = 0; i < rows; i++) sums[i][j] += x[i] * y;
+            if (fetch) __builtin_prefetch(b + (s + TILE) * ldb + k);
+            UNROLL for (int r = 0; r < rows; r++) sums[r][s] += x[r] * y;
         }
     }
-    UNROLL for (int i = 0; i < rows; i++) {
-        Four total = sums_of(sums[i]);
-        if (__builtin_expect(k < inner, 0))
-            for (int j = 0; j < columns; j++)
-                for (int l = k; l < inner; l++) total[j] += a[i * lda + l] * b[j * ldb + l];
-        total *= alpha;
-        float *out = c + i * ldc;
-        if (columns == TILE && beta == 0)
+    UNROLL for (int r = 0; r < rows; r++) {
+        Four total = sums_of(sums[r]);
+        if (__builtin_expect(k < p->inner, 0))
+            for (int s = 0; s < columns; s++)
+                for (int l = k; l < p->inner; l++) total[s] += a[r * lda + l] * b[s * ldb + l];
+        total *= p->alpha;
+        float *out = p->c + (i + r) * p->ldc + j;
+        if (columns == TILE && p->beta == 0)
             *(Four *)out = total;
         else
-            for (int j = 0; j < columns; j++) out[j] = total[j] + (beta == 0 ? 0 : beta * out[j]);
+            for (int s = 0; s < columns; s++)
+                out[s] = total[s] + (p->beta == 0 ? 0 : p->beta * out[s]);
     }
 }
 
-#define CASE(rows, columns)                                                                     \
-    case rows * 8 + columns:                                                                    \
-        if (fetch && columns == TILE)                                                           \
-            tile(1, rows, columns, inner, alpha, a, lda, b, ldb, beta, c, ldc);                 \
-        else                                                                                    \
-            tile(0, rows, columns, inner, alpha, a, lda, b, ldb, beta, c, ldc);                 \
+#define CASE(rows, columns)                                \
+    case rows * 8 + columns:                               \
+        if (fetch && columns == TILE)                      \
+            tile(1, rows, columns, product, i, j);         \
+        else                                               \
+            tile(0, rows, columns, product, i, j);         \
         break;
 
-static void any_tile(int fetch, int rows, int columns, int inner, float alpha, const float *a,
-                     long lda, const float *b, long ldb, float beta, float *c, long ldc) {
+static void any_tile(const Product *product, int fetch, int i, int j, int rows, int columns) {
     switch (rows * 8 + columns) {
         CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4)
         CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4)
@@ -135,49 +131,47 @@ static void any_tile(int fetch, int rows, int columns, int inner, float alpha, c
 }
 
 /* All rows of C, from column `first` to `last`. */
-static void columns_of(int rows, int first, int last, int inner, float alpha, const float *a,
-                       long lda, const float *b, long ldb, float beta, float *c, long ldc) {
+static void columns_of(const Product *p, int first, int last) {
     for (int j = first; j < last; j += TILE)
-        for (int i = 0; i < rows; i += TILE)
-            any_tile(i == 0 && j + 2 * TILE <= last, least(TILE, rows - i), least(TILE, last - j),
-                     inner, alpha, a + i * lda, lda, b + j * ldb, ldb, beta, c + i * ldc + j, ldc);
+        for (int i = 0; i < p->rows; i += TILE)
+            any_tile(p, i == 0 && j + 2 * TILE <= last, i, j, least(TILE, p->rows - i),
+                     least(TILE, last - j));
 }
 
-/* Copy A so that no vector of it lies across two lines of the cache; return whether it is done. */
-static int align(int rows, int inner, const float *a, long lda, long *width) {
-    *width = (inner + 15) / 16 * 16;
-    size_t bytes = sizeof(float) * rows * *width;
-    if (bytes > aligned_bytes) {
-        free(aligned_a);
-        aligned_a = aligned_alloc(64, bytes);
-        aligned_bytes = aligned_a ? bytes : 0;
-    }
-    if (!aligned_a) return 0;
-    for (int i = 0; i < rows; i++)
-        memcpy(aligned_a + i * *width, a + i * lda, sizeof(float) * inner);
+/* Replace A by a copy in which no vector lies across two lines of the cache; return whether it is
+   done. */
+static int align(Product *product) {
+    long width = (product->inner + 15) / 16 * 16;
+    float *aligned = scratch(product->rows * width);
+    if (!aligned) return 0;
+    for (int i = 0; i < product->rows; i++)
+        memcpy(aligned + i * width, product->a + i * product->lda, sizeof(float) * product->inner);
+    product->a = aligned;
+    product->lda = width;
+    return 1;
+}
+
+/* Compute the product from B as it is stored; return whether that is done. */
+static int multiply_few_rows(Product *product, int threads) {
+    if (product->rows > MOST_ROWS || product->inner < SHORTEST_SUM ||
+        (product->rows > 1 && !align(product)))
+        return 0;
+    int share = ((product->columns + threads - 1) / threads + TILE - 1) / TILE * TILE;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int part = 0; part < threads; part++)
+        columns_of(product, part * share, least(product->columns, (part + 1) * share));
     return 1;
 }
 
 void few_rows_product(int order, int transpose_a, int transpose_b, int rows, int columns, int inner,
                       float alpha, const float *a, int lda, const float *b, int ldb, float beta,
                       float *c, int ldc) {
-    long width = lda;
-    if (order != ROW_MAJOR || transpose_a != AS_STORED || transpose_b != TRANSPOSED ||
-        rows > MOST_ROWS || inner < SHORTEST_SUM ||
-        (rows > 1 && !align(rows, inner, a, lda, &width))) {
-        other_products(order, transpose_a, transpose_b, rows, columns, inner, alpha, a, lda, b, ldb,
-                       beta, c, ldc);
-        return;
+    if (order == ROW_MAJOR && transpose_a == AS_STORED && transpose_b == TRANSPOSED) {
+        Product product = {rows, columns, inner, alpha, beta, a, b, c, lda, ldb, ldc};
+        int small = (double)rows * columns * inner < SMALLEST_SHARED;
+        int threads = small ? 1 : thread_count();
+        if (multiply_by_copy(&product, threads) || multiply_few_rows(&product, threads)) return;
     }
-    const float *rows_of_a = rows > 1 ? aligned_a : a;
-    int parts = (double)rows * columns * inner < SMALLEST_SHARED ? 1 : thread_count();
-    if (parts < 2) {
-        columns_of(rows, 0, columns, inner, alpha, rows_of_a, width, b, ldb, beta, c, ldc);
-        return;
-    }
-    int share = ((columns + parts - 1) / parts + TILE - 1) / TILE * TILE;
-#pragma omp parallel for num_threads(parts) schedule(static)
-    for (int part = 0; part < parts; part++)
-        columns_of(rows, part * share, least(columns, (part + 1) * share), inner, alpha, rows_of_a,
-                   width, b, ldb, beta, c, ldc);
+    other_products(order, transpose_a, transpose_b, rows, columns, inner, alpha, a, lda, b, ldb,
+                   beta, c, ldc);
 }

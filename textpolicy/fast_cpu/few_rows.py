@@ -1,9 +1,9 @@
 """Products of few rows, such as those of decoding, at the speed at which memory gives the weights.
 
-OpenBLAS takes up to three times as long for a matrix of 1 to 32 rows. The loops of `few_rows.c`
-are compiled for the processor by the C compiler of the machine, once, and kept in the user's cache
-folder. On a machine without a C compiler, OpenBLAS computes these products too. The environment
-variable `TEXTPOLICY_COMPILE=off` says not to compile.
+OpenBLAS takes up to three times as long for a matrix of 1 to 32 rows. The loops of `few_rows.c` and
+of `bfloat16_copies.c` are compiled for the processor by the C compiler of the machine, once, and
+kept in the user's cache folder. On a machine without a C compiler, OpenBLAS computes these products
+too. The environment variable `TEXTPOLICY_COMPILE=off` says not to compile.
 """
 
 import ctypes
@@ -13,9 +13,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_FOLDER = Path(__file__).parent
+_SOURCES = [_FOLDER / name for name in ("few_rows.c", "bfloat16_copies.c", "loops.h")]
 _COMPILERS = ("cc", "gcc", "clang")
 _NATIVE = {"aarch64": "-mcpu=native"}
 _SECONDS = 60
@@ -34,16 +36,18 @@ def load_product(others: int, thread_count: int) -> int:
     It calls the function at `others` for other products, and asks the one at `thread_count` how
     many threads it may use. Raise `NotCompiled` where there is no such function.
     """
-    if os.environ.get("TEXTPOLICY_COMPILE") == "off":
-        raise NotCompiled("TEXTPOLICY_COMPILE=off")
-    library = _load()
+    library = compiled_library()
     library.few_rows_begin(ctypes.c_void_p(others), ctypes.c_void_p(thread_count))
     address = ctypes.cast(library.few_rows_product, ctypes.c_void_p).value
     assert address is not None
     return address
 
 
-def _load() -> ctypes.CDLL:
+@cache
+def compiled_library() -> ctypes.CDLL:
+    """Return the compiled loops; raise `NotCompiled` where there are none."""
+    if os.environ.get("TEXTPOLICY_COMPILE") == "off":
+        raise NotCompiled("TEXTPOLICY_COMPILE=off")
     try:
         path = compiled_loops(_cache_folder())
         try:
@@ -79,17 +83,20 @@ def _key() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     # A home folder may be shared by machines whose processors know other instructions.
     processor = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
-    text = _SOURCE.read_bytes() + "\n".join([platform.machine(), *sorted(processor)]).encode()
+    text = b"".join(source.read_bytes() for source in _SOURCES)
+    text += "\n".join([platform.machine(), *sorted(processor)]).encode()
     return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _compile(path: Path) -> Path:
-    """Compile the source to `path`, with threads if the compiler has OpenMP."""
+    """Compile the sources to `path`, with threads if the compiler has OpenMP."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise NotCompiled("no C compiler (cc, gcc or clang) is installed")
     native = _NATIVE.get(platform.machine(), "-march=native")
-    command = [compiler, "-O3", native, "-shared", "-fPIC", "-w", str(_SOURCE), "-o", str(path)]
+    sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
+    command = [compiler, "-O3", native, "-shared", "-fPIC", "-pthread", "-w", *sources]
+    command += ["-o", str(path)]
     said = ""
     for options in (["-fopenmp"], []):
         try:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from textpolicy.adapters.adapter_state import AdapterState
+from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 from textpolicy.generation.decode_step import launch_step, next_logits, record_details
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
@@ -25,10 +26,14 @@ from textpolicy.generation.decoding_batch import (
 )
 from textpolicy.generation.prefill import prefill_prompts, prefill_replies
 from textpolicy.generation.prefix_cache import PrefixCache
+from textpolicy.machine import memory_bytes
 from textpolicy.types import Sampling, StopReason
 
 MAX_DECODING_ROWS = 256
 """The number of rows that decode together, unless a policy is given another number."""
+
+COPIES_SHARE = 1 / 8
+"""The most that bfloat16 copies of the weights take of the memory; a larger model has none."""
 
 NewestVersion = Callable[[], int]
 """May put newer adapters into the model; returns the version of those that are in the model."""
@@ -71,6 +76,7 @@ class Engine:
         self._newest_version = newest_version
         self._version: int | None = None
         self._model = model
+        keep_copies(model, int(COPIES_SHARE * memory_bytes()))
         self._max_rows = max_rows if batched else 1
         self._batched = batched
         self._launch_ahead = launch_ahead

@@ -15,12 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
+from textpolicy import fast_cpu
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
-from textpolicy.generation.engine import MAX_DECODING_ROWS
+from textpolicy.generation.engine import COPIES_SHARE, MAX_DECODING_ROWS
 from textpolicy.generation.prefill import PREFILL_CHUNK_TOKENS
+from textpolicy.machine import memory_bytes
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_batch
 from textpolicy.planning.unloaded_model import build_unloaded_model
@@ -94,6 +96,7 @@ def plan_memory(
     micro_batch_size: int | None = None,
     checkpoint_gradients: bool = False,
     dtype: mx.Dtype | None = None,
+    stored: mx.Dtype | None = None,
     reference: Mapping[str, Any] | None = None,
 ) -> MemoryPlan:
     """Return the memory to sample `batch` completions and to train on them with Adam.
@@ -101,7 +104,8 @@ def plan_memory(
     `model` is a model without adapters, or the content of its config.json; no weight is loaded.
     `group_size` completions share a prompt. With `agents`, so many rollouts are played at once, and
     each asks with prompts of its own; a rollout has `segments`, each with a prompt and a completion
-    of these lengths. `reference` is the config.json of another model whose weights are in memory,
+    of these lengths. `stored` is the dtype of the checkpoint: decoding on a CPU keeps copies of
+    bfloat16 weights. `reference` is the config.json of another model whose weights are in memory,
     such as a teacher. Raise ModelError for a model whose blocks are not built like those of Llama,
     Mistral, Qwen2 and Qwen3.
     """
@@ -137,6 +141,7 @@ def plan_memory(
     return MemoryPlan(
         {
             "weights": PlannedArray(planned.base_bytes, always),
+            "bfloat16 copies": PlannedArray(_copies(planned, stored), always),
             "reference": PlannedArray(teacher_bytes, always),
             "adapters": PlannedArray(adapters, always),
             # A run's sampler has adapters of its own, which follow those of the trainer.
@@ -270,6 +275,19 @@ def _sampling_arrays(
         "logits of next tokens": PlannedArray(logits, ["drawing"]),
         "unpacked matrices": PlannedArray(_unpacked_bytes(block).decoding, _DECODING),
     }
+
+
+def _copies(planned: AdapterPlan, stored: mx.Dtype | None) -> int:
+    """Return the bytes of the copies from which few rows are multiplied on a CPU."""
+    if stored is None or stored != mx.bfloat16 or mx.default_device().type != mx.cpu:
+        return 0
+    rows = [row for row in planned.modules if row.quantization is None]
+    if not rows or rows[0].bytes < prod(rows[0].shape) * _FLOAT or not fast_cpu.enable().few_rows:
+        return 0
+    tied = all(_name(row) != "lm_head" for row in planned.modules)
+    numbers = sum(prod(row.shape) for row in rows if tied or not row.module.endswith("Embedding"))
+    copies = numbers * mx.bfloat16.size
+    return copies if copies <= COPIES_SHARE * memory_bytes() else 0
 
 
 def _block_number(row: PlannedModule) -> int | None:

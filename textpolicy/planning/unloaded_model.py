@@ -34,8 +34,8 @@ def build_unloaded_model(config: Mapping[str, Any], dtype: mx.Dtype | None = Non
     finally:
         # Weights that are never computed must not use up the caller's random numbers.
         mx.random.seed((random_state[0] << 32) | random_state[1])
-    stored = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16)
-    model.set_dtype(dtype or (mx.float32 if mx.default_device().type == mx.cpu else stored))
+    on_cpu = mx.default_device().type == mx.cpu
+    model.set_dtype(dtype or (mx.float32 if on_cpu else stored_dtype(config)))
     quantization = config.get("quantization")
     if quantization and quantization.get("mode") == "nf4":
         _quantize_to_nf4(model, NumberFormat(**quantization))
@@ -53,6 +53,11 @@ def build_unloaded_model(config: Mapping[str, Any], dtype: mx.Dtype | None = Non
             ),
         )
     return model
+
+
+def stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """Return the dtype in which a checkpoint with this config.json has its weights."""
+    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16)
 
 
 def _quantize_to_nf4(model: nn.Module, form: NumberFormat) -> None:

@@ -4,6 +4,7 @@ import time
 
 import mlx.core as mx
 
+from textpolicy.fast_cpu.bfloat16_copies import copied_bytes
 from textpolicy.types import Metrics
 
 
@@ -22,7 +23,8 @@ class StepTimer:
         seconds, peak = f"time/{name}", f"memory/peak_{name}_gb"
         self._seconds[seconds] = self._seconds.get(seconds, 0.0) + now - self._last
         self._last = now
-        self._peaks[peak] = max(self._peaks.get(peak, 0.0), mx.get_peak_memory() / 1e9)
+        used = mx.get_peak_memory() + copied_bytes()
+        self._peaks[peak] = max(self._peaks.get(peak, 0.0), used / 1e9)
         mx.reset_peak_memory()
 
     def metrics(self, *, reward_seconds: float) -> Metrics:
