@@ -5,9 +5,9 @@
 
 The products are those of a decode step of SmolLM2-135M: each of its weights, in float32, times as
 many rows as decode together. The weights are numbers of bfloat16; "copies" multiplies by their
-bfloat16 copies, "loops" by the weights themselves. Every side runs in a process of its own, with one thread, and the
-sides take turns. The script reports medians and quartiles of the processor's milliseconds, because
-other programs may use the machine.
+bfloat16 copies, "loops" by the weights themselves. Every side runs in a process of its own, with
+one thread, and the sides take turns. The script reports medians and quartiles of the processor's
+milliseconds, because other programs may use the machine.
 """
 
 import argparse
