@@ -45,7 +45,7 @@ import json, os, runpy, sys
 import mlx.core
 find_pointers = runpy.run_path(sys.argv[1])["_find_pointers"]
 def addresses():
-    pointers, _, _ = find_pointers(["cblas_sgemm", "cblas_dgemm", "cblas_cgemm"])
+    pointers, _, _ = find_pointers(["cblas_sgemm", "cblas_dgemm", "cblas_cgemm"], "libmlx.so")
     return [pointer.value for pointer in pointers.values()]
 def state():
     return addresses(), [repr(finder) for finder in sys.meta_path], dict(os.environ)

@@ -78,7 +78,7 @@ def test_few_rows_reach_the_compiled_loops_and_many_rows_the_blas(tmp_path):
     )
     one_thread = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)
     # A copy of the library has its own other products: those of this process stay as they are.
-    library = ctypes.CDLL(str(few_rows.compiled_loops(tmp_path)))
+    library = ctypes.CDLL(str(few_rows.LOOPS.compiled(tmp_path)))
     library.few_rows_begin(others, one_thread)
     product = library.few_rows_product
     product.argtypes = [*signature, ctypes.c_float, ctypes.c_void_p, ctypes.c_int]
@@ -172,7 +172,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path):
 def test_a_kept_file_that_is_torn_is_compiled_again(tmp_path):
     folder = tmp_path / "textpolicy"
     folder.mkdir(mode=0o700)
-    torn = folder / f"few_rows-{few_rows._key()}.so"
+    torn = folder / f"loops-{few_rows.LOOPS.key}.so"
     torn.write_bytes(b"\x7fELF torn")
     assert few_rows_in_a_fresh_process(tmp_path)[:3] == ["True", "True", "True"]
     assert torn.stat().st_size > 1000

@@ -105,8 +105,11 @@ MASKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_attention_is_that_of_mlx_lm(mask, key_heads):
-    shapes = (3, 4, 5, 16), (3, key_heads, 9, 16), (3, key_heads, 9, 8), (3, 4, 5, 8)
+@pytest.mark.parametrize("time", [1, 5])
+def test_attention_is_that_of_mlx_lm(mask, key_heads, time):
+    if isinstance(mask, mx.array):
+        mask = mask[..., -time:, :]
+    shapes = (3, 4, time, 16), (3, key_heads, 9, 16), (3, key_heads, 9, 8), (3, 4, time, 8)
     keys = mx.random.split(mx.random.key(1), 4)
     *inputs, weight = (
         mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True)

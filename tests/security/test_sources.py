@@ -29,7 +29,7 @@ FAMILIES = ("os.exec", "os.spawn", "os.posix_spawn")
 ALLOWED = {
     "subprocess": (
         "textpolicy.export.gguf.llama_cpp",
-        "textpolicy.fast_cpu.few_rows",
+        "textpolicy.fast_cpu.compiler",
         "textpolicy.ranks.launcher",
         "textpolicy.untrusted.template_check",
         "textpolicy.user_code.agent_worker",

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from mlx_lm.models import base
 
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE, compute_after
-from textpolicy.fast_cpu.exponential import LOG2_E, exp2
+from textpolicy.fast_cpu.exponential import LOG2_E, exp2, softmax
 
 # In these shapes, `sharing` query heads use each of the key heads.
 GroupedQueries = Float[mx.array, "batch key_heads sharing time width"]
@@ -30,6 +30,8 @@ Values = Float[mx.array, "batch key_heads all value_width"]
 # Subtracting this from a score leaves no digit of the score. A query that may see no key therefore
 # weighs all keys alike.
 _MASKED = 1e30
+# In a decode step with so few scores, the operations of a slice take longer to begin than to run.
+_FEW_SCORES = 2**14
 
 
 def scaled_dot_product_attention(
@@ -54,9 +56,21 @@ def scaled_dot_product_attention(
         rows, mask_heads, times, seen = (1, 1, 1, *mask.shape)[-4:]
         by_head = (1, 1) if mask_heads == 1 else (key_heads, heads // key_heads)
         mask = mask.reshape(rows, *by_head, times, seen)
+    if time == 1 and not isinstance(mask, str) and batch * heads * keys.shape[2] <= _FEW_SCORES:
+        grouped = (queries * scale).reshape(batch, key_heads, -1, time, width)
+        return _attend_at_once(grouped, keys, values, mask).reshape(batch, heads, time, -1)
     # The factor log2(e) turns powers of e into powers of 2, at no extra cost for each score.
     grouped = (queries * (scale * LOG2_E)).reshape(batch, key_heads, -1, time, width)
     return _attention(mask)(grouped, keys, values).reshape(batch, heads, time, -1)
+
+
+def _attend_at_once(
+    queries: GroupedQueries, keys: Keys, values: Values, mask: Any
+) -> AttentionOutput:
+    scores = _product(queries, keys.swapaxes(-1, -2))
+    if mask is not None:
+        scores = mx.where(mask, scores, -_MASKED)
+    return _product(softmax(scores), values)
 
 
 def _attention(mask: Any) -> Any:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from textpolicy.fast_cpu.blas import enable
-from textpolicy.fast_cpu.few_rows import compiled_library
+from textpolicy.fast_cpu.few_rows import compiled_loops
 
 
 class _Copy:
@@ -81,10 +81,10 @@ def _copy_of(weight: mx.array) -> _Copy:
 
 
 def _add(address: int, outputs: int, inputs: int) -> int:
-    add = compiled_library().bfloat16_copies_add
+    add = compiled_loops().bfloat16_copies_add
     add.restype = ctypes.c_long
     return add(ctypes.c_void_p(address), outputs, inputs, enable().threads or 1)
 
 
 def _drop(address: int, _: mx.array) -> None:
-    compiled_library().bfloat16_copies_drop(ctypes.c_void_p(address))
+    compiled_loops().bfloat16_copies_drop(ctypes.c_void_p(address))

@@ -25,7 +25,8 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import ConfigError
-from textpolicy.fast_cpu.few_rows import NotCompiled, load_product
+from textpolicy.fast_cpu.compiler import NotCompiled
+from textpolicy.fast_cpu.few_rows import load_product
 from textpolicy.fast_cpu.function_table import BlasNotReplaced, replace_functions
 
 _STOCK = "mlx's own (netlib reference)"

@@ -1,17 +1,19 @@
-"""Exponentials of arrays that are faster than mlx's on a CPU, for code that needs no gradient.
+"""Exponentials and the softmax, faster than mlx's on a CPU. Only the softmax has a gradient.
 
-mlx's exponential for CPUs calls a function for every multiplication of its polynomial. Operations
-on whole arrays use the processor's vector instructions, and the whole polynomial takes a third of
-the time (benchmarks/functions.py). A small array takes less time than its twenty operations take to
-begin, so mlx's exponential computes it.
+mlx's exponential for CPUs calls a function for every multiplication of its polynomial. A compiled
+function takes a tenth of the time (benchmarks/functions.py). Without a compiler, operations on
+whole arrays compute a polynomial in a third of mlx's time. A small array takes less time than these
+operations take to begin, so mlx's exponential computes it.
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float
 
 from textpolicy.fast_cpu.array_slices import apply_in_slices
+from textpolicy.fast_cpu.mlx_operations import operation_for
 
 LOG2_E = math.log2(math.e)
 SMALL = 2**13
@@ -33,6 +35,8 @@ _ROUND = 1.5 * 2**23 + 127
 
 def exp(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
     """Return e^x in float32, as exactly as `mx.exp`; infinite from about 88 on."""
+    if compiled := operation_for("exp", x):
+        return compiled(x)[0]
     if mx.default_device().type == mx.gpu or x.size <= SMALL:
         return mx.exp(x)
     return exp2(mx.minimum(x * LOG2_E, 128.0))
@@ -40,9 +44,29 @@ def exp(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
 
 def exp2(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
     """Return 2^x in float32 for x up to 127, and 0 for a subnormal result of a large array."""
+    if compiled := operation_for("exp2", x):
+        return compiled(x)[0]
     if x.size <= SMALL:
         return mx.exp(x * math.log(2))
     return apply_in_slices(lambda x: [_exp2(x)], x)[0]
+
+
+def softmax(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
+    """Return the softmax over the last axis."""
+    return _softmax(x)
+
+
+def _softmax_value(x: mx.array) -> mx.array:
+    compiled = operation_for("softmax", x)
+    return compiled(x)[0] if compiled else mx.softmax(x, axis=-1)
+
+
+def _softmax_gradient(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return output * (cotangent - (cotangent * output).sum(axis=-1, keepdims=True))
+
+
+_softmax: Any = mx.custom_function(_softmax_value)
+_softmax.vjp(_softmax_gradient)
 
 
 def _exp2(x: mx.array) -> mx.array:

@@ -40,6 +40,8 @@ void few_rows_begin(Blas *others, int (*threads)(void)) {
     thread_count = threads;
 }
 
+int threads_for(int is_large) { return is_large && thread_count ? thread_count() : 1; }
+
 float *scratch(long numbers) {
     size_t bytes = (sizeof(float) * numbers + 63) / 64 * 64;
     if (bytes > kept_bytes) {
@@ -168,8 +170,7 @@ void few_rows_product(int order, int transpose_a, int transpose_b, int rows, int
                       float *c, int ldc) {
     if (order == ROW_MAJOR && transpose_a == AS_STORED && transpose_b == TRANSPOSED) {
         Product product = {rows, columns, inner, alpha, beta, a, b, c, lda, ldb, ldc};
-        int small = (double)rows * columns * inner < SMALLEST_SHARED;
-        int threads = small ? 1 : thread_count();
+        int threads = threads_for((double)rows * columns * inner >= SMALLEST_SHARED);
         if (multiply_by_copy(&product, threads) || multiply_few_rows(&product, threads)) return;
     }
     other_products(order, transpose_a, transpose_b, rows, columns, inner, alpha, a, lda, b, ldb,

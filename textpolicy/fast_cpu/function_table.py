@@ -1,4 +1,4 @@
-"""The table in which libmlx.so keeps the addresses of the functions that it imports."""
+"""The table in which a library of mlx keeps the addresses of the functions that it imports."""
 
 import ctypes
 import mmap
@@ -14,13 +14,19 @@ _RELOCATIONS = 4
 _FUNCTION_TYPES = {"x86_64": (7, 6), "aarch64": (1026, 1025)}
 
 
+LIBMLX = "libmlx.so"
+
+
 class BlasNotReplaced(Exception):
-    """mlx keeps the BLAS that it has; the message gives the reason."""
+    """mlx keeps the functions that it has; the message gives the reason."""
 
 
-def replace_functions(functions: Mapping[str, int]) -> dict[str, int]:
-    """Write these addresses into libmlx.so's table; return the addresses that were there."""
-    pointers, table, code = _find_pointers(functions.keys())
+def replace_functions(functions: Mapping[str, int], library: str = LIBMLX) -> dict[str, int]:
+    """Write these addresses into the library's table; return the addresses that were there.
+
+    `library` is the name of a file that this process has loaded.
+    """
+    pointers, table, code = _find_pointers(functions.keys(), library)
     before = {name: pointer.value for name, pointer in pointers.items()}
     for address in before.values():
         _mapping_of([address], code)
@@ -33,14 +39,17 @@ def replace_functions(functions: Mapping[str, int]) -> dict[str, int]:
     return before
 
 
+def imported_functions(library: str) -> Collection[str]:
+    """Return the names of the functions that a loaded library imports."""
+    return _imported(_image(_mappings(), library).path).keys()
+
+
 def _find_pointers(
-    names: Collection[str],
+    names: Collection[str], library: str
 ) -> tuple[dict[str, ctypes.c_uint64], "_Mapping", list["_Mapping"]]:
     """Return each function's pointer, the mapping that holds all of them, and mappings of code."""
     mappings = _mappings()
-    image = next((m for m in mappings if m.path.name == "libmlx.so" and m.offset == 0), None)
-    if image is None:
-        raise BlasNotReplaced("this mlx has no libmlx.so")
+    image = _image(mappings, library)
     imported = _imported(image.path)
     if missing := sorted(set(names) - imported.keys()):
         raise BlasNotReplaced(f"{image.path} does not import {', '.join(missing)}")
@@ -48,6 +57,14 @@ def _find_pointers(
     table = _mapping_of(addresses.values(), [m for m in mappings if m.path == image.path])
     pointers = {name: ctypes.c_uint64.from_address(at) for name, at in addresses.items()}
     return pointers, table, [m for m in mappings if "x" in m.permissions]
+
+
+def _image(mappings: Iterable["_Mapping"], library: str) -> "_Mapping":
+    """Return the first mapping of a loaded library."""
+    image = next((m for m in mappings if m.path.name == library and m.offset == 0), None)
+    if image is None:
+        raise BlasNotReplaced(f"this mlx has no {library}")
+    return image
 
 
 @dataclass(frozen=True)
@@ -75,14 +92,14 @@ def _mapping_of(addresses: Collection[int], mappings: Iterable[_Mapping]) -> _Ma
     for mapping in mappings:
         if mapping.start <= min(addresses) and max(addresses) < mapping.end:
             return mapping
-    raise BlasNotReplaced("the function table of libmlx.so is not where its relocations say")
+    raise BlasNotReplaced("the function table is not where the library's relocations say")
 
 
 def _protect(mapping: _Mapping, protection: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     size = ctypes.c_size_t(mapping.end - mapping.start)
     if libc.mprotect(ctypes.c_void_p(mapping.start), size, protection) != 0:
-        raise OSError(ctypes.get_errno(), "the function table of libmlx.so cannot be opened")
+        raise OSError(ctypes.get_errno(), "the function table of mlx cannot be opened")
 
 
 def _imported(path: Path) -> dict[str, int]:

@@ -34,6 +34,9 @@ typedef struct {
 
 static inline int least(int a, int b) { return a < b ? a : b; }
 
+/* The number of threads for work that is worth sharing, or 1. */
+int threads_for(int is_large);
+
 /* Memory of this thread for as many numbers, or NULL; a later call may move it. */
 float *scratch(long numbers);
 

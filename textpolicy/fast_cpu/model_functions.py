@@ -17,6 +17,7 @@ from mlx_lm.models import activations, base
 from textpolicy.fast_cpu.array_slices import apply_in_slices
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import SMALL, exp
+from textpolicy.fast_cpu.mlx_operations import operation_for
 from textpolicy.fast_cpu.rotary import FastRoPE
 
 Features = Float[mx.array, "*batch features"]
@@ -31,21 +32,31 @@ def swiglu(gate: Features, x: Features) -> Features:
     """
     if gate.dtype != mx.float32 or x.dtype != mx.float32:
         return activations.swiglu(gate, x)
-    if gate.size <= SMALL:
+    if gate.size <= SMALL and not operation_for("swiglu", gate, x):
         return gate * mx.sigmoid(gate) * x
     return _swiglu(gate, x)
 
 
-def _gradients(gate: mx.array, x: mx.array, cotangent: mx.array) -> list[mx.array]:
+def _value(gate: mx.array, x: mx.array) -> mx.array:
+    if compiled := operation_for("swiglu", gate, x):
+        return compiled(gate, x)[0]
+    return apply_in_slices(lambda gate, x: [gate * x / (1 + exp(-gate))], gate, x)[0]
+
+
+def _gradients(primals: Any, cotangent: mx.array, _: mx.array) -> list[mx.array]:
+    if compiled := operation_for("swiglu_gradients", *primals, cotangent, outputs=2):
+        return compiled(*primals, cotangent)
+    return apply_in_slices(_gradients_of_slice, *primals, cotangent)
+
+
+def _gradients_of_slice(gate: mx.array, x: mx.array, cotangent: mx.array) -> list[mx.array]:
     sigmoid = 1 / (1 + exp(-gate))
     silu_gradient = cotangent * sigmoid
     return [silu_gradient * x * (1 + gate * (1 - sigmoid)), silu_gradient * gate]
 
 
-_swiglu: Any = mx.custom_function(
-    lambda gate, x: apply_in_slices(lambda gate, x: [gate * x / (1 + exp(-gate))], gate, x)[0]
-)
-_swiglu.vjp(lambda primals, cotangent, _: apply_in_slices(_gradients, *primals, cotangent))
+_swiglu: Any = mx.custom_function(_value)
+_swiglu.vjp(_gradients)
 # By identity: a layer's module may hold unhashable objects under the names that the layer uses.
 _FASTER = {
     id(base.scaled_dot_product_attention): scaled_dot_product_attention,

@@ -13,6 +13,7 @@ import mlx.core as mx
 from textpolicy import backend, fast_cpu
 from textpolicy.cli.answer import Answer, table
 from textpolicy.experiment.threads import ONE_IS_FASTER
+from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.machine import memory_bytes, size_text
 
 _NO_RAY = "not installed; rollout workers on other machines need: pip install 'textpolicy[ray]'"
@@ -29,6 +30,7 @@ def run(options: Namespace) -> Answer:
         "device": mx.default_device().type.name,
         "device_name": str(mx.device_info().get("device_name", "unknown")),
         "blas": asdict(blas) | {"gflops": round(fast_cpu.measure_gflops(), 1)},
+        "no_compiled_operations": reason_of_none(),
         "threads": asdict(threads) if threads else None,
         "memory_bytes": memory_bytes(),
         "tiny_model": _TINY.is_file(),
@@ -48,15 +50,18 @@ def _threads_text(threads: Mapping[str, float] | None) -> Iterator[str]:
         yield ONE_IS_FASTER
 
 
-def _few_rows_text(blas: Mapping[str, Any]) -> str:
-    if blas["few_rows"]:
-        return "loops compiled for this processor multiply few rows"
-    reason = blas["few_rows_reason"]
-    return f"a C compiler would make decoding of few rows faster: {reason}" if reason else ""
+def _compiled_text(blas: Mapping[str, Any], no_operations: str) -> str:
+    if not blas["few_rows"]:
+        reason = blas["few_rows_reason"]
+        return f"a C compiler would make decoding of few rows faster: {reason}" if reason else ""
+    if no_operations:
+        return f"a C++ compiler would make exponentials faster: {no_operations}"
+    return "loops compiled for this processor multiply few rows and compute exponentials"
 
 
 def _for_people(data: Mapping[str, Any]) -> str:
     blas = data["blas"]
+    compiled = _compiled_text(blas, data["no_compiled_operations"])
     rows = [
         ("python", f"{data['python']} on {data['platform']}"),
         ("textpolicy", data["textpolicy"] or "runs from its sources, not installed"),
@@ -66,7 +71,7 @@ def _for_people(data: Mapping[str, Any]) -> str:
         ("memory", size_text(data["memory_bytes"])),
         ("CPU products", f"{blas['name']}: {blas['gflops']} GFLOP/s in float32"),
         *(("", text) for text in _threads_text(data["threads"])),
-        *(("", note) for note in (blas["reason"], blas["hint"], _few_rows_text(blas)) if note),
+        *(("", note) for note in (blas["reason"], blas["hint"], compiled) if note),
         ("tiny model", "present" if data["tiny_model"] else f"MISSING: no {_TINY}; reinstall"),
         ("ray", data["ray"] or _NO_RAY),
         ("verdict", "ready" if data["usable"] else "not usable yet"),

@@ -1,0 +1,154 @@
+"""Operations by compiled functions: exact, as lazy as mlx's own, and not needed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from textpolicy.fast_cpu import exponential, mlx_operations
+from textpolicy.fast_cpu.compiler import NotCompiled
+from textpolicy.fast_cpu.mlx_operations import operation_for, reason_of_none
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the operations are for Linux")
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu_with_compiled_operations():
+    if reason := reason_of_none():
+        pytest.skip(reason)
+    if mx.default_device().type != mx.cpu:
+        pytest.skip("the operations are for CPUs")
+
+
+def spread(*shape: int) -> mx.array:
+    """Return an array with small and large numbers, more than mlx computes itself."""
+    return 12 * mx.random.normal(shape, key=mx.random.key(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "largest"), [("exp", np.exp, 88.7), ("exp2", np.exp2, 127.9)]
+)
+def test_exponentials_are_exact_to_their_last_digits(name, exact, largest):
+    x = mx.linspace(2 - largest, largest, 100_001)
+    compute = operation_for(name, x)
+    assert compute is not None
+    expected = exact(np.array(x, np.float64))
+    assert np.abs(np.array(compute(x)[0], np.float64) / expected - 1).max() < 2e-7
+    special = mx.tile(mx.array([0.0, np.inf, -np.inf, np.nan, 129.0, -130.0]), 200)
+    found = np.array(compute(special)[0])[:6]
+    np.testing.assert_array_equal(found, [1, np.inf, 0, np.nan, np.inf, 0])
+
+
+@pytest.mark.parametrize("size", [513, 1000, 2**15, 2**15 + 7])
+def test_every_number_of_an_array_is_computed(size):
+    """Arrays of 2^15 numbers and more are shared by threads."""
+    x, y, z = spread(size), spread(size) + 1, spread(size) - 1
+    names = {"exp": 1, "exp2": 1, "softmax": 1, "swiglu": 2, "swiglu_gradients": 3}
+    plain = {
+        "exp": lambda x: [mx.exp(x)],
+        "exp2": lambda x: [mx.power(2.0, x)],
+        "softmax": lambda x: [mx.softmax(x, axis=-1)],
+        "swiglu": lambda x, y: [x * mx.sigmoid(x) * y],
+        "swiglu_gradients": lambda x, y, z: list(
+            mx.vjp(lambda x, y: x * mx.sigmoid(x) * y, [x, y], [z])[1]
+        ),
+    }
+    for name, inputs in names.items():
+        arrays = (x, y, z)[:inputs]
+        expected = plain[name](*arrays)
+        compute = operation_for(name, *arrays, outputs=len(expected))
+        assert compute is not None
+        for got, right in zip(compute(*arrays), expected, strict=True):
+            np.testing.assert_allclose(got, right, rtol=2e-5, atol=1e-6)
+
+
+def test_arrays_of_any_layout_are_read_in_their_order():
+    whole = spread(40, 60, 3)
+    for x in (whole, whole.T, whole[::2], whole[:, ::-1], mx.broadcast_to(whole[:1], (9, 60, 3))):
+        np.testing.assert_allclose(exponential.exp(x), mx.exp(x), rtol=1e-5)
+        np.testing.assert_allclose(exponential.softmax(x), mx.softmax(x, axis=-1), atol=1e-6)
+
+
+def test_the_softmax_has_a_gradient_also_in_a_checkpoint_and_a_compiled_function():
+    x, weight = spread(30, 40), spread(30, 40)
+
+    def loss(softmax):
+        return lambda x: (softmax(x) * weight).sum()
+
+    expected = mx.grad(loss(lambda x: mx.softmax(x, axis=-1)))(x)
+    ours = loss(exponential.softmax)
+    np.testing.assert_allclose(mx.grad(ours)(x), expected, atol=1e-5)
+    np.testing.assert_allclose(mx.grad(mx.checkpoint(ours))(x), expected, atol=1e-5)
+    np.testing.assert_allclose(mx.compile(mx.grad(ours))(x), expected, atol=1e-5)
+
+
+def test_an_operation_is_lazy_and_runs_in_the_order_of_the_graph():
+    x = spread(1000)
+    compute = operation_for("exp", x)
+    assert compute is not None
+    y = x
+    for _ in range(50):
+        y = compute(mx.minimum(y, 1.0) - 1)[0] + x
+    z = np.array(x, np.float64)
+    for _ in range(50):
+        z = np.exp(np.minimum(z, 1.0) - 1) + np.array(x, np.float64)
+    np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-4)
+
+
+def test_small_arrays_other_dtypes_and_unequal_shapes_are_left_to_mlx():
+    assert operation_for("exp", mx.zeros((8, 64))) is None
+    assert operation_for("exp", mx.zeros((9, 64), mx.float16)) is None
+    assert operation_for("swiglu", mx.zeros((9, 64)), mx.zeros((64, 9))) is None
+
+
+def test_a_kernel_for_metal_is_still_refused_with_mlx_s_own_words():
+    kernel = mx.fast.metal_kernel(
+        name="one", input_names=["x"], output_names=["y"], source="y[0] = x[0];"
+    )
+    with pytest.raises(RuntimeError, match="Metal"):
+        kernel(
+            inputs=[mx.ones(1)],
+            output_shapes=[(1,)],
+            output_dtypes=[mx.float32],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+        )
+
+
+def test_a_library_that_does_not_work_is_found_out_by_another_process(tmp_path):
+    wrong = tmp_path / "wrong.so"
+    wrong.write_bytes(b"\x7fELF")
+    with pytest.raises(NotCompiled, match="mlx_operations does not work on this machine: OSError"):
+        mlx_operations._library().try_out(wrong)
+
+
+@pytest.mark.slow
+def test_without_a_cpp_compiler_mlx_computes_the_same_numbers(tmp_path):
+    compiler = tmp_path / "bin"
+    compiler.mkdir()
+    for name in ("cc", "as", "ld"):
+        (found,) = [p for p in (Path("/usr/bin") / name,) if p.exists()] or pytest.skip(name)
+        (compiler / name).symlink_to(found)
+    program = (
+        "import mlx.core as mx\n"
+        "from textpolicy import fast_cpu\n"
+        "from textpolicy.fast_cpu import exponential, mlx_operations\n"
+        "x = mx.arange(1000) / 100\n"
+        "print(fast_cpu.enable().few_rows, bool(mx.allclose(exponential.exp(x), mx.exp(x))))\n"
+        "print(mlx_operations.reason_of_none())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(compiler)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    numbers, reason = done.stdout.splitlines()
+    assert numbers == "True True"
+    assert reason == "no C++ compiler (c++, g++ or clang++) is installed"

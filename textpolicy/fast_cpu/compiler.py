@@ -1,0 +1,138 @@
+"""Libraries that the machine's compiler makes of sources in this folder, once, and keeps.
+
+The files lie in the user's cache folder. Their names depend on the sources and on the processor,
+because a home folder may be shared by machines whose processors know other instructions. The
+environment variable `TEXTPOLICY_COMPILE=off` says not to compile.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+NATIVE = {"aarch64": "-mcpu=native"}.get(platform.machine(), "-march=native")
+_SECONDS = 120
+_WRITABLE_BY_OTHERS = 0o022
+# OpenMP's threads poll for their next product about as long as those of OpenBLAS do, then sleep.
+_POLLING = ("GOMP_SPINCOUNT", "1500")
+
+
+class NotCompiled(Exception):
+    """There are no compiled functions; the message says why."""
+
+
+@dataclass(frozen=True)
+class CompiledLibrary:
+    """How a library is compiled. `headers` are files that the sources include.
+
+    The first list of `options` with which the compiler succeeds is taken. `others` is a text that
+    changes with whatever else the library depends on. `trial` is a Python program that takes the
+    path of a new file, and fails if the file does not work. It may crash without harm.
+    """
+
+    name: str
+    language: str
+    compilers: Sequence[str]
+    sources: Sequence[str]
+    headers: Sequence[str]
+    options: Sequence[Sequence[str]]
+    others: str = ""
+    trial: str = ""
+
+    def load(self) -> ctypes.CDLL:
+        """Load the library, compiled now if need be; raise `NotCompiled` where it cannot be."""
+        if os.environ.get("TEXTPOLICY_COMPILE") == "off":
+            raise NotCompiled("TEXTPOLICY_COMPILE=off")
+        try:
+            path = self.compiled(_cache_folder())
+            try:
+                return _open(path)
+            except OSError:
+                # A file that a full disk has cut short is written again.
+                path.unlink()
+                return _open(self.compiled(path.parent))
+        except (OSError, RuntimeError) as error:
+            raise NotCompiled(f"the compiled loops cannot be kept or opened: {error}") from None
+
+    def compiled(self, folder: Path) -> Path:
+        """Return the library's file in this folder; compile it if it is new."""
+        path = folder / f"{self.name}-{self.key}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                new = self._compile(Path(scratch) / path.name)
+                self.try_out(new)
+                new.replace(path)
+        return path
+
+    @property
+    def key(self) -> str:
+        """What names the compiled file: the sources, the processor, and the rest."""
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+        text = b"".join((FOLDER / name).read_bytes() for name in (*self.sources, *self.headers))
+        facts = [platform.machine(), *sorted(processor), repr(self.options), self.others]
+        return hashlib.sha256(text + "\n".join(facts).encode()).hexdigest()[:16]
+
+    def try_out(self, path: Path) -> None:
+        """Run the trial; raise if a new library fails it."""
+        if not self.trial:
+            return
+        failed = _run([sys.executable, "-c", self.trial, str(path)])
+        if failed is not None:
+            raise NotCompiled(f"{self.name} does not work on this machine: {failed}")
+
+    def _compile(self, path: Path) -> Path:
+        compiler = next(filter(None, map(shutil.which, self.compilers)), None)
+        if compiler is None:
+            names = " or ".join([", ".join(self.compilers[:-1]), self.compilers[-1]])
+            raise NotCompiled(f"no {self.language} compiler ({names}) is installed")
+        sources = [str(FOLDER / name) for name in self.sources]
+        command = [compiler, "-shared", "-fPIC", "-w", "-o", str(path), *sources]
+        failed = None
+        for options in self.options:
+            failed = _run([*command, *options])
+            if failed is None:
+                return path
+        raise NotCompiled(f"{compiler} failed: {failed}")
+
+
+def _run(command: Sequence[str]) -> str | None:
+    """Run a program; return None, or the last line that it printed if it failed."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise NotCompiled(f"{command[0]} took more than {_SECONDS} seconds") from None
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "textpolicy"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & _WRITABLE_BY_OTHERS:
+        raise NotCompiled(f"others than you could change the files in {folder}")
+    return folder
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    name, value = _POLLING
+    given = os.environ.get(name)
+    os.environ[name] = given or value
+    try:
+        return ctypes.CDLL(str(path))
+    finally:
+        if given is None:
+            # OpenMP has read the variable when it started. Child processes do not inherit it.
+            del os.environ[name]

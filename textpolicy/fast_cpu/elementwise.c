@@ -1,0 +1,115 @@
+/* Functions of arrays of float32 numbers, by vector instructions and by several threads.
+
+   `mlx_operations.cpp` lets mlx call them. Each takes the memory of its inputs and its outputs, and
+   numbers: how many numbers an array has, then the width of a row if the function has rows. */
+
+#include <math.h>
+#include <string.h>
+
+#include "loops.h"
+
+/* Smaller arrays than this take less time than to wake a thread. */
+enum { SMALLEST_SHARED_ARRAY = 1 << 15 };
+
+#define FUNCTION(name) void name(const float *const *in, float *const *out, const int64_t *numbers)
+#define THREADS(size) num_threads(threads_for((size) >= SMALLEST_SHARED_ARRAY))
+
+/* Adding this, 1.5 * 2^23, leaves the nearest whole number in the last bits of a float32. */
+static const float ROUND = 12582912.0f;
+
+/* 2^(f + n) for -1/2 <= f <= 1/2, where `shifted` is n + ROUND. */
+INLINE float power_of_2(float f, float shifted) {
+    /* The polynomial of this degree with the smallest relative error, 2e-9. */
+    float p = 1.5353362e-4f;
+    p = p * f + 1.3398875e-3f;
+    p = p * f + 9.6184369e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 2.4022648e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    /* 2^n as two factors, because a float32 has no 2^128. */
+    int32_t n, half, first, second;
+    memcpy(&n, &shifted, 4);
+    n -= 0x4B400000;
+    half = n >> 1;
+    first = (half + 127) << 23;
+    second = (n - half + 127) << 23;
+    float a, b;
+    memcpy(&a, &first, 4);
+    memcpy(&b, &second, 4);
+    return p * a * b;
+}
+
+INLINE float between(float least, float x, float most) {
+    x = x > most ? most : x;
+    return x < least ? least : x;
+}
+
+/* 2^x; 0 for a subnormal result, and infinite from 128 on. */
+INLINE float exp2_of(float x) {
+    float y = between(-127, x, 129), shifted = y + ROUND;
+    return x < -126 ? 0 : power_of_2(y - (shifted - ROUND), shifted);
+}
+
+/* e^x; 0 for a subnormal result, and infinite from 88.7 on. */
+INLINE float exp_of(float x) {
+    const float log2_e = 1.44269504f, least = -87.33654f;
+    float y = between(least, x, 89), shifted = y * log2_e + ROUND, n = shifted - ROUND;
+    /* The logarithm of 2 in two parts: n times the first part is exact. */
+    float rest = y - n * 0.693359375f + n * 2.12194440e-4f;
+    return x < least ? 0 : power_of_2(rest * log2_e, shifted);
+}
+
+INLINE float largest(const float *x, int64_t size) {
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < size; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+FUNCTION(compiled_exp) {
+    const float *x = in[0];
+    float *restrict y = out[0];
+#pragma omp parallel for simd THREADS(numbers[0])
+    for (int64_t i = 0; i < numbers[0]; i++) y[i] = exp_of(x[i]);
+}
+
+FUNCTION(compiled_exp2) {
+    const float *x = in[0];
+    float *restrict y = out[0];
+#pragma omp parallel for simd THREADS(numbers[0])
+    for (int64_t i = 0; i < numbers[0]; i++) y[i] = exp2_of(x[i]);
+}
+
+/* The softmax of each row. */
+FUNCTION(compiled_softmax) {
+    int64_t width = numbers[1];
+#pragma omp parallel for THREADS(numbers[0])
+    for (int64_t start = 0; start < numbers[0]; start += width) {
+        const float *x = in[0] + start;
+        float *restrict y = out[0] + start, top = largest(x, width), sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; i++) sum += y[i] = exp_of(x[i] - top);
+        for (int64_t i = 0; i < width; i++) y[i] /= sum;
+    }
+}
+
+/* silu(gate) x of gate and x. */
+FUNCTION(compiled_swiglu) {
+    const float *gate = in[0], *x = in[1];
+    float *restrict y = out[0];
+#pragma omp parallel for simd THREADS(numbers[0])
+    for (int64_t i = 0; i < numbers[0]; i++) y[i] = gate[i] * x[i] / (1 + exp_of(-gate[i]));
+}
+
+/* The gradients of gate and of x, from gate, x and the gradient of the result. */
+FUNCTION(compiled_swiglu_gradients) {
+    const float *gate = in[0], *x = in[1], *result = in[2];
+    float *restrict of_gate = out[0], *restrict of_x = out[1];
+#pragma omp parallel for simd THREADS(numbers[0])
+    for (int64_t i = 0; i < numbers[0]; i++) {
+        float s = 1 / (1 + exp_of(-gate[i])), silu = gate[i] * s;
+        of_gate[i] = result[i] * s * x[i] * (1 + gate[i] * (1 - s));
+        of_x[i] = result[i] * silu;
+    }
+}

@@ -1,0 +1,102 @@
+// Lets mlx compute an array by a compiled function of ours, on a CPU.
+//
+// mlx.fast.metal_kernel makes operations from source code for Metal, and raises an error where there
+// is no Metal. `mlx_operations.py` lets it call `make_operation`, which makes an operation of a
+// source that begins with "compiled " and goes on with the address of a function, and passes any
+// other source on. The operation is as lazy as any other of mlx. No other part of mlx changes.
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/fast.h"
+#include "mlx/primitives.h"
+#include "mlx/version.h"
+
+#define VISIBLE extern "C" __attribute__((visibility("default")))
+
+namespace mlx::core {
+
+// Declared in mlx/ops.h, which takes seconds to compile.
+MLX_API array contiguous(const array&, bool, StreamOrDevice);
+
+namespace {
+
+constexpr int MOST = 4;
+constexpr const char PREFIX[] = "compiled ";
+using Function = void (*)(const void* const* inputs, void* const* outputs, const int64_t* numbers);
+
+struct Arguments {
+    const void* inputs[MOST];
+    void* outputs[MOST];
+    int64_t numbers[MOST];
+};
+
+class Compiled : public Primitive {
+  public:
+    Compiled(Stream stream, Function function, const Arguments& arguments)
+        : Primitive(stream), function(function), arguments(arguments) {}
+
+    void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
+        auto& encoder = cpu::get_command_encoder(stream());
+        for (size_t i = 0; i < inputs.size(); i++) {
+            encoder.set_input_array(inputs[i]);
+            arguments.inputs[i] = inputs[i].data<void>();
+        }
+        for (size_t i = 0; i < outputs.size(); i++) {
+            outputs[i].set_data(allocator::malloc(outputs[i].nbytes()));
+            encoder.set_output_array(outputs[i]);
+            arguments.outputs[i] = outputs[i].data<void>();
+        }
+        encoder.dispatch([function = function, all = arguments] {
+            function(all.inputs, all.outputs, all.numbers);
+        });
+    }
+
+    void eval_gpu(const std::vector<array>&, std::vector<array>&) override {
+        throw std::runtime_error("a compiled function of TextPolicy computes on CPUs only");
+    }
+
+    const char* name() const override { return "TextPolicyCompiled"; }
+
+  private:
+    Function function;
+    Arguments arguments;
+};
+
+fast::CustomKernelFunction make_operation(
+    const std::string& name, const std::vector<std::string>& input_names,
+    const std::vector<std::string>& output_names, const std::string& source,
+    const std::string& header, bool row_contiguous, bool atomic, const CompileOptions& options) {
+    if (source.rfind(PREFIX, 0) != 0)
+        return fast::metal_kernel(
+            name, input_names, output_names, source, header, row_contiguous, atomic, options);
+    auto function = reinterpret_cast<Function>(std::stoull(source.substr(sizeof PREFIX - 1)));
+    return [function, count = input_names.size()](
+               const std::vector<array>& inputs, const std::vector<Shape>& shapes,
+               const std::vector<Dtype>& dtypes, std::tuple<int, int, int>,
+               std::tuple<int, int, int>,
+               std::vector<std::pair<std::string, fast::TemplateArg>> numbers,
+               std::optional<float>, bool, StreamOrDevice where) {
+        if (inputs.size() != count || count > MOST || shapes.size() > MOST || numbers.size() > MOST)
+            throw std::invalid_argument("a compiled function got other arrays than it takes");
+        Stream stream = to_stream(where);
+        Arguments arguments{};
+        for (size_t i = 0; i < numbers.size(); i++)
+            arguments.numbers[i] = std::get<int>(numbers[i].second);
+        std::vector<array> packed;
+        for (auto& x : inputs) packed.push_back(contiguous(x, false, stream));
+        auto primitive = std::make_shared<Compiled>(stream, function, arguments);
+        return array::make_arrays(shapes, dtypes, primitive, packed);
+    };
+}
+
+}  // namespace
+}  // namespace mlx::core
+
+VISIBLE void* textpolicy_make_operation() {
+    return reinterpret_cast<void*>(mlx::core::make_operation);
+}
+VISIBLE const char* textpolicy_running_mlx() { return mlx::core::version(); }
+VISIBLE int textpolicy_compiled_for() { return MLX_VERSION_NUMERIC; }

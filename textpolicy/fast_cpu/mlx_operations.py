@@ -1,0 +1,141 @@
+"""Operations of mlx that compute arrays by compiled functions of ours, on a Linux CPU.
+
+mlx computes exponentials on a CPU without vector instructions, and one operation after another
+reads and writes the whole array. The functions of `elementwise.c` do neither. `mlx_operations.cpp`
+makes operations of them that are as lazy as mlx's own. It is compiled once against the headers in
+mlx's wheel, and tried in a process of its own before it is kept. Without a C++ compiler, or where
+the trial fails, mlx's own operations compute the same numbers.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from textpolicy.fast_cpu.blas import enable
+from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled
+from textpolicy.fast_cpu.few_rows import compiled_loops
+from textpolicy.fast_cpu.function_table import (
+    BlasNotReplaced,
+    imported_functions,
+    replace_functions,
+)
+
+_MLX = Path(mx.__file__).parent
+_VERSION: str = cast(Any, mx).__version__
+_MAKER = "_ZN3mlx4core4fast12metal_kernelE"
+_LARGEST = 2**31 - 1  # Numbers are passed as 32-bit ones.
+_SMALL = 2**9
+_TRIAL = """
+import sys
+from pathlib import Path
+from textpolicy.fast_cpu.mlx_operations import try_library
+try_library(Path(sys.argv[1]))
+"""
+
+Operation = Callable[..., list[mx.array]]
+
+
+def operation_for(name: str, *arrays: mx.array, outputs: int = 1) -> Operation | None:
+    """Return the operation by the function `compiled_...` of this name, if it suits these arrays.
+
+    The arrays are of float32 and of one shape, and so are the outputs. The operation has no
+    gradient. There is none for small arrays, which mlx's own operations compute faster, on a GPU,
+    and where `reason_of_none` has a reason.
+    """
+    first = arrays[0]
+    if not _SMALL < first.size <= _LARGEST or mx.default_device().type != mx.cpu:
+        return None
+    if any(one.dtype != mx.float32 or one.shape != first.shape for one in arrays):
+        return None
+    return None if reason_of_none() else _operation(name, len(arrays), outputs)
+
+
+@cache
+def reason_of_none() -> str:
+    """Return why there are no such operations, or an empty text if there are."""
+    blas = enable()
+    if not blas.few_rows:
+        return blas.few_rows_reason or blas.reason
+    try:
+        _use(_library().load())
+    except (NotCompiled, BlasNotReplaced, OSError) as error:
+        return str(error)
+    return ""
+
+
+def try_library(path: Path) -> None:
+    """Compute with a new library, in a process that may crash; raise if a number is wrong."""
+    enable()
+    _use(ctypes.CDLL(str(path)))
+    x = mx.array([[-1.0, 0.0, 2.0], [0.5, 3.0, 88.0]])
+    (y,) = _operation("exp", 1, 1)(x)
+    of_gate, of_x = _operation("swiglu_gradients", 3, 2)(x[:, ::2], x[:, 1:], x[:, :2] + y[:, :2])
+    expected = mx.exp(x)
+    assert mx.allclose(y, expected) and (of_gate + of_x).shape == (2, 2)
+    (again,) = _operation("exp", 1, 1)(x.T)
+    assert mx.allclose(again, expected.T)
+
+
+def _library() -> CompiledLibrary:
+    mlx = _MLX / "lib" / "libmlx.so"
+    about = mlx.stat()
+    return CompiledLibrary(
+        name="mlx_operations",
+        language="C++",
+        compilers=("c++", "g++", "clang++"),
+        sources=("mlx_operations.cpp",),
+        headers=(),
+        # A function that mlx does not have fails when the library is opened, not when it is called.
+        options=(
+            [
+                *("-std=c++20", "-O1", "-fvisibility=hidden"),
+                *(f"-I{_MLX / 'include'}", str(mlx), "-Wl,-z,now"),
+            ],
+        ),
+        others=f"{_VERSION} {mlx} {about.st_size} {about.st_mtime_ns}",
+        trial=_TRIAL,
+    )
+
+
+def _use(library: ctypes.CDLL) -> None:
+    """Let `mx.fast.metal_kernel` make operations of compiled functions."""
+    library.textpolicy_running_mlx.restype = ctypes.c_char_p
+    running = library.textpolicy_running_mlx().decode()
+    if running.split(".dev")[0] != _VERSION.split(".dev")[0]:
+        raise NotCompiled(f"libmlx.so is of version {running}, and mlx of {_VERSION}")
+    library.textpolicy_make_operation.restype = ctypes.c_void_p
+    python_module = Path(mx.__file__).name
+    names = [name for name in imported_functions(python_module) if name.startswith(_MAKER)]
+    if len(names) != 1:
+        raise BlasNotReplaced("this mlx makes operations in another way")
+    replace_functions({names[0]: library.textpolicy_make_operation()}, python_module)
+
+
+@cache
+def _operation(name: str, inputs: int, outputs: int) -> Operation:
+    function = ctypes.cast(compiled_loops()[f"compiled_{name}"], ctypes.c_void_p).value
+    kernel: Any = mx.fast.metal_kernel(
+        name=name,
+        input_names=[f"input{number}" for number in range(inputs)],
+        output_names=[f"output{number}" for number in range(outputs)],
+        source=f"compiled {function}",
+    )
+
+    def compute(*arrays: mx.array) -> list[mx.array]:
+        # The compiled function trusts what `operation_for` has checked.
+        shape = arrays[0].shape
+        return kernel(
+            inputs=[*arrays],
+            output_shapes=[shape] * outputs,
+            output_dtypes=[mx.float32] * outputs,
+            template=[("size", arrays[0].size), ("width", shape[-1] if shape else 1)],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+            stream=mx.cpu,
+        )
+
+    return compute
