@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from textpolicy.fast_cpu import exponential, mlx_operations
 from textpolicy.fast_cpu.compiler import NotCompiled
 from textpolicy.fast_cpu.mlx_operations import operation_for, reason_of_none
+from textpolicy.fast_cpu.rms_norm import FastRMSNorm
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the operations are for Linux")
 
@@ -152,3 +154,27 @@ def test_without_a_cpp_compiler_mlx_computes_the_same_numbers(tmp_path):
     numbers, reason = done.stdout.splitlines()
     assert numbers == "True True"
     assert reason == "no C++ compiler (c++, g++ or clang++) is installed"
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_the_norm_is_that_of_mlx_with_all_its_gradients(rows):
+    plain, fast = nn.RMSNorm(600, eps=1e-3), FastRMSNorm(600, eps=1e-3)
+    plain.weight = fast.weight = spread(600) / 12
+    x, weight = spread(2, rows, 600), spread(2, rows, 600)
+
+    def gradients(norm: nn.Module) -> list[mx.array]:
+        def loss(w: mx.array, x: mx.array) -> mx.array:
+            norm.weight = w
+            return (norm(x) * weight).sum()
+
+        return list(mx.grad(loss, argnums=(0, 1))(norm.weight, x))
+
+    np.testing.assert_allclose(fast(x), plain(x), rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients(fast), gradients(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_the_norm_of_small_or_half_precise_arrays_is_left_to_mlx():
+    plain, fast = nn.RMSNorm(64), FastRMSNorm(64)
+    for x in (spread(8, 64), spread(90, 64).astype(mx.bfloat16)):
+        np.testing.assert_array_equal(fast(x).astype(mx.float32), plain(x).astype(mx.float32))

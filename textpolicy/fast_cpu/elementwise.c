@@ -94,6 +94,47 @@ FUNCTION(compiled_softmax) {
     }
 }
 
+INLINE float sum_of_products(const float *x, const float *y, int64_t size) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; i++) sum += x[i] * y[i];
+    return sum;
+}
+
+/* 1 / sqrt(mean square of a row + epsilon); the bits of epsilon are the third of the numbers. */
+INLINE float scale_of(const float *x, const int64_t *numbers) {
+    int32_t bits = numbers[2];
+    float epsilon;
+    memcpy(&epsilon, &bits, 4);
+    return 1 / sqrtf(sum_of_products(x, x, numbers[1]) / numbers[1] + epsilon);
+}
+
+/* Each row over its root mean square, times a vector of weights. */
+FUNCTION(compiled_rms_norm) {
+    int64_t width = numbers[1];
+#pragma omp parallel for THREADS(numbers[0])
+    for (int64_t start = 0; start < numbers[0]; start += width) {
+        const float *x = in[0] + start, *weight = in[1];
+        float *restrict y = out[0] + start, scale = scale_of(x, numbers);
+        for (int64_t i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
+    }
+}
+
+/* The gradient of x, from x, the gradient of the result, and the weights. */
+FUNCTION(compiled_rms_norm_gradient) {
+    int64_t width = numbers[1];
+#pragma omp parallel for THREADS(numbers[0])
+    for (int64_t start = 0; start < numbers[0]; start += width) {
+        const float *x = in[0] + start, *result = in[1] + start, *weight = in[2];
+        float *restrict of_x = out[0] + start, scale = scale_of(x, numbers), sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; i++) sum += x[i] * result[i] * weight[i];
+        float back = scale * scale * sum / width;
+        for (int64_t i = 0; i < width; i++)
+            of_x[i] = scale * (result[i] * weight[i] - x[i] * back);
+    }
+}
+
 /* silu(gate) x of gate and x. */
 FUNCTION(compiled_swiglu) {
     const float *gate = in[0], *x = in[1];

@@ -8,7 +8,7 @@ the trial fails, mlx's own operations compute the same numbers.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -39,10 +39,14 @@ try_library(Path(sys.argv[1]))
 Operation = Callable[..., list[mx.array]]
 
 
-def operation_for(name: str, *arrays: mx.array, outputs: int = 1) -> Operation | None:
+def operation_for(
+    name: str, *arrays: mx.array, vectors: int = 0, outputs: int = 1
+) -> Operation | None:
     """Return the operation by the function `compiled_...` of this name, if it suits these arrays.
 
-    The arrays are of float32 and of one shape, and so are the outputs. The operation has no
+    The arrays are of float32 and of one shape, and so are the outputs. With `vectors`, the
+    operation takes so many vectors after them, as long as a row: the caller knows that they are
+    of float32. `numbers` of a call are whole numbers for the function. The operation has no
     gradient. There is none for small arrays, which mlx's own operations compute faster, on a GPU,
     and where `reason_of_none` has a reason.
     """
@@ -51,7 +55,7 @@ def operation_for(name: str, *arrays: mx.array, outputs: int = 1) -> Operation |
         return None
     if any(one.dtype != mx.float32 or one.shape != first.shape for one in arrays):
         return None
-    return None if reason_of_none() else _operation(name, len(arrays), outputs)
+    return None if reason_of_none() else _operation(name, len(arrays) + vectors, outputs)
 
 
 @cache
@@ -125,14 +129,19 @@ def _operation(name: str, inputs: int, outputs: int) -> Operation:
         source=f"compiled {function}",
     )
 
-    def compute(*arrays: mx.array) -> list[mx.array]:
+    def compute(*arrays: mx.array, numbers: Sequence[int] = ()) -> list[mx.array]:
         # The compiled function trusts what `operation_for` has checked.
         shape = arrays[0].shape
         return kernel(
             inputs=[*arrays],
             output_shapes=[shape] * outputs,
             output_dtypes=[mx.float32] * outputs,
-            template=[("size", arrays[0].size), ("width", shape[-1] if shape else 1)],
+            template=[
+                (f"number{place}", number)
+                for place, number in enumerate(
+                    (arrays[0].size, shape[-1] if shape else 1, *numbers)
+                )
+            ],
             grid=(1, 1, 1),
             threadgroup=(1, 1, 1),
             stream=mx.cpu,

@@ -2,7 +2,8 @@
 
 Two functions that mlx-lm's models call spend much of their time in mlx's exponential for CPUs. A
 layer that calls one of them gets a subclass of its class: the same code, in which the function's
-name stands for the faster function. Other models and mlx-lm itself do not change.
+name stands for the faster function. Norms and rotary embeddings become layers of our own. Other
+models and mlx-lm itself do not change.
 """
 
 from functools import cache
@@ -18,6 +19,7 @@ from textpolicy.fast_cpu.array_slices import apply_in_slices
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import SMALL, exp
 from textpolicy.fast_cpu.mlx_operations import operation_for
+from textpolicy.fast_cpu.rms_norm import FastRMSNorm
 from textpolicy.fast_cpu.rotary import FastRoPE
 
 Features = Float[mx.array, "*batch features"]
@@ -63,6 +65,11 @@ _FASTER = {
     id(activations.swiglu): swiglu,
 }
 
+_FASTER_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RoPE: FastRoPE,
+    nn.RMSNorm: FastRMSNorm,
+}
+
 
 def use_fast_functions(model: nn.Module) -> None:
     """Let the layers of this model call the faster functions; do nothing on a GPU."""
@@ -75,8 +82,8 @@ def use_fast_functions(model: nn.Module) -> None:
 @cache
 def _faster_class(layer: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass that calls the faster functions, or the class if it calls none of them."""
-    if layer is nn.RoPE:
-        return FastRoPE
+    if layer in _FASTER_LAYERS:
+        return _FASTER_LAYERS[layer]
     call: Any = layer.__call__
     if not isinstance(call, FunctionType):
         return layer

@@ -1,0 +1,55 @@
+"""The root-mean-square norm as one operation, with its gradient as one operation.
+
+On a CPU, mlx computes the norm by seven operations. With n numbers in a row, the row's scale
+s = 1 / sqrt(mean(x^2) + eps) and y = s w x:
+
+    dx = s (w dy - x s^2 sum(w x dy) / n)        dw = sum over rows of s x dy
+"""
+
+import struct
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float
+
+from textpolicy.fast_cpu.mlx_operations import operation_for
+
+Rows = Float[mx.array, "*rows width"]
+
+
+class FastRMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm`, by compiled operations where there are any."""
+
+    def __call__(self, x: Rows) -> Rows:
+        weight = self["weight"]
+        known = weight.dtype == mx.float32 and weight.shape == x.shape[-1:]
+        if not known or not operation_for("rms_norm", x, vectors=1):
+            return super().__call__(x)
+        return _norm(self.eps)(x, weight)
+
+
+@cache
+def _norm(eps: float) -> Any:
+    """Return the norm of x and weights with this epsilon, with its gradient."""
+    numbers = struct.unpack("<i", struct.pack("<f", eps))
+
+    def value(x: Rows, weight: mx.array) -> Rows:
+        compiled = operation_for("rms_norm", x, vectors=1)
+        assert compiled is not None
+        return compiled(x, weight, numbers=numbers)[0]
+
+    def gradients(primals: Any, cotangent: Rows, _: Rows) -> list[mx.array]:
+        x, weight = primals
+        compiled = operation_for("rms_norm_gradient", x, cotangent, vectors=1)
+        assert compiled is not None
+        (of_x,) = compiled(x, cotangent, weight, numbers=numbers)
+        scale = mx.rsqrt(mx.square(x).mean(axis=-1, keepdims=True) + eps)
+        # mlx computes this only if the weights are trained.
+        of_weight = (cotangent * x * scale).reshape(-1, x.shape[-1]).sum(axis=0)
+        return [of_x, of_weight]
+
+    norm: Any = mx.custom_function(value)
+    norm.vjp(gradients)
+    return norm
