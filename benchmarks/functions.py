@@ -1,4 +1,4 @@
-"""Compare our attention, SwiGLU and exponential functions on a CPU with mlx's, in turns.
+"""Compare our attention, SwiGLU, norm and exponential functions on a CPU with mlx's, in turns.
 
 For each function and shape the script reports the forward pass and the pass with the gradient:
 median milliseconds, and the peak memory above the inputs.
@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import activations, base
 from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import exp
+from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.fast_cpu.model_functions import swiglu
+from textpolicy.fast_cpu.rms_norm import FastRMSNorm
 
 WIDTH = 64
 # Rows, query heads, key heads, query positions, key positions.
@@ -62,6 +65,8 @@ def pairs(longest: int) -> Iterator[Pair]:
         if tokens <= longest:
             inputs = [mx.random.normal((tokens, 768)) for _ in range(2)]
             yield Pair("swiglu", shape, activations.swiglu, swiglu, inputs)
+            norms = nn.RMSNorm(768), FastRMSNorm(768)
+            yield Pair("norm", shape, *norms, inputs[:1])
     yield Pair("exp", "a million numbers", mx.exp, exp, [mx.random.normal((2**20,))])
 
 
@@ -117,7 +122,8 @@ def main() -> None:
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(options.threads)
     results = [measured(pair, options.runs) for pair in pairs(options.tokens)]
-    record = {"setting": setting() | {"runs": options.runs}, "results": results}
+    asked = {"runs": options.runs, "compiled_operations": not reason_of_none()}
+    record = {"setting": setting() | asked, "results": results}
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")
     if options.json:

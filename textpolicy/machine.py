@@ -38,6 +38,14 @@ def memory_bytes() -> int:
     return min(limit for limit in limits if 0 < limit < _NO_LIMIT)
 
 
+def most_copied_bytes() -> int:
+    """Return the most memory for bfloat16 copies of a model's weights: an eighth of all.
+
+    A larger model has no copies.
+    """
+    return memory_bytes() // 8
+
+
 @dataclass(frozen=True)
 class MemoryLimits:
     """Bytes that mlx may keep wired, keep cached after they are freed, and use at all."""

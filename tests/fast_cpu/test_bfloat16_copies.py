@@ -1,6 +1,7 @@
 """Products with bfloat16 copies of weights: right, exact for each row, and gone with the model."""
 
 import gc
+import subprocess
 import sys
 
 import mlx.core as mx
@@ -8,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from textpolicy import fast_cpu
+from textpolicy import fast_cpu, machine
 from textpolicy.adapters.container import shared_copy
 from textpolicy.fast_cpu.bfloat16_copies import copied_bytes, keep_copies
 from textpolicy.generation import engine
@@ -155,6 +156,56 @@ def test_models_share_copies_of_shared_weights_which_end_with_the_last_model():
     assert copied_bytes() == before
 
 
+def test_copies_end_when_the_weights_are_quantized_or_do_not_fit_any_more():
+    gc.collect()
+    before = copied_bytes()
+    model = nn.Sequential(linear(64, 64))
+    assert keep_copies(model, ANY_SIZE) > 0
+    assert keep_copies(model, 10) == 0
+    assert copied_bytes() == before
+    assert keep_copies(model, ANY_SIZE) > 0
+    nn.quantize(model, group_size=64, bits=4)
+    assert keep_copies(model, ANY_SIZE) == 0
+    assert copied_bytes() == before
+
+
+def test_a_matrix_whose_rows_are_one_array_has_no_copy():
+    layer = linear(64, 64)
+    layer.weight = mx.broadcast_to(layer.weight[:1], (64, 64))
+    mx.eval(layer.weight)
+    assert keep_copies(layer, ANY_SIZE) == 0
+
+
+def test_a_forked_process_ends_while_another_thread_multiplies():
+    program = (
+        "import os, threading, mlx.core as mx, mlx.nn as nn\n"
+        "from textpolicy.fast_cpu.bfloat16_copies import keep_copies\n"
+        "layer = nn.Linear(512, 4096, bias=False)\n"
+        "layer.set_dtype(mx.bfloat16); layer.set_dtype(mx.float32); mx.eval(layer.weight)\n"
+        "assert keep_copies(layer, 1 << 60)\n"
+        "ended = threading.Event()\n"
+        "def multiply():\n"
+        "    with mx.stream(mx.cpu):\n"
+        "        x = mx.ones((8, 512))\n"
+        "        while not ended.is_set(): mx.eval(x @ layer.weight.T)\n"
+        "thread = threading.Thread(target=multiply); thread.start()\n"
+        "for _ in range(5):\n"
+        "    if (child := os.fork()) == 0:\n"
+        "        del layer; import gc, weakref; gc.collect()\n"
+        "        weakref.finalize._exitfunc(); os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "ended.set(); thread.join(); print('ended')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "ended\n")
+
+
 def test_an_embedding_beside_a_head_has_no_copy():
     model = nn.Sequential(nn.Embedding(100, 64), linear(100, 64))
     assert keep_copies(model, ANY_SIZE) <= 2 * 128 * 64
@@ -165,7 +216,7 @@ def test_a_model_that_would_take_too_much_memory_has_no_copies(monkeypatch):
     assert keep_copies(layer, 2 * 64 * 64 - 1) == 0
     assert keep_copies(layer, 2 * 64 * 64) > 0
     asked: list[int] = []
-    monkeypatch.setattr(engine, "memory_bytes", lambda: 800)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 800)
     monkeypatch.setattr(engine, "keep_copies", lambda model, most: asked.append(most))
     Engine(layer)
     assert asked == [100]

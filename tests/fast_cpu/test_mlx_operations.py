@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from textpolicy.fast_cpu import exponential, mlx_operations
-from textpolicy.fast_cpu.compiler import NotCompiled
+from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled
 from textpolicy.fast_cpu.mlx_operations import operation_for, reason_of_none
+from textpolicy.fast_cpu.model_functions import swiglu
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the operations are for Linux")
@@ -101,8 +102,9 @@ def test_an_operation_is_lazy_and_runs_in_the_order_of_the_graph():
     np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-4)
 
 
-def test_small_arrays_other_dtypes_and_unequal_shapes_are_left_to_mlx():
-    assert operation_for("exp", mx.zeros((8, 64))) is None
+def test_short_rows_other_dtypes_and_unequal_shapes_are_left_to_mlx():
+    assert operation_for("exp", mx.zeros((900, 63))) is None
+    assert operation_for("exp", mx.zeros(())) is None
     assert operation_for("exp", mx.zeros((9, 64), mx.float16)) is None
     assert operation_for("swiglu", mx.zeros((9, 64)), mx.zeros((64, 9))) is None
 
@@ -174,7 +176,48 @@ def test_the_norm_is_that_of_mlx_with_all_its_gradients(rows):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-def test_the_norm_of_small_or_half_precise_arrays_is_left_to_mlx():
+def test_the_norm_in_half_precision_is_left_to_mlx():
     plain, fast = nn.RMSNorm(64), FastRMSNorm(64)
-    for x in (spread(8, 64), spread(90, 64).astype(mx.bfloat16)):
-        np.testing.assert_array_equal(fast(x).astype(mx.float32), plain(x).astype(mx.float32))
+    x = spread(90, 64).astype(mx.bfloat16)
+    np.testing.assert_array_equal(fast(x).astype(mx.float32), plain(x).astype(mx.float32))
+
+
+@pytest.mark.parametrize("width", [64, 100, 256, 576])
+def test_what_a_row_gives_does_not_depend_on_the_rows_beside_it(width):
+    x, y = spread(64, 1, width), spread(64, 1, width)
+    norm = FastRMSNorm(width)
+    for function in (
+        lambda x, y: norm(x),
+        lambda x, y: exponential.softmax(x),
+        lambda x, y: exponential.exp(x),
+        swiglu,
+    ):
+        together = np.array(function(x, y))
+        for row in (0, 17, 63):
+            alone = function(x[row : row + 1], y[row : row + 1])
+            np.testing.assert_array_equal(alone, together[row : row + 1])
+
+
+@pytest.mark.parametrize("hidden", [1, 5, 16, 31])
+def test_hidden_scores_before_a_row_change_no_bit_of_its_softmax(hidden):
+    x = spread(9, 77)
+    padded = mx.concatenate([mx.full((9, hidden), -1e30), x], axis=-1)
+    found = np.array(exponential.softmax(padded))
+    np.testing.assert_array_equal(found[:, hidden:], np.array(exponential.softmax(x)))
+
+
+def test_a_failed_trial_is_remembered_and_its_file_named(tmp_path):
+    library = CompiledLibrary(
+        name="trial",
+        language="C",
+        compilers=("cc", "gcc"),
+        sources=("elementwise.c", "few_rows.c", "bfloat16_copies.c"),
+        headers=("loops.h",),
+        options=(("-O0", "-pthread"),),
+        trial="raise SystemExit('a trial that fails')",
+    )
+    with pytest.raises(NotCompiled, match="trial does not work on this machine: a trial that"):
+        library.compiled(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    with pytest.raises(NotCompiled, match=f"a trial that fails; to try again, remove {kept}"):
+        library.compiled(tmp_path)

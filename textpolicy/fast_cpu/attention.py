@@ -30,8 +30,6 @@ Values = Float[mx.array, "batch key_heads all value_width"]
 # Subtracting this from a score leaves no digit of the score. A query that may see no key therefore
 # weighs all keys alike.
 _MASKED = 1e30
-# In a decode step with so few scores, the operations of a slice take longer to begin than to run.
-_FEW_SCORES = 2**14
 
 
 def scaled_dot_product_attention(
@@ -56,7 +54,8 @@ def scaled_dot_product_attention(
         rows, mask_heads, times, seen = (1, 1, 1, *mask.shape)[-4:]
         by_head = (1, 1) if mask_heads == 1 else (key_heads, heads // key_heads)
         mask = mask.reshape(rows, *by_head, times, seen)
-    if time == 1 and not isinstance(mask, str) and batch * heads * keys.shape[2] <= _FEW_SCORES:
+    # In a decode step, the operations of slices take longer to begin than to run.
+    if time == 1 and not isinstance(mask, str) and batch * heads * keys.shape[2] <= SLICE_SIZE:
         grouped = (queries * scale).reshape(batch, key_heads, -1, time, width)
         return _attend_at_once(grouped, keys, values, mask).reshape(batch, heads, time, -1)
     # The factor log2(e) turns powers of e into powers of 2, at no extra cost for each score.

@@ -6,8 +6,8 @@ numbers. `bfloat16_copies.c` reads these numbers from half as many bytes, and lo
 """
 
 import ctypes
+import os
 import weakref
-from collections.abc import Iterator
 from threading import Lock
 from weakref import WeakValueDictionary
 
@@ -25,10 +25,10 @@ class _Copy:
     def __init__(self, weight: mx.array, address: int) -> None:
         outputs, inputs = weight.shape
         self.bytes = _add(address, outputs, inputs)
-        if self.bytes:
-            # The finalizer keeps the array, so that nothing else gets its memory before the copy is
-            # dropped. It is an array of its own: writing to the model's array does not change it.
-            weakref.finalize(self, _drop, address, weight.reshape(weight.shape))
+        # The finalizer keeps the array, so that nothing else gets its memory before the copy is
+        # dropped. It is an array of its own: writing to the model's array does not change it.
+        own = weight.reshape(weight.shape)
+        weakref.finalize(self, _drop, address, os.getpid(), own).atexit = False
 
 
 _LOCK = Lock()
@@ -44,36 +44,43 @@ def keep_copies(model: nn.Module, most_bytes: int) -> int:
     no compiled loops multiply few rows, or where all copies would take more than `most_bytes`. A
     second call for a model whose weights are the same takes no time.
     """
-    weights = [*_multiplied(model)] if mx.default_device().type == mx.cpu else []
-    if not weights or sum(w.size for w in weights) * mx.bfloat16.size > most_bytes:
-        return 0
-    if not enable().few_rows:
+    weights = _multiplied(model) if mx.default_device().type == mx.cpu else {}
+    fits = sum(w.size for w in weights.values()) * mx.bfloat16.size <= most_bytes
+    if not weights or not fits or not enable().few_rows:
+        # Copies of weights that the model had before are dropped.
+        _COPIES_OF_MODELS.pop(id(model), None)
         return 0
     with _LOCK:
         if id(model) not in _COPIES_OF_MODELS:
-            weakref.finalize(model, _COPIES_OF_MODELS.pop, id(model), None)
-        copies = _COPIES_OF_MODELS[id(model)] = [_copy_of(weight) for weight in weights]
+            weakref.finalize(model, _COPIES_OF_MODELS.pop, id(model), None).atexit = False
+        copies = [_copy_of(weight, address) for address, weight in weights.items()]
+        _COPIES_OF_MODELS[id(model)] = copies
     return sum(copy.bytes for copy in copies)
 
 
 def copied_bytes() -> int:
     """Return the memory of all copies, which mlx does not count."""
-    return sum(copy.bytes for copy in [*_COPIES.values()])
+    # Another thread may make copies meanwhile.
+    return sum(copy.bytes for reference in _COPIES.valuerefs() if (copy := reference()))
 
 
-def _multiplied(model: nn.Module) -> Iterator[mx.array]:
-    """Yield the float32 matrices by which a model multiplies, once each."""
+def _multiplied(model: nn.Module) -> dict[int, mx.array]:
+    """Return the float32 matrices by which a model multiplies, by their addresses."""
+    found: dict[int, mx.array] = {}
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     heads = {layer["weight"].shape[0] for layer in layers}
     for module in model.modules():
         # Without a linear layer that has an output for each token, the embedding is the head.
         is_head = isinstance(module, nn.Embedding) and module["weight"].shape[0] not in heads
-        if (is_head or isinstance(module, nn.Linear)) and module["weight"].dtype == mx.float32:
-            yield module["weight"]
+        weight = module["weight"] if is_head or isinstance(module, nn.Linear) else None
+        if weight is not None and weight.dtype == mx.float32:
+            view = np.array(weight, copy=False)
+            if view.flags.c_contiguous:
+                found[view.ctypes.data] = weight
+    return found
 
 
-def _copy_of(weight: mx.array) -> _Copy:
-    address: int = np.array(weight, copy=False).ctypes.data
+def _copy_of(weight: mx.array, address: int) -> _Copy:
     copy = _COPIES.get(address)
     if copy is None:
         copy = _COPIES[address] = _Copy(weight, address)
@@ -86,5 +93,7 @@ def _add(address: int, outputs: int, inputs: int) -> int:
     return add(ctypes.c_void_p(address), outputs, inputs, enable().threads or 1)
 
 
-def _drop(address: int, _: mx.array) -> None:
-    compiled_loops().bfloat16_copies_drop(ctypes.c_void_p(address))
+def _drop(address: int, maker: int, _: mx.array) -> None:
+    # In a forked process, a thread that is not there may hold the lock of the copies.
+    if os.getpid() == maker:
+        compiled_loops().bfloat16_copies_drop(ctypes.c_void_p(address))

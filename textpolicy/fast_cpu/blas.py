@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from textpolicy.errors import ConfigError
-from textpolicy.fast_cpu.compiler import NotCompiled
+from textpolicy.fast_cpu.compiler import NotCompiled, once
 from textpolicy.fast_cpu.few_rows import load_product
 from textpolicy.fast_cpu.function_table import BlasNotReplaced, replace_functions
 
@@ -135,7 +134,7 @@ def measure_threads() -> ThreadSpeeds | None:
     return ThreadSpeeds(of_a_run=default, gflops=speeds[0], gflops_of_one=speeds[1])
 
 
-@cache
+@once
 def _choose_once() -> tuple[BlasStatus, ctypes.CDLL | None]:
     """Return the BLAS that this process uses from now on, and its library if it is an OpenBLAS."""
     if sys.platform != "linux":

@@ -13,9 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, wraps
 from pathlib import Path
+from threading import RLock
+from typing import TypeVar
 
 FOLDER = Path(__file__).parent
 NATIVE = {"aarch64": "-mcpu=native"}.get(platform.machine(), "-march=native")
@@ -23,10 +26,24 @@ _SECONDS = 120
 _WRITABLE_BY_OTHERS = 0o022
 # OpenMP's threads poll for their next product about as long as those of OpenBLAS do, then sleep.
 _POLLING = ("GOMP_SPINCOUNT", "1500")
+_ONE_AT_A_TIME = RLock()
+Result = TypeVar("Result")
 
 
 class NotCompiled(Exception):
     """There are no compiled functions; the message says why."""
+
+
+def once(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Return the function with a memory: no two threads call it, or another such one, at once."""
+    remembered = cache(function)
+
+    @wraps(remembered)
+    def call() -> Result:
+        with _ONE_AT_A_TIME:
+            return remembered()
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -60,16 +77,28 @@ class CompiledLibrary:
                 path.unlink()
                 return _open(self.compiled(path.parent))
         except (OSError, RuntimeError) as error:
-            raise NotCompiled(f"the compiled loops cannot be kept or opened: {error}") from None
+            raise NotCompiled(f"compiled {self.name} cannot be kept or opened: {error}") from None
 
     def compiled(self, folder: Path) -> Path:
         """Return the library's file in this folder; compile it if it is new."""
         path = folder / f"{self.name}-{self.key}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                new = self._compile(Path(scratch) / path.name)
+        failed = path.with_suffix(".failed")
+        if path.exists():
+            return path
+        if failed.exists():
+            raise NotCompiled(f"{failed.read_text()}; to try again, remove {failed}")
+        compiler = self._find_compiler()
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            new = Path(scratch) / path.name
+            try:
+                self._compile(compiler, new)
                 self.try_out(new)
-                new.replace(path)
+            except NotCompiled as error:
+                # The next process does not spend the seconds of a trial again.
+                if self.trial:
+                    failed.write_text(str(error))
+                raise
+            new.replace(path)
         return path
 
     @property
@@ -89,18 +118,21 @@ class CompiledLibrary:
         if failed is not None:
             raise NotCompiled(f"{self.name} does not work on this machine: {failed}")
 
-    def _compile(self, path: Path) -> Path:
+    def _find_compiler(self) -> str:
         compiler = next(filter(None, map(shutil.which, self.compilers)), None)
         if compiler is None:
             names = " or ".join([", ".join(self.compilers[:-1]), self.compilers[-1]])
             raise NotCompiled(f"no {self.language} compiler ({names}) is installed")
+        return compiler
+
+    def _compile(self, compiler: str, path: Path) -> None:
         sources = [str(FOLDER / name) for name in self.sources]
         command = [compiler, "-shared", "-fPIC", "-w", "-o", str(path), *sources]
         failed = None
         for options in self.options:
             failed = _run([*command, *options])
             if failed is None:
-                return path
+                return
         raise NotCompiled(f"{compiler} failed: {failed}")
 
 

@@ -6,9 +6,8 @@ without a C compiler, OpenBLAS computes these products too.
 """
 
 import ctypes
-from functools import cache
 
-from textpolicy.fast_cpu.compiler import NATIVE, CompiledLibrary
+from textpolicy.fast_cpu.compiler import NATIVE, CompiledLibrary, once
 
 _OPTIMISED = ("-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math", "-pthread")
 LOOPS = CompiledLibrary(
@@ -22,7 +21,7 @@ LOOPS = CompiledLibrary(
 )
 
 
-@cache
+@once
 def compiled_loops() -> ctypes.CDLL:
     """Return the compiled loops; raise `NotCompiled` where there are none."""
     return LOOPS.load()

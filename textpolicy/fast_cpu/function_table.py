@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import platform
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class BlasNotReplaced(Exception):
 def replace_functions(functions: Mapping[str, int], library: str = LIBMLX) -> dict[str, int]:
     """Write these addresses into the library's table; return the addresses that were there.
 
-    `library` is the name of a file that this process has loaded.
+    `library` is the name, or the path, of a file that this process has loaded.
     """
     pointers, table, code = _find_pointers(functions.keys(), library)
     before = {name: pointer.value for name, pointer in pointers.items()}
@@ -59,9 +59,13 @@ def _find_pointers(
     return pointers, table, [m for m in mappings if "x" in m.permissions]
 
 
-def _image(mappings: Iterable["_Mapping"], library: str) -> "_Mapping":
+def _image(mappings: Sequence["_Mapping"], library: str) -> "_Mapping":
     """Return the first mapping of a loaded library."""
-    image = next((m for m in mappings if m.path.name == library and m.offset == 0), None)
+    whole = Path(library).is_absolute()
+    names = (m.path if whole else m.path.name for m in mappings)
+    named = zip(mappings, names, strict=True)
+    wanted = Path(library) if whole else library
+    image = next((m for m, name in named if name == wanted and m.offset == 0), None)
     if image is None:
         raise BlasNotReplaced(f"this mlx has no {library}")
     return image

@@ -40,16 +40,18 @@ class Compiled : public Primitive {
 
     void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
         auto& encoder = cpu::get_command_encoder(stream());
+        // Threads may compute with one compiled graph at once.
+        Arguments all = arguments;
         for (size_t i = 0; i < inputs.size(); i++) {
             encoder.set_input_array(inputs[i]);
-            arguments.inputs[i] = inputs[i].data<void>();
+            all.inputs[i] = inputs[i].data<void>();
         }
         for (size_t i = 0; i < outputs.size(); i++) {
             outputs[i].set_data(allocator::malloc(outputs[i].nbytes()));
             encoder.set_output_array(outputs[i]);
-            arguments.outputs[i] = outputs[i].data<void>();
+            all.outputs[i] = outputs[i].data<void>();
         }
-        encoder.dispatch([function = function, all = arguments] {
+        encoder.dispatch([function = function, all] {
             function(all.inputs, all.outputs, all.numbers);
         });
     }

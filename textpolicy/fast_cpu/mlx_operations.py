@@ -8,6 +8,7 @@ the trial fails, mlx's own operations compute the same numbers.
 """
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from textpolicy.fast_cpu.blas import enable
-from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled
+from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled, once
 from textpolicy.fast_cpu.few_rows import compiled_loops
 from textpolicy.fast_cpu.function_table import (
     BlasNotReplaced,
@@ -28,7 +29,7 @@ _MLX = Path(mx.__file__).parent
 _VERSION: str = cast(Any, mx).__version__
 _MAKER = "_ZN3mlx4core4fast12metal_kernelE"
 _LARGEST = 2**31 - 1  # Numbers are passed as 32-bit ones.
-_SMALL = 2**9
+_SMALLEST_ROW = (64,)
 _TRIAL = """
 import sys
 from pathlib import Path
@@ -47,23 +48,26 @@ def operation_for(
     The arrays are of float32 and of one shape, and so are the outputs. With `vectors`, the
     operation takes so many vectors after them, as long as a row: the caller knows that they are
     of float32. `numbers` of a call are whole numbers for the function. The operation has no
-    gradient. There is none for small arrays, which mlx's own operations compute faster, on a GPU,
-    and where `reason_of_none` has a reason.
+    gradient, and no rule for `mx.vmap`. There is none for short rows, which mlx's own operations
+    compute faster, on a GPU, and where `reason_of_none` has a reason.
     """
     first = arrays[0]
-    if not _SMALL < first.size <= _LARGEST or mx.default_device().type != mx.cpu:
+    if first.size > _LARGEST or mx.default_device().type != mx.cpu:
+        return None
+    # The choice depends on the width alone, so what a row gives does not depend on other rows.
+    if not (vectors or name == "softmax") and first.shape[-1:] < _SMALLEST_ROW:
         return None
     if any(one.dtype != mx.float32 or one.shape != first.shape for one in arrays):
         return None
     return None if reason_of_none() else _operation(name, len(arrays) + vectors, outputs)
 
 
-@cache
+@once
 def reason_of_none() -> str:
     """Return why there are no such operations, or an empty text if there are."""
     blas = enable()
     if not blas.few_rows:
-        return blas.few_rows_reason or blas.reason
+        return blas.few_rows_reason or f"{blas.name} multiplies, which is not OpenBLAS"
     try:
         _use(_library().load())
     except (NotCompiled, BlasNotReplaced, OSError) as error:
@@ -78,10 +82,11 @@ def try_library(path: Path) -> None:
     x = mx.array([[-1.0, 0.0, 2.0], [0.5, 3.0, 88.0]])
     (y,) = _operation("exp", 1, 1)(x)
     of_gate, of_x = _operation("swiglu_gradients", 3, 2)(x[:, ::2], x[:, 1:], x[:, :2] + y[:, :2])
-    expected = mx.exp(x)
-    assert mx.allclose(y, expected) and (of_gate + of_x).shape == (2, 2)
     (again,) = _operation("exp", 1, 1)(x.T)
-    assert mx.allclose(again, expected.T)
+    expected = mx.exp(x)
+    right = mx.allclose(y, expected) and mx.allclose(again, expected.T)
+    if not right or (of_gate + of_x).shape != (2, 2):
+        raise NotCompiled("it computes wrong numbers")
 
 
 def _library() -> CompiledLibrary:
@@ -109,10 +114,11 @@ def _use(library: ctypes.CDLL) -> None:
     """Let `mx.fast.metal_kernel` make operations of compiled functions."""
     library.textpolicy_running_mlx.restype = ctypes.c_char_p
     running = library.textpolicy_running_mlx().decode()
-    if running.split(".dev")[0] != _VERSION.split(".dev")[0]:
-        raise NotCompiled(f"libmlx.so is of version {running}, and mlx of {_VERSION}")
+    major, minor, patch = map(int, re.findall(r"\d+", running)[:3])
+    if library.textpolicy_compiled_for() != 100_000 * major + 1_000 * minor + patch:
+        raise NotCompiled(f"this process has mlx {running}; another one is installed now")
     library.textpolicy_make_operation.restype = ctypes.c_void_p
-    python_module = Path(mx.__file__).name
+    python_module = str(Path(mx.__file__).resolve())
     names = [name for name in imported_functions(python_module) if name.startswith(_MAKER)]
     if len(names) != 1:
         raise BlasNotReplaced("this mlx makes operations in another way")

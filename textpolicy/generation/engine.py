@@ -26,14 +26,11 @@ from textpolicy.generation.decoding_batch import (
 )
 from textpolicy.generation.prefill import prefill_prompts, prefill_replies
 from textpolicy.generation.prefix_cache import PrefixCache
-from textpolicy.machine import memory_bytes
+from textpolicy.machine import most_copied_bytes
 from textpolicy.types import Sampling, StopReason
 
 MAX_DECODING_ROWS = 256
 """The number of rows that decode together, unless a policy is given another number."""
-
-COPIES_SHARE = 1 / 8
-"""The most that bfloat16 copies of the weights take of the memory; a larger model has none."""
 
 NewestVersion = Callable[[], int]
 """May put newer adapters into the model; returns the version of those that are in the model."""
@@ -43,7 +40,7 @@ _STEPS_TO_WAIT = 3
 
 
 class Engine:
-    """Decodes rows together. A row's results depend on nothing but the row.
+    """Decodes rows together. Up to rounding, a row's results depend on nothing but the row.
 
     `submit` adds a group of rows with one prompt. `step` appends a token to every row that
     decodes, and returns the rows that end with it. Before the next step, `reply` continues such a
@@ -76,7 +73,7 @@ class Engine:
         self._newest_version = newest_version
         self._version: int | None = None
         self._model = model
-        keep_copies(model, int(COPIES_SHARE * memory_bytes()))
+        keep_copies(model, most_copied_bytes())
         self._max_rows = max_rows if batched else 1
         self._batched = batched
         self._launch_ahead = launch_ahead

@@ -20,9 +20,10 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
-from textpolicy.generation.engine import COPIES_SHARE, MAX_DECODING_ROWS
+from textpolicy.fast_cpu.mlx_operations import reason_of_none
+from textpolicy.generation.engine import MAX_DECODING_ROWS
 from textpolicy.generation.prefill import PREFILL_CHUNK_TOKENS
-from textpolicy.machine import memory_bytes
+from textpolicy.machine import most_copied_bytes
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_batch
 from textpolicy.planning.unloaded_model import build_unloaded_model
@@ -41,7 +42,9 @@ _CHUNKS, _TRAINED_CHUNKS = 8.5, 11.5  # of a chunk, with the memory for the next
 _INNER, _HIDDEN, _QUERIES = 4.5, 2, 4  # of these widths, in the backward pass of a block
 _GATE_SLICES, _SCORE_SLICES = 7, 8  # of the feed-forward and the attention layer there
 _PREFILL_SLICES = 5.5  # of attention scores in a forward pass
-_UNPACKED_SHARE = 1 / 4  # of a model in mlx's own formats, as float32 while tokens are decoded
+# Of a model in mlx's own formats, as float32 while tokens are decoded: mlx unpacks a number of
+# operations ahead, and with compiled operations a block has fewer of them.
+_UNPACKED_SHARE, _UNPACKED_SHARE_COMPILED = 1 / 4, 3 / 8
 
 _FLOAT = mx.float32.size
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -287,7 +290,7 @@ def _copies(planned: AdapterPlan, stored: mx.Dtype | None) -> int:
     tied = all(_name(row) != "lm_head" for row in planned.modules)
     numbers = sum(prod(row.shape) for row in rows if tied or not row.module.endswith("Embedding"))
     copies = numbers * mx.bfloat16.size
-    return copies if copies <= COPIES_SHARE * memory_bytes() else 0
+    return copies if copies <= most_copied_bytes() else 0
 
 
 def _block_number(row: PlannedModule) -> int | None:
@@ -340,5 +343,6 @@ def _unpacked_bytes(block: _Block) -> _Unpacked:
             (nf4 if is_nf4 else own).append(size)
         elif tied or _name(row) == "lm_head":
             head = size
-    decoding = head + int(sum(own) * _UNPACKED_SHARE) + sum(nf4) // block.count
+    share = _UNPACKED_SHARE if reason_of_none() else _UNPACKED_SHARE_COMPILED
+    decoding = head + int(sum(own) * share) + sum(nf4) // block.count
     return _Unpacked(matrix=max(own + nf4), head=head, decoding=decoding)

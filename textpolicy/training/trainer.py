@@ -20,7 +20,9 @@ from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.buffer import Buffer
 from textpolicy.errors import ConfigError, TrainingError
+from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 from textpolicy.file_writing import atomic_replace, make_private_folder
+from textpolicy.machine import most_copied_bytes
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.training.advantages import add_advantages, advantages_by_group, requested_keywords
 from textpolicy.training.batch import (
@@ -113,6 +115,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         fast_cpu.enable()
+        # Few rows have the last digits of the copies, also in a process that does not sample.
+        keep_copies(self.model, most_copied_bytes())
         self.adapters = AdapterContainer.of(self.model)
         self._check_options()
         check_differentiable(self.model)

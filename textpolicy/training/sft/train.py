@@ -23,7 +23,8 @@ from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.files.adapter_file import prepare_adapter_path
 from textpolicy.errors import ConfigError, TrainingError
-from textpolicy.machine import keep_memory_in_bounds
+from textpolicy.fast_cpu.bfloat16_copies import keep_copies
+from textpolicy.machine import keep_memory_in_bounds, most_copied_bytes
 from textpolicy.tracking.best import BestAdapter
 from textpolicy.training.checkpoint import (
     Checkpoint,
@@ -107,6 +108,8 @@ def train_sft(
     settings. `on_update` is called after each update with the number of finished updates.
     """
     fast_cpu.enable()
+    # An evaluation may make the copies later: all updates have the same last digits.
+    keep_copies(model, most_copied_bytes())
     parameters = parameters or SFTParameters()
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("the model has no trainable weights: attach adapters or unfreeze it")
