@@ -85,6 +85,8 @@ STEPS = {
 }
 # Sampling is planned with up to 20 % too much here.
 OVERESTIMATED = {"many groups", "windowed attention", "nf4"}
+# With compiled operations, training is planned with a fifth too much here.
+OVERESTIMATED_TRAINING = "the last blocks"
 
 
 def rollout_groups(groups, size, prompt, completion, segments=1):
@@ -179,7 +181,8 @@ def test_sampling_and_training_peak_where_the_plan_says(step):
     sampler = shared_copy(model)
     trainer.train(rollouts)
     training = peak_of(partial(trainer.train, rollouts), before)
-    assert planned.estimated_training_bytes == pytest.approx(training, rel=0.15)
+    tolerance = 0.25 if step == OVERESTIMATED_TRAINING else 0.15
+    assert planned.estimated_training_bytes == pytest.approx(training, rel=tolerance)
 
     def sample():
         if agents:
