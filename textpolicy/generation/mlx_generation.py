@@ -16,9 +16,11 @@ from textpolicy.activity import doing
 from textpolicy.adapters.container import AdapterContainer
 from textpolicy.adapters.quantization.packed_product import use_fast_products
 from textpolicy.errors import ConfigError, ModelError
+from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.model_files import find_model
 from textpolicy.generation.policy import ModelPolicy
+from textpolicy.machine import most_copied_bytes
 from textpolicy.types import Sampling
 from textpolicy.untrusted.template_check import check_template_ends
 from textpolicy.user_code.faults import raise_user_errors_as
@@ -51,6 +53,7 @@ def load_model(
             mx.eval(model.parameters())
         use_fast_products(model)
         use_fast_functions(model)
+        keep_copies(model, most_copied_bytes())
         mx.eval(cast(Any, model)(mx.array([[0]])))
     check_template_ends(tokenizer.chat_template)
     if adapter_path is not None:

@@ -115,7 +115,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         fast_cpu.enable()
-        # Few rows have the last digits of the copies, also in a process that does not sample.
+        # Last digits depend on the copies, so a process that does not sample has them too.
         keep_copies(self.model, most_copied_bytes())
         self.adapters = AdapterContainer.of(self.model)
         self._check_options()
