@@ -11,6 +11,7 @@ import pytest
 
 from textpolicy import fast_cpu, machine
 from textpolicy.adapters.container import shared_copy
+from textpolicy.fast_cpu import bfloat16_copies
 from textpolicy.fast_cpu.bfloat16_copies import copied_bytes, keep_copies
 from textpolicy.generation import engine
 from textpolicy.generation.engine import Engine
@@ -20,7 +21,8 @@ ANY_SIZE = 1 << 60
 
 
 @pytest.fixture(autouse=True)
-def on_a_cpu_with_compiled_loops():
+def on_a_cpu_with_compiled_loops(monkeypatch):
+    monkeypatch.setattr(bfloat16_copies, "FEWEST_NUMBERS", 0)
     blas = fast_cpu.enable()
     if not blas.few_rows:
         pytest.skip(blas.few_rows_reason or blas.reason)
@@ -180,6 +182,7 @@ def test_a_forked_process_ends_while_another_thread_multiplies():
     program = (
         "import os, threading, mlx.core as mx, mlx.nn as nn\n"
         "from textpolicy.fast_cpu.bfloat16_copies import keep_copies\n"
+        "import textpolicy.fast_cpu.bfloat16_copies as copies; copies.FEWEST_NUMBERS = 0\n"
         "layer = nn.Linear(512, 4096, bias=False)\n"
         "layer.set_dtype(mx.bfloat16); layer.set_dtype(mx.float32); mx.eval(layer.weight)\n"
         "assert keep_copies(layer, 1 << 60)\n"
@@ -204,6 +207,11 @@ def test_a_forked_process_ends_while_another_thread_multiplies():
         timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "ended\n")
+
+
+def test_a_small_model_has_no_copies(monkeypatch):
+    monkeypatch.undo()
+    assert keep_copies(linear(64, 64), ANY_SIZE) == 0
 
 
 def test_an_embedding_beside_a_head_has_no_copy():

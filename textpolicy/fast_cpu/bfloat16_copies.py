@@ -18,6 +18,9 @@ import numpy as np
 from textpolicy.fast_cpu.blas import enable
 from textpolicy.fast_cpu.few_rows import compiled_loops
 
+FEWEST_NUMBERS = 2**22
+"""A model with fewer weights has no copies: the processor's caches hold all of them anyway."""
+
 
 class _Copy:
     """A copy of a matrix, which exists as long as this object does."""
@@ -41,11 +44,12 @@ def keep_copies(model: nn.Module, most_bytes: int) -> int:
     """Keep bfloat16 copies of a model's weights for as long as the model exists; return their size.
 
     A matrix with other numbers than those of bfloat16 has no copy. There are no copies either where
-    no compiled loops multiply few rows, or where all copies would take more than `most_bytes`. A
-    second call for a model whose weights are the same takes no time.
+    no compiled loops multiply few rows, where all copies would take more than `most_bytes`, or of a
+    small model. A second call for a model whose weights are the same takes no time.
     """
     weights = _multiplied(model) if mx.default_device().type == mx.cpu else {}
-    fits = sum(w.size for w in weights.values()) * mx.bfloat16.size <= most_bytes
+    numbers = sum(weight.size for weight in weights.values())
+    fits = FEWEST_NUMBERS <= numbers <= most_bytes // mx.bfloat16.size
     if not weights or not fits or not enable().few_rows:
         # Copies of weights that the model had before are dropped.
         _COPIES_OF_MODELS.pop(id(model), None)

@@ -20,6 +20,7 @@ from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
+from textpolicy.fast_cpu.bfloat16_copies import FEWEST_NUMBERS
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.generation.engine import MAX_DECODING_ROWS
 from textpolicy.generation.prefill import PREFILL_CHUNK_TOKENS
@@ -290,7 +291,7 @@ def _copies(planned: AdapterPlan, stored: mx.Dtype | None) -> int:
     tied = all(_name(row) != "lm_head" for row in planned.modules)
     numbers = sum(prod(row.shape) for row in rows if tied or not row.module.endswith("Embedding"))
     copies = numbers * mx.bfloat16.size
-    return copies if copies <= most_copied_bytes() else 0
+    return copies if numbers >= FEWEST_NUMBERS and copies <= most_copied_bytes() else 0
 
 
 def _block_number(row: PlannedModule) -> int | None:
