@@ -105,6 +105,8 @@ def test_an_operation_is_lazy_and_runs_in_the_order_of_the_graph():
 def test_short_rows_other_dtypes_and_unequal_shapes_are_left_to_mlx():
     assert operation_for("exp", mx.zeros((900, 63))) is None
     assert operation_for("exp", mx.zeros(())) is None
+    for empty in ((0, 64), (3, 0)):
+        assert exponential.softmax(mx.zeros(empty)).shape == empty
     assert operation_for("exp", mx.zeros((9, 64), mx.float16)) is None
     assert operation_for("swiglu", mx.zeros((9, 64)), mx.zeros((64, 9))) is None
 

@@ -45,7 +45,7 @@ def keep_copies(model: nn.Module, most_bytes: int) -> int:
 
     A matrix with other numbers than those of bfloat16 has no copy. There are no copies either where
     no compiled loops multiply few rows, where all copies would take more than `most_bytes`, or of a
-    small model. A second call for a model whose weights are the same takes no time.
+    small model. A second call for a model whose weights are the same copies nothing.
     """
     weights = _multiplied(model) if mx.default_device().type == mx.cpu else {}
     numbers = sum(weight.size for weight in weights.values())

@@ -26,7 +26,7 @@ import numpy as np
 from textpolicy.errors import ConfigError
 from textpolicy.fast_cpu.compiler import NotCompiled, once
 from textpolicy.fast_cpu.few_rows import load_product
-from textpolicy.fast_cpu.function_table import BlasNotReplaced, replace_functions
+from textpolicy.fast_cpu.function_table import NotReplaced, replace_functions
 
 _STOCK = "mlx's own (netlib reference)"
 _PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
@@ -150,7 +150,7 @@ def _choose_once() -> tuple[BlasStatus, ctypes.CDLL | None]:
         }
         addresses = {name: pointer.value or 0 for name, pointer in pointers.items()}
         _use(addresses)
-    except (BlasNotReplaced, OSError) as error:
+    except (NotReplaced, OSError) as error:
         hint = _hint_for(mx.default_device())
         return BlasStatus(name=_STOCK, fast=False, reason=str(error), hint=hint), None
     config = _config(library)
@@ -167,7 +167,7 @@ def _use_few_rows(library: ctypes.CDLL, others: int) -> str:
     threads = ctypes.cast(_function(library, "openblas_get_num_threads"), ctypes.c_void_p)
     try:
         _use({"cblas_sgemm": load_product(others, threads.value or 0)})
-    except (BlasNotReplaced, NotCompiled) as error:
+    except (NotReplaced, NotCompiled) as error:
         return str(error)
     return ""
 
@@ -189,7 +189,7 @@ def _load(setting: str) -> ctypes.CDLL:
             # OpenBLAS has read the variable when it started. Child processes do not inherit it.
             del os.environ[name]
     if "USE64BITINT" in _config(library):
-        raise BlasNotReplaced(f"{library._name} takes 64-bit integers; mlx passes 32-bit ones")
+        raise NotReplaced(f"{library._name} takes 64-bit integers; mlx passes 32-bit ones")
     return library
 
 
@@ -206,14 +206,14 @@ def _function(library: ctypes.CDLL, name: str) -> Any:
     for prefix in ("scipy_", ""):
         with suppress(AttributeError):
             return library[prefix + name]
-    raise BlasNotReplaced(f"{library._name} has no {name}")
+    raise NotReplaced(f"{library._name} has no {name}")
 
 
 def _config(library: ctypes.CDLL) -> str:
     """Return OpenBLAS' description of itself, or an empty text for any other library."""
     try:
         config = _function(library, "openblas_get_config")
-    except BlasNotReplaced:
+    except NotReplaced:
         return ""
     config.restype = ctypes.c_char_p
     return config().decode()
@@ -224,7 +224,7 @@ def _use(functions: Mapping[str, int]) -> None:
     before = replace_functions(functions)
     if wrong := _wrong_product():
         replace_functions(before)
-        raise BlasNotReplaced(f"undone: it gave a wrong {wrong}")
+        raise NotReplaced(f"undone: it gave a wrong {wrong}")
 
 
 def _wrong_product() -> str:

@@ -34,6 +34,10 @@ class NotCompiled(Exception):
     """There are no compiled functions; the message says why."""
 
 
+class _TookTooLong(NotCompiled):
+    """A program was stopped at its time limit."""
+
+
 def once(function: Callable[[], Result]) -> Callable[[], Result]:
     """Return the function with a memory: no two threads call it, or another such one, at once."""
     remembered = cache(function)
@@ -94,8 +98,9 @@ class CompiledLibrary:
                 self._compile(compiler, new)
                 self.try_out(new)
             except NotCompiled as error:
-                # The next process does not spend the seconds of a trial again.
-                if self.trial:
+                # The next process does not spend the seconds of a trial again. A busy machine may
+                # have more time then.
+                if self.trial and not isinstance(error, _TookTooLong):
                     failed.write_text(str(error))
                 raise
             new.replace(path)
@@ -143,7 +148,7 @@ def _run(command: Sequence[str]) -> str | None:
             command, capture_output=True, text=True, check=False, timeout=_SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise NotCompiled(f"{command[0]} took more than {_SECONDS} seconds") from None
+        raise _TookTooLong(f"{command[0]} took more than {_SECONDS} seconds") from None
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import platform
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _FUNCTION_TYPES = {"x86_64": (7, 6), "aarch64": (1026, 1025)}
 LIBMLX = "libmlx.so"
 
 
-class BlasNotReplaced(Exception):
+class NotReplaced(Exception):
     """mlx keeps the functions that it has; the message gives the reason."""
 
 
@@ -52,22 +52,19 @@ def _find_pointers(
     image = _image(mappings, library)
     imported = _imported(image.path)
     if missing := sorted(set(names) - imported.keys()):
-        raise BlasNotReplaced(f"{image.path} does not import {', '.join(missing)}")
+        raise NotReplaced(f"{image.path} does not import {', '.join(missing)}")
     addresses = {name: image.start + imported[name] for name in names}
     table = _mapping_of(addresses.values(), [m for m in mappings if m.path == image.path])
     pointers = {name: ctypes.c_uint64.from_address(at) for name, at in addresses.items()}
     return pointers, table, [m for m in mappings if "x" in m.permissions]
 
 
-def _image(mappings: Sequence["_Mapping"], library: str) -> "_Mapping":
+def _image(mappings: Iterable["_Mapping"], library: str) -> "_Mapping":
     """Return the first mapping of a loaded library."""
-    whole = Path(library).is_absolute()
-    names = (m.path if whole else m.path.name for m in mappings)
-    named = zip(mappings, names, strict=True)
-    wanted = Path(library) if whole else library
-    image = next((m for m, name in named if name == wanted and m.offset == 0), None)
+    named = (m for m in mappings if library in (m.path.name, str(m.path)))
+    image = next((m for m in named if m.offset == 0), None)
     if image is None:
-        raise BlasNotReplaced(f"this mlx has no {library}")
+        raise NotReplaced(f"this mlx has no {library}")
     return image
 
 
@@ -96,7 +93,7 @@ def _mapping_of(addresses: Collection[int], mappings: Iterable[_Mapping]) -> _Ma
     for mapping in mappings:
         if mapping.start <= min(addresses) and max(addresses) < mapping.end:
             return mapping
-    raise BlasNotReplaced("the function table is not where the library's relocations say")
+    raise NotReplaced("the function table is not where the library's relocations say")
 
 
 def _protect(mapping: _Mapping, protection: int) -> None:
@@ -109,12 +106,12 @@ def _protect(mapping: _Mapping, protection: int) -> None:
 def _imported(path: Path) -> dict[str, int]:
     """Return the offset in a shared library at which it keeps each imported function's address."""
     if platform.machine() not in _FUNCTION_TYPES:
-        raise BlasNotReplaced(f"{platform.machine()} processors are not supported")
+        raise NotReplaced(f"{platform.machine()} processors are not supported")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as image:
             return dict(_relocations(image, _FUNCTION_TYPES[platform.machine()]))
     except (ValueError, IndexError, struct.error) as error:
-        raise BlasNotReplaced(f"{path} is not an ELF library of a known shape: {error}") from None
+        raise NotReplaced(f"{path} is not an ELF library of a known shape: {error}") from None
 
 
 def _relocations(image: mmap.mmap, types: tuple[int, int]) -> Iterator[tuple[str, int]]:

@@ -20,7 +20,7 @@ from textpolicy.fast_cpu.blas import enable
 from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled, once
 from textpolicy.fast_cpu.few_rows import compiled_loops
 from textpolicy.fast_cpu.function_table import (
-    BlasNotReplaced,
+    NotReplaced,
     imported_functions,
     replace_functions,
 )
@@ -29,7 +29,6 @@ _MLX = Path(mx.__file__).parent
 _VERSION: str = cast(Any, mx).__version__
 _MAKER = "_ZN3mlx4core4fast12metal_kernelE"
 _LARGEST = 2**31 - 1  # Numbers are passed as 32-bit ones.
-_SMALLEST_ROW = (64,)
 _TRIAL = """
 import sys
 from pathlib import Path
@@ -41,21 +40,21 @@ Operation = Callable[..., list[mx.array]]
 
 
 def operation_for(
-    name: str, *arrays: mx.array, vectors: int = 0, outputs: int = 1
+    name: str, *arrays: mx.array, vectors: int = 0, outputs: int = 1, least_width: int = 64
 ) -> Operation | None:
     """Return the operation by the function `compiled_...` of this name, if it suits these arrays.
 
     The arrays are of float32 and of one shape, and so are the outputs. With `vectors`, the
     operation takes so many vectors after them, as long as a row: the caller knows that they are
     of float32. `numbers` of a call are whole numbers for the function. The operation has no
-    gradient, and no rule for `mx.vmap`. There is none for short rows, which mlx's own operations
-    compute faster, on a GPU, and where `reason_of_none` has a reason.
+    gradient, and no rule for `mx.vmap`. There is none for rows of fewer numbers than `least_width`,
+    which mlx's own operations compute faster, on a GPU, and where `reason_of_none` has a reason.
     """
     first = arrays[0]
-    if first.size > _LARGEST or mx.default_device().type != mx.cpu:
+    if not 0 < first.size <= _LARGEST or mx.default_device().type != mx.cpu:
         return None
     # The choice depends on the width alone, so what a row gives does not depend on other rows.
-    if not (vectors or name == "softmax") and first.shape[-1:] < _SMALLEST_ROW:
+    if not first.shape or first.shape[-1] < least_width:
         return None
     if any(one.dtype != mx.float32 or one.shape != first.shape for one in arrays):
         return None
@@ -70,7 +69,7 @@ def reason_of_none() -> str:
         return blas.few_rows_reason or f"{blas.name} multiplies, which is not OpenBLAS"
     try:
         _use(_library().load())
-    except (NotCompiled, BlasNotReplaced, OSError) as error:
+    except (NotCompiled, NotReplaced, OSError) as error:
         return str(error)
     return ""
 
@@ -121,7 +120,7 @@ def _use(library: ctypes.CDLL) -> None:
     python_module = str(Path(mx.__file__).resolve())
     names = [name for name in imported_functions(python_module) if name.startswith(_MAKER)]
     if len(names) != 1:
-        raise BlasNotReplaced("this mlx makes operations in another way")
+        raise NotReplaced("this mlx makes operations in another way")
     replace_functions({names[0]: library.textpolicy_make_operation()}, python_module)
 
 
@@ -144,9 +143,7 @@ def _operation(name: str, inputs: int, outputs: int) -> Operation:
             output_dtypes=[mx.float32] * outputs,
             template=[
                 (f"number{place}", number)
-                for place, number in enumerate(
-                    (arrays[0].size, shape[-1] if shape else 1, *numbers)
-                )
+                for place, number in enumerate((arrays[0].size, shape[-1], *numbers))
             ],
             grid=(1, 1, 1),
             threadgroup=(1, 1, 1),

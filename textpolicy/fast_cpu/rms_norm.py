@@ -25,7 +25,7 @@ class FastRMSNorm(nn.RMSNorm):
     def __call__(self, x: Rows) -> Rows:
         weight = self["weight"]
         known = weight.dtype == mx.float32 and weight.shape == x.shape[-1:]
-        if not known or not operation_for("rms_norm", x, vectors=1):
+        if not known or not operation_for("rms_norm", x, vectors=1, least_width=1):
             return super().__call__(x)
         return _norm(self.eps)(x, weight)
 
@@ -36,14 +36,14 @@ def _norm(eps: float) -> Any:
     numbers = struct.unpack("<i", struct.pack("<f", eps))
 
     def value(x: Rows, weight: mx.array) -> Rows:
-        compiled = operation_for("rms_norm", x, vectors=1)
+        compiled = operation_for("rms_norm", x, vectors=1, least_width=1)
         if compiled is None:
             return mx.fast.rms_norm(x, weight, eps)
         return compiled(x, weight, numbers=numbers)[0]
 
     def gradients(primals: Any, cotangent: Rows, _: Rows) -> list[mx.array]:
         x, weight = primals
-        compiled = operation_for("rms_norm_gradient", x, cotangent, vectors=1)
+        compiled = operation_for("rms_norm_gradient", x, cotangent, vectors=1, least_width=1)
         if compiled is None:
             return mx.vjp(partial(mx.fast.rms_norm, eps=eps), [x, weight], [cotangent])[1]
         (of_x,) = compiled(x, cotangent, weight, numbers=numbers)

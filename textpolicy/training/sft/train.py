@@ -108,7 +108,7 @@ def train_sft(
     settings. `on_update` is called after each update with the number of finished updates.
     """
     fast_cpu.enable()
-    # An evaluation may make the copies later: all updates have the same last digits.
+    # Last digits depend on the copies, which an evaluation would make in the middle of the run.
     keep_copies(model, most_copied_bytes())
     parameters = parameters or SFTParameters()
     if not tree_flatten(model.trainable_parameters()):
