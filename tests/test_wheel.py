@@ -14,7 +14,7 @@ INSTALLED_AS = {"textpolicy": "textpolicy", "envs": "textpolicy_envs"}
 MOST_BYTES = 5_000_000
 # Sources, the loops that are compiled on the machine, the embedded model, reports, new projects.
 SUFFIXES = {".py", ".typed", ".md", ".json", ".jinja", ".safetensors", ".toml", ".jsonl", ".txt"}
-SUFFIXES |= {".html", ".js", ".css", ".c"}
+SUFFIXES |= {".html", ".js", ".css", ".c", ".cpp", ".h"}
 
 
 @pytest.fixture(scope="module")
