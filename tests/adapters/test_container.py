@@ -386,7 +386,7 @@ def test_training_swapping_and_unloading_one_shared_copy_never_touches_the_other
 
 
 def memory_in_use() -> int:
-    """Return the bytes that arrays take, after those of earlier tests that only wait for the collector are gone."""
+    """Return the bytes that arrays take, without those that only wait for the collector."""
     gc.collect()
     return mx.get_active_memory()
 

@@ -145,9 +145,9 @@ INLINE void tile(const int rows, const int panels, const Product *product, const
     for (int start = 0; start < copy->inputs; start += SUMMED)
         add_inputs(rows, panels, x + (long)start * rows, words + (long)start * LANES, panel_words,
                    least(SUMMED, copy->inputs - start), sums);
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int p = 0; p < panels; p++)
-            UNROLL for (int half = 0; half < 2; half++) {
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < panels; p++)
+            for (int half = 0; half < 2; half++) {
                 int column = (first + p) * PANEL + half * LANES;
                 float *out = product->c + (i + r) * product->ldc + column;
                 Vector total = sums[r][p][half] * product->alpha;

@@ -11,7 +11,6 @@
 /* Smaller arrays than this take less time than to wake a thread. */
 enum { SMALLEST_SHARED_ARRAY = 1 << 15 };
 
-#define FUNCTION(name) void name(const float *const *in, float *const *out, const int64_t *numbers)
 #define THREADS(size) num_threads(threads_for((size) >= SMALLEST_SHARED_ARRAY))
 
 /* Adding this, 1.5 * 2^23, leaves the nearest whole number in the last bits of a float32. */

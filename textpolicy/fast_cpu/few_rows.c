@@ -20,10 +20,8 @@ enum { ROW_MAJOR = 101, AS_STORED = 111, TRANSPOSED = 112 };
 enum { SHORTEST_SUM = 64 };
 
 /* With more rows, a BLAS that copies B first is as fast. MOST_ROWS is what measurements say. */
-enum { TILE = 4, MOST_ROWS = LANES == 16 ? 48 : 16 };
+enum { MOST_ROWS = LANES == 16 ? 48 : 16 };
 
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef void Blas(int order, int transpose_a, int transpose_b, int rows, int columns, int inner,
                   float alpha, const float *a, int lda, const float *b, int ldb, float beta,
                   float *c, int ldc);
@@ -50,30 +48,6 @@ float *scratch(long numbers) {
         kept_bytes = kept ? bytes : 0;
     }
     return kept;
-}
-
-/* Fold the lanes of a vector to four. */
-static inline Four fold(Vector v) {
-#if LANES == 16
-    Eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#elif LANES == 8
-    Eight half = v;
-#endif
-#if LANES > 4
-    return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
-           __builtin_shufflevector(half, half, 4, 5, 6, 7);
-#else
-    return v;
-#endif
-}
-
-/* The sum of the lanes of each of four vectors. */
-static inline Four sums_of(const Vector v[TILE]) {
-    Four a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
-    Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
 /* `rows` x `columns` numbers of C from row i and column j on, at most four each way. The compiler

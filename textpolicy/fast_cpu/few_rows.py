@@ -14,7 +14,7 @@ LOOPS = CompiledLibrary(
     name="loops",
     language="C",
     compilers=("cc", "gcc", "clang"),
-    sources=("few_rows.c", "bfloat16_copies.c", "elementwise.c"),
+    sources=("few_rows.c", "bfloat16_copies.c", "packed_weights.c", "elementwise.c"),
     headers=("loops.h",),
     # With threads if the compiler has OpenMP.
     options=((*_OPTIMISED, "-fopenmp"), _OPTIMISED),

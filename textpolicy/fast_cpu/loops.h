@@ -4,6 +4,10 @@
 
 #include <stdint.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define LANES 16
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
@@ -16,12 +20,31 @@
 #endif
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
+/* A function that `mlx_operations.cpp` lets mlx call. */
+#define FUNCTION(name) void name(const float *const *in, float *const *out, const int64_t *numbers)
 
 /* Smaller products than this take less time than to wake a thread. */
 enum { SMALLEST_SHARED = 1 << 17 };
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+/* a b + c, rounded once where the processor can do so. Of `a * b + c`, a compiler rounds the product
+   in some loops and not in others. */
+INLINE Vector fused(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && LANES == 8
+    return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    UNROLL for (int lane = 0; lane < LANES; lane++) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 
 /* C = alpha A B' + beta C, where A is rows x inner and B is columns x inner. */
 typedef struct {
@@ -31,6 +54,9 @@ typedef struct {
     float *c;
     long lda, ldb, ldc;
 } Product;
+
+/* At most so many outputs, and in few_rows.c rows, meet at any time. */
+enum { TILE = 4 };
 
 static inline int least(int a, int b) { return a < b ? a : b; }
 
@@ -42,3 +68,27 @@ float *scratch(long numbers);
 
 /* Compute the product from a copy of B; return whether there is a copy that can be used. */
 int multiply_by_copy(const Product *product, int threads);
+
+/* Fold the lanes of a vector to four. */
+static inline Four fold(Vector v) {
+#if LANES == 16
+    Eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LANES == 8
+    Eight half = v;
+#endif
+#if LANES > 4
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+           __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+    return v;
+#endif
+}
+
+/* The sum of the lanes of each of four vectors. */
+static inline Four sums_of(const Vector v[TILE]) {
+    Four a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+    Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}

@@ -36,12 +36,13 @@ from textpolicy.fast_cpu.mlx_operations import try_library
 try_library(Path(sys.argv[1]))
 """
 
-Operation = Callable[..., list[mx.array]]
+Operation = Callable[[Sequence[mx.array], tuple[int, ...], Sequence[int]], list[mx.array]]
+Elementwise = Callable[..., list[mx.array]]
 
 
 def operation_for(
     name: str, *arrays: mx.array, vectors: int = 0, outputs: int = 1, least_width: int = 64
-) -> Operation | None:
+) -> Elementwise | None:
     """Return the operation by the function `compiled_...` of this name, if it suits these arrays.
 
     The arrays are of float32 and of one shape, and so are the outputs. With `vectors`, the
@@ -58,7 +59,7 @@ def operation_for(
         return None
     if any(one.dtype != mx.float32 or one.shape != first.shape for one in arrays):
         return None
-    return None if reason_of_none() else _operation(name, len(arrays) + vectors, outputs)
+    return None if reason_of_none() else _by_elements(name, len(arrays) + vectors, outputs)
 
 
 @once
@@ -79,9 +80,10 @@ def try_library(path: Path) -> None:
     enable()
     _use(ctypes.CDLL(str(path)))
     x = mx.array([[-1.0, 0.0, 2.0], [0.5, 3.0, 88.0]])
-    (y,) = _operation("exp", 1, 1)(x)
-    of_gate, of_x = _operation("swiglu_gradients", 3, 2)(x[:, ::2], x[:, 1:], x[:, :2] + y[:, :2])
-    (again,) = _operation("exp", 1, 1)(x.T)
+    (y,) = _by_elements("exp", 1, 1)(x)
+    gradients = _by_elements("swiglu_gradients", 3, 2)
+    of_gate, of_x = gradients(x[:, ::2], x[:, 1:], x[:, :2] + y[:, :2])
+    (again,) = _by_elements("exp", 1, 1)(x.T)
     expected = mx.exp(x)
     right = mx.allclose(y, expected) and mx.allclose(again, expected.T)
     if not right or (of_gate + of_x).shape != (2, 2):
@@ -125,7 +127,25 @@ def _use(library: ctypes.CDLL) -> None:
 
 
 @cache
-def _operation(name: str, inputs: int, outputs: int) -> Operation:
+def _by_elements(name: str, inputs: int, outputs: int) -> Elementwise:
+    kernel = operation(name, inputs, outputs)
+
+    def compute(*arrays: mx.array, numbers: Sequence[int] = ()) -> list[mx.array]:
+        # The compiled function trusts what `operation_for` has checked.
+        shape = arrays[0].shape
+        return kernel(arrays, shape, (arrays[0].size, shape[-1], *numbers))
+
+    return compute
+
+
+@cache
+def operation(name: str, inputs: int, outputs: int = 1) -> Operation:
+    """Return the operation by the function `compiled_...` of this name.
+
+    It takes arrays, the shape of the outputs, which are of float32, and whole numbers for the
+    function, which trusts all of them. The operation has no gradient, and no rule for `mx.vmap`.
+    Call this only where `reason_of_none` has no reason.
+    """
     function = ctypes.cast(compiled_loops()[f"compiled_{name}"], ctypes.c_void_p).value
     kernel: Any = mx.fast.metal_kernel(
         name=name,
@@ -134,17 +154,14 @@ def _operation(name: str, inputs: int, outputs: int) -> Operation:
         source=f"compiled {function}",
     )
 
-    def compute(*arrays: mx.array, numbers: Sequence[int] = ()) -> list[mx.array]:
-        # The compiled function trusts what `operation_for` has checked.
-        shape = arrays[0].shape
+    def compute(
+        arrays: Sequence[mx.array], shape: tuple[int, ...], numbers: Sequence[int]
+    ) -> list[mx.array]:
         return kernel(
             inputs=[*arrays],
             output_shapes=[shape] * outputs,
             output_dtypes=[mx.float32] * outputs,
-            template=[
-                (f"number{place}", number)
-                for place, number in enumerate((arrays[0].size, shape[-1], *numbers))
-            ],
+            template=[(f"number{place}", number) for place, number in enumerate(numbers)],
             grid=(1, 1, 1),
             threadgroup=(1, 1, 1),
             stream=mx.cpu,

@@ -18,10 +18,12 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from textpolicy import fast_cpu
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.module_tree import named_arrays
+from textpolicy.adapters.quantization.number_formats import WHOLE_ROW, format_by_name
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
 from textpolicy.fast_cpu.bfloat16_copies import FEWEST_NUMBERS
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
+from textpolicy.fast_cpu.packed_weights import MOST_ROWS, reads_packed
 from textpolicy.generation.engine import MAX_DECODING_ROWS
 from textpolicy.generation.prefill import PREFILL_CHUNK_TOKENS
 from textpolicy.machine import most_copied_bytes
@@ -250,7 +252,7 @@ def _backward_arrays(
         "activations": PlannedArray(kept, _BACKWARD),
         "block temporaries": PlannedArray(temporaries, ["blocks"]),
         "logits": PlannedArray(_logits_bytes(block, own), ["head"]),
-        "unpacked matrix": PlannedArray(_unpacked_bytes(block).matrix, ["blocks"]),
+        "unpacked matrix": PlannedArray(_unpacked_bytes(block).largest, ["blocks"]),
         "unpacked head": PlannedArray(2 * _unpacked_bytes(block).head, ["head"]),
     }
 
@@ -270,6 +272,8 @@ def _sampling_arrays(
     layer = 2 * rows * (prompt + room) * block.keys * block.itemsize
     prompt_layer = 2 * prompts * step * ceil(prompt / step) * block.keys * block.itemsize
     logits = round(_LOGITS * rows * block.vocabulary * _FLOAT)
+    unpacked, head = _unpacked_ahead(block, rows)
+    unpacked_for_prompts, _ = _unpacked_ahead(block, prompts * chunk)
     return {
         "prompt cache": PlannedArray(block.count * prompt_layer, ["prefill", "fan out"]),
         # Of the last block, only keys and values are computed.
@@ -277,7 +281,8 @@ def _sampling_arrays(
         "cache": PlannedArray(block.count * layer, ["fan out", *_DECODING]),
         "grown layer of the cache": PlannedArray(layer if grows else 0, ["cache growth"]),
         "logits of next tokens": PlannedArray(logits, ["drawing"]),
-        "unpacked matrices": PlannedArray(_unpacked_bytes(block).decoding, _DECODING),
+        "unpacked matrices": PlannedArray(unpacked + head, _DECODING),
+        "unpacked for prompts": PlannedArray(unpacked_for_prompts, ["prefill"]),
     }
 
 
@@ -318,32 +323,50 @@ def _logits_bytes(block: _Block, positions: int) -> int:
 
 
 class _Unpacked(NamedTuple):
-    """The bytes of quantized matrices unpacked to float32: of a block, of the head, in decoding."""
+    """The bytes of quantized matrices as float32: of all blocks, of the largest, of the head."""
 
-    matrix: int
-    head: int
-    decoding: int
+    own: int = 0
+    nf4: int = 0
+    largest: int = 0
+    head: int = 0
 
 
-def _unpacked_bytes(block: _Block) -> _Unpacked:
-    """Return the peak bytes of unpacked matrices.
+def _unpacked_bytes(block: _Block, rows: int | None = None) -> _Unpacked:
+    """Return the bytes of the matrices that are unpacked for a product of so many rows.
 
-    GPUs multiply with mlx's formats directly. Training holds one matrix of a block, or two of the
-    head: that of the forward pass and that of the gradient. Decoding unpacks ahead: the head, and a
-    share of the blocks' matrices in mlx's formats, which take one operation each, or the NF4
-    matrices of a block, which take several.
+    GPUs multiply with mlx's formats directly, and compiled functions multiply few rows so on a CPU.
+    Without `rows`, there are many.
     """
     on_cpu, own, nf4, head = mx.default_device().type == mx.cpu, [0], [0], 0
     tied = all(_name(row) != "lm_head" for row in block.planned.modules)
     for row in block.planned.modules:
         is_nf4 = (row.quantization or "").startswith("nf4")
-        if not (is_nf4 or (row.quantization and on_cpu)):
+        if not (is_nf4 or (row.quantization and on_cpu)) or _is_read_packed(row, rows):
             continue
         size = prod(row.shape) * _FLOAT
         if _block_number(row) is not None:
             (nf4 if is_nf4 else own).append(size)
         elif tied or _name(row) == "lm_head":
             head = size
+    return _Unpacked(own=sum(own), nf4=sum(nf4), largest=max(own + nf4), head=head)
+
+
+def _unpacked_ahead(block: _Block, rows: int) -> tuple[int, int]:
+    """Return the bytes of matrices of blocks, and of the head, that sampling unpacks ahead.
+
+    Those are a share of the blocks' matrices in mlx's formats, which take one operation each, or
+    the NF4 matrices of a block, which may take several.
+    """
+    unpacked = _unpacked_bytes(block, rows)
     share = _UNPACKED_SHARE if reason_of_none() else _UNPACKED_SHARE_COMPILED
-    decoding = head + int(sum(own) * share) + sum(nf4) // block.count
-    return _Unpacked(matrix=max(own + nf4), head=head, decoding=decoding)
+    return int(unpacked.own * share) + unpacked.nf4 // block.count, unpacked.head
+
+
+def _is_read_packed(row: PlannedModule, rows: int | None) -> bool:
+    if rows is None or rows > MOST_ROWS or row.quantization is None:
+        return False
+    name, tile = row.quantization.split(" / ")
+    stored = format_by_name(name, "channel" if tile == "channel" else int(tile))
+    inputs = row.shape[-1]
+    group_size = inputs if stored.group_size == WHOLE_ROW else stored.group_size or inputs
+    return reads_packed(stored.mode, stored.bits, group_size, inputs)

@@ -99,4 +99,4 @@ class NF4Embedding(NF4Module):
         return _multiply_nf4(x, self.weight, self.scales)
 
 
-_multiply_nf4 = make_packed_product(unpack_nf4)
+_multiply_nf4 = make_packed_product(unpack_nf4, NF4Module.mode, NF4Module.bits)

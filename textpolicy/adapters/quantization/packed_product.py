@@ -6,10 +6,11 @@ pass, and packing would save nothing.
 
 On a CPU, the time of mlx's kernels for packed weights grows with each row of inputs, which suits
 decoding one token. For more rows it is faster to unpack the weight once and multiply floats. Both
-give the same numbers up to rounding. `benchmarks/products.py` measures from how many rows.
+give the same numbers up to rounding. `benchmarks/products.py` measures from how many rows. Weights
+of 4 bits have compiled functions, which are faster than both for few rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, cast
 
@@ -18,24 +19,35 @@ import mlx.nn as nn
 from jaxtyping import Float
 
 from textpolicy.adapters.module_tree import replace_modules
+from textpolicy.fast_cpu.packed_weights import packed_product, reads_packed, unpacked_weights
 
 # The number of rows from which the product with unpacked weights is faster.
 _MANY_ROWS = {"affine": 3, "mxfp8": 2, "mxfp4": 24, "nvfp4": 24}
 
 
-def make_packed_product(unpack: Callable[..., mx.array]) -> Callable[..., mx.array]:
+def make_packed_product(
+    unpack: Callable[..., mx.array], mode: str, bits: int
+) -> Callable[..., mx.array]:
     """Return a function of x and of the arrays that `unpack` makes an outputs x inputs matrix of.
 
-    The function multiplies in the dtype that `unpack` returns. Only x gets a gradient.
+    The function multiplies in the dtype that `unpack` returns. Only x gets a gradient. Compiled
+    functions multiply few rows without unpacking, and unpack, where there are such functions.
     """
 
+    def weights(packed: Sequence[mx.array]) -> mx.array:
+        unpacked = unpacked_weights(mode, bits, *packed)
+        return unpack(*packed) if unpacked is None else unpacked
+
     def forward(x: mx.array, *packed: mx.array) -> mx.array:
-        weight = unpack(*packed)
+        product = packed_product(mode, bits, x, *packed)
+        if product is not None:
+            return product
+        weight = weights(packed)
         return (x.astype(weight.dtype) @ weight.T).astype(x.dtype)
 
     def backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
         x, *packed = primals
-        weight = unpack(*packed)
+        weight = weights(packed)
         gradient = (cotangent.astype(weight.dtype) @ weight).astype(x.dtype)
         return (gradient, *(mx.zeros_like(array) for array in packed))
 
@@ -70,9 +82,9 @@ class CPUQuantizedLinear(nn.QuantizedLinear):
     """A `QuantizedLinear` with another product. `use_fast_products` makes one."""
 
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
-        if not _has_many_rows(x, self.mode):
+        if not _is_faster(self, x):
             return super().__call__(x)
-        y = _multiply_unpacked(self, x)
+        y = _multiply(self, x)
         return y + self["bias"] if "bias" in self else y
 
 
@@ -83,7 +95,7 @@ class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
         self, x: Float[mx.array, "*batch features"]
     ) -> Float[mx.array, "*batch vocabulary"]:
         """Return the logits that the table gives as an output head."""
-        return _multiply_unpacked(self, x) if _has_many_rows(x, self.mode) else super().as_linear(x)
+        return _multiply(self, x) if _is_faster(self, x) else super().as_linear(x)
 
 
 _FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -106,13 +118,16 @@ def use_fast_products(model: nn.Module) -> None:
         replace_modules(model, {path: made})
 
 
-def _has_many_rows(x: mx.array, mode: str) -> bool:
-    rows = x.size // x.shape[-1]
+def _is_faster(module: Any, x: mx.array) -> bool:
+    """Return whether another product is faster than mlx's kernel for quantized weights."""
+    if reads_packed(module.mode, module.bits, module.group_size, x.shape[-1]):
+        return True
     # For inputs below float32, mlx's CPU kernels are slower for every number of rows.
-    return x.dtype != mx.float32 or rows >= _MANY_ROWS[mode]
+    rows = x.size // x.shape[-1]
+    return x.dtype != mx.float32 or rows >= _MANY_ROWS[module.mode]
 
 
-def _multiply_unpacked(module: Any, x: mx.array) -> mx.array:
+def _multiply(module: Any, x: mx.array) -> mx.array:
     arrays = (module["weight"], module["scales"], module.get("biases"))
     product = _product_for(module.group_size, module.bits, module.mode)
     return product(x, *(array for array in arrays if array is not None))
@@ -121,4 +136,4 @@ def _multiply_unpacked(module: Any, x: mx.array) -> mx.array:
 @cache
 def _product_for(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
     unpack = partial(unpack_quantized, group_size=group_size, bits=bits, mode=mode)
-    return make_packed_product(unpack)
+    return make_packed_product(unpack, mode, bits)

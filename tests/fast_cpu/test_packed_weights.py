@@ -1,0 +1,154 @@
+"""Products with weights of 4 bits: exact, independent of neighbouring rows, and not needed."""
+
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from textpolicy import fast_cpu
+from textpolicy.adapters.quantization import packed_product as products
+from textpolicy.adapters.quantization.nf4 import NF4Linear, pack_nf4, unpack_nf4
+from textpolicy.adapters.quantization.packed_product import CPUQuantizedLinear, use_fast_products
+from textpolicy.fast_cpu.mlx_operations import reason_of_none
+from textpolicy.fast_cpu.packed_weights import (
+    MOST_ROWS,
+    packed_product,
+    reads_packed,
+    unpacked_weights,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the functions are for Linux")
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu_with_compiled_functions():
+    if reason := reason_of_none():
+        pytest.skip(reason)
+    if mx.default_device().type != mx.cpu:
+        pytest.skip("the functions are for CPUs")
+
+
+def spread(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def packed(mode: str, weight: mx.array, group_size: int) -> tuple[list[mx.array], mx.array]:
+    """Return the arrays of a quantized matrix, and its numbers as another function reads them."""
+    if mode == "nf4":
+        arrays = pack_nf4(weight, group_size)
+        return [*arrays], unpack_nf4(*arrays)
+    arrays = mx.quantize(weight, group_size=group_size, bits=4)
+    return [*arrays], mx.dequantize(*arrays, group_size=group_size, bits=4)
+
+
+# Rows whose last vector of words is whole, and is not; outputs that fill up a tile, and do not.
+SHAPES = [(1, 128), (3, 64), (16, 128), (17, 576), (50, 160), (130, 256), (33, 1536)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 12, 13, MOST_ROWS])
+@pytest.mark.parametrize(
+    ("mode", "group_size"),
+    [("affine", 32), ("affine", 64), ("affine", 128), ("nf4", 32), ("nf4", 64), ("nf4", -1)],
+)
+def test_a_product_is_exact_up_to_rounding(mode, group_size, rows):
+    for outputs, inputs in SHAPES:
+        if inputs % max(group_size, 1):
+            continue
+        arrays, weight = packed(mode, spread(outputs, inputs), group_size)
+        x = spread(rows, inputs, seed=1)
+        found = packed_product(mode, 4, x, *arrays)
+        assert found is not None and found.shape == (rows, outputs)
+        expected = np.array(x, np.float64) @ np.array(weight, np.float64).T
+        np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=2e-6 * inputs)
+
+
+@pytest.mark.parametrize(("mode", "group_size"), [("affine", 32), ("affine", 64), ("nf4", 64)])
+def test_a_row_gives_the_same_bits_beside_any_rows_and_with_any_threads(mode, group_size):
+    arrays, _ = packed(mode, spread(600, 576), group_size)
+    x = spread(MOST_ROWS, 576, seed=1)
+    threads = fast_cpu.enable().threads
+    try:
+        together = packed_product(mode, 4, x, *arrays)
+        for count in (1, 2, 3, 4, 5, 6, 7, 8, 11, 23):
+            fast_cpu.set_threads(1 + count % 2)
+            some = packed_product(mode, 4, x[:count], *arrays)
+            assert mx.array_equal(some, together[:count])
+    finally:
+        fast_cpu.set_threads(threads)
+    in_three_axes = packed_product(mode, 4, x.reshape(4, 16, 576), *arrays)
+    assert mx.array_equal(in_three_axes.reshape(MOST_ROWS, 600), together)
+
+
+@pytest.mark.parametrize("mode", ["affine", "nf4"])
+def test_special_numbers_of_a_row_stay_in_the_row(mode):
+    arrays, _ = packed(mode, spread(20, 192), 64)
+    x = spread(7, 192, seed=1)
+    clean = packed_product(mode, 4, x, *arrays)
+    x[3, 5] = mx.nan
+    x[5, 191] = mx.inf
+    found = packed_product(mode, 4, x, *arrays)
+    assert mx.all(mx.isnan(found[3])) and not mx.any(mx.isfinite(found[5]))
+    others = mx.array([0, 1, 2, 4, 6])
+    assert mx.array_equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize(("mode", "group_size"), [("affine", 32), ("affine", 128), ("nf4", -1)])
+def test_weights_are_unpacked_as_others_unpack_them(mode, group_size):
+    for outputs, inputs in [(3, 128), (301, 1024)]:
+        arrays, expected = packed(mode, spread(outputs, inputs), group_size)
+        found = unpacked_weights(mode, 4, *arrays)
+        assert found is not None and found.shape == expected.shape
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_other_formats_types_and_many_rows_are_left_to_other_functions():
+    arrays, _ = packed("affine", spread(16, 128), 64)
+    x = spread(4, 128, seed=1)
+    assert packed_product("affine", 4, x, *arrays) is not None
+    assert packed_product("affine", 4, x.astype(mx.bfloat16), *arrays) is None
+    assert packed_product("affine", 4, spread(MOST_ROWS + 1, 128), *arrays) is None
+    assert packed_product("affine", 4, x[:0], *arrays) is None
+    halves = [arrays[0], *(array.astype(mx.float16) for array in arrays[1:])]
+    assert packed_product("affine", 4, x, *halves) is None
+    assert unpacked_weights("affine", 4, *halves) is None
+    eight = mx.quantize(spread(16, 128), group_size=64, bits=8)
+    assert packed_product("affine", 8, x, *eight) is None
+    assert not reads_packed("mxfp4", 4, 32, 128)
+
+
+@pytest.mark.parametrize("mode", ["affine", "nf4"])
+@pytest.mark.parametrize("rows", [1, 4, MOST_ROWS + 6])
+def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, rows, monkeypatch):
+    linear = nn.Linear(128, 96)
+    made = (
+        NF4Linear.from_linear(linear)
+        if mode == "nf4"
+        else nn.QuantizedLinear.from_linear(linear, group_size=64, bits=4)
+    )
+    model = nn.Sequential(made)
+    use_fast_products(model)
+    layer = model.layers[0]
+    assert type(layer) is (NF4Linear if mode == "nf4" else CPUQuantizedLinear)
+    x = spread(rows, 128, seed=1)
+
+    def value(x: mx.array) -> mx.array:
+        return mx.sin(layer(x)).sum()
+
+    asked: list[str] = []
+    for name in ("packed_product", "unpacked_weights"):
+        whole = getattr(products, name)
+        monkeypatch.setattr(
+            products,
+            name,
+            lambda *given, name=name, whole=whole: asked.append(name) or whole(*given),
+        )
+    compiled = layer(x), mx.grad(value)(x)
+    assert {*asked} == {"packed_product", "unpacked_weights"}
+    for name in ("packed_product", "unpacked_weights"):
+        monkeypatch.setattr(products, name, lambda *given: None)
+    monkeypatch.setattr(products, "reads_packed", lambda *given: False)
+    plain = layer(x), mx.grad(value)(x)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,369 @@
+/* y = x W' for a matrix x of few rows, where W is stored in 4 bits for each weight.
+
+   The weights are read once, in the form in which memory holds them, and become numbers in the
+   processor's registers. A word has the codes of 8 neighbouring inputs. A vector of words gives one
+   vector of weights for each place in a word, so x is put in this order first.
+
+   Each number of y is summed in an order that depends only on the number of inputs, so what a row
+   gives does not depend on the rows beside it. */
+
+#include <math.h>
+#include <string.h>
+
+#include "loops.h"
+
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+/* A weight is a code times a scale plus a bias, or a level of NF4 times a scale. */
+typedef enum { AFFINE, NF4 } Format;
+
+/* At most as many rows of x meet a vector of weights at once as there are registers for their sums.
+   OUTPUTS are those that share the rows of x while these are in the nearest cache. */
+enum { PER_WORD = 8, BITS = 4, TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
+/* With few rows, the weights of several outputs are read at once. */
+#define AT_ONCE(rows) ((rows) <= TALLEST / 3 ? TILE : 2)
+
+/* `groups` are those of an output, and `group` is how many words have the same scale and bias. */
+typedef struct {
+    int rows, outputs, inputs, words, groups, group;
+    const float *x;
+    const uint32_t *codes;
+    const float *scales, *biases;
+    float *y;
+    /* Byte n of each level of NF4, twice. */
+    uint8_t bytes_of_levels[4][32] __attribute__((aligned(32)));
+} Packed;
+
+static const float LEVELS[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+/* The numbers at these places of a vector. */
+INLINE Vector pick(Vector from, Words places) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_permutexvar_ps((__m512i)places, (__m512)from);
+#elif defined(__AVX2__)
+    return (Vector)_mm256_permutevar8x32_ps((__m256)from, (__m256i)places);
+#else
+    Vector picked;
+    UNROLL for (int lane = 0; lane < LANES; lane++) picked[lane] = from[places[lane] % LANES];
+    return picked;
+#endif
+}
+
+/* The codes of a vector of words are read in PER_WORD turns, which give LANES weights each, without
+   the scales of their groups. */
+
+/* A code of AFFINE stays where it is in the word, unless it is the last: x is divided by the power
+   of 2 by which the code is too large there. */
+INLINE Vector affine_weights(const int turn, Words words) {
+    const int shift = BITS * turn;
+    Words codes = words & 15u << shift;
+    if (turn == PER_WORD - 1) codes = words >> shift;
+    return __builtin_convertvector((Integers)codes, Vector);
+}
+
+static float too_large(const Format format, int turn) {
+    return format == AFFINE && turn < PER_WORD - 1 ? (float)(1 << BITS * turn) : 1;
+}
+
+/* The first of two weights of NF4 is in the upper half of a byte. */
+#if defined(__AVX2__) && LANES == 8
+/* The processor looks bytes up. So the four bytes of each level come from a table each, for the codes
+   of a quarter of the words at a time: first those in the lower halves of bytes. */
+INLINE Vector nf4_weights(const int turn, Words words, const Packed *p) {
+    __m256i codes = (__m256i)((turn < 4 ? words : words >> BITS) & 0x0f0f0f0fu);
+    __m256i bytes[4], pairs[2];
+    UNROLL for (int n = 0; n < 4; n++)
+        bytes[n] = _mm256_shuffle_epi8(*(const __m256i *)p->bytes_of_levels[n], codes);
+    UNROLL for (int n = 0; n < 2; n++)
+        pairs[n] = turn % 4 < 2 ? _mm256_unpacklo_epi8(bytes[2 * n], bytes[2 * n + 1])
+                                : _mm256_unpackhi_epi8(bytes[2 * n], bytes[2 * n + 1]);
+    return (Vector)(turn % 2 ? _mm256_unpackhi_epi16(pairs[0], pairs[1])
+                             : _mm256_unpacklo_epi16(pairs[0], pairs[1]));
+}
+
+/* The word, and the place in it, of the code that a turn reads in a lane. */
+static int word_of(const Format format, int turn, int lane) {
+    return format == NF4 ? lane / 4 * 4 + turn % 4 : lane;
+}
+static int place_of(const Format format, int turn, int lane) {
+    return format == NF4 ? lane % 4 * 2 + (turn < 4) : turn;
+}
+#else
+INLINE Vector nf4_weights(const int turn, Words words, const Packed *p) {
+    Words codes = words >> BITS * turn & 15;
+#if LANES == 16
+    return pick(*(const Vector *)LEVELS, codes);
+#else
+    Vector levels;
+    UNROLL for (int lane = 0; lane < LANES; lane++) levels[lane] = LEVELS[codes[lane]];
+    return levels;
+#endif
+}
+
+/* The word, and the place in it, of the code that a turn reads in a lane. */
+static int word_of(const Format format, int turn, int lane) { return lane; }
+static int place_of(const Format format, int turn, int lane) {
+    return format == NF4 ? turn ^ 1 : turn;
+}
+#endif
+
+/* A vector of the first `count` words, and of zeros. */
+static __attribute__((noinline)) Words first_words(const void *from, long count) {
+    Words first = {0};
+    memcpy(&first, from, sizeof(uint32_t) * count);
+    return first;
+}
+
+/* The vector of words from this address on, or of the words before `end`. */
+INLINE Words read(const uint32_t *from, const uint32_t *end) {
+    if (__builtin_expect(from + LANES <= end, 1)) return *(const Words *)from;
+    return first_words(from, end - from);
+}
+
+INLINE Vector read_floats(const float *from, const float *end) {
+    return (Vector)read((const uint32_t *)from, (const uint32_t *)end);
+}
+
+/* The scale of each of LANES words. With `wide`, they all belong to the first group. */
+INLINE Vector scales_of(const int wide, const float *scales, const float *end, Words places) {
+    if (wide) return (Vector){0} + *scales;
+    return pick(read_floats(scales, end), places);
+}
+
+/* Add to `sums` the products of a vector of words of some outputs with rows of x. Words of the next
+   output, which a vector may have too, meet zeros of x. */
+INLINE void add_words(const Format format, const int wide, const int rows, const int outputs,
+                      const Packed *p, const float *x, const uint32_t *codes[TILE],
+                      const float *scales[TILE], Words places, Vector sums[TALLEST][TILE]) {
+    const uint32_t *end = p->codes + (long)p->outputs * p->words;
+    const float *end_of_scales = p->scales + (long)p->outputs * p->groups;
+    Words words[TILE];
+    Vector own[TALLEST][TILE];
+    UNROLL for (int o = 0; o < outputs; o++) {
+        words[o] = read(codes[o], end);
+        UNROLL for (int r = 0; r < rows; r++) own[r][o] = (Vector){0};
+    }
+    UNROLL for (int o = 0; o < outputs; o++)
+        UNROLL for (int turn = 0; turn < PER_WORD; turn++) {
+            Vector weights = format == NF4 ? nf4_weights(turn, words[o], p)
+                                           : affine_weights(turn, words[o]);
+            IN_REGISTER(weights);
+            UNROLL for (int r = 0; r < rows; r++)
+                own[r][o] =
+                    fused(*(const Vector *)(x + (turn * rows + r) * LANES), weights, own[r][o]);
+        }
+    UNROLL for (int o = 0; o < outputs; o++) {
+        Vector scale = scales_of(wide, scales[o], end_of_scales, places);
+        UNROLL for (int r = 0; r < rows; r++) sums[r][o] = fused(own[r][o], scale, sums[r][o]);
+    }
+}
+
+/* Add to `sums` the products of the biases of some outputs with the sums of x over each group. */
+INLINE void add_biases(const int rows, const int outputs, const Packed *p, const float *x,
+                       const long numbers[TILE], Vector sums[TALLEST][TILE]) {
+    const float *end = p->biases + (long)p->outputs * p->groups;
+    for (int group = 0; group < p->groups; group += LANES, x += rows * LANES)
+        UNROLL for (int o = 0; o < outputs; o++) {
+            Vector biases = read_floats(p->biases + numbers[o] * p->groups + group, end);
+            UNROLL for (int r = 0; r < rows; r++)
+                sums[r][o] = fused(*(const Vector *)(x + r * LANES), biases, sums[r][o]);
+        }
+}
+
+/* `sums` of rows of x, which lie side by side, with the outputs from `output` on. */
+INLINE void sum_outputs(const Format format, const int wide, const int rows, const int outputs,
+                        const Packed *p, const float *x, int output, Words places,
+                        Vector sums[TALLEST][TILE]) {
+    Vector own[TALLEST][TILE];
+    const uint32_t *codes[TILE];
+    const float *scales[TILE];
+    long numbers[TILE];
+    UNROLL for (int o = 0; o < outputs; o++) {
+        numbers[o] = least(output + o, p->outputs - 1);
+        codes[o] = p->codes + numbers[o] * p->words;
+        scales[o] = p->scales + numbers[o] * p->groups;
+        UNROLL for (int r = 0; r < rows; r++) own[r][o] = (Vector){0};
+    }
+    /* A vector of words has several groups, or a group has several vectors of words. */
+    const int step = wide ? p->group : LANES, groups = wide ? 1 : LANES / p->group;
+    for (int first = 0; first < p->words; first += step) {
+        for (int word = first; word < least(p->words, first + step); word += LANES) {
+            add_words(format, wide, rows, outputs, p, x, codes, scales, places, own);
+            x += PER_WORD * rows * LANES;
+            UNROLL for (int o = 0; o < outputs; o++) codes[o] += LANES;
+        }
+        UNROLL for (int o = 0; o < outputs; o++) scales[o] += groups;
+    }
+    if (format == AFFINE) add_biases(rows, outputs, p, x, numbers, own);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int o = 0; o < outputs; o++) sums[r][o] = own[r][o];
+}
+
+/* `rows` rows of y from row i on, for outputs from `first` to `last`. */
+INLINE void tile(const Format format, const int wide, const int rows, const Packed *p,
+                 const float *x, int i, int first, int last) {
+    Words places;
+    for (int lane = 0; lane < LANES; lane++) places[lane] = lane / p->group;
+    for (int output = first; output < last; output += TILE) {
+        Vector sums[TALLEST][TILE];
+        for (int o = 0; o < TILE; o += AT_ONCE(rows)) {
+            Vector some[TALLEST][TILE];
+            sum_outputs(format, wide, rows, AT_ONCE(rows), p, x, output + o, places, some);
+            for (int r = 0; r < rows; r++)
+                for (int s = 0; s < AT_ONCE(rows); s++) sums[r][o + s] = some[r][s];
+        }
+        for (int r = 0; r < rows; r++) {
+            Four total = sums_of(sums[r]);
+            float *out = p->y + (long)(i + r) * p->outputs + output;
+            if (output + TILE <= p->outputs)
+                *(Four *)out = total;
+            else
+                for (int o = 0; o < p->outputs - output; o++) out[o] = total[o];
+        }
+    }
+}
+
+#define CASE(count)                                         \
+    case count:                                             \
+        tile(format, wide, count, p, x, i, first, last);    \
+        break;
+
+INLINE void any_tile(const Format format, const int wide, const Packed *p, const float *x, int i,
+                     int rows, int first, int last) {
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if LANES == 16
+        CASE(7) CASE(8)
+#endif
+    }
+}
+
+static int tiles_of(int rows) { return (rows + TALLEST - 1) / TALLEST; }
+
+/* The rows of the tile with this number: all tiles have about the same height. */
+static int height(int rows, int number) {
+    return rows / tiles_of(rows) + (number < rows % tiles_of(rows));
+}
+
+static int whole_vectors(int count) { return (count + LANES - 1) / LANES * LANES; }
+
+/* The numbers that are kept of a row of x: those of its words, and the sums of its groups. */
+static long kept_of_row(const Packed *p) {
+    return (long)PER_WORD * whole_vectors(p->words) + whole_vectors(p->groups);
+}
+
+/* All rows of y, for outputs from `first` to `last`. */
+INLINE void outputs_from(const Format format, const int wide, const Packed *p, const float *x,
+                         int first, int last) {
+    for (int output = first; output < last; output += OUTPUTS)
+        for (int t = 0, i = 0; t < tiles_of(p->rows); i += height(p->rows, t++))
+            any_tile(format, wide, p, x + i * kept_of_row(p), i, height(p->rows, t), output,
+                     least(last, output + OUTPUTS));
+}
+
+/* Write the sum of each group of `rows` rows of x, LANES groups of a row side by side. */
+static void add_groups(const Packed *p, const float *x, int rows, float *to) {
+    const int size = p->group * PER_WORD;
+    for (int group = 0; group < p->groups; group++) {
+        float *out = to + (long)(group / LANES) * rows * LANES + group % LANES;
+        for (int r = 0; r < rows; r++)
+            for (int k = group * size; k < least(p->inputs, (group + 1) * size); k++)
+                out[r * LANES] += x[(long)r * p->inputs + k];
+    }
+}
+
+/* Write x in the order in which it is read: of a tile, the numbers of the first turn of a vector of
+   words, one row beside the other, then those of the next turn, and last the sums of the groups. */
+static void arrange(const Format format, const Packed *p, float *to) {
+    memset(to, 0, sizeof(float) * p->rows * kept_of_row(p));
+    for (int t = 0, i = 0, rows; t < tiles_of(p->rows); t++, i += rows) {
+        rows = height(p->rows, t);
+        for (int first = 0; first < p->words; first += LANES)
+            for (int turn = 0; turn < PER_WORD; turn++)
+                for (int r = 0; r < rows; r++, to += LANES)
+                    for (int lane = 0; lane < LANES; lane++) {
+                        int word = first + word_of(format, turn, lane);
+                        long input = (long)word * PER_WORD + place_of(format, turn, lane);
+                        if (word < p->words)
+                            to[lane] = p->x[(long)(i + r) * p->inputs + input] / too_large(format, turn);
+                    }
+        if (format == AFFINE) add_groups(p, p->x + (long)i * p->inputs, rows, to);
+        to += rows * whole_vectors(p->groups);
+    }
+}
+
+typedef void Share(const Packed *p, const float *x, int first, int last);
+
+/* The compiler makes a loop without any branch for each format, and for wide groups. */
+#define SHARE(name, format, wide)                                              \
+    static void name(const Packed *p, const float *x, int first, int last) {   \
+        outputs_from(format, wide, p, x, first, last);                         \
+    }
+
+SHARE(narrow_affine, AFFINE, 0)
+SHARE(wide_affine, AFFINE, 1)
+SHARE(narrow_nf4, NF4, 0)
+SHARE(wide_nf4, NF4, 1)
+static Share *const SHARES[2][2] = {{narrow_affine, wide_affine}, {narrow_nf4, wide_nf4}};
+
+/* `numbers` are those of the rows of x, of the outputs, of the inputs, and of an output's groups. */
+static void multiply(const Format format, const float *const *in, float *const *out,
+                     const int64_t *numbers) {
+    Packed p = {.rows = numbers[0], .outputs = numbers[1], .inputs = numbers[2],
+                .groups = numbers[3], .x = in[0], .codes = (const uint32_t *)in[1],
+                .scales = in[2], .biases = format == AFFINE ? in[3] : NULL, .y = out[0]};
+    p.words = p.inputs / PER_WORD;
+    p.group = p.words / p.groups;
+    for (int n = 0; n < 4; n++)
+        for (int level = 0; level < 32; level++)
+            p.bytes_of_levels[n][level] = ((const uint8_t *)&LEVELS[level % 16])[n];
+    float *x = scratch(p.rows * kept_of_row(&p));
+    if (!x) {
+        /* Without memory for x there is no product. */
+        for (long i = 0; i < (long)p.rows * p.outputs; i++) p.y[i] = NAN;
+        return;
+    }
+    arrange(format, &p, x);
+    Share *compute = SHARES[format][p.group >= LANES || p.groups == 1];
+    int threads = threads_for((double)p.rows * p.outputs * p.inputs >= SMALLEST_SHARED);
+    int share = ((p.outputs + threads - 1) / threads + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int part = 0; part < threads; part++)
+        compute(&p, x, least(p.outputs, part * share), least(p.outputs, (part + 1) * share));
+}
+
+FUNCTION(compiled_affine) { multiply(AFFINE, in, out, numbers); }
+FUNCTION(compiled_nf4) { multiply(NF4, in, out, numbers); }
+
+typedef uint32_t EightWords __attribute__((vector_size(32)));
+typedef int32_t EightIntegers __attribute__((vector_size(32)));
+
+/* Write the 8 float32 weights of a word. */
+INLINE void unpack_word(const Format format, uint32_t word, float scale, float bias, float *to) {
+    const EightWords affine = {0, 4, 8, 12, 16, 20, 24, 28}, nf4 = {4, 0, 12, 8, 20, 16, 28, 24};
+    EightWords codes = ((EightWords){0} + word) >> (format == NF4 ? nf4 : affine) & 15;
+    Eight weights = __builtin_convertvector((EightIntegers)codes, Eight) * scale + bias;
+    if (format == NF4)
+        for (int n = 0; n < PER_WORD; n++) weights[n] = LEVELS[codes[n]] * scale;
+    *(Eight *)to = weights;
+}
+
+/* `numbers` are those of the outputs, of the inputs, and of an output's groups. */
+INLINE void unpack(const Format format, const float *const *in, float *const *out,
+                   const int64_t *numbers) {
+    const long outputs = numbers[0], inputs = numbers[1], groups = numbers[2];
+#pragma omp parallel for num_threads(threads_for(outputs * inputs >= SMALLEST_SHARED))
+    for (long group = 0; group < outputs * groups; group++) {
+        const uint32_t *words = (const uint32_t *)in[0] + group * (inputs / groups) / PER_WORD;
+        float *to = out[0] + group * (inputs / groups);
+        for (int k = 0; k < inputs / groups; k += PER_WORD)
+            unpack_word(format, *words++, in[1][group], format == NF4 ? 0 : in[2][group], to + k);
+    }
+}
+
+FUNCTION(compiled_unpack_affine) { unpack(AFFINE, in, out, numbers); }
+FUNCTION(compiled_unpack_nf4) { unpack(NF4, in, out, numbers); }
