@@ -44,7 +44,7 @@ from textpolicy.experiment.run_size import SizeEstimator, read_architecture
 from textpolicy.experiment.tasks import find_task
 from textpolicy.generation.decode import decode
 from textpolicy.generation.decoding_batch import DecodingRow
-from textpolicy.generation.engine import MAX_DECODING_ROWS, Engine
+from textpolicy.generation.engine import Engine
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
@@ -145,7 +145,6 @@ def measure(case: Case, name: str) -> dict[str, Any]:
             sampling=Sampling(max_tokens=case.completion),
             stop=lambda tokens: None,
             seed=0,
-            max_rows=MAX_DECODING_ROWS,
         )
 
     sampling, sampling_seconds = _peak(sample, before)

@@ -40,6 +40,7 @@ LAYERS = (
     "textpolicy.rewards",
     "textpolicy.adapters",
     "textpolicy.algorithms",
+    "textpolicy.device_sizes",
     "textpolicy.backend",
     "textpolicy.file_writing",
     "textpolicy.machine",

@@ -166,6 +166,10 @@ MEMORY = {
     "task.tool_timeout": ("plain", 60.0),
     "task.agent_processes": ("plain", 3),
     "rollout.max_staleness": ("plain", 2),
+    "sizes.head_chunk_bytes": ("plain", 8000),
+    "sizes.micro_batch_tokens": ("plain", 8),
+    "sizes.decoding_rows": ("plain", 2),
+    "sizes.prefill_tokens": ("plain", 8),
 }
 BOUND = {
     "model.name": ("plain", "{files}/model"),
@@ -212,7 +216,10 @@ SFT_NUMBERS = {
     "trainer.final_lr": ("linear", 0.009),
     "trainer.weight_decay": ("plain", 0.5),
 }
-SFT_MEMORY = {"trainer.checkpoint_gradients": ("plain", True)}
+SFT_MEMORY = {
+    "trainer.checkpoint_gradients": ("plain", True),
+    "sizes.head_chunk_bytes": ("plain", 8000),
+}
 SFT_BOUND = {key: value for key, value in BOUND.items() if key != "adapter.dropout"} | {
     "model.allow_special_tokens": ("control", True),
     **THINKING,

@@ -164,7 +164,8 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path):
     folder.chmod(0o777)
     fast, few, right, said = few_rows_in_a_fresh_process(tmp_path)
     assert (fast, few, right) == ("True", "False", "True")
-    assert said == f"others than you could change the files in {folder}"
+    reason = f"others than you could change the files in {folder}"
+    assert said == f"compiled loops cannot be kept or opened: {reason}"
     assert list(folder.iterdir()) == []
 
 

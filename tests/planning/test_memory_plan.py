@@ -310,7 +310,7 @@ def test_a_batch_without_whole_groups_and_a_model_that_is_not_known_are_refused(
 def test_the_largest_micro_batch_of_any_number_of_groups_is_known_at_once(size, segments, share):
     def largest(groups, group_size):
         return largest_micro_batch(
-            groups, group_size, segments, (12, 5), size=size, share_prompts=share
+            groups, group_size, segments, (12, 5), size=size, tokens=1024, share_prompts=share
         )
 
     assert largest(10**9, 8) == largest(10**4, 8)
@@ -331,7 +331,9 @@ def test_a_micro_batch_above_the_counted_sizes_is_the_one_that_the_trainer_cuts(
     )
     group = RolloutGroup(task=Task(id="", prompt=""), rollouts=[rollout] * group_size)
     first, *others = split_into_micro_batches(training_rows([group] * groups), 4096)
-    planned = largest_micro_batch(groups, group_size, 1, (1, 2), size=4096, share_prompts=True)
+    planned = largest_micro_batch(
+        groups, group_size, 1, (1, 2), size=4096, tokens=1024, share_prompts=True
+    )
     assert planned == (len(first), count_prompts(first), bool(others))
 
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from tests.planning.test_memory_plan import SHAPE
+from textpolicy.device_sizes import DeviceSizes
 from textpolicy.experiment.announced_time import AnnouncedTime
 from textpolicy.planning.time_plan import (
     ModelWork,
@@ -20,11 +21,13 @@ from textpolicy.planning.unloaded_model import build_unloaded_model
 MODEL = ModelWork(blocks=30, block_weights=10**8, head_weights=3 * 10**7, shares_prompts=True)
 STEP = StepWork(groups=8, group_size=8, prompt=50, completion=10, held_out=256, adapter_weights=0)
 
+SIZES = DeviceSizes()
+
 
 def planned(model=MODEL, step=STEP, steps=100, evaluations=3, **changes):
     work = replace(step, **changes)
-    speeds = dict.fromkeys(rows_to_measure(work), 2e-11)
-    return plan_time(model, work, speeds, steps=steps, evaluations=evaluations)
+    speeds = dict.fromkeys(rows_to_measure(work, SIZES), 2e-11)
+    return plan_time(model, work, speeds, SIZES, steps=steps, evaluations=evaluations)
 
 
 def test_a_step_takes_longer_with_more_rows_longer_answers_and_checkpoints():

@@ -7,12 +7,19 @@ import pytest
 
 from tests.test_types import rollout
 from tests.training.rows import batches_of, groups_of
+from textpolicy.device_sizes import DeviceSizes, using_sizes
 from textpolicy.training.batch import (
     split_into_micro_batches,
     split_into_mini_batches,
     training_rows,
 )
 from textpolicy.types import RolloutGroup, Task
+
+
+@pytest.fixture(autouse=True)
+def sizes_of_a_cpu():
+    with using_sizes(DeviceSizes()):
+        yield
 
 
 def lengths(parts):

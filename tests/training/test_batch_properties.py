@@ -16,9 +16,9 @@ from tests.logprobs import token_logprobs
 from tests.strategies import examples
 from tests.test_types import rollout
 from textpolicy.algorithms import dr_grpo, get
+from textpolicy.device_sizes import device_sizes
 from textpolicy.training.advantages import add_advantages, advantages_by_group
 from textpolicy.training.batch import (
-    MICRO_BATCH_TOKENS,
     BatchTotals,
     TrainingRow,
     count_padded_tokens,
@@ -155,12 +155,12 @@ def test_micro_batches_hold_each_row_once_and_are_no_larger_than_asked(rows, siz
         tokens = count_padded_tokens(part, share_prompts=share)
         in_part = Counter(row.group for row in part)
         if len(in_part) > 1:
-            assert tokens <= MICRO_BATCH_TOKENS
+            assert tokens <= device_sizes().micro_batch_tokens
         for group in in_part:
             longest = max(len(row.tokens) for row in rows if row.group == group)
             longest += 0 if share else next(r.prompt_length for r in rows if r.group == group)
             if in_part[group] < whole[group]:
-                assert whole[group] * longest > MICRO_BATCH_TOKENS
+                assert whole[group] * longest > device_sizes().micro_batch_tokens
 
 
 @given(rows_of(), st.integers(1, 6), st.integers(0, 99))

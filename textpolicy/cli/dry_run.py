@@ -1,6 +1,7 @@
 """Dry run: an estimate of a run's memory and time, and its settings, without starting the run."""
 
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from textpolicy.experiment.assembly import (
 )
 from textpolicy.experiment.model_defaults import low_rate_note
 from textpolicy.experiment.paths import with_found_adapter
-from textpolicy.experiment.preflight import check_names, find_problems
+from textpolicy.experiment.preflight import check_names, find_problems, with_sizes_that_fit
 from textpolicy.experiment.run_size import (
     RunSize,
     SizeEstimator,
@@ -60,8 +61,9 @@ def show_plan(config: RunConfig, *, measure: bool = False, all_settings: bool = 
     check_services(service_options(config))
     check_names(config)
     estimator = SizeEstimator(config, environment)
-    size, folder = estimator.estimate(config), config.run.output or Path("runs")
     data: dict[str, Any] = {"config": plain_settings(config)}
+    as_given, config = config, with_sizes_that_fit(config, estimator)
+    size, folder = estimator.estimate(config), config.run.output or Path("runs")
     found, measured = list(find_problems(estimator, config, size, folder)), None
     refused = bool(found) and config.run.limits == "refuse"
     if measure and isinstance(config, TrainConfig) and not refused:
@@ -75,6 +77,7 @@ def show_plan(config: RunConfig, *, measure: bool = False, all_settings: bool = 
         *_rate_rows(config),
         *_peak_rows(size, data),
         *_machine_rows(size, folder, data),
+        _sizes_row(config, data),
         *_task_rows(config, size, environment, data),
         *_part_rows(size, data),
     ]
@@ -83,7 +86,7 @@ def show_plan(config: RunConfig, *, measure: bool = False, all_settings: bool = 
     if measured:
         rows.append(("measured", _measured_text(measured)))
     rows += [("REFUSED" if refused else "warning", problem) for problem in found]
-    text = f"{table(rows)}\n\n{_settings_text(config, all_settings)}\nno run was started"
+    text = f"{table(rows)}\n\n{_settings_text(as_given, all_settings)}\nno run was started"
     return Answer(data=data, text=text, exit_code=2 if refused else 0)
 
 
@@ -183,6 +186,12 @@ def _machine_rows(size: RunSize, folder: Path, data: dict[str, Any]) -> list[tup
         ("machine", f"{size_text(memory)} of memory"),
         ("disk", f"about {size_text(size.disk_bytes)} written; {size_text(free)} free"),
     ]
+
+
+def _sizes_row(config: RunConfig, data: dict[str, Any]) -> tuple[str, str]:
+    """Return what the device computes at once, which the run would write into its config.toml."""
+    data["sizes"] = asdict(config.sizes)
+    return ("sizes", ", ".join(f"{name} {size:,}" for name, size in data["sizes"].items()))
 
 
 def _part_rows(size: RunSize, data: dict[str, Any]) -> list[tuple[str, str]]:

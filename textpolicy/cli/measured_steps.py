@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from textpolicy.cli.output import print_note
 from textpolicy.config import TrainConfig, changed
+from textpolicy.device_sizes import sizes_of, using_sizes
 from textpolicy.environments import Environment
 from textpolicy.experiment.assembly import assemble, find_algorithm
 from textpolicy.experiment.run_size import agents_of
@@ -83,6 +84,7 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
             return Progress.STOP if left < took else Progress.MORE
 
         with (
+            using_sizes(sizes_of(config.sizes)),
             closing(environment),
             closing(
                 SignalScorer(rewards, on_incident=lambda incident: print_note(str(incident)))

@@ -15,6 +15,7 @@ from textpolicy.cli.flags import (
 )
 from textpolicy.config import DEMO, SFTConfig, TrainConfig, settings_of
 from textpolicy.config.settings import SEED, Limit, Option, Setting, above, at_least
+from textpolicy.config.train import OF_DEVICE
 
 _DEFAULTS = TrainConfig()
 _SETTINGS = {setting.key: setting for setting in settings_of(_DEFAULTS)}
@@ -221,6 +222,7 @@ def _eval(parser: ArgumentParser) -> None:
     _add_flag(parser, "show", int, 5, text, limit=at_least(0))
     asked = ("count", "samples", "temperature", "good", "envs")
     keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
+    keys += ["sizes.decoding_rows", "sizes.prefill_tokens"]
     helps = _help_of_adapter("adapters to measure, beside the base model or those of --before")
     asked_model = (*_TASK, *_PROMPTED_MODEL, "model.dtype", *keys)
     add_settings(parser, _DEFAULTS, asked_model, helps=helps)
@@ -300,7 +302,7 @@ def _serve(parser: ArgumentParser) -> None:
     text = "folder that clients may load adapters from, beside runs/; may be repeated"
     _add_flag(parser, "allow_load", Path, None, text, action="append", metavar="DIR")
     text = "most answers of one adapter that are sampled together"
-    _add_flag(parser, "max_rows", int, 256, text, limit=at_least(1))
+    _add_flag(parser, "max_rows", int | None, None, text, unset=OF_DEVICE, limit=at_least(1))
     text = "most tokens of a prompt and its answer"
     unset = "the model's context"
     _add_flag(parser, "max_model_len", int | None, None, text, unset=unset, limit=at_least(2))

@@ -24,6 +24,7 @@ from textpolicy.config.train import (
     WARMUP,
     WEIGHT_DECAY,
     AdapterOptions,
+    HeadSizeOptions,
     ModelOptions,
     Schedule,
     TrackingOptions,
@@ -152,5 +153,6 @@ class SFTConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     trainer: SFTTrainerOptions = field(default_factory=SFTTrainerOptions)
+    sizes: HeadSizeOptions = field(default_factory=HeadSizeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     run: SFTRunOptions = field(default_factory=SFTRunOptions)

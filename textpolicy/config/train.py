@@ -442,7 +442,7 @@ class TrainerOptions:
     micro_batch_size: int | None = option(
         None,
         "rollouts in memory at once in an update",
-        unset="whole groups, as many as have 1024 tokens",
+        unset="whole groups, as many as have --micro-batch-tokens",
         limit=at_least(1),
     )
     checkpoint_gradients: bool = option(*CHECKPOINT_GRADIENTS)
@@ -542,6 +542,55 @@ class RolloutOptions:
         """Whether workers sample while the trainer trains."""
         bound = staleness_bound(self.max_staleness, self.steps_per_generation)
         return bool(self.workers) and bound >= self.steps_per_generation
+
+
+OF_DEVICE = "chosen for this device"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSizeOptions:
+    """Sizes of the work that the device gets at once."""
+
+    head_chunk_bytes: int | None = option(
+        None,
+        "bytes of the float32 logits that are computed at once in training",
+        unset=OF_DEVICE,
+        metavar="N",
+        limit=at_least(1),
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(HeadSizeOptions):
+    """Sizes of the work that the device gets at once."""
+
+    micro_batch_tokens: int | None = option(
+        None,
+        "tokens of a micro-batch, with their padding, unless --micro-batch-size is given",
+        unset=OF_DEVICE,
+        metavar="N",
+        limit=at_least(1),
+    )
+    decoding_rows: int | None = option(
+        None,
+        "completions that are sampled together",
+        unset=OF_DEVICE,
+        metavar="N",
+        limit=at_least(1),
+    )
+    prefill_tokens: int | None = option(
+        None,
+        "prompt tokens, of all rows together, that one forward pass reads",
+        unset=OF_DEVICE,
+        metavar="N",
+        limit=at_least(1),
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -662,6 +711,7 @@ class TrainConfig:
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    sizes: SizeOptions = field(default_factory=SizeOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     run: RunOptions = field(default_factory=RunOptions)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from textpolicy.config import SFTConfig, TrainConfig, changed
 from textpolicy.config.train import NO_RAY
+from textpolicy.device_sizes import DeviceSizes, device_sizes
 from textpolicy.environments import Environment
 from textpolicy.errors import ConfigError, PromptError
 from textpolicy.experiment.assembly import RunConfig, adapter_config, service_options
@@ -29,11 +31,11 @@ def check_before_start(
     written: int = 0,
     steps_done: int = 0,
     processes: int = 1,
-) -> tuple[SFTData | None, TimePlan | None]:
+) -> tuple[RunConfig, SFTData | None, TimePlan | None]:
     """Raise an error about whatever would end the run later; no weight is read, nothing sampled.
 
-    Return the rows of a supervised run, which are read on the way, and the time that is announced
-    for a run with rewards. `folder` is where the run will
+    Return the config with the sizes of the run, the rows of a supervised run, which are read on the
+    way, and the time that is announced for a run with rewards. `folder` is where the run will
     write, and `written` are the bytes that it has written there. `note` gets warnings, the problems
     that `run.limits = "warn"` allows, and how long the steps after `steps_done` take. `processes`
     is the number of ranks on this machine, each of which needs the memory of the run.
@@ -41,6 +43,7 @@ def check_before_start(
     check_services(service_options(config), note)
     check_names(config)
     estimator = SizeEstimator(config, environment)
+    config = with_sizes_that_fit(config, estimator, processes=processes)
     size = estimator.estimate(config)
     problems = find_problems(estimator, config, size, folder, written=written)
     for problem in (*problems, *ranks_problem(size, processes)):
@@ -50,7 +53,29 @@ def check_before_start(
     plan = _plan_time(estimator, config, environment, steps_done)
     if plan is not None:
         note(f"the run takes {with_busy_note(str(plan))}")
-    return estimator.data, plan
+    return config, estimator.data, plan
+
+
+def with_sizes_that_fit(
+    config: RunConfig, estimator: SizeEstimator, *, processes: int = 1
+) -> RunConfig:
+    """Return the config with a number for each size of [sizes] that was not set.
+
+    The numbers are those of the device. They are halved while the run, by the estimate, needs more
+    memory than the machine has for each of its `processes`, but not below the sizes of a CPU.
+    """
+    sizes, set_before = device_sizes(), asdict(config.sizes)
+
+    def filled(sizes: DeviceSizes) -> RunConfig:
+        chosen = asdict(sizes)
+        free = {f"sizes.{name}": chosen[name] for name, set_ in set_before.items() if set_ is None}
+        return changed(config, free)
+
+    while sizes != sizes.halved:
+        if processes * estimator.estimate(filled(sizes)).memory_bytes <= memory_bytes():
+            break
+        sizes = sizes.halved
+    return filled(sizes)
 
 
 def ranks_problem(size: RunSize, processes: int) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`run`: a run from its config, as `textpolicy train` and `textpolicy sft` start it."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from textpolicy.config import (
     config_from,
     read_toml,
 )
+from textpolicy.device_sizes import sizes_of, using_sizes
 from textpolicy.errors import ConfigError
 from textpolicy.experiment.assembly import RunConfig, checkpoints_of, find_algorithm, source_of
 from textpolicy.experiment.event_lines import EventLines
@@ -137,7 +139,9 @@ def _resume(
             check_length(found, before, settings, directory, report.note)
             check_ranks(found, ranks, force=force)
         done = found.step if found else 0
-        _, parts = _parts(settings, directory.path, report, written=directory.size, steps_done=done)
+        settings, parts = _parts(
+            settings, directory.path, report, written=directory.size, steps_done=done
+        )
         start = Start(checkpoints=checkpoints, parts=parts, resume=found, force=force, ranks=ranks)
         return _train(settings, directory, report, start)
 
@@ -153,10 +157,11 @@ def _parts(
 ) -> tuple[RunConfig, Parts]:
     """Return what is found before anything large is read, after the checks of the preflight.
 
-    The config comes with it: that of a `fresh` run gets the defaults that depend on its model.
+    The config comes with it, with its sizes: that of a `fresh` run gets the defaults that depend on
+    its model too.
     """
     if isinstance(settings, SFTConfig):
-        data, _ = check_before_start(settings, None, folder, report.note, written=written)
+        settings, data, _ = check_before_start(settings, None, folder, report.note, written=written)
         return settings, Parts(data=data)
     algorithm = find_algorithm(settings.algorithm)
     task = find_task(settings.task, settings.run.seed)
@@ -164,7 +169,7 @@ def _parts(
         settings = with_model_defaults(settings)
         if low_rate := low_rate_note(settings):
             report.note(low_rate)
-    _, time = check_before_start(
+    settings, _, time = check_before_start(
         settings,
         task[0],
         folder,
@@ -190,10 +195,11 @@ def _train(
         directory.remove_earlier_start()
     facts = run_facts(settings, identity)
     start.checkpoints.facts[RUN] = lambda: facts
-    if isinstance(settings, SFTConfig):
-        result = train_supervised(settings, directory, report, start)
-    else:
-        result = train_policy(settings, directory, report, start)
+    with using_sizes(sizes_of(settings.sizes)):
+        if isinstance(settings, SFTConfig):
+            result = train_supervised(settings, directory, report, start)
+        else:
+            result = train_policy(settings, directory, report, start)
     if not ranks.is_first:
         return result
     try:
@@ -214,7 +220,15 @@ def _settings(
     settings = started if started and config is None else _config_of(config, started)
     if started and directory:
         check_kind(started, settings, directory)
+        settings = _with_sizes_of(started, settings)
     return settings if output is None else changed(settings, {"run.output": Path(output)})
+
+
+def _with_sizes_of(started: RunConfig, settings: RunConfig) -> RunConfig:
+    """Return the settings with the sizes of the run that is resumed, where they set none."""
+    given = {name for name, size in asdict(settings.sizes).items() if size is not None}
+    before = asdict(started.sizes).items()
+    return changed(settings, {f"sizes.{name}": v for name, v in before if name not in given})
 
 
 def _config_of(

@@ -17,6 +17,7 @@ from mlx_lm.utils import load_tokenizer
 from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.config import SFTConfig, TrainConfig, changed, staleness_bound
 from textpolicy.config.train import ModelOptions
+from textpolicy.device_sizes import sizes_of
 from textpolicy.environments import Dataset, Environment
 from textpolicy.environments.agent_processes import DEFAULT_PROCESSES
 from textpolicy.errors import ModelError
@@ -215,6 +216,7 @@ class SizeEstimator:
             prompt_tokens=self.lengths.prompt,
             completion_tokens=self.lengths.completion,
             stored=stored_dtype(self._architecture),
+            sizes=sizes_of(config.sizes),
         )
 
     def _build_network(self) -> nn.Module:
@@ -241,6 +243,7 @@ def plan_step(
         dtype=dtype_of(config.model),
         stored=stored_dtype(read_architecture(config.model)),
         reference=read_architecture(other) if other else None,
+        sizes=sizes_of(config.sizes),
         **lengths,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.nn as nn
 
 from textpolicy.config import TrainConfig
+from textpolicy.device_sizes import sizes_of
 from textpolicy.environments import Environment
 from textpolicy.environments.chat import gold_for_turn
 from textpolicy.experiment.assembly import adapter_config
@@ -51,10 +52,12 @@ def plan_run_time(
         updates=trainer.epochs or 1,
         checkpoint_gradients=trainer.checkpoint_gradients,
     )
+    sizes = sizes_of(config.sizes)
     return plan_time(
         work_of(network, architecture),
         work,
-        measure_speeds(network, rows_to_measure(work)),
+        measure_speeds(network, rows_to_measure(work, sizes)),
+        sizes,
         steps=config.run.steps - steps_done,
         evaluations=_count_evaluations(config, steps_done),
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from textpolicy.config import TrainConfig
 from textpolicy.config.train import NO_RAY
+from textpolicy.device_sizes import sizes_of, use_sizes
 from textpolicy.experiment.assembly import build_policy, load_adapted_model, sampling_of
 from textpolicy.experiment.tasks import find_worker_task
 from textpolicy.experiment.threads import apply_thread_option
@@ -35,6 +36,7 @@ class BuildRunWorker:
     def __call__(self) -> RolloutWorker:
         config = self.config
         apply_thread_option(config.model, workers=config.rollout.workers)
+        use_sizes(sizes_of(config.sizes))
         # As in the trainer's process: before the user's code is loaded.
         seed_random_numbers(config.run.seed)
         environment, rewards = find_worker_task(config.task)

@@ -20,10 +20,11 @@ from pathlib import Path
 from threading import RLock
 from typing import TypeVar
 
+from textpolicy.fast_cpu.cache_folder import cache_folder
+
 FOLDER = Path(__file__).parent
 NATIVE = {"aarch64": "-mcpu=native"}.get(platform.machine(), "-march=native")
 _SECONDS = 120
-_WRITABLE_BY_OTHERS = 0o022
 # OpenMP's threads poll for their next product about as long as those of OpenBLAS do, then sleep.
 _POLLING = ("GOMP_SPINCOUNT", "1500")
 _ONE_AT_A_TIME = RLock()
@@ -73,7 +74,7 @@ class CompiledLibrary:
         if os.environ.get("TEXTPOLICY_COMPILE") == "off":
             raise NotCompiled("TEXTPOLICY_COMPILE=off")
         try:
-            path = self.compiled(_cache_folder())
+            path = self.compiled(cache_folder())
             try:
                 return _open(path)
             except OSError:
@@ -152,15 +153,6 @@ def _run(command: Sequence[str]) -> str | None:
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "textpolicy"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = folder.stat()
-    if about.st_uid != os.getuid() or about.st_mode & _WRITABLE_BY_OTHERS:
-        raise NotCompiled(f"others than you could change the files in {folder}")
-    return folder
 
 
 def _open(path: Path) -> ctypes.CDLL:

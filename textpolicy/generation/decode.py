@@ -36,7 +36,7 @@ def decode(
     stop: StopRule,
     seed: int,
     first: int = 0,
-    max_rows: int,
+    max_rows: int | None,
     batched: bool = True,
     launch_ahead: bool = False,
     newest_version: NewestVersion | None = None,

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from textpolicy.adapters.adapter_state import AdapterState
+from textpolicy.device_sizes import device_sizes
 from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 from textpolicy.generation.decode_step import launch_step, next_logits, record_details
 from textpolicy.generation.decoding_batch import (
@@ -28,9 +29,6 @@ from textpolicy.generation.prefill import prefill_prompts, prefill_replies
 from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.machine import most_copied_bytes
 from textpolicy.types import Sampling, StopReason
-
-MAX_DECODING_ROWS = 256
-"""The number of rows that decode together, unless a policy is given another number."""
 
 NewestVersion = Callable[[], int]
 """May put newer adapters into the model; returns the version of those that are in the model."""
@@ -47,11 +45,12 @@ class Engine:
     row from its own KV cache, and `hold` keeps its cache until a later `reply` or `cancel`.
     `cancel` ends a row at any time.
 
-    A group starts as soon as its rows fit into `max_rows` beside the rows that still decode; a
-    group larger than `max_rows` decodes alone. If not `batched`, each row decodes alone. With
-    `launch_ahead`, the device starts the next step before Python reads the tokens of this step,
-    unless a penalty needs these tokens first. With `prefixes`, prompts continue from texts that
-    were read before, and the texts of rows with `keep_prefix` are kept for later prompts.
+    A group starts as soon as its rows fit into `max_rows` beside the rows that still decode; by
+    default `max_rows` is that of `DeviceSizes`. A group larger than `max_rows` decodes alone. If
+    not `batched`, each row decodes alone. With `launch_ahead`, the device starts the next step
+    before Python reads the tokens of this step, unless a penalty needs these tokens first. With
+    `prefixes`, prompts continue from texts that were read before, and the texts of rows with
+    `keep_prefix` are kept for later prompts.
 
     `newest_version` is called before each step. Then each token of a row has a version: that of the
     adapters that computed its distribution. Keys and values in the cache stay as older versions
@@ -63,7 +62,7 @@ class Engine:
         self,
         model: nn.Module,
         *,
-        max_rows: int = MAX_DECODING_ROWS,
+        max_rows: int | None = None,
         batched: bool = True,
         launch_ahead: bool = False,
         prefixes: PrefixCache | None = None,
@@ -74,7 +73,7 @@ class Engine:
         self._version: int | None = None
         self._model = model
         keep_copies(model, most_copied_bytes())
-        self._max_rows = max_rows if batched else 1
+        self._max_rows = (max_rows or device_sizes().decoding_rows) if batched else 1
         self._batched = batched
         self._launch_ahead = launch_ahead
         self._waiting: deque[list[DecodingRow]] = deque()

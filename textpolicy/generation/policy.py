@@ -19,7 +19,6 @@ from textpolicy.errors import ConfigError
 from textpolicy.generation.decode import LateReply, RespondToRow, decode
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import (
-    MAX_DECODING_ROWS,
     Engine,
     NewestVersion,
     can_decode_together,
@@ -71,7 +70,7 @@ class ModelPolicy:
         follow: Path | None = None,
         swap: Literal["completions", "tokens"] = "completions",
         seed: int | None = None,
-        max_rows: int = MAX_DECODING_ROWS,
+        max_rows: int | None = None,
         allow_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
+from textpolicy.device_sizes import device_sizes
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
     DecodingCache,
@@ -16,9 +17,6 @@ from textpolicy.generation.decoding_batch import (
     merge_batches,
 )
 from textpolicy.generation.prefix_cache import PrefixCache
-
-PREFILL_CHUNK_TOKENS = 2048
-"""The number of prompt positions, over all rows, that one forward pass processes."""
 
 
 def prefill_prompts(
@@ -79,7 +77,7 @@ def prefill_replies(model: nn.Module, turns: DecodingBatch) -> DecodingBatch:
 def _prefill_chunk(texts: Sequence[Sequence[int]]) -> int:
     """Return how many positions of each text one forward pass processes."""
     longest = max(map(len, texts))
-    size = max(2, PREFILL_CHUNK_TOKENS // len(texts))
+    size = max(2, device_sizes().prefill_tokens // len(texts))
     # No chunk may have a single position: a sliding-window cache takes it for a decoded token.
     while longest > size and longest % size == 1:
         size += 1

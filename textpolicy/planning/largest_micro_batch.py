@@ -6,7 +6,6 @@ Rollouts of these lengths are cut into micro-batches by the trainer's own functi
 from typing import NamedTuple
 
 from textpolicy.training.batch import (
-    MICRO_BATCH_TOKENS,
     TrainingRow,
     count_padded_tokens,
     count_prompts,
@@ -15,9 +14,9 @@ from textpolicy.training.batch import (
 )
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, Segment, StopReason, Task
 
-# A plan of a larger micro-batch is far from what fits, so its last rows need not be counted one by
-# one.
-_MOST_ROLLOUTS = 2 * MICRO_BATCH_TOKENS
+# A plan of a micro-batch of more rows is far from what fits, so its last rows need not be counted
+# one by one.
+_MOST_ROLLOUTS = 2048
 
 
 class MicroBatch(NamedTuple):
@@ -35,12 +34,16 @@ def largest_micro_batch(
     lengths: tuple[int, int],
     *,
     size: int | None,
+    tokens: int,
     share_prompts: bool,
 ) -> MicroBatch:
-    """Return the largest micro-batch; `lengths` are the tokens of a prompt and a completion."""
+    """Return the largest micro-batch; `lengths` are the tokens of a prompt and a completion.
+
+    A micro-batch has `size` rows, or as many as fit into `tokens` if `size` is None.
+    """
     # Every rollout has a token, and further micro-batches are like the first ones.
-    most = MICRO_BATCH_TOKENS if size is None else max(1, size // segments)
-    if most > _MOST_ROLLOUTS:
+    most = tokens if size is None else max(1, size // segments)
+    if size is not None and most > _MOST_ROLLOUTS:
         rollouts = min(most, groups * group_size)
         prompts = -(-rollouts // group_size) + rollouts * (segments - 1)
         rows = rollouts * segments
@@ -70,11 +73,11 @@ def largest_micro_batch(
     )
     group = RolloutGroup(task=Task(id="", prompt=""), rollouts=[rollout] * group_size)
     rows = training_rows([group] * groups)
-    parts = split_into_micro_batches(rows, size, share_prompts=share_prompts)
+    parts = split_into_micro_batches(rows, size, share_prompts=share_prompts, tokens=tokens)
 
-    def tokens(part: list[TrainingRow]) -> int:
+    def padded_tokens(part: list[TrainingRow]) -> int:
         return count_padded_tokens(part, share_prompts=share_prompts)
 
-    largest = max(parts, key=tokens)
+    largest = max(parts, key=padded_tokens)
     prompts = count_prompts(largest, share_prompts=share_prompts)
     return MicroBatch(rows=len(largest), prompts=prompts, is_part=len(parts) > 1)

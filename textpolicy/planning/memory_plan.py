@@ -19,19 +19,17 @@ from textpolicy import fast_cpu
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.adapters.quantization.number_formats import WHOLE_ROW, format_by_name
+from textpolicy.device_sizes import DeviceSizes, device_sizes
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
 from textpolicy.fast_cpu.bfloat16_copies import FEWEST_NUMBERS
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.fast_cpu.packed_weights import MOST_ROWS, reads_packed
-from textpolicy.generation.engine import MAX_DECODING_ROWS
-from textpolicy.generation.prefill import PREFILL_CHUNK_TOKENS
 from textpolicy.machine import most_copied_bytes
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_batch
 from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.serving.engine_queue import SERVED_PREFIX_BYTES
-from textpolicy.training.output_head import CHUNK_BYTES
 
 # Sampling reads prompts, copies their caches to all rows, grows caches, and draws tokens. Training
 # goes backward through blocks or through the output head, and updates the adapters.
@@ -104,6 +102,7 @@ def plan_memory(
     dtype: mx.Dtype | None = None,
     stored: mx.Dtype | None = None,
     reference: Mapping[str, Any] | None = None,
+    sizes: DeviceSizes | None = None,
 ) -> MemoryPlan:
     """Return the memory to sample `batch` completions and to train on them with Adam.
 
@@ -112,14 +111,15 @@ def plan_memory(
     each asks with prompts of its own; a rollout has `segments`, each with a prompt and a completion
     of these lengths. `stored` is the dtype of the checkpoint: decoding on a CPU keeps copies of
     bfloat16 weights. `reference` is the config.json of another model whose weights are in memory,
-    such as a teacher. Raise ModelError for a model whose blocks are not built like those of Llama,
-    Mistral, Qwen2 and Qwen3.
+    such as a teacher. `sizes` are by default those of this device. Raise ModelError for a model
+    whose blocks are not built like those of Llama, Mistral, Qwen2 and Qwen3.
     """
     if batch < 1 or group_size < 1 or batch % group_size:
         raise ConfigError(f"batch is {batch}; expected a multiple of group_size, {group_size}")
     if segments < 1:
         raise ConfigError(f"segments is {segments}; expected at least 1")
     # A module is a mapping too.
+    sizes = sizes or device_sizes()
     network = model if isinstance(model, nn.Module) else build_unloaded_model(model, dtype)
     planned = plan_adapters(network, config or AdapterConfig())
     block = _Block(network, planned)
@@ -133,13 +133,14 @@ def plan_memory(
         segments,
         (prompt_tokens, completion_tokens),
         size=micro_batch_size,
+        tokens=sizes.micro_batch_tokens,
         share_prompts=shares,
     )
     accumulated = 2 if part.is_part else 1
     # The last token of a prompt is read together with the completion.
     lengths = (prompt_tokens - 1, completion_tokens)
     together = group_size if agents is None else 1
-    most = MAX_DECODING_ROWS if agents is None else min(agents, MAX_DECODING_ROWS)
+    most = sizes.decoding_rows if agents is None else min(agents, sizes.decoding_rows)
     prompts = min(batch // together, max(1, most // together))
     # Of agents, texts that are not sampled any more are kept, for later requests.
     kept = 0 if agents is None else max(0, batch * segments - agents)
@@ -157,9 +158,9 @@ def plan_memory(
             "new adapters": PlannedArray(adapters, ["update"]),
             "clipped gradients": PlannedArray(accumulated * adapters, ["update"]),
             **_backward_arrays(
-                block, part, lengths, shares=shares, checkpoints=checkpoint_gradients
+                block, part, lengths, sizes, shares=shares, checkpoints=checkpoint_gradients
             ),
-            **_sampling_arrays(block, prompts, together, lengths),
+            **_sampling_arrays(block, prompts, together, lengths, sizes),
             "agents' conversations": PlannedArray(
                 min(kept * block.cache_bytes(sum(lengths)), SERVED_PREFIX_BYTES), _SAMPLING
             ),
@@ -226,7 +227,13 @@ class _Block:
 
 
 def _backward_arrays(
-    block: _Block, part: MicroBatch, lengths: tuple[int, int], *, shares: bool, checkpoints: bool
+    block: _Block,
+    part: MicroBatch,
+    lengths: tuple[int, int],
+    sizes: DeviceSizes,
+    *,
+    shares: bool,
+    checkpoints: bool,
 ) -> dict[str, PlannedArray]:
     (prompt, completion), rows, prompts = lengths, part.rows, part.prompts
     own, joined = rows * completion, rows * (prompt + completion)
@@ -251,17 +258,17 @@ def _backward_arrays(
     return {
         "activations": PlannedArray(kept, _BACKWARD),
         "block temporaries": PlannedArray(temporaries, ["blocks"]),
-        "logits": PlannedArray(_logits_bytes(block, own), ["head"]),
+        "logits": PlannedArray(_logits_bytes(block, own, sizes.head_chunk_bytes), ["head"]),
         "unpacked matrix": PlannedArray(_unpacked_bytes(block).largest, ["blocks"]),
         "unpacked head": PlannedArray(2 * _unpacked_bytes(block).head, ["head"]),
     }
 
 
 def _sampling_arrays(
-    block: _Block, prompts: int, group_size: int, lengths: tuple[int, int]
+    block: _Block, prompts: int, group_size: int, lengths: tuple[int, int], sizes: DeviceSizes
 ) -> dict[str, PlannedArray]:
     (prompt, completion), rows, step = lengths, prompts * group_size, BatchKVCache.step
-    chunk = min(max(prompt, 1), max(2, PREFILL_CHUNK_TOKENS // prompts))
+    chunk = min(max(prompt, 1), max(2, sizes.prefill_tokens // prompts))
     rest = prompt % chunk
     scores = prompts * max(chunk * (prompt - rest), rest * prompt) * block.heads
     prefill = round(_PREFILL_SLICES * min(scores, SLICE_SIZE)) * block.itemsize
@@ -314,12 +321,12 @@ def _adapter_floats(row: PlannedModule, itemsize: int) -> int:
     return (row.rank or 0) + copied + (2 * outputs if row.kind == "dora" else 0)
 
 
-def _logits_bytes(block: _Block, positions: int) -> int:
+def _logits_bytes(block: _Block, positions: int, chunk_bytes: int) -> int:
     """Return the bytes of logits and their copies, at most those of a chunk of positions."""
     kinds = {_name(row): row.kind for row in block.planned.modules}
     frozen = kinds["lm_head" if "lm_head" in kinds else "embed_tokens"] == "none"
     whole, chunk = (_LOGITS, _CHUNKS) if frozen else (_TRAINED_LOGITS, _TRAINED_CHUNKS)
-    return round(min(whole * positions * block.vocabulary * _FLOAT, chunk * CHUNK_BYTES))
+    return round(min(whole * positions * block.vocabulary * _FLOAT, chunk * chunk_bytes))
 
 
 class _Unpacked(NamedTuple):

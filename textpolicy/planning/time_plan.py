@@ -19,8 +19,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from textpolicy.adapters.config.model_layout import read_model_layout
 from textpolicy.adapters.quantization.stored_weights import float_dtype, weight_shape
-from textpolicy.generation.engine import MAX_DECODING_ROWS
-from textpolicy.training.batch import MICRO_BATCH_TOKENS
+from textpolicy.device_sizes import DeviceSizes
 
 _SAMPLING, _TRAINING = 1.3, 1.5  # the time of a phase by that of its products
 _LAYER_SECONDS = 4e-4  # of a block in a decode step, beside its products
@@ -165,24 +164,31 @@ def _in_words(seconds: float) -> str:
     return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
-def rows_to_measure(work: StepWork) -> tuple[int, int, int]:
+def rows_to_measure(work: StepWork, sizes: DeviceSizes) -> tuple[int, int, int]:
     """Return the rows of a product in sampling, in a measurement, and over whole prompts."""
-    sampled = min(work.groups * work.group_size, MAX_DECODING_ROWS)
-    return sampled, min(work.held_out, MAX_DECODING_ROWS), MICRO_BATCH_TOKENS
+    most = sizes.decoding_rows
+    sampled = min(work.groups * work.group_size, most)
+    return sampled, min(work.held_out, most), sizes.micro_batch_tokens
 
 
 def plan_time(
-    model: ModelWork, work: StepWork, speeds: Speeds, *, steps: int, evaluations: int
+    model: ModelWork,
+    work: StepWork,
+    speeds: Speeds,
+    sizes: DeviceSizes,
+    *,
+    steps: int,
+    evaluations: int,
 ) -> TimePlan:
     """Return the estimated time of a run on the machine whose speeds were measured."""
-    sampled, measured, many = rows_to_measure(work)
+    sampled, measured, many = rows_to_measure(work, sizes)
     rows = work.groups * work.group_size
 
     def answers(prompts: int, rows: int, at_once: int) -> float:
         read = prompts * work.prompt * model.block_weights * speeds[many]
         weights = model.block_weights + model.head_weights
         written = rows * work.completion * weights * speeds[at_once]
-        waves = ceil(rows / MAX_DECODING_ROWS)
+        waves = ceil(rows / sizes.decoding_rows)
         beside = waves * work.completion * model.blocks * _LAYER_SECONDS
         return _SAMPLING * (read + written) + beside
 

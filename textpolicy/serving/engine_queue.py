@@ -12,7 +12,6 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from textpolicy.generation.engine import (
-    MAX_DECODING_ROWS,
     Engine,
     NewestVersion,
     can_decode_together,
@@ -88,7 +87,7 @@ class ServedEngine:
         model: nn.Module,
         tokenizer: TokenizerWrapper,
         *,
-        max_rows: int = MAX_DECODING_ROWS,
+        max_rows: int | None = None,
         max_open_rows: int = MAX_OPEN_ROWS,
         max_cache_bytes: int | None = None,
     ) -> None:

@@ -8,11 +8,9 @@ from random import Random
 import mlx.core as mx
 import numpy as np
 
+from textpolicy.device_sizes import device_sizes
 from textpolicy.errors import TrainingError
 from textpolicy.types import Batch, Rollout, RolloutGroup, Segment, StopReason
-
-MICRO_BATCH_TOKENS = 1024
-"""Tokens of a micro-batch if its number of rows is not given. More tokens only need more memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,16 +155,17 @@ def split_into_micro_batches(
     size: int | None,
     *,
     share_prompts: bool = True,
-    tokens: int = MICRO_BATCH_TOKENS,
+    tokens: int | None = None,
 ) -> list[list[TrainingRow]]:
     """Return parts of an optimizer batch that are in memory one at a time.
 
     Groups of similar length are together, and so are the segments of a rollout. A part has at most
     `size` rows, unless one rollout has more segments. If `size` is None, a part is as many whole
-    groups as fit into `tokens` with their padding; a group is cut if it has more tokens without the
-    prompt that its rollouts share, or with it if `share_prompts` is False. Groups without any
-    signal come last, in parts of their own.
+    groups as fit into `tokens` with their padding, by default those of `DeviceSizes`; a group is
+    cut if it has more tokens without the prompt that its rollouts share, or with it if
+    `share_prompts` is False. Groups without any signal come last, in parts of their own.
     """
+    most = device_sizes().micro_batch_tokens if tokens is None else tokens
     by_number: dict[int, list[TrainingRow]] = {}
     for row in rows:
         by_number.setdefault(row.group, []).append(row)
@@ -175,7 +174,7 @@ def split_into_micro_batches(
     for signal in (True, False):
         groups = [group for group in ordered if any(row.has_signal for row in group) is signal]
         if size is None:
-            parts += _fill_parts(groups, share_prompts, tokens)
+            parts += _fill_parts(groups, share_prompts, most)
         else:
             parts += _cut([*chain.from_iterable(groups)], size)
     return parts

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from textpolicy.device_sizes import device_sizes
 from textpolicy.ranks import Ranks
 from textpolicy.training.batch import (
-    MICRO_BATCH_TOKENS,
     TrainingRow,
     count_padded_tokens,
     split_into_micro_batches,
@@ -32,8 +32,10 @@ def deal_micro_batches(
     `size` is the number of rows of a micro-batch, or None. With several ranks, micro-batches are
     cut small enough that each rank gets some, where the rows are enough.
     """
-    tokens = MICRO_BATCH_TOKENS
+    tokens = device_sizes().micro_batch_tokens
     if ranks.size > 1:
+        # Ranks may be on different machines.
+        tokens = min(ranks.gather_json(tokens))
         padded = count_padded_tokens(rows, share_prompts=share_prompts)
         tokens = min(tokens, -(-padded // ranks.size))
         # Some losses compare two rows of a group.

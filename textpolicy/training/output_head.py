@@ -14,12 +14,10 @@ import mlx.nn as nn
 from jaxtyping import Float, Int
 from mlx.utils import tree_flatten, tree_unflatten
 
+from textpolicy.device_sizes import device_sizes
 from textpolicy.fast_cpu.array_slices import compute_after
 from textpolicy.fast_cpu.exponential import exp
 
-# Float32 logits of a chunk. Softmax, gradient and the memory that mlx allocates ahead for the next
-# chunk take about twelve times as much.
-CHUNK_BYTES = 16 * 2**20
 # Numbers that are added one after another.
 _BLOCK = 128
 PositionLogprobs = tuple[Float[mx.array, " positions"], Float[mx.array, " positions"]]
@@ -57,14 +55,16 @@ class OutputHead:
         temperature: Float[mx.array, " positions"],
         *,
         differentiable: bool = True,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> PositionLogprobs:
         """Return log-probabilities and entropies under softmax(logits / temperature).
 
-        `differentiable=False` is faster if the head is frozen and no gradient is needed.
+        `differentiable=False` is faster if the head is frozen and no gradient is needed. A chunk's
+        float32 logits take `chunk_bytes`, by default those of `DeviceSizes`.
         """
         vocabulary = self.project(hidden[:1]).shape[-1]
-        size = max(1, chunk_bytes // (4 * vocabulary))
+        most = chunk_bytes or device_sizes().head_chunk_bytes
+        size = max(1, most // (4 * vocabulary))
         chunks = [slice(at, at + size) for at in range(0, len(tokens), size)]
         weights = self.weights.trainable_parameters()
         if not weights:

@@ -86,7 +86,7 @@ class Trainer:
     _: KW_ONLY
     micro_batch_size: int | None = None
     """Rows in memory at once; the update does not depend on this number. None takes whole groups,
-    as many as have about a thousand tokens."""
+    as many as fit into the `micro_batch_tokens` of `DeviceSizes`."""
     checkpoint_gradients: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same update."""
     skip_without_advantages: bool = False

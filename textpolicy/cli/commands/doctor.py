@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from textpolicy import backend, fast_cpu
 from textpolicy.cli.answer import Answer, table
+from textpolicy.device_sizes import device_sizes, saturating_rows
 from textpolicy.experiment.threads import ONE_IS_FASTER
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.machine import memory_bytes, size_text
@@ -34,6 +35,7 @@ def run(options: Namespace) -> Answer:
         "no_compiled_operations": reason_of_none() if device == "cpu" else "",
         "threads": asdict(threads) if threads else None,
         "memory_bytes": memory_bytes(),
+        "sizes": asdict(device_sizes()) | asdict(saturating_rows()),
         "tiny_model": _TINY.is_file(),
         "ray": backend.version_of("ray"),
     }
@@ -49,6 +51,22 @@ def _threads_text(threads: Mapping[str, float] | None) -> Iterator[str]:
     yield f"a run takes {count} of {os.cpu_count()} cores: {speed} GFLOP/s; one thread: {alone}"
     if alone > speed:
         yield ONE_IS_FASTER
+
+
+def _size_rows(sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield how much this device gets at once, and how that was found."""
+    head = sizes["head_chunk_bytes"] / 2**20
+    yield (
+        "sizes",
+        f"micro-batches of {sizes['micro_batch_tokens']:,} tokens, {sizes['decoding_rows']:,} rows "
+        f"decoded together, prompts read by {sizes['prefill_tokens']:,} tokens, logits by "
+        f"{head:g} MiB",
+    )
+    yield (
+        "",
+        f"from the memory and the {sizes['rows']:,} rows with which products are fastest, "
+        f"{sizes['source']}",
+    )
 
 
 def _compiled_text(blas: Mapping[str, Any], no_operations: str) -> str:
@@ -70,6 +88,7 @@ def _for_people(data: Mapping[str, Any]) -> str:
         ("mlx-lm", data["mlx-lm"] or "MISSING: pip install mlx-lm"),
         ("device", f"{data['device']} ({data['device_name']})"),
         ("memory", size_text(data["memory_bytes"])),
+        *_size_rows(data["sizes"]),
         ("CPU products", f"{blas['name']}: {blas['gflops']} GFLOP/s in float32"),
         *(("", text) for text in _threads_text(data["threads"])),
         *(("", note) for note in (blas["reason"], blas["hint"], compiled) if note),

@@ -16,6 +16,7 @@ from textpolicy.cli.trained_rows import note_about_trained_rows
 from textpolicy.cli.typed_flags import short_path
 from textpolicy.config import TrainConfig
 from textpolicy.config.train import TaskOptions
+from textpolicy.device_sizes import sizes_of, using_sizes
 from textpolicy.environments import Environment
 from textpolicy.environments.right_answers import right_answer_reader
 from textpolicy.errors import ConfigError
@@ -57,10 +58,11 @@ def _run(options: Namespace) -> Answer:
     found = [find_task(task, config.run.seed, only_measured=True) for task in all_tasks]
     config = with_model_defaults(config)
     policies = _load_policies(config, before)
-    results = [
-        _evaluate(config, policies, task, *parts)
-        for task, parts in zip(all_tasks, found, strict=True)
-    ]
+    with using_sizes(sizes_of(config.sizes)):
+        results = [
+            _evaluate(config, policies, task, *parts)
+            for task, parts in zip(all_tasks, found, strict=True)
+        ]
     compared = _describe_compared(config, before)
     own, *rest = map(_data, results)
     notes = [*_note_about_rows(config), *_note_about_start(config, before)]
