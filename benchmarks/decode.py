@@ -7,8 +7,9 @@
 Prompts are 64 random tokens, and every row is decoded to the end on every side. The prompts are
 read before the time starts: of transformers, the time of a call that draws one token is taken off.
 "ours" draws with a random key for each row and keeps the log-probability of each token;
-"ours_with_lora" has unmerged LoRA of rank 8 on every linear layer; "products" are the matrix
-products of a step alone. "mlx_lm_by_openblas" is mlx-lm's `BatchGenerator` on a model that mlx-lm
+"ours_with_lora" has unmerged LoRA of rank 8 on every linear layer, and "ours_merged" has the same
+LoRA merged into float32 weights, as `--merge-adapters` does; "products" are the matrix products of
+a step alone. "mlx_lm_by_openblas" is mlx-lm's `BatchGenerator` on a model that mlx-lm
 has loaded, with OpenBLAS, because the BLAS of its wheel is some thirty times slower; "mlx_lm" is
 the same generator with our compiled products and functions. "ours_by_openblas" is a process in
 which OpenBLAS multiplies few rows too.
@@ -46,6 +47,7 @@ from setting import setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.adapters.merged_copy import MergedCopy
 from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine
@@ -62,6 +64,7 @@ MARK = "<!-- tables of decode.py -->"
 COLUMNS = {
     "ours": "TextPolicy",
     "ours_with_lora": "with LoRA",
+    "ours_merged": "with merged LoRA",
     "ours_by_openblas": "by OpenBLAS alone",
     "mlx_lm_by_openblas": "mlx-lm by OpenBLAS",
     "mlx_lm": "mlx-lm with our products",
@@ -70,7 +73,8 @@ COLUMNS = {
     "products": "products",
 }
 
-OTHERS = [name for name in COLUMNS if name not in ("ours", "ours_with_lora", "products")]
+OWN = ("ours", "ours_with_lora", "ours_merged", "products")
+OTHERS = [name for name in COLUMNS if name not in OWN]
 
 Seconds = Callable[[], float]
 """Decodes all steps once; returns the seconds of one step."""
@@ -172,6 +176,7 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     adapted, _ = load_model(options.model)
     container = AdapterContainer.from_model(adapted, AdapterConfig(rank=8, scale=2.0))
     container.swap({name: a + 0.01 for name, a in container.parameters().items()})
+    merged = MergedCopy(adapted).refresh()
     shapes = [weight.shape for weight in matrices(model)]
     texts = prompts(rows, shapes[0][0])
     task = {"model": str(options.model), "prompts": texts, "steps": STEPS}
@@ -179,6 +184,7 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     sides: dict[str, Seconds] = {
         "ours": partial(ours, model, texts),
         "ours_with_lora": partial(ours, adapted, texts),
+        "ours_merged": partial(ours, merged, texts),
         "mlx_lm": partial(mlx_lm, model, texts),
         "products": partial(products, model, rows),
     }

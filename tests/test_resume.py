@@ -25,6 +25,7 @@ MODES = {
     "gradient accumulation": {"micro_batch_size": 3},
     "several updates a batch": {"mini_batches": 3, "epochs": 2},
     "several steps a generation": {"steps_per_generation": 3},
+    "merged adapters": {"merge_adapters": True},
 }
 
 
@@ -37,7 +38,8 @@ class Run:
         self.adapters.publish_path = folder / "adapters.safetensors"
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.per_generation = options.pop("steps_per_generation", 1)
-        self.policy = create_policy(shared_copy(model), tokenizer, {"max_tokens": 4})
+        sampling = {"max_tokens": 4, "merge_adapters": options.pop("merge_adapters", False)}
+        self.policy = create_policy(shared_copy(model), tokenizer, sampling)
         self.trainer = Trainer(
             model,
             grpo.compute_advantages,

@@ -58,6 +58,19 @@ def test_the_peaks_of_memory_are_near_the_plan(benched):
 
 
 @pytest.mark.slow
+def test_the_memory_of_merged_weights_is_near_the_plan(benched):
+    plain, _ = benched(seconds=5)
+    merged, _ = benched("--merge-adapters", seconds=5)
+    planned, peaks = (
+        {name: merged[kind][name] - plain[kind][name] for name in ("sampling", "training")}
+        for kind in ("planned_bytes", "peak_bytes")
+    )
+    assert planned["sampling"] == planned["training"] > 2_000_000
+    for name, peak in peaks.items():
+        assert planned[name] == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
 def test_the_options_of_the_bench_reach_its_steps(benched):
     asked, _ = benched("--beta", "0.1", "--max-tokens", "2", "--env", "sort", "--dtype", "bfloat16")
     plain, _ = benched("--max-tokens", "2", "--env", "sort")

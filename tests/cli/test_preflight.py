@@ -15,6 +15,8 @@ from textpolicy.cli import main
 from textpolicy.config import SFTConfig, TrainConfig, changed
 from textpolicy.environments import load
 from textpolicy.errors import ConfigError
+from textpolicy.experiment import preflight
+from textpolicy.experiment.preflight import find_problems
 from textpolicy.experiment.run_size import SizeEstimator
 from textpolicy.machine import memory_bytes, size_text
 
@@ -60,6 +62,33 @@ def test_a_run_that_is_refused_is_not_measured_either(empty, capsys):
 
 
 @pytest.mark.slow
+def test_merged_weights_are_counted_and_the_advice_leaves_them_out(empty, monkeypatch):
+    chosen = {"trainer.checkpoint_gradients": True, "sampling.merge_adapters": True}
+    merging = changed(TrainConfig(), {"task.env": "add", **chosen})
+    plain = changed(merging, {"sampling.merge_adapters": False})
+    estimator = SizeEstimator(merging, load("add"))
+    without, whole = map(estimator.estimate, (plain, merging))
+    merged = whole.memory.arrays["merged weights"].bytes
+    assert whole.memory_bytes - without.memory_bytes == merged > 0
+    of_workers = [
+        estimator.estimate(changed(one, {"rollout.workers": 2})).worker_bytes
+        for one in (plain, merging)
+    ]
+    assert of_workers[1] - of_workers[0] == merged
+    monkeypatch.setattr(preflight, "memory_bytes", lambda: without.memory_bytes)
+    assert not [*find_problems(estimator, plain, without, empty)]
+    (problem,) = find_problems(estimator, merging, whole, empty)
+    assert problem.endswith("This would fit: --no-merge-adapters")
+
+
+@pytest.mark.parametrize("other", ["--dtype=bfloat16", "--quantize=4"])
+def test_merging_into_weights_that_are_not_float32_is_refused_before_a_run(failure, empty, other):
+    for dry in ([], ["--dry-run"]):
+        message = failure("train", "--env", "add", *SMALL, "--merge-adapters", other, *dry, code=2)
+        assert "merge_adapters is on, and 14 of 14 adapted weights are not float32" in message
+    assert not any(empty.iterdir())
+
+
 def test_limits_warn_starts_the_run_all_the_same(empty, capsys):
     beyond = ["--keep-checkpoints", "1000000000", "--output", "run"]
     assert main(["train", "--env", "add", *SMALL, *beyond]) == 2

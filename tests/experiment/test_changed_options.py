@@ -127,6 +127,7 @@ NUMBERS = {
     "adapter.alpha": ("plain", 99.0),
     "sampling.max_tokens": ("plain", 3),
     "sampling.temperature": ("plain", 0.2),
+    "sampling.merge_adapters": ("plain", True),
     "algorithm.name": ("plain", "dr_grpo"),
     "algorithm.options": ("plain", {"clip_high": 1e-6}),
     "algorithm.average": ("plain", "constant(tokens=50)"),

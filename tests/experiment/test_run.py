@@ -35,6 +35,7 @@ both = tp.Rewards([right, brief])
 def named(completion):
     return 1.0
 """
+DIFFERENCE = "sampling/sampling_logp_difference/mean"
 CLOCKS = ("time/", "memory/", "tokens_per_second", "iterations_per_second")
 
 
@@ -237,3 +238,23 @@ def test_a_config_file_that_is_not_utf_8_is_a_config_error(tmp_path):
     config.write_bytes(b'name = "\xe9"\n')
     with pytest.raises(ConfigError, match="not UTF-8"):
         tp.run(config)
+
+
+def test_a_run_with_merged_adapters_samples_what_the_trainer_trains(tmp_path, capsys):
+    options = {"run.output": tmp_path / "run", "run.steps": 4, "sampling.merge_adapters": True}
+    values = options | {"trainer.lr": 0.01, "rollout.group_size": 4}
+    result = tp.run(changed(TrainConfig(), {**_flat(SMALL_CONFIG), **values}))
+    rows = metrics(result.directory)
+    assert result.updates >= 2
+    assert all(row[DIFFERENCE] < 1e-4 for row in rows if DIFFERENCE in row)
+    assert sum(DIFFERENCE in row for row in rows) >= 2
+    command = ["eval", "--env", "add", "--count", "4", "--adapter", str(tmp_path / "run"), "--json"]
+    rewards = []
+    for merge in ("--merge-adapters", "--no-merge-adapters"):
+        assert main([*command, merge]) == 0
+        rewards.append(json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"])
+    assert rewards[0] == rewards[1]
+
+
+def _flat(config):
+    return {f"{name}.{key}": value for name, one in config.items() for key, value in one.items()}

@@ -116,6 +116,13 @@ def test_a_worker_takes_new_adapters_between_tokens_if_the_config_says_so(load_t
         assert (BuildRunWorker(config)().policy.newest_version is not None) is follows
 
 
+def test_a_worker_merges_adapters_if_the_config_says_so(load_tiny):
+    for merge in (False, True):
+        config = changed(TrainConfig(), {"task.env": "add", "sampling.merge_adapters": merge})
+        policy = BuildRunWorker(config)().policy
+        assert (policy.sampled_model() is not policy.model) is merge
+
+
 @pytest.mark.slow
 def test_a_run_with_new_adapters_between_tokens_trains_on_tokens_of_several_versions(
     tmp_path, capsys

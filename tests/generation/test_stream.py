@@ -119,13 +119,14 @@ def check_that_the_conversation_is_read_again(policy, answer):
     assert "".join(policy.stream(whole)) == expected.text
 
 
-@pytest.fixture
-def adapted(load_tiny):
+@pytest.fixture(params=[False, True], ids=["layers", "merged"])
+def adapted(load_tiny, request):
     """Return a policy with an adapter that changes its answers, and the adapter's container."""
     model, tokenizer = load_tiny()
     container = AdapterContainer.from_model(model, AdapterConfig(rank=4), seed=3)
     container.swap(shifted(container, 0.2), version=1)
-    return ModelPolicy(model, tokenizer, Sampling(max_tokens=12, temperature=0)), container
+    sampling = Sampling(max_tokens=12, temperature=0)
+    return ModelPolicy(model, tokenizer, sampling, merge_adapters=request.param), container
 
 
 def test_adapters_that_are_turned_off_read_the_conversation_again(adapted):

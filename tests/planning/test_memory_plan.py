@@ -243,6 +243,20 @@ def test_a_plan_names_its_arrays_and_each_peak_is_a_sum_of_them():
     assert planned.estimated_training_bytes == backward + larger
 
 
+def test_merged_weights_are_a_copy_of_the_adapted_weights():
+    step = {"batch": 8, "group_size": 8, "prompt_tokens": 64, "completion_tokens": 64}
+    config = AdapterConfig(rules=[LoRARule(module_path=".*(q_proj|lm_head)", rank=4)])
+    plain, merging = (
+        plan_memory(qwen3_model(), config, **step, merge_adapters=merge) for merge in (False, True)
+    )
+    # Two layers with 64 queries, and a head of 96 tokens, of 64 inputs each.
+    merged = 4 * 64 * (64 + 64 + 96)
+    assert merging.arrays["merged weights"].bytes == merged
+    assert merging.arrays["update of a merged weight"].bytes == 4 * 64 * 96
+    assert "merged weights" not in plain.arrays
+    assert {name: peak - merged for name, peak in merging.peaks.items()} == plain.peaks
+
+
 def test_the_memory_of_a_model_that_is_not_here_is_planned_without_loading_anything():
     qwen3_8b = {
         "model_type": "qwen3",

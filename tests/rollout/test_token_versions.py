@@ -99,15 +99,17 @@ def play(prompt, example, base_url, api_key):
 """
 
 
+@pytest.mark.parametrize("merge", [False, True])
 def test_answers_to_an_agent_carry_versions_and_later_prompts_are_read_with_new_adapters(
-    loaded, versions, tmp_path
+    loaded, versions, tmp_path, merge
 ):
     (tmp_path / "agent.py").write_text(AGENT)
     environment = load(f"agent:{tmp_path / 'agent.py'}", env_timeout=60)
     path = tmp_path / "adapters.safetensors"
     tasks = [Task(id="t", prompt="Count: 1 2 3", agent=environment.agent)]
     with versions.published_in_turn(path):
-        policy = ModelPolicy(*loaded, SAMPLING, follow=path, swap="tokens")
+        options = {"follow": path, "swap": "tokens", "merge_adapters": merge}
+        policy = ModelPolicy(*loaded, SAMPLING, **options)
         groups = collect(tasks, policy, environment.reward, group_size=2, seed=0)
     assert check(versions, groups, reads_again=True)
 

@@ -21,7 +21,13 @@ class AdapterState:
 
     @classmethod
     def of(cls, model: nn.Module) -> "AdapterState":
-        """Return the present state of the adapters in a model."""
+        """Return the present state of the adapters in a model.
+
+        Of a copy with merged weights, this is the state of the adapters that were merged.
+        """
+        merged = vars(model).get("merged_state")
+        if isinstance(merged, AdapterState):
+            return merged
         layers = adapter_layers(model).values()
         return cls([array for layer in layers for array in layer.state_arrays()])
 

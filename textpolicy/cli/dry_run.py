@@ -33,7 +33,7 @@ from textpolicy.machine import free_disk_bytes, memory_bytes, size_text, with_bu
 from textpolicy.tracking.open_tracker import check_services
 from textpolicy.untrusted.terminal import shorten_line
 
-_SHOWN = ("weights", "reference", "adapters", "optimizer")
+_SHOWN = ("weights", "merged weights", "reference", "adapters", "optimizer")
 _PROMPT_CHARACTERS = 100
 _KEYS = {"sampling": "estimated_generation_bytes", "training": "estimated_training_bytes"}
 

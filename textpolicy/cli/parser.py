@@ -221,7 +221,8 @@ def _eval(parser: ArgumentParser) -> None:
     text = "tasks to show: the largest gains and losses, or the highest and lowest rewards"
     _add_flag(parser, "show", int, 5, text, limit=at_least(0))
     asked = ("count", "samples", "temperature", "good", "envs")
-    keys = ["adapter.start", "sampling.max_tokens", *(f"evaluation.{name}" for name in asked)]
+    keys = ["adapter.start", "sampling.max_tokens", "sampling.merge_adapters"]
+    keys += [f"evaluation.{name}" for name in asked]
     keys += ["sizes.decoding_rows", "sizes.prefill_tokens"]
     helps = _help_of_adapter("adapters to measure, beside the base model or those of --before")
     asked_model = (*_TASK, *_PROMPTED_MODEL, "model.dtype", *keys)

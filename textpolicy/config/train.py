@@ -326,6 +326,13 @@ class SamplingOptions:
         None, "most tokens of a completion", unset="what the task needs", limit=at_least(1)
     )
     temperature: float = option(1.0, "sampling temperature", limit=above(0))
+    merge_adapters: bool = option(
+        False,
+        "sample from a copy of the model whose float32 weights include the adapters, made anew "
+        "for each version; the adapted weights take their memory once more. It saves the time of "
+        "adapter layers, but is slower for bfloat16 checkpoints on a CPU, and refused for weights "
+        "that are not float32",
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -168,15 +168,13 @@ def evaluate(
 
     def answer(temperature: float, count: int) -> list[RolloutGroup]:
         sampling = Sampling(max_tokens=heldout.max_tokens, temperature=temperature)
-        copy = ModelPolicy(
-            policy.model,
-            policy.tokenizer,
-            sampling,
-            allow_special_tokens=policy.allow_special_tokens,
-            chat_template_kwargs=policy.chat_template_kwargs,
-        )
         return collect_with_ranks(
-            heldout.tasks, copy, heldout.scorer, ranks, group_size=count, seed=_SEED
+            heldout.tasks,
+            policy.with_sampling(sampling),
+            heldout.scorer,
+            ranks,
+            group_size=count,
+            seed=_SEED,
         )
 
     return Evaluation(

@@ -139,6 +139,7 @@ def build_policy(
         tokenizer,
         sampling,
         swap=config.rollout.swap,
+        merge_adapters=config.sampling.merge_adapters,
         seed=config.run.seed,
         allow_special_tokens=config.model.allow_special_tokens,
         chat_template_kwargs=template_arguments_of(config.model, tokenizer),

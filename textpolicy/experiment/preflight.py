@@ -120,8 +120,13 @@ def check_names(config: RunConfig) -> None:
 def find_problems(
     estimator: SizeEstimator, config: RunConfig, size: RunSize, folder: Path, *, written: int = 0
 ) -> Iterator[str]:
-    """Yield why the run cannot work on this machine: its memory, then its disk space."""
+    """Yield why the run cannot work on this machine: its memory, then its disk space.
+
+    Raise an error if no machine could run it.
+    """
     check_context(size)
+    if isinstance(config, TrainConfig):
+        estimator.check_merging(config)
     if size.memory_bytes > memory_bytes():
         room = free_disk_bytes(folder) + written
         yield f"{_memory_text(config, size)}. {_what_fits(estimator, config, size, room)}"
@@ -215,6 +220,8 @@ def _milder(config: RunConfig) -> Iterator[dict[str, Any]]:
     if isinstance(config, SFTConfig):
         yield from _halved("trainer.batch_size", config.trainer.batch_size, 1)
         return
+    if config.sampling.merge_adapters:
+        yield {"sampling.merge_adapters": False}
     if (config.trainer.micro_batch_size or 2) > 1:
         yield {"trainer.micro_batch_size": 1}
     least_workers = 0 if config.rollout.ray == NO_RAY else 1
@@ -235,5 +242,7 @@ def _halved(key: str, value: int, least: int) -> Iterator[dict[str, Any]]:
 def _flag(key: str, value: Any) -> str:
     names = {"evaluation.count": "count", "evaluation.samples": "eval_samples"}
     name = names.get(key, key.rpartition(".")[2])
-    flag = f"--{name.replace('_', '-')}"
-    return flag if value is True else f"{flag} {value}"
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from textpolicy.adapters.merged_copy import check_mergeable, weight_format
 from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.config import SFTConfig, TrainConfig, changed, staleness_bound
 from textpolicy.config.train import ModelOptions
@@ -34,6 +35,7 @@ from textpolicy.experiment.run_time import plan_run_time, usual_lengths
 from textpolicy.generation.model_files import find_model, read_architecture_file
 from textpolicy.generation.policy import rollout_bytes
 from textpolicy.generation.prompts import encode_prompt
+from textpolicy.planning.adapter_plan import plan_adapters
 from textpolicy.planning.memory_plan import MemoryPlan, plan_memory
 from textpolicy.planning.time_plan import TimePlan
 from textpolicy.planning.unloaded_model import build_unloaded_model, stored_dtype
@@ -164,6 +166,18 @@ class SizeEstimator:
             evaluations=1 + run.keep_adapters,
         )
 
+    def check_merging(self, config: TrainConfig) -> None:
+        """Raise `ConfigError` if `merge_adapters` is on and an adapted weight is not float32."""
+        if not config.sampling.merge_adapters:
+            return
+        network = self._network()
+        modules = dict(network.named_modules())
+        rows = plan_adapters(network, adapter_config(config.adapter)).modules
+        adapted = [row for row in rows if row.kind != "none"]
+        check_mergeable(
+            {row.path: row.quantization or weight_format(modules[row.path]) for row in adapted}
+        )
+
     def plan_time(self, config: TrainConfig, steps_done: int = 0) -> TimePlan:
         """Return how long the steps take that are not done; times products of the model now."""
         time = plan_run_time(
@@ -244,6 +258,7 @@ def plan_step(
         stored=stored_dtype(read_architecture(config.model)),
         reference=read_architecture(other) if other else None,
         sizes=sizes_of(config.sizes),
+        merge_adapters=config.sampling.merge_adapters,
         **lengths,
     )
 

@@ -58,6 +58,8 @@ def keep_copies(model: nn.Module, most_bytes: int) -> int:
         if id(model) not in _COPIES_OF_MODELS:
             weakref.finalize(model, _COPIES_OF_MODELS.pop, id(model), None).atexit = False
         copies = [_copy_of(weight, address) for address, weight in weights.items()]
+        # A matrix without a copy is not held: a model that drops the matrix frees its memory.
+        copies = [copy for copy in copies if copy.bytes]
         _COPIES_OF_MODELS[id(model)] = copies
     return sum(copy.bytes for copy in copies)
 

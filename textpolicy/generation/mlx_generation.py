@@ -25,6 +25,8 @@ from textpolicy.types import Sampling
 from textpolicy.untrusted.template_check import check_template_ends
 from textpolicy.user_code.faults import raise_user_errors_as
 
+_BESIDE_SAMPLING = ("seed", "merge_adapters")
+
 
 @doing("loading the model")
 def load_model(
@@ -73,22 +75,27 @@ def create_policy(
     """Return a policy that samples from `model`, and so sees every update of the model at once.
 
     `params` are the fields of `Sampling` (max_tokens, temperature, top_p, top_k, min_p,
-    repetition_penalty, stop) and `seed`. With `follow`, the policy reloads the adapter file at
-    that path before a generation whenever the file is new. With `allow_special_tokens`, prompts may
-    spell control tokens such as <|im_end|>; otherwise they are plain text. `chat_template_kwargs`
-    are arguments of the chat template, such as {"enable_thinking": False}.
+    repetition_penalty, stop), and `seed` and `merge_adapters` as `ModelPolicy` takes them. With
+    `follow`, the policy reloads the adapter file at that path before a generation whenever the file
+    is new. With `allow_special_tokens`, prompts may spell control tokens such as <|im_end|>;
+    otherwise they are plain text. `chat_template_kwargs` are arguments of the chat template, such
+    as {"enable_thinking": False}.
     """
     fast_cpu.enable()
     options = dict(params or {})
     seed = options.pop("seed", None)
     if not isinstance(seed, int | None):
         raise ConfigError(f"seed is {seed!r}; expected a whole number, or None for a random one")
+    merge_adapters = options.pop("merge_adapters", False)
+    if not isinstance(merge_adapters, bool):
+        raise ConfigError(f"merge_adapters is {merge_adapters!r}; expected True or False")
     return ModelPolicy(
         model,
         tokenizer,
         _read_sampling(options),
         follow=follow,
         seed=seed,
+        merge_adapters=merge_adapters,
         allow_special_tokens=allow_special_tokens,
         chat_template_kwargs=chat_template_kwargs,
     )
@@ -98,9 +105,10 @@ def _read_sampling(options: dict[str, Any]) -> Sampling:
     known = [field.name for field in fields(Sampling)]
     for name in options:
         if name not in known:
-            near = get_close_matches(name, [*known, "seed"], n=1)
+            others = [*known, *_BESIDE_SAMPLING]
+            near = get_close_matches(name, others, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ConfigError(f"unknown generation option {name!r}{hint} Known: {known}, 'seed'")
+            raise ConfigError(f"unknown generation option {name!r}{hint} Known: {others}")
     if (stop := options.get("stop")) is not None:
         options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     return Sampling(**options)

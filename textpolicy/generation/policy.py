@@ -13,6 +13,7 @@ from textpolicy.activity import doing
 from textpolicy.adapters.adapter import digest_of
 from textpolicy.adapters.adapter_state import AdapterState
 from textpolicy.adapters.container import AdapterContainer, adapted_copy
+from textpolicy.adapters.merged_copy import MergedCopy
 from textpolicy.adapters.publishing import AdapterWatcher
 from textpolicy.chat_template import check_arguments
 from textpolicy.errors import ConfigError
@@ -59,6 +60,9 @@ class ModelPolicy:
     the sequence of generations is repeatable. With `allow_special_tokens`, prompts and replies may
     spell control tokens such as <|im_end|>.
     `chat_template_kwargs` are arguments of the chat template, such as {"enable_thinking": False}.
+    With `merge_adapters`, the policy samples from a copy of the model whose float32 weights include
+    the adapters. The weights are merged anew for each version of the adapters. The samples are the
+    same up to rounding, and the adapted weights take their memory once more.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class ModelPolicy:
         max_rows: int | None = None,
         allow_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        merge_adapters: bool = False,
     ) -> None:
         check_arguments(tokenizer, chat_template_kwargs)
         # With dropout, the policy would sample from another distribution than the trained one.
@@ -92,6 +97,7 @@ class ModelPolicy:
         self._thoughts = ThoughtReader(tokenizer, chat_template_kwargs)
         self._replies = WaitingCalls()
         self._prefixes = PrefixCache()
+        self._merged = MergedCopy(model) if merge_adapters else None
 
     def __call__(self, prompt: Prompt) -> Completion:
         """Return one completion of one prompt."""
@@ -109,6 +115,13 @@ class ModelPolicy:
     @cached_property
     def _batched(self) -> bool:
         return can_decode_together(self.model)
+
+    def sampled_model(self) -> nn.Module:
+        """Return the model that computes the tokens: `model`, or its copy with merged weights.
+
+        The copy has new merged weights if the adapters of `model` are new.
+        """
+        return self._merged.refresh() if self._merged else self.model
 
     @property
     def version(self) -> int:
@@ -135,6 +148,8 @@ class ModelPolicy:
             nonlocal version
             if load_newer():
                 version = self.version
+                # The engine decodes with the model that this call changes.
+                _ = self.sampled_model()
             return version
 
         return newest
@@ -162,7 +177,21 @@ class ModelPolicy:
             max_rows=self._max_rows,
             allow_special_tokens=self.allow_special_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
+            merge_adapters=self._merged is not None,
         )
+
+    def with_sampling(self, sampling: Sampling) -> "ModelPolicy":
+        """Return a policy that samples with other options from the same (merged) weights."""
+        made = ModelPolicy(
+            self.model,
+            self.tokenizer,
+            sampling,
+            max_rows=self._max_rows,
+            allow_special_tokens=self.allow_special_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        made._merged = self._merged
+        return made
 
     def adapter_digest(self) -> str:
         """Return a hash of the tensors of the adapter, which is the same for no adapters."""
@@ -213,7 +242,9 @@ class ModelPolicy:
         """
         ((prompt_tokens,), seed) = self._prepare([prompt], 1, seed)
         self._prefixes.use_adapters(AdapterState.of(self.model))
-        engine = Engine(self.model, launch_ahead=can_launch_ahead(), prefixes=self._prefixes)
+        engine = Engine(
+            self.sampled_model(), launch_ahead=can_launch_ahead(), prefixes=self._prefixes
+        )
         row = DecodingRow(
             context=prompt_tokens,
             sampling=self.sampling,
@@ -257,7 +288,7 @@ class ModelPolicy:
         prompt_tokens, seed = self._prepare(prompts, n, seed)
         with doing("sampling", n * len(prompts), begins=True) as activity:
             return decode(
-                self.model,
+                self.sampled_model(),
                 prompt_tokens,
                 n=n,
                 sampling=self.sampling,

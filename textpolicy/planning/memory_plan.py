@@ -31,11 +31,12 @@ from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_ba
 from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.serving.engine_queue import SERVED_PREFIX_BYTES
 
-# Sampling reads prompts, copies their caches to all rows, grows caches, and draws tokens. Training
-# goes backward through blocks or through the output head, and updates the adapters.
-_SAMPLING = ("prefill", "fan out", "cache growth", "drawing")
+# Sampling merges adapters if it is asked to, reads prompts, copies their caches to all rows, grows
+# caches, and draws tokens. Training goes backward through blocks or through the output head, and
+# updates the adapters.
+_SAMPLING = ("merging", "prefill", "fan out", "cache growth", "drawing")
 _TRAINING = ("blocks", "head", "update")
-_DECODING, _BACKWARD = _SAMPLING[2:], _TRAINING[:2]
+_DECODING, _BACKWARD = _SAMPLING[3:], _TRAINING[:2]
 
 # Measured on a CPU: how many arrays of a size mlx has in memory at once.
 _LOGITS, _TRAINED_LOGITS = 4.5, 6.7  # of all logits; with a trained head
@@ -103,6 +104,7 @@ def plan_memory(
     stored: mx.Dtype | None = None,
     reference: Mapping[str, Any] | None = None,
     sizes: DeviceSizes | None = None,
+    merge_adapters: bool = False,
 ) -> MemoryPlan:
     """Return the memory to sample `batch` completions and to train on them with Adam.
 
@@ -111,8 +113,9 @@ def plan_memory(
     each asks with prompts of its own; a rollout has `segments`, each with a prompt and a completion
     of these lengths. `stored` is the dtype of the checkpoint: decoding on a CPU keeps copies of
     bfloat16 weights. `reference` is the config.json of another model whose weights are in memory,
-    such as a teacher. `sizes` are by default those of this device. Raise ModelError for a model
-    whose blocks are not built like those of Llama, Mistral, Qwen2 and Qwen3.
+    such as a teacher. `sizes` are by default those of this device. With `merge_adapters`, the
+    sampler has a copy of the adapted weights. Raise ModelError for a model whose blocks are not
+    built like those of Llama, Mistral, Qwen2 and Qwen3.
     """
     if batch < 1 or group_size < 1 or batch % group_size:
         raise ConfigError(f"batch is {batch}; expected a multiple of group_size, {group_size}")
@@ -150,6 +153,7 @@ def plan_memory(
             "weights": PlannedArray(planned.base_bytes, always),
             "bfloat16 copies": PlannedArray(_copies(planned, stored), always),
             "reference": PlannedArray(teacher_bytes, always),
+            **(_merged_arrays(planned, always) if merge_adapters else {}),
             "adapters": PlannedArray(adapters, always),
             # A run's sampler has adapters of its own, which follow those of the trainer.
             "sampler's adapters": PlannedArray(adapters, always),
@@ -290,6 +294,15 @@ def _sampling_arrays(
         "logits of next tokens": PlannedArray(logits, ["drawing"]),
         "unpacked matrices": PlannedArray(unpacked + head, _DECODING),
         "unpacked for prompts": PlannedArray(unpacked_for_prompts, ["prefill"]),
+    }
+
+
+def _merged_arrays(planned: AdapterPlan, always: Sequence[str]) -> dict[str, PlannedArray]:
+    """Return the weights that include the adapters, which are made one after the other."""
+    sizes = [prod(row.shape) * _FLOAT for row in planned.modules if row.kind != "none"]
+    return {
+        "merged weights": PlannedArray(sum(sizes), always),
+        "update of a merged weight": PlannedArray(max(sizes, default=0), ["merging"]),
     }
 
 

@@ -52,6 +52,10 @@ class ServablePolicy(Policy, Protocol):
     allow_special_tokens: bool
     chat_template_kwargs: dict[str, Any]
 
+    def sampled_model(self) -> nn.Module:
+        """Return the model that computes the tokens, which may be a copy with merged weights."""
+        ...
+
     @property
     def newest_version(self) -> Callable[[], int] | None:
         """What the engine calls before each step, to take new adapters between tokens."""
@@ -181,7 +185,7 @@ class _Hall:
         self._needs_score = needs_score
         self._on_fault = on_fault
         self._by_key = {one.key: one for one in episodes}
-        self._served = ServedEngine(policy.model, policy.tokenizer)
+        self._served = ServedEngine(policy.sampled_model(), policy.tokenizer)
         self._encoder = PromptEncoder(
             policy.model,
             policy.tokenizer,
@@ -205,7 +209,7 @@ class _Hall:
         policy = self._policy
         self._served.put(
             _MODEL,
-            policy.model,
+            policy.sampled_model(),
             version=policy.version,
             newest_version=policy.newest_version,
         )

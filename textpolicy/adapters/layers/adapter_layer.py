@@ -77,6 +77,11 @@ class AdapterLayer(nn.Module):
         """The number that multiplies the low-rank product."""
         return float(self._scale)
 
+    @property
+    def enabled(self) -> bool:
+        """Whether the gate is open: if not, the layer computes exactly what its base does."""
+        return bool(self._enabled)
+
     def set_scale(self, scale: float) -> None:
         """Change the scale. Compiled functions see the change."""
         self._scale = mx.array(scale, mx.float32)

@@ -102,6 +102,7 @@ def _load_policies(config: TrainConfig, before: Path | None) -> dict[str, ModelP
         Sampling(),
         allow_special_tokens=config.model.allow_special_tokens,
         chat_template_kwargs=arguments,
+        merge_adapters=config.sampling.merge_adapters,
     )
     if start is None:
         return {_BASE: policy}
