@@ -5,7 +5,8 @@
 
 The products are those of a decode step of SmolLM2-135M: each of its weights, in float32, times as
 many rows as decode together. The weights are numbers of bfloat16; "copies" multiplies by their
-bfloat16 copies, "loops" by the weights themselves. Every side runs in a process of its own, with
+bfloat16 copies, "loops" by the weights themselves. "int4" and "nf4" multiply by the same matrices
+in these formats, with groups of 64 weights. Every side runs in a process of its own, with
 one thread, and the sides take turns. The script reports medians and quartiles of the processor's
 milliseconds, because other programs may use the machine.
 """
@@ -27,12 +28,14 @@ from pages import write_page
 from setting import setting
 
 from textpolicy import fast_cpu
+from textpolicy.adapters import quantize
 from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 
 RECORD = Path(__file__).parent / "results" / "few_rows.json"
 MARK = "<!-- tables of few_rows.py -->"
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64)
-SIDES = {"copies": "on", "loops": "on", "OpenBLAS": "off"}
+SIDES = {"copies": "on", "loops": "on", "OpenBLAS": "off", "int4": "on", "nf4": "on"}
+FORMATS = {"int4": "affine", "nf4": "nf4"}
 WIDTH, KEYS, HIDDEN, BLOCKS, VOCABULARY = 576, 192, 1536, 30, 49152
 SHAPES = [
     *[(WIDTH, WIDTH), (KEYS, WIDTH), (KEYS, WIDTH), (WIDTH, WIDTH)] * BLOCKS,
@@ -51,14 +54,17 @@ def measure(side: str) -> dict[int, float]:
     mx.eval(model.parameters())
     if side == "copies":
         assert keep_copies(model, 1 << 60)
-    weights = [layer.weight for layer in model.layers]
+    if side in FORMATS:
+        quantize(model, mode=FORMATS[side])
+    mx.eval(model.parameters())
     found: dict[int, float] = {}
     for rows in ROWS:
         inputs = {width: mx.random.normal((rows, width)) for width in (WIDTH, HIDDEN)}
         seconds: list[float] = []
         for _ in range(4):
             started = time.process_time()
-            mx.eval([inputs[weight.shape[1]] @ weight.T for weight in weights])
+            layers = zip(model.layers, SHAPES, strict=True)
+            mx.eval([layer(inputs[shape[1]]) for layer, shape in layers])
             seconds.append(time.process_time() - started)
         # The first pass also makes the inputs.
         found[rows] = 1000 * statistics.median(seconds[1:])
@@ -93,15 +99,17 @@ def compare(turns: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str
 
 def tables(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the record as a table."""
-    lines = ["| rows | copies, ms | loops, ms | OpenBLAS, ms | copies, times as fast | loops |"]
-    lines += ["|---" * 6 + "|"]
+    others = [side for side in SIDES if side != "OpenBLAS"]
+    names = [f"{side}, ms" for side in SIDES] + [f"{side}, times as fast" for side in others[:1]]
+    lines = [f"| rows | {' | '.join([*names, *others[1:]])} |"]
+    lines += ["|---" * (len(SIDES) + len(others) + 1) + "|"]
     for one in results:
         cells = [
             f"{one['milliseconds'][side]} ({one['quartiles'][side][0]} to "
             f"{one['quartiles'][side][1]})"
             for side in SIDES
         ]
-        cells += [f"{one['times_as_fast'][side]:.2f}" for side in ("copies", "loops")]
+        cells += [f"{one['times_as_fast'][side]:.2f}" for side in others]
         lines.append(f"| {one['rows']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
-"""Measure the two exact ways to multiply with quantized weights on this machine.
+"""Measure the exact ways to multiply with quantized weights on this machine.
 
-For each number format and number of rows, the script measures mlx's kernel for quantized weights,
-and a product with the weights unpacked to floats first. With many rows,
-`textpolicy.adapters.quantization.packed_product` takes the second way.
+For each number format and number of rows, the script measures mlx's kernel for quantized weights, a
+product with the weights unpacked to floats first by mlx, and the layer of this library. With many
+rows, `textpolicy.adapters.quantization.packed_product` takes the second way; for weights of 4 and 8
+bits it has compiled functions. The three take turns.
 
     python benchmarks/products.py --json > benchmarks/results/products.json
 """
@@ -10,18 +11,22 @@ and a product with the weights unpacked to floats first. With many rows,
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 from setting import setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters.quantization.nf4 import NF4Linear
+from textpolicy.adapters.quantization.nf4 import NF4Linear, unpack_nf4
+from textpolicy.adapters.quantization.packed_product import use_fast_products
 from textpolicy.adapters.quantization.stored_weights import float_weight
 
 FORMATS = [(4, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")]
-ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 128)
+ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 64, 128)
+
+
+_TOGETHER = 4  # Products that are timed together.
 
 
 def main() -> None:
@@ -47,25 +52,36 @@ def measure(size: int, rows: int) -> list[dict[str, str | int | float]]:
     found: list[dict[str, str | int | float]] = []
     for bits, mode in FORMATS:
         layer = nn.QuantizedLinear.from_linear(linear, bits=bits, mode=mode)
-        kernel = milliseconds(lambda layer=layer: layer(x))
-        unpacked = milliseconds(lambda layer=layer: x @ float_weight(layer).T)
-        name = f"{mode} {bits}-bit"
-        found.append({"format": name, "rows": rows, "kernel": kernel, "unpacked": unpacked})
+        model = nn.Sequential(nn.QuantizedLinear.from_linear(linear, bits=bits, mode=mode))
+        use_fast_products(model)
+        ways = {
+            "kernel": lambda layer=layer: layer(x),
+            "unpacked": lambda layer=layer: x @ float_weight(layer).T,
+            "layer": lambda model=model: model(x),
+        }
+        found.append({"format": f"{mode} {bits}-bit", "rows": rows, **milliseconds(ways)})
     layer = NF4Linear.from_linear(linear)
-    found.append({"format": "nf4", "rows": rows, "unpacked": milliseconds(lambda: layer(x))})
-    found.append({"format": "float32", "rows": rows, "plain": milliseconds(lambda: linear(x))})
+    ways = {
+        "unpacked": lambda: x @ unpack_nf4(layer.weight, layer.scales).T,
+        "layer": lambda: layer(x),
+    }
+    found.append({"format": "nf4", "rows": rows, **milliseconds(ways)})
+    plain = milliseconds({"plain": lambda: linear(x)})
+    found.append({"format": "float32", "rows": rows, **plain})
     return found
 
 
-def milliseconds(compute: Callable[[], mx.array], repeats: int = 7) -> float:
-    """Return the least time of some repeats, because the machine may be busy."""
-    mx.eval(compute())
-    times: list[float] = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        mx.eval(compute())
-        times.append(time.perf_counter() - started)
-    return round(1000 * min(times), 2)
+def milliseconds(ways: Mapping[str, Callable[[], mx.array]], repeats: int = 7) -> dict[str, float]:
+    """Return the least time of some repeats of each way, because the machine may be busy."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    # The first time prepares what the others find ready.
+    for repeat in range(repeats + 1):
+        for name, compute in ways.items():
+            started = time.perf_counter()
+            mx.eval([compute() for _ in range(_TOGETHER)])
+            if repeat:
+                times[name].append((time.perf_counter() - started) / _TOGETHER)
+    return {name: round(1000 * min(some), 2) for name, some in times.items()}
 
 
 if __name__ == "__main__":

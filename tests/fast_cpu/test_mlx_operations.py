@@ -12,6 +12,7 @@ import pytest
 
 from textpolicy.fast_cpu import exponential, mlx_operations
 from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled
+from textpolicy.fast_cpu.gradients import without_gradients
 from textpolicy.fast_cpu.mlx_operations import operation_for, reason_of_none
 from textpolicy.fast_cpu.model_functions import swiglu
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
@@ -223,3 +224,35 @@ def test_a_failed_trial_is_remembered_and_its_file_named(tmp_path):
     (kept,) = tmp_path.iterdir()
     with pytest.raises(NotCompiled, match=f"a trial that fails; to try again, remove {kept}"):
         library.compiled(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.T,
+        lambda x: x[::2, 64:],
+        lambda x: x[:, ::-1],
+        lambda x: x.reshape(4, 32, 256).transpose(1, 0, 2),
+        lambda x: mx.broadcast_to(x[:1], (50, 256)),
+        lambda x: mx.broadcast_to(x[:, :1], (128, 256)),
+    ],
+)
+def test_arrays_whose_numbers_are_not_side_by_side_are_read_as_they_are(view):
+    x = view(spread(128, 256))
+    compute = operation_for("exp", x)
+    assert compute is not None
+    np.testing.assert_allclose(np.array(compute(x)[0]), np.exp(np.array(x)), rtol=3e-7)
+
+
+def test_values_are_computed_without_their_gradient_only_inside_the_block():
+    x, y = spread(3, 256), spread(3, 256) + 1
+
+    def loss(x: mx.array) -> mx.array:
+        return swiglu(x, y).sum()
+
+    expected = mx.grad(loss)(x)
+    with without_gradients():
+        assert mx.array_equal(swiglu(x, y), swiglu(x, y))
+        with pytest.raises(ValueError, match="vjp"):
+            mx.eval(mx.grad(loss)(x))
+    assert mx.array_equal(mx.grad(loss)(x), expected)

@@ -14,8 +14,8 @@ from textpolicy.adapters.quantization.packed_product import CPUQuantizedLinear, 
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.fast_cpu.packed_weights import (
     MOST_ROWS,
+    multiplies_packed,
     packed_product,
-    reads_packed,
     unpacked_weights,
 )
 
@@ -34,13 +34,15 @@ def spread(*shape: int, seed: int = 0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def packed(mode: str, weight: mx.array, group_size: int) -> tuple[list[mx.array], mx.array]:
+def packed(
+    mode: str, weight: mx.array, group_size: int, bits: int = 4
+) -> tuple[list[mx.array], mx.array]:
     """Return the arrays of a quantized matrix, and its numbers as another function reads them."""
     if mode == "nf4":
         arrays = pack_nf4(weight, group_size)
         return [*arrays], unpack_nf4(*arrays)
-    arrays = mx.quantize(weight, group_size=group_size, bits=4)
-    return [*arrays], mx.dequantize(*arrays, group_size=group_size, bits=4)
+    arrays = mx.quantize(weight, group_size=group_size, bits=bits)
+    return [*arrays], mx.dequantize(*arrays, group_size=group_size, bits=bits)
 
 
 # Rows whose last vector of words is whole, and is not; outputs that fill up a tile, and do not.
@@ -94,11 +96,14 @@ def test_special_numbers_of_a_row_stay_in_the_row(mode):
     assert mx.array_equal(found[others], clean[others])
 
 
-@pytest.mark.parametrize(("mode", "group_size"), [("affine", 32), ("affine", 128), ("nf4", -1)])
-def test_weights_are_unpacked_as_others_unpack_them(mode, group_size):
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [("affine", 4, 32), ("affine", 4, 128), ("affine", 8, 64), ("nf4", 4, -1)],
+)
+def test_weights_are_unpacked_as_others_unpack_them(mode, bits, group_size):
     for outputs, inputs in [(3, 128), (301, 1024)]:
-        arrays, expected = packed(mode, spread(outputs, inputs), group_size)
-        found = unpacked_weights(mode, 4, *arrays)
+        arrays, expected = packed(mode, spread(outputs, inputs), group_size, bits)
+        found = unpacked_weights(mode, bits, *arrays)
         assert found is not None and found.shape == expected.shape
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-6, atol=1e-6)
 
@@ -115,7 +120,7 @@ def test_other_formats_types_and_many_rows_are_left_to_other_functions():
     assert unpacked_weights("affine", 4, *halves) is None
     eight = mx.quantize(spread(16, 128), group_size=64, bits=8)
     assert packed_product("affine", 8, x, *eight) is None
-    assert not reads_packed("mxfp4", 4, 32, 128)
+    assert not multiplies_packed("mxfp4", 4, 32, 128)
 
 
 @pytest.mark.parametrize("mode", ["affine", "nf4"])
@@ -148,7 +153,7 @@ def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, rows,
     assert {*asked} == {"packed_product", "unpacked_weights"}
     for name in ("packed_product", "unpacked_weights"):
         monkeypatch.setattr(products, name, lambda *given: None)
-    monkeypatch.setattr(products, "reads_packed", lambda *given: False)
+    monkeypatch.setattr(products, "multiplies_packed", lambda *given: False)
     plain = layer(x), mx.grad(value)(x)
     for ours, theirs in zip(compiled, plain, strict=True):
         np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ from mlx_lm.models import base
 
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE, compute_after
 from textpolicy.fast_cpu.exponential import LOG2_E, exp2, softmax
+from textpolicy.fast_cpu.gradients import with_gradient
 
 # In these shapes, `sharing` query heads use each of the key heads.
 GroupedQueries = Float[mx.array, "batch key_heads sharing time width"]
@@ -74,9 +75,7 @@ def _attend_at_once(
 
 def _attention(mask: Any) -> Any:
     """Return attention under this mask, as a function with its gradient."""
-    attention: Any = mx.custom_function(partial(_attend, mask))
-    attention.vjp(partial(_attention_gradient, mask))
-    return attention
+    return with_gradient(partial(_attend, mask), partial(_attention_gradient, mask))
 
 
 def _attend(mask: Any, queries: GroupedQueries, keys: Keys, values: Values) -> AttentionOutput:

@@ -7,12 +7,12 @@ takes less time than these operations take to begin, so mlx's exponential comput
 """
 
 import math
-from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float
 
 from textpolicy.fast_cpu.array_slices import apply_in_slices
+from textpolicy.fast_cpu.gradients import with_gradient
 from textpolicy.fast_cpu.mlx_operations import operation_for
 
 LOG2_E = math.log2(math.e)
@@ -65,8 +65,7 @@ def _softmax_gradient(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.
     return output * (cotangent - (cotangent * output).sum(axis=-1, keepdims=True))
 
 
-_softmax: Any = mx.custom_function(_softmax_value)
-_softmax.vjp(_softmax_gradient)
+_softmax = with_gradient(_softmax_value, _softmax_gradient)
 
 
 def _exp2(x: mx.array) -> mx.array:

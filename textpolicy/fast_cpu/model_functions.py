@@ -18,6 +18,7 @@ from mlx_lm.models import activations, base
 from textpolicy.fast_cpu.array_slices import apply_in_slices
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import SMALL, exp
+from textpolicy.fast_cpu.gradients import with_gradient
 from textpolicy.fast_cpu.mlx_operations import operation_for
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
 from textpolicy.fast_cpu.rotary import FastRoPE
@@ -57,8 +58,7 @@ def _gradients_of_slice(gate: mx.array, x: mx.array, cotangent: mx.array) -> lis
     return [silu_gradient * x * (1 + gate * (1 - sigmoid)), silu_gradient * gate]
 
 
-_swiglu: Any = mx.custom_function(_value)
-_swiglu.vjp(_gradients)
+_swiglu = with_gradient(_value, _gradients)
 # By identity: a layer's module may hold unhashable objects under the names that the layer uses.
 _FASTER = {
     id(base.scaled_dot_product_attention): scaled_dot_product_attention,

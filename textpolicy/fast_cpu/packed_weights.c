@@ -1,6 +1,7 @@
-/* y = x W' for a matrix x of few rows, where W is stored in 4 bits for each weight.
+/* y = x W' for a matrix x of few rows, where W is stored in 4 bits for each weight; and weights of 4
+   or 8 bits as float32 numbers.
 
-   The weights are read once, in the form in which memory holds them, and become numbers in the
+   Of a product, the weights are read once, in the form in which memory holds them, and become numbers in the
    processor's registers. A word has the codes of 8 neighbouring inputs. A vector of words gives one
    vector of weights for each place in a word, so x is put in this order first.
 
@@ -336,16 +337,22 @@ static void multiply(const Format format, const float *const *in, float *const *
         compute(&p, x, least(p.outputs, part * share), least(p.outputs, (part + 1) * share));
 }
 
-FUNCTION(compiled_affine) { multiply(AFFINE, in, out, numbers); }
-FUNCTION(compiled_nf4) { multiply(NF4, in, out, numbers); }
+FUNCTION(compiled_product_affine_4) { multiply(AFFINE, in, out, numbers); }
+FUNCTION(compiled_product_nf4_4) { multiply(NF4, in, out, numbers); }
 
 typedef uint32_t EightWords __attribute__((vector_size(32)));
 typedef int32_t EightIntegers __attribute__((vector_size(32)));
+typedef uint8_t EightBytes __attribute__((vector_size(8), aligned(1), may_alias));
 
-/* Write the 8 float32 weights of a word. */
-INLINE void unpack_word(const Format format, uint32_t word, float scale, float bias, float *to) {
+/* Write the weights of 8 neighbouring inputs. */
+INLINE void unpack_eight(const Format format, const int bits, const uint8_t *from, float scale,
+                         float bias, float *to) {
     const EightWords affine = {0, 4, 8, 12, 16, 20, 24, 28}, nf4 = {4, 0, 12, 8, 20, 16, 28, 24};
-    EightWords codes = ((EightWords){0} + word) >> (format == NF4 ? nf4 : affine) & 15;
+    EightWords codes;
+    if (bits == 8)
+        codes = __builtin_convertvector(*(const EightBytes *)from, EightWords);
+    else
+        codes = ((EightWords){0} + *(const uint32_t *)from) >> (format == NF4 ? nf4 : affine) & 15;
     Eight weights = __builtin_convertvector((EightIntegers)codes, Eight) * scale + bias;
     if (format == NF4)
         for (int n = 0; n < PER_WORD; n++) weights[n] = LEVELS[codes[n]] * scale;
@@ -353,17 +360,19 @@ INLINE void unpack_word(const Format format, uint32_t word, float scale, float b
 }
 
 /* `numbers` are those of the outputs, of the inputs, and of an output's groups. */
-INLINE void unpack(const Format format, const float *const *in, float *const *out,
+INLINE void unpack(const Format format, const int bits, const float *const *in, float *const *out,
                    const int64_t *numbers) {
-    const long outputs = numbers[0], inputs = numbers[1], groups = numbers[2];
-#pragma omp parallel for num_threads(threads_for(outputs * inputs >= SMALLEST_SHARED))
+    const long outputs = numbers[0], groups = numbers[2], size = numbers[1] / groups;
+#pragma omp parallel for num_threads(threads_for(outputs * numbers[1] >= SMALLEST_SHARED))
     for (long group = 0; group < outputs * groups; group++) {
-        const uint32_t *words = (const uint32_t *)in[0] + group * (inputs / groups) / PER_WORD;
-        float *to = out[0] + group * (inputs / groups);
-        for (int k = 0; k < inputs / groups; k += PER_WORD)
-            unpack_word(format, *words++, in[1][group], format == NF4 ? 0 : in[2][group], to + k);
+        const uint8_t *from = (const uint8_t *)in[0] + group * size * bits / 8;
+        const float scale = in[1][group], bias = format == AFFINE ? in[2][group] : 0;
+        float *to = out[0] + group * size;
+        for (long k = 0; k < size; k += PER_WORD, from += bits)
+            unpack_eight(format, bits, from, scale, bias, to + k);
     }
 }
 
-FUNCTION(compiled_unpack_affine) { unpack(AFFINE, in, out, numbers); }
-FUNCTION(compiled_unpack_nf4) { unpack(NF4, in, out, numbers); }
+FUNCTION(compiled_unpack_affine_4) { unpack(AFFINE, 4, in, out, numbers); }
+FUNCTION(compiled_unpack_affine_8) { unpack(AFFINE, 8, in, out, numbers); }
+FUNCTION(compiled_unpack_nf4_4) { unpack(NF4, 4, in, out, numbers); }

@@ -1,10 +1,12 @@
-"""Products with weights of 4 bits on a CPU, for few rows from the form in which they are stored.
+"""Products with weights of few bits on a CPU.
 
 The time of a decode step is mostly that of reading the weights. To unpack them first, as a product
-of many rows does, a CPU writes and reads each weight as 32 bits. A compiled function unpacks them
-where that is needed, with vector instructions and all threads, which mlx does not use for it.
+of many rows does, a CPU writes and reads each weight as 32 bits. So few rows are multiplied with
+weights of 4 bits in the form in which they are stored. For other products, compiled functions
+unpack weights of 4 and 8 bits with vector instructions and all threads, unlike those of mlx.
 """
 
+from collections.abc import Sequence
 from math import prod
 
 import mlx.core as mx
@@ -13,15 +15,14 @@ from textpolicy.fast_cpu.mlx_operations import operation, reason_of_none
 
 MOST_ROWS = 64
 """With more rows, it is faster to unpack the weights first (`benchmarks/products.py`)."""
-_BITS, _PER_WORD, _GROUP_SIZES = 4, 8, (32, 64, 128)
+_PRODUCTS = {("affine", 4), ("nf4", 4)}
+_UNPACKED = {*_PRODUCTS, ("affine", 8)}
+_TOGETHER, _GROUP_SIZES = 8, (32, 64, 128)
 
 
-def reads_packed(mode: str, bits: int, group_size: int, inputs: int) -> bool:
-    """Return whether compiled functions read weights of this format on this machine."""
-    if mode not in ("affine", "nf4") or bits != _BITS or mx.default_device().type != mx.cpu:
-        return False
-    fits = inputs % _PER_WORD == 0 and group_size in (*_GROUP_SIZES, inputs)
-    return fits and not reason_of_none()
+def multiplies_packed(mode: str, bits: int, group_size: int, inputs: int) -> bool:
+    """Return whether `packed_product` takes few rows with weights of this format here."""
+    return (mode, bits) in _PRODUCTS and _are_readable(group_size, inputs)
 
 
 def packed_product(
@@ -33,28 +34,33 @@ def packed_product(
     few rows of float32 numbers are computed. There is no gradient.
     """
     inputs, rows = x.shape[-1], prod(x.shape[:-1])
-    if x.dtype != mx.float32 or not 0 < rows <= MOST_ROWS:
+    if x.dtype != mx.float32 or not 0 < rows <= MOST_ROWS or (mode, bits) not in _PRODUCTS:
         return None
-    if not _can_read(mode, bits, inputs, weight, groups):
+    if not _can_read(inputs, weight, groups):
         return None
     outputs, count = groups[0].shape
+    product = operation(f"product_{mode}_{bits}", 2 + len(groups))
     shape, numbers = (*x.shape[:-1], outputs), (rows, outputs, inputs, count)
-    return operation(mode, 2 + len(groups))([x, weight, *groups], shape, numbers)[0]
+    return product([x, weight, *groups], shape, numbers)[0]
 
 
 def unpacked_weights(mode: str, bits: int, weight: mx.array, *groups: mx.array) -> mx.array | None:
     """Return a packed matrix as float32 numbers, or None where no function unpacks it."""
     inputs = weight.shape[-1] * weight.itemsize * 8 // bits
-    if not _can_read(mode, bits, inputs, weight, groups):
+    if (mode, bits) not in _UNPACKED or not _can_read(inputs, weight, groups):
         return None
     outputs, count = groups[0].shape
-    unpack = operation(f"unpack_{mode}", 1 + len(groups))
+    unpack = operation(f"unpack_{mode}_{bits}", 1 + len(groups))
     return unpack([weight, *groups], (outputs, inputs), (outputs, inputs, count))[0]
 
 
-def _can_read(
-    mode: str, bits: int, inputs: int, weight: mx.array, groups: tuple[mx.array, ...]
-) -> bool:
+def _can_read(inputs: int, weight: mx.array, groups: Sequence[mx.array]) -> bool:
     if weight.ndim != 2 or any(one.dtype != mx.float32 for one in groups):
         return False
-    return reads_packed(mode, bits, inputs // groups[0].shape[-1], inputs)
+    return _are_readable(inputs // groups[0].shape[-1], inputs)
+
+
+def _are_readable(group_size: int, inputs: int) -> bool:
+    if mx.default_device().type != mx.cpu or inputs % _TOGETHER:
+        return False
+    return group_size in (*_GROUP_SIZES, inputs) and not reason_of_none()

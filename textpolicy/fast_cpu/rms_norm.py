@@ -7,6 +7,7 @@ s = 1 / sqrt(mean(x^2) + eps) and y = s w x:
 """
 
 import struct
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float
 
+from textpolicy.fast_cpu.gradients import with_gradient
 from textpolicy.fast_cpu.mlx_operations import operation_for
 
 Rows = Float[mx.array, "*rows width"]
@@ -31,7 +33,7 @@ class FastRMSNorm(nn.RMSNorm):
 
 
 @cache
-def _norm(eps: float) -> Any:
+def _norm(eps: float) -> Callable[..., Rows]:
     """Return the norm of x and weights with this epsilon, with its gradient."""
     numbers = struct.unpack("<i", struct.pack("<f", eps))
 
@@ -52,6 +54,4 @@ def _norm(eps: float) -> Any:
         of_weight = (cotangent * x * scale).reshape(-1, x.shape[-1]).sum(axis=0)
         return [of_x, of_weight]
 
-    norm: Any = mx.custom_function(value)
-    norm.vjp(gradients)
-    return norm
+    return with_gradient(value, gradients)

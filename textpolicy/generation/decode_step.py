@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 from jaxtyping import Float
 
+from textpolicy.fast_cpu.gradients import without_gradients
 from textpolicy.fast_cpu.rotary import one_step
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
@@ -28,7 +29,7 @@ _PENALISED_TOKENS = 20
 
 def next_logits(model: nn.Module, batch: DecodingBatch) -> Float[mx.array, "rows vocab"]:
     """Return the logits after the last tokens, which enter the KV cache."""
-    with one_step(batch.positions):
+    with one_step(batch.positions), without_gradients():
         return model(batch.last_tokens[:, None], cache=batch.cache)[:, -1, :]
 
 

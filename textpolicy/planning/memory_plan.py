@@ -24,7 +24,7 @@ from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
 from textpolicy.fast_cpu.bfloat16_copies import FEWEST_NUMBERS
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
-from textpolicy.fast_cpu.packed_weights import MOST_ROWS, reads_packed
+from textpolicy.fast_cpu.packed_weights import MOST_ROWS, multiplies_packed
 from textpolicy.machine import most_copied_bytes
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_batch
@@ -389,4 +389,4 @@ def _is_read_packed(row: PlannedModule, rows: int | None) -> bool:
     stored = format_by_name(name, "channel" if tile == "channel" else int(tile))
     inputs = row.shape[-1]
     group_size = inputs if stored.group_size == WHOLE_ROW else stored.group_size or inputs
-    return reads_packed(stored.mode, stored.bits, group_size, inputs)
+    return multiplies_packed(stored.mode, stored.bits, group_size, inputs)

@@ -12,14 +12,15 @@ of 4 bits have compiled functions, which are faster than both for few rows.
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float
 
 from textpolicy.adapters.module_tree import replace_modules
-from textpolicy.fast_cpu.packed_weights import packed_product, reads_packed, unpacked_weights
+from textpolicy.fast_cpu.gradients import with_gradient
+from textpolicy.fast_cpu.packed_weights import multiplies_packed, packed_product, unpacked_weights
 
 # The number of rows from which the product with unpacked weights is faster.
 _MANY_ROWS = {"affine": 3, "mxfp8": 2, "mxfp4": 24, "nvfp4": 24}
@@ -51,9 +52,7 @@ def make_packed_product(
         gradient = (cotangent.astype(weight.dtype) @ weight).astype(x.dtype)
         return (gradient, *(mx.zeros_like(array) for array in packed))
 
-    product = mx.custom_function(forward)
-    cast(Any, product).vjp(backward)
-    return cast(Any, product)
+    return with_gradient(forward, backward)
 
 
 def unpack_quantized(
@@ -120,7 +119,7 @@ def use_fast_products(model: nn.Module) -> None:
 
 def _is_faster(module: Any, x: mx.array) -> bool:
     """Return whether another product is faster than mlx's kernel for quantized weights."""
-    if reads_packed(module.mode, module.bits, module.group_size, x.shape[-1]):
+    if multiplies_packed(module.mode, module.bits, module.group_size, x.shape[-1]):
         return True
     # For inputs below float32, mlx's CPU kernels are slower for every number of rows.
     rows = x.size // x.shape[-1]
