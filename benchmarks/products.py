@@ -5,16 +5,20 @@ product with the weights unpacked to floats first by mlx, and the layer of this 
 rows, `textpolicy.adapters.quantization.packed_product` takes the second way; for weights of 4 and 8
 bits it has compiled functions. The three take turns.
 
-    python benchmarks/products.py --json > benchmarks/results/products.json
+    python benchmarks/products.py --output benchmarks/results/products.json
+    python benchmarks/products.py --page docs/adapters.md
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from pages import write_page
 from setting import setting
 
 from textpolicy import fast_cpu
@@ -29,20 +33,45 @@ ROWS = (1, 2, 3, 4, 8, 16, 24, 32, 64, 128)
 _TOGETHER = 4  # Products that are timed together.
 
 
+RECORD = Path(__file__).parent / "results" / "products.json"
+MARK = "<!-- table of products.py -->"
+_SHOWN_ROWS = (1, 8, 64, 128)
+_NAMES = {"affine 4-bit": "int4", "affine 8-bit": "int8", "mxfp4 4-bit": "mxfp4"}
+_NAMES |= {"mxfp8 8-bit": "mxfp8", "nvfp4 4-bit": "nvfp4", "nf4": "nf4"}
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer")
-    options.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options.add_argument("--output", type=Path, metavar="FILE", help="write the object to a file")
+    options.add_argument("--page", type=Path, metavar="FILE", help="write the record's table there")
     arguments = options.parse_args()
+    if arguments.page:
+        write_page(arguments.page, MARK, table(json.loads(RECORD.read_text())["milliseconds"]))
+        return
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)
     results = [row for rows in ROWS for row in measure(arguments.size, rows)]
-    if arguments.json:
-        asked = {"size": arguments.size}
-        print(json.dumps({"setting": setting() | asked, "milliseconds": results}, indent=1))
-        return
-    for row in results:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    if arguments.output:
+        record = {"setting": setting() | {"size": arguments.size}, "milliseconds": results}
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(results))
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the milliseconds of mlx's kernel, of unpacking by mlx, and of our layer."""
+    lines = [f"| format | {' | '.join(f'{rows} rows' for rows in _SHOWN_ROWS)} |"]
+    lines += ["|---" * (len(_SHOWN_ROWS) + 1) + "|"]
+    for format_name, name in _NAMES.items():
+        found = {one["rows"]: one for one in results if one["format"] == format_name}
+        cells = [
+            ", ".join(str(found[rows].get(way, "-")) for way in ("kernel", "unpacked", "layer"))
+            for rows in _SHOWN_ROWS
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def measure(size: int, rows: int) -> list[dict[str, str | int | float]]:
