@@ -45,6 +45,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer")
+    options.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options.add_argument("--output", type=Path, metavar="FILE", help="write the object to a file")
     options.add_argument("--page", type=Path, metavar="FILE", help="write the record's table there")
     arguments = options.parse_args()
@@ -54,10 +55,11 @@ def main() -> None:
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(1)
     results = [row for rows in ROWS for row in measure(arguments.size, rows)]
+    record = {"setting": setting() | {"size": arguments.size}, "milliseconds": results}
+    text = json.dumps(record, indent=1)
     if arguments.output:
-        record = {"setting": setting() | {"size": arguments.size}, "milliseconds": results}
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(results))
+        arguments.output.write_text(text + "\n")
+    print(text if arguments.json else table(results))
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -157,3 +157,44 @@ def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, rows,
     plain = layer(x), mx.grad(value)(x)
     for ours, theirs in zip(compiled, plain, strict=True):
         np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["affine", "nf4"])
+def test_a_broken_scale_breaks_its_own_output_alone(mode):
+    """A vector of scales may reach into the next output, whose weights it must not meet."""
+    arrays, _ = packed(mode, spread(16, 96), 32)
+    x = spread(3, 96, seed=1)
+    clean = packed_product(mode, 4, x, *arrays)
+    for array in arrays[1:]:
+        array[8] = mx.nan
+    found = packed_product(mode, 4, x, *arrays)
+    others = mx.array([*range(8), *range(9, 16)])
+    assert mx.all(mx.isnan(found[:, 8]))
+    assert mx.array_equal(found[:, others], clean[:, others])
+
+
+def test_arrays_that_do_not_fit_together_are_refused_as_mlx_refuses_them():
+    model = nn.Sequential(nn.QuantizedLinear(128, 96, bits=4), NF4Linear(spread(96, 128)))
+    use_fast_products(model)
+    for layer in model.layers:
+        assert layer(spread(2, 128)).shape == (2, 96)
+        with pytest.raises(ValueError, match="dimension"):
+            layer(spread(2, 256))
+    codes, scales, biases = mx.quantize(spread(16, 128), group_size=64, bits=4)
+    x = spread(2, 128)
+    assert packed_product("affine", 4, x, codes, scales) is None
+    assert packed_product("affine", 4, x, codes[:8], scales, biases) is None
+    assert packed_product("affine", 4, x, codes, scales, biases[:, :1]) is None
+    assert unpacked_weights("affine", 4, codes[:, :12], scales, biases) is None
+    assert unpacked_weights("nf4", 4, codes, scales, biases) is None
+
+
+def test_codes_may_begin_at_any_byte():
+    codes, scales = pack_nf4(spread(9, 128))
+    bytes_before = mx.zeros(codes.size + 3, mx.uint8)
+    bytes_before[3:] = codes.flatten()
+    mx.eval(bytes_before)
+    moved = bytes_before[3:].reshape(codes.shape)
+    x = spread(2, 128)
+    expected = packed_product("nf4", 4, x, codes, scales)
+    assert mx.array_equal(packed_product("nf4", 4, x, moved, scales), expected)

@@ -31,6 +31,7 @@ class MergedCopy:
     def refresh(self) -> nn.Module:
         """Return the copy, with new merged weights if the model has other adapters than before.
 
+        An array of the adapters that was changed in place, and not replaced, counts as the same.
         The copy is the same object in every call, so an engine that decodes with the copy takes
         the new weights from its next step on. A model without adapters is returned itself.
         """

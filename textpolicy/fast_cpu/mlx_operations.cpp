@@ -46,8 +46,12 @@ struct Spread {
             to += bytes;
             return;
         }
-        for (int i = 0; i < shape[axis]; i++)
-            copy(from + i * strides[axis] * static_cast<int64_t>(itemsize), to, axis + 1);
+        const auto step = strides[axis] * static_cast<int64_t>(itemsize);
+        if (axis + 1 == shape.size() && itemsize == 4) {
+            for (int i = 0; i < shape[axis]; i++, to += 4) std::memcpy(to, from + i * step, 4);
+            return;
+        }
+        for (int i = 0; i < shape[axis]; i++) copy(from + i * step, to, axis + 1);
     }
 };
 

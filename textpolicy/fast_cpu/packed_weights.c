@@ -13,6 +13,9 @@
 
 #include "loops.h"
 
+/* Codes may begin at any byte. */
+typedef uint32_t Word __attribute__((aligned(1), may_alias));
+typedef uint32_t Codes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 /* A weight is a code times a scale plus a bias, or a level of NF4 times a scale. */
@@ -28,7 +31,7 @@ enum { PER_WORD = 8, BITS = 4, TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
 typedef struct {
     int rows, outputs, inputs, words, groups, group;
     const float *x;
-    const uint32_t *codes;
+    const Word *codes;
     const float *scales, *biases;
     float *y;
     /* Byte n of each level of NF4, twice. */
@@ -120,13 +123,13 @@ static __attribute__((noinline)) Words first_words(const void *from, long count)
 }
 
 /* The vector of words from this address on, or of the words before `end`. */
-INLINE Words read(const uint32_t *from, const uint32_t *end) {
-    if (__builtin_expect(from + LANES <= end, 1)) return *(const Words *)from;
+INLINE Words read(const Word *from, const Word *end) {
+    if (__builtin_expect(from + LANES <= end, 1)) return *(const Codes *)from;
     return first_words(from, end - from);
 }
 
 INLINE Vector read_floats(const float *from, const float *end) {
-    return (Vector)read((const uint32_t *)from, (const uint32_t *)end);
+    return (Vector)read((const Word *)from, (const Word *)end);
 }
 
 /* The scale of each of LANES words. With `wide`, they all belong to the first group. */
@@ -138,10 +141,10 @@ INLINE Vector scales_of(const int wide, const float *scales, const float *end, W
 /* Add to `sums` the products of a vector of words of some outputs with rows of x. Words of the next
    output, which a vector may have too, meet zeros of x. */
 INLINE void add_words(const Format format, const int wide, const int rows, const int outputs,
-                      const Packed *p, const float *x, const uint32_t *codes[TILE],
-                      const float *scales[TILE], Words places, Vector sums[TALLEST][TILE]) {
-    const uint32_t *end = p->codes + (long)p->outputs * p->words;
-    const float *end_of_scales = p->scales + (long)p->outputs * p->groups;
+                      const Packed *p, const float *x, const Word *codes[TILE],
+                      const float *scales[TILE], const float *ends[TILE], Words places,
+                      Vector sums[TALLEST][TILE]) {
+    const Word *end = p->codes + (long)p->outputs * p->words;
     Words words[TILE];
     Vector own[TALLEST][TILE];
     UNROLL for (int o = 0; o < outputs; o++) {
@@ -158,7 +161,7 @@ INLINE void add_words(const Format format, const int wide, const int rows, const
                     fused(*(const Vector *)(x + (turn * rows + r) * LANES), weights, own[r][o]);
         }
     UNROLL for (int o = 0; o < outputs; o++) {
-        Vector scale = scales_of(wide, scales[o], end_of_scales, places);
+        Vector scale = scales_of(wide, scales[o], ends[o], places);
         UNROLL for (int r = 0; r < rows; r++) sums[r][o] = fused(own[r][o], scale, sums[r][o]);
     }
 }
@@ -166,10 +169,10 @@ INLINE void add_words(const Format format, const int wide, const int rows, const
 /* Add to `sums` the products of the biases of some outputs with the sums of x over each group. */
 INLINE void add_biases(const int rows, const int outputs, const Packed *p, const float *x,
                        const long numbers[TILE], Vector sums[TALLEST][TILE]) {
-    const float *end = p->biases + (long)p->outputs * p->groups;
     for (int group = 0; group < p->groups; group += LANES, x += rows * LANES)
         UNROLL for (int o = 0; o < outputs; o++) {
-            Vector biases = read_floats(p->biases + numbers[o] * p->groups + group, end);
+            const float *own = p->biases + numbers[o] * p->groups;
+            Vector biases = read_floats(own + group, own + p->groups);
             UNROLL for (int r = 0; r < rows; r++)
                 sums[r][o] = fused(*(const Vector *)(x + r * LANES), biases, sums[r][o]);
         }
@@ -180,20 +183,21 @@ INLINE void sum_outputs(const Format format, const int wide, const int rows, con
                         const Packed *p, const float *x, int output, Words places,
                         Vector sums[TALLEST][TILE]) {
     Vector own[TALLEST][TILE];
-    const uint32_t *codes[TILE];
-    const float *scales[TILE];
+    const Word *codes[TILE];
+    const float *scales[TILE], *ends[TILE];
     long numbers[TILE];
     UNROLL for (int o = 0; o < outputs; o++) {
         numbers[o] = least(output + o, p->outputs - 1);
         codes[o] = p->codes + numbers[o] * p->words;
         scales[o] = p->scales + numbers[o] * p->groups;
+        ends[o] = scales[o] + p->groups;
         UNROLL for (int r = 0; r < rows; r++) own[r][o] = (Vector){0};
     }
     /* A vector of words has several groups, or a group has several vectors of words. */
     const int step = wide ? p->group : LANES, groups = wide ? 1 : LANES / p->group;
     for (int first = 0; first < p->words; first += step) {
         for (int word = first; word < least(p->words, first + step); word += LANES) {
-            add_words(format, wide, rows, outputs, p, x, codes, scales, places, own);
+            add_words(format, wide, rows, outputs, p, x, codes, scales, ends, places, own);
             x += PER_WORD * rows * LANES;
             UNROLL for (int o = 0; o < outputs; o++) codes[o] += LANES;
         }
@@ -315,7 +319,7 @@ static Share *const SHARES[2][2] = {{narrow_affine, wide_affine}, {narrow_nf4, w
 static void multiply(const Format format, const float *const *in, float *const *out,
                      const int64_t *numbers) {
     Packed p = {.rows = numbers[0], .outputs = numbers[1], .inputs = numbers[2],
-                .groups = numbers[3], .x = in[0], .codes = (const uint32_t *)in[1],
+                .groups = numbers[3], .x = in[0], .codes = (const Word *)in[1],
                 .scales = in[2], .biases = format == AFFINE ? in[3] : NULL, .y = out[0]};
     p.words = p.inputs / PER_WORD;
     p.group = p.words / p.groups;
@@ -352,7 +356,7 @@ INLINE void unpack_eight(const Format format, const int bits, const uint8_t *fro
     if (bits == 8)
         codes = __builtin_convertvector(*(const EightBytes *)from, EightWords);
     else
-        codes = ((EightWords){0} + *(const uint32_t *)from) >> (format == NF4 ? nf4 : affine) & 15;
+        codes = ((EightWords){0} + *(const Word *)from) >> (format == NF4 ? nf4 : affine) & 15;
     Eight weights = __builtin_convertvector((EightIntegers)codes, Eight) * scale + bias;
     if (format == NF4)
         for (int n = 0; n < PER_WORD; n++) weights[n] = LEVELS[codes[n]] * scale;

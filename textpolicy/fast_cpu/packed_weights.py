@@ -17,6 +17,7 @@ MOST_ROWS = 64
 """With more rows, it is faster to unpack the weights first (`benchmarks/products.py`)."""
 _PRODUCTS = {("affine", 4), ("nf4", 4)}
 _UNPACKED = {*_PRODUCTS, ("affine", 8)}
+_GROUP_ARRAYS = {"affine": 2, "nf4": 1}
 _TOGETHER, _GROUP_SIZES = 8, (32, 64, 128)
 
 
@@ -36,7 +37,7 @@ def packed_product(
     inputs, rows = x.shape[-1], prod(x.shape[:-1])
     if x.dtype != mx.float32 or not 0 < rows <= MOST_ROWS or (mode, bits) not in _PRODUCTS:
         return None
-    if not _can_read(inputs, weight, groups):
+    if not _can_read(mode, bits, inputs, weight, groups):
         return None
     outputs, count = groups[0].shape
     product = operation(f"product_{mode}_{bits}", 2 + len(groups))
@@ -47,17 +48,25 @@ def packed_product(
 def unpacked_weights(mode: str, bits: int, weight: mx.array, *groups: mx.array) -> mx.array | None:
     """Return a packed matrix as float32 numbers, or None where no function unpacks it."""
     inputs = weight.shape[-1] * weight.itemsize * 8 // bits
-    if (mode, bits) not in _UNPACKED or not _can_read(inputs, weight, groups):
+    if (mode, bits) not in _UNPACKED or not _can_read(mode, bits, inputs, weight, groups):
         return None
     outputs, count = groups[0].shape
     unpack = operation(f"unpack_{mode}_{bits}", 1 + len(groups))
     return unpack([weight, *groups], (outputs, inputs), (outputs, inputs, count))[0]
 
 
-def _can_read(inputs: int, weight: mx.array, groups: Sequence[mx.array]) -> bool:
-    if weight.ndim != 2 or any(one.dtype != mx.float32 for one in groups):
+def _can_read(
+    mode: str, bits: int, inputs: int, weight: mx.array, groups: Sequence[mx.array]
+) -> bool:
+    """Return whether the arrays fit together as the functions trust them to, and are readable."""
+    if weight.ndim != 2 or len(groups) != _GROUP_ARRAYS[mode]:
         return False
-    return _are_readable(inputs // groups[0].shape[-1], inputs)
+    (outputs, _), count = weight.shape, groups[0].shape[-1]
+    if any(one.dtype != mx.float32 or one.shape != (outputs, count) for one in groups):
+        return False
+    if weight.nbytes * 8 != outputs * inputs * bits or not count or inputs % count:
+        return False
+    return _are_readable(inputs // count, inputs)
 
 
 def _are_readable(group_size: int, inputs: int) -> bool:

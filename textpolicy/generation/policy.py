@@ -181,11 +181,15 @@ class ModelPolicy:
         )
 
     def with_sampling(self, sampling: Sampling) -> "ModelPolicy":
-        """Return a policy that samples with other options from the same (merged) weights."""
+        """Return a policy that samples in another way from the same (merged) weights.
+
+        It follows no file: it has the adapters that the model has.
+        """
         made = ModelPolicy(
             self.model,
             self.tokenizer,
             sampling,
+            seed=self._seed,
             max_rows=self._max_rows,
             allow_special_tokens=self.allow_special_tokens,
             chat_template_kwargs=self.chat_template_kwargs,

@@ -359,9 +359,10 @@ def _unpacked_bytes(block: _Block, rows: int | None = None) -> _Unpacked:
     """
     on_cpu, own, nf4, head = mx.default_device().type == mx.cpu, [0], [0], 0
     tied = all(_name(row) != "lm_head" for row in block.planned.modules)
+    few = rows is not None and rows <= MOST_ROWS and block.itemsize == _FLOAT
     for row in block.planned.modules:
         is_nf4 = (row.quantization or "").startswith("nf4")
-        if not (is_nf4 or (row.quantization and on_cpu)) or _is_read_packed(row, rows):
+        if not (is_nf4 or (row.quantization and on_cpu)) or (few and _is_read_packed(row)):
             continue
         size = prod(row.shape) * _FLOAT
         if _block_number(row) is not None:
@@ -382,8 +383,8 @@ def _unpacked_ahead(block: _Block, rows: int) -> tuple[int, int]:
     return int(unpacked.own * share) + unpacked.nf4 // block.count, unpacked.head
 
 
-def _is_read_packed(row: PlannedModule, rows: int | None) -> bool:
-    if rows is None or rows > MOST_ROWS or row.quantization is None:
+def _is_read_packed(row: PlannedModule) -> bool:
+    if row.quantization is None:
         return False
     name, tile = row.quantization.split(" / ")
     stored = format_by_name(name, "channel" if tile == "channel" else int(tile))

@@ -119,7 +119,8 @@ def use_fast_products(model: nn.Module) -> None:
 
 def _is_faster(module: Any, x: mx.array) -> bool:
     """Return whether another product is faster than mlx's kernel for quantized weights."""
-    if multiplies_packed(module.mode, module.bits, module.group_size, x.shape[-1]):
+    are_floats = x.dtype == module["scales"].dtype == mx.float32
+    if are_floats and multiplies_packed(module.mode, module.bits, module.group_size, x.shape[-1]):
         return True
     # For inputs below float32, mlx's CPU kernels are slower for every number of rows.
     rows = x.size // x.shape[-1]
