@@ -7,7 +7,7 @@ import mlx.core as mx
 from jaxtyping import Float
 
 from textpolicy.fast_cpu.gradients import gradients_are_needed
-from textpolicy.fast_cpu.mlx_operations import operation, reason_of_none
+from textpolicy.fast_cpu.mlx_operations import compiled_operation, reason_of_none
 from textpolicy.fast_cpu.packed_weights import MOST_ROWS
 
 _LARGEST_RANK = 256
@@ -33,4 +33,4 @@ def add_low_rank(
     if mx.default_device().type != mx.cpu or reason_of_none():
         return None
     numbers = (rows, inputs, outputs, rank)
-    return operation("add_low_rank", 5)([y, x, a, b, scale], y.shape, numbers)[0]
+    return compiled_operation("add_low_rank", 5)([y, x, a, b, scale], y.shape, numbers)[0]

@@ -128,7 +128,7 @@ def _use(library: ctypes.CDLL) -> None:
 
 @cache
 def _by_elements(name: str, inputs: int, outputs: int) -> Elementwise:
-    kernel = operation(name, inputs, outputs)
+    kernel = compiled_operation(name, inputs, outputs)
 
     def compute(*arrays: mx.array, numbers: Sequence[int] = ()) -> list[mx.array]:
         # The compiled function trusts what `operation_for` has checked.
@@ -139,7 +139,7 @@ def _by_elements(name: str, inputs: int, outputs: int) -> Elementwise:
 
 
 @cache
-def operation(name: str, inputs: int, outputs: int = 1) -> Operation:
+def compiled_operation(name: str, inputs: int, outputs: int = 1) -> Operation:
     """Return the operation by the function `compiled_...` of this name.
 
     It takes arrays, the shape of the outputs, which are of float32, and whole numbers for the

@@ -11,7 +11,7 @@ from math import prod
 
 import mlx.core as mx
 
-from textpolicy.fast_cpu.mlx_operations import operation, reason_of_none
+from textpolicy.fast_cpu.mlx_operations import compiled_operation, reason_of_none
 
 MOST_ROWS = 64
 """With more rows, it is faster to unpack the weights first (`benchmarks/products.py`)."""
@@ -40,7 +40,7 @@ def packed_product(
     if not _can_read(mode, bits, inputs, weight, groups):
         return None
     outputs, count = groups[0].shape
-    product = operation(f"product_{mode}_{bits}", 2 + len(groups))
+    product = compiled_operation(f"product_{mode}_{bits}", 2 + len(groups))
     shape, numbers = (*x.shape[:-1], outputs), (rows, outputs, inputs, count)
     return product([x, weight, *groups], shape, numbers)[0]
 
@@ -51,7 +51,7 @@ def unpacked_weights(mode: str, bits: int, weight: mx.array, *groups: mx.array) 
     if (mode, bits) not in _UNPACKED or not _can_read(mode, bits, inputs, weight, groups):
         return None
     outputs, count = groups[0].shape
-    unpack = operation(f"unpack_{mode}_{bits}", 1 + len(groups))
+    unpack = compiled_operation(f"unpack_{mode}_{bits}", 1 + len(groups))
     return unpack([weight, *groups], (outputs, inputs), (outputs, inputs, count))[0]
 
 
