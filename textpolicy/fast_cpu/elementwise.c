@@ -11,9 +11,6 @@
 /* Smaller arrays than this take less time than to wake a thread. */
 enum { SMALLEST_SHARED_ARRAY = 1 << 15 };
 
-/* low_rank.py says so too. */
-enum { LARGEST_RANK = 256 };
-
 #define THREADS(size) num_threads(threads_for((size) >= SMALLEST_SHARED_ARRAY))
 
 /* Adding this, 1.5 * 2^23, leaves the nearest whole number in the last bits of a float32. */
@@ -171,39 +168,5 @@ FUNCTION(compiled_swiglu_gradients) {
         float s = 1 / (1 + exp_of(-gate[i])), silu = gate[i] * s;
         of_gate[i] = result[i] * s * x[i] * (1 + gate[i] * (1 - s));
         of_x[i] = result[i] * silu;
-    }
-}
-
-/* x A for one row of x, where A is inputs x rank. */
-INLINE void times_a(const float *x, const float *a, int64_t inputs, int64_t rank, float *inner) {
-    int64_t k = 0;
-    for (; k + 8 <= rank; k += 8) {
-        /* One sum after another would wait for each addition. */
-        Eight sums[4] = {0};
-        int64_t i = 0;
-        for (; i + 4 <= inputs; i += 4)
-            for (int n = 0; n < 4; n++) sums[n] += x[i + n] * *(const Eight *)(a + (i + n) * rank + k);
-        for (; i < inputs; i++) sums[0] += x[i] * *(const Eight *)(a + i * rank + k);
-        *(Eight *)(inner + k) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    }
-    for (; k < rank; k++) {
-        inner[k] = 0;
-        for (int64_t i = 0; i < inputs; i++) inner[k] += x[i] * a[i * rank + k];
-    }
-}
-
-/* y + scale x A B from y, x, A, B and the scale. `numbers` are those of the rows, the inputs, the
-   outputs, and the rank. */
-FUNCTION(compiled_add_low_rank) {
-    const int64_t rows = numbers[0], inputs = numbers[1], outputs = numbers[2], rank = numbers[3];
-#pragma omp parallel for num_threads(threads_for(rows * (inputs + outputs) * rank >= SMALLEST_SHARED))
-    for (int64_t r = 0; r < rows; r++) {
-        float inner[LARGEST_RANK], *restrict y = out[0] + r * outputs;
-        times_a(in[1] + r * inputs, in[2], inputs, rank, inner);
-        memcpy(y, in[0] + r * outputs, sizeof(float) * outputs);
-        for (int64_t k = 0; k < rank; k++) {
-            const float factor = inner[k] * *in[4], *b = in[3] + k * outputs;
-            for (int64_t o = 0; o < outputs; o++) y[o] += factor * b[o];
-        }
     }
 }

@@ -24,17 +24,12 @@ def without_gradients() -> Generator[None]:
         _NO_GRADIENTS.reset(token)
 
 
-def gradients_are_needed() -> bool:
-    """Return whether this is outside of every block of `without_gradients`."""
-    return not _NO_GRADIENTS.get()
-
-
 def with_gradient(value: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of arrays with this value, and this function as its vjp."""
     differentiable: Any = mx.custom_function(value)
     differentiable.vjp(gradient)
 
     def compute(*arrays: mx.array) -> Any:
-        return differentiable(*arrays) if gradients_are_needed() else value(*arrays)
+        return value(*arrays) if _NO_GRADIENTS.get() else differentiable(*arrays)
 
     return compute

@@ -21,7 +21,7 @@ namespace mlx::core {
 
 namespace {
 
-constexpr int MOST = 5;
+constexpr int MOST = 4;
 constexpr const char PREFIX[] = "compiled ";
 using Function = void (*)(const void* const* inputs, void* const* outputs, const int64_t* numbers);
 

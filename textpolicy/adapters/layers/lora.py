@@ -9,7 +9,6 @@ import mlx.core as mx
 from jaxtyping import Float, Integer
 
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
-from textpolicy.fast_cpu.low_rank import add_low_rank
 
 
 class LoRALinear(AdapterLayer):
@@ -22,15 +21,12 @@ class LoRALinear(AdapterLayer):
         # All three products take the same two axes.
         batch = x.shape[:-1]
         x = x.reshape(math.prod(batch), x.shape[-1])
-        y, x = self.base(x), self.dropout(x)
-        added = add_low_rank(y, x, self.lora_a, self.lora_b, self.gated_scale())
-        if added is None:
-            # Gate and scale multiply the activations of size rank, where this costs least.
-            update = (self.gated_scale() * (x @ self.lora_a)) @ self.lora_b
-            added = y + update.astype(y.dtype)
+        y = self.base(x)
+        # Gate and scale multiply the activations of size rank, where this costs least.
+        update = (self.gated_scale() * (self.dropout(x) @ self.lora_a)) @ self.lora_b
         if "lora_bias" in self:
-            added = added + self.gated_bias().astype(y.dtype)
-        return added.reshape(*batch, y.shape[-1])
+            update = update + self.gated_bias()
+        return (y + update.astype(y.dtype)).reshape(*batch, y.shape[-1])
 
 
 class LoRAEmbedding(AdapterLayer):
