@@ -330,8 +330,8 @@ class SamplingOptions:
         False,
         "sample from a copy of the model whose float32 weights include the adapters, made anew "
         "for each version; the adapted weights take their memory once more. It saves the time of "
-        "adapter layers, but is slower for bfloat16 checkpoints on a CPU, and refused for weights "
-        "that are not float32",
+        "adapter layers, but gains nothing for bfloat16 checkpoints on a CPU, and is refused for "
+        "weights that are not float32",
     )
 
     def __post_init__(self) -> None:
