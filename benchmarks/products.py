@@ -64,7 +64,8 @@ def main() -> None:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the milliseconds of mlx's kernel, of unpacking by mlx, and of our layer."""
-    lines = [f"| format | {' | '.join(f'{rows} rows' for rows in _SHOWN_ROWS)} |"]
+    heads = [f"{rows} row{'s' if rows > 1 else ''}" for rows in _SHOWN_ROWS]
+    lines = [f"| format | {' | '.join(heads)} |"]
     lines += ["|---" * (len(_SHOWN_ROWS) + 1) + "|"]
     for format_name, name in _NAMES.items():
         found = {one["rows"]: one for one in results if one["format"] == format_name}
