@@ -13,19 +13,11 @@ import pytest
 from textpolicy.fast_cpu import exponential, mlx_operations
 from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled
 from textpolicy.fast_cpu.gradients import without_gradients
-from textpolicy.fast_cpu.mlx_operations import operation_for, reason_of_none
+from textpolicy.fast_cpu.mlx_operations import operation_for
 from textpolicy.fast_cpu.model_functions import swiglu
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the operations are for Linux")
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu_with_compiled_operations():
-    if reason := reason_of_none():
-        pytest.skip(reason)
-    if mx.default_device().type != mx.cpu:
-        pytest.skip("the operations are for CPUs")
+pytestmark = pytest.mark.usefixtures("compiled_operations")
 
 
 def spread(*shape: int) -> mx.array:

@@ -1,7 +1,5 @@
 """Products with weights of 4 bits: exact, independent of neighbouring rows, and not needed."""
 
-import sys
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -11,7 +9,6 @@ from textpolicy import fast_cpu
 from textpolicy.adapters.quantization import packed_product as products
 from textpolicy.adapters.quantization.nf4 import NF4Linear, pack_nf4, unpack_nf4
 from textpolicy.adapters.quantization.packed_product import CPUQuantizedLinear, use_fast_products
-from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.fast_cpu.packed_weights import (
     MOST_ROWS,
     multiplies_packed,
@@ -19,15 +16,7 @@ from textpolicy.fast_cpu.packed_weights import (
     unpacked_weights,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the functions are for Linux")
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu_with_compiled_functions():
-    if reason := reason_of_none():
-        pytest.skip(reason)
-    if mx.default_device().type != mx.cpu:
-        pytest.skip("the functions are for CPUs")
+pytestmark = pytest.mark.usefixtures("compiled_operations")
 
 
 def spread(*shape: int, seed: int = 0) -> mx.array:

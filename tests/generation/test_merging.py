@@ -88,6 +88,17 @@ def test_the_weights_are_merged_once_for_a_version_and_shared_by_other_sampling(
     assert base.sampled_model() is base.model
 
 
+def test_other_sampling_options_leave_the_sequence_of_generations_repeatable(load_tiny):
+    def texts() -> list[str]:
+        model, tokenizer = load_tiny()
+        policy = create_policy(model, tokenizer, {"max_tokens": 12, "seed": 5})
+        other = policy.with_sampling(Sampling(max_tokens=12, temperature=1.5))
+        return [other("12+30=").text for _ in range(3)]
+
+    first = texts()
+    assert first == texts() and len({*first}) > 1
+
+
 def test_adapters_that_change_between_tokens_are_merged_between_tokens(load_tiny, tmp_path):
     model, tokenizer = load_tiny()
     versions = AdapterVersions(model, tmp_path, 6)

@@ -18,7 +18,9 @@ from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, quant
 from textpolicy.adapters.container import shared_copy
 from textpolicy.algorithms import grpo
 from textpolicy.errors import ConfigError, ModelError
+from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.fast_cpu.model_functions import use_fast_functions
+from textpolicy.fast_cpu.packed_weights import MOST_ROWS
 from textpolicy.generation.decode import decode
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine
@@ -302,6 +304,23 @@ def test_a_base_in_nf4_is_planned_in_nf4_without_computing_it():
     assert nf4["weights"].bytes < affine["weights"].bytes
     # Training holds the unpacked head of 4096 x 128 twice.
     assert nf4["unpacked head"].bytes == 2 * 4096 * 128 * 4
+
+
+@pytest.mark.parametrize("mode", ["affine", "nf4"])
+def test_few_float32_rows_are_planned_without_unpacked_matrices(mode):
+    """Other dtypes and more rows unpack them, as do machines without compiled functions."""
+    form = {"bits": 4, "group_size": 64, "mode": mode}
+    shape = SHAPE | {"vocab_size": 4096, "num_hidden_layers": 1, "quantization": form}
+
+    def unpacked(dtype: mx.Dtype, rows: int) -> int:
+        step = {"batch": rows, "group_size": rows, "prompt_tokens": 16, "completion_tokens": 16}
+        return plan_memory(shape, dtype=dtype, **step).arrays["unpacked matrices"].bytes
+
+    if mx.default_device().type != mx.cpu or reason_of_none():
+        pytest.skip("no compiled functions")
+    assert unpacked(mx.float32, MOST_ROWS) == 0
+    assert unpacked(mx.float32, MOST_ROWS + 1) > 4096 * 128 * 4
+    assert unpacked(mx.bfloat16, 8) > 4096 * 128 * 4
 
 
 def test_a_batch_without_whole_groups_and_a_model_that_is_not_known_are_refused():

@@ -1,9 +1,9 @@
 /* y = x W' for a matrix x of few rows, where W is stored in 4 bits for each weight; and weights of 4
    or 8 bits as float32 numbers.
 
-   Of a product, the weights are read once, in the form in which memory holds them, and become numbers in the
-   processor's registers. A word has the codes of 8 neighbouring inputs. A vector of words gives one
-   vector of weights for each place in a word, so x is put in this order first.
+   Of a product, the weights are read once, in the form in which memory holds them, and become
+   numbers in the processor's registers. A word has the codes of 8 neighbouring inputs. A vector of
+   words gives one vector of weights for each place in a word, so x is put in this order first.
 
    Each number of y is summed in an order that depends only on the number of inputs, so what a row
    gives does not depend on the rows beside it. */
