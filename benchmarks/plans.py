@@ -145,6 +145,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
             sampling=Sampling(max_tokens=case.completion),
             stop=lambda tokens: None,
             seed=0,
+            max_rows=None,
         )
 
     sampling, sampling_seconds = _peak(sample, before)

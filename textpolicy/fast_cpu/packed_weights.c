@@ -197,6 +197,9 @@ INLINE void sum_outputs(const Format format, const int wide, const int rows, con
     const int step = wide ? p->group : LANES, groups = wide ? 1 : LANES / p->group;
     for (int first = 0; first < p->words; first += step) {
         for (int word = first; word < least(p->words, first + step); word += LANES) {
+            /* Memory is slower than this loop unless it is asked for the outputs after these. */
+            UNROLL for (int o = 0; o < outputs; o++)
+                __builtin_prefetch(codes[o] + outputs * p->words);
             add_words(format, wide, rows, outputs, p, x, codes, scales, ends, places, own);
             x += PER_WORD * rows * LANES;
             UNROLL for (int o = 0; o < outputs; o++) codes[o] += LANES;

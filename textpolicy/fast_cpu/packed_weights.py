@@ -26,6 +26,11 @@ def multiplies_packed(mode: str, bits: int, group_size: int, inputs: int) -> boo
     return (mode, bits) in _PRODUCTS and _are_readable(group_size, inputs)
 
 
+def unpacks(mode: str, bits: int, group_size: int, inputs: int) -> bool:
+    """Return whether `unpacked_weights` takes float32 scales and weights of this format here."""
+    return (mode, bits) in _UNPACKED and _are_readable(group_size, inputs)
+
+
 def packed_product(
     mode: str, bits: int, x: mx.array, weight: mx.array, *groups: mx.array
 ) -> mx.array | None:

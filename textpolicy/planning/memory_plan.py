@@ -24,7 +24,7 @@ from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
 from textpolicy.fast_cpu.bfloat16_copies import FEWEST_NUMBERS
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
-from textpolicy.fast_cpu.packed_weights import MOST_ROWS, multiplies_packed
+from textpolicy.fast_cpu.packed_weights import MOST_ROWS, multiplies_packed, unpacks
 from textpolicy.machine import most_copied_bytes
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_batch
@@ -264,7 +264,7 @@ def _backward_arrays(
         "block temporaries": PlannedArray(temporaries, ["blocks"]),
         "logits": PlannedArray(_logits_bytes(block, own, sizes.head_chunk_bytes), ["head"]),
         "unpacked matrix": PlannedArray(_unpacked_bytes(block).largest, ["blocks"]),
-        "unpacked head": PlannedArray(2 * _unpacked_bytes(block).head, ["head"]),
+        "unpacked head": PlannedArray(_unpacked_bytes(block).head, ["head"]),
     }
 
 
@@ -343,10 +343,13 @@ def _logits_bytes(block: _Block, positions: int, chunk_bytes: int) -> int:
 
 
 class _Unpacked(NamedTuple):
-    """The bytes of quantized matrices as float32: of all blocks, of the largest, of the head."""
+    """The bytes of quantized matrices as float32, of all blocks, of the largest and of the head.
 
-    own: int = 0
-    nf4: int = 0
+    mlx unpacks those in `at_once` by one operation each, and starts on many of them at once.
+    """
+
+    at_once: int = 0
+    in_turn: int = 0
     largest: int = 0
     head: int = 0
 
@@ -357,37 +360,36 @@ def _unpacked_bytes(block: _Block, rows: int | None = None) -> _Unpacked:
     GPUs multiply with mlx's formats directly, and compiled functions multiply few rows so on a CPU.
     Without `rows`, there are many.
     """
-    on_cpu, own, nf4, head = mx.default_device().type == mx.cpu, [0], [0], 0
+    on_cpu, at_once, in_turn, head = mx.default_device().type == mx.cpu, [0], [0], 0
     tied = all(_name(row) != "lm_head" for row in block.planned.modules)
-    few = rows is not None and rows <= MOST_ROWS and block.itemsize == _FLOAT
+    few = rows is not None and rows <= MOST_ROWS
     for row in block.planned.modules:
-        is_nf4 = (row.quantization or "").startswith("nf4")
-        if not (is_nf4 or (row.quantization and on_cpu)) or (few and _is_read_packed(row)):
+        if row.quantization is None:
+            continue
+        is_nf4, is_float32 = row.quantization.startswith("nf4"), block.itemsize == _FLOAT
+        if not (is_nf4 or on_cpu) or (few and is_float32 and multiplies_packed(*_packing(row))):
             continue
         size = prod(row.shape) * _FLOAT
         if _block_number(row) is not None:
-            (nf4 if is_nf4 else own).append(size)
+            is_compiled = is_float32 and unpacks(*_packing(row))
+            (in_turn if is_nf4 or is_compiled else at_once).append(size)
         elif tied or _name(row) == "lm_head":
             head = size
-    return _Unpacked(own=sum(own), nf4=sum(nf4), largest=max(own + nf4), head=head)
+    largest = max(at_once + in_turn)
+    return _Unpacked(at_once=sum(at_once), in_turn=sum(in_turn), largest=largest, head=head)
 
 
 def _unpacked_ahead(block: _Block, rows: int) -> tuple[int, int]:
-    """Return the bytes of matrices of blocks, and of the head, that sampling unpacks ahead.
-
-    Those are a share of the blocks' matrices in mlx's formats, which take one operation each, or
-    the NF4 matrices of a block, which may take several.
-    """
+    """Return the bytes of matrices of blocks, and of the head, that sampling unpacks ahead."""
     unpacked = _unpacked_bytes(block, rows)
     share = _UNPACKED_SHARE if reason_of_none() else _UNPACKED_SHARE_COMPILED
-    return int(unpacked.own * share) + unpacked.nf4 // block.count, unpacked.head
+    return int(unpacked.at_once * share) + unpacked.in_turn // block.count, unpacked.head
 
 
-def _is_read_packed(row: PlannedModule) -> bool:
-    if row.quantization is None:
-        return False
-    name, tile = row.quantization.split(" / ")
+def _packing(row: PlannedModule) -> tuple[str, int, int, int]:
+    """Return mode, bits, group size and inputs of a quantized module."""
+    name, tile = (row.quantization or "").split(" / ")
     stored = format_by_name(name, "channel" if tile == "channel" else int(tile))
     inputs = row.shape[-1]
     group_size = inputs if stored.group_size == WHOLE_ROW else stored.group_size or inputs
-    return multiplies_packed(stored.mode, stored.bits, group_size, inputs)
+    return stored.mode, stored.bits, group_size, inputs

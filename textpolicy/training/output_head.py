@@ -14,9 +14,11 @@ import mlx.nn as nn
 from jaxtyping import Float, Int
 from mlx.utils import tree_flatten, tree_unflatten
 
+from textpolicy.adapters.quantization.stored_weights import unpacked_product
 from textpolicy.device_sizes import device_sizes
 from textpolicy.fast_cpu.array_slices import compute_after
 from textpolicy.fast_cpu.exponential import exp
+from textpolicy.fast_cpu.packed_weights import MOST_ROWS
 
 # Numbers that are added one after another.
 _BLOCK = 128
@@ -68,7 +70,9 @@ class OutputHead:
         chunks = [slice(at, at + size) for at in range(0, len(tokens), size)]
         weights = self.weights.trainable_parameters()
         if not weights:
-            head = _FrozenHead(self.project, tokens, temperature, chunks)
+            # Otherwise each chunk would unpack the weights of a quantized head twice.
+            many_rows = unpacked_product(self.weights) if len(tokens) > MOST_ROWS else None
+            head = _FrozenHead(many_rows or self.project, tokens, temperature, chunks)
             return head.logprobs(hidden) if differentiable else head.values(hidden)
         if len(chunks) == 1:
             return logprobs_from_logits(self.project(hidden), tokens, temperature)

@@ -1,6 +1,7 @@
 """Reading a module's weight, whatever its number format, and making float modules."""
 
 import sys
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -9,8 +10,13 @@ from jaxtyping import Float
 
 from textpolicy.adapters.quantization.nf4 import NF4Embedding, NF4Linear, NF4Module, unpack_nf4
 from textpolicy.adapters.quantization.number_formats import NumberFormat
-from textpolicy.adapters.quantization.packed_product import unpack_quantized
+from textpolicy.adapters.quantization.packed_product import (
+    CPUQuantizedEmbedding,
+    CPUQuantizedLinear,
+    unpack_quantized,
+)
 from textpolicy.errors import ModelError
+from textpolicy.fast_cpu.packed_weights import unpacked_weights
 
 ModuleKind = Literal["linear", "embedding", "experts"]
 """How a module uses its weight."""
@@ -96,6 +102,27 @@ def times_weight(
         mode=module.mode,
     )
     return product.T
+
+
+def unpacked_product(
+    module: Any,
+) -> Callable[[Float[mx.array, "*batch in"]], Float[mx.array, "*batch out"]] | None:
+    """Return the module's product as a function that keeps the unpacked weight.
+
+    Where the module's own products of many rows do not unpack the weight, this is None.
+    """
+    if not isinstance(module, NF4Module | CPUQuantizedLinear | CPUQuantizedEmbedding):
+        return None
+    arrays = (module["weight"], module["scales"], module.get("biases"))
+    unpacked = unpacked_weights(module.mode, module.bits, *(a for a in arrays if a is not None))
+    weight = float_weight(module) if unpacked is None else unpacked
+    bias = module.get("bias")
+
+    def multiply(x: mx.array) -> mx.array:
+        y = (x.astype(weight.dtype) @ weight.T).astype(x.dtype)
+        return y if bias is None else y + bias
+
+    return multiply
 
 
 def make_float_module(
