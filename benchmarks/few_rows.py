@@ -5,8 +5,8 @@
 
 The products are those of a decode step of SmolLM2-135M: each of its weights, in float32, times as
 many rows as decode together. The weights are numbers of bfloat16; "copies" multiplies by their
-bfloat16 copies, "loops" by the weights themselves. "int4" and "nf4" multiply by the same matrices
-in these formats, with groups of 64 weights. Every side runs in a process of its own, with
+bfloat16 copies, "loops" by the weights themselves. "int4", "nf4" and "int8" multiply by the same
+matrices in these formats, with groups of 64 weights. Every side runs in a process of its own, with
 one thread, and the sides take turns. The script reports medians and quartiles of the processor's
 milliseconds, because other programs may use the machine.
 """
@@ -30,12 +30,13 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.adapters import quantize
 from textpolicy.fast_cpu.bfloat16_copies import keep_copies
+from textpolicy.fast_cpu.gradients import without_gradients
 
 RECORD = Path(__file__).parent / "results" / "few_rows.json"
 MARK = "<!-- tables of few_rows.py -->"
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64)
-SIDES = {"copies": "on", "loops": "on", "OpenBLAS": "off", "int4": "on", "nf4": "on"}
-FORMATS = {"int4": "affine", "nf4": "nf4"}
+SIDES = {"copies": "on", "loops": "on", "OpenBLAS": "off", "int4": "on", "nf4": "on", "int8": "on"}
+FORMATS = {"int4": ("affine", 4), "nf4": ("nf4", 4), "int8": ("affine", 8)}
 WIDTH, KEYS, HIDDEN, BLOCKS, VOCABULARY = 576, 192, 1536, 30, 49152
 SHAPES = [
     *[(WIDTH, WIDTH), (KEYS, WIDTH), (KEYS, WIDTH), (WIDTH, WIDTH)] * BLOCKS,
@@ -55,7 +56,8 @@ def measure(side: str) -> dict[int, float]:
     if side == "copies":
         assert keep_copies(model, 1 << 60)
     if side in FORMATS:
-        quantize(model, mode=FORMATS[side])
+        mode, bits = FORMATS[side]
+        quantize(model, mode=mode, bits=bits)
     mx.eval(model.parameters())
     found: dict[int, float] = {}
     for rows in ROWS:
@@ -64,7 +66,10 @@ def measure(side: str) -> dict[int, float]:
         for _ in range(4):
             started = time.process_time()
             layers = zip(model.layers, SHAPES, strict=True)
-            mx.eval([layer(inputs[shape[1]]) for layer, shape in layers])
+            # No gradient is needed, as in a decode step.
+            with without_gradients():
+                products = [layer(inputs[shape[1]]) for layer, shape in layers]
+            mx.eval(products)
             seconds.append(time.process_time() - started)
         # The first pass also makes the inputs.
         found[rows] = 1000 * statistics.median(seconds[1:])

@@ -98,6 +98,8 @@ CASES = {
     "bfloat16": Case(dtype="bfloat16", groups=2),
     "4 bits": Case(quantize={"bits": 4, "mode": "affine"}),
     "nf4": Case(quantize={"bits": 4, "mode": "nf4"}),
+    "6 bits": Case(quantize={"bits": 6, "mode": "affine"}),
+    "8 bits": Case(quantize={"bits": 8, "mode": "affine"}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Products with weights of 4 bits: exact, independent of neighbouring rows, and not needed."""
+"""Products with packed weights: exact, independent of neighbouring rows, and not needed."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,52 +34,59 @@ def packed(
     return [*arrays], mx.dequantize(*arrays, group_size=group_size, bits=bits)
 
 
+PACKED = [("affine", 4), ("affine", 8), ("nf4", 4)]
 # Rows whose last vector of words is whole, and is not; outputs that fill up a tile, and do not.
 SHAPES = [(1, 128), (3, 64), (16, 128), (17, 576), (50, 160), (130, 256), (33, 1536)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 12, 13, MOST_ROWS])
 @pytest.mark.parametrize(
-    ("mode", "group_size"),
-    [("affine", 32), ("affine", 64), ("affine", 128), ("nf4", 32), ("nf4", 64), ("nf4", -1)],
+    ("mode", "bits", "group_size"),
+    [
+        *[("affine", bits, size) for bits in (4, 8) for size in (32, 64, 128)],
+        *[("nf4", 4, size) for size in (32, 64, -1)],
+    ],
 )
-def test_a_product_is_exact_up_to_rounding(mode, group_size, rows):
+def test_a_product_is_exact_up_to_rounding(mode, bits, group_size, rows):
     for outputs, inputs in SHAPES:
         if inputs % max(group_size, 1):
             continue
-        arrays, weight = packed(mode, spread(outputs, inputs), group_size)
+        arrays, weight = packed(mode, spread(outputs, inputs), group_size, bits)
         x = spread(rows, inputs, seed=1)
-        found = packed_product(mode, 4, x, *arrays)
+        found = packed_product(mode, bits, x, *arrays)
         assert found is not None and found.shape == (rows, outputs)
         expected = np.array(x, np.float64) @ np.array(weight, np.float64).T
         np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=2e-6 * inputs)
 
 
-@pytest.mark.parametrize(("mode", "group_size"), [("affine", 32), ("affine", 64), ("nf4", 64)])
-def test_a_row_gives_the_same_bits_beside_any_rows_and_with_any_threads(mode, group_size):
-    arrays, _ = packed(mode, spread(600, 576), group_size)
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [("affine", 4, 32), ("affine", 4, 64), ("affine", 8, 32), ("affine", 8, 64), ("nf4", 4, 64)],
+)
+def test_a_row_gives_the_same_bits_beside_any_rows_and_with_any_threads(mode, bits, group_size):
+    arrays, _ = packed(mode, spread(600, 576), group_size, bits)
     x = spread(MOST_ROWS, 576, seed=1)
     threads = fast_cpu.enable().threads
     try:
-        together = packed_product(mode, 4, x, *arrays)
+        together = packed_product(mode, bits, x, *arrays)
         for count in (1, 2, 3, 4, 5, 6, 7, 8, 11, 23):
             fast_cpu.set_threads(1 + count % 2)
-            some = packed_product(mode, 4, x[:count], *arrays)
+            some = packed_product(mode, bits, x[:count], *arrays)
             assert mx.array_equal(some, together[:count])
     finally:
         fast_cpu.set_threads(threads)
-    in_three_axes = packed_product(mode, 4, x.reshape(4, 16, 576), *arrays)
+    in_three_axes = packed_product(mode, bits, x.reshape(4, 16, 576), *arrays)
     assert mx.array_equal(in_three_axes.reshape(MOST_ROWS, 600), together)
 
 
-@pytest.mark.parametrize("mode", ["affine", "nf4"])
-def test_special_numbers_of_a_row_stay_in_the_row(mode):
-    arrays, _ = packed(mode, spread(20, 192), 64)
+@pytest.mark.parametrize(("mode", "bits"), PACKED)
+def test_special_numbers_of_a_row_stay_in_the_row(mode, bits):
+    arrays, _ = packed(mode, spread(20, 192), 64, bits)
     x = spread(7, 192, seed=1)
-    clean = packed_product(mode, 4, x, *arrays)
+    clean = packed_product(mode, bits, x, *arrays)
     x[3, 5] = mx.nan
     x[5, 191] = mx.inf
-    found = packed_product(mode, 4, x, *arrays)
+    found = packed_product(mode, bits, x, *arrays)
     assert mx.all(mx.isnan(found[3])) and not mx.any(mx.isfinite(found[5]))
     others = mx.array([0, 1, 2, 4, 6])
     assert mx.array_equal(found[others], clean[others])
@@ -87,7 +94,10 @@ def test_special_numbers_of_a_row_stay_in_the_row(mode):
 
 @pytest.mark.parametrize(
     ("mode", "bits", "group_size"),
-    [("affine", 4, 32), ("affine", 4, 128), ("affine", 8, 64), ("nf4", 4, -1)],
+    [
+        *[("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)],
+        *[("affine", 3, 32), ("affine", 4, 128), ("nf4", 4, -1)],
+    ],
 )
 def test_weights_are_unpacked_as_others_unpack_them(mode, bits, group_size):
     for outputs, inputs in [(3, 128), (301, 1024)]:
@@ -107,19 +117,19 @@ def test_other_formats_types_and_many_rows_are_left_to_other_functions():
     halves = [arrays[0], *(array.astype(mx.float16) for array in arrays[1:])]
     assert packed_product("affine", 4, x, *halves) is None
     assert unpacked_weights("affine", 4, *halves) is None
-    eight = mx.quantize(spread(16, 128), group_size=64, bits=8)
-    assert packed_product("affine", 8, x, *eight) is None
+    six = mx.quantize(spread(16, 128), group_size=64, bits=6)
+    assert packed_product("affine", 6, x, *six) is None
     assert not multiplies_packed("mxfp4", 4, 32, 128)
 
 
-@pytest.mark.parametrize("mode", ["affine", "nf4"])
+@pytest.mark.parametrize(("mode", "bits"), PACKED)
 @pytest.mark.parametrize("rows", [1, 4, MOST_ROWS + 6])
-def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, rows, monkeypatch):
+def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, bits, rows, monkeypatch):
     linear = nn.Linear(128, 96)
     made = (
         NF4Linear.from_linear(linear)
         if mode == "nf4"
-        else nn.QuantizedLinear.from_linear(linear, group_size=64, bits=4)
+        else nn.QuantizedLinear.from_linear(linear, group_size=64, bits=bits)
     )
     model = nn.Sequential(made)
     use_fast_products(model)
@@ -142,21 +152,21 @@ def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, rows,
     assert {*asked} == {"packed_product", "unpacked_weights"}
     for name in ("packed_product", "unpacked_weights"):
         monkeypatch.setattr(products, name, lambda *given: None)
-    monkeypatch.setattr(products, "multiplies_packed", lambda *given: False)
+    monkeypatch.setattr(products, "unpacks", lambda *given: False)
     plain = layer(x), mx.grad(value)(x)
     for ours, theirs in zip(compiled, plain, strict=True):
         np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["affine", "nf4"])
-def test_a_broken_scale_breaks_its_own_output_alone(mode):
+@pytest.mark.parametrize(("mode", "bits"), PACKED)
+def test_a_broken_scale_breaks_its_own_output_alone(mode, bits):
     """A vector of scales may reach into the next output, whose weights it must not meet."""
-    arrays, _ = packed(mode, spread(16, 96), 32)
+    arrays, _ = packed(mode, spread(16, 96), 32, bits)
     x = spread(3, 96, seed=1)
-    clean = packed_product(mode, 4, x, *arrays)
+    clean = packed_product(mode, bits, x, *arrays)
     for array in arrays[1:]:
         array[8] = mx.nan
-    found = packed_product(mode, 4, x, *arrays)
+    found = packed_product(mode, bits, x, *arrays)
     others = mx.array([*range(8), *range(9, 16)])
     assert mx.all(mx.isnan(found[:, 8]))
     assert mx.array_equal(found[:, others], clean[:, others])

@@ -1,8 +1,8 @@
-/* y = x W' for a matrix x of few rows, where W is stored in 4 bits for each weight; and weights of 4
-   or 8 bits as float32 numbers.
+/* y = x W' for a matrix x of few rows, where W is stored in 4 or 8 bits for each weight; and weights
+   of 2 to 8 bits as float32 numbers.
 
    Of a product, the weights are read once, in the form in which memory holds them, and become
-   numbers in the processor's registers. A word has the codes of 8 neighbouring inputs. A vector of
+   numbers in the processor's registers. A word has the codes of 8 or 4 neighbouring inputs. A vector of
    words gives one vector of weights for each place in a word, so x is put in this order first.
 
    Each number of y is summed in an order that depends only on the number of inputs, so what a row
@@ -19,17 +19,21 @@ typedef uint32_t Codes __attribute__((vector_size(4 * LANES), aligned(1), may_al
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 /* A weight is a code times a scale plus a bias, or a level of NF4 times a scale. */
-typedef enum { AFFINE, NF4 } Format;
+typedef enum { AFFINE_4, AFFINE_8, NF4 } Format;
+
+/* The codes of these formats lie in words. */
+#define BITS(format) ((format) == AFFINE_8 ? 8 : 4)
+#define PER_WORD(format) (32 / BITS(format))
 
 /* At most as many rows of x meet a vector of weights at once as there are registers for their sums.
    OUTPUTS are those that share the rows of x while these are in the nearest cache. */
-enum { PER_WORD = 8, BITS = 4, TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
+enum { TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
 /* With few rows, the weights of several outputs are read at once. */
 #define AT_ONCE(rows) ((rows) <= TALLEST / 3 ? TILE : 2)
 
 /* `groups` are those of an output, and `group` is how many words have the same scale and bias. */
 typedef struct {
-    int rows, outputs, inputs, words, groups, group;
+    int rows, outputs, inputs, per_word, words, groups, group;
     const float *x;
     const Word *codes;
     const float *scales, *biases;
@@ -60,17 +64,17 @@ INLINE Vector pick(Vector from, Words places) {
 /* The codes of a vector of words are read in PER_WORD turns, which give LANES weights each, without
    the scales of their groups. */
 
-/* A code of AFFINE stays where it is in the word, unless it is the last: x is divided by the power
-   of 2 by which the code is too large there. */
-INLINE Vector affine_weights(const int turn, Words words) {
-    const int shift = BITS * turn;
-    Words codes = words & 15u << shift;
-    if (turn == PER_WORD - 1) codes = words >> shift;
+/* An affine code stays where it is in the word, unless it is the last: x is divided by the power of
+   2 by which the code is too large there. */
+INLINE Vector affine_weights(const Format format, const int turn, Words words) {
+    const int shift = BITS(format) * turn;
+    Words codes = words & ((1u << BITS(format)) - 1) << shift;
+    if (turn == PER_WORD(format) - 1) codes = words >> shift;
     return __builtin_convertvector((Integers)codes, Vector);
 }
 
 static float too_large(const Format format, int turn) {
-    return format == AFFINE && turn < PER_WORD - 1 ? (float)(1 << BITS * turn) : 1;
+    return format != NF4 && turn < PER_WORD(format) - 1 ? (float)(1 << BITS(format) * turn) : 1;
 }
 
 /* The first of two weights of NF4 is in the upper half of a byte. */
@@ -78,7 +82,7 @@ static float too_large(const Format format, int turn) {
 /* The processor looks bytes up. So the four bytes of each level come from a table each, for the codes
    of a quarter of the words at a time: first those in the lower halves of bytes. */
 INLINE Vector nf4_weights(const int turn, Words words, const Packed *p) {
-    __m256i codes = (__m256i)((turn < 4 ? words : words >> BITS) & 0x0f0f0f0fu);
+    __m256i codes = (__m256i)((turn < 4 ? words : words >> BITS(NF4)) & 0x0f0f0f0fu);
     __m256i bytes[4], pairs[2];
     UNROLL for (int n = 0; n < 4; n++)
         bytes[n] = _mm256_shuffle_epi8(*(const __m256i *)p->bytes_of_levels[n], codes);
@@ -98,7 +102,7 @@ static int place_of(const Format format, int turn, int lane) {
 }
 #else
 INLINE Vector nf4_weights(const int turn, Words words, const Packed *p) {
-    Words codes = words >> BITS * turn & 15;
+    Words codes = words >> BITS(NF4) * turn & 15;
 #if LANES == 16
     return pick(*(const Vector *)LEVELS, codes);
 #else
@@ -152,9 +156,9 @@ INLINE void add_words(const Format format, const int wide, const int rows, const
         UNROLL for (int r = 0; r < rows; r++) own[r][o] = (Vector){0};
     }
     UNROLL for (int o = 0; o < outputs; o++)
-        UNROLL for (int turn = 0; turn < PER_WORD; turn++) {
+        UNROLL for (int turn = 0; turn < PER_WORD(format); turn++) {
             Vector weights = format == NF4 ? nf4_weights(turn, words[o], p)
-                                           : affine_weights(turn, words[o]);
+                                           : affine_weights(format, turn, words[o]);
             IN_REGISTER(weights);
             UNROLL for (int r = 0; r < rows; r++)
                 own[r][o] =
@@ -201,12 +205,12 @@ INLINE void sum_outputs(const Format format, const int wide, const int rows, con
             UNROLL for (int o = 0; o < outputs; o++)
                 __builtin_prefetch(codes[o] + outputs * p->words);
             add_words(format, wide, rows, outputs, p, x, codes, scales, ends, places, own);
-            x += PER_WORD * rows * LANES;
+            x += PER_WORD(format) * rows * LANES;
             UNROLL for (int o = 0; o < outputs; o++) codes[o] += LANES;
         }
         UNROLL for (int o = 0; o < outputs; o++) scales[o] += groups;
     }
-    if (format == AFFINE) add_biases(rows, outputs, p, x, numbers, own);
+    if (format != NF4) add_biases(rows, outputs, p, x, numbers, own);
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int o = 0; o < outputs; o++) sums[r][o] = own[r][o];
 }
@@ -261,7 +265,7 @@ static int whole_vectors(int count) { return (count + LANES - 1) / LANES * LANES
 
 /* The numbers that are kept of a row of x: those of its words, and the sums of its groups. */
 static long kept_of_row(const Packed *p) {
-    return (long)PER_WORD * whole_vectors(p->words) + whole_vectors(p->groups);
+    return (long)p->per_word * whole_vectors(p->words) + whole_vectors(p->groups);
 }
 
 /* All rows of y, for outputs from `first` to `last`. */
@@ -275,7 +279,7 @@ INLINE void outputs_from(const Format format, const int wide, const Packed *p, c
 
 /* Write the sum of each group of `rows` rows of x, LANES groups of a row side by side. */
 static void add_groups(const Packed *p, const float *x, int rows, float *to) {
-    const int size = p->group * PER_WORD;
+    const int size = p->group * p->per_word;
     for (int group = 0; group < p->groups; group++) {
         float *out = to + (long)(group / LANES) * rows * LANES + group % LANES;
         for (int r = 0; r < rows; r++)
@@ -291,15 +295,15 @@ static void arrange(const Format format, const Packed *p, float *to) {
     for (int t = 0, i = 0, rows; t < tiles_of(p->rows); t++, i += rows) {
         rows = height(p->rows, t);
         for (int first = 0; first < p->words; first += LANES)
-            for (int turn = 0; turn < PER_WORD; turn++)
+            for (int turn = 0; turn < p->per_word; turn++)
                 for (int r = 0; r < rows; r++, to += LANES)
                     for (int lane = 0; lane < LANES; lane++) {
                         int word = first + word_of(format, turn, lane);
-                        long input = (long)word * PER_WORD + place_of(format, turn, lane);
+                        long input = (long)word * p->per_word + place_of(format, turn, lane);
                         if (word < p->words)
                             to[lane] = p->x[(long)(i + r) * p->inputs + input] / too_large(format, turn);
                     }
-        if (format == AFFINE) add_groups(p, p->x + (long)i * p->inputs, rows, to);
+        if (format != NF4) add_groups(p, p->x + (long)i * p->inputs, rows, to);
         to += rows * whole_vectors(p->groups);
     }
 }
@@ -312,19 +316,26 @@ typedef void Share(const Packed *p, const float *x, int first, int last);
         outputs_from(format, wide, p, x, first, last);                         \
     }
 
-SHARE(narrow_affine, AFFINE, 0)
-SHARE(wide_affine, AFFINE, 1)
+SHARE(narrow_affine_4, AFFINE_4, 0)
+SHARE(wide_affine_4, AFFINE_4, 1)
+SHARE(narrow_affine_8, AFFINE_8, 0)
+SHARE(wide_affine_8, AFFINE_8, 1)
 SHARE(narrow_nf4, NF4, 0)
 SHARE(wide_nf4, NF4, 1)
-static Share *const SHARES[2][2] = {{narrow_affine, wide_affine}, {narrow_nf4, wide_nf4}};
+static Share *const SHARES[][2] = {
+    [AFFINE_4] = {narrow_affine_4, wide_affine_4},
+    [AFFINE_8] = {narrow_affine_8, wide_affine_8},
+    [NF4] = {narrow_nf4, wide_nf4},
+};
 
 /* `numbers` are those of the rows of x, of the outputs, of the inputs, and of an output's groups. */
 static void multiply(const Format format, const float *const *in, float *const *out,
                      const int64_t *numbers) {
     Packed p = {.rows = numbers[0], .outputs = numbers[1], .inputs = numbers[2],
                 .groups = numbers[3], .x = in[0], .codes = (const Word *)in[1],
-                .scales = in[2], .biases = format == AFFINE ? in[3] : NULL, .y = out[0]};
-    p.words = p.inputs / PER_WORD;
+                .scales = in[2], .biases = format != NF4 ? in[3] : NULL, .y = out[0],
+                .per_word = PER_WORD(format)};
+    p.words = p.inputs / p.per_word;
     p.group = p.words / p.groups;
     for (int n = 0; n < 4; n++)
         for (int level = 0; level < 32; level++)
@@ -344,42 +355,65 @@ static void multiply(const Format format, const float *const *in, float *const *
         compute(&p, x, least(p.outputs, part * share), least(p.outputs, (part + 1) * share));
 }
 
-FUNCTION(compiled_product_affine_4) { multiply(AFFINE, in, out, numbers); }
+FUNCTION(compiled_product_affine_4) { multiply(AFFINE_4, in, out, numbers); }
+FUNCTION(compiled_product_affine_8) { multiply(AFFINE_8, in, out, numbers); }
 FUNCTION(compiled_product_nf4_4) { multiply(NF4, in, out, numbers); }
 
 typedef uint32_t EightWords __attribute__((vector_size(32)));
 typedef int32_t EightIntegers __attribute__((vector_size(32)));
-typedef uint8_t EightBytes __attribute__((vector_size(8), aligned(1), may_alias));
+enum { TOGETHER = 8 };
+
+/* Eight affine codes of at most 8 bits, which lie side by side. */
+INLINE EightWords neighbouring_codes(const int bits, const uint8_t *from) {
+    uint64_t all = 0;
+    UNROLL for (int byte = 0; byte < bits; byte++) all |= (uint64_t)from[byte] << 8 * byte;
+    const uint32_t a = all, b = all >> 4 * bits;
+    const EightWords words = {a, a, a, a, b, b, b, b}, places = {0, 1, 2, 3, 0, 1, 2, 3};
+    return words >> places * (uint32_t)bits & ((1u << bits) - 1);
+}
 
 /* Write the weights of 8 neighbouring inputs. */
-INLINE void unpack_eight(const Format format, const int bits, const uint8_t *from, float scale,
+INLINE void unpack_eight(const int is_nf4, const int bits, const uint8_t *from, float scale,
                          float bias, float *to) {
-    const EightWords affine = {0, 4, 8, 12, 16, 20, 24, 28}, nf4 = {4, 0, 12, 8, 20, 16, 28, 24};
+    const EightWords upper_first = {4, 0, 12, 8, 20, 16, 28, 24};
     EightWords codes;
-    if (bits == 8)
-        codes = __builtin_convertvector(*(const EightBytes *)from, EightWords);
+    if (is_nf4)
+        codes = ((EightWords){0} + *(const Word *)from) >> upper_first & 15;
     else
-        codes = ((EightWords){0} + *(const Word *)from) >> (format == NF4 ? nf4 : affine) & 15;
+        codes = neighbouring_codes(bits, from);
     Eight weights = __builtin_convertvector((EightIntegers)codes, Eight) * scale + bias;
-    if (format == NF4)
-        for (int n = 0; n < PER_WORD; n++) weights[n] = LEVELS[codes[n]] * scale;
+    if (is_nf4)
+        for (int n = 0; n < TOGETHER; n++) weights[n] = LEVELS[codes[n]] * scale;
     *(Eight *)to = weights;
 }
 
+/* Write the weights of `size` inputs, which share a scale. */
+typedef void Unpack(const uint8_t *from, float scale, float bias, long size, float *to);
+
 /* `numbers` are those of the outputs, of the inputs, and of an output's groups. */
-INLINE void unpack(const Format format, const int bits, const float *const *in, float *const *out,
-                   const int64_t *numbers) {
-    const long outputs = numbers[0], groups = numbers[2], size = numbers[1] / groups;
-#pragma omp parallel for num_threads(threads_for(outputs * numbers[1] >= SMALLEST_SHARED))
-    for (long group = 0; group < outputs * groups; group++) {
-        const uint8_t *from = (const uint8_t *)in[0] + group * size * bits / 8;
-        const float scale = in[1][group], bias = format == AFFINE ? in[2][group] : 0;
-        float *to = out[0] + group * size;
-        for (long k = 0; k < size; k += PER_WORD, from += bits)
-            unpack_eight(format, bits, from, scale, bias, to + k);
-    }
+static void unpack(Unpack *one_group, int bits, const float *const *in, const float *biases,
+                   float *out, const int64_t *numbers) {
+    const long groups = numbers[0] * numbers[2], size = numbers[1] / numbers[2];
+#pragma omp parallel for num_threads(threads_for(numbers[0] * numbers[1] >= SMALLEST_SHARED))
+    for (long group = 0; group < groups; group++)
+        one_group((const uint8_t *)in[0] + group * size * bits / 8, in[1][group],
+                  biases ? biases[group] : 0, size, out + group * size);
 }
 
-FUNCTION(compiled_unpack_affine_4) { unpack(AFFINE, 4, in, out, numbers); }
-FUNCTION(compiled_unpack_affine_8) { unpack(AFFINE, 8, in, out, numbers); }
-FUNCTION(compiled_unpack_nf4_4) { unpack(NF4, 4, in, out, numbers); }
+/* The compiler makes a loop without any branch for each format. */
+#define UNPACK(name, is_nf4, bits)                                                              \
+    static void name(const uint8_t *from, float scale, float bias, long size, float *to) {      \
+        for (long k = 0; k < size; k += TOGETHER, from += bits)                                 \
+            unpack_eight(is_nf4, bits, from, scale, bias, to + k);                              \
+    }                                                                                           \
+    FUNCTION(compiled_unpack_##name) {                                                          \
+        unpack(name, bits, in, is_nf4 ? NULL : in[2], out[0], numbers);                         \
+    }
+
+UNPACK(affine_2, 0, 2)
+UNPACK(affine_3, 0, 3)
+UNPACK(affine_4, 0, 4)
+UNPACK(affine_5, 0, 5)
+UNPACK(affine_6, 0, 6)
+UNPACK(affine_8, 0, 8)
+UNPACK(nf4_4, 1, 4)

@@ -2,8 +2,8 @@
 
 The time of a decode step is mostly that of reading the weights. To unpack them first, as a product
 of many rows does, a CPU writes and reads each weight as 32 bits. So few rows are multiplied with
-weights of 4 bits in the form in which they are stored. For other products, compiled functions
-unpack weights of 4 and 8 bits with vector instructions and all threads, unlike those of mlx.
+weights of 4 or 8 bits in the form in which they are stored. For other products, compiled functions
+unpack the weights with vector instructions and all threads, unlike those of mlx.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from textpolicy.fast_cpu.mlx_operations import compiled_operation, reason_of_non
 
 MOST_ROWS = 64
 """With more rows, it is faster to unpack the weights first (`benchmarks/products.py`)."""
-_PRODUCTS = {("affine", 4), ("nf4", 4)}
-_UNPACKED = {*_PRODUCTS, ("affine", 8)}
+_PRODUCTS = {("affine", 4), ("affine", 8), ("nf4", 4)}
+_UNPACKED = {*_PRODUCTS, *(("affine", bits) for bits in (2, 3, 5, 6))}
 _GROUP_ARRAYS = {"affine": 2, "nf4": 1}
 _TOGETHER, _GROUP_SIZES = 8, (32, 64, 128)
 

@@ -19,12 +19,13 @@ from textpolicy import fast_cpu
 from textpolicy.adapters.config.adapter_config import AdapterConfig
 from textpolicy.adapters.module_tree import named_arrays
 from textpolicy.adapters.quantization.number_formats import WHOLE_ROW, format_by_name
+from textpolicy.adapters.quantization.packed_product import is_unpacked
 from textpolicy.device_sizes import DeviceSizes, device_sizes
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE
 from textpolicy.fast_cpu.bfloat16_copies import FEWEST_NUMBERS
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
-from textpolicy.fast_cpu.packed_weights import MOST_ROWS, multiplies_packed, unpacks
+from textpolicy.fast_cpu.packed_weights import unpacks
 from textpolicy.machine import most_copied_bytes
 from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_adapters
 from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_batch
@@ -44,8 +45,10 @@ _CHUNKS, _TRAINED_CHUNKS = 8.5, 11.5  # of a chunk, with the memory for the next
 _INNER, _HIDDEN, _QUERIES = 4.5, 2, 4  # of these widths, in the backward pass of a block
 _GATE_SLICES, _SCORE_SLICES = 7, 8  # of the feed-forward and the attention layer there
 _PREFILL_SLICES = 5.5  # of attention scores in a forward pass
-# Of a model in mlx's own formats, as float32 while tokens are decoded: mlx unpacks a number of
-# operations ahead, and with compiled operations a block has fewer of them.
+# Of quantized matrices, as float32 while tokens are decoded: mlx unpacks a number of operations
+# ahead, and with compiled operations a block has fewer of them. Of these modes, as of matrices that
+# compiled operations unpack, it does so with those of a block.
+_UNPACKED_IN_TURN = ("nf4", "mxfp8")
 _UNPACKED_SHARE, _UNPACKED_SHARE_COMPILED = 1 / 4, 3 / 8
 
 _FLOAT = mx.float32.size
@@ -345,7 +348,7 @@ def _logits_bytes(block: _Block, positions: int, chunk_bytes: int) -> int:
 class _Unpacked(NamedTuple):
     """The bytes of quantized matrices as float32, of all blocks, of the largest and of the head.
 
-    mlx unpacks those in `at_once` by one operation each, and starts on many of them at once.
+    mlx starts to unpack many of those in `at_once` before the first of them is used.
     """
 
     at_once: int = 0
@@ -357,22 +360,24 @@ class _Unpacked(NamedTuple):
 def _unpacked_bytes(block: _Block, rows: int | None = None) -> _Unpacked:
     """Return the bytes of the matrices that are unpacked for a product of so many rows.
 
-    GPUs multiply with mlx's formats directly, and compiled functions multiply few rows so on a CPU.
-    Without `rows`, there are many.
+    GPUs multiply with mlx's formats directly, and CPUs may multiply few rows so. Without `rows`,
+    there are many.
     """
     on_cpu, at_once, in_turn, head = mx.default_device().type == mx.cpu, [0], [0], 0
     tied = all(_name(row) != "lm_head" for row in block.planned.modules)
-    few = rows is not None and rows <= MOST_ROWS
+    is_float32 = block.itemsize == _FLOAT
     for row in block.planned.modules:
         if row.quantization is None:
             continue
-        is_nf4, is_float32 = row.quantization.startswith("nf4"), block.itemsize == _FLOAT
-        if not (is_nf4 or on_cpu) or (few and is_float32 and multiplies_packed(*_packing(row))):
+        mode, *packing = _packing(row)
+        if mode != "nf4" and not on_cpu:
+            continue
+        if rows is not None and is_float32 and not is_unpacked(mode, *packing, rows):
             continue
         size = prod(row.shape) * _FLOAT
         if _block_number(row) is not None:
-            is_compiled = is_float32 and unpacks(*_packing(row))
-            (in_turn if is_nf4 or is_compiled else at_once).append(size)
+            is_in_turn = mode in _UNPACKED_IN_TURN or (is_float32 and unpacks(mode, *packing))
+            (in_turn if is_in_turn else at_once).append(size)
         elif tied or _name(row) == "lm_head":
             head = size
     largest = max(at_once + in_turn)

@@ -6,8 +6,9 @@ pass, and packing would save nothing.
 
 On a CPU, the time of mlx's kernels for packed weights grows with each row of inputs, which suits
 decoding one token. For more rows it is faster to unpack the weight once and multiply floats. Both
-give the same numbers up to rounding. `benchmarks/products.py` measures from how many rows. Weights
-of 4 bits have compiled functions, which are faster than both for few rows.
+give the same numbers up to rounding. `benchmarks/products.py` measures from how many rows. With
+compiled functions, affine weights are unpacked for any number of rows, and few rows are multiplied
+with packed weights of 4 and 8 bits faster than in both ways.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +21,15 @@ from jaxtyping import Float
 
 from textpolicy.adapters.module_tree import replace_modules
 from textpolicy.fast_cpu.gradients import with_gradient
-from textpolicy.fast_cpu.packed_weights import multiplies_packed, packed_product, unpacked_weights
+from textpolicy.fast_cpu.packed_weights import (
+    MOST_ROWS,
+    multiplies_packed,
+    packed_product,
+    unpacked_weights,
+    unpacks,
+)
 
-# The number of rows from which the product with unpacked weights is faster.
+# The number of float32 rows from which the product with weights that mlx unpacks is faster.
 _MANY_ROWS = {"affine": 3, "mxfp8": 2, "mxfp4": 24, "nvfp4": 24}
 
 
@@ -117,14 +124,21 @@ def use_fast_products(model: nn.Module) -> None:
         replace_modules(model, {path: made})
 
 
+def is_unpacked(mode: str, bits: int, group_size: int, inputs: int, rows: int) -> bool:
+    """Return whether a product of float32 rows with a packed matrix unpacks it on a CPU."""
+    if rows <= MOST_ROWS and multiplies_packed(mode, bits, group_size, inputs):
+        return False
+    return unpacks(mode, bits, group_size, inputs) or rows >= _MANY_ROWS.get(mode, 1)
+
+
 def _is_faster(module: Any, x: mx.array) -> bool:
     """Return whether another product is faster than mlx's kernel for quantized weights."""
-    are_floats = x.dtype == module["scales"].dtype == mx.float32
-    if are_floats and multiplies_packed(module.mode, module.bits, module.group_size, x.shape[-1]):
-        return True
     # For inputs below float32, mlx's CPU kernels are slower for every number of rows.
-    rows = x.size // x.shape[-1]
-    return x.dtype != mx.float32 or rows >= _MANY_ROWS[module.mode]
+    inputs, rows = x.shape[-1], x.size // x.shape[-1]
+    if x.dtype != mx.float32 or rows >= _MANY_ROWS[module.mode]:
+        return True
+    is_float = module["scales"].dtype == mx.float32
+    return is_float and unpacks(module.mode, module.bits, module.group_size, inputs)
 
 
 def _multiply(module: Any, x: mx.array) -> mx.array:
