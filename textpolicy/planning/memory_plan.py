@@ -369,14 +369,15 @@ def _unpacked_bytes(block: _Block, rows: int | None = None) -> _Unpacked:
     for row in block.planned.modules:
         if row.quantization is None:
             continue
-        mode, *packing = _packing(row)
+        packing = _packing(row)
+        mode, *_ = packing
         if mode != "nf4" and not on_cpu:
             continue
-        if rows is not None and is_float32 and not is_unpacked(mode, *packing, rows):
+        if rows is not None and is_float32 and not is_unpacked(*packing, rows):
             continue
         size = prod(row.shape) * _FLOAT
         if _block_number(row) is not None:
-            is_in_turn = mode in _UNPACKED_IN_TURN or (is_float32 and unpacks(mode, *packing))
+            is_in_turn = mode in _UNPACKED_IN_TURN or (is_float32 and unpacks(*packing))
             (in_turn if is_in_turn else at_once).append(size)
         elif tied or _name(row) == "lm_head":
             head = size
