@@ -306,10 +306,10 @@ def test_a_base_in_nf4_is_planned_in_nf4_without_computing_it():
     assert nf4["unpacked head"].bytes == 4096 * 128 * 4
 
 
-@pytest.mark.parametrize("mode", ["affine", "nf4"])
-def test_few_float32_rows_are_planned_without_unpacked_matrices(mode):
+@pytest.mark.parametrize(("mode", "bits"), [("affine", 4), ("affine", 8), ("nf4", 4)])
+def test_few_float32_rows_are_planned_without_unpacked_matrices(mode, bits):
     """Other dtypes and more rows unpack them, as do machines without compiled functions."""
-    form = {"bits": 4, "group_size": 64, "mode": mode}
+    form = {"bits": bits, "group_size": 64, "mode": mode}
     shape = SHAPE | {"vocab_size": 4096, "num_hidden_layers": 1, "quantization": form}
 
     def unpacked(dtype: mx.Dtype, rows: int) -> int:

@@ -10,6 +10,8 @@ from mlx.utils import tree_flatten
 
 from tests.memory import peak_of
 from tests.tiny import qwen3_model
+from textpolicy.adapters import quantize
+from textpolicy.fast_cpu.packed_weights import MOST_ROWS
 from textpolicy.training.output_head import find_output_head, logprobs_from_logits
 
 ONE_CHUNK, FIVE_POSITIONS = 2**20, 5 * 4 * 96
@@ -113,6 +115,30 @@ def test_a_frozen_head_keeps_no_logits_for_the_backward_pass():
 
     mx.eval(hidden)
     assert peak(trained=False) < peak(trained=True)
+
+
+@pytest.mark.parametrize(("mode", "bits"), [("affine", 4), ("affine", 6), ("nf4", 4)])
+def test_a_quantized_head_is_unpacked_once_for_all_chunks(mode, bits):
+    """Otherwise the unpacked weights of several chunks would be in memory at once."""
+    model, head = model_and_head(vocab_size=10_000)
+    rows, unpacked = 4 * MOST_ROWS, 10_000 * 64 * 4
+    hidden, tokens = mx.random.normal((rows, 64)), mx.random.randint(0, 10_000, (rows,))
+
+    def value(hidden, chunk_bytes):
+        logprobs = head.logprobs(hidden, tokens, mx.ones(rows), chunk_bytes=chunk_bytes)
+        return logprobs[0].sum()
+
+    def peak():
+        gradient = mx.grad(value)(hidden, rows * unpacked // 64 // 16)
+        return peak_of(lambda: mx.eval(gradient))
+
+    model.freeze()
+    mx.eval(hidden)
+    of_floats = peak()
+    quantize(model, bits=bits, mode=mode)
+    assert peak() < of_floats + 1.5 * unpacked
+    expected, found = (mx.grad(value)(hidden, size) for size in (2**30, rows * unpacked // 1024))
+    assert mx.abs(found - expected).max().item() < 3e-6 * mx.abs(expected).max().item()
 
 
 def test_a_model_whose_logits_are_more_than_a_projection_has_no_output_head():
