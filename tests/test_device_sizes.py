@@ -57,17 +57,23 @@ def sizes(tokens, rows, prefill, head) -> DeviceSizes:
     )
 
 
+@pytest.fixture(autouse=True)
+def no_sizes_in_use():
+    """Let the sizes of the device count, which a worker of an earlier test may have replaced."""
+    use_sizes(None)
+    yield
+    use_sizes(None)
+
+
 @pytest.fixture
 def device(monkeypatch):
     """Return a function that gives this process a device with so many rows and so much memory."""
-    use_sizes(None)
 
     def pretend(rows: int, memory: float) -> None:
         monkeypatch.setattr(module, "memory_bytes", lambda: int(memory))
         monkeypatch.setattr(module, "saturating_rows", lambda: SimpleNamespace(rows=rows))
 
-    yield pretend
-    use_sizes(None)
+    return pretend
 
 
 @pytest.mark.parametrize(
@@ -222,6 +228,19 @@ def test_sizes_are_halved_until_the_run_fits_but_not_below_those_of_a_cpu(
 def test_on_a_small_machine_no_size_is_halved_any_further():
     small = DeviceSizes.of(256, 2 * GB)
     assert small.halved == small
+
+
+def test_blocks_that_end_in_another_order_leave_no_sizes_behind():
+    """Two runs in threads of one process may overlap."""
+    first, second = using_sizes(sizes(4096, 256, 2048, 16)), using_sizes(sizes(260, 256, 2048, 16))
+    before = device_sizes()
+    first.__enter__()
+    second.__enter__()
+    assert device_sizes() == sizes(260, 256, 2048, 16)
+    first.__exit__(None, None, None)
+    assert device_sizes() == sizes(260, 256, 2048, 16)
+    second.__exit__(None, None, None)
+    assert device_sizes() == before
 
 
 def test_micro_batches_and_their_deal_follow_the_sizes():

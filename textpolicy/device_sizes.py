@@ -86,8 +86,8 @@ class DeviceSizes:
 
 
 def device_sizes() -> DeviceSizes:
-    """Return the sizes that this process works with: those of `use_sizes`, or of the device."""
-    return _InUse.sizes or DeviceSizes.of(saturating_rows().rows, memory_bytes())
+    """Return the sizes that this process works with, by default those of the device."""
+    return _in_use[-1] if _in_use else DeviceSizes.of(saturating_rows().rows, memory_bytes())
 
 
 def sizes_of(options: HeadSizeOptions) -> DeviceSizes:
@@ -98,22 +98,24 @@ def sizes_of(options: HeadSizeOptions) -> DeviceSizes:
 
 def use_sizes(sizes: DeviceSizes | None) -> None:
     """Let all threads of this process work with these sizes, or with those of the device again."""
-    _InUse.sizes = sizes
+    _in_use[:] = [sizes] if sizes else []
 
 
 @contextmanager
 def using_sizes(sizes: DeviceSizes) -> Generator[None]:
-    """Let all threads of this process work with these sizes until the block ends."""
-    before = _InUse.sizes
-    use_sizes(sizes)
+    """Let all threads of this process work with these sizes until the block ends.
+
+    Blocks of several threads may end in any order: the one that began last decides.
+    """
+    own = replace(sizes)
+    _in_use.append(own)
     try:
         yield
     finally:
-        use_sizes(before)
+        _in_use[:] = [one for one in _in_use if one is not own]
 
 
-class _InUse:
-    sizes: DeviceSizes | None = None
+_in_use: list[DeviceSizes] = []
 
 
 @dataclass(frozen=True)
