@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.device_reads import reads_of
 from tests.generation.test_generation import RAGGED, row_of
 from tests.logprobs import token_logprobs
 from textpolicy.generation.decoding_batch import DecodingRow
@@ -286,3 +287,21 @@ def test_a_row_that_waits_for_the_place_of_a_held_row_starts_when_that_is_free(l
     while engine.can_step:
         engine.step()
     assert len(second.tokens) == 8
+
+
+@pytest.mark.parametrize("launch_ahead", [False, True])
+def test_a_step_reads_the_tokens_of_all_rows_and_nothing_else(loaded, launch_ahead):
+    """Also if somebody listens to the tokens: each read waits for the device."""
+    model, tokenizer = loaded
+    heard: list[int] = []
+    engine = Engine(model, launch_ahead=launch_ahead)
+    for number, prompt in enumerate(RAGGED):
+        row = row_of(encode_prompt(tokenizer, prompt), member=number, stop=lambda tokens: None)
+        row.sampling = Sampling(max_tokens=30)
+        row.on_token = lambda row: heard.append(row.tokens[-1])
+        engine.submit([row])
+    engine.step()
+    reads = reads_of(lambda: [engine.step() for _ in range(20)])
+    assert len(heard) == 21 * len(RAGGED)
+    # The tokens and their log-probabilities, which the device has computed together.
+    assert reads == {"array": 2 * 20}

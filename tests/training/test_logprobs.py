@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.device_reads import reads_of
 from tests.families import family_model
 from tests.logprobs import token_logprobs
 from tests.tiny import qwen3_model
@@ -81,6 +82,26 @@ def test_the_graph_of_a_micro_batch_is_built_while_the_device_computes_the_one_b
     mx.eval(work)
     assert time.perf_counter() - built > 0.01
     mx.eval(value, gradient)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mamba"])
+def test_python_waits_once_for_each_micro_batch(family):
+    model = family_model(family)
+    (batch,) = batches_of(groups_of(*RAGGED, vocabulary=96))
+    logprobs = ModelLogprobs(model, find_output_head(model), True)
+
+    def loss(part):
+        logp, entropy = logprobs(part)
+        return mx.where(part.mask, logp + 0.1 * entropy, 0).sum(), {}
+
+    few, many = (
+        reads_of(
+            lambda count=count: accumulate_gradient(model, loss, [batch] * count),
+            host=[batch.mask, batch.prompt_lengths],
+        )
+        for count in (2, 5)
+    )
+    assert many - few == {"eval": 3}
 
 
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
