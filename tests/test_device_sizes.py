@@ -231,7 +231,7 @@ def test_on_a_small_machine_no_size_is_halved_any_further():
 
 
 def test_blocks_that_end_in_another_order_leave_no_sizes_behind():
-    """Two runs in threads of one process may overlap."""
+    """Runs in threads of one process may overlap."""
     first, second = using_sizes(sizes(4096, 256, 2048, 16)), using_sizes(sizes(260, 256, 2048, 16))
     before = device_sizes()
     first.__enter__()
@@ -239,7 +239,11 @@ def test_blocks_that_end_in_another_order_leave_no_sizes_behind():
     assert device_sizes() == sizes(260, 256, 2048, 16)
     first.__exit__(None, None, None)
     assert device_sizes() == sizes(260, 256, 2048, 16)
+    use_sizes(sizes(300, 256, 2048, 16))
+    assert device_sizes() == sizes(260, 256, 2048, 16)
     second.__exit__(None, None, None)
+    assert device_sizes() == sizes(300, 256, 2048, 16)
+    use_sizes(None)
     assert device_sizes() == before
 
 

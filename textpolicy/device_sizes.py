@@ -10,15 +10,17 @@ sizes in `config.toml`, and all its processes work with these.
 
 import json
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from hashlib import sha256
+from itertools import count
 from math import floor, log2
 from pathlib import Path
 from statistics import median
 from threading import Lock
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -87,7 +89,7 @@ class DeviceSizes:
 
 def device_sizes() -> DeviceSizes:
     """Return the sizes that this process works with, by default those of the device."""
-    return _in_use[-1] if _in_use else DeviceSizes.of(saturating_rows().rows, memory_bytes())
+    return _InUse.newest() or DeviceSizes.of(saturating_rows().rows, memory_bytes())
 
 
 def sizes_of(options: HeadSizeOptions) -> DeviceSizes:
@@ -97,25 +99,49 @@ def sizes_of(options: HeadSizeOptions) -> DeviceSizes:
 
 
 def use_sizes(sizes: DeviceSizes | None) -> None:
-    """Let all threads of this process work with these sizes, or with those of the device again."""
-    _in_use[:] = [sizes] if sizes else []
+    """Let all threads of this process work with these sizes, or with those of the device again.
+
+    While a block of `using_sizes` lasts, its sizes count.
+    """
+    _InUse.of_process = sizes
 
 
 @contextmanager
 def using_sizes(sizes: DeviceSizes) -> Generator[None]:
     """Let all threads of this process work with these sizes until the block ends.
 
-    Blocks of several threads may end in any order: the one that began last decides.
+    Blocks of several threads may end in any order. Of those that have not ended, the sizes of the
+    one that began last count.
     """
-    own = replace(sizes)
-    _in_use.append(own)
+    own = _InUse.add(sizes)
     try:
         yield
     finally:
-        _in_use[:] = [one for one in _in_use if one is not own]
+        _InUse.remove(own)
 
 
-_in_use: list[DeviceSizes] = []
+class _InUse:
+    of_process: DeviceSizes | None = None
+    _blocks: ClassVar[dict[int, DeviceSizes]] = {}
+    _numbers: ClassVar[Iterator[int]] = count()
+    _lock = Lock()
+
+    @classmethod
+    def newest(cls) -> DeviceSizes | None:
+        with cls._lock:
+            return cls._blocks[max(cls._blocks)] if cls._blocks else cls.of_process
+
+    @classmethod
+    def add(cls, sizes: DeviceSizes) -> int:
+        with cls._lock:
+            number = next(cls._numbers)
+            cls._blocks[number] = sizes
+            return number
+
+    @classmethod
+    def remove(cls, number: int) -> None:
+        with cls._lock:
+            del cls._blocks[number]
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, bits,
     assert {*asked} == {"packed_product", "unpacked_weights"}
     for name in ("packed_product", "unpacked_weights"):
         monkeypatch.setattr(products, name, lambda *given: None)
-    monkeypatch.setattr(products, "unpacks", lambda *given: False)
+    monkeypatch.setattr(products, "multiplies_packed", lambda *given: False)
     plain = layer(x), mx.grad(value)(x)
     for ours, theirs in zip(compiled, plain, strict=True):
         np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-5)

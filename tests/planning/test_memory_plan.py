@@ -85,6 +85,11 @@ STEPS = {
     "windowed attention": ((4, 2, 8, 200, 32), WINDOWED, {}),
     "quantized": ((4, 1, 8, 32, 32), WIDE, {"mode": "affine"}),
     "nf4": ((4, 1, 8, 32, 32), WIDE, {"mode": "nf4"}),
+    "a quantized head that is trained": (
+        (2, 1, 8, 32, 32),
+        WIDE | {"vocab_size": 32768},
+        {"mode": "affine", "config": HEAD},
+    ),
 }
 # Sampling is planned with up to 20 % too much here.
 OVERESTIMATED = {"many groups", "windowed attention", "nf4"}

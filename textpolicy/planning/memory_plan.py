@@ -46,8 +46,8 @@ _INNER, _HIDDEN, _QUERIES = 4.5, 2, 4  # of these widths, in the backward pass o
 _GATE_SLICES, _SCORE_SLICES = 7, 8  # of the feed-forward and the attention layer there
 _PREFILL_SLICES = 5.5  # of attention scores in a forward pass
 # Of quantized matrices, as float32 while tokens are decoded: mlx unpacks a number of operations
-# ahead, and with compiled operations a block has fewer of them. Of these modes, as of matrices that
-# compiled operations unpack, it does so with those of a block.
+# ahead, and with compiled operations a block has fewer of them. Of matrices in these modes, and of
+# those that compiled operations unpack, mlx unpacks those of one block ahead.
 _UNPACKED_IN_TURN = ("nf4", "mxfp8")
 _UNPACKED_SHARE, _UNPACKED_SHARE_COMPILED = 1 / 4, 3 / 8
 
@@ -267,7 +267,7 @@ def _backward_arrays(
         "block temporaries": PlannedArray(temporaries, ["blocks"]),
         "logits": PlannedArray(_logits_bytes(block, own, sizes.head_chunk_bytes), ["head"]),
         "unpacked matrix": PlannedArray(_unpacked_bytes(block).largest, ["blocks"]),
-        "unpacked head": PlannedArray(_unpacked_bytes(block).head, ["head"]),
+        "unpacked head": PlannedArray(_unpacked_head(block), ["head"]),
     }
 
 
@@ -339,10 +339,22 @@ def _adapter_floats(row: PlannedModule, itemsize: int) -> int:
 
 def _logits_bytes(block: _Block, positions: int, chunk_bytes: int) -> int:
     """Return the bytes of logits and their copies, at most those of a chunk of positions."""
-    kinds = {_name(row): row.kind for row in block.planned.modules}
-    frozen = kinds["lm_head" if "lm_head" in kinds else "embed_tokens"] == "none"
-    whole, chunk = (_LOGITS, _CHUNKS) if frozen else (_TRAINED_LOGITS, _TRAINED_CHUNKS)
+    trained = _has_trained_head(block)
+    whole, chunk = (_TRAINED_LOGITS, _TRAINED_CHUNKS) if trained else (_LOGITS, _CHUNKS)
     return round(min(whole * positions * block.vocabulary * _FLOAT, chunk * chunk_bytes))
+
+
+def _has_trained_head(block: _Block) -> bool:
+    kinds = {_name(row): row.kind for row in block.planned.modules}
+    return kinds["lm_head" if "lm_head" in kinds else "embed_tokens"] != "none"
+
+
+def _unpacked_head(block: _Block) -> int:
+    """Return the bytes of a quantized head as float32 in training.
+
+    A frozen head is unpacked once for all chunks. Under an adapter, each chunk unpacks it.
+    """
+    return (2 if _has_trained_head(block) else 1) * _unpacked_bytes(block).head
 
 
 class _Unpacked(NamedTuple):

@@ -70,7 +70,7 @@ class OutputHead:
         chunks = [slice(at, at + size) for at in range(0, len(tokens), size)]
         weights = self.weights.trainable_parameters()
         if not weights:
-            # Otherwise each chunk would unpack the weights of a quantized head twice.
+            # Otherwise each chunk would unpack the weights of a quantized head again.
             many_rows = unpacked_product(self.weights) if len(tokens) > MOST_ROWS else None
             head = _FrozenHead(many_rows or self.project, tokens, temperature, chunks)
             return head.logprobs(hidden) if differentiable else head.values(hidden)

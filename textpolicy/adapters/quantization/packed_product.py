@@ -7,8 +7,8 @@ pass, and packing would save nothing.
 On a CPU, the time of mlx's kernels for packed weights grows with each row of inputs, which suits
 decoding one token. For more rows it is faster to unpack the weight once and multiply floats. Both
 give the same numbers up to rounding. `benchmarks/products.py` measures from how many rows. With
-compiled functions, affine weights are unpacked for any number of rows, and few rows are multiplied
-with packed weights of 4 and 8 bits faster than in both ways.
+compiled functions, up to 64 rows are multiplied with weights of 4 and 8 bits as they are stored,
+and weights of any number of bits are unpacked by all threads.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,6 @@ from textpolicy.fast_cpu.packed_weights import (
     multiplies_packed,
     packed_product,
     unpacked_weights,
-    unpacks,
 )
 
 # The number of float32 rows from which the product with weights that mlx unpacks is faster.
@@ -128,7 +127,7 @@ def is_unpacked(mode: str, bits: int, group_size: int, inputs: int, rows: int) -
     """Return whether a product of float32 rows with a packed matrix unpacks it on a CPU."""
     if rows <= MOST_ROWS and multiplies_packed(mode, bits, group_size, inputs):
         return False
-    return unpacks(mode, bits, group_size, inputs) or rows >= _MANY_ROWS.get(mode, 1)
+    return rows >= _MANY_ROWS.get(mode, 1)
 
 
 def _is_faster(module: Any, x: mx.array) -> bool:
@@ -138,7 +137,7 @@ def _is_faster(module: Any, x: mx.array) -> bool:
     if x.dtype != mx.float32 or rows >= _MANY_ROWS[module.mode]:
         return True
     is_float = module["scales"].dtype == mx.float32
-    return is_float and unpacks(module.mode, module.bits, module.group_size, inputs)
+    return is_float and multiplies_packed(module.mode, module.bits, module.group_size, inputs)
 
 
 def _multiply(module: Any, x: mx.array) -> mx.array:
