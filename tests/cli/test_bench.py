@@ -6,6 +6,8 @@ import time
 from contextlib import closing
 from dataclasses import replace
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -14,6 +16,7 @@ from textpolicy.cli.flags import configured
 from textpolicy.cli.measured_steps import SignalScorer
 from textpolicy.cli.parser import build_parser
 from textpolicy.config import TrainConfig
+from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 from textpolicy.rewards import Rewards, load_reward, sample_of
 
 SMALL = ("bench", "--groups-per-step", "2", "--group-size", "4")
@@ -55,6 +58,20 @@ def test_the_peaks_of_memory_are_near_the_plan(benched):
         assert data["planned_bytes"][name] == pytest.approx(peak, rel=0.15)
     played, _ = benched("--env", "hilo", seconds=0.001)
     assert played["planned_bytes"] is None
+
+
+@pytest.mark.slow
+def test_bfloat16_copies_of_another_model_do_not_count(benched):
+    other = nn.Linear(2048, 2048, bias=False)
+    other.weight = other.weight.astype(mx.bfloat16).astype(mx.float32)
+    mx.eval(other.parameters())
+    without, _ = benched(seconds=0.001)
+    if not keep_copies(other, 1 << 60):
+        pytest.skip("copies are made on a Linux CPU with compilers")
+    beside, _ = benched(seconds=0.001)
+    for name, peak in without["peak_bytes"].items():
+        assert beside["peak_bytes"][name] == pytest.approx(peak, rel=0.1)
+    assert other.parameters()
 
 
 @pytest.mark.slow

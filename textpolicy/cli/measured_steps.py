@@ -27,6 +27,7 @@ from textpolicy.experiment.assembly import assemble, find_algorithm
 from textpolicy.experiment.run_size import agents_of
 from textpolicy.experiment.tasks import find_task
 from textpolicy.experiment.threads import apply_thread_option
+from textpolicy.fast_cpu.bfloat16_copies import copied_bytes
 from textpolicy.loop import StepReport, train_rl
 from textpolicy.rewards import Rewards, Sample, Scorer, Verdict
 from textpolicy.runs import RunDirectory
@@ -67,7 +68,8 @@ def run_measured_steps(config: TrainConfig, *, steps: int, seconds: float = math
     If the first step takes all the time, it is the measured step. Adapters and checkpoints go to a
     temporary folder.
     """
-    config, bytes_before = changed(config, _SETTINGS), mx.get_active_memory()
+    config = changed(config, _SETTINGS)
+    bytes_before = mx.get_active_memory() + copied_bytes()
     apply_thread_option(config.model)
     algorithm = find_algorithm(config.algorithm)
     environment, rewards = find_task(config.task, config.run.seed)
