@@ -10,12 +10,11 @@ sizes in `config.toml`, and all its processes work with these.
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from hashlib import sha256
-from itertools import count
 from math import floor, log2
 from pathlib import Path
 from statistics import median
@@ -89,7 +88,9 @@ class DeviceSizes:
 
 def device_sizes() -> DeviceSizes:
     """Return the sizes that this process works with, by default those of the device."""
-    return _InUse.newest() or DeviceSizes.of(saturating_rows().rows, memory_bytes())
+    with _InUse.lock:
+        sizes = next(reversed(_InUse.blocks.values()), _InUse.of_process)
+    return sizes or DeviceSizes.of(saturating_rows().rows, memory_bytes())
 
 
 def sizes_of(options: HeadSizeOptions) -> DeviceSizes:
@@ -113,35 +114,20 @@ def using_sizes(sizes: DeviceSizes) -> Generator[None]:
     Blocks of several threads may end in any order. Of those that have not ended, the sizes of the
     one that began last count.
     """
-    own = _InUse.add(sizes)
+    block = object()
+    with _InUse.lock:
+        _InUse.blocks[block] = sizes
     try:
         yield
     finally:
-        _InUse.remove(own)
+        with _InUse.lock:
+            del _InUse.blocks[block]
 
 
 class _InUse:
     of_process: DeviceSizes | None = None
-    _blocks: ClassVar[dict[int, DeviceSizes]] = {}
-    _numbers: ClassVar[Iterator[int]] = count()
-    _lock = Lock()
-
-    @classmethod
-    def newest(cls) -> DeviceSizes | None:
-        with cls._lock:
-            return cls._blocks[max(cls._blocks)] if cls._blocks else cls.of_process
-
-    @classmethod
-    def add(cls, sizes: DeviceSizes) -> int:
-        with cls._lock:
-            number = next(cls._numbers)
-            cls._blocks[number] = sizes
-            return number
-
-    @classmethod
-    def remove(cls, number: int) -> None:
-        with cls._lock:
-            del cls._blocks[number]
+    blocks: ClassVar[dict[object, DeviceSizes]] = {}  # in the order in which they began
+    lock = Lock()
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ _CHUNKS, _TRAINED_CHUNKS = 8.5, 11.5  # of a chunk, with the memory for the next
 _INNER, _HIDDEN, _QUERIES = 4.5, 2, 4  # of these widths, in the backward pass of a block
 _GATE_SLICES, _SCORE_SLICES = 7, 8  # of the feed-forward and the attention layer there
 _PREFILL_SLICES = 5.5  # of attention scores in a forward pass
-# Of quantized matrices, as float32 while tokens are decoded: mlx unpacks a number of operations
-# ahead, and with compiled operations a block has fewer of them. Of matrices in these modes, and of
-# those that compiled operations unpack, mlx unpacks those of one block ahead.
+# While tokens are decoded, mlx unpacks quantized matrices ahead: those of one block in these modes,
+# and where compiled operations unpack them; else a share of all, because mlx computes a number of
+# operations ahead. With compiled operations a block has fewer of them, so the share is larger.
 _UNPACKED_IN_TURN = ("nf4", "mxfp8")
 _UNPACKED_SHARE, _UNPACKED_SHARE_COMPILED = 1 / 4, 3 / 8
 
@@ -352,7 +352,8 @@ def _has_trained_head(block: _Block) -> bool:
 def _unpacked_head(block: _Block) -> int:
     """Return the bytes of a quantized head as float32 in training.
 
-    A frozen head is unpacked once for all chunks. Under an adapter, each chunk unpacks it.
+    A frozen head is unpacked once for all chunks. Under an adapter, each chunk unpacks it, and mlx
+    holds the copies of two chunks.
     """
     return (2 if _has_trained_head(block) else 1) * _unpacked_bytes(block).head
 

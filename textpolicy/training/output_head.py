@@ -18,7 +18,6 @@ from textpolicy.adapters.quantization.stored_weights import unpacked_product
 from textpolicy.device_sizes import device_sizes
 from textpolicy.fast_cpu.array_slices import compute_after
 from textpolicy.fast_cpu.exponential import exp
-from textpolicy.fast_cpu.packed_weights import MOST_ROWS
 
 # Numbers that are added one after another.
 _BLOCK = 128
@@ -71,8 +70,8 @@ class OutputHead:
         weights = self.weights.trainable_parameters()
         if not weights:
             # Otherwise each chunk would unpack the weights of a quantized head again.
-            many_rows = unpacked_product(self.weights) if len(tokens) > MOST_ROWS else None
-            head = _FrozenHead(many_rows or self.project, tokens, temperature, chunks)
+            project = unpacked_product(self.weights, len(tokens)) or self.project
+            head = _FrozenHead(project, tokens, temperature, chunks)
             return head.logprobs(hidden) if differentiable else head.values(hidden)
         if len(chunks) == 1:
             return logprobs_from_logits(self.project(hidden), tokens, temperature)

@@ -141,9 +141,14 @@ def _is_faster(module: Any, x: mx.array) -> bool:
 
 
 def _multiply(module: Any, x: mx.array) -> mx.array:
-    arrays = (module["weight"], module["scales"], module.get("biases"))
     product = _product_for(module.group_size, module.bits, module.mode)
-    return product(x, *(array for array in arrays if array is not None))
+    return product(x, *packed_arrays(module))
+
+
+def packed_arrays(module: Any) -> list[mx.array]:
+    """Return the codes and scales of a packed weight, and its biases if it has some."""
+    arrays = (module["weight"], module["scales"], module.get("biases"))
+    return [array for array in arrays if array is not None]
 
 
 @cache

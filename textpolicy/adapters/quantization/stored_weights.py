@@ -13,6 +13,8 @@ from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.adapters.quantization.packed_product import (
     CPUQuantizedEmbedding,
     CPUQuantizedLinear,
+    is_unpacked,
+    packed_arrays,
     unpack_quantized,
 )
 from textpolicy.errors import ModelError
@@ -105,16 +107,18 @@ def times_weight(
 
 
 def unpacked_product(
-    module: Any,
+    module: Any, rows: int
 ) -> Callable[[Float[mx.array, "*batch in"]], Float[mx.array, "*batch out"]] | None:
     """Return the module's product as a function that keeps the unpacked weight.
 
-    Where the module's own products of many rows do not unpack the weight, this is None.
+    Where the module's own product of so many rows does not unpack the weight, this is None.
     """
     if not isinstance(module, NF4Module | CPUQuantizedLinear | CPUQuantizedEmbedding):
         return None
-    arrays = (module["weight"], module["scales"], module.get("biases"))
-    unpacked = unpacked_weights(module.mode, module.bits, *(a for a in arrays if a is not None))
+    inputs, groups = weight_shape(module)[-1], module["scales"].shape[-1]
+    if not is_unpacked(module.mode, module.bits, inputs // groups, inputs, rows):
+        return None
+    unpacked = unpacked_weights(module.mode, module.bits, *packed_arrays(module))
     weight = float_weight(module) if unpacked is None else unpacked
     bias = module.get("bias")
 
