@@ -31,13 +31,19 @@ enum { TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
 /* With few rows, the weights of several outputs are read at once. */
 #define AT_ONCE(rows) ((rows) <= TALLEST / 3 ? TILE : 2)
 
-/* `groups` are those of an output, and `group` is how many words have the same scale and bias. */
+/* `groups` are those of an output, and `group` is how many words have the same scale and bias.
+
+   A vector of words may reach beyond the words of its output. Those of the first `inside` outputs
+   stay inside `codes`; the codes of the others are copied to `rest`, with zeros behind them. */
 typedef struct {
-    int rows, outputs, inputs, per_word, words, groups, group;
+    int rows, outputs, inputs, per_word, words, groups, group, inside;
     const float *x;
-    const Word *codes;
+    const Word *codes, *rest;
     const float *scales, *biases;
     float *y;
+    /* The bits of the code that a turn reads. The compiler would make constants of them anew, in
+       more time than it takes to read them. */
+    Words masks[8];
     /* Byte n of each level of NF4, twice. */
     uint8_t bytes_of_levels[4][32] __attribute__((aligned(32)));
 } Packed;
@@ -66,10 +72,9 @@ INLINE Vector pick(Vector from, Words places) {
 
 /* An affine code stays where it is in the word, unless it is the last: x is divided by the power of
    2 by which the code is too large there. */
-INLINE Vector affine_weights(const Format format, const int turn, Words words) {
-    const int shift = BITS(format) * turn;
-    Words codes = words & ((1u << BITS(format)) - 1) << shift;
-    if (turn == PER_WORD(format) - 1) codes = words >> shift;
+INLINE Vector affine_weights(const Format format, const int turn, Words words, const Packed *p) {
+    Words codes = words & p->masks[turn];
+    if (turn == PER_WORD(format) - 1) codes = words >> BITS(format) * turn;
     return __builtin_convertvector((Integers)codes, Vector);
 }
 
@@ -119,54 +124,51 @@ static int place_of(const Format format, int turn, int lane) {
 }
 #endif
 
-/* A vector of the first `count` words, and of zeros. */
-static __attribute__((noinline)) Words first_words(const void *from, long count) {
-    Words first = {0};
-    memcpy(&first, from, sizeof(uint32_t) * count);
-    return first;
-}
-
-/* The vector of words from this address on, or of the words before `end`. */
-INLINE Words read(const Word *from, const Word *end) {
-    if (__builtin_expect(from + LANES <= end, 1)) return *(const Codes *)from;
-    return first_words(from, end - from);
-}
-
+/* The numbers from this address on that lie before `end`, and zeros. */
 INLINE Vector read_floats(const float *from, const float *end) {
-    return (Vector)read((const Word *)from, (const Word *)end);
+    const int count = least(end - from, LANES);
+#if defined(__AVX512F__)
+    return (Vector)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#elif defined(__AVX2__)
+    const Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (Vector)_mm256_maskload_ps(from, (__m256i)(lanes < count));
+#else
+    Vector numbers = {0};
+    if (count == LANES) return *(const Vector *)from;
+    memcpy(&numbers, from, sizeof(float) * count);
+    return numbers;
+#endif
 }
 
 /* The scale of each of LANES words. With `wide`, they all belong to the first group. */
 INLINE Vector scales_of(const int wide, const float *scales, const float *end, Words places) {
-    if (wide) return (Vector){0} + *scales;
+    if (wide) return *scales - (Vector){0};
     return pick(read_floats(scales, end), places);
+}
+
+INLINE const Word *codes_of(const Packed *p, long output) {
+    if (output < p->inside) return p->codes + output * p->words;
+    return p->rest + (output - p->inside) * p->words;
 }
 
 /* Add to `sums` the products of a vector of words of some outputs with rows of x. Words of the next
    output, which a vector may have too, meet zeros of x. */
-INLINE void add_words(const Format format, const int wide, const int rows, const int outputs,
-                      const Packed *p, const float *x, const Word *codes[TILE],
-                      const float *scales[TILE], const float *ends[TILE], Words places,
-                      Vector sums[TALLEST][TILE]) {
-    const Word *end = p->codes + (long)p->outputs * p->words;
-    Words words[TILE];
-    Vector own[TALLEST][TILE];
+INLINE void add_words(const Format format, const int rows, const int outputs, const Packed *p,
+                      const float *x, const Word *const codes[TILE], int word,
+                      const Vector scales[TILE], Vector sums[TALLEST][TILE]) {
     UNROLL for (int o = 0; o < outputs; o++) {
-        words[o] = read(codes[o], end);
-        UNROLL for (int r = 0; r < rows; r++) own[r][o] = (Vector){0};
-    }
-    UNROLL for (int o = 0; o < outputs; o++)
+        Words words = *(const Codes *)(codes[o] + word);
+        IN_REGISTER(words);
+        Vector own[TALLEST];
+        UNROLL for (int r = 0; r < rows; r++) own[r] = (Vector){0};
         UNROLL for (int turn = 0; turn < PER_WORD(format); turn++) {
-            Vector weights = format == NF4 ? nf4_weights(turn, words[o], p)
-                                           : affine_weights(format, turn, words[o]);
+            Vector weights = format == NF4 ? nf4_weights(turn, words, p)
+                                           : affine_weights(format, turn, words, p);
             IN_REGISTER(weights);
             UNROLL for (int r = 0; r < rows; r++)
-                own[r][o] =
-                    fused(*(const Vector *)(x + (turn * rows + r) * LANES), weights, own[r][o]);
+                own[r] = fused(*(const Vector *)(x + (turn * rows + r) * LANES), weights, own[r]);
         }
-    UNROLL for (int o = 0; o < outputs; o++) {
-        Vector scale = scales_of(wide, scales[o], ends[o], places);
-        UNROLL for (int r = 0; r < rows; r++) sums[r][o] = fused(own[r][o], scale, sums[r][o]);
+        UNROLL for (int r = 0; r < rows; r++) sums[r][o] = fused(own[r], scales[o], sums[r][o]);
     }
 }
 
@@ -188,27 +190,27 @@ INLINE void sum_outputs(const Format format, const int wide, const int rows, con
                         Vector sums[TALLEST][TILE]) {
     Vector own[TALLEST][TILE];
     const Word *codes[TILE];
-    const float *scales[TILE], *ends[TILE];
+    const float *scales[TILE];
     long numbers[TILE];
     UNROLL for (int o = 0; o < outputs; o++) {
         numbers[o] = least(output + o, p->outputs - 1);
-        codes[o] = p->codes + numbers[o] * p->words;
+        codes[o] = codes_of(p, numbers[o]);
         scales[o] = p->scales + numbers[o] * p->groups;
-        ends[o] = scales[o] + p->groups;
         UNROLL for (int r = 0; r < rows; r++) own[r][o] = (Vector){0};
     }
     /* A vector of words has several groups, or a group has several vectors of words. */
     const int step = wide ? p->group : LANES, groups = wide ? 1 : LANES / p->group;
-    for (int first = 0; first < p->words; first += step) {
+    for (int first = 0, group = 0; first < p->words; first += step, group += groups) {
+        Vector some[TILE];
+        UNROLL for (int o = 0; o < outputs; o++)
+            some[o] = scales_of(wide, scales[o] + group, scales[o] + p->groups, places);
         for (int word = first; word < least(p->words, first + step); word += LANES) {
             /* Memory is slower than this loop unless it is asked for the outputs after these. */
             UNROLL for (int o = 0; o < outputs; o++)
-                __builtin_prefetch(codes[o] + outputs * p->words);
-            add_words(format, wide, rows, outputs, p, x, codes, scales, ends, places, own);
+                __builtin_prefetch(codes[o] + word + outputs * p->words);
+            add_words(format, rows, outputs, p, x, codes, word, some, own);
             x += PER_WORD(format) * rows * LANES;
-            UNROLL for (int o = 0; o < outputs; o++) codes[o] += LANES;
         }
-        UNROLL for (int o = 0; o < outputs; o++) scales[o] += groups;
     }
     if (format != NF4) add_biases(rows, outputs, p, x, numbers, own);
     UNROLL for (int r = 0; r < rows; r++)
@@ -308,6 +310,16 @@ static void arrange(const Format format, const Packed *p, float *to) {
     }
 }
 
+/* Copy the codes that vectors would reach beyond. */
+static void copy_rest(Packed *p, float *to) {
+    int beyond = whole_vectors(p->words) - p->words;
+    int others = least(p->outputs, (beyond + p->words - 1) / p->words);
+    p->inside = p->outputs - others;
+    memcpy(to, p->codes + (long)p->inside * p->words, sizeof(Word) * others * p->words);
+    p->rest = (const Word *)to;
+    memset(to + others * p->words, 0, sizeof(Word) * LANES);
+}
+
 typedef void Share(const Packed *p, const float *x, int first, int last);
 
 /* The compiler makes a loop without any branch for each format, and for wide groups. */
@@ -340,13 +352,18 @@ static void multiply(const Format format, const float *const *in, float *const *
     for (int n = 0; n < 4; n++)
         for (int level = 0; level < 32; level++)
             p.bytes_of_levels[n][level] = ((const uint8_t *)&LEVELS[level % 16])[n];
-    float *x = scratch(p.rows * kept_of_row(&p));
+    for (int turn = 0; turn < p.per_word; turn++)
+        p.masks[turn] = (Words){0} + (((1u << BITS(format)) - 1) << BITS(format) * turn);
+    /* The copied codes are less than a vector and the words of an output. */
+    long kept = p.rows * kept_of_row(&p);
+    float *x = scratch(kept + p.words + 2 * LANES);
     if (!x) {
         /* Without memory for x there is no product. */
         for (long i = 0; i < (long)p.rows * p.outputs; i++) p.y[i] = NAN;
         return;
     }
     arrange(format, &p, x);
+    copy_rest(&p, x + kept);
     Share *compute = SHARES[format][p.group >= LANES || p.groups == 1];
     int threads = threads_for((double)p.rows * p.outputs * p.inputs >= SMALLEST_SHARED);
     int share = ((p.outputs + threads - 1) / threads + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
