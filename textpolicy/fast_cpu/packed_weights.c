@@ -33,16 +33,17 @@ enum { TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
 
 /* `groups` are those of an output, and `group` is how many words have the same scale and bias.
 
-   A vector of words may reach beyond the words of its output. Those of the first `inside` outputs
-   stay inside `codes`; the codes of the others are copied to `rest`, with zeros behind them. */
+   A vector of words may reach beyond the words of its output. For the first `inside` outputs it
+   still ends inside `codes`. The codes of the other outputs are copied to `rest`, with zeros behind
+   them. */
 typedef struct {
     int rows, outputs, inputs, per_word, words, groups, group, inside;
     const float *x;
     const Word *codes, *rest;
     const float *scales, *biases;
     float *y;
-    /* The bits of the code that a turn reads. The compiler would make constants of them anew, in
-       more time than it takes to read them. */
+    /* The bits that a turn reads of each word. They lie in memory because the compiler computes
+       constants again for each vector of words, which takes longer than reading them. */
     Words masks[8];
     /* Byte n of each level of NF4, twice. */
     uint8_t bytes_of_levels[4][32] __attribute__((aligned(32)));
@@ -142,6 +143,7 @@ INLINE Vector read_floats(const float *from, const float *end) {
 
 /* The scale of each of LANES words. With `wide`, they all belong to the first group. */
 INLINE Vector scales_of(const int wide, const float *scales, const float *end, Words places) {
+    /* To subtract zero changes no number, so the compiler only copies the scale to all lanes. */
     if (wide) return *scales - (Vector){0};
     return pick(read_floats(scales, end), places);
 }
@@ -201,14 +203,14 @@ INLINE void sum_outputs(const Format format, const int wide, const int rows, con
     /* A vector of words has several groups, or a group has several vectors of words. */
     const int step = wide ? p->group : LANES, groups = wide ? 1 : LANES / p->group;
     for (int first = 0, group = 0; first < p->words; first += step, group += groups) {
-        Vector some[TILE];
+        Vector word_scales[TILE];
         UNROLL for (int o = 0; o < outputs; o++)
-            some[o] = scales_of(wide, scales[o] + group, scales[o] + p->groups, places);
+            word_scales[o] = scales_of(wide, scales[o] + group, scales[o] + p->groups, places);
         for (int word = first; word < least(p->words, first + step); word += LANES) {
             /* Memory is slower than this loop unless it is asked for the outputs after these. */
             UNROLL for (int o = 0; o < outputs; o++)
                 __builtin_prefetch(codes[o] + word + outputs * p->words);
-            add_words(format, rows, outputs, p, x, codes, word, some, own);
+            add_words(format, rows, outputs, p, x, codes, word, word_scales, own);
             x += PER_WORD(format) * rows * LANES;
         }
     }
@@ -310,7 +312,7 @@ static void arrange(const Format format, const Packed *p, float *to) {
     }
 }
 
-/* Copy the codes that vectors would reach beyond. */
+/* Copy the codes of the last outputs, where a vector of words would end beyond all codes. */
 static void copy_rest(Packed *p, float *to) {
     int beyond = whole_vectors(p->words) - p->words;
     int others = least(p->outputs, (beyond + p->words - 1) / p->words);
