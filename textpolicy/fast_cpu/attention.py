@@ -7,9 +7,12 @@ With scores S = Q K' of scaled queries, P = softmax(S) and O = P V:
 Scores exist for one slice at a time: some rows of the batch, or some positions of one row. The
 backward pass computes the scores again: Rabe & Staats 2021, Self-attention Does Not Need O(n^2)
 Memory, arXiv:2112.05682. Query heads that share a key head are rows of one matrix product.
+
+In a decode step, a compiled function reads keys and values where they lie in the cache.
 """
 
 import math
+import struct
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +23,8 @@ from mlx_lm.models import base
 
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE, compute_after
 from textpolicy.fast_cpu.exponential import LOG2_E, exp2, softmax
-from textpolicy.fast_cpu.gradients import with_gradient
+from textpolicy.fast_cpu.gradients import are_gradients_needed, with_gradient
+from textpolicy.fast_cpu.mlx_operations import compiled_operation, reason_of_none
 
 # In these shapes, `sharing` query heads use each of the key heads.
 GroupedQueries = Float[mx.array, "batch key_heads sharing time width"]
@@ -48,6 +52,8 @@ def scaled_dot_product_attention(
         return base.scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
         )
+    if _is_decode_step(queries, keys, values, mask):
+        return _attend_where_stored(queries, keys, values, scale, mask)
     batch, heads, time, width = queries.shape
     key_heads = keys.shape[1]
     if isinstance(mask, mx.array):
@@ -62,6 +68,33 @@ def scaled_dot_product_attention(
     # The factor log2(e) turns powers of e into powers of 2, at no extra cost for each score.
     grouped = (queries * (scale * LOG2_E)).reshape(batch, key_heads, -1, time, width)
     return _attention(mask)(grouped, keys, values).reshape(batch, heads, time, -1)
+
+
+def _is_decode_step(queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> bool:
+    """Return whether there is one position, no gradient, a compiled function, and a mask for it."""
+    if queries.shape[2] != 1 or are_gradients_needed() or mx.default_device().type != mx.cpu:
+        return False
+    if keys.dtype != mx.float32 or values.dtype != mx.float32 or reason_of_none():
+        return False
+    if not isinstance(mask, mx.array):
+        return True
+    rows, heads, times, seen = (1, 1, 1, *mask.shape)[-4:]
+    return rows in (1, queries.shape[0]) and heads == times == 1 and seen == keys.shape[2]
+
+
+def _attend_where_stored(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any
+) -> mx.array:
+    rows, heads, _, width = queries.shape
+    _, key_heads, seen, value_width = values.shape
+    masks = [mask] if isinstance(mask, mx.array) else []
+    (bits,) = struct.unpack("<i", struct.pack("<f", scale))
+    attention = compiled_operation("attention", 3 + len(masks), as_stored=True)
+    sizes = rows, key_heads, heads // key_heads, seen, width, value_width
+    (out,) = attention(
+        (queries, keys, values, *masks), (rows, heads, 1, value_width), (*sizes, bits, len(masks))
+    )
+    return out
 
 
 def _attend_at_once(

@@ -139,7 +139,9 @@ INLINE void add_inputs(const int rows, const int panels, const float *x, const u
 /* C from row i and panel `first` on; x has the inputs of these rows, one row beside the other. */
 INLINE void tile(const int rows, const int panels, const Product *product, const Copy *copy,
                  const float *x, int i, int first) {
-    Vector sums[TALLEST][MOST_PANELS][2] = {0};
+    Vector sums[TALLEST][MOST_PANELS][2];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int p = 0; p < panels; p++) sums[r][p][0] = sums[r][p][1] = (Vector){0};
     long panel_words = (long)copy->inputs * LANES;
     const uint32_t *words = copy->words + first * panel_words;
     for (int start = 0; start < copy->inputs; start += SUMMED)

@@ -42,11 +42,15 @@ class _TookTooLong(NotCompiled):
 def once(function: Callable[[], Result]) -> Callable[[], Result]:
     """Return the function with a memory: no two threads call it, or another such one, at once."""
     remembered = cache(function)
+    results: list[Result] = []
 
     @wraps(remembered)
     def call() -> Result:
-        with _ONE_AT_A_TIME:
-            return remembered()
+        # A decode step calls such a function a hundred times; it does not lock each time.
+        if not results:
+            with _ONE_AT_A_TIME:
+                results.append(remembered())
+        return results[0]
 
     return call
 

@@ -106,8 +106,7 @@ static void any_tile(const Product *product, int fetch, int i, int j, int rows, 
     }
 }
 
-/* All rows of C, from column `first` to `last`. */
-static void columns_of(const Product *p, int first, int last) {
+void columns_of(const Product *p, int first, int last) {
     for (int j = first; j < last; j += TILE)
         for (int i = 0; i < p->rows; i += TILE)
             any_tile(p, i == 0 && j + 2 * TILE <= last, i, j, least(TILE, p->rows - i),

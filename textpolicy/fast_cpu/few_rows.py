@@ -14,8 +14,14 @@ LOOPS = CompiledLibrary(
     name="loops",
     language="C",
     compilers=("cc", "gcc", "clang"),
-    sources=("few_rows.c", "bfloat16_copies.c", "packed_weights.c", "elementwise.c"),
-    headers=("loops.h",),
+    sources=(
+        "few_rows.c",
+        "bfloat16_copies.c",
+        "packed_weights.c",
+        "elementwise.c",
+        "attention.c",
+    ),
+    headers=("loops.h", "rows.h"),
     # With threads if the compiler has OpenMP.
     options=((*_OPTIMISED, "-fopenmp"), _OPTIMISED),
 )

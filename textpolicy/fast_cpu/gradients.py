@@ -24,6 +24,11 @@ def without_gradients() -> Generator[None]:
         _NO_GRADIENTS.reset(token)
 
 
+def are_gradients_needed() -> bool:
+    """Return whether this is outside every `without_gradients` block."""
+    return not _NO_GRADIENTS.get()
+
+
 def with_gradient(value: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of arrays with this value, and this function as its vjp."""
     differentiable: Any = mx.custom_function(value)

@@ -20,8 +20,10 @@
 #endif
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
-/* A function that `mlx_operations.cpp` lets mlx call. */
+/* A function that `mlx_operations.cpp` lets mlx call, with at most MOST_NUMBERS numbers. A function
+   that reads its inputs as they are stored finds their steps after these. */
 #define FUNCTION(name) void name(const float *const *in, float *const *out, const int64_t *numbers)
+enum { MOST_NUMBERS = 8 };
 
 /* Smaller products than this take less time than to wake a thread. */
 enum { SMALLEST_SHARED = 1 << 17 };
@@ -65,6 +67,9 @@ int threads_for(int is_large);
 
 /* Memory of this thread for as many numbers, or NULL; a later call may move it. */
 float *scratch(long numbers);
+
+/* All rows of C, from column `first` to `last`, from B as it is stored. */
+void columns_of(const Product *product, int first, int last);
 
 /* Compute the product from a copy of B; return whether there is a copy that can be used. */
 int multiply_by_copy(const Product *product, int threads);

@@ -4,6 +4,10 @@
 // is no Metal. `mlx_operations.py` lets it call `make_operation`, which makes an operation of a
 // source that begins with "compiled " and goes on with the address of a function, and passes any
 // other source on. The operation is as lazy as any other of mlx. No other part of mlx changes.
+//
+// The function gets the numbers of each input side by side. After "compiled as stored ", it gets
+// them as they lie in memory, if those of the last axis are side by side, and the steps of the other
+// axes: a slice of a large array is not copied.
 
 #include <cstdint>
 #include <cstring>
@@ -21,14 +25,15 @@ namespace mlx::core {
 
 namespace {
 
-constexpr int MOST = 4;
-constexpr const char PREFIX[] = "compiled ";
+constexpr int MOST = 4, MOST_NUMBERS = 8, STEPS = 3;
+constexpr const char PREFIX[] = "compiled ", AS_STORED[] = "compiled as stored ";
 using Function = void (*)(const void* const* inputs, void* const* outputs, const int64_t* numbers);
 
 struct Arguments {
     const void* inputs[MOST];
     void* outputs[MOST];
-    int64_t numbers[MOST];
+    // The numbers of the caller, then the steps of each input along the axes before its last.
+    int64_t numbers[MOST_NUMBERS + MOST * STEPS];
 };
 
 // Where the numbers of an array lie that are not side by side.
@@ -72,17 +77,33 @@ const void* side_by_side(const array& x, cpu::CommandEncoder& encoder) {
     return to;
 }
 
+// The same as the numbers are stored, with the steps: 0 along an axis of length 1.
+const void* as_stored(const array& x, cpu::CommandEncoder& encoder, int64_t* steps) {
+    const bool is_stored = x.strides().back() == 1;
+    int64_t step = x.shape(-1);
+    for (int axis = x.ndim() - 2, to = STEPS - 1; axis >= 0; axis--, to--) {
+        if (x.shape(axis) > 1) steps[to] = is_stored ? x.strides(axis) : step;
+        step *= x.shape(axis);
+    }
+    if (!is_stored) return side_by_side(x, encoder);
+    encoder.set_input_array(x);
+    return x.data<void>();
+}
+
 class Compiled : public Primitive {
   public:
-    Compiled(Stream stream, Function function, const Arguments& arguments)
-        : Primitive(stream), function(function), arguments(arguments) {}
+    Compiled(Stream stream, Function function, bool stored, const Arguments& arguments)
+        : Primitive(stream), function(function), stored(stored), arguments(arguments) {}
 
     void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
         auto& encoder = cpu::get_command_encoder(stream());
         // Threads may compute with one compiled graph at once.
         Arguments all = arguments;
-        for (size_t i = 0; i < inputs.size(); i++)
-            all.inputs[i] = side_by_side(inputs[i], encoder);
+        for (size_t i = 0; i < inputs.size(); i++) {
+            int64_t* steps = all.numbers + MOST_NUMBERS + i * STEPS;
+            all.inputs[i] = stored ? as_stored(inputs[i], encoder, steps)
+                                   : side_by_side(inputs[i], encoder);
+        }
         for (size_t i = 0; i < outputs.size(); i++) {
             outputs[i].set_data(allocator::malloc(outputs[i].nbytes()));
             encoder.set_output_array(outputs[i]);
@@ -101,6 +122,7 @@ class Compiled : public Primitive {
 
   private:
     Function function;
+    bool stored;
     Arguments arguments;
 };
 
@@ -111,20 +133,26 @@ fast::CustomKernelFunction make_operation(
     if (source.rfind(PREFIX, 0) != 0)
         return fast::metal_kernel(
             name, input_names, output_names, source, header, row_contiguous, atomic, options);
-    auto function = reinterpret_cast<Function>(std::stoull(source.substr(sizeof PREFIX - 1)));
-    return [function, count = input_names.size()](
+    const bool stored = source.rfind(AS_STORED, 0) == 0;
+    const auto address = source.substr((stored ? sizeof AS_STORED : sizeof PREFIX) - 1);
+    auto function = reinterpret_cast<Function>(std::stoull(address));
+    return [function, stored, count = input_names.size()](
                const std::vector<array>& inputs, const std::vector<Shape>& shapes,
                const std::vector<Dtype>& dtypes, std::tuple<int, int, int>,
                std::tuple<int, int, int>,
                std::vector<std::pair<std::string, fast::TemplateArg>> numbers,
                std::optional<float>, bool, StreamOrDevice where) {
-        if (inputs.size() != count || count > MOST || shapes.size() > MOST || numbers.size() > MOST)
+        if (inputs.size() != count || count > MOST || shapes.size() > MOST ||
+            numbers.size() > MOST_NUMBERS)
             throw std::invalid_argument("a compiled function got other arrays than it takes");
+        for (const auto& x : inputs)
+            if (stored && (x.ndim() < 1 || x.ndim() > STEPS + 1))
+                throw std::invalid_argument("a compiled function got an array of other axes");
         Stream stream = to_stream(where);
         Arguments arguments{};
         for (size_t i = 0; i < numbers.size(); i++)
             arguments.numbers[i] = std::get<int>(numbers[i].second);
-        auto primitive = std::make_shared<Compiled>(stream, function, arguments);
+        auto primitive = std::make_shared<Compiled>(stream, function, stored, arguments);
         return array::make_arrays(shapes, dtypes, primitive, inputs);
     };
 }

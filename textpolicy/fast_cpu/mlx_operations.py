@@ -29,6 +29,7 @@ _MLX = Path(mx.__file__).parent
 _VERSION: str = cast(Any, mx).__version__
 _MAKER = "_ZN3mlx4core4fast12metal_kernelE"
 _LARGEST = 2**31 - 1  # Numbers are passed as 32-bit ones.
+_MOST_NUMBERS = 8
 _TRIAL = """
 import sys
 from pathlib import Path
@@ -52,12 +53,13 @@ def operation_for(
     which mlx's own operations compute faster, on a GPU, and where `reason_of_none` has a reason.
     """
     first = arrays[0]
+    shape = first.shape
     if not 0 < first.size <= _LARGEST or mx.default_device().type != mx.cpu:
         return None
     # The choice depends on the width alone, so what a row gives does not depend on other rows.
-    if not first.shape or first.shape[-1] < least_width:
+    if not shape or shape[-1] < least_width or first.dtype != mx.float32:
         return None
-    if any(one.dtype != mx.float32 or one.shape != first.shape for one in arrays):
+    if any(one.dtype != mx.float32 or one.shape != shape for one in arrays[1:]):
         return None
     return None if reason_of_none() else _by_elements(name, len(arrays) + vectors, outputs)
 
@@ -139,11 +141,14 @@ def _by_elements(name: str, inputs: int, outputs: int) -> Elementwise:
 
 
 @cache
-def compiled_operation(name: str, inputs: int, outputs: int = 1) -> Operation:
+def compiled_operation(
+    name: str, inputs: int, outputs: int = 1, *, as_stored: bool = False
+) -> Operation:
     """Return the operation by the function `compiled_...` of this name.
 
     It takes arrays, the shape of the outputs, which are of float32, and whole numbers for the
     function, which trusts all of them. The operation has no gradient, and no rule for `mx.vmap`.
+    With `as_stored`, the function reads its inputs as they lie in memory, of at most four axes.
     Call this only where `reason_of_none` has no reason.
     """
     function = ctypes.cast(compiled_loops()[f"compiled_{name}"], ctypes.c_void_p).value
@@ -151,19 +156,21 @@ def compiled_operation(name: str, inputs: int, outputs: int = 1) -> Operation:
         name=name,
         input_names=[f"input{number}" for number in range(inputs)],
         output_names=[f"output{number}" for number in range(outputs)],
-        source=f"compiled {function}",
+        source=f"compiled {'as stored ' if as_stored else ''}{function}",
     )
+    names = [f"number{place}" for place in range(_MOST_NUMBERS)]
+    one, dtypes = (1, 1, 1), [mx.float32] * outputs
 
     def compute(
         arrays: Sequence[mx.array], shape: tuple[int, ...], numbers: Sequence[int]
     ) -> list[mx.array]:
         return kernel(
-            inputs=[*arrays],
+            inputs=arrays,
             output_shapes=[shape] * outputs,
-            output_dtypes=[mx.float32] * outputs,
-            template=[(f"number{place}", number) for place, number in enumerate(numbers)],
-            grid=(1, 1, 1),
-            threadgroup=(1, 1, 1),
+            output_dtypes=dtypes,
+            template=[*zip(names, numbers, strict=False)],
+            grid=one,
+            threadgroup=one,
             stream=mx.cpu,
         )
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float
 
-from textpolicy.fast_cpu.gradients import with_gradient
+from textpolicy.fast_cpu.gradients import are_gradients_needed, with_gradient
 from textpolicy.fast_cpu.mlx_operations import operation_for
 
 Rows = Float[mx.array, "*rows width"]
@@ -27,28 +27,36 @@ class FastRMSNorm(nn.RMSNorm):
     def __call__(self, x: Rows) -> Rows:
         weight = self["weight"]
         known = weight.dtype == mx.float32 and weight.shape == x.shape[-1:]
-        if not known or not operation_for("rms_norm", x, vectors=1, least_width=1):
+        compiled = operation_for("rms_norm", x, vectors=1, least_width=1) if known else None
+        if compiled is None:
             return super().__call__(x)
-        return _norm(self.eps)(x, weight)
+        if are_gradients_needed():
+            return _norm(self.eps)(x, weight)
+        return compiled(x, weight, numbers=_numbers(self.eps))[0]
+
+
+@cache
+def _numbers(eps: float) -> tuple[int]:
+    """Return epsilon as a compiled function takes it: the whole number of the same bits."""
+    return struct.unpack("<i", struct.pack("<f", eps))
 
 
 @cache
 def _norm(eps: float) -> Callable[..., Rows]:
     """Return the norm of x and weights with this epsilon, with its gradient."""
-    numbers = struct.unpack("<i", struct.pack("<f", eps))
 
     def value(x: Rows, weight: mx.array) -> Rows:
         compiled = operation_for("rms_norm", x, vectors=1, least_width=1)
         if compiled is None:
             return mx.fast.rms_norm(x, weight, eps)
-        return compiled(x, weight, numbers=numbers)[0]
+        return compiled(x, weight, numbers=_numbers(eps))[0]
 
     def gradients(primals: Any, cotangent: Rows, _: Rows) -> list[mx.array]:
         x, weight = primals
         compiled = operation_for("rms_norm_gradient", x, cotangent, vectors=1, least_width=1)
         if compiled is None:
             return mx.vjp(partial(mx.fast.rms_norm, eps=eps), [x, weight], [cotangent])[1]
-        (of_x,) = compiled(x, cotangent, weight, numbers=numbers)
+        (of_x,) = compiled(x, cotangent, weight, numbers=_numbers(eps))
         scale = mx.rsqrt(mx.square(x).mean(axis=-1, keepdims=True) + eps)
         # mlx computes this only if the weights are trained.
         of_weight = (cotangent * x * scale).reshape(-1, x.shape[-1]).sum(axis=0)

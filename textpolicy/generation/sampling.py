@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt32
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
 
-from textpolicy.fast_cpu.exponential import exp
+from textpolicy.fast_cpu.exponential import softmax
 from textpolicy.types import Sampling
 
 _BLOCK = 128
@@ -92,9 +92,9 @@ def draw_tokens(
     """
     if sampling.temperature == 0:
         return mx.argmax(logits, axis=-1), mx.zeros(logits.shape[0])
-    logits = logits.astype(mx.float32) / (
-        sampling.temperature if temperatures is None else temperatures
-    )
+    logits = logits.astype(mx.float32)
+    if temperatures is not None or sampling.temperature != 1:
+        logits = logits / (sampling.temperature if temperatures is None else temperatures)
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
         logits = apply_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
@@ -102,9 +102,8 @@ def draw_tokens(
         logits = apply_top_p(logits, sampling.top_p)
     if sampling.min_p:
         logits = apply_min_p(logits, sampling.min_p)
-    weights = exp(logits - logits.max(axis=-1, keepdims=True))
     uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))(keys)
-    return _choose_tokens(weights, uniforms)
+    return _choose_tokens(softmax(logits), uniforms)
 
 
 def penalise_repetition(
