@@ -60,7 +60,7 @@ INLINE void mean_of_vectors(const int heads, const int vectors, const Group *g,
             UNROLL for (int h = 0; h < heads; h++) {
                 Vector weight = weights[(long)h * g->keys + key] - zero;
                 UNROLL for (int v = 0; v < vectors; v++)
-                    own[h][v] = fused(weight, some[v], own[h][v]);
+                    ADD_PRODUCT(own[h][v], weight, some[v]);
             }
         }
         UNROLL for (int h = 0; h < heads; h++)
@@ -113,6 +113,12 @@ static void attend(Group *g) {
     for (int head = 0; head < g->sharing; head += HEADS) {
         int heads = least(HEADS, g->sharing - head);
         float *scores = scratch((long)heads * g->keys), sums[HEADS];
+        if (!scores) {
+            /* Without memory there is no result, and nobody shall take another number for it. */
+            for (int i = 0; i < heads * g->value_width; i++)
+                g->out[(long)head * g->value_width + i] = NAN;
+            continue;
+        }
         Product product = {heads, g->keys, g->width, g->scale, 0, g->queries + head * g->query_step,
                            g->keys_from, scores, g->query_step, g->key_step, g->keys};
         columns_of(&product, 0, g->keys);

@@ -110,67 +110,46 @@ void bfloat16_copies_drop(const float *weights) {
     free(copy);
 }
 
-/* Add to `sums` the products of some inputs: `rows` rows of x with `panels` panels. */
+/* Add to `sums` the products of some inputs: `rows` rows of x with `panels` panels. For each input,
+   ask for the words at `next`, which moves on by `step` words. */
 INLINE void add_inputs(const int rows, const int panels, const float *x, const uint32_t *words,
-                       long panel_words, int inputs, Vector sums[TALLEST][MOST_PANELS][2]) {
+                       long panel_words, int inputs, const uint32_t *next, int step, Vector *sums) {
     Vector own[TALLEST][MOST_PANELS][2];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int p = 0; p < panels; p++)
             own[r][p][0] = own[r][p][1] = (Vector){0};
     for (int input = 0; input < inputs; input++) {
         UNROLL for (int p = 0; p < panels; p++) {
-            const uint32_t *at = words + p * panel_words + (long)input * LANES;
-            __builtin_prefetch(at + AHEAD);
-            Words two = *(const Words *)at;
+            __builtin_prefetch(next + p * panel_words + (long)input * step);
+            Words two = *(const Words *)(words + p * panel_words + (long)input * LANES);
             Vector low = (Vector)(two << 16), high = (Vector)(two & 0xffff0000);
             IN_REGISTER(low);
             IN_REGISTER(high);
             UNROLL for (int r = 0; r < rows; r++) {
-                own[r][p][0] += x[input * rows + r] * low;
-                own[r][p][1] += x[input * rows + r] * high;
+                Vector number = x[input * rows + r] - (Vector){0};
+                ADD_PRODUCT(own[r][p][0], number, low);
+                ADD_PRODUCT(own[r][p][1], number, high);
             }
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int p = 0; p < panels; p++)
-            UNROLL for (int half = 0; half < 2; half++) sums[r][p][half] += own[r][p][half];
+            UNROLL for (int half = 0; half < 2; half++)
+                sums[(r * panels + p) * 2 + half] += own[r][p][half];
 }
 
-/* C from row i and panel `first` on; x has the inputs of these rows, one row beside the other. */
-INLINE void tile(const int rows, const int panels, const Product *product, const Copy *copy,
-                 const float *x, int i, int first) {
-    Vector sums[TALLEST][MOST_PANELS][2];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int p = 0; p < panels; p++) sums[r][p][0] = sums[r][p][1] = (Vector){0};
-    long panel_words = (long)copy->inputs * LANES;
-    const uint32_t *words = copy->words + first * panel_words;
-    for (int start = 0; start < copy->inputs; start += SUMMED)
-        add_inputs(rows, panels, x + (long)start * rows, words + (long)start * LANES, panel_words,
-                   least(SUMMED, copy->inputs - start), sums);
-    for (int r = 0; r < rows; r++)
-        for (int p = 0; p < panels; p++)
-            for (int half = 0; half < 2; half++) {
-                int column = (first + p) * PANEL + half * LANES;
-                float *out = product->c + (i + r) * product->ldc + column;
-                Vector total = sums[r][p][half] * product->alpha;
-                if (column + LANES <= product->columns && product->beta == 0)
-                    *(Vector *)out = total;
-                else
-                    for (int l = 0; l < least(LANES, product->columns - column); l++)
-                        out[l] = total[l] + (product->beta == 0 ? 0 : product->beta * out[l]);
-            }
-}
-
-#define CASE(rows)                                                                \
-    case rows:                                                                    \
-        for (; first + PANELS(rows) <= last; first += PANELS(rows))               \
-            tile(rows, PANELS(rows), product, copy, x, i, first);                 \
-        for (; first < last; first++) tile(rows, 1, product, copy, x, i, first);  \
+#define CASE(rows)                                                                               \
+    case rows:                                                                                   \
+        if (panels > 1)                                                                          \
+            add_inputs(rows, PANELS(rows), x, words, panel_words, inputs, next, step, sums);     \
+        else                                                                                     \
+            add_inputs(rows, 1, x, words, panel_words, inputs, next, step, sums);                \
         break;
 
-/* `rows` rows of C from row i on, from panel `first` to `last`. */
-static void any_tile(const Product *product, const Copy *copy, const float *x, int i, int rows,
-                     int first, int last) {
+/* The same for any number of rows, with one panel or with PANELS(rows). */
+static void add_to_tile(int rows, int panels, const float *x, const uint32_t *words,
+                        long panel_words, int inputs, const uint32_t *next, int step,
+                        Vector *sums) {
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if TALLEST == 12
@@ -179,23 +158,56 @@ static void any_tile(const Product *product, const Copy *copy, const float *x, i
     }
 }
 
-/* All rows of C, from panel `first` to `last`, in tiles of about the same height. */
+/* Write sums to C from panel `first` on. */
+static void write_sums(const Product *product, int first, int panels, const Vector *sums) {
+    for (int r = 0; r < product->rows; r++)
+        for (int p = 0; p < panels; p++)
+            for (int half = 0; half < 2; half++) {
+                int column = (first + p) * PANEL + half * LANES;
+                float *out = product->c + r * product->ldc + column;
+                Vector total = *sums++ * product->alpha;
+                if (column + LANES <= product->columns && product->beta == 0)
+                    *(Vector *)out = total;
+                else
+                    for (int l = 0; l < least(LANES, product->columns - column); l++)
+                        out[l] = total[l] + (product->beta == 0 ? 0 : product->beta * out[l]);
+            }
+}
+
+/* Rows of A in tiles of about the same height: the height of tile t. */
+static int tiles_of(int rows) { return (rows + TALLEST - 1) / TALLEST; }
+static int height(int rows, int t) { return rows / tiles_of(rows) + (t < rows % tiles_of(rows)); }
+
+/* All rows of C, from panel `first` to `last`. Several tiles meet the same inputs one after another,
+   and share the work of asking for the next inputs of the panel, or for those of the next panel. */
 static void panels_from(const Product *product, const Copy *copy, const float *x, int first,
                         int last) {
-    int tiles = (product->rows + TALLEST - 1) / TALLEST;
-    for (int group = first; group < last; group += MOST_PANELS)
-        for (int t = 0, i = 0, rows; t < tiles; t++, i += rows) {
-            rows = product->rows / tiles + (t < product->rows % tiles);
-            any_tile(product, copy, x + (long)i * product->inner, i, rows, group,
-                     least(last, group + MOST_PANELS));
+    int rows = product->rows, inputs = copy->inputs, tiles = tiles_of(rows);
+    long panel_words = (long)inputs * LANES;
+    int most = tiles == 1 ? PANELS(rows) : 1, step = LANES;
+    for (int t = tiles; t > 1 && step > 1; t /= 2) step /= 2;
+    for (int group = first, panels; group < last; group += panels) {
+        panels = group + most <= last ? most : 1;
+        const uint32_t *words = copy->words + group * panel_words;
+        Vector sums[2 * MOST_ROWS];
+        for (int i = 0; i < 2 * rows * panels; i++) sums[i] = (Vector){0};
+        for (int start = 0; start < inputs; start += SUMMED, words += SUMMED * LANES) {
+            int some = least(SUMMED, inputs - start);
+            const uint32_t *next = words + (tiles == 1 ? AHEAD : some * LANES);
+            for (int t = 0, i = 0; t < tiles; i += height(rows, t++))
+                add_to_tile(height(rows, t), panels,
+                            x + (long)i * inputs + (long)start * height(rows, t), words,
+                            panel_words, some, next + (long)t * some * step, step,
+                            sums + 2 * i * panels);
         }
+        write_sums(product, group, panels, sums);
+    }
 }
 
 /* Write each tile's rows of A side by side: all numbers of an input, then those of the next. */
 static void transpose_tiles(const Product *product, float *x) {
-    int tiles = (product->rows + TALLEST - 1) / TALLEST;
-    for (int t = 0, i = 0, rows; t < tiles; t++, i += rows) {
-        rows = product->rows / tiles + (t < product->rows % tiles);
+    for (int t = 0, i = 0, rows; t < tiles_of(product->rows); t++, i += rows) {
+        rows = height(product->rows, t);
         for (int r = 0; r < rows; r++)
             for (int k = 0; k < product->inner; k++)
                 x[(long)i * product->inner + (long)k * rows + r] =

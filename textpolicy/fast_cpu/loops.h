@@ -48,6 +48,16 @@ INLINE Vector fused(Vector a, Vector b, Vector c) {
 #endif
 }
 
+/* sum += a b, rounded once where the processor can do so, with the sum in the register where it is:
+   gcc otherwise moves sums from one register to another in a loop. */
+#if defined(__AVX512F__)
+#define ADD_PRODUCT(sum, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
+#elif defined(__FMA__) && LANES == 8
+#define ADD_PRODUCT(sum, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b))
+#else
+#define ADD_PRODUCT(sum, a, b) (sum = fused(a, b, sum))
+#endif
+
 /* C = alpha A B' + beta C, where A is rows x inner and B is columns x inner. */
 typedef struct {
     int rows, columns, inner;
