@@ -21,6 +21,10 @@ typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 /* A weight is a code times a scale plus a bias, or a level of NF4 times a scale. */
 typedef enum { AFFINE_4, AFFINE_8, NF4 } Format;
 
+/* A vector of words has several groups, which share a scale and a bias; or it is one group; or it is
+   a part of one. */
+typedef enum { SEVERAL, ONE, PART } Groups;
+
 /* The codes of these formats lie in words. */
 #define BITS(format) ((format) == AFFINE_8 ? 8 : 4)
 #define PER_WORD(format) (32 / BITS(format))
@@ -141,10 +145,10 @@ INLINE Vector read_floats(const float *from, const float *end) {
 #endif
 }
 
-/* The scale of each of LANES words. With `wide`, they all belong to the first group. */
-INLINE Vector scales_of(const int wide, const float *scales, const float *end, Words places) {
+/* The scale of each of LANES words. */
+INLINE Vector scales_of(const Groups kind, const float *scales, const float *end, Words places) {
     /* To subtract zero changes no number, so the compiler only copies the scale to all lanes. */
-    if (wide) return *scales - (Vector){0};
+    if (kind != SEVERAL) return *scales - (Vector){0};
     return pick(read_floats(scales, end), places);
 }
 
@@ -187,7 +191,7 @@ INLINE void add_biases(const int rows, const int outputs, const Packed *p, const
 }
 
 /* `sums` of rows of x, which lie side by side, with the outputs from `output` on. */
-INLINE void sum_outputs(const Format format, const int wide, const int rows, const int outputs,
+INLINE void sum_outputs(const Format format, const Groups kind, const int rows, const int outputs,
                         const Packed *p, const float *x, int output, Words places,
                         Vector sums[TALLEST][TILE]) {
     Vector own[TALLEST][TILE];
@@ -200,19 +204,21 @@ INLINE void sum_outputs(const Format format, const int wide, const int rows, con
         scales[o] = p->scales + numbers[o] * p->groups;
         UNROLL for (int r = 0; r < rows; r++) own[r][o] = (Vector){0};
     }
-    /* A vector of words has several groups, or a group has several vectors of words. */
-    const int step = wide ? p->group : LANES, groups = wide ? 1 : LANES / p->group;
+    const int step = kind == PART ? p->group : LANES;
+    const int groups = kind == SEVERAL ? LANES / p->group : 1;
     for (int first = 0, group = 0; first < p->words; first += step, group += groups) {
         Vector word_scales[TILE];
         UNROLL for (int o = 0; o < outputs; o++)
-            word_scales[o] = scales_of(wide, scales[o] + group, scales[o] + p->groups, places);
-        for (int word = first; word < least(p->words, first + step); word += LANES) {
+            word_scales[o] = scales_of(kind, scales[o] + group, scales[o] + p->groups, places);
+        int word = first;
+        do {
             /* Memory is slower than this loop unless it is asked for the outputs after these. */
             UNROLL for (int o = 0; o < outputs; o++)
                 __builtin_prefetch(codes[o] + word + outputs * p->words);
             add_words(format, rows, outputs, p, x, codes, word, word_scales, own);
             x += PER_WORD(format) * rows * LANES;
-        }
+            word += LANES;
+        } while (kind == PART && word < least(p->words, first + step));
     }
     if (format != NF4) add_biases(rows, outputs, p, x, numbers, own);
     UNROLL for (int r = 0; r < rows; r++)
@@ -220,7 +226,7 @@ INLINE void sum_outputs(const Format format, const int wide, const int rows, con
 }
 
 /* `rows` rows of y from row i on, for outputs from `first` to `last`. */
-INLINE void tile(const Format format, const int wide, const int rows, const Packed *p,
+INLINE void tile(const Format format, const Groups kind, const int rows, const Packed *p,
                  const float *x, int i, int first, int last) {
     Words places;
     for (int lane = 0; lane < LANES; lane++) places[lane] = lane / p->group;
@@ -228,7 +234,7 @@ INLINE void tile(const Format format, const int wide, const int rows, const Pack
         Vector sums[TALLEST][TILE];
         for (int o = 0; o < TILE; o += AT_ONCE(rows)) {
             Vector some[TALLEST][TILE];
-            sum_outputs(format, wide, rows, AT_ONCE(rows), p, x, output + o, places, some);
+            sum_outputs(format, kind, rows, AT_ONCE(rows), p, x, output + o, places, some);
             for (int r = 0; r < rows; r++)
                 for (int s = 0; s < AT_ONCE(rows); s++) sums[r][o + s] = some[r][s];
         }
@@ -245,10 +251,10 @@ INLINE void tile(const Format format, const int wide, const int rows, const Pack
 
 #define CASE(count)                                         \
     case count:                                             \
-        tile(format, wide, count, p, x, i, first, last);    \
+        tile(format, kind, count, p, x, i, first, last);    \
         break;
 
-INLINE void any_tile(const Format format, const int wide, const Packed *p, const float *x, int i,
+INLINE void any_tile(const Format format, const Groups kind, const Packed *p, const float *x, int i,
                      int rows, int first, int last) {
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
@@ -273,11 +279,11 @@ static long kept_of_row(const Packed *p) {
 }
 
 /* All rows of y, for outputs from `first` to `last`. */
-INLINE void outputs_from(const Format format, const int wide, const Packed *p, const float *x,
+INLINE void outputs_from(const Format format, const Groups kind, const Packed *p, const float *x,
                          int first, int last) {
     for (int output = first; output < last; output += OUTPUTS)
         for (int t = 0, i = 0; t < tiles_of(p->rows); i += height(p->rows, t++))
-            any_tile(format, wide, p, x + i * kept_of_row(p), i, height(p->rows, t), output,
+            any_tile(format, kind, p, x + i * kept_of_row(p), i, height(p->rows, t), output,
                      least(last, output + OUTPUTS));
 }
 
@@ -324,22 +330,23 @@ static void copy_rest(Packed *p, float *to) {
 
 typedef void Share(const Packed *p, const float *x, int first, int last);
 
-/* The compiler makes a loop without any branch for each format, and for wide groups. */
-#define SHARE(name, format, wide)                                              \
+/* The compiler makes a loop without any branch for each format and each kind of groups. */
+#define SHARE(name, format, kind)                                              \
     static void name(const Packed *p, const float *x, int first, int last) {   \
-        outputs_from(format, wide, p, x, first, last);                         \
+        outputs_from(format, kind, p, x, first, last);                         \
     }
+#define SHARES_OF(name, format)            \
+    SHARE(name##_several, format, SEVERAL) \
+    SHARE(name##_one, format, ONE)         \
+    SHARE(name##_part, format, PART)
 
-SHARE(narrow_affine_4, AFFINE_4, 0)
-SHARE(wide_affine_4, AFFINE_4, 1)
-SHARE(narrow_affine_8, AFFINE_8, 0)
-SHARE(wide_affine_8, AFFINE_8, 1)
-SHARE(narrow_nf4, NF4, 0)
-SHARE(wide_nf4, NF4, 1)
-static Share *const SHARES[][2] = {
-    [AFFINE_4] = {narrow_affine_4, wide_affine_4},
-    [AFFINE_8] = {narrow_affine_8, wide_affine_8},
-    [NF4] = {narrow_nf4, wide_nf4},
+SHARES_OF(affine_4, AFFINE_4)
+SHARES_OF(affine_8, AFFINE_8)
+SHARES_OF(nf4, NF4)
+static Share *const SHARES[][3] = {
+    [AFFINE_4] = {affine_4_several, affine_4_one, affine_4_part},
+    [AFFINE_8] = {affine_8_several, affine_8_one, affine_8_part},
+    [NF4] = {nf4_several, nf4_one, nf4_part},
 };
 
 /* `numbers` are those of the rows of x, of the outputs, of the inputs, and of an output's groups. */
@@ -366,7 +373,8 @@ static void multiply(const Format format, const float *const *in, float *const *
     }
     arrange(format, &p, x);
     copy_rest(&p, x + kept);
-    Share *compute = SHARES[format][p.group >= LANES || p.groups == 1];
+    Groups kind = p.group == LANES ? ONE : p.group > LANES || p.groups == 1 ? PART : SEVERAL;
+    Share *compute = SHARES[format][kind];
     int threads = threads_for((double)p.rows * p.outputs * p.inputs >= SMALLEST_SHARED);
     int share = ((p.outputs + threads - 1) / threads + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
