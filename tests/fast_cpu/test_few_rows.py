@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import pytest
 
 from textpolicy import fast_cpu
 from textpolicy.fast_cpu import few_rows
+from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mlx brings a fast BLAS elsewhere")
 
@@ -96,6 +98,24 @@ def test_few_rows_reach_the_compiled_loops_and_many_rows_the_blas(tmp_path):
     multiply(1, inner=63)
     multiply(1, transposed=111)
     assert calls == [64, 1, 1]
+
+
+def test_at_a_terminal_a_line_says_that_a_library_is_compiled(monkeypatch, capfd, tmp_path):
+    library = CompiledLibrary(
+        name="nothing",
+        language="C",
+        compilers=("cc", "gcc", "clang"),
+        sources=("few_rows.c",),
+        headers=(),
+        options=(("-O0",),),
+    )
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        folder = tmp_path / str(terminal)
+        folder.mkdir()
+        with suppress(NotCompiled):
+            library.compiled(folder)
+        assert ("Compiling nothing for this processor" in capfd.readouterr().err) == terminal
 
 
 def few_rows_in_a_fresh_process(cache: Path, **environment: str) -> list[str]:

@@ -97,6 +97,9 @@ class CompiledLibrary:
         if failed.exists():
             raise NotCompiled(f"{failed.read_text()}; to try again, remove {failed}")
         compiler = self._find_compiler()
+        if sys.stderr.isatty():
+            message = f"Compiling {self.name} for this processor: up to half a minute, once"
+            print(message, file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch) / path.name
             try:
