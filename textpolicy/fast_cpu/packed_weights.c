@@ -32,6 +32,8 @@ typedef enum { SEVERAL, ONE, PART } Groups;
 /* At most as many rows of x meet a vector of weights at once as there are registers for their sums.
    OUTPUTS are those that share the rows of x while these are in the nearest cache. */
 enum { TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
+/* Memory answers while a processor reads about so many words; measurements say how many. */
+enum { LATENCY = 768 };
 /* With few rows, the weights of several outputs are read at once. */
 #define AT_ONCE(rows) ((rows) <= TALLEST / 3 ? TILE : 2)
 
@@ -39,9 +41,9 @@ enum { TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
 
    A vector of words may reach beyond the words of its output. For the first `inside` outputs it
    still ends inside `codes`. The codes of the other outputs are copied to `rest`, with zeros behind
-   them. */
+   them. Memory is asked for words that lie `ahead` of those that meet x. */
 typedef struct {
-    int rows, outputs, inputs, per_word, words, groups, group, inside;
+    int rows, outputs, inputs, per_word, words, groups, group, inside, ahead;
     const float *x;
     const Word *codes, *rest;
     const float *scales, *biases;
@@ -178,6 +180,27 @@ INLINE void add_words(const Format format, const int rows, const int outputs, co
     }
 }
 
+/* The same for one row and 4 bits. Each product waits for the sum before it, so the outputs take turns;
+   a processor does not look far enough ahead to find other work by itself. */
+INLINE void add_words_in_turns(const Packed *p, const float *x, const Word *const codes[TILE],
+                               int word, const Vector scales[TILE], Vector sums[TALLEST][TILE]) {
+    Words words[TILE];
+    Vector own[TILE];
+    UNROLL for (int o = 0; o < TILE; o++) {
+        words[o] = *(const Codes *)(codes[o] + word);
+        own[o] = (Vector){0};
+    }
+    UNROLL for (int turn = 0; turn < PER_WORD(AFFINE_4); turn++) {
+        Vector numbers = *(const Vector *)(x + turn * LANES);
+        UNROLL for (int o = 0; o < TILE; o++) {
+            IN_REGISTER(words[o]);
+            Vector weights = affine_weights(AFFINE_4, turn, words[o], p);
+            ADD_PRODUCT(own[o], numbers, weights);
+        }
+    }
+    UNROLL for (int o = 0; o < TILE; o++) sums[0][o] = fused(own[o], scales[o], sums[0][o]);
+}
+
 /* Add to `sums` the products of the biases of some outputs with the sums of x over each group. */
 INLINE void add_biases(const int rows, const int outputs, const Packed *p, const float *x,
                        const long numbers[TILE], Vector sums[TALLEST][TILE]) {
@@ -212,10 +235,12 @@ INLINE void sum_outputs(const Format format, const Groups kind, const int rows, 
             word_scales[o] = scales_of(kind, scales[o] + group, scales[o] + p->groups, places);
         int word = first;
         do {
-            /* Memory is slower than this loop unless it is asked for the outputs after these. */
-            UNROLL for (int o = 0; o < outputs; o++)
-                __builtin_prefetch(codes[o] + word + outputs * p->words);
-            add_words(format, rows, outputs, p, x, codes, word, word_scales, own);
+            /* Memory is slower than this loop unless it is asked for later outputs. */
+            UNROLL for (int o = 0; o < outputs; o++) __builtin_prefetch(codes[o] + word + p->ahead);
+            if (format == AFFINE_4 && rows == 1)
+                add_words_in_turns(p, x, codes, word, word_scales, own);
+            else
+                add_words(format, rows, outputs, p, x, codes, word, word_scales, own);
             x += PER_WORD(format) * rows * LANES;
             word += LANES;
         } while (kind == PART && word < least(p->words, first + step));
@@ -358,6 +383,8 @@ static void multiply(const Format format, const float *const *in, float *const *
                 .per_word = PER_WORD(format)};
     p.words = p.inputs / p.per_word;
     p.group = p.words / p.groups;
+    /* Those of the next outputs, or as far ahead as memory takes to answer. */
+    p.ahead = TILE * p.words * (1 + LATENCY / (TILE * p.words));
     for (int n = 0; n < 4; n++)
         for (int level = 0; level < 32; level++)
             p.bytes_of_levels[n][level] = ((const uint8_t *)&LEVELS[level % 16])[n];
