@@ -11,7 +11,8 @@ read before the time starts: of transformers, the time of a call that draws one 
 LoRA merged into float32 weights, as `--merge-adapters` does; "products" are the matrix products of
 a step alone. "mlx_lm_by_openblas" is mlx-lm's `BatchGenerator` on a model that mlx-lm
 has loaded, with OpenBLAS, because the BLAS of its wheel is some thirty times slower; "mlx_lm" is
-the same generator with our compiled products and functions. "ours_by_openblas" is a process in
+the same generator with our compiled products and functions, without our attention and rotary
+embeddings of a decode step, which only our engine calls. "ours_by_openblas" is a process in
 which OpenBLAS multiplies few rows too.
 
 No step can be faster than the limit: the time in which memory gives all weights once, or the time

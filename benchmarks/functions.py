@@ -23,6 +23,7 @@ from setting import setting
 from textpolicy import fast_cpu
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import exp
+from textpolicy.fast_cpu.gradients import without_gradients
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.fast_cpu.model_functions import swiglu
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
@@ -75,7 +76,12 @@ def measured(pair: Pair, runs: int) -> dict[str, Any]:
     found: dict[str, Any] = {"function": pair.function, "shape": pair.shape}
     weights = mx.random.normal(pair.mlx(*pair.inputs).shape)
     mx.eval(pair.inputs, weights)
-    ways = {"forwards": lambda function: function(*pair.inputs)}
+
+    def forwards(function: Callable[..., mx.array]) -> mx.array:
+        with without_gradients():
+            return function(*pair.inputs)
+
+    ways: dict[str, Callable[..., Any]] = {"forwards": forwards}
     if pair.function != "exp":
         numbers = list(range(len(pair.inputs)))
 

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from textpolicy.fast_cpu import attention
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
@@ -48,7 +49,15 @@ def compiled_calls(monkeypatch) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("masked", [None, "one for all", "one a row"])
+MASKS = {
+    "one for all": lambda rows, seen: (seen,),
+    "one for all positions": lambda rows, seen: (1, seen),
+    "one for all heads": lambda rows, seen: (1, 1, seen),
+    "one a row": lambda rows, seen: (rows, 1, 1, seen),
+}
+
+
+@pytest.mark.parametrize("masked", [None, *MASKS])
 @pytest.mark.parametrize(
     ("rows", "heads", "key_heads", "seen", "width", "value_width"),
     [
@@ -67,7 +76,7 @@ def test_a_step_is_exact(rows, heads, key_heads, seen, width, value_width, maske
     values = normal(rows, key_heads, seen + 9, value_width, seed=2)[:, :, :seen]
     mask = None
     if masked:
-        shape = (rows, 1, 1, seen) if masked == "one a row" else (1, seen)
+        shape = MASKS[masked](rows, seen)
         mask = mx.random.uniform(shape=shape, key=mx.random.key(3)) < 0.6
         mask = mask | (mx.arange(seen) == seen - 1)
     found = step(queries, keys, values, mask)
@@ -77,7 +86,9 @@ def test_a_step_is_exact(rows, heads, key_heads, seen, width, value_width, maske
 
 @pytest.mark.parametrize("width", [16, 20, 64])
 @pytest.mark.parametrize("hidden", [1, 3, 8, 200])
-def test_what_a_row_gives_does_not_depend_on_its_padding_or_on_other_rows(hidden, width):
+def test_what_a_row_gives_does_not_depend_on_its_padding_or_on_other_rows(
+    hidden, width, compiled_calls
+):
     seen = 57
     queries = normal(4, 6, 1, width)
     keys, values = (normal(4, 2, hidden + seen, width, seed=seed) for seed in (1, 2))
@@ -87,6 +98,7 @@ def test_what_a_row_gives_does_not_depend_on_its_padding_or_on_other_rows(hidden
         one = slice(row, row + 1)
         alone = step(queries[one], keys[one, :, first:], values[one, :, first:])
         np.testing.assert_array_equal(together[one], alone)
+    assert compiled_calls == ["attention"] * 5
 
 
 def test_where_no_key_is_seen_all_weigh_alike():
@@ -95,7 +107,7 @@ def test_where_no_key_is_seen_all_weigh_alike():
     np.testing.assert_allclose(found, np.array(values).mean(axis=2, keepdims=True), atol=1e-6)
 
 
-def test_the_keys_of_a_large_cache_are_not_copied():
+def test_the_keys_of_a_large_cache_are_not_copied(compiled_calls):
     keys, values = normal(2, 2, 40_000, 64), normal(2, 2, 40_000, 64, seed=1)
     queries = normal(2, 4, 1, 64)
     mx.eval(keys, values, queries)
@@ -104,14 +116,34 @@ def test_the_keys_of_a_large_cache_are_not_copied():
     step(queries, keys[:, :, :39_000], values[:, :, :39_000])
     # A copy of the keys alone has 40 MB.
     assert mx.get_peak_memory() - before < 2**20
+    assert compiled_calls == ["attention"]
 
 
-def test_keys_whose_numbers_are_not_side_by_side_are_read_as_they_are():
-    queries, values = normal(2, 4, 1, 64), normal(2, 2, 30, 64, seed=1)
-    keys = normal(2, 2, 64, 30, seed=2).swapaxes(-1, -2)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        (normal(2, 4, 1, 64), normal(2, 2, 64, 30).swapaxes(-1, -2)),
+        # As in a model that computes queries, keys and values by one product.
+        (normal(2, 1, 4, 192).transpose(0, 2, 1, 3)[..., :64], normal(2, 2, 30, 64)),
+        # One text for all rows.
+        (normal(2, 4, 1, 64), normal(1, 2, 30, 64)),
+    ],
+    ids=["transposed keys", "queries with gaps", "keys of one row"],
+)
+def test_arrays_are_read_as_they_are_stored(queries, keys, compiled_calls):
+    values = normal(len(keys), 2, 30, 64, seed=1)
     np.testing.assert_allclose(
         step(queries, keys, values), exact(queries, keys, values), rtol=2e-5, atol=2e-6
     )
+    assert compiled_calls == ["attention"]
+
+
+def test_shapes_that_do_not_fit_are_refused_as_before(compiled_calls):
+    queries, keys = normal(2, 4, 1, 64), normal(2, 2, 30, 64)
+    for wrong in (normal(2, 2, 29, 64), normal(3, 2, 30, 64)):
+        with pytest.raises((ValueError, TypeCheckError)):
+            step(queries, keys, wrong)
+    assert not compiled_calls
 
 
 def test_a_gradient_is_computed_by_operations_that_have_one(compiled_calls):

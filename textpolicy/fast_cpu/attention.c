@@ -8,7 +8,7 @@
 /* Each number of the output is summed over so many keys at a time, which keeps its error small. */
 enum { SUMMED = 256 };
 
-/* At most so many query heads, and vectors of each, meet a value at any time. */
+/* For at most so many query heads, and for so many vectors of each, sums are in registers at once. */
 enum { HEADS = 4, MOST_VECTORS = 8 };
 
 /* What one key head has to do. The outputs of its query heads lie side by side. */
@@ -28,9 +28,9 @@ static int first_seen(const uint8_t *mask, int keys) {
     return 0;
 }
 
-/* Turn the scores of a query into powers of e less the largest score; return their sum. */
+/* Replace each score by e to the power of its difference from the largest one; return the sum. */
 static float exponentials(float *restrict scores, int keys, const uint8_t *mask) {
-    /* Subtracting this leaves no digit of a score. Where no key is seen, all weigh alike. */
+    /* A hidden key weighs 0. Where no key is seen, all weigh alike. */
     if (mask)
         for (int key = 0; key < keys; key++) scores[key] = mask[key] ? scores[key] : -1e30f;
     float top = largest(scores, keys), sum;
@@ -39,7 +39,8 @@ static float exponentials(float *restrict scores, int keys, const uint8_t *mask)
     return sum;
 }
 
-/* Write `vectors` vectors of the weighted mean of the values for each of `heads` heads. */
+/* For each of `heads` heads, write `vectors` vectors of the weighted mean of the values, from a column
+   on. `sums` are those of the heads' weights. */
 INLINE void mean_of_vectors(const int heads, const int vectors, const Group *g,
                             const float *weights, const float *sums, int column, float *out) {
     const float *values = g->values + column;
@@ -84,7 +85,7 @@ static __attribute__((noinline)) float mean_of_numbers(const Group *g, const flo
     return total / sum;
 }
 
-/* As many vectors at once as leave registers for the values. */
+/* With fewer heads there are registers for more vectors. */
 #define VECTORS(heads) ((heads) == 1 ? 8 : (heads) == 2 ? 4 : 2)
 #define CASE(heads)                                                                              \
     case heads:                                                                                  \
@@ -130,7 +131,7 @@ static void attend(Group *g) {
 
 /* Of queries, keys, values and, unless there is none, a mask with a byte for each key. The numbers
    are rows, key heads, query heads of each, keys, widths of a key and of a value, the bits of the
-   scale; then the steps of each input along its first three axes: row, head and position. */
+   scale, and whether there is a mask; then the steps of each input along its first three axes: row, head and position. */
 FUNCTION(compiled_attention) {
     int rows = numbers[0], key_heads = numbers[1], sharing = numbers[2], keys = numbers[3];
     int width = numbers[4], value_width = numbers[5], has_mask = numbers[7];

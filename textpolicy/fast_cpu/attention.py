@@ -12,7 +12,6 @@ In a decode step, a compiled function reads keys and values where they lie in th
 """
 
 import math
-import struct
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from mlx_lm.models import base
 from textpolicy.fast_cpu.array_slices import SLICE_SIZE, compute_after
 from textpolicy.fast_cpu.exponential import LOG2_E, exp2, softmax
 from textpolicy.fast_cpu.gradients import are_gradients_needed, with_gradient
-from textpolicy.fast_cpu.mlx_operations import compiled_operation, reason_of_none
+from textpolicy.fast_cpu.mlx_operations import bits_of, compiled_operation, reason_of_none
 
 # In these shapes, `sharing` query heads use each of the key heads.
 GroupedQueries = Float[mx.array, "batch key_heads sharing time width"]
@@ -52,7 +51,7 @@ def scaled_dot_product_attention(
         return base.scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
         )
-    if _is_decode_step(queries, keys, values, mask):
+    if _can_be_compiled(queries, keys, values, mask):
         return _attend_where_stored(queries, keys, values, scale, mask)
     batch, heads, time, width = queries.shape
     key_heads = keys.shape[1]
@@ -70,29 +69,39 @@ def scaled_dot_product_attention(
     return _attention(mask)(grouped, keys, values).reshape(batch, heads, time, -1)
 
 
-def _is_decode_step(queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> bool:
-    """Return whether there is one position, no gradient, a compiled function, and a mask for it."""
+def _can_be_compiled(queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> bool:
+    """Return whether the compiled function can be used: it trusts what is checked here.
+
+    It computes one position of each row, and has no gradient.
+    """
     if queries.shape[2] != 1 or are_gradients_needed() or mx.default_device().type != mx.cpu:
         return False
     if keys.dtype != mx.float32 or values.dtype != mx.float32 or reason_of_none():
         return False
+    rows, heads, _, width = queries.shape
+    stored, key_heads, seen, key_width = keys.shape
+    fits = keys.shape[:3] == values.shape[:3] and key_width == width and not heads % key_heads
+    if not fits or stored not in (1, rows) or not queries.size * seen:
+        return False
     if not isinstance(mask, mx.array):
         return True
-    rows, heads, times, seen = (1, 1, 1, *mask.shape)[-4:]
-    return rows in (1, queries.shape[0]) and heads == times == 1 and seen == keys.shape[2]
+    masks, mask_heads, times, masked = (1, 1, 1, *mask.shape)[-4:]
+    return masks in (1, rows) and mask_heads == times == 1 and masked == seen
 
 
 def _attend_where_stored(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any
 ) -> mx.array:
+    """Return attention by the compiled function, which copies neither keys nor values."""
     rows, heads, _, width = queries.shape
     _, key_heads, seen, value_width = values.shape
     masks = [mask] if isinstance(mask, mx.array) else []
-    (bits,) = struct.unpack("<i", struct.pack("<f", scale))
     attention = compiled_operation("attention", 3 + len(masks), as_stored=True)
     sizes = rows, key_heads, heads // key_heads, seen, width, value_width
     (out,) = attention(
-        (queries, keys, values, *masks), (rows, heads, 1, value_width), (*sizes, bits, len(masks))
+        (queries, keys, values, *masks),
+        (rows, heads, 1, value_width),
+        (*sizes, bits_of(scale), len(masks)),
     )
     return out
 

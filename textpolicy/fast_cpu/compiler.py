@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -97,9 +98,7 @@ class CompiledLibrary:
         if failed.exists():
             raise NotCompiled(f"{failed.read_text()}; to try again, remove {failed}")
         compiler = self._find_compiler()
-        if sys.stderr.isatty():
-            message = f"Compiling {self.name} for this processor: up to half a minute, once"
-            print(message, file=sys.stderr, flush=True)
+        self._say_that_it_is_compiled(folder)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch) / path.name
             try:
@@ -130,6 +129,16 @@ class CompiledLibrary:
         failed = _run([sys.executable, "-c", self.trial, str(path)])
         if failed is not None:
             raise NotCompiled(f"{self.name} does not work on this machine: {failed}")
+
+    def _say_that_it_is_compiled(self, folder: Path) -> None:
+        if not sys.stderr or sys.stderr.closed or not sys.stderr.isatty():
+            return
+        message = (
+            f"TextPolicy compiles functions for this processor ({self.name}). "
+            f"This may take half a minute. The result is kept in {folder}."
+        )
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
 
     def _find_compiler(self) -> str:
         compiler = next(filter(None, map(shutil.which, self.compilers)), None)

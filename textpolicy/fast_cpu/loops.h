@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -41,15 +43,14 @@ INLINE Vector fused(Vector a, Vector b, Vector c) {
 #elif defined(__FMA__) && LANES == 8
     return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
-    UNROLL for (int lane = 0; lane < LANES; lane++) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-    return c;
+    return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
 }
 
-/* sum += a b, rounded once where the processor can do so, with the sum in the register where it is:
-   gcc otherwise moves sums from one register to another in a loop. */
+/* sum += a b, rounded once where the processor can do so. The instruction is written out because gcc
+   otherwise copies sums from one register to another in each turn of a loop. */
 #if defined(__AVX512F__)
 #define ADD_PRODUCT(sum, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
 #elif defined(__FMA__) && LANES == 8

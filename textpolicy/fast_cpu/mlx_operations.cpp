@@ -77,7 +77,8 @@ const void* side_by_side(const array& x, cpu::CommandEncoder& encoder) {
     return to;
 }
 
-// The same as the numbers are stored, with the steps: 0 along an axis of length 1.
+// The address of an array's numbers as they are stored, and the steps from one to the next along each
+// axis but the last: 0 along an axis of length 1. They are copied if the last axis has steps too.
 const void* as_stored(const array& x, cpu::CommandEncoder& encoder, int64_t* steps) {
     const bool is_stored = x.strides().back() == 1;
     int64_t step = x.shape(-1);

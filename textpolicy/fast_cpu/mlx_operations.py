@@ -9,6 +9,7 @@ the trial fails, mlx's own operations compute the same numbers.
 
 import ctypes
 import re
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,13 @@ def operation_for(
     return None if reason_of_none() else _by_elements(name, len(arrays) + vectors, outputs)
 
 
+@cache
+def bits_of(number: float) -> int:
+    """Return the whole number with the bits of a float32 number, as compiled functions take it."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", number))
+    return bits
+
+
 @once
 def reason_of_none() -> str:
     """Return why there are no such operations, or an empty text if there are."""
@@ -87,7 +95,16 @@ def try_library(path: Path) -> None:
     of_gate, of_x = gradients(x[:, ::2], x[:, 1:], x[:, :2] + y[:, :2])
     (again,) = _by_elements("exp", 1, 1)(x.T)
     expected = mx.exp(x)
+    attention = compiled_operation("attention", 3, as_stored=True)
+    # Where the first of two keys is used alone, its value is the mean.
+    keys = mx.stack([x, y])[None]
+    (seen,) = attention(
+        (x[:1, None, None], keys[:, :1, :1], keys[:, 1:, :1]),
+        (1, 1, 1, 3),
+        (1, 1, 1, 1, 3, 3, 0, 0),
+    )
     right = mx.allclose(y, expected) and mx.allclose(again, expected.T)
+    right = right and mx.allclose(seen.reshape(3), expected[0])
     if not right or (of_gate + of_x).shape != (2, 2):
         raise NotCompiled("it computes wrong numbers")
 
@@ -168,7 +185,7 @@ def compiled_operation(
             inputs=arrays,
             output_shapes=[shape] * outputs,
             output_dtypes=dtypes,
-            template=[*zip(names, numbers, strict=False)],
+            template=[*zip(names[: len(numbers)], numbers, strict=True)],
             grid=one,
             threadgroup=one,
             stream=mx.cpu,

@@ -21,8 +21,8 @@ typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 /* A weight is a code times a scale plus a bias, or a level of NF4 times a scale. */
 typedef enum { AFFINE_4, AFFINE_8, NF4 } Format;
 
-/* A vector of words has several groups, which share a scale and a bias; or it is one group; or it is
-   a part of one. */
+/* The words of a group share a scale and a bias. A vector of words has several groups; or it is one
+   group; or one group has several vectors, or is all that an output has. */
 typedef enum { SEVERAL, ONE, PART } Groups;
 
 /* The codes of these formats lie in words. */

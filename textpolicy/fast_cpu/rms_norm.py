@@ -6,7 +6,6 @@ s = 1 / sqrt(mean(x^2) + eps) and y = s w x:
     dx = s (w dy - x s^2 sum(w x dy) / n)        dw = sum over rows of s x dy
 """
 
-import struct
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -16,7 +15,7 @@ import mlx.nn as nn
 from jaxtyping import Float
 
 from textpolicy.fast_cpu.gradients import are_gradients_needed, with_gradient
-from textpolicy.fast_cpu.mlx_operations import operation_for
+from textpolicy.fast_cpu.mlx_operations import bits_of, operation_for
 
 Rows = Float[mx.array, "*rows width"]
 
@@ -32,13 +31,7 @@ class FastRMSNorm(nn.RMSNorm):
             return super().__call__(x)
         if are_gradients_needed():
             return _norm(self.eps)(x, weight)
-        return compiled(x, weight, numbers=_numbers(self.eps))[0]
-
-
-@cache
-def _numbers(eps: float) -> tuple[int]:
-    """Return epsilon as a compiled function takes it: the whole number of the same bits."""
-    return struct.unpack("<i", struct.pack("<f", eps))
+        return compiled(x, weight, numbers=(bits_of(self.eps),))[0]
 
 
 @cache
@@ -49,14 +42,14 @@ def _norm(eps: float) -> Callable[..., Rows]:
         compiled = operation_for("rms_norm", x, vectors=1, least_width=1)
         if compiled is None:
             return mx.fast.rms_norm(x, weight, eps)
-        return compiled(x, weight, numbers=_numbers(eps))[0]
+        return compiled(x, weight, numbers=(bits_of(eps),))[0]
 
     def gradients(primals: Any, cotangent: Rows, _: Rows) -> list[mx.array]:
         x, weight = primals
         compiled = operation_for("rms_norm_gradient", x, cotangent, vectors=1, least_width=1)
         if compiled is None:
             return mx.vjp(partial(mx.fast.rms_norm, eps=eps), [x, weight], [cotangent])[1]
-        (of_x,) = compiled(x, cotangent, weight, numbers=_numbers(eps))
+        (of_x,) = compiled(x, cotangent, weight, numbers=(bits_of(eps),))
         scale = mx.rsqrt(mx.square(x).mean(axis=-1, keepdims=True) + eps)
         # mlx computes this only if the weights are trained.
         of_weight = (cotangent * x * scale).reshape(-1, x.shape[-1]).sum(axis=0)

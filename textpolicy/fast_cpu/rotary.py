@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int
 
+from textpolicy.fast_cpu.gradients import are_gradients_needed
 from textpolicy.fast_cpu.mlx_operations import operation_for
 
 RowsOfHeads = Float[mx.array, "*rows heads time width"]
@@ -72,8 +73,11 @@ class FastRoPE(nn.RoPE):
         if step is None or not whole or self.base <= 0 or not step.begins_at(offset):
             return super().__call__(x, offset)
         cosine, sine = step.angles(self.dims, self.base, self.scale)
-        compiled = operation_for("rotation", x, vectors=2, least_width=2)
-        if compiled and len(x) == len(cosine):
+        if (
+            not are_gradients_needed()
+            and len(x) == len(cosine)
+            and (compiled := operation_for("rotation", x, vectors=2, least_width=2))
+        ):
             return compiled(x, cosine, sine, numbers=(math.prod(x.shape[1:-1]),))[0]
         # The halves of a head are rotated together: x cos + (second half, first half) (-sin, sin).
         halves = x.reshape(*x.shape[:-1], 2, -1)

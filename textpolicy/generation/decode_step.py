@@ -40,7 +40,8 @@ def launch_step(model: nn.Module, batch: DecodingBatch) -> DrawnTokens:
         contexts = [(row.context + row.tokens)[-_PENALISED_TOKENS:] for row in batch.rows]
         penalties = [row.sampling.repetition_penalty for row in batch.rows]
         logits = penalise_repetition(logits, contexts, penalties)
-    drawn = DrawnTokens(*draw_by_plan(logits, mx.array(batch.keys), batch.plan))
+    with without_gradients():
+        drawn = DrawnTokens(*draw_by_plan(logits, mx.array(batch.keys), batch.plan))
     drawn.details = _launch_details(batch.rows, raw, drawn.tokens)
     mx.async_eval((drawn.tokens, drawn.logprobs), [layer.state for layer in batch.cache])
     batch.last_tokens = drawn.tokens

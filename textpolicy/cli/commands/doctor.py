@@ -75,7 +75,7 @@ def _compiled_text(blas: Mapping[str, Any], no_operations: str) -> str:
         return f"a C compiler would make decoding of few rows faster: {reason}" if reason else ""
     if no_operations:
         return f"exponentials are mlx's own, which are slower: {no_operations}"
-    return "loops compiled for this processor multiply few rows and compute exponentials"
+    return "loops compiled for this processor multiply few rows and compute other functions"
 
 
 def _for_people(data: Mapping[str, Any]) -> str:
