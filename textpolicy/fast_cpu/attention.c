@@ -11,16 +11,18 @@ enum { SUMMED = 256 };
 /* For at most so many query heads, and for so many vectors of each, sums are in registers at once. */
 enum { HEADS = 4, MOST_VECTORS = 8 };
 
-/* What one key head has to do. The outputs of its query heads lie side by side. */
+/* What one key head has to do: `sharing` query heads use it, and `seen` keys are in the cache. The
+   outputs of the query heads lie side by side. */
 typedef struct {
-    int sharing, keys, width, value_width;
+    int sharing, seen, width, value_width;
     long query_step, key_step, value_step;
     float scale;
-    const float *queries, *keys_from, *values;
+    const float *queries, *keys, *values;
     const uint8_t *mask;
     float *out;
 } Group;
 
+/* The first key that a mask shows, or the first of all if it shows none. */
 static int first_seen(const uint8_t *mask, int keys) {
     if (!mask) return 0;
     for (int key = 0; key < keys; key++)
@@ -48,18 +50,18 @@ INLINE void mean_of_vectors(const int heads, const int vectors, const Group *g,
     Vector totals[HEADS][MOST_VECTORS];
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int v = 0; v < vectors; v++) totals[h][v] = zero;
-    for (int start = 0; start < g->keys; start += SUMMED) {
+    for (int start = 0; start < g->seen; start += SUMMED) {
         Vector own[HEADS][MOST_VECTORS];
         UNROLL for (int h = 0; h < heads; h++)
             UNROLL for (int v = 0; v < vectors; v++) own[h][v] = zero;
-        for (int key = start; key < least(g->keys, start + SUMMED); key++) {
+        for (int key = start; key < least(g->seen, start + SUMMED); key++) {
             Vector some[MOST_VECTORS];
             UNROLL for (int v = 0; v < vectors; v++) {
                 some[v] = *(const Vector *)(values + key * g->value_step + v * LANES);
                 IN_REGISTER(some[v]);
             }
             UNROLL for (int h = 0; h < heads; h++) {
-                Vector weight = weights[(long)h * g->keys + key] - zero;
+                Vector weight = weights[(long)h * g->seen + key] - zero;
                 UNROLL for (int v = 0; v < vectors; v++)
                     ADD_PRODUCT(own[h][v], weight, some[v]);
             }
@@ -76,9 +78,9 @@ INLINE void mean_of_vectors(const int heads, const int vectors, const Group *g,
 static __attribute__((noinline)) float mean_of_numbers(const Group *g, const float *weights,
                                                        float sum, int column) {
     float total = 0;
-    for (int start = 0; start < g->keys; start += SUMMED) {
+    for (int start = 0; start < g->seen; start += SUMMED) {
         float own = 0;
-        for (int key = start; key < least(g->keys, start + SUMMED); key++)
+        for (int key = start; key < least(g->seen, start + SUMMED); key++)
             own += weights[key] * g->values[key * g->value_step + column];
         total += own;
     }
@@ -87,12 +89,13 @@ static __attribute__((noinline)) float mean_of_numbers(const Group *g, const flo
 
 /* With fewer heads there are registers for more vectors. */
 #define VECTORS(heads) ((heads) == 1 ? 8 : (heads) == 2 ? 4 : 2)
-#define CASE(heads)                                                                              \
-    case heads:                                                                                  \
-        for (; column + VECTORS(heads) * LANES <= g->value_width; column += VECTORS(heads) * LANES) \
-            mean_of_vectors(heads, VECTORS(heads), g, weights, sums, column, out);               \
-        for (; column + LANES <= g->value_width; column += LANES)                                \
-            mean_of_vectors(heads, 1, g, weights, sums, column, out);                            \
+#define COLUMNS(heads) (VECTORS(heads) * LANES)
+#define CASE(heads)                                                                   \
+    case heads:                                                                       \
+        for (; column + COLUMNS(heads) <= g->value_width; column += COLUMNS(heads))   \
+            mean_of_vectors(heads, VECTORS(heads), g, weights, sums, column, out);    \
+        for (; column + LANES <= g->value_width; column += LANES)                     \
+            mean_of_vectors(heads, 1, g, weights, sums, column, out);                 \
         break;
 
 static void mean_of_values(const Group *g, int heads, const float *weights, const float *sums,
@@ -102,51 +105,52 @@ static void mean_of_values(const Group *g, int heads, const float *weights, cons
     for (; column < g->value_width; column++)
         for (int h = 0; h < heads; h++)
             out[(long)h * g->value_width + column] =
-                mean_of_numbers(g, weights + (long)h * g->keys, sums[h], column);
+                mean_of_numbers(g, weights + (long)h * g->seen, sums[h], column);
 }
 
 static void attend(Group *g) {
-    int first = first_seen(g->mask, g->keys);
-    g->keys -= first;
-    g->keys_from += first * g->key_step;
+    int first = first_seen(g->mask, g->seen);
+    g->seen -= first;
+    g->keys += first * g->key_step;
     g->values += first * g->value_step;
     if (g->mask) g->mask += first;
     for (int head = 0; head < g->sharing; head += HEADS) {
         int heads = least(HEADS, g->sharing - head);
-        float *scores = scratch((long)heads * g->keys), sums[HEADS];
+        float *scores = scratch((long)heads * g->seen), sums[HEADS];
         if (!scores) {
             /* Without memory there is no result, and nobody shall take another number for it. */
             for (int i = 0; i < heads * g->value_width; i++)
                 g->out[(long)head * g->value_width + i] = NAN;
             continue;
         }
-        Product product = {heads, g->keys, g->width, g->scale, 0, g->queries + head * g->query_step,
-                           g->keys_from, scores, g->query_step, g->key_step, g->keys};
-        columns_of(&product, 0, g->keys);
+        Product product = {heads, g->seen, g->width, g->scale, 0, g->queries + head * g->query_step,
+                           g->keys, scores, g->query_step, g->key_step, g->seen};
+        columns_of(&product, 0, g->seen);
         for (int h = 0; h < heads; h++)
-            sums[h] = exponentials(scores + (long)h * g->keys, g->keys, g->mask);
+            sums[h] = exponentials(scores + (long)h * g->seen, g->seen, g->mask);
         mean_of_values(g, heads, scores, sums, g->out + (long)head * g->value_width);
     }
 }
 
 /* Of queries, keys, values and, unless there is none, a mask with a byte for each key. The numbers
    are rows, key heads, query heads of each, keys, widths of a key and of a value, the bits of the
-   scale, and whether there is a mask; then the steps of each input along its first three axes: row, head and position. */
+   scale, and whether there is a mask; then the steps of each input along its first three axes: row,
+   head and position. */
 FUNCTION(compiled_attention) {
-    int rows = numbers[0], key_heads = numbers[1], sharing = numbers[2], keys = numbers[3];
+    int rows = numbers[0], key_heads = numbers[1], sharing = numbers[2], seen = numbers[3];
     int width = numbers[4], value_width = numbers[5], has_mask = numbers[7];
     int32_t bits = numbers[6];
     float scale;
     memcpy(&scale, &bits, 4);
     const int64_t *query = numbers + MOST_NUMBERS, *key = query + 3, *value = key + 3;
     const int64_t *mask = value + 3;
-    double work = (double)rows * key_heads * sharing * keys * (width + value_width);
+    double work = (double)rows * key_heads * sharing * seen * (width + value_width);
 #pragma omp parallel for num_threads(threads_for(work >= SMALLEST_SHARED))
     for (int unit = 0; unit < rows * key_heads; unit++) {
         int row = unit / key_heads, head = unit % key_heads;
         attend(&(Group){
             .sharing = sharing,
-            .keys = keys,
+            .seen = seen,
             .width = width,
             .value_width = value_width,
             .query_step = query[1],
@@ -154,7 +158,7 @@ FUNCTION(compiled_attention) {
             .value_step = value[2],
             .scale = scale,
             .queries = in[0] + row * query[0] + head * sharing * query[1],
-            .keys_from = in[1] + row * key[0] + head * key[1],
+            .keys = in[1] + row * key[0] + head * key[1],
             .values = in[2] + row * value[0] + head * value[1],
             .mask = has_mask ? (const uint8_t *)in[3] + row * mask[0] : NULL,
             .out = out[0] + (long)unit * sharing * value_width,

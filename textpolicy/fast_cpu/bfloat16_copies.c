@@ -174,7 +174,7 @@ static void write_sums(const Product *product, int first, int panels, const Vect
             }
 }
 
-/* Rows of A in tiles of about the same height: the height of tile t. */
+/* The number of tiles that rows of A make, and the rows of tile t: all have about the same height. */
 static int tiles_of(int rows) { return (rows + TALLEST - 1) / TALLEST; }
 static int height(int rows, int t) { return rows / tiles_of(rows) + (t < rows % tiles_of(rows)); }
 

@@ -1,4 +1,4 @@
-/* Exponentials, largest numbers and sums of rows, for the functions that compute them. */
+/* What functions of rows have in common: exponentials, the largest number, and sums in one order. */
 
 #pragma once
 
