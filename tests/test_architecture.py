@@ -83,6 +83,7 @@ TERMINAL_WRITERS = {
     "textpolicy.experiment.event_lines",
     "textpolicy.tracking.trackio_run",
 }
+BELOW_FAST_CPU = ("textpolicy.activity", "textpolicy.errors")
 # Files that may call Python's readers: they have bounds of their own.
 PARSERS = {
     "textpolicy.untrusted.parsing",
@@ -256,8 +257,9 @@ def fast_cpu_stands_alone(source: Source) -> Iterator[str]:
         return
     for line, module in imported_modules(source):
         ours = module.split(".")[0] in {"textpolicy", "textpolicy_envs"}
-        if ours and layer_of(module) not in {"textpolicy.fast_cpu", "textpolicy.errors"}:
-            yield f"line {line}: import of {module}; fast_cpu imports only textpolicy.errors"
+        if ours and layer_of(module) not in {"textpolicy.fast_cpu", *BELOW_FAST_CPU}:
+            below = " and ".join(BELOW_FAST_CPU)
+            yield f"line {line}: import of {module}; fast_cpu imports only {below}"
 
 
 def files_import_in_no_circle(sources: list[Source]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from textpolicy import fast_cpu
+from textpolicy import activity, fast_cpu
 from textpolicy.fast_cpu import few_rows
 from textpolicy.fast_cpu.compiler import CompiledLibrary
 
@@ -100,7 +100,7 @@ def test_few_rows_reach_the_compiled_loops_and_many_rows_the_blas(tmp_path):
 
 
 @pytest.mark.usefixtures("compiled")
-def test_at_a_terminal_a_line_says_that_a_library_is_compiled(monkeypatch, capfd, tmp_path):
+def test_progress_can_say_that_a_library_is_compiled(monkeypatch, tmp_path):
     library = CompiledLibrary(
         name="nothing",
         language="C",
@@ -109,12 +109,13 @@ def test_at_a_terminal_a_line_says_that_a_library_is_compiled(monkeypatch, capfd
         headers=(),
         options=(("-O0",),),
     )
-    for terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        folder = tmp_path / str(terminal)
-        folder.mkdir()
-        library.compiled(folder)
-        assert ("compiles functions for this processor" in capfd.readouterr().err) == terminal
+    seen: list[str] = []
+    monkeypatch.setattr(
+        CompiledLibrary, "try_out", lambda self, path: seen.append(activity.described())
+    )
+    path = library.compiled(tmp_path)
+    assert seen == ["compiling functions for this processor, which are kept"]
+    assert library.compiled(tmp_path) == path and len(seen) == 1
 
 
 def few_rows_in_a_fresh_process(cache: Path, **environment: str) -> list[str]:

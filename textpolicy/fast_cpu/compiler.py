@@ -14,13 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
 from threading import RLock
 from typing import TypeVar
 
+from textpolicy.activity import doing
 from textpolicy.fast_cpu.cache_folder import cache_folder
 
 FOLDER = Path(__file__).parent
@@ -98,8 +98,10 @@ class CompiledLibrary:
         if failed.exists():
             raise NotCompiled(f"{failed.read_text()}; to try again, remove {failed}")
         compiler = self._find_compiler()
-        self._say_that_it_is_compiled(folder)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with (
+            doing("compiling functions for this processor, which are kept"),
+            tempfile.TemporaryDirectory(dir=folder) as scratch,
+        ):
             new = Path(scratch) / path.name
             try:
                 self._compile(compiler, new)
@@ -129,16 +131,6 @@ class CompiledLibrary:
         failed = _run([sys.executable, "-c", self.trial, str(path)])
         if failed is not None:
             raise NotCompiled(f"{self.name} does not work on this machine: {failed}")
-
-    def _say_that_it_is_compiled(self, folder: Path) -> None:
-        if not sys.stderr or sys.stderr.closed or not sys.stderr.isatty():
-            return
-        message = (
-            f"TextPolicy compiles functions for this processor ({self.name}). "
-            f"This may take half a minute. The result is kept in {folder}."
-        )
-        with suppress(OSError):
-            print(message, file=sys.stderr, flush=True)
 
     def _find_compiler(self) -> str:
         compiler = next(filter(None, map(shutil.which, self.compilers)), None)

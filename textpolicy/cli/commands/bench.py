@@ -9,6 +9,8 @@ import mlx.core as mx
 from textpolicy.cli.answer import Answer, table
 from textpolicy.cli.flags import configured
 from textpolicy.cli.measured_steps import RealSteps, run_measured_steps
+from textpolicy.cli.output import print_note
+from textpolicy.cli.progress import showing_progress
 from textpolicy.config import TrainConfig, changed
 from textpolicy.errors import ModelError
 from textpolicy.experiment.model_defaults import with_model_defaults
@@ -21,6 +23,11 @@ _PARTS = ("generate", "reward", "logprobs", "update", "publish", "reload", "chec
 
 
 def run(options: Namespace) -> Answer:
+    with showing_progress(print_note):
+        return _run(options)
+
+
+def _run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     if config.task.env is None and config.task.data is None:
         config = changed(config, {"task.env": "add"})

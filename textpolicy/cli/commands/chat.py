@@ -16,6 +16,7 @@ from textpolicy.cli.conversations import Reply, Side, ask, save_conversations
 from textpolicy.cli.flags import configured
 from textpolicy.cli.models_of_runs import with_model_of_run
 from textpolicy.cli.output import print_answer, print_note
+from textpolicy.cli.progress import showing_progress
 from textpolicy.config import TrainConfig
 from textpolicy.environments.preamble import system_messages
 from textpolicy.errors import ConfigError, UnwritableError
@@ -35,7 +36,9 @@ HELP = """\
 
 def run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
-    chat = _Chat(_sides(config, options), options.seed, as_json=options.json)
+    with showing_progress(print_note):
+        sides = _sides(config, options)
+    chat = _Chat(sides, options.seed, as_json=options.json)
     for line in _read_lines():
         if line == "/quit":
             break

@@ -12,6 +12,8 @@ import mlx.core as mx
 
 from textpolicy import backend, fast_cpu
 from textpolicy.cli.answer import Answer, table
+from textpolicy.cli.output import print_note
+from textpolicy.cli.progress import showing_progress
 from textpolicy.device_sizes import device_sizes, saturating_rows
 from textpolicy.experiment.threads import ONE_IS_FASTER
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
@@ -23,6 +25,11 @@ _INSTALL = "pip install --force-reinstall textpolicy mlx-lm"
 
 
 def run(options: Namespace) -> Answer:
+    with showing_progress(print_note):
+        return _run(options)
+
+
+def _run(options: Namespace) -> Answer:
     blas, threads = fast_cpu.enable(), fast_cpu.measure_threads()
     device = mx.default_device().type.name
     data = {

@@ -8,6 +8,7 @@ from textpolicy.cli.answer import Answer
 from textpolicy.cli.flags import configured
 from textpolicy.cli.models_of_runs import with_model_of_run
 from textpolicy.cli.output import print_note
+from textpolicy.cli.progress import showing_progress
 from textpolicy.config import TrainConfig
 from textpolicy.environments.preamble import system_messages
 from textpolicy.experiment.assembly import dtype_of, template_arguments_of
@@ -21,6 +22,11 @@ from textpolicy.types import Sampling
 
 
 def run(options: Namespace) -> Answer:
+    with showing_progress(print_note):
+        return _run(options)
+
+
+def _run(options: Namespace) -> Answer:
     config = configured(TrainConfig(), options)
     start = find_adapter(config.adapter.start) if config.adapter.start else None
     config = with_model_of_run(config, options, [start] if start else [])
