@@ -92,11 +92,14 @@ def test_what_a_row_gives_does_not_depend_on_its_padding_or_on_other_rows(
     seen = 57
     queries = normal(4, 6, 1, width)
     keys, values = (normal(4, 2, hidden + seen, width, seed=seed) for seed in (1, 2))
-    mask = mx.arange(hidden + seen)[None] >= mx.array([0, hidden, hidden, hidden // 2])[:, None]
+    first = [0, hidden, hidden, hidden // 2]
+    last = [hidden + seen, hidden + seen - 9, hidden + 1, hidden + seen]
+    place = mx.arange(hidden + seen)
+    mask = (place >= mx.array(first)[:, None]) & (place < mx.array(last)[:, None])
     together = step(queries, keys, values, mask[:, None, None])
-    for row, first in enumerate([0, hidden, hidden, hidden // 2]):
-        one = slice(row, row + 1)
-        alone = step(queries[one], keys[one, :, first:], values[one, :, first:])
+    for row in range(4):
+        one, own = slice(row, row + 1), slice(first[row], last[row])
+        alone = step(queries[one], keys[one, :, own], values[one, :, own])
         np.testing.assert_array_equal(together[one], alone)
     assert compiled_calls == ["attention"] * 5
 

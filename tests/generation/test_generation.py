@@ -15,7 +15,7 @@ from tests.logprobs import token_logprobs
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
 from textpolicy.generation.decode import decode
-from textpolicy.generation.decode_step import next_logits
+from textpolicy.generation.decode_step import logits_by_model
 from textpolicy.generation.decoding_batch import DecodingRow, merge_batches
 from textpolicy.generation.mlx_generation import create_policy, load_model
 from textpolicy.generation.prefill import prefill_prompts
@@ -278,7 +278,7 @@ def test_rows_are_dropped_and_the_next_step_is_built_while_the_device_computes(l
     batch.last_tokens = batch.last_tokens + (0 * work[0, 0]).astype(mx.uint32)
     mx.async_eval(work)
     merged = merge_batches(batch.keep_rows([0, 2]), more)
-    logits = next_logits(model, merged)
+    logits = logits_by_model(model, merged)
     built = time.perf_counter()
     mx.eval(work)
     assert time.perf_counter() - built > 0.01

@@ -1,7 +1,7 @@
 /* Attention of one position of each row to the keys and values in a cache, read where they lie.
 
-   A row's keys begin with the first one that its mask shows. So what a row gives does not depend on
-   the rows beside it, nor on the unused positions before its keys. */
+   A row's keys begin with the first one that its mask shows, and end with the last one. So what a row
+   gives does not depend on the rows beside it, nor on unused positions before and after its keys. */
 
 #include "rows.h"
 
@@ -110,6 +110,8 @@ static void mean_of_values(const Group *g, int heads, const float *weights, cons
 
 static void attend(Group *g) {
     int first = first_seen(g->mask, g->seen);
+    if (g->mask && g->mask[first])
+        while (!g->mask[g->seen - 1]) g->seen--;
     g->seen -= first;
     g->keys += first * g->key_step;
     g->values += first * g->value_step;

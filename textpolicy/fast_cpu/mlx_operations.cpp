@@ -15,6 +15,7 @@
 #include <string>
 
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/compile.h"
 #include "mlx/fast.h"
 #include "mlx/primitives.h"
 #include "mlx/version.h"
@@ -166,3 +167,8 @@ VISIBLE void* textpolicy_make_operation() {
 }
 VISIBLE const char* textpolicy_running_mlx() { return mlx::core::version(); }
 VISIBLE int textpolicy_compiled_for() { return MLX_VERSION_NUMERIC; }
+// Whether `mx.compile` makes one operation of several, which a compiler has to compile on a CPU.
+VISIBLE void textpolicy_let_compile_fuse(bool fuse) {
+    using mlx::core::CompileMode;
+    mlx::core::set_compile_mode(fuse ? CompileMode::enabled : CompileMode::no_fuse);
+}

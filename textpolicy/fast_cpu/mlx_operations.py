@@ -10,7 +10,8 @@ the trial fails, mlx's own operations compute the same numbers.
 import ctypes
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -72,17 +73,55 @@ def bits_of(number: float) -> int:
     return bits
 
 
-@once
 def reason_of_none() -> str:
     """Return why there are no such operations, or an empty text if there are."""
+    reason, _ = _loaded()
+    return reason
+
+
+@once
+def _loaded() -> tuple[str, ctypes.CDLL | None]:
+    """Return why there are no operations, or else the library that makes them."""
     blas = enable()
     if not blas.few_rows:
-        return blas.few_rows_reason or f"{blas.name} multiplies, which is not OpenBLAS"
+        return blas.few_rows_reason or f"{blas.name} multiplies, which is not OpenBLAS", None
     try:
-        _use(_library().load())
+        library = _library().load()
+        _use(library)
     except (NotCompiled, NotReplaced, OSError) as error:
-        return str(error)
-    return ""
+        return str(error), None
+    return "", library
+
+
+def can_record() -> bool:
+    """Return whether `recording` may be used: there are operations, and `mx.compile` is on."""
+    if mx.default_device().type != mx.cpu or reason_of_none():
+        return False
+    calls: list[mx.array] = []
+
+    def increment(x: mx.array) -> mx.array:
+        calls.append(x)
+        return x + 1
+
+    compiled, one = mx.compile(increment), mx.array(1)
+    compiled(compiled(one))
+    return len(calls) == 1
+
+
+@contextmanager
+def recording() -> Generator[None]:
+    """Let `mx.compile` keep the operations of a function that it calls in this block as they are.
+
+    Elsewhere it joins operations into new ones, which a compiler has to compile for the CPU, and
+    which may round in another way.
+    """
+    _, library = _loaded()
+    assert library is not None
+    library.textpolicy_let_compile_fuse(False)
+    try:
+        yield
+    finally:
+        library.textpolicy_let_compile_fuse(True)
 
 
 def try_library(path: Path) -> None:

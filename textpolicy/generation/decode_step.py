@@ -1,6 +1,6 @@
 """One decode step: the model reads the last tokens, and each row draws its next token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,15 +27,17 @@ _PENALISED_TOKENS = 20
 """The number of last tokens that mlx-lm's repetition penalty reads."""
 
 
-def next_logits(model: nn.Module, batch: DecodingBatch) -> Float[mx.array, "rows vocab"]:
+def logits_by_model(model: nn.Module, batch: DecodingBatch) -> Float[mx.array, "rows vocab"]:
     """Return the logits after the last tokens, which enter the KV cache."""
     with one_step(batch.positions), without_gradients():
         return model(batch.last_tokens[:, None], cache=batch.cache)[:, -1, :]
 
 
-def launch_step(model: nn.Module, batch: DecodingBatch) -> DrawnTokens:
+def launch_step(
+    next_logits: Callable[[DecodingBatch], Float[mx.array, "rows vocab"]], batch: DecodingBatch
+) -> DrawnTokens:
     """Start one decode step on the device; return what it draws."""
-    raw = logits = next_logits(model, batch).astype(mx.float32)
+    raw = logits = next_logits(batch).astype(mx.float32)
     if batch.plan.penalises:
         contexts = [(row.context + row.tokens)[-_PENALISED_TOKENS:] for row in batch.rows]
         penalties = [row.sampling.repetition_penalty for row in batch.rows]

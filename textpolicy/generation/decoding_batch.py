@@ -260,6 +260,21 @@ class DecodingCache(BatchKVCache):
             self._padding = cast(list[int], self.left_padding.tolist())
         return self._padding
 
+    @property
+    def used(self) -> int:
+        """The number of positions that rows have in the cache, padding included."""
+        return self._idx
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the memory of the keys and values has room for one more position."""
+        return self.keys is not None and self._idx < self.keys.shape[2]
+
+    def take_step(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
+        """Take over keys and values to which one position has been added, and the new offsets."""
+        self.keys, self.values, self.offset = keys, values, offset
+        self._idx += 1
+
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> Any:
         """Return None if each row adds one position and may attend to every key."""
         if N == 1 and kwargs.get("window_size") is None and not any(self.padding):

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from textpolicy.adapters.adapter_state import AdapterState
 from textpolicy.device_sizes import device_sizes
 from textpolicy.fast_cpu.bfloat16_copies import keep_copies
-from textpolicy.generation.decode_step import launch_step, next_logits, record_details
+from textpolicy.generation.decode_step import launch_step, logits_by_model, record_details
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
     DecodingRow,
@@ -27,6 +27,7 @@ from textpolicy.generation.decoding_batch import (
 )
 from textpolicy.generation.prefill import prefill_prompts, prefill_replies
 from textpolicy.generation.prefix_cache import PrefixCache
+from textpolicy.generation.recorded_step import StepRecorder
 from textpolicy.machine import most_copied_bytes
 from textpolicy.types import Sampling, StopReason
 
@@ -72,6 +73,7 @@ class Engine:
         self._newest_version = newest_version
         self._version: int | None = None
         self._model = model
+        self._recorder = StepRecorder(model)
         keep_copies(model, most_copied_bytes())
         self._max_rows = (max_rows or device_sizes().decoding_rows) if batched else 1
         self._batched = batched
@@ -125,7 +127,11 @@ class Engine:
         decoding = self._batch.unfinished if self._batch else 0
         self._admit_groups()
         self._merge_replies(decoding)
-        return self._decode_step(self._batch) if self._batch else []
+        ended = self._decode_step(self._batch) if self._batch else []
+        if not self.can_step:
+            # Whoever changes the weights now would otherwise keep old ones in memory.
+            self._recorder.forget()
+        return ended
 
     def _take_version(self, version: int) -> None:
         if version != self._version and self._prefixes:
@@ -225,7 +231,7 @@ class Engine:
         return ended
 
     def _launch(self, batch: DecodingBatch) -> DrawnTokens:
-        drawn = launch_step(self._model, batch)
+        drawn = launch_step(self._recorder.next_logits, batch)
         if self._version is not None:
             drawn.versions = [self._version] * len(batch.rows)
         return drawn
@@ -307,7 +313,7 @@ def _two_turn_logits(
     """Return the logits after each prompt, and after a reply to the answer of one token 0."""
     rows = [_probe_row(prompt) for prompt in prompts]
     batch = prefill_prompts(model, [[row] for row in rows])
-    first = next_logits(model, batch)
+    first = logits_by_model(model, batch)
     turns = batch.copy_rows([*range(len(rows))])
     turns.rows = [row.next_turn(reply) for row, reply in zip(rows, replies, strict=True)]
-    return mx.stack([first, next_logits(model, prefill_replies(model, turns))])
+    return mx.stack([first, logits_by_model(model, prefill_replies(model, turns))])
