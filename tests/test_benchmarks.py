@@ -35,6 +35,8 @@ SMALLEST = {
     "outside.py": "--engines mlx-lm llama.cpp --adapters ranks --json",
     "products.py": "--size 64 --json",
     "prompt_sharing.py": "--prompt-tokens 8 --completion-tokens 8 --group-size 2 --runs 1 --json",
+    "recorded_steps.py": f"--model {ROOT}/textpolicy/tiny --kinds int4_with_lora --rows 1 --runs 1 "
+    "--threads 1 --json",
     "rewards.py": "",
     "scaling.py": "--only rank --runs 1 --json",
     "serving.py": "--clients 2 --max-tokens 4 --runs 1 --threads 1 --json",
@@ -63,6 +65,7 @@ COUNTS = dict.fromkeys(
         "generation_versions",
         "grpo_step",
         "prompt_sharing",
+        "recorded_steps",
         "scaling",
         "serving",
     ],

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,9 +12,10 @@ from tests.generation.test_generation import RAGGED, row_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
 from textpolicy.fast_cpu.mlx_operations import can_record, recording
-from textpolicy.generation.decode_step import logits_by_model
+from textpolicy.generation import recorded_step
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine
+from textpolicy.generation.prefix_cache import PrefixCache
 from textpolicy.generation.prompts import encode_prompt
 from textpolicy.types import Sampling
 
@@ -58,9 +58,7 @@ def results_of(engine: Engine, rows: list[DecodingRow]) -> list[tuple[list[int],
 
 def by_model(model: nn.Module, rows: list[DecodingRow]) -> list[tuple[list[int], list[float]]]:
     """Return the same from an engine that records nothing."""
-    engine = Engine(model)
-    engine._recorder.next_logits = partial(logits_by_model, model)
-    return results_of(engine, rows)
+    return results_of(Engine(model, record_steps=False), rows)
 
 
 def adapted(model: nn.Module, scale: float = 2.0) -> AdapterContainer:
@@ -118,14 +116,12 @@ def test_a_change_of_the_model_is_in_the_next_step(load_tiny, change):
     def decoded(*, record: bool = True, changed: bool = True) -> list[float]:
         model, _ = load_tiny()
         container = adapted(model)
-        engine = Engine(model)
-        if not record:
-            engine._recorder.next_logits = partial(logits_by_model, model)
+        engine = Engine(model, record_steps=record)
         row = row_of([5, 6, 7], stop=lambda tokens: None, sampling=Sampling(max_tokens=40))
         engine.submit([row])
         for _ in range(20):
             engine.step()
-        assert bool(engine._recorder._records) == record
+        assert engine._recorder.has_records == record
         if changed:
             CHANGES[change](model, container)
         while engine.can_step:
@@ -137,42 +133,64 @@ def test_a_change_of_the_model_is_in_the_next_step(load_tiny, change):
     assert decoded()[20] != decoded(changed=False)[20]
 
 
-class AsksForItsLength(nn.Module):
-    """A model that asks a cache for a number that changes from step to step."""
+class Scaled(nn.Module):
+    """A model whose logits are multiplied by what `factor` makes of the cache."""
 
-    def __init__(self, model: nn.Module, ask) -> None:
+    def __init__(self, model: nn.Module, factor) -> None:
         super().__init__()
         self.inner = model
-        self.ask = ask
+        self.factor = factor
+        self.calls = 0
 
     @property
     def layers(self):
         return self.inner.layers
 
     def __call__(self, tokens, cache=None):
+        self.calls += 1
         logits = self.inner(tokens, cache=cache)
-        return logits * self.ask(cache) if cache and tokens.shape[1] == 1 else logits
+        return logits * self.factor(cache) if cache and tokens.shape[1] == 1 else logits
+
+
+class Unchanged(Scaled):
+    def __setattr__(self, name, value):
+        if name != "calls":
+            super().__setattr__(name, value)
+
+    calls = 0
 
 
 @pytest.mark.parametrize(
-    "ask",
+    ("factor", "kind"),
     [
-        pytest.param(lambda cache: 1 + 1 / cache[0].used, id="a number that no record has"),
-        pytest.param(lambda cache: cache[0].offset[0].item(), id="a number of an array"),
-        pytest.param(
-            lambda cache: 1 + (cache[0].keys[0, 0, :, 0] != 0).sum(), id="no number at all"
-        ),
-        pytest.param(
-            lambda cache: 1 + 9 * (type(cache[0]).__name__ == "_RecordedCache"),
-            id="a record that differs",
-        ),
+        pytest.param(lambda cache: 1 + 1 / cache[0].used, Unchanged, id="a number of the cache"),
+        pytest.param(lambda cache: cache[0].offset[0].item(), Unchanged, id="a number of an array"),
+        pytest.param(lambda cache: keys_of(cache).shape[2], Unchanged, id="the length of the keys"),
+        pytest.param(lambda cache: mx.array(1.0), Scaled, id="a model that counts its calls"),
     ],
 )
-def test_a_model_whose_step_depends_on_more_decodes_by_its_python_code(load_tiny, ask):
+def test_a_model_that_no_record_can_stand_for_runs_in_each_step(load_tiny, factor, kind):
     model, tokenizer = load_tiny()
-    asking = AsksForItsLength(model, ask).eval()
-    expected = by_model(asking, rows_of(tokenizer))
-    assert results_of(Engine(asking), rows_of(tokenizer)) == expected
+    other = kind(model, factor).eval()
+    expected = results_of(Engine(other, record_steps=False), rows_of(tokenizer))
+    engine = Engine(other)
+    assert results_of(engine, rows_of(tokenizer)) == expected
+    assert not engine._recorder._can_record and not Engine(other)._recorder._can_record
+
+
+def keys_of(cache) -> mx.array:
+    """Return the keys that attention gets, which are more in a record."""
+    keys = cache[0].keys
+    return keys if type(cache[0]).__name__ == "_RecordedCache" else keys[:, :, : cache[0].used]
+
+
+def test_a_model_with_other_operations_of_its_own_is_recorded(load_tiny):
+    model, tokenizer = load_tiny()
+    other = Unchanged(model, lambda cache: 1 + cache[0].offset[:, None, None] / 64).eval()
+    expected = results_of(Engine(other, record_steps=False), rows_of(tokenizer))
+    calls = counted(other)
+    assert results_of(Engine(other), rows_of(tokenizer)) == expected
+    assert len(calls) < 40
 
 
 def test_records_are_dropped_when_no_row_decodes(load_tiny):
@@ -181,11 +199,66 @@ def test_records_are_dropped_when_no_row_decodes(load_tiny):
     rows = rows_of(tokenizer)
     for row in rows:
         engine.submit([row])
-    kept = 0
+    had_records = False
     while engine.can_step:
         engine.step()
-        kept = max(kept, len(engine._recorder._records))
-    assert kept > 0 and not engine._recorder._records
+        had_records = had_records or engine._recorder.has_records
+    assert had_records and not engine._recorder.has_records
+
+
+@pytest.mark.parametrize("most", [1, 8])
+@pytest.mark.parametrize("launch_ahead", [False, True])
+def test_rows_enter_and_continue_between_steps_from_records(
+    load_tiny, monkeypatch, launch_ahead, most
+):
+    monkeypatch.setattr(recorded_step, "_MOST_RECORDS", most)
+    model, tokenizer = load_tiny()
+
+    def decoded(*, record: bool) -> tuple[list[list[float]], bool]:
+        engine = Engine(
+            model, launch_ahead=launch_ahead, record_steps=record, prefixes=PrefixCache(2**20)
+        )
+        waiting = rows_of(tokenizer, max_tokens=60)
+        for row in waiting:
+            row.may_continue = row.keep_prefix = True
+        turns, steps, had_records = [], 0, False
+        while engine.can_step or waiting:
+            if steps % 17 == 0 and waiting:
+                engine.submit([waiting.pop()])
+            for row in engine.step():
+                turns.append(row)
+                if len(turns) < 7:
+                    engine.reply(row, [7, 8, 9])
+            had_records = had_records or engine._recorder.has_records
+            steps += 1
+        return [turn.logprobs for turn in turns], had_records
+
+    (found, had_records), (expected, _) = decoded(record=True), decoded(record=False)
+    assert had_records and len(found) == 10
+    assert found == expected
+
+
+def test_comparing_a_record_takes_no_second_cache(load_tiny):
+    model, _ = load_tiny()
+    model.model.layers = model.model.layers * 4
+
+    def peak(*, record: bool) -> int:
+        rows = [
+            row_of([5] * 1000, member=n, stop=lambda _: None, sampling=Sampling(max_tokens=40))
+            for n in range(8)
+        ]
+        engine = Engine(model, record_steps=record)
+        engine.submit(rows)
+        engine.step()
+        mx.reset_peak_memory()
+        while engine.can_step:
+            engine.step()
+        return mx.get_peak_memory()
+
+    layer = 2 * 8 * 1040 * 4 * model.layers[0].self_attn.k_proj.weight.shape[0]
+    assert len(model.layers) == 8
+    # mlx begins with one layer before it has freed the copy of the one before.
+    assert peak(record=True) < peak(record=False) + 3 * layer
 
 
 def test_recording_joins_no_operations_and_joins_them_afterwards(tmp_path):
@@ -200,6 +273,8 @@ def test_recording_joins_no_operations_and_joins_them_afterwards(tmp_path):
         return (tmp_path / "graph").read_text()
 
     assert "CompiledExp" not in names_of(record=True)
+    with pytest.raises(ValueError, match="interrupted"), recording():
+        raise ValueError("interrupted")
     assert "CompiledExp" in names_of(record=False)
 
 

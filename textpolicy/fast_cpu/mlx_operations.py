@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import mlx.core as mx
@@ -32,6 +33,7 @@ _VERSION: str = cast(Any, mx).__version__
 _MAKER = "_ZN3mlx4core4fast12metal_kernelE"
 _LARGEST = 2**31 - 1  # Numbers are passed as 32-bit ones.
 _MOST_NUMBERS = 8
+_RECORDING = Lock()
 _TRIAL = """
 import sys
 from pathlib import Path
@@ -117,11 +119,12 @@ def recording() -> Generator[None]:
     """
     _, library = _loaded()
     assert library is not None
-    library.textpolicy_let_compile_fuse(False)
-    try:
-        yield
-    finally:
-        library.textpolicy_let_compile_fuse(True)
+    with _RECORDING:
+        library.textpolicy_let_compile_fuse(False)
+        try:
+            yield
+        finally:
+            library.textpolicy_let_compile_fuse(True)
 
 
 def try_library(path: Path) -> None:

@@ -266,9 +266,9 @@ class DecodingCache(BatchKVCache):
         return self._idx
 
     @property
-    def has_room(self) -> bool:
-        """Whether the memory of the keys and values has room for one more position."""
-        return self.keys is not None and self._idx < self.keys.shape[2]
+    def room(self) -> int:
+        """The number of unused positions in the memory of the keys and values."""
+        return 0 if self.keys is None else self.keys.shape[2] - self._idx
 
     def take_step(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
         """Take over keys and values to which one position has been added, and the new offsets."""

@@ -57,6 +57,10 @@ class Engine:
     adapters that computed its distribution. Keys and values in the cache stay as older versions
     have computed them, and no later prompt begins with a text that older versions have read. A step
     that was launched ahead has the version from before the call.
+
+    With `record_steps`, a `StepRecorder` saves the time of the model's Python code on a CPU, and
+    computes the same. There are no records with `newest_version`: they would keep old weights in
+    memory beside new ones.
     """
 
     def __init__(
@@ -68,12 +72,13 @@ class Engine:
         launch_ahead: bool = False,
         prefixes: PrefixCache | None = None,
         newest_version: NewestVersion | None = None,
+        record_steps: bool = True,
     ) -> None:
         self._prefixes = prefixes
         self._newest_version = newest_version
         self._version: int | None = None
         self._model = model
-        self._recorder = StepRecorder(model)
+        self._recorder = StepRecorder(model, record=record_steps and newest_version is None)
         keep_copies(model, most_copied_bytes())
         self._max_rows = (max_rows or device_sizes().decoding_rows) if batched else 1
         self._batched = batched

@@ -1,11 +1,12 @@
 """Decode steps that build their graph from a record, without running the model's Python code.
 
-On a CPU, Python takes up to a third of a decode step of a small model to call some thousand
-operations, which are the same in each step. Once steps look alike, `mx.compile` records them, and
-then builds the same graph from the record. Nothing in a record depends on how much of the cache is
-used: new keys and values go to a position that is an array, and a mask hides the unused positions.
+On a CPU, Python takes a good part of a decode step of a small model to call some thousand
+operations, which are the same in each step. `mx.compile` records them once, and later steps build
+their graph from the record. In a record nothing tells how much of the cache is used, but arrays:
+new keys and values go to a position that is an array, and a mask hides the unused positions.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -19,92 +20,122 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Bool, Float, Int, Integer
 
+from textpolicy.errors import ModelError
 from textpolicy.fast_cpu.gradients import without_gradients
 from textpolicy.fast_cpu.mlx_operations import can_record, recording
 from textpolicy.fast_cpu.rotary import one_step
 from textpolicy.generation.decode_step import logits_by_model
 from textpolicy.generation.decoding_batch import DecodingBatch, DecodingCache
+from textpolicy.user_code.faults import raise_user_errors_as
 
 _STEPS_BEFORE = 10
-"""A record takes about the time that so many steps save by it."""
+"""A record and its comparison take about as long as so many steps save."""
 _MOST_RECORDS = 8
-_TOLERANCE = 1e-3
-# What a model may raise that asks its cache for more than a record can answer.
-_NOT_RECORDED = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
-_RECORDED_RIGHT: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
-"""By their ids, the models whose first record gave the model's own logits."""
+# Of the largest logit. What rounds in another order differs by a hundredth of it.
+_TOLERANCE = 1e-4
+_REFUSED: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+"""By their ids, the models that cannot be recorded."""
 
-Logits = Float[mx.array, "rows vocab"]
-Positions = Int[mx.array, " rows"]
-Keys = Float[mx.array, "rows heads positions width"]
-NewKeys = Float[mx.array, "rows heads 1 width"]
+_Logits = Float[mx.array, "rows vocab"]
+_Positions = Int[mx.array, " rows"]
+_Keys = Float[mx.array, "rows heads positions width"]
+_Values = Float[mx.array, "rows value_heads positions value_width"]
+_NewKeys = Float[mx.array, "rows heads 1 width"]
+_NewValues = Float[mx.array, "rows value_heads 1 value_width"]
 
 
 class StepRecorder:
     """Computes the logits of decode steps by a model, or from a record of its operations.
 
-    There is a record for each set of shapes that some steps in a row have had. It holds the
-    arrays of the model. When a layer has another array or another option, all records are dropped;
-    an array that is changed in place is not noticed, so call `forget` before. A model whose first
-    record gives other logits than the model is not recorded again.
+    A step is recorded after ten steps of the same shapes, if there is room in the cache for as
+    many more, and the first logits are compared with the model's. A record holds the arrays of the
+    model. When a layer has another array or another option, all records are dropped; what is
+    changed in place is not noticed, so call `forget` before. A model that cannot be recorded, or
+    gives other logits than its record, computes all steps itself.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, record: bool = True) -> None:
         self._model = model
-        self._can_record = can_record()
+        self._can_record = record and _REFUSED.get(id(model)) is not model and can_record()
         self._records: dict[Any, Callable[..., _Outputs]] = {}
         self._contents: _Contents | None = None
         self._shapes: Any = None
-        self._alike = 0
+        self._equal_steps = 0
 
-    def next_logits(self, batch: DecodingBatch) -> Logits:
+    @property
+    def has_records(self) -> bool:
+        """Whether some steps need not run the model's Python code."""
+        return bool(self._records)
+
+    def next_logits(self, batch: DecodingBatch) -> _Logits:
         """Return the logits after the last tokens, which enter the KV cache."""
-        if not self._can_record or not _has_known_room(batch):
+        if not self._can_record or not _has_known_room(batch, 1):
             return logits_by_model(self._model, batch)
         if self._contents and not self._contents.are_current():
             self.forget()
         inputs = _inputs_of(batch)
-        shapes = _shapes_of(inputs)
+        # mlx keeps what it has recorded for one thread.
+        shapes = threading.get_ident(), _shapes_of(inputs)
         if shapes not in self._records:
-            self._alike = self._alike + 1 if shapes == self._shapes else 1
+            self._equal_steps = self._equal_steps + 1 if shapes == self._shapes else 1
             self._shapes = shapes
-            if self._alike <= _STEPS_BEFORE or not self._record(batch, inputs, shapes):
+            worth_it = self._equal_steps > _STEPS_BEFORE and _has_known_room(batch, _STEPS_BEFORE)
+            if not worth_it or not self._record(batch, inputs, shapes):
                 return logits_by_model(self._model, batch)
         logits, offset, keys, values = self._records[shapes](*inputs)
         for layer, new_keys, new_values in zip(batch.cache, keys, values, strict=True):
-            layer.take_step(new_keys, new_values, offset)
+            # Each layer has an array of its own, because some functions of mlx-lm change it.
+            layer.take_step(new_keys, new_values, mx.array(offset))
         return logits
 
     def forget(self) -> None:
         """Drop all records, and with them the arrays of the model."""
         self._records, self._contents = {}, None
+        self._shapes, self._equal_steps = None, 0
 
     def _record(self, batch: DecodingBatch, inputs: tuple[Any, ...], shapes: Any) -> bool:
         """Record a step with these inputs; return whether that was possible."""
+        if not can_record():
+            return False
         contents = self._contents or _Contents(self._model)
-        # What is not computed yet would be computed anew in each step.
-        mx.eval(contents.arrays)
         record = mx.compile(partial(_step, self._model))
         try:
-            with recording():
-                logits, *_ = record(*inputs)
-        except _NOT_RECORDED:
+            with raise_user_errors_as(ModelError, "recording a decode step"):
+                is_right = self._is_right(record, batch, inputs, contents)
+        except ModelError:
+            is_right = False
+        if not is_right:
             self._can_record = False
+            _REFUSED[id(self._model)] = self._model
             return False
-        if _RECORDED_RIGHT.get(id(self._model)) is not self._model:
-            expected = logits_by_model(self._model, replace(batch, cache=deepcopy(batch.cache)))
-            if not _are_close(logits, expected):
-                self._can_record = False
-                return False
-            _RECORDED_RIGHT[id(self._model)] = self._model
         while len(self._records) >= _MOST_RECORDS:
             del self._records[next(iter(self._records))]
         self._records[shapes] = record
         self._contents = contents
         return True
 
+    def _is_right(
+        self,
+        record: Callable[..., "_Outputs"],
+        batch: DecodingBatch,
+        inputs: tuple[Any, ...],
+        contents: "_Contents",
+    ) -> bool:
+        """Let a record take these inputs; return whether it gives the logits of the model."""
+        # What is not computed yet would be computed anew in each step.
+        mx.eval(contents.arrays)
+        with recording():
+            # The new cache is not kept: it would take the memory of a second one.
+            logits = record(*inputs)[0]
+        if not contents.are_current():
+            return False  # The model changes itself in each step.
+        # One after the other, each copies the cache of about a layer at a time.
+        mx.eval(logits)
+        expected = logits_by_model(self._model, replace(batch, cache=deepcopy(batch.cache)))
+        return _are_close(logits, expected)
 
-_Outputs = tuple[Logits, Positions, list[Keys], list[Keys]]
+
+_Outputs = tuple[_Logits, _Positions, list[_Keys], list[_Values]]
 
 
 def _inputs_of(batch: DecodingBatch) -> tuple[Any, ...]:
@@ -127,11 +158,11 @@ def _shapes_of(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _step(
     model: Any,
     tokens: Integer[mx.array, " rows"],
-    padding: Positions,
-    offset: Positions,
+    padding: _Positions,
+    offset: _Positions,
     end: Int[mx.array, "1"],
-    keys: list[Keys],
-    values: list[Keys],
+    keys: list[_Keys],
+    values: list[_Values],
 ) -> _Outputs:
     """Return the logits of a step, the positions of the next tokens, and the new cache."""
     position = mx.arange(keys[0].shape[2])
@@ -140,21 +171,23 @@ def _step(
     layers = [_RecordedCache(*pair, offset, end, mask[:, None, None]) for pair in pairs]
     with one_step([offset]), without_gradients():
         logits = model(tokens[:, None], cache=layers)[:, -1, :]
-    return logits, offset + 1, [layer.keys for layer in layers], [layer.values for layer in layers]
+    new_keys, new_values = zip(*((layer.keys, layer.values) for layer in layers), strict=True)
+    return logits, layers[0].offset, [*new_keys], [*new_values]
 
 
 @dataclass(slots=True)
 class _RecordedCache:
     """What a layer sees of its cache in a record: no number that changes from step to step."""
 
-    keys: Keys
-    values: Keys
-    offset: Positions
+    keys: _Keys
+    values: _Values
+    offset: _Positions
     end: Int[mx.array, "1"]
     mask: Bool[mx.array, "rows 1 1 positions"]
 
-    def update_and_fetch(self, keys: NewKeys, values: NewKeys) -> tuple[Keys, Keys]:
+    def update_and_fetch(self, keys: _NewKeys, values: _NewValues) -> tuple[_Keys, _Values]:
         """Return all positions, with the new keys and values at the first unused one."""
+        self.offset = self.offset + 1
         self.keys = mx.slice_update(self.keys, keys, self.end, axes=(2,))
         self.values = mx.slice_update(self.values, values, self.end, axes=(2,))
         return self.keys, self.values
@@ -166,18 +199,21 @@ class _RecordedCache:
         return self.mask
 
 
-def _has_known_room(batch: DecodingBatch) -> bool:
-    """Return whether all layers have the same next position, which is in their memory."""
+def _has_known_room(batch: DecodingBatch, positions: int) -> bool:
+    """Return whether all layers have the same next positions, and memory for so many."""
     return (
-        all(type(layer) is DecodingCache and layer.has_room for layer in batch.cache)
+        all(type(layer) is DecodingCache and layer.room >= positions for layer in batch.cache)
         and len({layer.used for layer in batch.cache}) == 1
         and batch.cache[0].keys.dtype == mx.float32
     )
 
 
-def _are_close(logits: Logits, expected: Logits) -> bool:
+def _are_close(logits: _Logits, expected: _Logits) -> bool:
     logits, expected = logits.astype(mx.float32), expected.astype(mx.float32)
-    return bool(mx.abs(logits - expected).max() <= _TOLERANCE * mx.abs(expected).max())
+    # Logits that are -inf on both sides are equal, and their difference is not a number.
+    difference = mx.where(logits == expected, 0, mx.abs(logits - expected)).max()
+    largest = mx.where(mx.isinf(expected), 0, mx.abs(expected)).max()
+    return bool(difference <= _TOLERANCE * largest)
 
 
 class _Contents:
@@ -206,5 +242,5 @@ class _Contents:
         return [value for value in self._before if isinstance(value, mx.array)]
 
     def are_current(self) -> bool:
-        """Return whether each layer has the same objects as before. This takes microseconds."""
+        """Return whether each layer has the same objects as before."""
         return all(map(is_, self._now(), self._before))
