@@ -31,7 +31,7 @@ from textpolicy.user_code.faults import raise_user_errors_as
 _STEPS_BEFORE = 10
 """A record and its comparison take about as long as so many steps save."""
 _MOST_RECORDS = 8
-# Of the largest logit. What rounds in another order differs by a hundredth of it.
+# Of the largest logit: more than rounding gives, and less than a wrong position does.
 _TOLERANCE = 1e-4
 _REFUSED: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 """By their ids, the models that cannot be recorded."""
