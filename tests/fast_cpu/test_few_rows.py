@@ -114,7 +114,7 @@ def test_progress_can_say_that_a_library_is_compiled(monkeypatch, tmp_path):
         CompiledLibrary, "try_out", lambda self, path: seen.append(activity.described())
     )
     path = library.compiled(tmp_path)
-    assert seen == ["compiling functions for this processor, which are kept"]
+    assert seen == ["compiling functions for this processor, only this once"]
     assert library.compiled(tmp_path) == path and len(seen) == 1
 
 

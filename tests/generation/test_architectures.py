@@ -88,7 +88,7 @@ def test_steps_from_a_record_give_the_bits_of_the_model(name, batches, shares):
         recorded = False
         while engine.can_step:
             engine.step()
-            recorded = recorded or engine._recorder.has_records
+            recorded = recorded or bool(engine._recorder._records)
         return rows, recorded
 
     rows, recorded = decoded(record=True)

@@ -305,7 +305,7 @@ def test_a_step_reads_the_tokens_of_all_rows_and_nothing_else(loaded, launch_ahe
     # The tokens and their log-probabilities, which the device has computed together.
     assert reads == {"array": 2 * 6}
     for _ in range(8):
-        # One of these steps is recorded, which waits once.
+        # One of these steps is recorded and compared, which waits for the device.
         engine.step()
     assert len(heard) == 15 * len(RAGGED)
     reads = reads_of(lambda: [engine.step() for _ in range(6)])

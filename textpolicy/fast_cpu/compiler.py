@@ -99,7 +99,7 @@ class CompiledLibrary:
             raise NotCompiled(f"{failed.read_text()}; to try again, remove {failed}")
         compiler = self._find_compiler()
         with (
-            doing("compiling functions for this processor, which are kept"),
+            doing("compiling functions for this processor, only this once"),
             tempfile.TemporaryDirectory(dir=folder) as scratch,
         ):
             new = Path(scratch) / path.name

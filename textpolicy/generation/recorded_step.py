@@ -2,8 +2,8 @@
 
 On a CPU, Python takes a good part of a decode step of a small model to call some thousand
 operations, which are the same in each step. `mx.compile` records them once, and later steps build
-their graph from the record. In a record nothing tells how much of the cache is used, but arrays:
-new keys and values go to a position that is an array, and a mask hides the unused positions.
+their graph from the record. A record has no number that changes from step to step: the position of
+new keys and values is in an array, and a mask hides the unused positions.
 """
 
 import threading
@@ -62,11 +62,6 @@ class StepRecorder:
         self._shapes: Any = None
         self._equal_steps = 0
 
-    @property
-    def has_records(self) -> bool:
-        """Whether some steps need not run the model's Python code."""
-        return bool(self._records)
-
     def next_logits(self, batch: DecodingBatch) -> _Logits:
         """Return the logits after the last tokens, which enter the KV cache."""
         if not self._can_record or not _has_known_room(batch, 1):
@@ -96,6 +91,8 @@ class StepRecorder:
     def _record(self, batch: DecodingBatch, inputs: tuple[Any, ...], shapes: Any) -> bool:
         """Record a step with these inputs; return whether that was possible."""
         if not can_record():
+            # Somebody has turned `mx.compile` off.
+            self._can_record = False
             return False
         contents = self._contents or _Contents(self._model)
         record = mx.compile(partial(_step, self._model))
