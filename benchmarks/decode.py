@@ -9,15 +9,21 @@ read before the time starts: of transformers, the time of a call that draws one 
 "ours" draws with a random key for each row and keeps the log-probability of each token;
 "ours_with_lora" has unmerged LoRA of rank 8 on every linear layer, and "ours_merged" has the same
 LoRA merged into float32 weights, as `--merge-adapters` does; "products" are the matrix products of
-a step alone. "mlx_lm_by_openblas" is mlx-lm's `BatchGenerator` on a model that mlx-lm
+a step alone. On a CPU, "mlx_lm_by_openblas" is mlx-lm's `BatchGenerator` on a model that mlx-lm
 has loaded, with OpenBLAS, because the BLAS of its wheel is some thirty times slower; "mlx_lm" is
 the same generator with our compiled products and functions, without our attention and rotary
 embeddings of a decode step, which only our engine calls. "ours_by_openblas" is a process in
 which OpenBLAS multiplies few rows too.
 
+On a CPU, all weights are float32, and transformers also runs in bfloat16. On a GPU, all sides have
+the weights in the dtype of the checkpoint, "mlx_lm" is the generator as it is, "ours_merged" runs
+only where the weights are float32, and the sides by OpenBLAS are left out. "transformers" is its
+plain `generate`, without torch.compile.
+
 No step can be faster than the limit: the time in which memory gives all weights once, or the time
-of all multiplications, whichever is longer. Both speeds are measured in the same run, by dot
-products of long vectors and by the product of two matrices.
+of all multiplications, whichever is longer. Both speeds are measured in the same run: on a CPU by
+dot products of long vectors and by the product of two matrices, on a GPU by negations of a large
+array, which read and write it, and by products of two large matrices in the dtype of the weights.
 
 The sides take turns. The script reports medians, quartiles, and ratios of medians. transformers
 runs in an environment of its own, `build/peers/trl`; see grpo_step.py.
@@ -44,14 +50,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from pages import write_page
-from setting import setting
+from setting import on_gpu, setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.adapters.merged_copy import MergedCopy
 from textpolicy.fast_cpu.bfloat16_copies import keep_copies
 from textpolicy.generation.decoding_batch import DecodingRow
-from textpolicy.generation.engine import Engine
+from textpolicy.generation.engine import Engine, can_launch_ahead
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.generation.sampling import random_keys
 from textpolicy.types import Sampling
@@ -60,6 +66,8 @@ HERE = Path(__file__).parent
 MODEL = HERE.parent / "build" / "smollm2-135m"
 RECORD = HERE / "results" / "decode.json"
 ROWS = (1, 8, 32)
+# Decimals of milliseconds. A step on a GPU takes only a few milliseconds.
+DIGITS = 3 if on_gpu() else 1
 PROMPT, STEPS = 64, 32
 MARK = "<!-- tables of decode.py -->"
 COLUMNS = {
@@ -88,7 +96,7 @@ def prompts(rows: int, vocabulary: int) -> list[list[int]]:
 
 
 def ours(model: nn.Module, texts: Sequence[list[int]]) -> float:
-    engine = Engine(model)
+    engine = Engine(model, launch_ahead=can_launch_ahead())
     keys = random_keys(0, [(number, 0) for number in range(len(texts))])
     sampling = Sampling(max_tokens=1 + STEPS, temperature=1.0)
     for text, key in zip(texts, keys, strict=True):
@@ -128,7 +136,7 @@ def matrices(model: nn.Module) -> list[mx.array]:
 
 def products(model: nn.Module, rows: int) -> float:
     weights = matrices(model)
-    inputs = [mx.random.normal((rows, weight.shape[1])) for weight in weights]
+    inputs = [mx.random.normal((rows, weight.shape[1]), weight.dtype) for weight in weights]
     mx.eval(inputs)
     started = time.perf_counter()
     for _ in range(4):
@@ -161,9 +169,46 @@ def bytes_a_second(threads: int) -> float:
     return threads * 2**26 / best
 
 
-def limit(weights: int, size: int, rows: int, threads: int) -> dict[str, float]:
+def fastest(make: Callable[[], list[mx.array]]) -> float:
+    """Return the seconds in which a GPU computes the arrays: the fewest of several runs."""
+    times: list[float] = []
+    for _ in range(6):
+        mx.synchronize()
+        started = time.perf_counter()
+        mx.eval(make())
+        times.append(time.perf_counter() - started)
+    # The first run compiles the kernels.
+    return min(times[1:])
+
+
+def gpu_bytes_a_second() -> float:
+    """Return how fast a GPU reads and writes memory: negations of an array of 512 MB."""
+    array, count = mx.ones(2**27), 32
+    mx.eval(array)
+
+    def negate() -> list[mx.array]:
+        negated = array
+        for _ in range(count):
+            negated = -negated
+        return [negated]
+
+    return count * 2 * array.nbytes / fastest(negate)
+
+
+def gpu_operations_a_second(dtype: mx.Dtype) -> float:
+    """Return how fast a GPU multiplies and adds: products of square matrices in this dtype."""
+    size, count = 8192, 4
+    matrix = mx.random.normal((size, size), dtype)
+    mx.eval(matrix)
+    return count * 2 * size**3 / fastest(lambda: [matrix @ matrix for _ in range(count)])
+
+
+def limit(weights: int, size: int, rows: int, threads: int, dtype: mx.Dtype) -> dict[str, float]:
     """Return the shortest time of a step, and what it is measured from."""
-    speed, memory = fast_cpu.measure_gflops() * 1e9, bytes_a_second(threads)
+    if on_gpu():
+        speed, memory = gpu_operations_a_second(dtype), gpu_bytes_a_second()
+    else:
+        speed, memory = fast_cpu.measure_gflops() * 1e9, bytes_a_second(threads)
     return {
         "gflops": round(speed / 1e9, 1),
         "gigabytes_a_second": round(memory / 1e9, 1),
@@ -177,32 +222,35 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     adapted, _ = load_model(options.model)
     container = AdapterContainer.from_model(adapted, AdapterConfig(rank=8, scale=2.0))
     container.swap({name: a + 0.01 for name, a in container.parameters().items()})
-    merged = MergedCopy(adapted).refresh()
     shapes = [weight.shape for weight in matrices(model)]
+    dtype = matrices(model)[0].dtype
     texts = prompts(rows, shapes[0][0])
     task = {"model": str(options.model), "prompts": texts, "steps": STEPS}
     task |= {"threads": options.threads}
     sides: dict[str, Seconds] = {
         "ours": partial(ours, model, texts),
         "ours_with_lora": partial(ours, adapted, texts),
-        "ours_merged": partial(ours, merged, texts),
+    }
+    if dtype == mx.float32:
+        sides["ours_merged"] = partial(ours, MergedCopy(adapted).refresh(), texts)
+    sides |= {
         "mlx_lm": partial(mlx_lm, model, texts),
         "products": partial(products, model, rows),
     }
     with ExitStack() as stack:
-        for name, process in other_processes(stack, task):
+        for name, process in other_processes(stack, task, dtype):
             sides[name] = partial(transformers, process)
         for side in sides.values():
             side()
         turns = [{name: side() for name, side in sides.items()} for _ in range(options.runs)]
     copied = keep_copies(model, 1 << 60) > 0
-    size = (mx.bfloat16 if copied else mx.float32).size
-    bound = limit(sum(a * b for a, b in shapes), size, rows, options.threads)
+    size = (mx.bfloat16 if copied else dtype).size
+    bound = limit(sum(a * b for a, b in shapes), size, rows, options.threads, dtype)
     times = {name: sorted(1000 * turn[name] for turn in turns) for name in sides}
     medians = {name: statistics.median(some) for name, some in times.items()}
     return {
         "rows": rows,
-        "milliseconds": {name: round(median, 1) for name, median in medians.items()},
+        "milliseconds": {name: round(median, DIGITS) for name, median in medians.items()},
         "quartiles": {name: quartiles(some) for name, some in times.items()},
         "others_over_ours": {
             name: round(medians[name] / medians["ours"], 2) for name in OTHERS if name in medians
@@ -216,16 +264,23 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     }
 
 
-def other_processes(stack: ExitStack, task: Any) -> Iterator[tuple[str, LibraryProcess]]:
-    """Start transformers if it is installed, and both libraries without our compiled loops."""
+def other_processes(
+    stack: ExitStack, task: Any, dtype: mx.Dtype
+) -> Iterator[tuple[str, LibraryProcess]]:
+    """Start transformers, if it is installed, with weights of this dtype.
+
+    On a CPU, also start transformers in bfloat16, and both libraries without our compiled loops.
+    """
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    task = task | {"dtype": str(dtype).removeprefix("mlx.core.")}
     (folder / "task.json").write_text(json.dumps(task))
     found = find_interpreters(["trl"])
-    pythons = dict.fromkeys(("ours_by_openblas", "mlx_lm_by_openblas"), found["ours"])
+    by_openblas = () if on_gpu() else ("ours_by_openblas", "mlx_lm_by_openblas")
+    pythons = dict.fromkeys(by_openblas, found["ours"])
     pythons |= {"transformers": found["trl"]} if "trl" in found else {}
     for name, python in pythons.items():
         yield name, stack.enter_context(running(name, python, folder / "task.json"))
-    if "trl" in found:
+    if "trl" in found and not on_gpu():
         (folder / "bfloat16.json").write_text(json.dumps(task | {"dtype": "bfloat16"}))
         process = running("transformers", found["trl"], folder / "bfloat16.json")
         yield "transformers_in_bfloat16", stack.enter_context(process)
@@ -234,15 +289,18 @@ def other_processes(stack: ExitStack, task: Any) -> Iterator[tuple[str, LibraryP
 def tables(results: Sequence[Any]) -> str:
     """Return the record as tables: milliseconds of a step, and the ratios."""
     names = [name for name in COLUMNS if name in results[0]["milliseconds"]]
-    lines = [f"| rows | {' | '.join(COLUMNS[name] for name in names)} | limit |"]
+    columns = dict(COLUMNS)
+    if "mlx_lm_by_openblas" not in names:
+        columns["mlx_lm"] = "mlx-lm"
+    lines = [f"| rows | {' | '.join(columns[name] for name in names)} | limit |"]
     lines += ["|---" * (len(names) + 2) + "|"]
     for one in results:
         cells = [cell(one["milliseconds"][name], one["quartiles"][name]) for name in names]
-        lines.append(
-            f"| {one['rows']} | {' | '.join(cells)} | {one['limit']['milliseconds']:.1f} |"
-        )
+        shortest = one["limit"]["milliseconds"]
+        shown = f"{shortest:.1f}" if shortest >= 1 else f"{shortest:.3f}"
+        lines.append(f"| {one['rows']} | {' | '.join(cells)} | {shown} |")
     others = [name for name in names if name in results[0]["others_over_ours"]]
-    lines += ["", f"| rows | {' | '.join(COLUMNS[name] for name in others)} | of the limit |"]
+    lines += ["", f"| rows | {' | '.join(columns[name] for name in others)} | of the limit |"]
     lines += ["|---" * (len(others) + 2) + "|"]
     for one in results:
         ratios = [f"{one['others_over_ours'][name]:.2f}" for name in others]
@@ -252,12 +310,12 @@ def tables(results: Sequence[Any]) -> str:
 
 
 def cell(median: float, spread: Sequence[float]) -> str:
-    return f"{median:.1f} ({spread[0]:.1f} to {spread[1]:.1f})"
+    return f"{median} ({spread[0]} to {spread[1]})"
 
 
 def quartiles(times: Sequence[float]) -> list[float]:
     first, _, third = statistics.quantiles(times, n=4)
-    return [round(first, 1), round(third, 1)]
+    return [round(first, DIGITS), round(third, DIGITS)]
 
 
 def main() -> None:

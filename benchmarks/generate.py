@@ -2,14 +2,14 @@
 
     python benchmarks/generate.py --json --output benchmarks/results/generate.json
 
-The model is the Qwen3 of random weights of grpo_step.py. Prompts and completions have 64 tokens,
-and no completion ends early. "ours" is the whole call of a policy: it reads each prompt once for a
-group of 8, draws with a random key for each row, and keeps the log-probability of each token.
-"mlx_lm" is mlx-lm's `BatchGenerator` with all rows at once: it reads the prompt of every row, and
-keeps no log-probabilities. "products" are only the matrix products of the decode steps, so no
-generator can be faster.
+The model is the Qwen3 of random weights of grpo_step.py, in float32 on a CPU and in bfloat16 on a
+GPU. Prompts and completions have 64 tokens, and no completion ends early. "ours" is the whole call
+of a policy: it reads each prompt once for a group of 8, draws with a random key for each row, and
+keeps the log-probability of each token. "mlx_lm" is mlx-lm's `BatchGenerator` with all rows at
+once: it reads the prompt of every row, and keeps no log-probabilities. "products" are only the
+matrix products of the decode steps, so no generator can be faster.
 
-All run in turns in one process with the same BLAS. The script reports medians.
+All run in turns in one process, on a CPU with the same BLAS. The script reports medians.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from setting import setting
+from setting import default_dtype, setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -81,7 +81,7 @@ def mlx_lm(model: nn.Module, tokenizer: TokenizerWrapper, rows: int) -> Generate
 def products(model: nn.Module, rows: int) -> Generate:
     """Return a function that computes the matrix products of all decode steps."""
     weights = [w for name, w in tree_flatten(model.parameters()) if w.ndim == 2]
-    inputs = [mx.random.normal((rows, weight.shape[1])) for weight in weights]
+    inputs = [mx.random.normal((rows, weight.shape[1]), weight.dtype) for weight in weights]
     mx.eval(inputs)
 
     def generate() -> None:
@@ -139,10 +139,10 @@ def main() -> None:
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
+        write_model(Path(folder), default_dtype())
         write_tokenizer(Path(folder))
         found = [compare(folder, int(rows), options.runs) for rows in options.rows.split(",")]
-    asked = {"runs": options.runs, "vocabulary": VOCABULARY}
+    asked = {"runs": options.runs, "vocabulary": VOCABULARY, "dtype": default_dtype()}
     record = {"setting": setting() | asked, "results": found}
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")

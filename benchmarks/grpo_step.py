@@ -3,13 +3,20 @@
     python benchmarks/grpo_step.py --peer both --beta 0.1 --json
     python benchmarks/grpo_step.py --peer both --model build/smollm2-135m --layers 16 --prompts 2
 
-The model is a Qwen3 of 3.7 million random weights in float32, or the folder that `--model` names,
-with LoRA of rank 8 on every linear layer of all blocks, or of the last `--layers` blocks. A step
-has 4 prompts of 64 tokens, 8 completions of 64 tokens for each prompt, and one Adam update. No
-completion ends early. Every library runs in its own process. The script asks one process after
-another for a step, so that other load on the machine slows all libraries alike. It reports medians
-and ratios of medians. `--trl-rows` says how many rows TRL takes at a time in its update; without
-it, all.
+The model is a Qwen3 of 3.7 million random weights, or the folder that `--model` names, with LoRA of
+rank 8 on every linear layer of all blocks, or of the last `--layers` blocks. The weights of the
+model are float32 on a CPU and bfloat16 on a GPU, unless `--dtype` names one of both; LoRA is always
+float32. A step has 4 prompts of 64 tokens, 8 completions of 64 tokens for each prompt, and one Adam
+update. No completion ends early. Every library runs in its own process. The script asks one process
+after another for a step, so that other load on the machine slows all libraries alike. It reports
+medians and ratios of medians. `--trl-rows` says how many rows TRL takes at a time in its update;
+without it, all.
+
+On a GPU, TRL generates with transformers, not with vLLM, and computes in bfloat16 by autocast where
+the weights are bfloat16. The libraries may use TF32 for float32 products there. mlx-lm-lora decodes
+all rows at once on a GPU; its trainer updates with as many rows at a time as there are prompts.
+TRL's times are of finished work: its process waits for the GPU before it reads the clock.
+"megabytes" then has the peak of the GPU memory in use as "gpu".
 
 The other libraries live in environments of their own, where this script looks for them:
 
@@ -18,8 +25,9 @@ The other libraries live in environments of their own, where this script looks f
     python -m venv build/peers/trl
     build/peers/trl/bin/pip install 'trl==1.16.*' torch peft
 
-A library that is not installed is left out, and the record says so. TextPolicy and mlx-lm-lora
-both use OpenBLAS for mlx's products. All libraries have the same number of threads.
+On a GPU, 'mlx[cuda13]' takes the place of 'mlx[cpu]' and scipy-openblas32, and torch is a build for
+CUDA. A library that is not installed is left out, and the record says so. On a CPU, TextPolicy and
+mlx-lm-lora both use OpenBLAS for mlx's products. All libraries have the same number of threads.
 """
 
 import argparse
@@ -38,15 +46,17 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
-from setting import setting
+from setting import default_dtype, on_gpu, setting
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
+MLX = "'mlx[cuda13]'" if on_gpu() else "'mlx[cpu]' scipy-openblas32"
 PEERS = {
-    "mlx-lm-lora": "mlx-lm-lora==5.10.2 'mlx[cpu]' scipy-openblas32",
+    "mlx-lm-lora": f"mlx-lm-lora==5.10.2 {MLX}",
     "trl": "'trl==1.16.*' torch peft",
 }
+DTYPES = ("float32", "bfloat16")
 VOCABULARY = 2048
 SIZES: dict[str, Any] = {
     "model_type": "qwen3",
@@ -64,23 +74,27 @@ SIZES: dict[str, Any] = {
 }
 
 
-def write_model(folder: Path) -> None:
-    """Write a checkpoint of random weights."""
+def write_model(folder: Path, dtype: str) -> None:
+    """Write a checkpoint of random weights in this dtype."""
     mx.random.seed(0)
     model = qwen3.Model(qwen3.ModelArgs(**SIZES))
+    model.set_dtype(getattr(mx, dtype))
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
-    config = {"architectures": ["Qwen3ForCausalLM"], "torch_dtype": "float32"}
+    config = {"architectures": ["Qwen3ForCausalLM"], "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(SIZES | config))
 
 
-def link_model(model: Path, folder: Path) -> None:
-    """Link the weights of a model's folder, and copy its config without its end tokens."""
+def link_model(model: Path, folder: Path, dtype: str) -> None:
+    """Link the weights of a model's folder, and copy its config without its end tokens.
+
+    The config names this dtype, to which every library converts the weights when it loads them.
+    """
     for file in model.glob("*.safetensors*"):
         (folder / file.name).symlink_to(file.resolve())
     config = json.loads((model / "config.json").read_text())
     kept = {name: value for name, value in config.items() if not name.endswith("_token_id")}
-    (folder / "config.json").write_text(json.dumps(kept | {"torch_dtype": "float32"}))
+    (folder / "config.json").write_text(json.dumps(kept | {"torch_dtype": dtype}))
 
 
 def write_tokenizer(folder: Path) -> int:
@@ -180,12 +194,13 @@ def measure(options: argparse.Namespace) -> list[LibraryProcess]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
         folder = Path(name)
         if options.model:
-            link_model(options.model, folder)
+            link_model(options.model, folder, options.dtype)
         else:
-            write_model(folder)
+            write_model(folder, options.dtype)
         vocabulary = write_tokenizer(folder)
         task = {
             "model": str(folder),
+            "dtype": options.dtype,
             "layers": options.layers,
             "trl_rows": options.trl_rows,
             "prompts": prompts(options.prompts, options.prompt_tokens, vocabulary),
@@ -222,12 +237,12 @@ def quartiles(values: list[float]) -> list[float]:
 
 def summary(side: LibraryProcess, tokens: int) -> dict[str, Any]:
     """Return medians in seconds, memory in megabytes, and generated tokens per second."""
-    names = side.steps[0].keys() - {"mlx_peak", "peak"}
+    names = [name for name in side.steps[0] if not name.endswith("peak")]
     medians = {name: statistics.median(step[name] for step in side.steps) for name in names}
     steps = sorted(step["step"] for step in side.steps)
     peaks = {name: value / 1e6 for name, value in side.peaks.items()}
-    if "mlx_peak" in side.steps[0]:
-        peaks["mlx"] = max(step["mlx_peak"] for step in side.steps) / 1e6
+    for name in side.steps[0].keys() & {"mlx_peak", "gpu_peak"}:
+        peaks[name.removesuffix("_peak")] = max(step[name] for step in side.steps) / 1e6
     return {
         "facts": side.facts,
         "seconds": {name: round(value, 4) for name, value in sorted(medians.items())},
@@ -263,6 +278,12 @@ def main() -> None:
     )
     parser.add_argument("--peer", choices=(*PEERS, "both"), help="default: TextPolicy alone")
     parser.add_argument("--model", type=Path, help="a folder (default: random weights)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=default_dtype(),
+        help="dtype of the base's weights (default: float32 on a CPU, bfloat16 on a GPU)",
+    )
     parser.add_argument("--layers", type=int, help="last blocks with LoRA (default: all)")
     parser.add_argument("--trl-rows", type=int, help="rows of TRL's micro-batch (default: all)")
     parser.add_argument(

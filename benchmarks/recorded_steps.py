@@ -1,4 +1,4 @@
-"""Compare decode steps from a record with decode steps by the model's Python code.
+"""Compare decode steps from a record with decode steps by the model's Python code, on a CPU.
 
     make real-model
     python benchmarks/recorded_steps.py --output benchmarks/results/recorded_steps.json
@@ -7,7 +7,8 @@
 Each row goes on for 64 tokens after a prompt of 64 random tokens, which is read before the time
 starts. The steps before a record and the record itself are in the time. Both sides take turns and
 must give the same tokens and log-probabilities. The script reports medians of the milliseconds of a
-step, and the median of the ratios of the turns with the smallest and the largest ratio.
+step, and the median of the ratios of the turns with the smallest and the largest ratio. Steps are
+recorded on a CPU only, so the script refuses to run on a GPU.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 import mlx.nn as nn
 from decode import MODEL, prompts
 from pages import write_page
-from setting import setting
+from setting import on_gpu, setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
@@ -126,6 +127,10 @@ def main() -> None:
         return
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")
+    if on_gpu():
+        parser.error(
+            "mlx computes on a GPU; expected a CPU, because no steps are recorded on a GPU"
+        )
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(options.threads)
     results: list[dict[str, Any]] = []

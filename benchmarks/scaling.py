@@ -2,11 +2,12 @@
 
     python benchmarks/scaling.py --json --output benchmarks/results/scaling.json
 
-The model is the Qwen3 of random weights of grpo_step.py, with LoRA. No completion ends early. One
-size changes at a time, and the sizes take turns in every round. The exponent is the slope of a
-least-squares line through the logarithms of size and median: 0 is constant, 1 is proportional.
-Memory has a second exponent between the two largest sizes: an update holds about a thousand tokens
-in memory at once, so its memory stops growing at this number.
+The model is the Qwen3 of random weights of grpo_step.py, in float32 on a CPU and in bfloat16 on a
+GPU, with LoRA. No completion ends early. One size changes at a time, and the sizes take turns in
+every round. The exponent is the slope of a least-squares line through the logarithms of size and
+median: 0 is constant, 1 is proportional. Memory has a second exponent between the two largest
+sizes: an update holds about a thousand tokens in memory at once, so its memory stops growing at
+this number.
 
 Attention reads every earlier token for every token, so its share grows with the square of the
 completion's length. A fit of time = a n + b n^2 to the medians separates attention from the rest:
@@ -28,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 from grpo_step import SIZES
 from mlx_lm.models import qwen3
-from setting import setting
+from setting import default_dtype, on_gpu, setting
 
 from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
@@ -36,6 +37,7 @@ from textpolicy.algorithms import grpo
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.generation.decode import decode
 from textpolicy.generation.decoding_batch import DecodingRow
+from textpolicy.generation.engine import can_launch_ahead
 from textpolicy.training.optimizer import build_optimizer
 from textpolicy.training.trainer import Trainer
 from textpolicy.types import NOT_SAMPLED, Rollout, RolloutGroup, Sampling, StopReason, Task
@@ -84,6 +86,7 @@ class Step:
         changed |= {"num_attention_heads": max(2, int(scale * SIZES["num_attention_heads"]))}
         mx.random.seed(0)
         self._model = qwen3.Model(qwen3.ModelArgs(**(SIZES | changed)))
+        self._model.set_dtype(getattr(mx, default_dtype()))
         use_fast_functions(self._model)
         AdapterContainer.from_model(self._model, AdapterConfig(rank=size.rank, scale=2.0))
         mx.eval(self._model.parameters())
@@ -104,6 +107,7 @@ class Step:
             stop=lambda tokens: None,
             seed=0,
             max_rows=MAX_ROWS,
+            launch_ahead=can_launch_ahead(),
         )
 
     def update(self) -> None:
@@ -137,7 +141,9 @@ def tokens_of(count: int, seed: int) -> list[int]:
 
 def measured(run: Callable[[], object]) -> Measure:
     """Return the seconds of a run, and the peak memory above the memory in use before."""
-    mx.clear_cache()
+    if not on_gpu():
+        # On a GPU, the time would include that of allocating everything again.
+        mx.clear_cache()
     mx.reset_peak_memory()
     before, started = mx.get_active_memory(), time.perf_counter()
     run()
@@ -230,7 +236,7 @@ def main() -> None:
         if not options.json:
             for phase, summary in found[axis].items():
                 print(line(axis, phase, summary), flush=True)
-    asked = {"runs": options.runs, "otherwise": asdict(Size())}
+    asked = {"runs": options.runs, "dtype": default_dtype(), "otherwise": asdict(Size())}
     record = {"setting": setting() | asked, "axes": found}
     if options.output:
         options.output.write_text(json.dumps(record, indent=1) + "\n")

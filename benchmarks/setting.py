@@ -40,6 +40,16 @@ def processor() -> str:
     return name or platform.processor() or platform.machine()
 
 
+def on_gpu() -> bool:
+    """Return whether mlx computes on a GPU."""
+    return mx.default_device().type == mx.gpu
+
+
+def default_dtype() -> str:
+    """Return the dtype of random weights: bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if on_gpu() else "float32"
+
+
 def device() -> str:
     """Return the kind of device that mlx computes on, and the name of a GPU."""
     kind = mx.default_device().type.name

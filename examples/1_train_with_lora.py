@@ -8,6 +8,7 @@ import tempfile
 from itertools import islice
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.optimizers as optim
 
 import textpolicy as tp
@@ -39,7 +40,8 @@ def main(steps: int = 3) -> None:
 
         # A fresh process needs the base model and the one file.
         again, tokenizer = reload_model("tiny", path)
-        merged = merge_weights(again)
+        # On a GPU the weights may be bfloat16, which would round so short a training away.
+        merged = merge_weights(again, dtype=mx.float32)
         answer = tp.create_policy(merged, tokenizer, {"temperature": 0.0, "max_tokens": 4})("2+5=")
         print(f"merged model: 2+5={answer.text}")
 

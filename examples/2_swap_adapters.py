@@ -20,7 +20,7 @@ CONFIG = {
 
 def make_adapter(folder: Path, seed: int, **changes: object) -> Path:
     """Write a folder with adapter_config.json and adapters.safetensors, of random weights."""
-    model, _ = tp.load_model("tiny")
+    model, _ = tp.load_model("tiny", dtype=mx.float32)
     adapters = tp.AdapterContainer.from_model(model, tp.AdapterConfig.from_dict(CONFIG | changes))
     mx.random.seed(seed)
     adapters.swap(
@@ -30,7 +30,7 @@ def make_adapter(folder: Path, seed: int, **changes: object) -> Path:
 
 
 def main() -> None:
-    model, tokenizer = tp.load_model("tiny")
+    model, tokenizer = tp.load_model("tiny", dtype=mx.float32)
     tokens = mx.array([tokenizer.encode("347+185=")])
     base = model(tokens)
     with tempfile.TemporaryDirectory() as folder:

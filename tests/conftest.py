@@ -1,6 +1,8 @@
 """Fixtures of all tests: the embedded model, and a fresh random state for each test."""
 
+import json
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -75,6 +77,22 @@ def tiny() -> Path:
     from textpolicy.generation.model_files import tiny_model
 
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def float32_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of the embedded model in float32: a GPU keeps a checkpoint's dtype."""
+    from textpolicy.generation.model_files import tiny_model
+
+    tiny = tiny_model()
+    folder = tmp_path_factory.mktemp("float32") / "tiny"
+    shutil.copytree(tiny, folder)
+    weights: Any = mx.load(str(tiny / "model.safetensors"))
+    arrays = {name: array.astype(mx.float32) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "mlx"})
+    config = json.loads((tiny / "config.json").read_text()) | {"torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.devices import only_on_a_cpu
+
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(
@@ -41,6 +43,7 @@ SMALLEST = {
     "scaling.py": "--only rank --runs 1 --json",
     "serving.py": "--clients 2 --max-tokens 4 --runs 1 --threads 1 --json",
 }
+MARKS = {"recorded_steps.py": only_on_a_cpu("steps are recorded on a CPU only")}
 LONGER = (
     "collapse.py",
     "kept_cache.py",
@@ -103,7 +106,10 @@ ALONE = "--names sleeping_alone --runs 1 --threads 1 --json"
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        *(pytest.param(*pair, id=pair[0]) for pair in SMALLEST.items()),
+        *(
+            pytest.param(*pair, id=pair[0], marks=MARKS.get(pair[0], ()))
+            for pair in SMALLEST.items()
+        ),
         pytest.param("generation_versions.py", ALONE, marks=pytest.mark.long, id="alone"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from mlx_lm.models.qwen3 import Qwen3Model
 
 import textpolicy as tp
+from tests.devices import only_on_a_cpu
 from tests.training.rows import groups_of
 from textpolicy import device_sizes as module
 from textpolicy.config import SFTConfig, TrainConfig, changed, read_toml
@@ -98,7 +99,7 @@ def test_a_little_more_memory_or_less_changes_no_size():
     assert DeviceSizes.of(1500, 84 * GB) == DeviceSizes.of(1024, 84 * GB)
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="of a CPU")
+@only_on_a_cpu("of a CPU")
 def test_a_cpu_is_not_timed_and_has_the_sizes_that_were_measured_on_cpus(monkeypatch):
     monkeypatch.setattr(module, "measure_saturating_rows", None)
     monkeypatch.setattr(module, "memory_bytes", lambda: 8 * GB)
@@ -354,5 +355,6 @@ def test_a_run_works_with_its_sizes_and_keeps_them_when_it_is_resumed(
 
 def test_a_worker_works_with_the_sizes_of_its_run(device):
     given = {"task.env": "add", "sizes.micro_batch_tokens": 100, "sizes.prefill_tokens": 50}
+    device(256, 8 * GB)
     BuildRunWorker(changed(TrainConfig(), given))()
     assert device_sizes() == sizes(100, 256, 50, 16)

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 import textpolicy as tp
+from tests.devices import only_on_a_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
 from textpolicy.environments import load
 from textpolicy.generation.policy import ModelPolicy
@@ -41,9 +42,7 @@ def test_mlx_lm_loads_it_unchanged_and_generates(tiny):
     assert text.strip().isdecimal()
 
 
-@pytest.mark.skipif(
-    mx.default_device().type != mx.cpu, reason="a GPU keeps the checkpoint's bfloat16"
-)
+@only_on_a_cpu("a GPU keeps the checkpoint's bfloat16")
 def test_on_a_cpu_it_computes_in_float32():
     model, _ = tp.load_model("tiny")
     assert {v.dtype for _, v in tree_flatten(model.parameters())} == {mx.float32}

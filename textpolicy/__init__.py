@@ -7,7 +7,7 @@ commands and scripts need only a part.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from textpolicy.backend import missing_backend
+from textpolicy.backend import missing_backend, set_cuda_defaults
 
 if TYPE_CHECKING:
     from textpolicy.adapters.config.adapter_config import AdapterConfig
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
+
+set_cuda_defaults()
 
 __all__ = [
     "AdapterConfig",

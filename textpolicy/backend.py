@@ -1,12 +1,27 @@
-"""Whether mlx can compute here, and one line on what to install if it cannot.
+"""Whether mlx can compute here, what to install if it cannot, and what mlx needs on NVIDIA GPUs.
 
 On Linux `pip install textpolicy` brings mlx without a backend, and the import of `mlx.core` fails.
 """
 
+import os
 import sys
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
+
+_CUDA_SETTINGS = {"MLX_ENABLE_CACHE_THRASHING_CHECK": "0", "MLX_CUDA_GRAPH_CACHE_SIZE": "2000"}
+"""Environment variables that mlx reads on an NVIDIA GPU, when a thread first computes there."""
+
+
+def set_cuda_defaults() -> None:
+    """Let mlx compute for as long as a run lasts, unless the user has set the variables.
+
+    mlx keeps launches of kernels by their number and order, and raises an error as soon as a
+    process has had more than 800 different ones. A run has thousands: the rows of a batch, the
+    lengths of texts and the parts of an update differ from step to step.
+    """
+    for name, value in _CUDA_SETTINGS.items():
+        os.environ.setdefault(name, value)
 
 
 @cache

@@ -25,7 +25,8 @@ def main() -> None:
     steps, task = Steps(), read_task()
     if fast_cpu.enable().threads:
         fast_cpu.set_threads(task["threads"])
-    model, tokenizer = load_model(task["model"])
+    model, tokenizer = load_model(task["model"], dtype=getattr(mx, task["dtype"]))
+    peak_name = "gpu_peak" if mx.default_device().type == mx.gpu else "mlx_peak"
     config = AdapterConfig(rank=task["rank"], scale=task["scale"], num_layers=task["layers"])
     with tempfile.TemporaryDirectory() as folder:
         adapters = AdapterContainer.from_model(model, config)
@@ -44,7 +45,8 @@ def main() -> None:
 
         def on_step(report: StepReport) -> Progress:
             measured = {name: report.metrics[f"time/{name}"] for name in TIMES}
-            steps.done(**measured, mlx_peak=report.metrics["memory/peak_gb"] * 1e9)
+            peak = report.metrics["memory/peak_gb"] * 1e9
+            steps.done(**measured, **{peak_name: peak})
             return Progress.MORE if steps.wait() else Progress.STOP
 
         steps.ready(mlx=mx.__version__, blas=fast_cpu.enable().name)

@@ -1,7 +1,7 @@
 """Steps of mlx-lm-lora: its unchanged `train_grpo`, which gets one batch for each requested step.
 
-mlx uses the same products as in the process of TextPolicy, with threads that wait as long;
-`textpolicy.fast_cpu` of this repository installs them.
+On a CPU, mlx uses the same products as in the process of TextPolicy, with threads that wait as
+long; `textpolicy.fast_cpu` of this repository installs them.
 """
 
 import sys
@@ -33,13 +33,13 @@ def main() -> None:
     # mlx-lm-lora's command loads the reference as a second model for every beta.
     reference = load(task["model"])[0] if task["beta"] else None
     for loaded in filter(None, (model, reference)):
-        # bfloat16 is many times slower on a CPU. The others compute in float32 too.
-        loaded.set_dtype(mx.float32)
+        loaded.set_dtype(getattr(mx, task["dtype"]))
     model.freeze()
     lora = {"rank": task["rank"], "scale": task["scale"], "dropout": 0.0}
     linear_to_lora_layers(model, task["layers"] or len(model.layers), lora)
     mx.eval(model.parameters())
     prompts = [tokenizer.encode(prompt) for prompt in task["prompts"]]
+    peak_name = "gpu_peak" if mx.default_device().type == mx.gpu else "mlx_peak"
 
     def batches(**_: Any) -> Iterator[Any]:
         texts = task["prompts"]
@@ -47,7 +47,7 @@ def main() -> None:
         while True:
             if has_begun:
                 steps.lap("train")
-                steps.done(mlx_peak=mx.get_peak_memory())
+                steps.done(**{peak_name: mx.get_peak_memory()})
             has_begun = True
             if not steps.wait():
                 steps.end()
@@ -71,7 +71,8 @@ def main() -> None:
             train_dataset=[],
             reward_funcs=[even_share],
             args=GRPOTrainingArgs(
-                batch_size=len(prompts),
+                # The trainer decodes this many rows at a time: all, which is the fastest.
+                batch_size=len(prompts) * task["group_size"],
                 group_size=task["group_size"],
                 iters=MANY,
                 steps_per_report=MANY,

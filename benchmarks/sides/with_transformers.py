@@ -1,4 +1,7 @@
-"""Decode steps of transformers: `generate` after random tokens, where only the last step ends."""
+"""Decode steps of transformers: `generate` after random tokens, where only the last step ends.
+
+transformers computes on a GPU where torch has CUDA, and on the CPU otherwise.
+"""
 
 from typing import Any
 
@@ -12,8 +15,12 @@ def main() -> None:
     steps, task = Steps(), read_task()
     torch.set_num_threads(task["threads"])
     dtype = getattr(torch, task.get("dtype", "float32"))
-    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype)
-    prompts = torch.tensor(task["prompts"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        # mlx uses TF32 for float32 products too.
+        torch.set_float32_matmul_precision("high")
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype).to(device)
+    prompts = torch.tensor(task["prompts"], device=device)
 
     def generate(tokens: int) -> Any:
         made = model.generate(
@@ -28,6 +35,8 @@ def main() -> None:
             pad_token_id=0,
         )
         assert made.shape[1] == prompts.shape[1] + tokens
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     generate(2)
     steps.ready(torch=torch.__version__, transformers=transformers.__version__)

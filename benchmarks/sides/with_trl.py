@@ -1,4 +1,7 @@
-"""Steps of TRL: its unchanged `GRPOTrainer`, which waits before each step for a request."""
+"""Steps of TRL: its unchanged `GRPOTrainer`, which waits before each step for a request.
+
+TRL computes on a GPU where torch has CUDA, and on the CPU otherwise.
+"""
 
 import sys
 import tempfile
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 MANY = 1_000_000
+ON_GPU = torch.cuda.is_available()
 
 
 class StepRequests(TrainerCallback):
@@ -28,18 +32,33 @@ class StepRequests(TrainerCallback):
         if not self.steps.wait():
             self.steps.end()
             sys.exit()
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
         self.reference_seconds = 0.0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        synchronize()
         self.steps.lap("train")
-        self.steps.done(logprobs=self.reference_seconds)
+        measured = {"logprobs": self.reference_seconds}
+        if ON_GPU:
+            measured["gpu_peak"] = torch.cuda.max_memory_allocated()
+        self.steps.done(**measured)
+
+
+def synchronize() -> None:
+    """Wait until a GPU has finished, so that the next time is of finished work."""
+    if ON_GPU:
+        torch.cuda.synchronize()
 
 
 def main() -> None:
     steps, task = Steps(), read_task()
     torch.set_num_threads(task["threads"])
+    if ON_GPU:
+        # mlx uses TF32 for float32 products too.
+        torch.set_float32_matmul_precision("high")
     tokenizer = AutoTokenizer.from_pretrained(task["model"])
-    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=task["dtype"])
     requests = StepRequests(steps)
     rows = len(task["prompts"]) * task["group_size"]
     rows_of_pass = task["trl_rows"] or rows
@@ -47,6 +66,7 @@ def main() -> None:
     adapted = blocks[-task["layers"] :] if task["layers"] else blocks
 
     def even_share(completions: list[str], **_: Any) -> list[float]:
+        synchronize()
         steps.lap("generate")
         rewards = [reward_of(text) for text in completions]
         steps.lap("reward")
@@ -58,8 +78,9 @@ def main() -> None:
             even_share,
             args=GRPOConfig(
                 output_dir=folder,
-                use_cpu=True,
-                bf16=False,
+                use_cpu=not ON_GPU,
+                # Autocast. PEFT keeps the weights of LoRA in float32 beside a bfloat16 base.
+                bf16=ON_GPU and task["dtype"] == "bfloat16",
                 gradient_checkpointing=False,
                 report_to="none",
                 save_strategy="no",
@@ -89,7 +110,10 @@ def main() -> None:
         )
         time_reference_passes(trainer, requests)
         steps.ready(
-            trl=trl.__version__, torch=torch.__version__, transformers=transformers.__version__
+            trl=trl.__version__,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            device=torch.cuda.get_device_name() if ON_GPU else "cpu",
         )
         trainer.train()
 
@@ -105,10 +129,13 @@ def time_reference_passes(trainer: GRPOTrainer, requests: StepRequests) -> None:
     compute = trainer._get_per_token_logps_and_entropies
 
     def timed(*args: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            return compute(*args, **options)
+        synchronize()
         started = time.perf_counter()
         result = compute(*args, **options)
-        if not torch.is_grad_enabled():
-            requests.reference_seconds += time.perf_counter() - started
+        synchronize()
+        requests.reference_seconds += time.perf_counter() - started
         return result
 
     trainer._get_per_token_logps_and_entropies = timed

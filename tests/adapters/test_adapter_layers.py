@@ -7,6 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.tuner import dora as mlx_lm_dora
 from mlx_lm.tuner import lora as mlx_lm_lora
 
@@ -199,6 +200,33 @@ def test_adapted_experts_compute_what_their_merged_weights_do(mode, length):
     assert difference(adapted, base) > 0.01
     container.fuse(dtype=mx.float32)
     assert difference(model(tokens), adapted) < 1e-4
+
+
+@pytest.mark.parametrize(("rank", "read"), [(1, 4), (2, 4), (4, 4), (6, 8)])
+def test_on_a_gpu_rows_of_experts_factors_are_filled_up_to_16_bytes(rank, read, monkeypatch):
+    """On CUDA, mlx reads other rows at wrong addresses, and the process can compute no more."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    layer = LoRASwitchLinear(SwitchLinear(32, 16, 3), LoRARule(rank=rank, scale=2.0), KEY)
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    x, chosen = mx.random.normal((5, 1, 1, 32)), mx.random.randint(0, 3, (5, 2))
+    result = nn.value_and_grad(layer, lambda x: mx.square(layer(x, chosen)).sum())
+    expected, expected_gradients = result(x)
+    read_together: list[int] = []
+    multiply = mx.gather_mm
+
+    def recording(a, b, **options):
+        read_together.append(min(*a.shape[-1:], *b.shape[-2:]))
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(mx, "gather_mm", recording)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    value, gradients = result(x)
+    assert min(read_together) == read
+    assert mx.allclose(value, expected, rtol=1e-5)
+    for name, gradient in tree_flatten(gradients):
+        other = dict(tree_flatten(expected_gradients))[name]
+        assert gradient.shape == other.shape and mx.allclose(gradient, other, rtol=1e-4), name
 
 
 def test_experts_and_not_their_routers_get_gradients():

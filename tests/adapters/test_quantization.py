@@ -7,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.bases import arrays, packed, trained
+from tests.devices import only_on_a_cpu
 from tests.memory import peak_of
 from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.adapters import (
@@ -19,7 +20,12 @@ from textpolicy.adapters import (
 )
 from textpolicy.adapters.quantization.nf4 import NF4_LEVELS, pack_nf4, unpack_nf4
 from textpolicy.adapters.quantization.number_formats import NumberFormat
-from textpolicy.adapters.quantization.packed_product import CPUQuantizedLinear, use_fast_products
+from textpolicy.adapters.quantization.packed_product import (
+    CPUQuantizedLinear,
+    GPUQuantizedEmbedding,
+    GPUQuantizedLinear,
+    use_fast_products,
+)
 from textpolicy.adapters.quantization.quantize import model_quantization
 from textpolicy.adapters.quantization.stored_weights import float_weight, is_quantized
 from textpolicy.errors import ConfigError, ModelError
@@ -27,7 +33,7 @@ from textpolicy.errors import ConfigError, ModelError
 CONFIG = AdapterConfig(rank=4, scale=2.0)
 MODES = [(2, "affine"), (3, "affine"), (4, "affine"), (5, "affine"), (6, "affine"), (8, "affine")]
 MODES += [(4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4"), (4, "nf4")]
-cpu = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU keeps mlx's products")
+cpu = only_on_a_cpu("a GPU keeps mlx's products")
 
 
 @pytest.mark.parametrize(
@@ -315,6 +321,40 @@ def test_each_format_keeps_normal_weights_as_well_as_it_should(bits, mode, error
     difference = float_weight(model.layers[0]) - weight
     found = float(mx.linalg.norm(difference) / mx.linalg.norm(weight))
     assert found == pytest.approx(error, rel=0.1)
+
+
+# Products on GPUs
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Let `use_fast_products` see a GPU; the arrays stay on this device."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+
+
+@pytest.mark.parametrize(("bits", "mode"), MODES[:-1])
+def test_a_gpu_multiplies_the_rows_of_a_decode_step_as_one_matrix(bits, mode, gpu, monkeypatch):
+    linear = nn.QuantizedLinear.from_linear(nn.Linear(128, 64), bits=bits, mode=mode)
+    table = nn.QuantizedEmbedding.from_embedding(nn.Embedding(64, 128), bits=bits, mode=mode)
+    model = nn.Sequential(linear, table)
+    use_fast_products(model)
+    fast_linear, fast_table = model.layers
+    assert type(fast_linear) is GPUQuantizedLinear and type(fast_table) is GPUQuantizedEmbedding
+    assert fast_linear.weight is linear.weight and fast_linear.bias is linear.bias
+    x, tokens = mx.random.normal((5, 1, 128)), mx.array([[3], [1]])
+    expected = linear(x), table.as_linear(x), table(tokens)
+    shapes: list[tuple[int, ...]] = []
+    multiply = mx.quantized_matmul
+
+    def recording(x, *arrays, **options):
+        shapes.append(x.shape)
+        return multiply(x, *arrays, **options)
+
+    monkeypatch.setattr(mx, "quantized_matmul", recording)
+    found = fast_linear(x), fast_table.as_linear(x), fast_table(tokens)
+    assert shapes == [(5, 128)] * 2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape and mx.allclose(ours, theirs, atol=2e-5)
 
 
 # Products on CPUs

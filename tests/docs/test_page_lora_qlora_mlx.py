@@ -20,6 +20,12 @@ TASKS = [Task(id=str(n), prompt=f"{n}+{n + 1}=") for n in range(4)]
 PROMPT = mx.array([[5, 17, 3, 44]])
 
 
+@pytest.fixture(scope="module")
+def tiny(float32_tiny):
+    """Let the model of the hub have float32 weights, so that the numbers are exact on a GPU too."""
+    return float32_tiny
+
+
 @pytest.fixture(autouse=True)
 def a_folder_of_its_own(tmp_path, monkeypatch):
     """The page writes to ./lora_adapters.safetensors."""

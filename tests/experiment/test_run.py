@@ -242,13 +242,14 @@ def test_a_config_file_that_is_not_utf_8_is_a_config_error(tmp_path):
 
 def test_a_run_with_merged_adapters_samples_what_the_trainer_trains(tmp_path, capsys):
     options = {"run.output": tmp_path / "run", "run.steps": 4, "sampling.merge_adapters": True}
-    values = options | {"trainer.lr": 0.01, "rollout.group_size": 4}
+    values = options | {"trainer.lr": 0.01, "rollout.group_size": 4, "model.dtype": "float32"}
     result = tp.run(changed(TrainConfig(), {**_flat(SMALL_CONFIG), **values}))
     rows = metrics(result.directory)
     assert result.updates >= 2
     assert all(row[DIFFERENCE] < 1e-4 for row in rows if DIFFERENCE in row)
     assert sum(DIFFERENCE in row for row in rows) >= 2
     command = ["eval", "--env", "add", "--count", "4", "--adapter", str(tmp_path / "run"), "--json"]
+    command += ["--dtype", "float32"]
     rewards = []
     for merge in ("--merge-adapters", "--no-merge-adapters"):
         assert main([*command, merge]) == 0

@@ -126,8 +126,8 @@ def test_a_worker_takes_new_adapters_between_tokens_if_the_config_says_so(load_t
 
 def test_a_worker_merges_adapters_if_the_config_says_so(load_tiny):
     for merge in (False, True):
-        config = changed(TrainConfig(), {"task.env": "add", "sampling.merge_adapters": merge})
-        policy = BuildRunWorker(config)().policy
+        options = {"task.env": "add", "model.dtype": "float32", "sampling.merge_adapters": merge}
+        policy = BuildRunWorker(changed(TrainConfig(), options))().policy
         assert (policy.sampled_model() is not policy.model) is merge
 
 

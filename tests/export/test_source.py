@@ -144,3 +144,13 @@ def test_an_export_of_a_run_says_which_run_and_no_path_of_the_machine(run, tmp_p
     }
     for path in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("weights", [None, "float16"])
+def test_a_model_that_computes_in_bfloat16_as_on_a_gpu_is_exported_as_gguf(run, tmp_path, weights):
+    """Our reader of GGUF computes in float32, and the model may compute in fewer bits."""
+    config = {"task.env": "add", "model.dtype": "bfloat16"}
+    run.write_config(to_toml(changed(TrainConfig(), config)))
+    proof = tp.export_adapter(run.path, "gguf", tmp_path / "out", dtype=weights).proof
+    assert proof.from_merged is not None and proof.from_merged < 2e-3
+    assert proof.tolerance >= 0.5

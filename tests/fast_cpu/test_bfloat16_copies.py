@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from tests.devices import only_on_a_cpu
 from textpolicy import fast_cpu, machine
 from textpolicy.adapters.container import shared_copy
 from textpolicy.fast_cpu import bfloat16_copies
@@ -178,6 +179,7 @@ def test_a_matrix_whose_rows_are_one_array_has_no_copy():
     assert keep_copies(layer, ANY_SIZE) == 0
 
 
+@only_on_a_cpu("where the default device is a GPU, no copies are kept")
 def test_a_forked_process_ends_while_another_thread_multiplies():
     program = (
         "import os, threading, mlx.core as mx, mlx.nn as nn\n"

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import activations, base, qwen3
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
+from tests.devices import only_on_a_cpu
 from tests.tiny import TOKENS, biased_model, expert_model, qwen3_model
 from textpolicy.fast_cpu import array_slices, attention, exponential, model_functions
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
@@ -17,7 +18,7 @@ from textpolicy.fast_cpu.model_functions import swiglu, use_fast_functions
 from textpolicy.training.gradient_checkpointing import recompute_activations
 
 pytestmark = pytest.mark.usefixtures("size")
-cpu = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="a GPU keeps mlx's functions")
+cpu = only_on_a_cpu("a GPU keeps mlx's functions")
 
 
 @pytest.fixture(

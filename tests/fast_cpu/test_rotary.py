@@ -6,9 +6,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from tests.devices import only_on_a_cpu
 from textpolicy.fast_cpu.gradients import without_gradients
 from textpolicy.fast_cpu.model_functions import use_fast_functions
 from textpolicy.fast_cpu.rotary import FastRoPE, one_step
+
+cpu = only_on_a_cpu("a GPU keeps mlx's rotary embeddings")
 
 
 def fast(rope: nn.Module) -> nn.Module:
@@ -31,6 +34,7 @@ def test_shared_angles_rotate_as_mlx_does(base, scale, compiled):
             assert mx.allclose(rope(x, offset), expected, rtol=1e-5, atol=1e-5)
 
 
+@cpu
 def test_layers_of_a_step_compute_their_angles_once(monkeypatch):
     computed: list[tuple[int, ...]] = []
     cosine = mx.cos
@@ -62,6 +66,7 @@ def test_other_embeddings_stay_as_mlx_computes_them(rope, width):
         assert mx.array_equal(fast(rope)(x, offset), expected)
 
 
+@cpu
 def test_positions_that_are_not_those_of_the_step_are_computed_anew():
     rope, x, offset = fast(nn.RoPE(64)), mx.random.normal((2, 4, 1, 64)), mx.array([3, 9])
     assert isinstance(rope, FastRoPE)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+from tests.devices import launch_long_work
 from tests.logprobs import token_logprobs
 from tests.memory import peak_of
 from textpolicy.errors import ConfigError, ModelError, PromptError
@@ -264,19 +265,16 @@ def test_the_cache_builds_a_mask_only_if_a_row_is_padded(loaded):
 
 
 def test_rows_are_dropped_and_the_next_step_is_built_while_the_device_computes(loaded):
-    """Reading any number back would wait for all the work in flight, here some seconds of it."""
+    """Reading any number back would wait for all the work in flight."""
     model, _ = loaded
     batch = prefill_prompts(model, [[row_of([1, 2, 3])], [row_of([4, 5])], [row_of([6])]])
     more = prefill_prompts(model, [[row_of([7, 8, 9, 10])]])
     mx.eval(batch.last_tokens, more.last_tokens, model.parameters())
-    square = work = mx.random.normal((1200, 1200))
-    for _ in range(15):
-        work = mx.softmax(work @ square)
+    work = launch_long_work()
     # The tokens, and all that is computed from the caches, depend on the work in flight.
     for layer in (*batch.cache, *more.cache):
         layer.keys = layer.keys + 0 * work[0, 0]
     batch.last_tokens = batch.last_tokens + (0 * work[0, 0]).astype(mx.uint32)
-    mx.async_eval(work)
     merged = merge_batches(batch.keep_rows([0, 2]), more)
     logits = logits_by_model(model, merged)
     built = time.perf_counter()

@@ -175,7 +175,7 @@ def test_a_policy_of_other_weights_is_refused_at_once(load_tiny, change):
         ModelPolicy(model, tokenizer, Sampling(), merge_adapters=True)
 
 
-def test_the_functions_that_create_policies_take_the_option(load_tiny, tiny, tmp_path):
+def test_the_functions_that_create_policies_take_the_option(load_tiny, float32_tiny, tmp_path):
     model, tokenizer = load_tiny()
     with pytest.raises(ConfigError, match="merge_adapters is 'yes'; expected True or False"):
         create_policy(model, tokenizer, {"merge_adapters": "yes"})
@@ -183,14 +183,14 @@ def test_the_functions_that_create_policies_take_the_option(load_tiny, tiny, tmp
         create_policy(model, tokenizer, {"merge_adapter": True})
     path = tmp_path / "adapters.safetensors"
     policy, reload, trained, _ = create_auto_reload_setup(
-        tiny, path, max_tokens=8, merge_adapters=True
+        float32_tiny, path, max_tokens=8, merge_adapters=True
     )
     container = AdapterContainer.of(trained)
     container.swap(moved(container, 0), version=3)
     container.publish()
     # Without adapters at first, the policy samples from the base.
     other, reload_other = create_reloadable_policy(
-        tiny, None, {"max_tokens": 8, "merge_adapters": True}
+        float32_tiny, None, {"max_tokens": 8, "merge_adapters": True}
     )
     assert other.sampled_model() is other.model
     assert reload(path) == reload_other(path) == 3

@@ -8,6 +8,7 @@ import pytest
 
 from tests.adapter_versions import AdapterVersions
 from tests.generation.test_generation import row_of
+from textpolicy.generation import policy as policy_module
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine
 from textpolicy.generation.policy import ModelPolicy
@@ -161,7 +162,11 @@ def test_a_policy_takes_what_another_process_publishes_while_it_generates(
     assert len({one.version for one in others}) == 1
 
 
-def test_another_way_to_load_newer_adapters_replaces_the_file(loaded, versions):
+@pytest.mark.parametrize("launch_ahead", [False, True])
+def test_another_way_to_load_newer_adapters_replaces_the_file(
+    loaded, versions, launch_ahead, monkeypatch
+):
+    monkeypatch.setattr(policy_module, "can_launch_ahead", lambda: launch_ahead)
     versions.use(0)
     policy = ModelPolicy(*loaded, Sampling(max_tokens=9, temperature=9.0), swap="tokens")
     calls = count(1)
@@ -173,7 +178,9 @@ def test_another_way_to_load_newer_adapters_replaces_the_file(loaded, versions):
 
     policy.load_newer = load_newer
     completion = policy.generate(["7*8"], seed=1)[0][0]
-    assert completion.versions == [0, 0, 1, 1, 1, 2, 2, 2, 3][: len(completion.tokens)]
+    # A step that was launched ahead has the adapters of the token before.
+    expected = [0] * launch_ahead + [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert completion.versions == expected[: len(completion.tokens)]
     assert completion.version == 0 and len(completion.tokens) > 5
     policy.load_newer = None
     assert policy.generate(["7*8"], seed=1)[0][0].versions == []

@@ -10,6 +10,7 @@ from tests.tiny import biased_model, expert_model, qwen3_model
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, memory_stats
 from textpolicy.adapters.quantization.stored_weights import format_of, weight_shape
 from textpolicy.errors import AdapterError, ModelError
+from textpolicy.generation.mlx_generation import load_model
 from textpolicy.planning.adapter_plan import plan_adapters
 from textpolicy.planning.unloaded_model import build_unloaded_model
 
@@ -87,7 +88,7 @@ def test_a_plan_refuses_what_adapting_refuses():
         )
 
 
-def test_an_unloaded_model_plans_like_the_model_and_takes_no_memory(tiny, load_tiny):
+def test_an_unloaded_model_plans_like_the_model_and_takes_no_memory(tiny):
     config = json.loads((tiny / "config.json").read_text())
     state = [array.tolist() for array in mx.random.state]
     before = mx.get_active_memory()
@@ -95,7 +96,7 @@ def test_an_unloaded_model_plans_like_the_model_and_takes_no_memory(tiny, load_t
     planned = plan_adapters(bare, CONFIG)
     assert mx.get_active_memory() - before < 2**16
     assert [array.tolist() for array in mx.random.state] == state
-    assert planned == plan_adapters(load_tiny()[0], CONFIG)
+    assert planned == plan_adapters(load_model(tiny)[0], CONFIG)
 
 
 def test_an_unloaded_model_is_quantized_as_its_config_says(tiny):

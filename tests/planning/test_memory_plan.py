@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import gemma2
 
+from tests.devices import only_on_a_cpu
 from tests.families import family_model
 from tests.memory import peak_of
 from tests.tiny import SIZES, expert_model, qwen3_model
@@ -17,6 +18,7 @@ from textpolicy import algorithms, fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, quantize
 from textpolicy.adapters.container import shared_copy
 from textpolicy.algorithms import grpo
+from textpolicy.device_sizes import DeviceSizes
 from textpolicy.errors import ConfigError, ModelError
 from textpolicy.fast_cpu.mlx_operations import reason_of_none
 from textpolicy.fast_cpu.model_functions import use_fast_functions
@@ -235,7 +237,10 @@ def test_more_groups_take_no_more_memory():
 
 def test_rows_that_wait_are_not_in_the_plan():
     step = {"group_size": 8, "prompt_tokens": 64, "completion_tokens": 64}
-    few, many = (plan_memory(qwen3_model(), batch=batch, **step) for batch in (256, 2048))
+    few, many = (
+        plan_memory(qwen3_model(), batch=batch, sizes=DeviceSizes(), **step)
+        for batch in (256, 2048)
+    )
     assert few == many
 
 
@@ -375,7 +380,7 @@ def test_a_micro_batch_above_the_counted_sizes_is_the_one_that_the_trainer_cuts(
     assert planned == (len(first), count_prompts(first), bool(others))
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="GPUs multiply in bfloat16")
+@only_on_a_cpu("GPUs multiply in bfloat16")
 def test_copies_of_a_bfloat16_checkpoint_are_planned_where_compiled_loops_use_them(monkeypatch):
     step = {"batch": 8, "group_size": 8, "prompt_tokens": 8, "completion_tokens": 8}
     model = qwen3_model()

@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.device_reads import reads_of
+from tests.devices import launch_long_work
 from tests.families import family_model
 from tests.logprobs import token_logprobs
 from tests.tiny import qwen3_model
@@ -62,7 +63,7 @@ def test_sharing_prompts_changes_no_gradient(model):
 
 @pytest.mark.parametrize("family", ["qwen3", "mamba"])
 def test_the_graph_of_a_micro_batch_is_built_while_the_device_computes_the_one_before(family):
-    """Reading any number back would wait for all the work in flight, here some seconds of it."""
+    """Reading any number back would wait for all the work in flight."""
     model = family_model(family)
     (batch,) = batches_of(groups_of(*RAGGED, vocabulary=96))
     logprobs = ModelLogprobs(model, None, True)
@@ -72,11 +73,7 @@ def test_the_graph_of_a_micro_batch_is_built_while_the_device_computes_the_one_b
         logp, entropy = logprobs(batch)
         return mx.where(batch.mask, logp + 0.1 * entropy, 0).sum()
 
-    square = mx.random.normal((1200, 1200))
-    work = square
-    for _ in range(15):
-        work = mx.softmax(work @ square)
-    mx.async_eval(work)
+    work = launch_long_work()
     value, gradient = nn.value_and_grad(model, objective)()
     built = time.perf_counter()
     mx.eval(work)

@@ -12,7 +12,7 @@ from tests.training.rows import groups_of
 from tests.training.trainers import change_rollouts, make_trainer, weights
 from textpolicy import algorithms
 from textpolicy.algorithms.parts.reductions import center
-from textpolicy.device_sizes import device_sizes
+from textpolicy.device_sizes import DeviceSizes, using_sizes
 from textpolicy.tracking.samples import sample_rows
 from textpolicy.training.batch import (
     BatchTotals,
@@ -166,7 +166,8 @@ def assert_moved_alike(found, expected) -> None:
 def test_segments_with_long_prompts_of_their_own_are_in_memory_a_few_at_a_time():
     groups = change_rollouts(groups_of((300, [8] * 6)), lambda r, m: vars_of(cut(r, 4)))
     rows = training_rows(groups)
-    assert count_padded_tokens(rows) > 5 * device_sizes().micro_batch_tokens
+    assert count_padded_tokens(rows) > 5 * DeviceSizes().micro_batch_tokens
     # One rollout has more tokens than fit, and is not cut.
-    for part in split_into_micro_batches(rows, None):
-        assert len({row.sequence for row in part}) == 1
+    with using_sizes(DeviceSizes()):
+        for part in split_into_micro_batches(rows, None):
+            assert len({row.sequence for row in part}) == 1

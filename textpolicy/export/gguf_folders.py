@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import mlx.core as mx
 import numpy as np
 
 from textpolicy.activity import doing
@@ -81,6 +82,8 @@ def write_gguf_folder(job: Job, folder: Path) -> None:
     if job.weight_format == "q8_0":
         # What the file holds, for the proof.
         round_to_q8_0(job.model)
+    # The reader of the file computes in float32, on a GPU too.
+    job.model.set_dtype(mx.float32)
 
 
 def write_ollama(job: Job, folder: Path) -> None:

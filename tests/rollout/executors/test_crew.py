@@ -194,12 +194,14 @@ def test_workers_sample_the_rollouts_of_this_process_with_the_published_version(
 @pytest.mark.proves("F8")
 def test_a_worker_that_is_killed_before_a_job_is_back_in_seconds(crew, policy, notes):
     wait_until_ready(crew)
+    before = cpu_seconds_of(process_of(crew, 2))
     os.kill(process_of(crew, 2), signal.SIGKILL)
     wait_until_replaced(crew)
     assert notes[-1] == "rollout worker 2 died of SIGKILL. It starts again"
     wait_until_ready(crew)
-    # Not the seconds of the clock: a busy machine starts a process slowly.
-    assert cpu_seconds_of(process_of(crew, 2)) < 4
+    # Not the seconds of the clock: a busy machine starts a process slowly. On a GPU each process
+    # also makes kernels ready, as the killed one did.
+    assert cpu_seconds_of(process_of(crew, 2)) < max(4, 1.5 * before)
     tasks = tasks_that("add", "add")
     done = play(crew, job_of(tasks[:1], number=1), job_of(tasks[1:], number=2, first=1))
     groups = [*done[1].groups, *done[2].groups]

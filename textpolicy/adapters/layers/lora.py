@@ -10,6 +10,9 @@ from jaxtyping import Float, Integer
 
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
 
+_RANKS_READ_TOGETHER = 4
+"""The numbers of float32 in 16 bytes."""
+
 
 class LoRALinear(AdapterLayer):
     """LoRA around a linear layer of any number format. A: inputs x rank, B: rank x outputs."""
@@ -70,8 +73,21 @@ class LoRASwitchLinear(AdapterLayer):
     ) -> Float[mx.array, "*chosen 1 out"]:
         y = self.base(x, indices, sorted_indices=sorted_indices)
         update = self.dropout(x).astype(mx.float32)
-        for factor in (self.lora_a, self.gated_scale() * self.lora_b):
+        for factor in self._aligned(self.lora_a, self.gated_scale() * self.lora_b):
             update = mx.gather_mm(
                 update, factor.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
             )
         return y + update.astype(y.dtype)
+
+    def _aligned(
+        self, a: Float[mx.array, "experts rank in"], b: Float[mx.array, "experts out rank"]
+    ) -> tuple[Float[mx.array, "experts all in"], Float[mx.array, "experts out all"]]:
+        """Return factors that mlx can read on a GPU: of 16 bytes, or a multiple of that, a row.
+
+        On CUDA, `mx.gather_mm` reads 16 bytes at a time and fails for other rows. Zeros that are
+        added to the rank change no number of the product.
+        """
+        missing = -self.rank % _RANKS_READ_TOGETHER
+        if not missing or mx.default_device().type == mx.cpu:
+            return a, b
+        return mx.pad(a, [(0, 0), (0, missing), (0, 0)]), mx.pad(b, [(0, 0), (0, 0), (0, missing)])

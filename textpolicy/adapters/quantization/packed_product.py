@@ -1,4 +1,4 @@
-"""Products with packed weights, and layers that multiply many rows faster on a CPU.
+"""Products with packed weights, and layers that multiply many rows faster.
 
 A product unpacks its weight for the forward pass and again for the gradient. With automatic
 differentiation, the unpacked weights of the whole model would stay in memory until the backward
@@ -9,6 +9,9 @@ decoding one token. For more rows it is faster to unpack the weight once and mul
 give the same numbers up to rounding. `benchmarks/products.py` measures from how many rows. With
 compiled functions, up to 64 rows are multiplied with weights of 4 and 8 bits as they are stored,
 and weights of any number of bits are unpacked by all threads.
+
+On a GPU, mlx's kernels multiply. They unpack a weight once for all rows of a matrix, but a decode
+step gives each row as a matrix of its own, so the layers here make one matrix of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,19 +106,41 @@ class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
         return _multiply(self, x) if _is_faster(self, x) else super().as_linear(x)
 
 
-_FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+class GPUQuantizedLinear(nn.QuantizedLinear):
+    """A `QuantizedLinear` that multiplies all rows as one matrix."""
+
+    def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
+        y = super().__call__(x.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class GPUQuantizedEmbedding(nn.QuantizedEmbedding):
+    """A `QuantizedEmbedding` that multiplies all rows as one matrix as an output head."""
+
+    def as_linear(
+        self, x: Float[mx.array, "*batch features"]
+    ) -> Float[mx.array, "*batch vocabulary"]:
+        """Return the logits that the table gives as an output head."""
+        y = super().as_linear(x.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+_CPU_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.QuantizedLinear: CPUQuantizedLinear,
     nn.QuantizedEmbedding: CPUQuantizedEmbedding,
+}
+_GPU_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.QuantizedLinear: GPUQuantizedLinear,
+    nn.QuantizedEmbedding: GPUQuantizedEmbedding,
 }
 
 
 def use_fast_products(model: nn.Module) -> None:
-    """On a CPU, replace mlx's quantized layers by these layers around the same arrays."""
-    if mx.default_device().type != mx.cpu:
-        return
-    slow = {path: m for path, m in model.named_modules() if type(m) in _FAST_CLASSES}
+    """Replace mlx's quantized layers by layers of this device around the same arrays."""
+    classes = _CPU_CLASSES if mx.default_device().type == mx.cpu else _GPU_CLASSES
+    slow = {path: m for path, m in model.named_modules() if type(m) in classes}
     for path, module in slow.items():
-        fast_class = _FAST_CLASSES[type(module)]
+        fast_class = classes[type(module)]
         made = fast_class.__new__(fast_class)
         vars(made).update(vars(module))
         # nn.Module.update takes parameters only.
