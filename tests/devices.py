@@ -14,18 +14,18 @@ def only_on_a_cpu(reason: str) -> pytest.MarkDecorator:
 
 
 def launch_long_work() -> mx.array:
-    """Return an array that the device computes now, for a tenth of a second or longer.
+    """Return an array that the device computes now, for half a second or longer.
 
     A faster device gets larger matrices, not more products: `mx.async_eval` waits while more than
     a few launches have not ended.
     """
     size, seconds = 600, 0.0
     square = mx.array(0.0)
-    while seconds < 0.02:
+    while seconds < 0.05:
         size *= 2
         square = mx.random.normal((size, size))
         mx.eval(square)
-        seconds = least_seconds(partial(_multiply, square), below=0.02)
+        seconds = least_seconds(partial(_multiply, square), below=0.05)
     work = square
     for _ in range(15):
         work = mx.softmax(work @ square)

@@ -16,9 +16,9 @@ _CUDA_SETTINGS = {"MLX_ENABLE_CACHE_THRASHING_CHECK": "0", "MLX_CUDA_GRAPH_CACHE
 def set_cuda_defaults() -> None:
     """Let mlx compute for as long as a run lasts, unless the user has set the variables.
 
-    mlx keeps launches of kernels by their number and order, and raises an error as soon as a
-    process has had more than 800 different ones. A run has thousands: the rows of a batch, the
-    lengths of texts and the parts of an update differ from step to step.
+    On CUDA, mlx keeps each different sequence of kernels that it launches, and raises an error once
+    a process has had more than 800 of them. A run may have more, because steps differ. The
+    variables do nothing on other devices.
     """
     for name, value in _CUDA_SETTINGS.items():
         os.environ.setdefault(name, value)

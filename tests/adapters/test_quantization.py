@@ -22,8 +22,8 @@ from textpolicy.adapters.quantization.nf4 import NF4_LEVELS, pack_nf4, unpack_nf
 from textpolicy.adapters.quantization.number_formats import NumberFormat
 from textpolicy.adapters.quantization.packed_product import (
     CPUQuantizedLinear,
-    GPUQuantizedEmbedding,
-    GPUQuantizedLinear,
+    CUDAQuantizedEmbedding,
+    CUDAQuantizedLinear,
     use_fast_products,
 )
 from textpolicy.adapters.quantization.quantize import model_quantization
@@ -326,20 +326,29 @@ def test_each_format_keeps_normal_weights_as_well_as_it_should(bits, mode, error
 # Products on GPUs
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Let `use_fast_products` see a GPU; the arrays stay on this device."""
+@pytest.fixture(params=[True, False], ids=["CUDA", "Metal"])
+def has_cuda(request, monkeypatch):
+    """Let `use_fast_products` see a GPU of either kind; the arrays stay on this device."""
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: request.param)
+    return request.param
 
 
+def test_metal_keeps_the_layers_of_mlx(has_cuda):
+    model = nn.Sequential(nn.QuantizedLinear(128, 64))
+    use_fast_products(model)
+    assert (type(model.layers[0]) is nn.QuantizedLinear) is not has_cuda
+
+
+@pytest.mark.parametrize("has_cuda", [True], indirect=True)
 @pytest.mark.parametrize(("bits", "mode"), MODES[:-1])
-def test_a_gpu_multiplies_the_rows_of_a_decode_step_as_one_matrix(bits, mode, gpu, monkeypatch):
+def test_cuda_multiplies_the_rows_of_a_decode_step_as_one_matrix(bits, mode, has_cuda, monkeypatch):
     linear = nn.QuantizedLinear.from_linear(nn.Linear(128, 64), bits=bits, mode=mode)
     table = nn.QuantizedEmbedding.from_embedding(nn.Embedding(64, 128), bits=bits, mode=mode)
     model = nn.Sequential(linear, table)
     use_fast_products(model)
     fast_linear, fast_table = model.layers
-    assert type(fast_linear) is GPUQuantizedLinear and type(fast_table) is GPUQuantizedEmbedding
+    assert type(fast_linear) is CUDAQuantizedLinear and type(fast_table) is CUDAQuantizedEmbedding
     assert fast_linear.weight is linear.weight and fast_linear.bias is linear.bias
     x, tokens = mx.random.normal((5, 1, 128)), mx.array([[3], [1]])
     expected = linear(x), table.as_linear(x), table(tokens)

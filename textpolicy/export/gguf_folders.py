@@ -82,7 +82,7 @@ def write_gguf_folder(job: Job, folder: Path) -> None:
     if job.weight_format == "q8_0":
         # What the file holds, for the proof.
         round_to_q8_0(job.model)
-    # The reader of the file computes in float32, on a GPU too.
+    # The reader of the file computes in float32, on a GPU too, and takes as much memory later.
     job.model.set_dtype(mx.float32)
 
 

@@ -10,8 +10,7 @@ from jaxtyping import Float, Integer
 
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
 
-_RANKS_READ_TOGETHER = 4
-"""The numbers of float32 in 16 bytes."""
+_BYTES_READ_TOGETHER = 16
 
 
 class LoRALinear(AdapterLayer):
@@ -82,12 +81,12 @@ class LoRASwitchLinear(AdapterLayer):
     def _aligned(
         self, a: Float[mx.array, "experts rank in"], b: Float[mx.array, "experts out rank"]
     ) -> tuple[Float[mx.array, "experts all in"], Float[mx.array, "experts out all"]]:
-        """Return factors that mlx can read on a GPU: of 16 bytes, or a multiple of that, a row.
+        """Return the factors, on CUDA with zeros behind the rank where mlx needs them.
 
-        On CUDA, `mx.gather_mm` reads 16 bytes at a time and fails for other rows. Zeros that are
-        added to the rank change no number of the product.
+        There `mx.gather_mm` reads 16 bytes at a time, and fails if a row of the rank has another
+        number of bytes. The zeros change no number of the product.
         """
-        missing = -self.rank % _RANKS_READ_TOGETHER
-        if not missing or mx.default_device().type == mx.cpu:
+        missing = -self.rank % (_BYTES_READ_TOGETHER // a.itemsize)
+        if not missing or not mx.cuda.is_available():
             return a, b
         return mx.pad(a, [(0, 0), (0, missing), (0, 0)]), mx.pad(b, [(0, 0), (0, 0), (0, missing)])

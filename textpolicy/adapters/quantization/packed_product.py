@@ -10,8 +10,8 @@ give the same numbers up to rounding. `benchmarks/products.py` measures from how
 compiled functions, up to 64 rows are multiplied with weights of 4 and 8 bits as they are stored,
 and weights of any number of bits are unpacked by all threads.
 
-On a GPU, mlx's kernels multiply. They unpack a weight once for all rows of a matrix, but a decode
-step gives each row as a matrix of its own, so the layers here make one matrix of them.
+On a GPU, mlx's kernels multiply. Those of CUDA unpack a weight once for all rows of a matrix, but a
+decode step gives each row as a matrix of its own, so the layers here make one matrix of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,7 +106,7 @@ class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
         return _multiply(self, x) if _is_faster(self, x) else super().as_linear(x)
 
 
-class GPUQuantizedLinear(nn.QuantizedLinear):
+class CUDAQuantizedLinear(nn.QuantizedLinear):
     """A `QuantizedLinear` that multiplies all rows as one matrix."""
 
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
@@ -114,7 +114,7 @@ class GPUQuantizedLinear(nn.QuantizedLinear):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-class GPUQuantizedEmbedding(nn.QuantizedEmbedding):
+class CUDAQuantizedEmbedding(nn.QuantizedEmbedding):
     """A `QuantizedEmbedding` that multiplies all rows as one matrix as an output head."""
 
     def as_linear(
@@ -129,15 +129,20 @@ _CPU_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.QuantizedLinear: CPUQuantizedLinear,
     nn.QuantizedEmbedding: CPUQuantizedEmbedding,
 }
-_GPU_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.QuantizedLinear: GPUQuantizedLinear,
-    nn.QuantizedEmbedding: GPUQuantizedEmbedding,
+_CUDA_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.QuantizedLinear: CUDAQuantizedLinear,
+    nn.QuantizedEmbedding: CUDAQuantizedEmbedding,
 }
 
 
 def use_fast_products(model: nn.Module) -> None:
-    """Replace mlx's quantized layers by layers of this device around the same arrays."""
-    classes = _CPU_CLASSES if mx.default_device().type == mx.cpu else _GPU_CLASSES
+    """On a CPU and on CUDA, replace mlx's quantized layers by layers around the same arrays."""
+    if mx.default_device().type == mx.cpu:
+        classes = _CPU_CLASSES
+    elif mx.cuda.is_available():
+        classes = _CUDA_CLASSES
+    else:
+        return
     slow = {path: m for path, m in model.named_modules() if type(m) in classes}
     for path, module in slow.items():
         fast_class = classes[type(module)]
