@@ -238,7 +238,8 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         "products": partial(products, model, rows),
     }
     with ExitStack() as stack:
-        for name, process in other_processes(stack, task, dtype):
+        processes = dict(other_processes(stack, task, dtype))
+        for name, process in processes.items():
             sides[name] = partial(transformers, process)
         for side in sides.values():
             side()
@@ -250,6 +251,7 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     medians = {name: statistics.median(some) for name, some in times.items()}
     return {
         "rows": rows,
+        "versions": {name: process.facts for name, process in processes.items()},
         "milliseconds": {name: round(median, DIGITS) for name, median in medians.items()},
         "quartiles": {name: quartiles(some) for name, some in times.items()},
         "others_over_ours": {
