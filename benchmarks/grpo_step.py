@@ -10,12 +10,13 @@ float32. A step has 4 prompts of 64 tokens, 8 completions of 64 tokens for each 
 update. No completion ends early. Every library runs in its own process. The script asks one process
 after another for a step, so that other load on the machine slows all libraries alike. It reports
 medians and ratios of medians. `--trl-rows` says how many rows TRL takes at a time in its update;
-without it, all. mlx-lm-lora decodes all rows at once: its trainer is called with a batch of so many,
+without it, all. mlx-lm-lora decodes all rows at once: its trainer is called with a batch of all,
 where its command has one number for prompts and rows. Its trainer updates with as many rows at a
 time as there are prompts.
 
 On a GPU, TRL generates with transformers, not with vLLM, and computes in bfloat16 by autocast where
-the weights are bfloat16. The libraries may use TF32 for float32 products there. TRL's times are of finished work: its process waits for the GPU before it reads the clock.
+the weights are bfloat16. The libraries may use TF32 for float32 products there. TRL's times are of
+finished work: its process waits for the GPU before it reads the clock.
 "megabytes" then has the peak of the GPU memory in use as "gpu".
 
 The other libraries live in environments of their own, where this script looks for them:
