@@ -16,8 +16,8 @@ time as there are prompts.
 
 On a GPU, TRL generates with transformers, not with vLLM, and computes in bfloat16 by autocast where
 the weights are bfloat16. The libraries may use TF32 for float32 products there. TRL's times are of
-finished work: its process waits for the GPU before it reads the clock.
-"megabytes" then has the peak of the GPU memory in use as "gpu".
+finished work: its process waits for the GPU before it reads the clock. "megabytes" then has the
+peak of the GPU memory in use as "gpu".
 
 The other libraries live in environments of their own, where this script looks for them:
 

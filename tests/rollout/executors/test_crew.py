@@ -47,7 +47,6 @@ from textpolicy.types import Rollout, Sampling, StopReason
 GROUP_SIZE = 2
 SCRIPT = """from contextlib import closing
 from itertools import islice
-import mlx.core as mx
 from pathlib import Path
 from textpolicy.environments import load
 from textpolicy.rollout.executors.crew import Crew

@@ -16,6 +16,7 @@ decode step gives each row as a matrix of its own, so the layers here make one m
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -110,8 +111,7 @@ class CUDAQuantizedLinear(nn.QuantizedLinear):
     """A `QuantizedLinear` that multiplies all rows as one matrix."""
 
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
-        y = super().__call__(x.reshape(-1, x.shape[-1]))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return _as_one_matrix(super().__call__, x)
 
 
 class CUDAQuantizedEmbedding(nn.QuantizedEmbedding):
@@ -121,8 +121,13 @@ class CUDAQuantizedEmbedding(nn.QuantizedEmbedding):
         self, x: Float[mx.array, "*batch features"]
     ) -> Float[mx.array, "*batch vocabulary"]:
         """Return the logits that the table gives as an output head."""
-        y = super().as_linear(x.reshape(-1, x.shape[-1]))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return _as_one_matrix(super().as_linear, x)
+
+
+def _as_one_matrix(multiply: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    batch = x.shape[:-1]
+    y = multiply(x.reshape(prod(batch), x.shape[-1]))
+    return y.reshape(*batch, y.shape[-1])
 
 
 _CPU_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
