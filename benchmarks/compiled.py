@@ -27,8 +27,9 @@ from textpolicy.adapters.container import AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.generation.mlx_generation import load_model
 from textpolicy.training.logprobs import ModelLogprobs
-from textpolicy.training.output_head import find_output_head, logprobs_from_logits
+from textpolicy.training.output_head import find_output_head
 from textpolicy.training.shared_prompts import run_whole_rows, run_with_shared_prompts
+from textpolicy.training.token_logprobs import logprobs_from_logits
 from textpolicy.types import Batch
 
 PROMPTS, GROUP = 16, 8

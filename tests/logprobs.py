@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from textpolicy.training.output_head import logprobs_from_logits
+from textpolicy.training.token_logprobs import logprobs_from_logits
 
 
 def token_logprobs(

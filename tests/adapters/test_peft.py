@@ -48,7 +48,7 @@ def base(case: str) -> nn.Module:
     config = json.loads((tiny_model() / "config.json").read_text())
     other = qwen3.Model(qwen3.ModelArgs.from_dict(config | {"tie_word_embeddings": False}))
     weights = tree_flatten(model.parameters(), destination={})
-    head = weights["model.embed_tokens.weight"][::-1]
+    head = mx.contiguous(weights["model.embed_tokens.weight"][::-1])
     other.load_weights([*weights.items(), ("lm_head.weight", head)])
     mx.eval(other.parameters())
     return other.eval()

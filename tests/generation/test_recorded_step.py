@@ -11,6 +11,7 @@ import pytest
 from tests.generation.test_generation import RAGGED, row_of
 from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
+from textpolicy.fast_cpu import decoder_block
 from textpolicy.fast_cpu.mlx_operations import can_record, recording
 from textpolicy.generation import recorded_step
 from textpolicy.generation.decoding_batch import DecodingRow
@@ -20,6 +21,15 @@ from textpolicy.generation.prompts import encode_prompt
 from textpolicy.types import Sampling
 
 pytestmark = pytest.mark.skipif(not can_record(), reason="steps are recorded on a Linux CPU")
+
+
+@pytest.fixture(autouse=True)
+def plain_blocks(monkeypatch) -> None:
+    """Let blocks compute their steps by operations of mlx, as those of most models do.
+
+    Steps of compiled blocks are not recorded.
+    """
+    monkeypatch.setattr(decoder_block.CompiledLinear, "of", lambda layer: None)
 
 
 def counted(model: nn.Module) -> list[int]:

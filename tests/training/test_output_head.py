@@ -13,7 +13,8 @@ from tests.tiny import qwen3_model
 from textpolicy.adapters import quantize
 from textpolicy.adapters.quantization.packed_product import use_fast_products
 from textpolicy.fast_cpu.packed_weights import MOST_ROWS
-from textpolicy.training.output_head import OutputHead, find_output_head, logprobs_from_logits
+from textpolicy.training.output_head import OutputHead, find_output_head
+from textpolicy.training.token_logprobs import logprobs_from_logits
 
 ONE_CHUNK, FIVE_POSITIONS = 2**20, 5 * 4 * 96
 

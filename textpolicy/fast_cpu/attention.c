@@ -134,36 +134,52 @@ static void attend(Group *g) {
     }
 }
 
+void attend_step(const AttentionStep *s) {
+    int units = s->rows * s->key_heads;
+    double work = (double)units * s->sharing * s->seen * (s->width + s->value_width);
+#pragma omp parallel for num_threads(threads_for(work >= SMALLEST_SHARED))
+    for (int unit = 0; unit < units; unit++) {
+        int row = unit / s->key_heads, head = unit % s->key_heads;
+        attend(&(Group){
+            .sharing = s->sharing,
+            .seen = s->seen,
+            .width = s->width,
+            .value_width = s->value_width,
+            .query_step = s->query_step[1],
+            .key_step = s->key_step[2],
+            .value_step = s->value_step[2],
+            .scale = s->scale,
+            .queries = s->queries + row * s->query_step[0] + head * s->sharing * s->query_step[1],
+            .keys = s->keys + row * s->key_step[0] + head * s->key_step[1],
+            .values = s->values + row * s->value_step[0] + head * s->value_step[1],
+            .mask = s->mask ? s->mask + row * s->mask_step[0] : NULL,
+            .out = s->out + (long)unit * s->sharing * s->value_width,
+        });
+    }
+}
+
 /* Of queries, keys, values and, unless there is none, a mask with a byte for each key. The numbers
    are rows, key heads, query heads of each, keys, widths of a key and of a value, the bits of the
    scale, and whether there is a mask; then the steps of each input along its first three axes: row,
    head and position. */
 FUNCTION(compiled_attention) {
-    int rows = numbers[0], key_heads = numbers[1], sharing = numbers[2], seen = numbers[3];
-    int width = numbers[4], value_width = numbers[5], has_mask = numbers[7];
-    int32_t bits = numbers[6];
-    float scale;
-    memcpy(&scale, &bits, 4);
-    const int64_t *query = numbers + MOST_NUMBERS, *key = query + 3, *value = key + 3;
-    const int64_t *mask = value + 3;
-    double work = (double)rows * key_heads * sharing * seen * (width + value_width);
-#pragma omp parallel for num_threads(threads_for(work >= SMALLEST_SHARED))
-    for (int unit = 0; unit < rows * key_heads; unit++) {
-        int row = unit / key_heads, head = unit % key_heads;
-        attend(&(Group){
-            .sharing = sharing,
-            .seen = seen,
-            .width = width,
-            .value_width = value_width,
-            .query_step = query[1],
-            .key_step = key[2],
-            .value_step = value[2],
-            .scale = scale,
-            .queries = in[0] + row * query[0] + head * sharing * query[1],
-            .keys = in[1] + row * key[0] + head * key[1],
-            .values = in[2] + row * value[0] + head * value[1],
-            .mask = has_mask ? (const uint8_t *)in[3] + row * mask[0] : NULL,
-            .out = out[0] + (long)unit * sharing * value_width,
-        });
-    }
+    const int64_t *step = numbers + MOST_NUMBERS;
+    attend_step(&(AttentionStep){
+        .rows = numbers[0],
+        .key_heads = numbers[1],
+        .sharing = numbers[2],
+        .seen = numbers[3],
+        .width = numbers[4],
+        .value_width = numbers[5],
+        .scale = float_of(numbers[6]),
+        .queries = in[0],
+        .keys = in[1],
+        .values = in[2],
+        .mask = numbers[7] ? (const uint8_t *)in[3] : NULL,
+        .query_step = step,
+        .key_step = step + 3,
+        .value_step = step + 6,
+        .mask_step = step + 9,
+        .out = out[0],
+    });
 }

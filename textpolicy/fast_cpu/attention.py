@@ -8,7 +8,9 @@ Scores exist for one slice at a time: some rows of the batch, or some positions 
 backward pass computes the scores again: Rabe & Staats 2021, Self-attention Does Not Need O(n^2)
 Memory, arXiv:2112.05682. Query heads that share a key head are rows of one matrix product.
 
-In a decode step, a compiled function reads keys and values where they lie in the cache.
+In a decode step, a compiled function reads keys and values where they lie in the cache. Of many
+positions, compiled functions compute attention and its gradients, with scores for 32 positions of
+one head at a time.
 """
 
 import math
@@ -51,8 +53,11 @@ def scaled_dot_product_attention(
         return base.scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
         )
-    if _can_be_compiled(queries, keys, values, mask):
-        return _attend_where_stored(queries, keys, values, scale, mask)
+    if can_be_compiled(queries, keys, values, mask):
+        if queries.shape[2] == 1 and not are_gradients_needed():
+            return _attend_where_stored(queries, keys, values, scale, mask)
+        if queries.shape[2] > 1 and queries.shape[-1] % 16 == values.shape[-1] % 16 == 0:
+            return _attend_compiled(mask, scale)(queries, keys, values)[0].swapaxes(1, 2)
     batch, heads, time, width = queries.shape
     key_heads = keys.shape[1]
     if isinstance(mask, mx.array):
@@ -69,24 +74,23 @@ def scaled_dot_product_attention(
     return _attention(mask)(grouped, keys, values).reshape(batch, heads, time, -1)
 
 
-def _can_be_compiled(queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> bool:
-    """Return whether the compiled function can be used: it trusts what is checked here.
-
-    It computes one position of each row, and has no gradient.
-    """
-    if queries.shape[2] != 1 or are_gradients_needed() or mx.default_device().type != mx.cpu:
+def can_be_compiled(queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> bool:
+    """Return whether compiled functions can be used: they trust what is checked here."""
+    if mx.default_device().type != mx.cpu or reason_of_none():
         return False
-    if keys.dtype != mx.float32 or values.dtype != mx.float32 or reason_of_none():
+    if keys.dtype != mx.float32 or values.dtype != mx.float32:
         return False
-    rows, heads, _, width = queries.shape
+    rows, heads, time, width = queries.shape
     stored, key_heads, seen, key_width = keys.shape
     fits = keys.shape[:3] == values.shape[:3] and key_width == width and not heads % key_heads
-    if not fits or stored not in (1, rows) or not queries.size * seen:
+    if not fits or stored not in (1, rows) or not queries.size * seen * values.size:
         return False
     if not isinstance(mask, mx.array):
-        return True
+        return mask is None or time <= seen
     masks, mask_heads, times, masked = (1, 1, 1, *mask.shape)[-4:]
-    return masks in (1, rows) and mask_heads == times == 1 and masked == seen
+    heads_fit = mask_heads == 1 or (time > 1 and mask_heads == heads)
+    shape_fits = masks in (1, rows) and times in (1, time) and masked == seen
+    return mask.dtype == mx.bool_ and mask.ndim <= 4 and heads_fit and shape_fits
 
 
 def _attend_where_stored(
@@ -100,10 +104,52 @@ def _attend_where_stored(
     sizes = rows, key_heads, heads // key_heads, seen, width, value_width
     (out,) = attention(
         (queries, keys, values, *masks),
-        (rows, heads, 1, value_width),
+        [(rows, heads, 1, value_width)],
         (*sizes, bits_of(scale), len(masks)),
     )
     return out
+
+
+def _attend_compiled(mask: Any, scale: float) -> Any:
+    """Return attention of many positions with its gradients, by compiled functions.
+
+    The function returns the result as rows x positions x heads x numbers, the order in which the
+    next product reads it, and two numbers for each row, head and position.
+    """
+    masks = [mask] if isinstance(mask, mx.array) else []
+    kind = 2 if masks else int(mask is not None)
+
+    def sizes(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[int, ...]:
+        rows, heads, time, width = queries.shape
+        _, key_heads, seen, value_width = values.shape
+        shared = heads // key_heads
+        return rows, key_heads, shared, time, seen, width, value_width, bits_of(scale), kind
+
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+        rows, heads, time, _ = queries.shape
+        operation = compiled_operation("attention_of_positions", 3 + len(masks), 2, as_stored=True)
+        return operation(
+            (queries, keys, values, *masks),
+            [(rows, time, heads, values.shape[-1]), (rows, heads, time, 2)],
+            sizes(queries, keys, values),
+        )
+
+    def gradients(primals: Any, cotangents: Any, results: Any) -> list[mx.array]:
+        queries, keys, values = primals
+        rows, heads, time, width = queries.shape
+        (out, stats), of_out = results, cotangents[0]
+        of_keys, of_values = ((rows, *x.shape[1:]) for x in (keys, values))
+        operation = compiled_operation("attention_gradients", 6 + len(masks), 3, as_stored=True)
+        of_queries, *others = operation(
+            (queries, keys, values, out.swapaxes(1, 2), stats, of_out.swapaxes(1, 2), *masks),
+            [(rows, time, heads, width), of_keys, of_values],
+            sizes(queries, keys, values),
+        )
+        if len(keys) < rows:
+            others = [x.sum(axis=0, keepdims=True) for x in others]
+        return [of_queries.swapaxes(1, 2), *others]
+
+    return with_gradient(attend, gradients)
 
 
 def _attend_at_once(

@@ -226,9 +226,10 @@ int multiply_by_copy(const Product *product, int threads) {
     if (x) {
         transpose_tiles(product, x);
         int panels = panels_of(product->columns);
-        int share = ((panels + threads - 1) / threads + MOST_PANELS - 1) / MOST_PANELS * MOST_PANELS;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (int part = 0; part < threads; part++)
+        int parts = PARTS(threads), share = (panels + parts - 1) / parts;
+        share = (share + MOST_PANELS - 1) / MOST_PANELS * MOST_PANELS;
+#pragma omp parallel for num_threads(parts)
+        for (int part = 0; part < parts; part++)
             panels_from(product, copy, x, part * share, least(panels, (part + 1) * share));
     }
     pthread_rwlock_unlock(&lock);

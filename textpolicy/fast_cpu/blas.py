@@ -25,7 +25,7 @@ import numpy as np
 
 from textpolicy.errors import ConfigError
 from textpolicy.fast_cpu.compiler import NotCompiled, once
-from textpolicy.fast_cpu.few_rows import load_product
+from textpolicy.fast_cpu.few_rows import load_product, share_threads
 from textpolicy.fast_cpu.function_table import NotReplaced, replace_functions
 
 _STOCK = "mlx's own (netlib reference)"
@@ -74,6 +74,8 @@ def set_threads(count: int) -> None:
     if openblas is None:
         raise ConfigError(f"the threads of {status.name} cannot be set; leave out --threads")
     _function(openblas, "openblas_set_num_threads")(count)
+    if status.few_rows:
+        _share_threads(openblas, count)
 
 
 def default_threads() -> int | None:
@@ -164,12 +166,20 @@ def _choose_once() -> tuple[BlasStatus, ctypes.CDLL | None]:
 
 def _use_few_rows(library: ctypes.CDLL, others: int) -> str:
     """Let mlx multiply matrices of few rows by compiled loops; return why it cannot, or ""."""
-    threads = ctypes.cast(_function(library, "openblas_get_num_threads"), ctypes.c_void_p)
+    count = _function(library, "openblas_get_num_threads")
+    address = ctypes.cast(count, ctypes.c_void_p).value or 0
     try:
-        _use({"cblas_sgemm": load_product(others, threads.value or 0)})
+        product = load_product(others, address)
+        _share_threads(library, count())
+        _use({"cblas_sgemm": product})
     except (NotReplaced, NotCompiled) as error:
         return str(error)
     return ""
+
+
+def _share_threads(openblas: ctypes.CDLL, count: int) -> None:
+    with suppress(NotReplaced):  # Older libraries have no such function.
+        share_threads(_function(openblas, "openblas_set_threads_callback_function"), count)
 
 
 def _hint_for(device: Any) -> str:

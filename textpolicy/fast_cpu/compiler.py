@@ -26,8 +26,6 @@ from textpolicy.fast_cpu.cache_folder import cache_folder
 FOLDER = Path(__file__).parent
 NATIVE = {"aarch64": "-mcpu=native"}.get(platform.machine(), "-march=native")
 _SECONDS = 120
-# OpenMP's threads poll for their next product about as long as those of OpenBLAS do, then sleep.
-_POLLING = ("GOMP_SPINCOUNT", "1500")
 _ONE_AT_A_TIME = RLock()
 Result = TypeVar("Result")
 
@@ -81,11 +79,11 @@ class CompiledLibrary:
         try:
             path = self.compiled(cache_folder())
             try:
-                return _open(path)
+                return ctypes.CDLL(str(path))
             except OSError:
                 # A file that a full disk has cut short is written again.
                 path.unlink()
-                return _open(self.compiled(path.parent))
+                return ctypes.CDLL(str(self.compiled(path.parent)))
         except (OSError, RuntimeError) as error:
             raise NotCompiled(f"compiled {self.name} cannot be kept or opened: {error}") from None
 
@@ -161,15 +159,3 @@ def _run(command: Sequence[str]) -> str | None:
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    name, value = _POLLING
-    given = os.environ.get(name)
-    os.environ[name] = given or value
-    try:
-        return ctypes.CDLL(str(path))
-    finally:
-        if given is None:
-            # OpenMP has read the variable when it started. Child processes do not inherit it.
-            del os.environ[name]

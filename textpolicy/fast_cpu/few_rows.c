@@ -14,8 +14,6 @@
 
 #include "loops.h"
 
-enum { ROW_MAJOR = 101, AS_STORED = 111, TRANSPOSED = 112 };
-
 /* Shorter sums than this spend their time on adding up the lanes of a vector. */
 enum { SHORTEST_SUM = 64 };
 
@@ -29,9 +27,13 @@ typedef void Blas(int order, int transpose_a, int transpose_b, int rows, int col
 static Blas *other_products;
 static int (*thread_count)(void);
 
-/* What `scratch` keeps for each thread, and its bytes. */
-static __thread float *kept;
-static __thread size_t kept_bytes;
+/* What is kept for each thread, and its bytes. */
+typedef struct {
+    float *memory;
+    size_t bytes;
+} Kept;
+
+static __thread Kept kept, kept_of_block;
 
 void few_rows_begin(Blas *others, int (*threads)(void)) {
     other_products = others;
@@ -40,15 +42,18 @@ void few_rows_begin(Blas *others, int (*threads)(void)) {
 
 int threads_for(int is_large) { return is_large && thread_count ? thread_count() : 1; }
 
-float *scratch(long numbers) {
+static float *enough(Kept *kept, long numbers) {
     size_t bytes = (sizeof(float) * numbers + 63) / 64 * 64;
-    if (bytes > kept_bytes) {
-        free(kept);
-        kept = aligned_alloc(64, bytes);
-        kept_bytes = kept ? bytes : 0;
+    if (bytes > kept->bytes) {
+        free(kept->memory);
+        kept->memory = aligned_alloc(64, bytes);
+        kept->bytes = kept->memory ? bytes : 0;
     }
-    return kept;
+    return kept->memory;
 }
+
+float *scratch(long numbers) { return enough(&kept, numbers); }
+float *scratch_of_block(long numbers) { return enough(&kept_of_block, numbers); }
 
 /* `rows` x `columns` numbers of C from row i and column j on, at most four each way. The compiler
    makes a loop without any branch for each pair of numbers. With `fetch`, the next rows of B are

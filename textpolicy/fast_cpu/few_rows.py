@@ -6,6 +6,8 @@ without a C compiler, OpenBLAS computes these products too.
 """
 
 import ctypes
+from contextlib import suppress
+from typing import Any
 
 from textpolicy.fast_cpu.compiler import NATIVE, CompiledLibrary, once
 
@@ -20,6 +22,11 @@ LOOPS = CompiledLibrary(
         "packed_weights.c",
         "elementwise.c",
         "attention.c",
+        "attention_of_positions.c",
+        "token_logprobs.c",
+        "lora.c",
+        "decoder_block.c",
+        "threads.c",
     ),
     headers=("loops.h", "rows.h"),
     # With threads if the compiler has OpenMP.
@@ -44,3 +51,12 @@ def load_product(others: int, thread_count: int) -> int:
     address = ctypes.cast(library.few_rows_product, ctypes.c_void_p).value
     assert address is not None
     return address
+
+
+def share_threads(setter: Any, count: int) -> None:
+    """Let OpenBLAS compute with the threads of the loops, which become so many.
+
+    `setter` is OpenBLAS' function `openblas_set_threads_callback_function`.
+    """
+    with suppress(AttributeError):  # clang has its own threads.
+        compiled_loops().threads_begin(ctypes.cast(setter, ctypes.c_void_p), count)

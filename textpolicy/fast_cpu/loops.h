@@ -25,7 +25,7 @@
 /* A function that `mlx_operations.cpp` lets mlx call, with at most MOST_NUMBERS numbers. A function
    that reads its inputs as they are stored finds their steps after these. */
 #define FUNCTION(name) void name(const float *const *in, float *const *out, const int64_t *numbers)
-enum { MOST_NUMBERS = 8 };
+enum { MOST_NUMBERS = 16 };
 
 /* Smaller products than this take less time than to wake a thread. */
 enum { SMALLEST_SHARED = 1 << 17 };
@@ -76,8 +76,43 @@ static inline int least(int a, int b) { return a < b ? a : b; }
 /* The number of threads for work that is worth sharing, or 1. */
 int threads_for(int is_large);
 
-/* Memory of this thread for as many numbers, or NULL; a later call may move it. */
+/* Parts of a loop for these threads: more than threads, so that one that begins late does less. */
+#define PARTS(threads) ((threads) > 1 ? 4 * (threads) : 1)
+
+/* Memory of this thread for as many numbers, or NULL; a later call may move it. The functions of a block
+   have memory beside that of the products that they call. */
 float *scratch(long numbers);
+float *scratch_of_block(long numbers);
+
+/* cblas_sgemm, which gives products of few rows to the loops. */
+enum { ROW_MAJOR = 101, AS_STORED = 111, TRANSPOSED = 112 };
+void few_rows_product(int order, int transpose_a, int transpose_b, int rows, int columns, int inner,
+                      float alpha, const float *a, int lda, const float *b, int ldb, float beta,
+                      float *c, int ldc);
+
+/* A linear layer, perhaps with LoRA: y = x W' + bias + s (x A) B. W is outputs x inputs, A is inputs x
+   rank, and B is rank x outputs, each with a step from row to row. Without LoRA the rank is 0. */
+typedef struct {
+    int inputs, outputs, rank;
+    const float *weights, *bias, *a, *b, *scale;
+    long weights_step, a_step, b_step;
+} Linear;
+
+/* y of some rows; with `adds`, y is added to what lies there. Return 0 if there was no memory. */
+int linear(const Linear *layer, int rows, const float *x, long x_step, float *y, int adds);
+
+/* The attention of one position of each row. The steps of queries, keys, values and mask are those
+   from row to row, from head to head, and from position to position. Without a mask it is NULL. */
+typedef struct {
+    int rows, key_heads, sharing, seen, width, value_width;
+    float scale;
+    const float *queries, *keys, *values;
+    const uint8_t *mask;
+    const int64_t *query_step, *key_step, *value_step, *mask_step;
+    float *out; /* rows x heads x numbers */
+} AttentionStep;
+
+void attend_step(const AttentionStep *step);
 
 /* All rows of C, from column `first` to `last`, from B as it is stored. */
 void columns_of(const Product *product, int first, int last);

@@ -7,7 +7,7 @@
 //
 // The function gets the numbers of each input side by side. After "compiled as stored ", it gets
 // them as they lie in memory, if those of the last axis are side by side, and the steps of the other
-// axes: a slice of a large array is not copied.
+// axes: a slice of a large array is not copied. An array of more axes is given side by side.
 
 #include <cstdint>
 #include <cstring>
@@ -26,7 +26,8 @@ namespace mlx::core {
 
 namespace {
 
-constexpr int MOST = 4, MOST_NUMBERS = 8, STEPS = 3;
+constexpr int MOST = 28, MOST_NUMBERS = 16, STEPS = 3;
+constexpr size_t LARGE = 1 << 16;
 constexpr const char PREFIX[] = "compiled ", AS_STORED[] = "compiled as stored ";
 using Function = void (*)(const void* const* inputs, void* const* outputs, const int64_t* numbers);
 
@@ -81,7 +82,9 @@ const void* side_by_side(const array& x, cpu::CommandEncoder& encoder) {
 // The address of an array's numbers as they are stored, and the steps from one to the next along each
 // axis but the last: 0 along an axis of length 1. They are copied if the last axis has steps too.
 const void* as_stored(const array& x, cpu::CommandEncoder& encoder, int64_t* steps) {
-    const bool is_stored = x.strides().back() == 1;
+    if (x.ndim() == 0 || x.ndim() > STEPS + 1) return side_by_side(x, encoder);
+    // Matrices are given side by side: a BLAS refuses some steps.
+    const bool is_stored = x.ndim() > 2 && x.strides().back() == 1;
     int64_t step = x.shape(-1);
     for (int axis = x.ndim() - 2, to = STEPS - 1; axis >= 0; axis--, to--) {
         if (x.shape(axis) > 1) steps[to] = is_stored ? x.strides(axis) : step;
@@ -114,6 +117,11 @@ class Compiled : public Primitive {
         encoder.dispatch([function = function, all] {
             function(all.inputs, all.outputs, all.numbers);
         });
+        // mlx begins operations, and allocates their results, until a hundred of them wait. One of
+        // ours does the work of several, so one with a large result counts as several.
+        size_t bytes = 0;
+        for (const auto& one : outputs) bytes += one.nbytes();
+        for (int i = 1; bytes >= LARGE && i < cpu::DISPATCHES_PER_TASK; i++) encoder.dispatch([] {});
     }
 
     void eval_gpu(const std::vector<array>&, std::vector<array>&) override {
@@ -147,9 +155,6 @@ fast::CustomKernelFunction make_operation(
         if (inputs.size() != count || count > MOST || shapes.size() > MOST ||
             numbers.size() > MOST_NUMBERS)
             throw std::invalid_argument("a compiled function got other arrays than it takes");
-        for (const auto& x : inputs)
-            if (stored && (x.ndim() < 1 || x.ndim() > STEPS + 1))
-                throw std::invalid_argument("a compiled function got an array of other axes");
         Stream stream = to_stream(where);
         Arguments arguments{};
         for (size_t i = 0; i < numbers.size(); i++)

@@ -32,7 +32,7 @@ _MLX = Path(mx.__file__).parent
 _VERSION: str = cast(Any, mx).__version__
 _MAKER = "_ZN3mlx4core4fast12metal_kernelE"
 _LARGEST = 2**31 - 1  # Numbers are passed as 32-bit ones.
-_MOST_NUMBERS = 8
+_MOST_NUMBERS = 16
 _RECORDING = Lock()
 _TRIAL = """
 import sys
@@ -41,7 +41,8 @@ from textpolicy.fast_cpu.mlx_operations import try_library
 try_library(Path(sys.argv[1]))
 """
 
-Operation = Callable[[Sequence[mx.array], tuple[int, ...], Sequence[int]], list[mx.array]]
+_Shape = tuple[int, ...]
+Operation = Callable[[Sequence[mx.array], Sequence[_Shape], Sequence[int]], list[mx.array]]
 Elementwise = Callable[..., list[mx.array]]
 
 
@@ -142,7 +143,7 @@ def try_library(path: Path) -> None:
     keys = mx.stack([x, y])[None]
     (seen,) = attention(
         (x[:1, None, None], keys[:, :1, :1], keys[:, 1:, :1]),
-        (1, 1, 1, 3),
+        [(1, 1, 1, 3)],
         (1, 1, 1, 1, 3, 3, 0, 0),
     )
     right = mx.allclose(y, expected) and mx.allclose(again, expected.T)
@@ -194,7 +195,7 @@ def _by_elements(name: str, inputs: int, outputs: int) -> Elementwise:
     def compute(*arrays: mx.array, numbers: Sequence[int] = ()) -> list[mx.array]:
         # The compiled function trusts what `operation_for` has checked.
         shape = arrays[0].shape
-        return kernel(arrays, shape, (arrays[0].size, shape[-1], *numbers))
+        return kernel(arrays, [shape] * outputs, (arrays[0].size, shape[-1], *numbers))
 
     return compute
 
@@ -205,7 +206,7 @@ def compiled_operation(
 ) -> Operation:
     """Return the operation by the function `compiled_...` of this name.
 
-    It takes arrays, the shape of the outputs, which are of float32, and whole numbers for the
+    It takes arrays, the shapes of the outputs, which are of float32, and whole numbers for the
     function, which trusts all of them. The operation has no gradient, and no rule for `mx.vmap`.
     With `as_stored`, the function reads its inputs as they lie in memory, of at most four axes.
     Call this only where `reason_of_none` has no reason.
@@ -221,11 +222,11 @@ def compiled_operation(
     one, dtypes = (1, 1, 1), [mx.float32] * outputs
 
     def compute(
-        arrays: Sequence[mx.array], shape: tuple[int, ...], numbers: Sequence[int]
+        arrays: Sequence[mx.array], shapes: Sequence[_Shape], numbers: Sequence[int]
     ) -> list[mx.array]:
         return kernel(
             inputs=arrays,
-            output_shapes=[shape] * outputs,
+            output_shapes=shapes,
             output_dtypes=dtypes,
             template=[*zip(names[: len(numbers)], numbers, strict=True)],
             grid=one,

@@ -17,6 +17,7 @@ from mlx_lm.models import activations, base
 
 from textpolicy.fast_cpu.array_slices import apply_in_slices
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
+from textpolicy.fast_cpu.decoder_block import faster_block
 from textpolicy.fast_cpu.exponential import SMALL, exp
 from textpolicy.fast_cpu.gradients import with_gradient
 from textpolicy.fast_cpu.mlx_operations import operation_for
@@ -84,6 +85,8 @@ def _faster_class(layer: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass that calls the faster functions, or the class if it calls none of them."""
     if layer in _FASTER_LAYERS:
         return _FASTER_LAYERS[layer]
+    if block := faster_block(layer, _faster_class):
+        return block
     call: Any = layer.__call__
     if not isinstance(call, FunctionType):
         return layer

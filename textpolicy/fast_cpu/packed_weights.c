@@ -77,16 +77,22 @@ INLINE Vector pick(Vector from, Words places) {
 /* The codes of a vector of words are read in PER_WORD turns, which give LANES weights each, without
    the scales of their groups. */
 
-/* An affine code stays where it is in the word, unless it is the last: x is divided by the power of
-   2 by which the code is too large there. */
+/* With AVX-512, a number is looked up by the last four bits of a word: those before them do no harm.
+   Otherwise an affine code stays where it is in the word, unless it is the last: x is divided by the
+   power of 2 by which the code is too large there. */
+static const float NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#define IS_LOOKED_UP(format) (LANES == 16 && (format) == AFFINE_4)
+
 INLINE Vector affine_weights(const Format format, const int turn, Words words, const Packed *p) {
+    if (IS_LOOKED_UP(format)) return pick(*(const Vector *)NUMBERS, words >> BITS(format) * turn);
     Words codes = words & p->masks[turn];
     if (turn == PER_WORD(format) - 1) codes = words >> BITS(format) * turn;
     return __builtin_convertvector((Integers)codes, Vector);
 }
 
 static float too_large(const Format format, int turn) {
-    return format != NF4 && turn < PER_WORD(format) - 1 ? (float)(1 << BITS(format) * turn) : 1;
+    int stays = format != NF4 && !IS_LOOKED_UP(format) && turn < PER_WORD(format) - 1;
+    return stays ? (float)(1 << BITS(format) * turn) : 1;
 }
 
 /* The first of two weights of NF4 is in the upper half of a byte. */
@@ -114,12 +120,12 @@ static int place_of(const Format format, int turn, int lane) {
 }
 #else
 INLINE Vector nf4_weights(const int turn, Words words, const Packed *p) {
-    Words codes = words >> BITS(NF4) * turn & 15;
+    Words codes = words >> BITS(NF4) * turn;
 #if LANES == 16
     return pick(*(const Vector *)LEVELS, codes);
 #else
     Vector levels;
-    UNROLL for (int lane = 0; lane < LANES; lane++) levels[lane] = LEVELS[codes[lane]];
+    UNROLL for (int lane = 0; lane < LANES; lane++) levels[lane] = LEVELS[codes[lane] & 15];
     return levels;
 #endif
 }

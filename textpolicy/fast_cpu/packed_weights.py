@@ -47,7 +47,7 @@ def packed_product(
     outputs, count = groups[0].shape
     product = compiled_operation(f"product_{mode}_{bits}", 2 + len(groups))
     shape, numbers = (*x.shape[:-1], outputs), (rows, outputs, inputs, count)
-    return product([x, weight, *groups], shape, numbers)[0]
+    return product([x, weight, *groups], [shape], numbers)[0]
 
 
 def unpacked_weights(mode: str, bits: int, weight: mx.array, *groups: mx.array) -> mx.array | None:
@@ -57,7 +57,7 @@ def unpacked_weights(mode: str, bits: int, weight: mx.array, *groups: mx.array) 
         return None
     outputs, count = groups[0].shape
     unpack = compiled_operation(f"unpack_{mode}_{bits}", 1 + len(groups))
-    return unpack([weight, *groups], (outputs, inputs), (outputs, inputs, count))[0]
+    return unpack([weight, *groups], [(outputs, inputs)], (outputs, inputs, count))[0]
 
 
 def _can_read(

@@ -7,6 +7,14 @@
 
 #include "loops.h"
 
+/* The float32 number with these bits. */
+INLINE float float_of(int64_t number) {
+    int32_t bits = number;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 /* Adding this, 1.5 * 2^23, leaves the nearest whole number in the last bits of a float32. */
 static const float ROUND = 12582912.0f;
 
@@ -82,3 +90,33 @@ INLINE float sum_of_lanes(float *sums) {
                 sums[i - start] += term;                                              \
         result = sum_of_lanes(sums);                                                  \
     } while (0)
+
+/* 1 / sqrt(mean square of a row + epsilon). */
+INLINE float scale_of(const float *x, int64_t width, float epsilon) {
+    float sum;
+    SUM(sum, width, x[i] * x[i]);
+    return 1 / sqrtf(sum / width + epsilon);
+}
+
+/* A row over its root mean square, times a vector of weights. */
+INLINE void norm_row(const float *x, int64_t width, float epsilon, const float *weight,
+                     float *restrict y) {
+    float scale = scale_of(x, width, epsilon);
+    for (int64_t i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
+}
+
+/* silu(gate) x. */
+INLINE float swiglu_of(float gate, float x) { return gate * x / (1 + exp_of(-gate)); }
+
+/* A head x cos + (second half of x, first half of x) sin, where the sines of the first half are negated.
+   It may be written to where it lies. */
+INLINE void turn_head(const float *x, int64_t width, const float *cosine, const float *sine,
+                      float *y) {
+    int64_t half = width / 2;
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        float first = x[i], second = x[i + half];
+        y[i] = first * cosine[i] + second * sine[i];
+        y[i + half] = second * cosine[i + half] + first * sine[i + half];
+    }
+}

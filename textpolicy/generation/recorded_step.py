@@ -21,6 +21,7 @@ import mlx.nn as nn
 from jaxtyping import Bool, Float, Int, Integer
 
 from textpolicy.errors import ModelError
+from textpolicy.fast_cpu.decoder_block import has_compiled_steps
 from textpolicy.fast_cpu.gradients import without_gradients
 from textpolicy.fast_cpu.mlx_operations import can_record, recording
 from textpolicy.fast_cpu.rotary import one_step
@@ -51,12 +52,14 @@ class StepRecorder:
     many more, and the first logits are compared with the model's. A record holds the arrays of the
     model. When a layer has another array or another option, all records are dropped; what is
     changed in place is not noticed, so call `forget` before. A model that cannot be recorded, or
-    gives other logits than its record, computes all steps itself.
+    gives other logits than its record, computes all steps itself. So does a model whose blocks are
+    compiled (`decoder_block.py`), which has few operations to record.
     """
 
     def __init__(self, model: nn.Module, *, record: bool = True) -> None:
         self._model = model
-        self._can_record = record and _REFUSED.get(id(model)) is not model and can_record()
+        refused = _REFUSED.get(id(model)) is model or has_compiled_steps(model)
+        self._can_record = record and not refused and can_record()
         self._records: dict[Any, Callable[..., _Outputs]] = {}
         self._contents: _Contents | None = None
         self._shapes: Any = None

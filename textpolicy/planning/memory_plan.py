@@ -31,6 +31,7 @@ from textpolicy.planning.adapter_plan import AdapterPlan, PlannedModule, plan_ad
 from textpolicy.planning.largest_micro_batch import MicroBatch, largest_micro_batch
 from textpolicy.planning.unloaded_model import build_unloaded_model
 from textpolicy.serving.engine_queue import SERVED_PREFIX_BYTES
+from textpolicy.training.output_head import COMPILED_CHUNK
 
 # Sampling merges adapters if it is asked to, reads prompts, copies their caches to all rows, grows
 # caches, and draws tokens. Training goes backward through blocks or through the output head, and
@@ -216,7 +217,10 @@ class _Block:
         the attention's output; keys before the norm; both factors of the gate; the inputs of
         adapters. Then the keys and values that completions attend to: `joined` of each.
         """
-        width = 2 * self.hidden + 4 * self.queries + self.keys + 2 * self.inner
+        # One operation computes attention: it keeps no scaled queries, and its output is also what
+        # the adapter after it reads.
+        queries = 4 if reason_of_none() or self.itemsize < _FLOAT else 2
+        width = 2 * self.hidden + queries * self.queries + self.keys + 2 * self.inner
         kept = tokens * (width + self.adapter_inputs) + 2 * joined * self.keys
         return kept * self.itemsize + tokens * self.adapter_floats * _FLOAT
 
@@ -229,7 +233,8 @@ class _Block:
         inner = tokens * (_INNER * self.inner + _HIDDEN * self.hidden)
         inner += _GATE_SLICES * min(tokens * self.inner, SLICE_SIZE)
         attention = _QUERIES * tokens * self.queries
-        attention += _SCORE_SLICES * min(scores * self.heads, SLICE_SIZE)
+        if reason_of_none() or self.itemsize < _FLOAT:
+            attention += _SCORE_SLICES * min(scores * self.heads, SLICE_SIZE)
         return round(max(inner, attention)) * self.itemsize
 
 
@@ -340,6 +345,10 @@ def _adapter_floats(row: PlannedModule, itemsize: int) -> int:
 def _logits_bytes(block: _Block, positions: int, chunk_bytes: int) -> int:
     """Return the bytes of logits and their copies, at most those of a chunk of positions."""
     trained = _has_trained_head(block)
+    if not trained and not reason_of_none() and block.itemsize == _FLOAT:
+        # The chunks of the compiled function share the memory of one.
+        whole = positions * block.vocabulary * _FLOAT
+        return min(whole, COMPILED_CHUNK * chunk_bytes)
     whole, chunk = (_TRAINED_LOGITS, _TRAINED_CHUNKS) if trained else (_LOGITS, _CHUNKS)
     return round(min(whole * positions * block.vocabulary * _FLOAT, chunk * chunk_bytes))
 

@@ -9,11 +9,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
+from textpolicy.fast_cpu.rotary import one_pass
 from textpolicy.ranks import ALONE, Ranks
 from textpolicy.training.batch import BatchTotals, TrainingRow, make_batch
 from textpolicy.training.dealing import deal_micro_batches
-from textpolicy.training.output_head import OutputHead, find_output_head, logprobs_from_logits
+from textpolicy.training.output_head import OutputHead, find_output_head
 from textpolicy.training.shared_prompts import run_whole_rows, run_with_shared_prompts
+from textpolicy.training.token_logprobs import logprobs_from_logits
 from textpolicy.types import Batch
 
 BatchLogprobs = tuple[Float[mx.array, "batch time"], Float[mx.array, "batch time"]]
@@ -43,10 +45,11 @@ class ModelLogprobs:
         if not len(counted):
             return mx.zeros(batch.mask.shape), mx.zeros(batch.mask.shape)
         network = self.head.body if self.head else self.model
-        if self.share_prompts:
-            outputs = run_with_shared_prompts(network, self.model, batch)
-        else:
-            outputs = run_whole_rows(network, batch)
+        with one_pass():
+            if self.share_prompts:
+                outputs = run_with_shared_prompts(network, self.model, batch)
+            else:
+                outputs = run_whole_rows(network, batch)
         at = mx.array(counted)
         outputs = outputs.reshape(-1, outputs.shape[-1])[at]
         tokens = batch.tokens.flatten()[at]

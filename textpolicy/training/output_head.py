@@ -1,4 +1,4 @@
-"""The output head of a language model, and the log-probabilities of its softmax, in chunks.
+"""The output head of a language model, and the log-probabilities of its tokens, in chunks.
 
 The logits of a whole batch are often its largest array. Here, logits exist for one chunk only.
 """
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,14 +16,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from textpolicy.adapters.quantization.stored_weights import unpacked_product
 from textpolicy.device_sizes import device_sizes
+from textpolicy.fast_cpu import compiled_logprobs
 from textpolicy.fast_cpu.array_slices import compute_after
-from textpolicy.fast_cpu.exponential import exp
+from textpolicy.training.token_logprobs import (
+    PositionLogprobs,
+    Softmax,
+    logprobs_from_logits,
+)
 
-# Numbers that are added one after another.
-_BLOCK = 128
-PositionLogprobs = tuple[Float[mx.array, " positions"], Float[mx.array, " positions"]]
-"""Of each position: the log-probability of its token, and the entropy of its distribution."""
-Logits = Float[mx.array, "positions vocabulary"]
+# A compiled function takes the memory of a chunk's logits once, mlx takes it a dozen times. So the
+# function gets larger chunks, and there are fewer products, each of which reads all weights.
+COMPILED_CHUNK = 4
 ChunkFunction = Callable[[slice, mx.array, Any], PositionLogprobs]
 """Takes the slice of a chunk, the rows of this slice, and a tree of weights."""
 
@@ -70,8 +73,12 @@ class OutputHead:
         weights = self.weights.trainable_parameters()
         if not weights:
             # Otherwise each chunk would unpack the weights of a quantized head again.
-            project = unpacked_product(self.weights, len(tokens)) or self.project
-            head = _FrozenHead(project, tokens, temperature, chunks)
+            project = unpacked_product(self.weights, len(tokens))
+            plain = type(self.weights) in (nn.Linear, nn.Embedding)
+            matrix = self.weights.weight if plain else project and project.weight
+            if "bias" in self.weights or not compiled_logprobs.are_possible(hidden, matrix):
+                matrix = None
+            head = _FrozenHead(project or self.project, matrix, tokens, temperature, chunks)
             return head.logprobs(hidden) if differentiable else head.values(hidden)
         if len(chunks) == 1:
             return logprobs_from_logits(self.project(hidden), tokens, temperature)
@@ -120,12 +127,15 @@ class _FrozenHead:
     """
 
     project: Callable[[mx.array], mx.array]
+    matrix: Float[mx.array, "vocabulary width"] | None
     tokens: Int[mx.array, " positions"]
     temperature: Float[mx.array, " positions"]
     chunks: list[slice]
 
     def values(self, hidden: Float[mx.array, "positions width"]) -> PositionLogprobs:
         """Return log-probabilities and entropies without a gradient."""
+        if self.matrix is not None:
+            return compiled_logprobs.of_hidden(hidden, *self._compiled_inputs)
         parts: list[PositionLogprobs] = []
         for chunk in self.chunks:
             logits = self.project(compute_after(hidden[chunk], parts[-1] if parts else ()))
@@ -136,15 +146,31 @@ class _FrozenHead:
     def logprobs(self, hidden: Float[mx.array, "positions width"]) -> PositionLogprobs:
         """Return log-probabilities and entropies with a gradient in the hidden states."""
         constant = mx.stop_gradient(hidden)
-        parts: list[tuple[mx.array, mx.array, mx.array]] = []
-        for chunk in self.chunks:
-            rows = compute_after(constant[chunk], parts[-1] if parts else ())
-            parts.append(self._with_slope(chunk, rows))
-        logp, entropy, slope = (mx.concatenate([part[i] for part in parts]) for i in range(3))
+        if self.matrix is not None:
+            known = compiled_logprobs.of_hidden_with_slopes(constant, *self._compiled_inputs)
+        else:
+            known = self._in_chunks(constant)
+        logp, entropy, slope = known
         return (
             _with_gradient(logp, hidden, lambda weight: weight[:, None] * slope),
             _with_gradient(entropy, hidden, partial(self._entropy_gradient, constant)),
         )
+
+    @property
+    def _compiled_inputs(self) -> tuple[mx.array, mx.array, mx.array, int]:
+        assert self.matrix is not None
+        chunk = self.chunks[0]
+        rows = COMPILED_CHUNK * (chunk.stop - chunk.start)
+        return self.matrix, self.tokens, self.temperature, rows
+
+    def _in_chunks(self, hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return log-probabilities, entropies and the slopes of the first by the hidden states."""
+        parts: list[tuple[mx.array, mx.array, mx.array]] = []
+        for chunk in self.chunks:
+            rows = compute_after(hidden[chunk], parts[-1] if parts else ())
+            parts.append(self._with_slope(chunk, rows))
+        logp, entropy, slope = (mx.concatenate([part[i] for part in parts]) for i in range(3))
+        return logp, entropy, slope
 
     def _entropy_gradient(self, hidden: mx.array, weight: mx.array) -> mx.array:
         # Few losses use the entropy, so its gradient is computed only if needed.
@@ -222,79 +248,3 @@ def apply_in_chunks(
 def join_chunks(parts: Sequence[tuple[mx.array, mx.array]]) -> PositionLogprobs:
     """Return the log-probabilities and the entropies of all chunks."""
     return mx.concatenate([logp for logp, _ in parts]), mx.concatenate([h for _, h in parts])
-
-
-class Softmax(NamedTuple):
-    """The distribution at each position, in float32 for every dtype of the model.
-
-    The exponential is the expensive part, so it is computed once. With s = logits / T - max and
-    e = exp(s):
-
-        log p(token) = s(token) - log sum e        H = log sum e - sum(e s) / sum e
-    """
-
-    shifted: Logits
-    exponential: Logits
-    total: Float[mx.array, "positions 1"]
-
-    @classmethod
-    def of(cls, logits: Logits, temperature: Float[mx.array, " positions"]) -> "Softmax":
-        """Return softmax(logits / temperature)."""
-        scaled = logits.astype(mx.float32) / temperature[:, None]
-        shifted = scaled - scaled.max(axis=-1, keepdims=True)
-        exponential = exp(shifted)
-        return cls(shifted, exponential, sum_over_vocabulary(exponential)[:, None])
-
-    def logprobs(self, tokens: Int[mx.array, " positions"]) -> PositionLogprobs:
-        """Return the log-probabilities of `tokens` and the entropies."""
-        drawn = mx.take_along_axis(self.shifted, tokens[:, None], axis=-1)
-        mean = sum_over_vocabulary(self.exponential * self.shifted) / self.total[:, 0]
-        normaliser = mx.log(self.total)[:, 0]
-        return drawn[:, 0] - normaliser, normaliser - mean
-
-    @property
-    def probabilities(self) -> Logits:
-        """The probability of every token of the vocabulary."""
-        return self.exponential / self.total
-
-
-def sum_over_vocabulary(values: Logits) -> Float[mx.array, " positions"]:
-    """Return the sum of each row, computed from the sums of short blocks.
-
-    On a CPU, mlx adds the numbers of a row one after another. With 150,000 small numbers, rounding
-    then changes the logarithm of the sum by 2e-4, always in the same direction.
-    """
-    positions, vocabulary = values.shape
-    blocks = vocabulary // _BLOCK
-    whole = values[:, : blocks * _BLOCK].reshape(positions, blocks, _BLOCK)
-    return whole.sum(axis=-1).sum(axis=-1) + values[:, blocks * _BLOCK :].sum(axis=-1)
-
-
-def logprobs_from_logits(
-    logits: Logits, tokens: Int[mx.array, " positions"], temperature: Float[mx.array, " positions"]
-) -> PositionLogprobs:
-    """Return log-probabilities and entropies under softmax(logits / temperature).
-
-    The gradient is computed in closed form. With the probabilities p, the entropy H and the
-    scaled logits z:
-
-        d log p(token) / dz = onehot(token) - p        dH / dz = -p (log p + H)
-    """
-    run: Any = mx.custom_function(lambda logits: Softmax.of(logits, temperature).logprobs(tokens))
-    run.vjp(partial(_logits_gradient, tokens, temperature))
-    return run(logits)
-
-
-def _logits_gradient(
-    tokens: Int[mx.array, " positions"],
-    temperature: Float[mx.array, " positions"],
-    logits: Logits,
-    cotangents: PositionLogprobs,
-    outputs: PositionLogprobs,
-) -> Logits:
-    of_logp, of_entropy = (c[:, None] / temperature[:, None] for c in cotangents)
-    softmax = Softmax.of(logits, temperature)
-    log_p = softmax.shifted - mx.log(softmax.total)
-    slope = softmax.probabilities * (of_logp + of_entropy * (log_p + outputs[1][:, None]))
-    at_token = slope.at[mx.arange(len(tokens)), tokens]
-    return -at_token.subtract(of_logp[:, 0]).astype(logits.dtype)

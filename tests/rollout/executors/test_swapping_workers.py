@@ -20,8 +20,8 @@ def test_a_spawned_worker_takes_versions_between_tokens_and_says_which_token_is_
     load_tiny, tmp_path
 ):
     versions = AdapterVersions(load_tiny()[0], tmp_path, 20)
-    tasks = list(islice(load("add").stream(0), 4))
-    job = RolloutJob(number=0, tasks=tasks, group_size=2, seed=1)
+    tasks = list(islice(load("add").stream(0), 64))
+    job = RolloutJob(number=0, tasks=tasks, group_size=4, seed=1)
     with closing(Crew(SpawnedWorkers(builders.swapping_worker), 1, tmp_path / "crew")) as crew:
         crew.follow(0, versions.files[0])
         crew.submit(job)

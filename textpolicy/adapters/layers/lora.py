@@ -6,9 +6,11 @@ A new layer has B = 0, so it computes bit for bit what its base does.
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 from jaxtyping import Float, Integer
 
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
+from textpolicy.fast_cpu.lora import lora_linear
 
 _BYTES_READ_TOGETHER = 16
 
@@ -23,12 +25,28 @@ class LoRALinear(AdapterLayer):
         # All three products take the same two axes.
         batch = x.shape[:-1]
         x = x.reshape(math.prod(batch), x.shape[-1])
+        if (y := self._compiled(x)) is not None:
+            return y.reshape(*batch, y.shape[-1])
         y = self.base(x)
         # Gate and scale multiply the activations of size rank, where this costs least.
         update = (self.gated_scale() * (self.dropout(x) @ self.lora_a)) @ self.lora_b
         if "lora_bias" in self:
             update = update + self.gated_bias()
         return (y + update.astype(y.dtype)).reshape(*batch, y.shape[-1])
+
+    def _compiled(self, x: Float[mx.array, "rows in"]) -> Float[mx.array, "rows out"] | None:
+        """Return the output as one operation, or None where this layer or device has none."""
+        if (parts := self.compiled_parts()) is None:
+            return None
+        base, factors = parts
+        return lora_linear(x, base.weight, base.get("bias"), *factors)
+
+    def compiled_parts(self) -> tuple[nn.Linear, list[mx.array]] | None:
+        """Return the base, with A, B and the scale; None if the output is more than their sum."""
+        drops = self.training and self.dropout._p_1 < 1  # pyright: ignore[reportPrivateUsage]
+        if drops or type(self.base) is not nn.Linear or "lora_bias" in self:
+            return None
+        return self.base, [self.lora_a, self.lora_b, self.gated_scale()]
 
 
 class LoRAEmbedding(AdapterLayer):

@@ -1,7 +1,7 @@
 """Reading a module's weight, whatever its number format, and making float modules."""
 
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -106,10 +106,21 @@ def times_weight(
     return product.T
 
 
-def unpacked_product(
-    module: Any, rows: int
-) -> Callable[[Float[mx.array, "*batch in"]], Float[mx.array, "*batch out"]] | None:
-    """Return the module's product as a function that keeps the unpacked weight.
+@dataclass(frozen=True)
+class UnpackedProduct:
+    """The product of a quantized module, with its weight as floats."""
+
+    weight: Float[mx.array, "out in"]
+    bias: Float[mx.array, " out"] | None
+
+    def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
+        """Return what the module returns."""
+        y = (x.astype(self.weight.dtype) @ self.weight.T).astype(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def unpacked_product(module: Any, rows: int) -> UnpackedProduct | None:
+    """Return the module's product with its weight unpacked.
 
     Where the module's own product of so many rows does not unpack the weight, this is None.
     """
@@ -120,13 +131,7 @@ def unpacked_product(
         return None
     unpacked = unpacked_weights(module.mode, module.bits, *packed_arrays(module))
     weight = float_weight(module) if unpacked is None else unpacked
-    bias = module.get("bias")
-
-    def multiply(x: mx.array) -> mx.array:
-        y = (x.astype(weight.dtype) @ weight.T).astype(x.dtype)
-        return y if bias is None else y + bias
-
-    return multiply
+    return UnpackedProduct(weight, module.get("bias"))
 
 
 def make_float_module(

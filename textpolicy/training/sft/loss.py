@@ -16,9 +16,11 @@ import mlx.nn as nn
 from jaxtyping import Bool, Float, Int
 
 from textpolicy.errors import ConfigError, TrainingError
-from textpolicy.training.output_head import find_output_head, logprobs_from_logits
+from textpolicy.fast_cpu.rotary import one_pass
+from textpolicy.training.output_head import find_output_head
 from textpolicy.training.sft.batches import SFTBatch
 from textpolicy.training.sft.packing import separate_segments
+from textpolicy.training.token_logprobs import logprobs_from_logits
 
 LossAndTokens = tuple[Float[mx.array, ""], Int[mx.array, ""]]
 BatchLoss = Callable[[SFTBatch], LossAndTokens]
@@ -67,7 +69,8 @@ def make_batch_loss(model: nn.Module, custom: SFTLoss | None) -> BatchLoss:
 
     def batch_loss(batch: SFTBatch) -> LossAndTokens:
         network = separate_segments(head.body if head else model, model, batch.segments)
-        outputs = network(batch.inputs)
+        with one_pass():
+            outputs = network(batch.inputs)
         read = outputs.reshape(-1, outputs.shape[-1])[batch.learned]
         tokens = batch.targets.flatten()[batch.learned]
         logp, _ = logprobs(read, tokens, mx.ones(len(tokens)))

@@ -1,0 +1,372 @@
+"""Blocks that compute a decode step by two operations give the numbers of their own code."""
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models import llama
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
+
+from tests.generation.test_generation import row_of
+from tests.tiny import SIZES, biased_model, qwen3_model, randomized
+from textpolicy import fast_cpu
+from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
+from textpolicy.adapters.config.rules import LoRARule
+from textpolicy.adapters.layers.adapter_layer import adapter_layers
+from textpolicy.fast_cpu import decoder_block
+from textpolicy.fast_cpu.gradients import without_gradients
+from textpolicy.fast_cpu.model_functions import use_fast_functions
+from textpolicy.fast_cpu.rotary import FastRoPE, one_step
+from textpolicy.generation.engine import Engine
+from textpolicy.types import Sampling
+
+pytestmark = pytest.mark.usefixtures("compiled_operations")
+
+STEP = ["block_inputs", "block_outputs"]
+PROMPTS = [[5, 17, 3, 44, 60, 2], [9], [1, 2, 3], [7] * 40]
+
+
+def llama_model(**changes) -> nn.Module:
+    args = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True} | SIZES
+    return randomized(llama.Model(llama.ModelArgs(**args | changes)), 0)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "llama": llama_model,
+    "llama with biases": lambda: llama_model(attention_bias=True, mlp_bias=True),
+    "llama3": lambda: llama_model(rope_scaling=LLAMA3),
+    "llama with many heads": lambda: llama_model(num_attention_heads=8, num_key_value_heads=8),
+    "llama with other widths": lambda: llama_model(hidden_size=72, intermediate_size=50),
+    "qwen2": biased_model,
+    "qwen3": qwen3_model,
+}
+ADAPTERS = {
+    "no adapters": None,
+    "rank 1": LoRARule(rank=1),
+    "rank 4": LoRARule(rank=4),
+    "rank 20": LoRARule(rank=20),
+    "some layers": LoRARule(rank=4, module_path=".*(q_proj|v_proj|down_proj)"),
+}
+
+
+def model_of(kind: str, adapters: str = "no adapters") -> nn.Module:
+    model = MODELS[kind]()
+    use_fast_functions(model)
+    if rule := ADAPTERS[adapters]:
+        adapt(model, rule)
+    return model.eval()
+
+
+def adapt(model: nn.Module, rule: LoRARule) -> AdapterContainer:
+    container = AdapterContainer.from_model(model, AdapterConfig(rules=[rule]))
+    container.swap({name: array + 0.02 for name, array in container.parameters().items()})
+    return container
+
+
+@contextmanager
+def plain_blocks() -> Generator[None]:
+    """Let blocks compute their steps by their own code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_block.CompiledLinear, "of", lambda layer: None)
+        yield
+
+
+@pytest.fixture
+def compiled_calls(monkeypatch) -> list[str]:
+    """The names of the compiled operations that blocks ask for."""
+    asked: list[str] = []
+    make = decoder_block.compiled_operation
+
+    def counted(name: str, *args: int, **options: bool):
+        asked.append(name)
+        return make(name, *args, **options)
+
+    monkeypatch.setattr(decoder_block, "compiled_operation", counted)
+    return asked
+
+
+def decoded(model: nn.Module, steps: int = 4, *, rows: int = 3, cache=KVCache) -> np.ndarray:
+    """Return the logits of some steps after a prompt, which is the same for all rows."""
+    caches = [cache() for _ in model.layers]
+    tokens = mx.random.randint(0, 96, (rows, 7 + steps), key=mx.random.key(1))
+    logits: list[mx.array] = []
+    with without_gradients():
+        model(tokens[:, :7], cache=caches)
+        for at in range(7, 7 + steps):
+            logits.append(model(tokens[:, at : at + 1], cache=caches))
+    return np.array(mx.concatenate(logits, axis=1).astype(mx.float32))
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(1, 1), (3, 2), (60, 2)])
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_steps_give_the_logits_of_plain_blocks(kind, adapters, rows, threads, compiled_calls):
+    before = fast_cpu.enable().threads
+    assert before is not None
+    model = model_of(kind, adapters)
+    fast_cpu.set_threads(threads)
+    try:
+        found = decoded(model, rows=rows)
+        # Two layers and four steps.
+        assert compiled_calls == STEP * 8
+        with plain_blocks():
+            expected = decoded(model, rows=rows)
+    finally:
+        fast_cpu.set_threads(before)
+    assert len(compiled_calls) == 16
+    assert_close(found, expected)
+
+
+def by_engine(model: nn.Module, tokens: int = 30) -> list[tuple[list[int], list[float]]]:
+    rows = [
+        row_of(
+            prompt,
+            member=number,
+            stop=lambda _: None,
+            sampling=Sampling(max_tokens=tokens + number),
+        )
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    engine = Engine(model, record_steps=False)
+    for row in rows:
+        engine.submit([row])
+    while engine.can_step:
+        engine.step()
+    return [(row.tokens, row.logprobs) for row in rows]
+
+
+@pytest.mark.parametrize("adapters", ["no adapters", "rank 4"])
+@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "qwen3"])
+def test_rows_with_prompts_of_other_lengths_are_decoded_as_by_plain_blocks(
+    kind, adapters, compiled_calls
+):
+    model = model_of(kind, adapters)
+    found = by_engine(model)
+    assert compiled_calls[:2] == STEP and set(compiled_calls) == {*STEP}
+    assert len(compiled_calls) >= 4 * 29
+    with plain_blocks():
+        expected = by_engine(model)
+    for (tokens, logprobs), (right, others) in zip(found, expected, strict=True):
+        assert tokens == right
+        np.testing.assert_allclose(logprobs, others, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "qwen3"])
+def test_left_padding_is_hidden_from_each_row(kind, compiled_calls):
+    model = model_of(kind, "rank 4")
+
+    def logits(paddings: list[int], tokens: mx.array) -> list[mx.array]:
+        caches = [BatchKVCache(paddings) for _ in model.layers]
+        results: list[mx.array] = []
+        with without_gradients():
+            model(tokens[:, :9], cache=caches)
+            for at in range(9, 12):
+                with one_step([layer.offset for layer in caches]):
+                    results.append(model(tokens[:, at : at + 1], cache=caches))
+        return results
+
+    tokens = mx.random.randint(0, 96, (3, 12), key=mx.random.key(2))
+    found = logits([4, 0, 8], tokens)
+    assert compiled_calls == STEP * 6
+    with plain_blocks():
+        expected = logits([4, 0, 8], tokens)
+    for one, right in zip(found, expected, strict=True):
+        assert_close(np.array(one), np.array(right))
+    # What stands under the padding changes nothing.
+    other = mx.where(mx.arange(12) < mx.array([4, 0, 8])[:, None], 1, tokens)
+    for one, same in zip(found, logits([4, 0, 8], other), strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(same), atol=1e-5)
+
+
+def test_a_scaled_embedding_is_called_itself():
+    model = model_of("llama3")
+    assert not isinstance(model.layers[0].self_attn.rope, FastRoPE)
+    assert isinstance(model_of("llama").layers[0].self_attn.rope, FastRoPE)
+
+
+def test_a_change_of_an_adapter_is_in_the_next_step(compiled_calls):
+    model = model_of("qwen3")
+    base = decoded(model)
+    container = adapt(model, LoRARule(rank=4))
+    changed = decoded(model)
+    assert np.abs(changed - base).max() > 1e-2
+    for layer in container.layers().values():
+        layer.set_enabled(mx.array(False))
+    np.testing.assert_array_equal(decoded(model), base)
+    assert compiled_calls == STEP * 24
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda w: mx.contiguous(w.T).T,
+        lambda w: mx.concatenate([w, w], axis=-1)[:, : w.shape[1]],
+        lambda w: mx.contiguous(w[::-1])[::-1],
+        lambda w: mx.broadcast_to(w[:1], w.shape),
+        lambda w: mx.broadcast_to(w[:, :1], w.shape),
+    ],
+    ids=["transposed", "with gaps", "backwards", "one row", "one column"],
+)
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b"])
+def test_weights_are_read_as_they_are_stored(view, name, compiled_calls):
+    model = model_of("qwen2", "rank 4")
+    for layer in adapter_layers(model).values():
+        owner = layer.base if name == "weight" else layer
+        owner[name] = view(owner[name])
+    found = decoded(model, rows=20)
+    assert compiled_calls == STEP * 8
+    with plain_blocks():
+        assert_close(found, decoded(model, rows=20))
+
+
+def test_a_mask_that_is_added_is_not_taken_for_one_of_yes_and_no():
+    block = model_of("llama").layers[0]
+    prompt, x = (mx.random.normal((2, n, 64), key=mx.random.key(n)) for n in (4, 1))
+
+    def result() -> np.ndarray:
+        cache = KVCache()
+        with without_gradients():
+            block(prompt, "causal", cache)
+            return np.array(block(x, mx.array([0.0, -1e9, 0, 0, 0])[None, None, None], cache))
+
+    found = result()
+    with plain_blocks():
+        assert_close(found, result())
+
+
+def test_prompts_and_passes_with_gradients_are_computed_by_the_block_itself(compiled_calls):
+    model = model_of("llama")
+    caches = [KVCache() for _ in model.layers]
+    with without_gradients():
+        model(mx.array([[1, 2, 3]]), cache=caches)
+        model(mx.array([[1]]))
+    model(mx.array([[4]]), cache=caches)
+    assert not compiled_calls
+
+
+class Swapped(nn.Linear):
+    """A layer of another class."""
+
+    def __call__(self, x):
+        return -super().__call__(x)
+
+
+class OtherNorm(nn.RMSNorm):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class OtherMLP(llama.MLP):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+CHANGES = {
+    "quantized": lambda model: quantize(model, bits=4, group_size=32),
+    "bfloat16": lambda model: model.set_dtype(mx.bfloat16),
+    "one layer in bfloat16": lambda model: model.layers[0].mlp.set_dtype(mx.bfloat16),
+    "a norm in bfloat16": lambda model: model.layers[0].input_layernorm.set_dtype(mx.bfloat16),
+    "another layer": lambda model: setattr(model.layers[0].mlp.up_proj, "__class__", Swapped),
+    "another norm": lambda model: setattr(
+        model.layers[0].post_attention_layernorm, "__class__", OtherNorm
+    ),
+    "another part": lambda model: setattr(model.layers[0].mlp, "__class__", OtherMLP),
+    "dora": lambda model: AdapterContainer.from_model(
+        model, AdapterConfig(rank=4, scale=2.0, kind="dora")
+    ),
+    "a trained bias": lambda model: AdapterContainer.from_model(
+        model, AdapterConfig(rules=[LoRARule(rank=4, bias=True)])
+    ),
+    "dropout in training": lambda model: AdapterContainer.from_model(
+        model, AdapterConfig(rank=4, scale=2.0, dropout=0.5)
+    ),
+}
+
+
+OF_ONE_BLOCK = [
+    *("another layer", "another norm", "another part"),
+    *("one layer in bfloat16", "a norm in bfloat16"),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_block_of_another_kind_is_computed_by_its_own_code(change, compiled_calls):
+    model = model_of("llama")
+    CHANGES[change](model)
+    model.train(change == "dropout in training")
+    mx.random.seed(1)
+    found, asked = decoded(model), compiled_calls.copy()
+    mx.random.seed(1)
+    with plain_blocks():
+        expected = decoded(model)
+    # Some changes leave the second of the two blocks as it is.
+    assert asked == (STEP * 4 if change in OF_ONE_BLOCK else [])
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_quantized_cache_is_left_to_the_block_itself(compiled_calls):
+    model = model_of("llama", "rank 4")
+    found = decoded(model, cache=lambda: QuantizedKVCache(group_size=32, bits=8))
+    assert not compiled_calls
+    np.testing.assert_allclose(found, decoded(model), atol=0.1)
+    assert compiled_calls == STEP * 8
+
+
+def test_a_longer_cache_is_read_where_it_lies(compiled_calls):
+    """A cache grows by 256 positions, and has unused ones at its end."""
+    model = model_of("qwen3", "rank 4")
+    found = decoded(model, steps=260, rows=1)
+    assert compiled_calls == STEP * 520
+    with plain_blocks():
+        assert_close(found, decoded(model, steps=260, rows=1))
+
+
+def test_what_a_row_gives_does_not_depend_on_the_rows_beside_it():
+    model = model_of("qwen3", "rank 4")
+
+    def logits(rows: slice) -> np.ndarray:
+        tokens = mx.random.randint(0, 96, (8, 10), key=mx.random.key(1))[rows]
+        caches = [KVCache() for _ in model.layers]
+        with without_gradients():
+            for at in range(10):
+                last = model(tokens[:, at : at + 1], cache=caches)
+        return np.array(last)
+
+    together = logits(slice(None))
+    for row in (0, 5, 7):
+        assert_close(logits(slice(row, row + 1)), together[row : row + 1])
+
+
+def test_several_threads_decode_at_the_same_time(compiled_calls):
+    models = [model_of("llama", "rank 4"), model_of("qwen3")]
+    expected = [decoded(model, steps=20) for model in models]
+    wrong: list[float] = []
+
+    def decode(number: int) -> None:
+        with mx.stream(mx.new_stream(mx.cpu)):
+            for _ in range(3):
+                found = decoded(models[number % 2], steps=20)
+                wrong.append(float(np.abs(found - expected[number % 2]).max()))
+
+    threads = [threading.Thread(target=decode, args=(n,), daemon=True) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == [0.0] * 12
