@@ -11,7 +11,7 @@
 
 enum { BLOCK = 32 };
 
-/* A hidden key weighs 0. Where no key is seen, all weigh alike. */
+/* A hidden key weighs 0. Where a position sees no key, all that its block has weigh alike. */
 static const float HIDDEN = -1e30f;
 
 /* The sums of so many rows and vectors are in registers at once. */
@@ -116,7 +116,7 @@ static const uint8_t *mask_of(const Group *g, const Block *b, int position) {
 }
 
 /* Keys before the first one that any of the positions sees are left out: padding before a row then
-   changes no bit of what it gives. */
+   changes no bit of what it gives, if each position sees all keys from one on. */
 static Block block_of(const Group *g, int head, int position) {
     int positions = least(BLOCK, g->time - position);
     Block b = {head, position, positions, 0, seen_before(g, position + positions)};
@@ -276,10 +276,6 @@ static Group group_of(const Sizes *s, const float *const *in, int mask, int row,
                  head * g.sharing * g.mask_step[1];
     }
     return g;
-}
-
-static void fill(float *x, long numbers, float with) {
-    for (long i = 0; i < numbers; i++) x[i] = with;
 }
 
 #define THREADS(s)                                                                            \

@@ -34,10 +34,6 @@ static Linear take_linear(Inputs *inputs, int width, int outputs) {
     return l;
 }
 
-static void fill(float *x, long numbers, float with) {
-    for (long i = 0; i < numbers; i++) x[i] = with;
-}
-
 #define THREADS(size) num_threads(threads_for((size) >= 1 << 13))
 
 static void norm_rows(int rows, int width, const float *x, long step, float epsilon,
@@ -65,9 +61,9 @@ static void finish_heads(int rows, int heads, int width, float *x, const float *
 }
 
 /* Of x, the weights of a norm, the layers of queries, keys and values, perhaps the norms of queries and
-   keys, and perhaps cosines and sines: queries, keys and values of the position. The numbers are rows, the width of x, heads, key heads, widths of a key and of a value, the bits of
-   the epsilons of the norms, whether queries and keys have norms, whether there are angles, and one
-   number for each layer. */
+   keys, and perhaps cosines and sines: queries, keys and values of the position. The numbers are rows,
+   the width of x, heads, key heads, widths of a key and of a value, the bits of the epsilons of the
+   norms, whether queries and keys have norms, whether there are angles, and one number for each layer. */
 FUNCTION(compiled_block_inputs) {
     int rows = numbers[0], hidden = numbers[1], heads = numbers[2], key_heads = numbers[3];
     int width = numbers[4], value_width = numbers[5], has_norms = numbers[8];
@@ -96,10 +92,10 @@ FUNCTION(compiled_block_inputs) {
 }
 
 /* Of x, queries, all keys and values, the weights of a norm, the layers that follow attention, those of
-   the gate, of the values it multiplies and of the result, and perhaps a mask: x after the block.
-   The numbers are rows, the width of x, key heads, query heads of each, keys, widths
-   of a key and of a value, the width of the gate, the bits of the scale and of epsilon, whether there
-   is a mask, and one number for each layer. */
+   the gate, of the values it multiplies and of the result, and perhaps a mask: x after the block. The
+   numbers are rows, the width of x, key heads, query heads of each, keys, widths of a key and of a
+   value, the width of the gate, the bits of the scale and of epsilon, whether there is a mask, and one
+   number for each layer. */
 FUNCTION(compiled_block_outputs) {
     int rows = numbers[0], hidden = numbers[1], key_heads = numbers[2], sharing = numbers[3];
     int value_width = numbers[6], inner = numbers[7], has_mask = numbers[10];

@@ -73,6 +73,10 @@ enum { TILE = 4 };
 
 static inline int least(int a, int b) { return a < b ? a : b; }
 
+static inline void fill(float *x, long numbers, float with) {
+    for (long i = 0; i < numbers; i++) x[i] = with;
+}
+
 /* The number of threads for work that is worth sharing, or 1. */
 int threads_for(int is_large);
 

@@ -43,7 +43,7 @@ FUNCTION(compiled_lora) {
     };
     if (!linear(&layer, rows, in[0], layer.inputs, out[0], 0))
         /* Without memory there is no result, and nobody shall take another number for it. */
-        for (long i = 0; i < (long)rows * layer.outputs; i++) out[0][i] = __builtin_nanf("");
+        fill(out[0], (long)rows * layer.outputs, __builtin_nanf(""));
 }
 
 typedef struct {
