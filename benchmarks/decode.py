@@ -9,11 +9,13 @@ read before the time starts: of transformers, the time of a call that draws one 
 "ours" draws with a random key for each row and keeps the log-probability of each token;
 "ours_with_lora" has unmerged LoRA of rank 8 on every linear layer, and "ours_merged" has the same
 LoRA merged into float32 weights, as `--merge-adapters` does; "products" are the matrix products of
-a step alone. On a CPU, "mlx_lm_by_openblas" is mlx-lm's `BatchGenerator` on a model that mlx-lm
-has loaded, with OpenBLAS, because the BLAS of its wheel is some thirty times slower; "mlx_lm" is
-the same generator with our compiled products and functions, without our attention and rotary
-embeddings of a decode step, which only our engine calls. "ours_by_openblas" is a process in
-which OpenBLAS multiplies few rows too.
+a step alone. On a CPU, "ours_with_dora" has DoRA of rank 8, and "ours_int4", "ours_int4_with_lora"
+and "products_int4" have the same weights in 4 bits, with a scale and a bias for 64 weights; their
+limit has the bytes of all these. Also on a CPU, "mlx_lm_by_openblas" is mlx-lm's `BatchGenerator`
+on a model that mlx-lm has loaded, with OpenBLAS, because the BLAS of its wheel is some thirty times
+slower; "mlx_lm" is the same generator with our compiled products and functions, without our
+attention, rotary embeddings and blocks of a decode step, which only our engine calls.
+"ours_by_openblas" is a process in which OpenBLAS multiplies few rows too.
 
 On a CPU, all weights are float32, and transformers also runs in bfloat16. On a GPU, all sides have
 the weights in the dtype of the checkpoint, "mlx_lm" is the generator as it is, "ours_merged" runs
@@ -53,9 +55,10 @@ from pages import write_page
 from setting import on_gpu, setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters import AdapterConfig, AdapterContainer
+from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
 from textpolicy.adapters.merged_copy import MergedCopy
 from textpolicy.fast_cpu.bfloat16_copies import keep_copies
+from textpolicy.fast_cpu.gradients import without_gradients
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine, can_launch_ahead
 from textpolicy.generation.mlx_generation import load_model
@@ -74,6 +77,7 @@ COLUMNS = {
     "ours": "TextPolicy",
     "ours_with_lora": "with LoRA",
     "ours_merged": "with merged LoRA",
+    "ours_with_dora": "with DoRA",
     "ours_by_openblas": "by OpenBLAS alone",
     "mlx_lm_by_openblas": "mlx-lm by OpenBLAS",
     "mlx_lm": "mlx-lm with our products",
@@ -82,8 +86,13 @@ COLUMNS = {
     "products": "products",
 }
 
-OWN = ("ours", "ours_with_lora", "ours_merged", "products")
+OWN = ("ours", "ours_with_lora", "ours_merged", "ours_with_dora", "products")
 OTHERS = [name for name in COLUMNS if name not in OWN]
+PACKED_COLUMNS = {
+    "ours_int4": "4 bits",
+    "ours_int4_with_lora": "4 bits with LoRA",
+    "products_int4": "products in 4 bits",
+}
 
 Seconds = Callable[[], float]
 """Decodes all steps once; returns the seconds of one step."""
@@ -137,11 +146,41 @@ def matrices(model: nn.Module) -> list[mx.array]:
 def products(model: nn.Module, rows: int) -> float:
     weights = matrices(model)
     inputs = [mx.random.normal((rows, weight.shape[1]), weight.dtype) for weight in weights]
+    return seconds_of([partial(multiply, weight) for weight in weights], inputs)
+
+
+def multiply(weight: mx.array, x: mx.array) -> mx.array:
+    return x @ weight.T
+
+
+def seconds_of(
+    functions: Sequence[Callable[[mx.array], mx.array]], inputs: Sequence[mx.array]
+) -> float:
+    """Return the seconds of these products. Python has made them before the time starts."""
     mx.eval(inputs)
+    pairs = list(zip(functions, inputs, strict=True))
+    with without_gradients():
+        made = [[product(x) for product, x in pairs] for _ in range(4)]
     started = time.perf_counter()
-    for _ in range(4):
-        mx.eval([x @ weight.T for x, weight in zip(inputs, weights, strict=True)])
-    return (time.perf_counter() - started) / 4
+    for some in made:
+        mx.eval(some)
+    return (time.perf_counter() - started) / len(made)
+
+
+def packed_products(model: nn.Module, rows: int) -> float:
+    layers = [one for one in model.modules() if isinstance(one, nn.QuantizedLinear)]
+    (table,) = (one for one in model.modules() if isinstance(one, nn.QuantizedEmbedding))
+    # The embedding table is also the head.
+    functions = [*layers, table.as_linear]
+    widths = [one["scales"].shape[1] * one.group_size for one in (*layers, table)]
+    return seconds_of(functions, [mx.random.normal((rows, width)) for width in widths])
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Return the bytes of all quantized weights with their scales and biases."""
+    packed = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    modules = [one for one in model.modules() if isinstance(one, packed)]
+    return sum(one[name].nbytes for one in modules for name in ("weight", "scales", "biases"))
 
 
 def transformers(side: LibraryProcess) -> float:
@@ -203,8 +242,11 @@ def gpu_operations_a_second(dtype: mx.Dtype) -> float:
     return count * 2 * size**3 / fastest(lambda: [matrix @ matrix for _ in range(count)])
 
 
-def limit(weights: int, size: int, rows: int, threads: int, dtype: mx.Dtype) -> dict[str, float]:
-    """Return the shortest time of a step, and what it is measured from."""
+def limit(weights: int, size: float, rows: int, threads: int, dtype: mx.Dtype) -> dict[str, float]:
+    """Return the shortest time of a step, and what it is measured from.
+
+    A weight has `size` bytes.
+    """
     if on_gpu():
         speed, memory = gpu_operations_a_second(dtype), gpu_bytes_a_second()
     else:
@@ -216,12 +258,20 @@ def limit(weights: int, size: int, rows: int, threads: int, dtype: mx.Dtype) -> 
     }
 
 
+def adapted_model(folder: Path, *, int4: bool = False, **options: Any) -> nn.Module:
+    """Return the model with adapters of rank 8 that change what it computes."""
+    model, _ = load_model(folder)
+    if int4:
+        quantize(model, bits=4)
+    container = AdapterContainer.from_model(model, AdapterConfig(rank=8, scale=2.0, **options))
+    container.swap({name: a + 0.01 for name, a in container.parameters().items()})
+    return model
+
+
 def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     """Let all sides take turns; return the times of a step and their ratios."""
     model, _ = load_model(options.model)
-    adapted, _ = load_model(options.model)
-    container = AdapterContainer.from_model(adapted, AdapterConfig(rank=8, scale=2.0))
-    container.swap({name: a + 0.01 for name, a in container.parameters().items()})
+    adapted = adapted_model(options.model)
     shapes = [weight.shape for weight in matrices(model)]
     dtype = matrices(model)[0].dtype
     texts = prompts(rows, shapes[0][0])
@@ -233,6 +283,18 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
     }
     if dtype == mx.float32:
         sides["ours_merged"] = partial(ours, MergedCopy(adapted).refresh(), texts)
+    packed = None
+    if not on_gpu():
+        packed, _ = load_model(options.model)
+        quantize(packed, bits=4)
+        packed_with_lora = adapted_model(options.model, int4=True)
+        with_dora = adapted_model(options.model, kind="dora")
+        sides |= {
+            "ours_with_dora": partial(ours, with_dora, texts),
+            "ours_int4": partial(ours, packed, texts),
+            "ours_int4_with_lora": partial(ours, packed_with_lora, texts),
+            "products_int4": partial(packed_products, packed, rows),
+        }
     sides |= {
         "mlx_lm": partial(mlx_lm, model, texts),
         "products": partial(products, model, rows),
@@ -246,7 +308,12 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         turns = [{name: side() for name, side in sides.items()} for _ in range(options.runs)]
     copied = keep_copies(model, 1 << 60) > 0
     size = (mx.bfloat16 if copied else dtype).size
-    bound = limit(sum(a * b for a, b in shapes), size, rows, options.threads, dtype)
+    count = sum(a * b for a, b in shapes)
+    bound = limit(count, size, rows, options.threads, dtype)
+    bounds = dict.fromkeys(sides, bound)
+    if packed is not None:
+        of_packed = limit(count, packed_bytes(packed) / count, rows, options.threads, dtype)
+        bounds |= dict.fromkeys(PACKED_COLUMNS, of_packed)
     times = {name: sorted(1000 * turn[name] for turn in turns) for name in sides}
     medians = {name: statistics.median(some) for name, some in times.items()}
     return {
@@ -260,8 +327,10 @@ def compare(options: argparse.Namespace, rows: int) -> dict[str, Any]:
         "fraction_in_products": round(medians["products"] / medians["ours"], 2),
         "bytes_of_a_weight": size,
         "limit": bound,
+        "limits": {name: one["milliseconds"] for name, one in bounds.items()},
         "fraction_of_the_limit": {
-            name: round(bound["milliseconds"] / median, 3) for name, median in medians.items()
+            name: round(bounds[name]["milliseconds"] / median, 3)
+            for name, median in medians.items()
         },
     }
 
@@ -308,7 +377,23 @@ def tables(results: Sequence[Any]) -> str:
         ratios = [f"{one['others_over_ours'][name]:.2f}" for name in others]
         share = one["fraction_of_the_limit"]["ours"]
         lines.append(f"| {one['rows']} | {' | '.join(ratios)} | {share:.0%} |")
+    if "ours_int4" in results[0]["milliseconds"]:
+        lines += ["", *packed_table(results)]
     return "\n".join(lines)
+
+
+def packed_table(results: Sequence[Any]) -> list[str]:
+    """Return the table of weights in 4 bits: milliseconds of a step, and shares of the limit."""
+    shares = ["step, of the limit", "products, of the limit"]
+    lines = [f"| rows | {' | '.join([*PACKED_COLUMNS.values(), 'limit', *shares])} |"]
+    lines += ["|---" * (len(PACKED_COLUMNS) + 4) + "|"]
+    for one in results:
+        cells = [cell(one["milliseconds"][name], one["quartiles"][name]) for name in PACKED_COLUMNS]
+        cells.append(f"{one['limits']['ours_int4']:.1f}")
+        of_limit = one["fraction_of_the_limit"]
+        cells += [f"{of_limit[name]:.0%}" for name in ("ours_int4", "products_int4")]
+        lines.append(f"| {one['rows']} | {' | '.join(cells)} |")
+    return lines
 
 
 def cell(median: float, spread: Sequence[float]) -> str:

@@ -7,9 +7,10 @@
 Each row goes on for 64 tokens after a prompt of 64 random tokens, which is read before the time
 starts. The steps before a record and the record itself are in the time. Both sides take turns and
 must give the same tokens and log-probabilities. The script reports medians of the milliseconds of a
-step, and the median of the ratios of the turns with the smallest and the largest ratio. The weights
-are those of SmolLM2 in 4 bits: with float weights its blocks are compiled, and their steps are not
-recorded. Steps are recorded on a CPU only, so the script refuses to run on a GPU.
+step, and the median of the ratios of the turns with the smallest and the largest ratio. The model
+is SmolLM2 with LoRA that trains biases, or with weights in 6 bits: its blocks are not compiled, and
+steps of compiled blocks are not recorded. Steps are recorded on a CPU only, so the script refuses
+to run on a GPU.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pages import write_page
 from setting import on_gpu, setting
 
 from textpolicy import fast_cpu
-from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
+from textpolicy.adapters import AdapterConfig, AdapterContainer, LoRARule, quantize
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine
 from textpolicy.generation.mlx_generation import load_model
@@ -40,15 +41,21 @@ ROWS = (1, 8, 32)
 STEPS = 64
 VOCABULARY = 320  # That of the embedded model, the smallest.
 MARK = "<!-- table of recorded_steps.py -->"
-KINDS = {"int4": "4 bits", "int4_with_lora": "4 bits with LoRA"}
+KINDS = {
+    "lora": "float32 with LoRA and its biases",
+    "int6": "6 bits",
+    "int6_with_lora": "6 bits with LoRA",
+}
 
 
 def build(folder: Path, kind: str) -> nn.Module:
-    """Return the model with its weights in 4 bits, and with new adapters if the kind says so."""
+    """Return the model with weights in 6 bits or new adapters, as the kind says."""
     model, _ = load_model(folder)
-    quantize(model, bits=4)
+    if kind.startswith("int6"):
+        quantize(model, bits=6)
     if kind.endswith("lora"):
-        AdapterContainer.from_model(model, AdapterConfig(rank=8, scale=2.0))
+        rule = LoRARule(module_path=".*_proj", rank=8, scale=2.0, bias=kind == "lora")
+        AdapterContainer.from_model(model, AdapterConfig(rules=[rule]))
     return model
 
 

@@ -37,7 +37,7 @@ SMALLEST = {
     "outside.py": "--engines mlx-lm llama.cpp --adapters ranks --json",
     "products.py": "--size 64 --json",
     "prompt_sharing.py": "--prompt-tokens 8 --completion-tokens 8 --group-size 2 --runs 1 --json",
-    "recorded_steps.py": f"--model {ROOT}/textpolicy/tiny --kinds int4_with_lora --rows 1 --runs 1 "
+    "recorded_steps.py": f"--model {ROOT}/textpolicy/tiny --kinds lora --rows 1 --runs 1 "
     "--threads 1 --json",
     "rewards.py": "",
     "scaling.py": "--only rank --runs 1 --json",
@@ -49,6 +49,7 @@ LONGER = (
     "kept_cache.py",
     "learning.py",
     "math_verifier.py",
+    "packed_bandwidth.py",
     "plans.py",
     "rank.py",
     "rates.py",
@@ -67,6 +68,7 @@ COUNTS = dict.fromkeys(
         "generate",
         "generation_versions",
         "grpo_step",
+        "packed_bandwidth",
         "prompt_sharing",
         "recorded_steps",
         "scaling",

@@ -5,17 +5,16 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+from tests.fast_cpu.arrays import normal
 from textpolicy.fast_cpu import attention
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.gradients import without_gradients
 
 pytestmark = pytest.mark.usefixtures("compiled_operations")
 
+COUNTED = attention
+
 SCALE = 0.3
-
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
 
 
 def step(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None):
@@ -33,20 +32,6 @@ def exact(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | 
         scores = np.where(np.array(mask), scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True) @ v
-
-
-@pytest.fixture
-def compiled_calls(monkeypatch) -> list[str]:
-    """The names of the compiled operations that attention asks for."""
-    asked: list[str] = []
-    make = attention.compiled_operation
-
-    def counted(name: str, *args: int, **options: bool):
-        asked.append(name)
-        return make(name, *args, **options)
-
-    monkeypatch.setattr(attention, "compiled_operation", counted)
-    return asked
 
 
 MASKS = {

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.fast_cpu.arrays import normal
 from tests.memory import peak_of
 from textpolicy import fast_cpu
 from textpolicy.fast_cpu import attention
@@ -11,12 +12,10 @@ from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 
 pytestmark = pytest.mark.usefixtures("compiled_operations")
 
+COUNTED = attention
+
 SCALE = 0.3
 VALUE, GRADIENT = "attention_of_positions", "attention_gradients"
-
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
 
 
 def heads_of(rows: int, heads: int, time: int, width: int, seed: int = 0) -> mx.array:
@@ -80,29 +79,6 @@ def check(queries: mx.array, keys: mx.array, values: mx.array, mask=None) -> Non
     for name, one, right in zip(("result", "of q", "of k", "of v"), found, expected, strict=True):
         assert one.shape == right.shape, name
         assert np.abs(np.array(one) - right).max() < 1e-5 * np.abs(right).max(), name
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request):
-    before = fast_cpu.enable().threads
-    assert before is not None
-    fast_cpu.set_threads(request.param)
-    yield
-    fast_cpu.set_threads(before)
-
-
-@pytest.fixture
-def compiled_calls(monkeypatch) -> list[str]:
-    """The names of the compiled operations that attention asks for."""
-    asked: list[str] = []
-    make = attention.compiled_operation
-
-    def counted(name: str, *args: int, **options: bool):
-        asked.append(name)
-        return make(name, *args, **options)
-
-    monkeypatch.setattr(attention, "compiled_operation", counted)
-    return asked
 
 
 def random_mask(*shape: int) -> mx.array:
@@ -244,17 +220,13 @@ def test_what_a_row_gives_does_not_depend_on_its_padding_or_on_other_rows(hidden
         np.testing.assert_array_equal(together[part], np.array(alone))
 
 
-def test_what_rows_give_does_not_depend_on_how_many_threads_there_are():
+def test_what_rows_give_does_not_depend_on_how_many_threads_there_are(threads_restored):
     arrays = [heads_of(2, heads, 130, 32, seed=heads) for heads in (4, 2, 2)]
-    before, results = fast_cpu.enable().threads, []
-    assert before is not None
-    try:
-        for threads in (1, 2, 5):
-            fast_cpu.set_threads(threads)
-            found = with_gradients(*arrays, "causal", normal(2, 4, 130, 32))
-            results.append([np.array(one) for one in found])
-    finally:
-        fast_cpu.set_threads(before)
+    results = []
+    for threads in (1, 2, 5):
+        fast_cpu.set_threads(threads)
+        found = with_gradients(*arrays, "causal", normal(2, 4, 130, 32))
+        results.append([np.array(one) for one in found])
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(one, same)

@@ -1,25 +1,21 @@
 """Log-probabilities by compiled functions: exact with their gradients, one chunk in memory."""
 
 import math
-from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+from tests.fast_cpu.arrays import assert_close, normal
 from tests.memory import peak_of
-from textpolicy import fast_cpu
 from textpolicy.fast_cpu import compiled_logprobs
 from textpolicy.training.output_head import OutputHead
 from textpolicy.training.token_logprobs import logprobs_from_logits
 
 pytestmark = pytest.mark.usefixtures("compiled_operations")
 
-
-@cache
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
+COUNTED = compiled_logprobs
 
 
 def positions(rows: int, vocabulary: int) -> tuple[mx.array, mx.array]:
@@ -43,11 +39,6 @@ def exact(logits, tokens: mx.array, temperature: mx.array) -> list[np.ndarray]:
     return [log_p[at], entropy, of_logp, -p * (finite + entropy[:, None]) / t]
 
 
-def assert_close(found: mx.array, right: np.ndarray, within: float = 1e-5) -> None:
-    assert found.shape == right.shape
-    assert np.abs(np.array(found) - right).max() < within * max(1e-3, np.abs(right).max())
-
-
 def head_of(vocabulary: int, width: int, *, tied: bool) -> OutputHead:
     model = nn.Module()
     model.model = nn.Module()
@@ -59,29 +50,6 @@ def head_of(vocabulary: int, width: int, *, tied: bool) -> OutputHead:
     head.weights.weight = normal(vocabulary, width, seed=5) * 2 / width**0.5
     model.freeze()
     return head
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request):
-    before = fast_cpu.enable().threads
-    assert before is not None
-    fast_cpu.set_threads(request.param)
-    yield
-    fast_cpu.set_threads(before)
-
-
-@pytest.fixture
-def compiled_calls(monkeypatch) -> list[str]:
-    """The names of the compiled operations that log-probabilities ask for."""
-    asked: list[str] = []
-    make = compiled_logprobs.compiled_operation
-
-    def counted(name: str, *args: int, **options: bool):
-        asked.append(name)
-        return make(name, *args, **options)
-
-    monkeypatch.setattr(compiled_logprobs, "compiled_operation", counted)
-    return asked
 
 
 SIZES = [(1, 1), (1, 7), (19, 7), (19, 2048), (3, 4096), (2, 4097), (5, 50_000)]

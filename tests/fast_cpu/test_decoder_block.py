@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
+from tests.fast_cpu.arrays import assert_close
 from tests.generation.test_generation import row_of
 from tests.tiny import SIZES, biased_model, qwen3_model, randomized
 from textpolicy import fast_cpu
@@ -25,6 +26,8 @@ from textpolicy.generation.engine import Engine
 from textpolicy.types import Sampling
 
 pytestmark = pytest.mark.usefixtures("compiled_operations")
+
+COUNTED = decoder_block
 
 STEP = ["block_inputs", "block_outputs"]
 PROMPTS = [[5, 17, 3, 44, 60, 2], [9], [1, 2, 3], [7] * 40]
@@ -57,6 +60,7 @@ ADAPTERS = {
     "rank 4": LoRARule(rank=4),
     "rank 20": LoRARule(rank=20),
     "some layers": LoRARule(rank=4, module_path=".*(q_proj|v_proj|down_proj)"),
+    "dora": LoRARule(rank=4, kind="dora"),
 }
 
 
@@ -82,20 +86,6 @@ def plain_blocks() -> Generator[None]:
         yield
 
 
-@pytest.fixture
-def compiled_calls(monkeypatch) -> list[str]:
-    """The names of the compiled operations that blocks ask for."""
-    asked: list[str] = []
-    make = decoder_block.compiled_operation
-
-    def counted(name: str, *args: int, **options: bool):
-        asked.append(name)
-        return make(name, *args, **options)
-
-    monkeypatch.setattr(decoder_block, "compiled_operation", counted)
-    return asked
-
-
 def decoded(model: nn.Module, steps: int = 4, *, rows: int = 3, cache=KVCache) -> np.ndarray:
     """Return the logits of some steps after a prompt, which is the same for all rows."""
     caches = [cache() for _ in model.layers]
@@ -108,27 +98,19 @@ def decoded(model: nn.Module, steps: int = 4, *, rows: int = 3, cache=KVCache) -
     return np.array(mx.concatenate(logits, axis=1).astype(mx.float32))
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
-
-
 @pytest.mark.parametrize(("rows", "threads"), [(1, 1), (3, 2), (60, 2)])
 @pytest.mark.parametrize("adapters", ADAPTERS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_steps_give_the_logits_of_plain_blocks(kind, adapters, rows, threads, compiled_calls):
-    before = fast_cpu.enable().threads
-    assert before is not None
+def test_steps_give_the_logits_of_plain_blocks(
+    kind, adapters, rows, threads, compiled_calls, threads_restored
+):
     model = model_of(kind, adapters)
     fast_cpu.set_threads(threads)
-    try:
-        found = decoded(model, rows=rows)
-        # Two layers and four steps.
-        assert compiled_calls == STEP * 8
-        with plain_blocks():
-            expected = decoded(model, rows=rows)
-    finally:
-        fast_cpu.set_threads(before)
+    found = decoded(model, rows=rows)
+    # Two layers and four steps.
+    assert compiled_calls == STEP * 8
+    with plain_blocks():
+        expected = decoded(model, rows=rows)
     assert len(compiled_calls) == 16
     assert_close(found, expected)
 
@@ -278,7 +260,8 @@ class OtherMLP(llama.MLP):
 
 
 CHANGES = {
-    "quantized": lambda model: quantize(model, bits=4, group_size=32),
+    "quantized by mlx alone": lambda model: nn.quantize(model, group_size=32, bits=4),
+    "quantized in 6 bits": lambda model: quantize(model, bits=6, group_size=32),
     "bfloat16": lambda model: model.set_dtype(mx.bfloat16),
     "one layer in bfloat16": lambda model: model.layers[0].mlp.set_dtype(mx.bfloat16),
     "a norm in bfloat16": lambda model: model.layers[0].input_layernorm.set_dtype(mx.bfloat16),
@@ -287,11 +270,11 @@ CHANGES = {
         model.layers[0].post_attention_layernorm, "__class__", OtherNorm
     ),
     "another part": lambda model: setattr(model.layers[0].mlp, "__class__", OtherMLP),
-    "dora": lambda model: AdapterContainer.from_model(
-        model, AdapterConfig(rank=4, scale=2.0, kind="dora")
-    ),
     "a trained bias": lambda model: AdapterContainer.from_model(
         model, AdapterConfig(rules=[LoRARule(rank=4, bias=True)])
+    ),
+    "dora with a trained bias": lambda model: AdapterContainer.from_model(
+        model, AdapterConfig(rules=[LoRARule(rank=4, kind="dora", bias=True)])
     ),
     "dropout in training": lambda model: AdapterContainer.from_model(
         model, AdapterConfig(rank=4, scale=2.0, dropout=0.5)
@@ -317,7 +300,7 @@ def test_a_block_of_another_kind_is_computed_by_its_own_code(change, compiled_ca
         expected = decoded(model)
     # Some changes leave the second of the two blocks as it is.
     assert asked == (STEP * 4 if change in OF_ONE_BLOCK else [])
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert_close(found, expected)
 
 
 def test_a_quantized_cache_is_left_to_the_block_itself(compiled_calls):

@@ -52,19 +52,14 @@ def test_what_a_row_gives_does_not_depend_on_the_rows_beside_it():
             np.testing.assert_array_equal(np.array(x[3 : 3 + rows] @ weight.T), together[3:][:rows])
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("compiled", "threads_restored")
 def test_all_threads_together_give_what_one_thread_gives():
-    before = fast_cpu.enable().threads
-    assert before is not None
-    try:
-        with mx.stream(mx.cpu):
-            x, weight = mx.random.normal((3, 700)), mx.random.normal((1001, 700))
-            products = []
-            for threads in (1, 2, 3):
-                fast_cpu.set_threads(threads)
-                products.append(np.array(x @ weight.T))
-    finally:
-        fast_cpu.set_threads(before)
+    with mx.stream(mx.cpu):
+        x, weight = mx.random.normal((3, 700)), mx.random.normal((1001, 700))
+        products = []
+        for threads in (1, 2, 3):
+            fast_cpu.set_threads(threads)
+            products.append(np.array(x @ weight.T))
     np.testing.assert_array_equal(products[0], products[1])
     np.testing.assert_array_equal(products[0], products[2])
 

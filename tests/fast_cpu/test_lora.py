@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from textpolicy import fast_cpu
+from tests.fast_cpu.arrays import assert_close, normal
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.layers import lora as layers
 from textpolicy.adapters.layers.lora import LoRALinear
+from textpolicy.adapters.quantization.packed_product import use_fast_products
 from textpolicy.fast_cpu import lora
 from textpolicy.fast_cpu.lora import lora_linear
 
 pytestmark = pytest.mark.usefixtures("compiled_operations")
 
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
+COUNTED = lora
 
 
 def arrays_of(rows: int, inputs: int, outputs: int, rank: int, *, bias: bool = True):
@@ -57,34 +56,11 @@ def exact(arrays: list[mx.array], of_y: mx.array) -> list[np.ndarray]:
     ]
 
 
-def assert_close(found: mx.array, right: np.ndarray, terms: int = 1) -> None:
-    assert found.shape == right.shape
-    # The gradient of the scale is a sum of so many numbers of both signs.
-    size = max(np.abs(right).max(), 0 if right.ndim else terms / 10)
-    assert np.abs(np.array(found) - right).max() < 1e-5 * size
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request):
-    before = fast_cpu.enable().threads
-    assert before is not None
-    fast_cpu.set_threads(request.param)
-    yield
-    fast_cpu.set_threads(before)
-
-
-@pytest.fixture
-def compiled_calls(monkeypatch) -> list[str]:
-    """The names of the compiled operations that layers ask for."""
-    asked: list[str] = []
-    make = lora.compiled_operation
-
-    def counted(name: str, *args: int, **options: bool):
-        asked.append(name)
-        return make(name, *args, **options)
-
-    monkeypatch.setattr(lora, "compiled_operation", counted)
-    return asked
+def assert_all_close(found: list[mx.array], arrays: list[mx.array], of_y: mx.array) -> None:
+    """Compare y and the gradients of all arrays with the exact ones."""
+    for one, right in zip(found, exact(arrays, of_y), strict=True):
+        # The gradient of the scale is a sum of so many numbers of both signs.
+        assert_close(one, right, least=1e-3 if right.ndim else of_y.size / 10)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -97,8 +73,7 @@ def test_values_and_all_gradients_are_exact(rows, inputs, outputs, rank, bias, t
     arrays = arrays_of(rows, inputs, outputs, rank, bias=bias)
     of_y = normal(rows, outputs, seed=5)
     (y,), gradients = mx.vjp(lambda *all: [compiled(*all)], arrays, [of_y])
-    for found, right in zip([y, *gradients], exact(arrays, of_y), strict=True):
-        assert_close(found, right, rows * outputs)
+    assert_all_close([y, *gradients], arrays, of_y)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +93,7 @@ def test_arrays_whose_numbers_are_not_side_by_side_are_read_as_they_are(view):
         arrays[place] = view(arrays[place])
         of_y = view(normal(9, 30, seed=5))
         (y,), gradients = mx.vjp(lambda *all: [compiled(*all)], arrays, [of_y])
-        for found, right in zip([y, *gradients], exact(arrays, of_y), strict=True):
-            assert_close(found, right, 9 * 30)
+        assert_all_close([y, *gradients], arrays, of_y)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -222,14 +196,23 @@ def test_bfloat16_is_left_to_other_operations(what, compiled_calls):
     assert not compiled_calls
 
 
-def test_a_quantized_base_is_left_to_other_operations(compiled_calls):
-    layer, x = layer_of(), normal(5, 64)
+@pytest.mark.parametrize("rows", [5, 200])
+def test_a_quantized_base_is_called_itself(rows, compiled_calls):
+    layer, x, of_y = layer_of(), normal(rows, 64), normal(rows, 48, seed=5)
     layer.base = nn.QuantizedLinear.from_linear(layer.base, group_size=32, bits=8)
+    layer.freeze()
+    layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+    use_fast_products(layer)
     q = layer.base
     weight = mx.dequantize(q.weight, q.scales, q.biases, group_size=32, bits=8)
     arrays = [x, weight, layer.lora_a, layer.lora_b, mx.array(layer.scale), q.bias]
-    assert_close(layer(x), exact(arrays, mx.zeros((5, 48)))[0])
-    assert layer.compiled_parts() is None and not compiled_calls
+    right = exact(arrays, of_y)
+    loss = nn.value_and_grad(layer, lambda: (layer(x) * of_y).sum())
+    gradients = dict(tree_flatten(loss()[1]))
+    assert_close(layer(x), right[0])
+    assert_close(gradients["lora_a"], right[3])
+    assert_close(gradients["lora_b"], right[4])
+    assert not compiled_calls
 
 
 def test_another_class_of_base_is_called_itself(compiled_calls):

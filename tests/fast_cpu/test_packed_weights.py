@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from tests.fast_cpu.arrays import normal
 from textpolicy import fast_cpu
 from textpolicy.adapters.quantization import packed_product as products
 from textpolicy.adapters.quantization.nf4 import NF4Linear, pack_nf4, unpack_nf4
@@ -17,10 +18,6 @@ from textpolicy.fast_cpu.packed_weights import (
 )
 
 pytestmark = pytest.mark.usefixtures("compiled_operations")
-
-
-def spread(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
 
 
 def packed(
@@ -51,8 +48,8 @@ def test_a_product_is_exact_up_to_rounding(mode, bits, group_size, rows):
     for outputs, inputs in SHAPES:
         if inputs % max(group_size, 1):
             continue
-        arrays, weight = packed(mode, spread(outputs, inputs), group_size, bits)
-        x = spread(rows, inputs, seed=1)
+        arrays, weight = packed(mode, normal(outputs, inputs), group_size, bits)
+        x = normal(rows, inputs, seed=1)
         found = packed_product(mode, bits, x, *arrays)
         assert found is not None and found.shape == (rows, outputs)
         expected = np.array(x, np.float64) @ np.array(weight, np.float64).T
@@ -63,26 +60,24 @@ def test_a_product_is_exact_up_to_rounding(mode, bits, group_size, rows):
     ("mode", "bits", "group_size"),
     [("affine", 4, 32), ("affine", 4, 64), ("affine", 8, 32), ("affine", 8, 64), ("nf4", 4, 64)],
 )
-def test_a_row_gives_the_same_bits_beside_any_rows_and_with_any_threads(mode, bits, group_size):
-    arrays, _ = packed(mode, spread(600, 576), group_size, bits)
-    x = spread(MOST_ROWS, 576, seed=1)
-    threads = fast_cpu.enable().threads
-    try:
-        together = packed_product(mode, bits, x, *arrays)
-        for count in (1, 2, 3, 4, 5, 6, 7, 8, 11, 23):
-            fast_cpu.set_threads(1 + count % 2)
-            some = packed_product(mode, bits, x[:count], *arrays)
-            assert mx.array_equal(some, together[:count])
-    finally:
-        fast_cpu.set_threads(threads)
+def test_a_row_gives_the_same_bits_beside_any_rows_and_with_any_threads(
+    mode, bits, group_size, threads_restored
+):
+    arrays, _ = packed(mode, normal(600, 576), group_size, bits)
+    x = normal(MOST_ROWS, 576, seed=1)
+    together = packed_product(mode, bits, x, *arrays)
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 11, 23):
+        fast_cpu.set_threads(1 + count % 2)
+        some = packed_product(mode, bits, x[:count], *arrays)
+        assert mx.array_equal(some, together[:count])
     in_three_axes = packed_product(mode, bits, x.reshape(4, 16, 576), *arrays)
     assert mx.array_equal(in_three_axes.reshape(MOST_ROWS, 600), together)
 
 
 @pytest.mark.parametrize(("mode", "bits"), PACKED)
 def test_special_numbers_of_a_row_stay_in_the_row(mode, bits):
-    arrays, _ = packed(mode, spread(20, 192), 64, bits)
-    x = spread(7, 192, seed=1)
+    arrays, _ = packed(mode, normal(20, 192), 64, bits)
+    x = normal(7, 192, seed=1)
     clean = packed_product(mode, bits, x, *arrays)
     x[3, 5] = mx.nan
     x[5, 191] = mx.inf
@@ -101,23 +96,23 @@ def test_special_numbers_of_a_row_stay_in_the_row(mode, bits):
 )
 def test_weights_are_unpacked_as_others_unpack_them(mode, bits, group_size):
     for outputs, inputs in [(3, 128), (301, 1024)]:
-        arrays, expected = packed(mode, spread(outputs, inputs), group_size, bits)
+        arrays, expected = packed(mode, normal(outputs, inputs), group_size, bits)
         found = unpacked_weights(mode, bits, *arrays)
         assert found is not None and found.shape == expected.shape
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_other_formats_types_and_many_rows_are_left_to_other_functions():
-    arrays, _ = packed("affine", spread(16, 128), 64)
-    x = spread(4, 128, seed=1)
+    arrays, _ = packed("affine", normal(16, 128), 64)
+    x = normal(4, 128, seed=1)
     assert packed_product("affine", 4, x, *arrays) is not None
     assert packed_product("affine", 4, x.astype(mx.bfloat16), *arrays) is None
-    assert packed_product("affine", 4, spread(MOST_ROWS + 1, 128), *arrays) is None
+    assert packed_product("affine", 4, normal(MOST_ROWS + 1, 128), *arrays) is None
     assert packed_product("affine", 4, x[:0], *arrays) is None
     halves = [arrays[0], *(array.astype(mx.float16) for array in arrays[1:])]
     assert packed_product("affine", 4, x, *halves) is None
     assert unpacked_weights("affine", 4, *halves) is None
-    six = mx.quantize(spread(16, 128), group_size=64, bits=6)
+    six = mx.quantize(normal(16, 128), group_size=64, bits=6)
     assert packed_product("affine", 6, x, *six) is None
     assert not multiplies_packed("mxfp4", 4, 32, 128)
 
@@ -135,7 +130,7 @@ def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, bits,
     use_fast_products(model)
     layer = model.layers[0]
     assert type(layer) is (NF4Linear if mode == "nf4" else CPUQuantizedLinear)
-    x = spread(rows, 128, seed=1)
+    x = normal(rows, 128, seed=1)
 
     def value(x: mx.array) -> mx.array:
         return mx.sin(layer(x)).sum()
@@ -161,8 +156,8 @@ def test_a_layer_multiplies_and_has_a_gradient_by_compiled_functions(mode, bits,
 @pytest.mark.parametrize(("mode", "bits"), PACKED)
 def test_a_broken_scale_breaks_its_own_output_alone(mode, bits):
     """A vector of scales may reach into the next output, whose weights it must not meet."""
-    arrays, _ = packed(mode, spread(16, 96), 32, bits)
-    x = spread(3, 96, seed=1)
+    arrays, _ = packed(mode, normal(16, 96), 32, bits)
+    x = normal(3, 96, seed=1)
     clean = packed_product(mode, bits, x, *arrays)
     for array in arrays[1:]:
         array[8] = mx.nan
@@ -173,14 +168,14 @@ def test_a_broken_scale_breaks_its_own_output_alone(mode, bits):
 
 
 def test_arrays_that_do_not_fit_together_are_refused_as_mlx_refuses_them():
-    model = nn.Sequential(nn.QuantizedLinear(128, 96, bits=4), NF4Linear(spread(96, 128)))
+    model = nn.Sequential(nn.QuantizedLinear(128, 96, bits=4), NF4Linear(normal(96, 128)))
     use_fast_products(model)
     for layer in model.layers:
-        assert layer(spread(2, 128)).shape == (2, 96)
+        assert layer(normal(2, 128)).shape == (2, 96)
         with pytest.raises(ValueError, match="dimension"):
-            layer(spread(2, 256))
-    codes, scales, biases = mx.quantize(spread(16, 128), group_size=64, bits=4)
-    x = spread(2, 128)
+            layer(normal(2, 256))
+    codes, scales, biases = mx.quantize(normal(16, 128), group_size=64, bits=4)
+    x = normal(2, 128)
     assert packed_product("affine", 4, x, codes, scales) is None
     assert packed_product("affine", 4, x, codes[:8], scales, biases) is None
     assert packed_product("affine", 4, x, codes, scales, biases[:, :1]) is None
@@ -189,11 +184,11 @@ def test_arrays_that_do_not_fit_together_are_refused_as_mlx_refuses_them():
 
 
 def test_codes_may_begin_at_any_byte():
-    codes, scales = pack_nf4(spread(9, 128))
+    codes, scales = pack_nf4(normal(9, 128))
     bytes_before = mx.zeros(codes.size + 3, mx.uint8)
     bytes_before[3:] = codes.flatten()
     mx.eval(bytes_before)
     moved = bytes_before[3:].reshape(codes.shape)
-    x = spread(2, 128)
+    x = normal(2, 128)
     expected = packed_product("nf4", 4, x, codes, scales)
     assert mx.array_equal(packed_product("nf4", 4, x, moved, scales), expected)

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from tests.fast_cpu.arrays import normal
 from textpolicy import fast_cpu
 from textpolicy.fast_cpu import rotary
 from textpolicy.fast_cpu.model_functions import use_fast_functions
@@ -12,9 +13,7 @@ from textpolicy.fast_cpu.rotary import FastRoPE, one_pass
 
 pytestmark = pytest.mark.usefixtures("compiled_operations")
 
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
+COUNTED = rotary
 
 
 def fast(rope: nn.RoPE) -> nn.Module:
@@ -34,20 +33,6 @@ def exact(x: mx.array, offset, base: float = 10_000.0, scale: float = 1.0, sign:
     cosine, sine = np.cos(angle), sign * np.sin(angle)
     a, b = x64[..., :half], x64[..., half:]
     return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
-
-
-@pytest.fixture
-def compiled_calls(monkeypatch) -> list[str]:
-    """The names of the compiled operations that embeddings ask for."""
-    asked: list[str] = []
-    make = rotary.compiled_operation
-
-    def counted(name: str, *args: int, **options: bool):
-        asked.append(name)
-        return make(name, *args, **options)
-
-    monkeypatch.setattr(rotary, "compiled_operation", counted)
-    return asked
 
 
 @pytest.fixture
@@ -108,15 +93,11 @@ def test_heads_are_read_as_they_are_stored(view, compiled_calls):
     assert compiled_calls == ["rotation_of_positions"]
 
 
-def test_threads_change_no_bit():
-    before, x, results = fast_cpu.enable().threads, normal(2, 8, 100, 64), []
-    assert before is not None
-    try:
-        for threads in (1, 2, 5):
-            fast_cpu.set_threads(threads)
-            results.append(np.array(FastRoPE(64)(x, 3)))
-    finally:
-        fast_cpu.set_threads(before)
+def test_threads_change_no_bit(threads_restored):
+    x, results = normal(2, 8, 100, 64), []
+    for threads in (1, 2, 5):
+        fast_cpu.set_threads(threads)
+        results.append(np.array(FastRoPE(64)(x, 3)))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
 

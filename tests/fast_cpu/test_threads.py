@@ -10,24 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.fast_cpu.arrays import normal
 from textpolicy import fast_cpu
 from textpolicy.fast_cpu import exponential
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.compiler import FOLDER
 
-pytestmark = pytest.mark.usefixtures("compiled_operations")
-
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_before():
-    before = fast_cpu.enable().threads
-    assert before is not None
-    yield
-    fast_cpu.set_threads(before)
-
-
-def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed))
+pytestmark = pytest.mark.usefixtures("compiled_operations", "threads_restored")
 
 
 # Each is large enough for several threads.

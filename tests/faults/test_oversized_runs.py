@@ -78,7 +78,8 @@ def test_a_batch_of_demonstrations_that_does_not_fit_is_refused(refused, attempt
     pairs = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(10, 30)]
     rows.write_text("\n".join(map(json.dumps, pairs)))
     message = refused("sft", "--data", str(rows), "--batch-size", "1000000000")
-    assert "TB at the peak of training" in message and "This would fit: --batch-size" in message
+    assert "TB at the peak of training" in message
+    assert re.search(r"This would fit: (--checkpoint-gradients )?--batch-size \d", message)
     attempts.add()
 
 

@@ -138,9 +138,8 @@ def test_memory_does_not_grow_with_the_number_of_waiting_groups(loaded, ends):
         return peak_of(lambda: decode(loaded[0], prompts, n=4, stop=stop, seed=0, **limits))
 
     # The peak differs from run to run: the device computes while arrays are freed. Rows that enter
-    # one by one find the arrays of more steps that mlx has begun.
-    most = 1.15 if ends == "together" else 3
-    assert min(peak(16), peak(16)) < most * max(peak(2), peak(2), peak(2))
+    # one by one need room while they are added, so some groups must wait in the smaller batch too.
+    assert min(peak(64), peak(64)) < 1.15 * max(peak(16), peak(16))
 
 
 def test_the_stop_token_is_kept_with_its_logprob(loaded):

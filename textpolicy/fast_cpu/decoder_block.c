@@ -20,16 +20,20 @@ static const float *take(Inputs *inputs) {
     return *inputs->in++;
 }
 
-/* The next number is 2 rank + whether there is a bias. */
+/* The next numbers are 4 rank + 2 if there are ratios + 1 if there is a bias, and 4 groups + the format. */
 static Linear take_linear(Inputs *inputs, int width, int outputs) {
-    int64_t number = *inputs->numbers++;
-    Linear l = {.inputs = width, .outputs = outputs, .rank = number / 2, .weights_step = width};
+    int64_t number = *inputs->numbers++, stored = *inputs->numbers++;
+    Linear l = {.inputs = width, .outputs = outputs, .rank = number / 4, .weights_step = width,
+                .format = stored % 4, .groups = stored / 4};
     l.weights = take(inputs);
+    if (l.format != FLOATS) l.scales = take(inputs);
+    if (l.format == AFFINE_4 || l.format == AFFINE_8) l.biases = take(inputs);
     if (number % 2) l.bias = take(inputs);
     if (l.rank) {
         l.a = take(inputs), l.a_step = l.rank;
         l.b = take(inputs), l.b_step = outputs;
         l.scale = take(inputs);
+        if (number / 2 % 2) l.ratio = take(inputs);
     }
     return l;
 }
@@ -63,7 +67,7 @@ static void finish_heads(int rows, int heads, int width, float *x, const float *
 /* Of x, the weights of a norm, the layers of queries, keys and values, perhaps the norms of queries and
    keys, and perhaps cosines and sines: queries, keys and values of the position. The numbers are rows,
    the width of x, heads, key heads, widths of a key and of a value, the bits of the epsilons of the
-   norms, whether queries and keys have norms, whether there are angles, and one number for each layer. */
+   norms, whether queries and keys have norms, whether there are angles, and two numbers for each layer. */
 FUNCTION(compiled_block_inputs) {
     int rows = numbers[0], hidden = numbers[1], heads = numbers[2], key_heads = numbers[3];
     int width = numbers[4], value_width = numbers[5], has_norms = numbers[8];
@@ -94,8 +98,8 @@ FUNCTION(compiled_block_inputs) {
 /* Of x, queries, all keys and values, the weights of a norm, the layers that follow attention, those of
    the gate, of the values it multiplies and of the result, and perhaps a mask: x after the block. The
    numbers are rows, the width of x, key heads, query heads of each, keys, widths of a key and of a
-   value, the width of the gate, the bits of the scale and of epsilon, whether there is a mask, and one
-   number for each layer. */
+   value, the width of the gate, the bits of the scale and of epsilon, whether there is a mask, and two
+   numbers for each layer. */
 FUNCTION(compiled_block_outputs) {
     int rows = numbers[0], hidden = numbers[1], key_heads = numbers[2], sharing = numbers[3];
     int value_width = numbers[6], inner = numbers[7], has_mask = numbers[10];

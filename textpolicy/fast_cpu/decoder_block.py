@@ -6,9 +6,11 @@ up to the new keys and values, and one from the whole cache on. Other calls, and
 layers, are computed by the block's own code.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +20,7 @@ from mlx_lm.models import llama, qwen2, qwen3
 from textpolicy.fast_cpu.attention import can_be_compiled, scaled_dot_product_attention
 from textpolicy.fast_cpu.gradients import are_gradients_needed
 from textpolicy.fast_cpu.mlx_operations import bits_of, compiled_operation, reason_of_none
+from textpolicy.fast_cpu.packed_weights import MOST_ROWS
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
 from textpolicy.fast_cpu.rotary import FastRoPE
 
@@ -28,31 +31,76 @@ _PARTS: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     models.TransformerBlock: (models.Attention, models.MLP) for models in (llama, qwen2, qwen3)
 }
 """By their classes, the known blocks, each with the classes of its attention and its layers."""
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_OF_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
-class CompiledLinear:
-    """The arrays of a linear layer, perhaps with LoRA: what `take_linear` in C reads."""
+class _Weights(NamedTuple):
+    """The arrays of a layer's weights, those of them that are floats, and the number in C."""
 
+    inputs: int
     outputs: int
     arrays: list[mx.array]
+    floats: list[mx.array]
     number: int
 
     @classmethod
+    def of(cls, layer: Any) -> "_Weights | None":
+        """Return the weights of a linear layer, or None if its class computes something else."""
+        if type(layer) is nn.Linear:
+            outputs, inputs = layer["weight"].shape
+            arrays = [layer["weight"]]
+            return cls(inputs, outputs, arrays, arrays, 0)
+        if "packed_matrix" not in vars(type(layer)) or (matrix := layer.packed_matrix()) is None:
+            return None
+        arrays, number = matrix.arrays, 4 * matrix.groups + matrix.format
+        return cls(matrix.inputs, len(arrays[0]), arrays, arrays[1:], number)
+
+
+class CompiledLinear(NamedTuple):
+    """The arrays of a linear layer, perhaps with LoRA or DoRA, and its two numbers.
+
+    `take_linear` in C reads them.
+    """
+
+    inputs: int
+    outputs: int
+    arrays: list[mx.array]
+    numbers: tuple[int, int]
+
+    @classmethod
     def of(cls, layer: Any) -> "CompiledLinear | None":
-        """Return the arrays of a layer, or None if it computes something else."""
-        rank, factors = 0, []
-        if type(layer) is not nn.Linear:
-            parts = getattr(layer, "compiled_parts", None)
-            if parts is None or (known := parts()) is None:
+        """Return the arrays of a layer, or None if it computes something else.
+
+        The functions in C trust the shapes, so arrays that do not fit together are refused here.
+        """
+        # A decode step asks for each layer, and `layer["weight"]` takes a fifth of `layer.weight`.
+        factors: list[mx.array] = []
+        if "compiled_parts" in vars(type(layer)):
+            if (known := layer.compiled_parts()) is None:
                 return None
             layer, factors = known
-            rank = factors[0].shape[1]
-        bias = [layer.bias] if "bias" in layer else []
-        arrays = [layer.weight, *bias, *factors]
-        if any(one.dtype != mx.float32 for one in arrays):
+        if (weights := _Weights.of(layer)) is None:
             return None
-        return cls(len(layer.weight), arrays, 2 * rank + len(bias))
+        inputs, outputs = weights.inputs, weights.outputs
+        bias = [layer["bias"]] if "bias" in layer else []
+        for one in (*weights.floats, *bias, *factors):
+            if one.dtype != mx.float32:
+                return None
+        # A, B and the scale of LoRA, and the ratio of DoRA.
+        rank = factors[0].shape[1] if factors else 0
+        if factors and (factors[0].shape[0], factors[1].shape) != (inputs, (rank, outputs)):
+            return None
+        for one in (*bias, *factors[3:]):
+            if one.shape != (outputs,):
+                return None
+        numbers = 4 * rank + 2 * (len(factors) > 3) + len(bias), weights.number
+        return cls(inputs, outputs, [*weights.arrays, *bias, *factors], numbers)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights are stored in few bits."""
+        return self.numbers[1] > 0
 
 
 def faster_block(
@@ -67,13 +115,16 @@ def faster_block(
     def call(self: Any, x: _States, mask: Any = None, cache: Any = None) -> _States:
         is_step = x.shape[1] == 1 and cache is not None and not are_gradients_needed()
         readable = is_step and x.size and x.dtype == mx.float32 and not hasattr(cache, "bits")
-        if readable and (step := compiled_step(self)):
+        if readable and (step := compiled_step(self)) and step.takes(x):
             return step.compute(x, mask, cache)
         return plain(self, x, mask, cache)
 
     def compiled_step(self: Any) -> _Step | None:
-        known = type(self.self_attn) is attention and type(self.mlp) is layers
-        return _Step.of(self) if known else None
+        if mx.default_device().type != mx.cpu or reason_of_none():
+            return None
+        if type(self.self_attn) is not attention or type(self.mlp) is not layers:
+            return None
+        return _Step.of(self)
 
     names = {"__module__": block.__module__, "__qualname__": block.__qualname__}
     methods = {"__call__": call, "compiled_step": compiled_step}
@@ -93,24 +144,31 @@ class _Step:
     block: Any
     layers: list[CompiledLinear]
     head_norms: list[FastRMSNorm]
+    most_rows: float
 
     @classmethod
     def of(cls, block: Any) -> "_Step | None":
         """Return the parts of a block, or None if compiled functions cannot compute it."""
-        if mx.default_device().type != mx.cpu or reason_of_none():
-            return None
-        attention, mlp = block.self_attn, block.mlp
-        names = "q_proj", "k_proj", "v_proj", "o_proj"
-        of_mlp = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        found = [CompiledLinear.of(one) for one in (*(attention[name] for name in names), *of_mlp)]
+        attention, mlp = block["self_attn"], block["mlp"]
+        found = [CompiledLinear.of(attention[name]) for name in _OF_ATTENTION]
+        found += [CompiledLinear.of(mlp[name]) for name in _OF_MLP]
         layers = [one for one in found if one is not None]
         head_norms = [attention[name] for name in ("q_norm", "k_norm") if name in attention]
-        norms = [block.input_layernorm, block.post_attention_layernorm, *head_norms]
-        if any(type(norm) is not FastRMSNorm or norm.weight.dtype != mx.float32 for norm in norms):
-            return None
+        norms = [block["input_layernorm"], block["post_attention_layernorm"], *head_norms]
+        for norm in norms:
+            if type(norm) is not FastRMSNorm or norm["weight"].dtype != mx.float32:
+                return None
         if len({norm.eps for norm in head_norms}) > 1 or len(layers) < len(found):
             return None
-        return cls(block, layers, head_norms)
+        if not _fit(block, layers, norms):
+            return None
+        # Weights of few bits are unpacked for a product of many rows.
+        most_rows = MOST_ROWS if any(layer.is_packed for layer in layers) else math.inf
+        return cls(block, layers, head_norms, most_rows)
+
+    def takes(self, x: _Position) -> bool:
+        """Return whether the functions compute this block for these rows."""
+        return x.shape[-1] == self.layers[0].inputs and len(x) <= self.most_rows
 
     def compute(self, x: _Position, mask: Any, cache: Any) -> _Position:
         """Return what the block returns, and let its cache take the position."""
@@ -151,7 +209,7 @@ class _Step:
                 *(rows, hidden, heads, key_heads, width, value_width),
                 *(bits_of(norm.eps), bits_of(head_epsilon)),
                 *(len(self.head_norms) // 2, len(angles) // 2),
-                *(layer.number for layer in (q, k, v)),
+                *chain.from_iterable(layer.numbers for layer in (q, k, v)),
             ),
         )
         if not angles:
@@ -177,6 +235,22 @@ class _Step:
             (
                 *(rows, hidden, key_heads, heads // key_heads, seen, width, value_width, inner),
                 *(bits_of(self.block.self_attn.scale), bits_of(norm.eps), len(masks)),
-                *(layer.number for layer in layers),
+                *chain.from_iterable(layer.numbers for layer in layers),
             ),
         )[0]
+
+
+def _fit(block: Any, layers: list[CompiledLinear], norms: list[FastRMSNorm]) -> bool:
+    """Return whether the widths of a block's layers are those that the functions in C expect."""
+    q, k, v, attended, gate, up, down = layers
+    heads, key_heads = block["self_attn"].n_heads, block["self_attn"].n_kv_heads
+    hidden, width, value_width = q.inputs, q.outputs // heads, v.outputs // key_heads
+    widths = [one["weight"].size for one in norms]
+    return (
+        (q.outputs, k.outputs, v.outputs)
+        == (heads * width, key_heads * width, key_heads * value_width)
+        and (k.inputs, v.inputs, gate.inputs, up.inputs) == (hidden,) * 4
+        and (attended.inputs, attended.outputs) == (heads * value_width, hidden)
+        and (up.outputs, down.inputs, down.outputs) == (gate.outputs, gate.outputs, hidden)
+        and widths == [hidden, hidden, *[width] * (len(norms) - 2)]
+    )

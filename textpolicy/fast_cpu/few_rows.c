@@ -33,7 +33,7 @@ typedef struct {
     size_t bytes;
 } Kept;
 
-static __thread Kept kept, kept_of_block;
+static __thread Kept kept, kept_of_layer, kept_of_block;
 
 void few_rows_begin(Blas *others, int (*threads)(void)) {
     other_products = others;
@@ -53,6 +53,7 @@ static float *enough(Kept *kept, long numbers) {
 }
 
 float *scratch(long numbers) { return enough(&kept, numbers); }
+float *scratch_of_layer(long numbers) { return enough(&kept_of_layer, numbers); }
 float *scratch_of_block(long numbers) { return enough(&kept_of_block, numbers); }
 
 /* `rows` x `columns` numbers of C from row i and column j on, at most four each way. The compiler

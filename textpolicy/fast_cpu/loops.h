@@ -25,7 +25,7 @@
 /* A function that `mlx_operations.cpp` lets mlx call, with at most MOST_NUMBERS numbers. A function
    that reads its inputs as they are stored finds their steps after these. */
 #define FUNCTION(name) void name(const float *const *in, float *const *out, const int64_t *numbers)
-enum { MOST_NUMBERS = 16 };
+enum { MOST_NUMBERS = 20 };
 
 /* Smaller products than this take less time than to wake a thread. */
 enum { SMALLEST_SHARED = 1 << 17 };
@@ -83,9 +83,10 @@ int threads_for(int is_large);
 /* Parts of a loop for these threads: more than threads, so that one that begins late does less. */
 #define PARTS(threads) ((threads) > 1 ? 4 * (threads) : 1)
 
-/* Memory of this thread for as many numbers, or NULL; a later call may move it. The functions of a block
-   have memory beside that of the products that they call. */
+/* Memory of this thread for as many numbers, or NULL; a later call may move it. The functions of a layer
+   and of a block have memory beside that of the products that they call. */
 float *scratch(long numbers);
+float *scratch_of_layer(long numbers);
 float *scratch_of_block(long numbers);
 
 /* cblas_sgemm, which gives products of few rows to the loops. */
@@ -94,16 +95,25 @@ void few_rows_product(int order, int transpose_a, int transpose_b, int rows, int
                       float alpha, const float *a, int lda, const float *b, int ldb, float beta,
                       float *c, int ldc);
 
-/* A linear layer, perhaps with LoRA: y = x W' + bias + s (x A) B. W is outputs x inputs, A is inputs x
-   rank, and B is rank x outputs, each with a step from row to row. Without LoRA the rank is 0. */
+/* How weights are stored: as numbers, or in the formats of packed_weights.c. */
+typedef enum { FLOATS, AFFINE_4, AFFINE_8, NF4 } Format;
+
+/* A linear layer, perhaps with LoRA or DoRA: y = ratio (x W' + s (x A) B) + bias. W is outputs x inputs,
+   A is inputs x rank, and B is rank x outputs, each with a step from row to row. Without LoRA the rank is
+   0, and without DoRA there is no ratio. Packed weights are codes, with a scale and perhaps a bias for
+   each group of an output. */
 typedef struct {
-    int inputs, outputs, rank;
-    const float *weights, *bias, *a, *b, *scale;
+    int inputs, outputs, rank, groups;
+    Format format;
+    const float *weights, *scales, *biases, *bias, *a, *b, *scale, *ratio;
     long weights_step, a_step, b_step;
 } Linear;
 
 /* y of some rows; with `adds`, y is added to what lies there. Return 0 if there was no memory. */
 int linear(const Linear *layer, int rows, const float *x, long x_step, float *y, int adds);
+
+/* y += x W', or y = x W', for packed weights. Return 0 if there was no memory. */
+int packed_product(const Linear *layer, int rows, const float *x, long x_step, float *y, int adds);
 
 /* The attention of one position of each row. The steps of queries, keys, values and mask are those
    from row to row, from head to head, and from position to position. Without a mask it is NULL. */

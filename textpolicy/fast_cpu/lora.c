@@ -5,15 +5,13 @@
 
 #include "loops.h"
 
-int linear(const Linear *l, int rows, const float *x, long x_step, float *y, int adds) {
-    if (l->bias)
-        for (int row = 0; row < rows; row++)
-            for (int i = 0; i < l->outputs; i++) {
-                float *at = y + (long)row * l->outputs + i;
-                *at = (adds ? *at : 0) + l->bias[i];
-            }
-    few_rows_product(ROW_MAJOR, AS_STORED, TRANSPOSED, rows, l->outputs, l->inputs, 1, x, x_step,
-                     l->weights, l->weights_step, adds || l->bias, y, l->outputs);
+/* y += x W' + s (x A) B, or y = that. */
+static int add_products(const Linear *l, int rows, const float *x, long x_step, float *y, int adds) {
+    if (l->format == FLOATS)
+        few_rows_product(ROW_MAJOR, AS_STORED, TRANSPOSED, rows, l->outputs, l->inputs, 1, x, x_step,
+                         l->weights, l->weights_step, adds, y, l->outputs);
+    else if (!packed_product(l, rows, x, x_step, y, adds))
+        return 0;
     if (!l->rank) return 1;
     float *narrow = scratch((long)rows * l->rank);
     if (!narrow) return 0;
@@ -22,6 +20,19 @@ int linear(const Linear *l, int rows, const float *x, long x_step, float *y, int
     few_rows_product(ROW_MAJOR, AS_STORED, AS_STORED, rows, l->outputs, l->rank, 1, narrow, l->rank,
                      l->b, l->b_step, 1, y, l->outputs);
     return 1;
+}
+
+int linear(const Linear *l, int rows, const float *x, long x_step, float *y, int adds) {
+    float *products = l->ratio ? scratch_of_layer((long)rows * l->outputs) : NULL;
+    if (l->ratio && (!products || !add_products(l, rows, x, x_step, products, 0))) return 0;
+    if (l->bias || l->ratio)
+        for (long row = 0; row < rows; row++)
+            for (int i = 0; i < l->outputs; i++) {
+                float *at = y + row * l->outputs + i, sum = adds ? *at : 0;
+                if (l->bias) sum += l->bias[i];
+                *at = products ? sum + l->ratio[i] * products[row * l->outputs + i] : sum;
+            }
+    return products || add_products(l, rows, x, x_step, y, adds || l->bias);
 }
 
 /* Of x, W, A, B, s and perhaps a bias: y. The numbers are rows, inputs, outputs, rank, and whether there

@@ -9,6 +9,7 @@
 // them as they lie in memory, if those of the last axis are side by side, and the steps of the other
 // axes: a slice of a large array is not copied. An array of more axes is given side by side.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -26,7 +27,7 @@ namespace mlx::core {
 
 namespace {
 
-constexpr int MOST = 28, MOST_NUMBERS = 16, STEPS = 3;
+constexpr int MOST = 40, MOST_NUMBERS = 20, STEPS = 3;
 constexpr size_t LARGE = 1 << 16;
 constexpr const char PREFIX[] = "compiled ", AS_STORED[] = "compiled as stored ";
 using Function = void (*)(const void* const* inputs, void* const* outputs, const int64_t* numbers);
@@ -147,18 +148,18 @@ fast::CustomKernelFunction make_operation(
     const auto address = source.substr((stored ? sizeof AS_STORED : sizeof PREFIX) - 1);
     auto function = reinterpret_cast<Function>(std::stoull(address));
     return [function, stored, count = input_names.size()](
-               const std::vector<array>& inputs, const std::vector<Shape>& shapes,
+               const std::vector<array>& inputs, const std::vector<Shape>& given,
                const std::vector<Dtype>& dtypes, std::tuple<int, int, int>,
-               std::tuple<int, int, int>,
-               std::vector<std::pair<std::string, fast::TemplateArg>> numbers,
+               std::tuple<int, int, int>, std::vector<std::pair<std::string, fast::TemplateArg>>,
                std::optional<float>, bool, StreamOrDevice where) {
-        if (inputs.size() != count || count > MOST || shapes.size() > MOST ||
-            numbers.size() > MOST_NUMBERS)
+        // The numbers come last.
+        if (inputs.size() != count || count > MOST || dtypes.size() > MOST ||
+            given.size() != dtypes.size() + 1 || given.back().size() > MOST_NUMBERS)
             throw std::invalid_argument("a compiled function got other arrays than it takes");
         Stream stream = to_stream(where);
+        std::vector<Shape> shapes(given.begin(), given.end() - 1);
         Arguments arguments{};
-        for (size_t i = 0; i < numbers.size(); i++)
-            arguments.numbers[i] = std::get<int>(numbers[i].second);
+        std::copy(given.back().begin(), given.back().end(), arguments.numbers);
         auto primitive = std::make_shared<Compiled>(stream, function, stored, arguments);
         return array::make_arrays(shapes, dtypes, primitive, inputs);
     };

@@ -32,7 +32,6 @@ _MLX = Path(mx.__file__).parent
 _VERSION: str = cast(Any, mx).__version__
 _MAKER = "_ZN3mlx4core4fast12metal_kernelE"
 _LARGEST = 2**31 - 1  # Numbers are passed as 32-bit ones.
-_MOST_NUMBERS = 16
 _RECORDING = Lock()
 _TRIAL = """
 import sys
@@ -218,7 +217,6 @@ def compiled_operation(
         output_names=[f"output{number}" for number in range(outputs)],
         source=f"compiled {'as stored ' if as_stored else ''}{function}",
     )
-    names = [f"number{place}" for place in range(_MOST_NUMBERS)]
     one, dtypes = (1, 1, 1), [mx.float32] * outputs
 
     def compute(
@@ -226,9 +224,9 @@ def compiled_operation(
     ) -> list[mx.array]:
         return kernel(
             inputs=arrays,
-            output_shapes=shapes,
+            # mlx takes the most time for arguments with names, so the numbers are a last shape.
+            output_shapes=[*shapes, numbers],
             output_dtypes=dtypes,
-            template=[*zip(names[: len(numbers)], numbers, strict=True)],
             grid=one,
             threadgroup=one,
             stream=mx.cpu,

@@ -8,10 +8,7 @@
    Each number of y is summed in an order that depends only on the number of inputs, so what a row
    gives does not depend on the rows beside it. */
 
-#include <math.h>
-#include <string.h>
-
-#include "loops.h"
+#include "rows.h"
 
 /* Codes may begin at any byte. */
 typedef uint32_t Word __attribute__((aligned(1), may_alias));
@@ -19,8 +16,6 @@ typedef uint32_t Codes __attribute__((vector_size(4 * LANES), aligned(1), may_al
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 /* A weight is a code times a scale plus a bias, or a level of NF4 times a scale. */
-typedef enum { AFFINE_4, AFFINE_8, NF4 } Format;
-
 /* The words of a group share a scale and a bias. A vector of words has several groups; or it is one
    group; or one group has several vectors, or is all that an output has. */
 typedef enum { SEVERAL, ONE, PART } Groups;
@@ -34,6 +29,8 @@ typedef enum { SEVERAL, ONE, PART } Groups;
 enum { TALLEST = LANES == 16 ? 8 : 6, OUTPUTS = 16 };
 /* Memory answers while a processor reads about so many words; measurements say how many. */
 enum { LATENCY = 768 };
+/* The numbers in a line of the cache. */
+enum { LINE = 16 };
 /* With few rows, the weights of several outputs are read at once. */
 #define AT_ONCE(rows) ((rows) <= TALLEST / 3 ? TILE : 2)
 
@@ -43,8 +40,9 @@ enum { LATENCY = 768 };
    still ends inside `codes`. The codes of the other outputs are copied to `rest`, with zeros behind
    them. Memory is asked for words that lie `ahead` of those that meet x. */
 typedef struct {
-    int rows, outputs, inputs, per_word, words, groups, group, inside, ahead;
+    int rows, outputs, inputs, per_word, words, groups, group, inside, ahead, adds;
     const float *x;
+    long x_step;
     const Word *codes, *rest;
     const float *scales, *biases;
     float *y;
@@ -219,6 +217,12 @@ INLINE void add_biases(const int rows, const int outputs, const Packed *p, const
         }
 }
 
+/* Ask memory for the scales or biases of later outputs. */
+INLINE void fetch_groups(const float *of, const Packed *p, int output, int outputs) {
+    const float *from = of + ((long)output + p->ahead / p->words) * p->groups;
+    for (int k = 0; k < outputs * p->groups; k += LINE) __builtin_prefetch(from + k);
+}
+
 /* `sums` of rows of x, which lie side by side, with the outputs from `output` on. */
 INLINE void sum_outputs(const Format format, const Groups kind, const int rows, const int outputs,
                         const Packed *p, const float *x, int output, Words places,
@@ -235,6 +239,8 @@ INLINE void sum_outputs(const Format format, const Groups kind, const int rows, 
     }
     const int step = kind == PART ? p->group : LANES;
     const int groups = kind == SEVERAL ? LANES / p->group : 1;
+    fetch_groups(p->scales, p, output, outputs);
+    if (format != NF4) fetch_groups(p->biases, p, output, outputs);
     for (int first = 0, group = 0; first < p->words; first += step, group += groups) {
         Vector word_scales[TILE];
         UNROLL for (int o = 0; o < outputs; o++)
@@ -243,7 +249,7 @@ INLINE void sum_outputs(const Format format, const Groups kind, const int rows, 
         do {
             /* Memory is slower than this loop unless it is asked for later outputs. */
             UNROLL for (int o = 0; o < outputs; o++) __builtin_prefetch(codes[o] + word + p->ahead);
-            if (format == AFFINE_4 && rows == 1)
+            if (LANES < 16 && format == AFFINE_4 && rows == 1)
                 add_words_in_turns(p, x, codes, word, word_scales, own);
             else
                 add_words(format, rows, outputs, p, x, codes, word, word_scales, own);
@@ -272,10 +278,13 @@ INLINE void tile(const Format format, const Groups kind, const int rows, const P
         for (int r = 0; r < rows; r++) {
             Four total = sums_of(sums[r]);
             float *out = p->y + (long)(i + r) * p->outputs + output;
-            if (output + TILE <= p->outputs)
+            const int count = least(TILE, p->outputs - output);
+            if (p->adds)
+                for (int o = 0; o < count; o++) total[o] += out[o];
+            if (count == TILE)
                 *(Four *)out = total;
             else
-                for (int o = 0; o < p->outputs - output; o++) out[o] = total[o];
+                for (int o = 0; o < count; o++) out[o] = total[o];
         }
     }
 }
@@ -323,28 +332,37 @@ static void add_groups(const Packed *p, const float *x, int rows, float *to) {
     const int size = p->group * p->per_word;
     for (int group = 0; group < p->groups; group++) {
         float *out = to + (long)(group / LANES) * rows * LANES + group % LANES;
-        for (int r = 0; r < rows; r++)
-            for (int k = group * size; k < least(p->inputs, (group + 1) * size); k++)
-                out[r * LANES] += x[(long)r * p->inputs + k];
+        for (int r = 0; r < rows; r++) {
+            const float *own = x + r * p->x_step + group * size;
+            SUM(out[r * LANES], size, own[i]);
+        }
+    }
+}
+
+/* Write the numbers of a row of x that meet a vector of words in one turn. */
+INLINE void arrange_turn(const Format format, const Packed *p, const float *x, int first, int turn,
+                         float *to) {
+    const float factor = 1 / too_large(format, turn);
+    const int inside = p->words - first;
+    for (int lane = 0; lane < LANES; lane++) {
+        int word = word_of(format, turn, lane);
+        if (inside >= LANES || word < inside)
+            to[lane] = x[(long)(first + word) * PER_WORD(format) + place_of(format, turn, lane)] * factor;
     }
 }
 
 /* Write x in the order in which it is read: of a tile, the numbers of the first turn of a vector of
    words, one row beside the other, then those of the next turn, and last the sums of the groups. */
-static void arrange(const Format format, const Packed *p, float *to) {
+INLINE void arrange(const Format format, const Packed *p, float *to) {
     memset(to, 0, sizeof(float) * p->rows * kept_of_row(p));
     for (int t = 0, i = 0, rows; t < tiles_of(p->rows); t++, i += rows) {
         rows = height(p->rows, t);
+        const float *x = p->x + i * p->x_step;
         for (int first = 0; first < p->words; first += LANES)
-            for (int turn = 0; turn < p->per_word; turn++)
+            UNROLL for (int turn = 0; turn < PER_WORD(format); turn++)
                 for (int r = 0; r < rows; r++, to += LANES)
-                    for (int lane = 0; lane < LANES; lane++) {
-                        int word = first + word_of(format, turn, lane);
-                        long input = (long)word * p->per_word + place_of(format, turn, lane);
-                        if (word < p->words)
-                            to[lane] = p->x[(long)(i + r) * p->inputs + input] / too_large(format, turn);
-                    }
-        if (format != NF4) add_groups(p, p->x + (long)i * p->inputs, rows, to);
+                    arrange_turn(format, p, x + r * p->x_step, first, turn, to);
+        if (format != NF4) add_groups(p, x, rows, to);
         to += rows * whole_vectors(p->groups);
     }
 }
@@ -380,12 +398,11 @@ static Share *const SHARES[][3] = {
     [NF4] = {nf4_several, nf4_one, nf4_part},
 };
 
-/* `numbers` are those of the rows of x, of the outputs, of the inputs, and of an output's groups. */
-static void multiply(const Format format, const float *const *in, float *const *out,
-                     const int64_t *numbers) {
-    Packed p = {.rows = numbers[0], .outputs = numbers[1], .inputs = numbers[2],
-                .groups = numbers[3], .x = in[0], .codes = (const Word *)in[1],
-                .scales = in[2], .biases = format != NF4 ? in[3] : NULL, .y = out[0],
+INLINE int multiply(const Format format, const Linear *l, int rows, const float *given, long x_step,
+                    float *y, int adds) {
+    Packed p = {.rows = rows, .outputs = l->outputs, .inputs = l->inputs, .groups = l->groups,
+                .x = given, .x_step = x_step, .codes = (const Word *)l->weights,
+                .scales = l->scales, .biases = l->biases, .y = y, .adds = adds,
                 .per_word = PER_WORD(format)};
     p.words = p.inputs / p.per_word;
     p.group = p.words / p.groups;
@@ -399,11 +416,7 @@ static void multiply(const Format format, const float *const *in, float *const *
     /* The copied codes are less than a vector and the words of an output. */
     long kept = p.rows * kept_of_row(&p);
     float *x = scratch(kept + p.words + 2 * LANES);
-    if (!x) {
-        /* Without memory for x there is no product. */
-        for (long i = 0; i < (long)p.rows * p.outputs; i++) p.y[i] = NAN;
-        return;
-    }
+    if (!x) return 0;
     arrange(format, &p, x);
     copy_rest(&p, x + kept);
     Groups kind = p.group == LANES ? ONE : p.group > LANES || p.groups == 1 ? PART : SEVERAL;
@@ -413,11 +426,27 @@ static void multiply(const Format format, const float *const *in, float *const *
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int part = 0; part < threads; part++)
         compute(&p, x, least(p.outputs, part * share), least(p.outputs, (part + 1) * share));
+    return 1;
 }
 
-FUNCTION(compiled_product_affine_4) { multiply(AFFINE_4, in, out, numbers); }
-FUNCTION(compiled_product_affine_8) { multiply(AFFINE_8, in, out, numbers); }
-FUNCTION(compiled_product_nf4_4) { multiply(NF4, in, out, numbers); }
+int packed_product(const Linear *l, int rows, const float *x, long x_step, float *y, int adds) {
+    switch (l->format) {
+        case AFFINE_4: return multiply(AFFINE_4, l, rows, x, x_step, y, adds);
+        case AFFINE_8: return multiply(AFFINE_8, l, rows, x, x_step, y, adds);
+        default: return multiply(NF4, l, rows, x, x_step, y, adds);
+    }
+}
+
+/* Of x, codes, scales, and biases if the format has some: the product. The numbers are those of the rows
+   of x, of the outputs, of the inputs, and of an output's groups, and the format. */
+FUNCTION(compiled_packed_product) {
+    Linear l = {.outputs = numbers[1], .inputs = numbers[2], .groups = numbers[3],
+                .format = numbers[4], .weights = in[1], .scales = in[2]};
+    if (l.format != NF4) l.biases = in[3];
+    if (!packed_product(&l, numbers[0], in[0], l.inputs, out[0], 0))
+        /* Without memory for x there is no product. */
+        fill(out[0], numbers[0] * l.outputs, NAN);
+}
 
 typedef uint32_t EightWords __attribute__((vector_size(32)));
 typedef int32_t EightIntegers __attribute__((vector_size(32)));

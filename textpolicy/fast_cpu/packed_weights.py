@@ -8,6 +8,7 @@ unpack the weights with vector instructions and all threads, unlike those of mlx
 
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -15,7 +16,8 @@ from textpolicy.fast_cpu.mlx_operations import compiled_operation, reason_of_non
 
 MOST_ROWS = 64
 """With more rows, the weights are unpacked first. With 32 to 64 rows, both take about as long."""
-_PRODUCTS = {("affine", 4), ("affine", 8), ("nf4", 4)}
+# In `loops.h`, formats have these numbers; floats have 0.
+_PRODUCTS = {("affine", 4): 1, ("affine", 8): 2, ("nf4", 4): 3}
 _UNPACKED = {*_PRODUCTS, *(("affine", bits) for bits in (2, 3, 5, 6))}
 _GROUP_ARRAYS = {"affine": 2, "nf4": 1}
 _TOGETHER, _GROUP_SIZES = 8, (32, 64, 128)
@@ -31,6 +33,27 @@ def unpacks(mode: str, bits: int, group_size: int, inputs: int) -> bool:
     return (mode, bits) in _UNPACKED and _are_readable(group_size, inputs)
 
 
+class PackedMatrix(NamedTuple):
+    """A matrix that compiled functions multiply with as it is stored.
+
+    The arrays are its codes and scales, and its biases if the format has some.
+    """
+
+    arrays: list[mx.array]
+    inputs: int
+    groups: int
+    format: int
+
+    @classmethod
+    def of(
+        cls, mode: str, bits: int, inputs: int, weight: mx.array, *groups: mx.array
+    ) -> "PackedMatrix | None":
+        """Return the matrix, or None where no function multiplies with it."""
+        if (mode, bits) not in _PRODUCTS or not _can_read(mode, bits, inputs, weight, groups):
+            return None
+        return cls([weight, *groups], inputs, groups[0].shape[1], _PRODUCTS[mode, bits])
+
+
 def packed_product(
     mode: str, bits: int, x: mx.array, weight: mx.array, *groups: mx.array
 ) -> mx.array | None:
@@ -40,14 +63,15 @@ def packed_product(
     few rows of float32 numbers are computed. There is no gradient.
     """
     inputs, rows = x.shape[-1], prod(x.shape[:-1])
-    if x.dtype != mx.float32 or not 0 < rows <= MOST_ROWS or (mode, bits) not in _PRODUCTS:
+    if x.dtype != mx.float32 or not 0 < rows <= MOST_ROWS:
         return None
-    if not _can_read(mode, bits, inputs, weight, groups):
+    matrix = PackedMatrix.of(mode, bits, inputs, weight, *groups)
+    if matrix is None:
         return None
-    outputs, count = groups[0].shape
-    product = compiled_operation(f"product_{mode}_{bits}", 2 + len(groups))
-    shape, numbers = (*x.shape[:-1], outputs), (rows, outputs, inputs, count)
-    return product([x, weight, *groups], [shape], numbers)[0]
+    outputs = len(weight)
+    product = compiled_operation("packed_product", 2 + len(groups))
+    numbers = rows, outputs, inputs, matrix.groups, matrix.format
+    return product([x, *matrix.arrays], [(*x.shape[:-1], outputs)], numbers)[0]
 
 
 def unpacked_weights(mode: str, bits: int, weight: mx.array, *groups: mx.array) -> mx.array | None:

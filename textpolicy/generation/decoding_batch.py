@@ -236,11 +236,11 @@ class DecodingCache(BatchKVCache):
         values: Any
         keys, values, offset, padding, used = prompts.state
         rows = cls([])
-        # Cut off the unused positions before they are copied for every row.
-        rows.state = keys[..., :used, :], values[..., :used, :], offset, padding, used
-        rows.filter(owner)
+        # The positions are cut and added once for each prompt, not for each of its rows.
         unused = [(0, 0), (0, 0), (0, room), (0, 0)]
-        rows.keys, rows.values = mx.pad(rows.keys, unused), mx.pad(rows.values, unused)
+        keys, values = (mx.pad(x[..., :used, :], unused) for x in (keys, values))
+        rows.state = keys, values, offset, padding, used
+        rows.filter(owner)
         return rows
 
     @property

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Bool, Float, Int, Integer
 
+from textpolicy.adapters.layers.weight_values import WeightValues, keep_weight_values
 from textpolicy.errors import ModelError
 from textpolicy.fast_cpu.decoder_block import has_compiled_steps
 from textpolicy.fast_cpu.gradients import without_gradients
@@ -62,11 +63,16 @@ class StepRecorder:
         self._can_record = record and not refused and can_record()
         self._records: dict[Any, Callable[..., _Outputs]] = {}
         self._contents: _Contents | None = None
+        self._weight_values: WeightValues = {}
         self._shapes: Any = None
         self._equal_steps = 0
 
     def next_logits(self, batch: DecodingBatch) -> _Logits:
         """Return the logits after the last tokens, which enter the KV cache."""
+        with keep_weight_values(self._weight_values):
+            return self._next_logits(batch)
+
+    def _next_logits(self, batch: DecodingBatch) -> _Logits:
         if not self._can_record or not _has_known_room(batch, 1):
             return logits_by_model(self._model, batch)
         if self._contents and not self._contents.are_current():
@@ -87,8 +93,8 @@ class StepRecorder:
         return logits
 
     def forget(self) -> None:
-        """Drop all records, and with them the arrays of the model."""
-        self._records, self._contents = {}, None
+        """Drop all records and values, and with them the arrays of the model."""
+        self._records, self._contents, self._weight_values = {}, None, {}
         self._shapes, self._equal_steps = None, 0
 
     def _record(self, batch: DecodingBatch, inputs: tuple[Any, ...], shapes: Any) -> bool:

@@ -43,6 +43,7 @@ _DECODING, _BACKWARD = _SAMPLING[3:], _TRAINING[:2]
 # Measured on a CPU: how many arrays of a size mlx has in memory at once.
 _LOGITS, _TRAINED_LOGITS = 4.5, 6.7  # of all logits; with a trained head
 _CHUNKS, _TRAINED_CHUNKS = 8.5, 11.5  # of a chunk, with the memory for the next one
+_TRAINED_LOGITS_COMPILED, _TRAINED_CHUNKS_COMPILED = 5, 9.1  # where operations are compiled
 _INNER, _HIDDEN, _QUERIES = 4.5, 2, 4  # of these widths, in the backward pass of a block
 _GATE_SLICES, _SCORE_SLICES = 7, 8  # of the feed-forward and the attention layer there
 _PREFILL_SLICES = 5.5  # of attention scores in a forward pass
@@ -51,6 +52,8 @@ _PREFILL_SLICES = 5.5  # of attention scores in a forward pass
 # operations ahead. With compiled operations a block has fewer of them, so the share is larger.
 _UNPACKED_IN_TURN = ("nf4", "mxfp8")
 _UNPACKED_SHARE, _UNPACKED_SHARE_COMPILED = 1 / 4, 3 / 8
+# In the backward pass, those of one product, or of a feed-forward layer.
+_UNPACKED_COMPILED = 3
 
 _FLOAT = mx.float32.size
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -129,11 +132,12 @@ def plan_memory(
     sizes = sizes or device_sizes()
     network = model if isinstance(model, nn.Module) else build_unloaded_model(model, dtype)
     planned = plan_adapters(network, config or AdapterConfig())
-    block = _Block(network, planned)
+    caches = make_prompt_cache(network)
+    block = _Block(network, planned, [getattr(layer, "max_size", None) for layer in caches])
     teacher = build_unloaded_model(reference).parameters() if reference else {}
     teacher_bytes = sum(array.nbytes for array in named_arrays(teacher).values())
     # Training reads a prompt once for all its rows if the caches hold nothing but keys and values.
-    shares = all(type(layer) is KVCache for layer in make_prompt_cache(network))
+    shares = all(type(layer) is KVCache for layer in caches)
     part = largest_micro_batch(
         batch // group_size,
         group_size,
@@ -179,13 +183,16 @@ def plan_memory(
 class _Block:
     """The widths of a transformer block, and what its adapters keep for the backward pass."""
 
-    def __init__(self, model: nn.Module, planned: AdapterPlan) -> None:
+    def __init__(
+        self, model: nn.Module, planned: AdapterPlan, windows: Sequence[int | None]
+    ) -> None:
         modules, rows = dict(model.named_modules()), {row.path: row for row in planned.modules}
         try:
             args, blocks = cast(Any, model).args, cast(list[nn.Module], cast(Any, model).layers)
             first = next(path for path, module in modules.items() if module is blocks[0])
             shapes = [rows[f"{first}.{name}"].shape for name in _PROJECTIONS]
             norm: mx.array = modules[f"{first}.input_layernorm"]["weight"]
+            self.norms_heads = f"{first}.self_attn.q_norm" in modules
             self.heads, self.vocabulary = int(args.num_attention_heads), int(args.vocab_size)
             if more := blocks[0].children().keys() - _PARTS:
                 raise KeyError(f"extra {', '.join(sorted(more))}")
@@ -199,6 +206,9 @@ class _Block:
             ) from error
         (self.queries, self.hidden), (self.keys, _), _, _, (self.inner, _), _, _ = shapes
         self.planned, self.count, self.itemsize = planned, len(blocks), norm.dtype.size
+        self.windows = windows
+        # A compiled operation does the work of several, whose results are not arrays then.
+        self.is_compiled = self.itemsize == _FLOAT and not reason_of_none()
         adapted = [row for row in planned.modules if row.kind != "none"]
         numbered = [(n, row) for row in adapted if (n := _block_number(row)) is not None]
         # The gradient passes through all blocks from the first adapted one on.
@@ -217,23 +227,24 @@ class _Block:
         the attention's output; keys before the norm; both factors of the gate; the inputs of
         adapters. Then the keys and values that completions attend to: `joined` of each.
         """
-        # One operation computes attention: it keeps no scaled queries, and its output is also what
-        # the adapter after it reads.
-        queries = 4 if reason_of_none() or self.itemsize < _FLOAT else 2
-        width = 2 * self.hidden + queries * self.queries + self.keys + 2 * self.inner
+        # A compiled operation keeps no scaled queries; the next adapter reads its output.
+        queries = (2 if self.is_compiled else 4) - (not self.norms_heads)
+        keys = self.keys * self.norms_heads
+        width = 2 * self.hidden + queries * self.queries + keys + 2 * self.inner
         kept = tokens * (width + self.adapter_inputs) + 2 * joined * self.keys
         return kept * self.itemsize + tokens * self.adapter_floats * _FLOAT
 
     def cache_bytes(self, tokens: int) -> int:
         """Return the bytes of the keys and values of all blocks."""
-        return 2 * tokens * self.count * self.keys * self.itemsize
+        held = sum(tokens if window is None else min(tokens, window) for window in self.windows)
+        return 2 * held * self.keys * self.itemsize
 
     def temporaries(self, tokens: int, scores: int) -> int:
         """Return the bytes of the larger half of one block during its backward pass."""
         inner = tokens * (_INNER * self.inner + _HIDDEN * self.hidden)
-        inner += _GATE_SLICES * min(tokens * self.inner, SLICE_SIZE)
         attention = _QUERIES * tokens * self.queries
-        if reason_of_none() or self.itemsize < _FLOAT:
+        if not self.is_compiled:
+            inner += _GATE_SLICES * min(tokens * self.inner, SLICE_SIZE)
             attention += _SCORE_SLICES * min(scores * self.heads, SLICE_SIZE)
         return round(max(inner, attention)) * self.itemsize
 
@@ -271,7 +282,10 @@ def _backward_arrays(
         "activations": PlannedArray(kept, _BACKWARD),
         "block temporaries": PlannedArray(temporaries, ["blocks"]),
         "logits": PlannedArray(_logits_bytes(block, own, sizes.head_chunk_bytes), ["head"]),
-        "unpacked matrix": PlannedArray(_unpacked_bytes(block).largest, ["blocks"]),
+        "unpacked for gradients": PlannedArray(
+            (_UNPACKED_COMPILED if block.is_compiled else 1) * _unpacked_bytes(block).largest,
+            ["blocks"],
+        ),
         "unpacked head": PlannedArray(_unpacked_head(block), ["head"]),
     }
 
@@ -283,21 +297,30 @@ def _sampling_arrays(
     chunk = min(max(prompt, 1), max(2, sizes.prefill_tokens // prompts))
     rest = prompt % chunk
     scores = prompts * max(chunk * (prompt - rest), rest * prompt) * block.heads
-    prefill = round(_PREFILL_SLICES * min(scores, SLICE_SIZE)) * block.itemsize
-    prefill += block.activations(prompts * chunk, 0)
+    prefill = block.activations(prompts * chunk, 0)
+    if not block.is_compiled:
+        prefill += round(_PREFILL_SLICES * min(scores, SLICE_SIZE)) * block.itemsize
     # The cache of a prompt without a token to read begins empty, and grows like that of a long row.
     grows = completion > step or not prompt
     room = step * ceil(completion / step) if grows else completion
-    layer = 2 * rows * (prompt + room) * block.keys * block.itemsize
-    prompt_layer = 2 * prompts * step * ceil(prompt / step) * block.keys * block.itemsize
+    position = 2 * block.keys * block.itemsize
+    layer, prompt_layer = (
+        rows * (prompt + room) * position,
+        prompts * step * ceil(prompt / step) * position,
+    )
+    # Caches without a window get room for completions before they are copied for each row. With
+    # compiled operations, mlx has begun this for one to all blocks when the first copy is made.
+    padded_layers = block.windows.count(None) / 2 if block.is_compiled else 0
+    padded = round(padded_layers * prompts * (prompt + min(room, step)) * position)
     logits = round(_LOGITS * rows * block.vocabulary * _FLOAT)
     unpacked, head = _unpacked_ahead(block, rows)
     unpacked_for_prompts, _ = _unpacked_ahead(block, prompts * chunk)
     return {
         "prompt cache": PlannedArray(block.count * prompt_layer, ["prefill", "fan out"]),
+        "prompt cache with room": PlannedArray(padded, ["fan out"]),
         # Of the last block, only keys and values are computed.
         "prefilled block": PlannedArray(max(0, prefill - prompt_layer), ["prefill"]),
-        "cache": PlannedArray(block.count * layer, ["fan out", *_DECODING]),
+        "cache": PlannedArray(rows * block.cache_bytes(prompt + room), ["fan out", *_DECODING]),
         "grown layer of the cache": PlannedArray(layer if grows else 0, ["cache growth"]),
         "logits of next tokens": PlannedArray(logits, ["drawing"]),
         "unpacked matrices": PlannedArray(unpacked + head, _DECODING),
@@ -345,12 +368,14 @@ def _adapter_floats(row: PlannedModule, itemsize: int) -> int:
 def _logits_bytes(block: _Block, positions: int, chunk_bytes: int) -> int:
     """Return the bytes of logits and their copies, at most those of a chunk of positions."""
     trained = _has_trained_head(block)
-    if not trained and not reason_of_none() and block.itemsize == _FLOAT:
-        # The chunks of the compiled function share the memory of one.
-        whole = positions * block.vocabulary * _FLOAT
-        return min(whole, COMPILED_CHUNK * chunk_bytes)
+    logits = positions * block.vocabulary * _FLOAT
+    if not trained and block.is_compiled:
+        # The chunks of the compiled function share the memory of one, and are about equally long.
+        return ceil(logits / ceil(logits / (COMPILED_CHUNK * chunk_bytes)))
     whole, chunk = (_TRAINED_LOGITS, _TRAINED_CHUNKS) if trained else (_LOGITS, _CHUNKS)
-    return round(min(whole * positions * block.vocabulary * _FLOAT, chunk * chunk_bytes))
+    if block.is_compiled:
+        whole, chunk = _TRAINED_LOGITS_COMPILED, _TRAINED_CHUNKS_COMPILED
+    return round(min(whole * logits, chunk * chunk_bytes))
 
 
 def _has_trained_head(block: _Block) -> bool:
@@ -411,7 +436,9 @@ def _unpacked_ahead(block: _Block, rows: int) -> tuple[int, int]:
     """Return the bytes of matrices of blocks, and of the head, that sampling unpacks ahead."""
     unpacked = _unpacked_bytes(block, rows)
     share = _UNPACKED_SHARE if reason_of_none() else _UNPACKED_SHARE_COMPILED
-    return int(unpacked.at_once * share) + unpacked.in_turn // block.count, unpacked.head
+    # Without compiled operations, mlx unpacks the head of the next step too.
+    heads = 2 if reason_of_none() else 1
+    return int(unpacked.at_once * share) + unpacked.in_turn // block.count, heads * unpacked.head
 
 
 def _packing(row: PlannedModule) -> tuple[str, int, int, int]:

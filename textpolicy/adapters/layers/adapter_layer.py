@@ -73,6 +73,11 @@ class AdapterLayer(nn.Module):
         return self.factors()[0].shape[-1]
 
     @property
+    def drops_inputs(self) -> bool:
+        """Whether dropout replaces some inputs by zeros now."""
+        return self.training and self.dropout._p_1 < 1  # pyright: ignore[reportPrivateUsage]
+
+    @property
     def scale(self) -> float:
         """The number that multiplies the low-rank product."""
         return float(self._scale)
@@ -153,7 +158,7 @@ class AdapterLayer(nn.Module):
 
     def gated_scale(self) -> Float[mx.array, ""]:
         """Return the scale, or zero while the gate is False."""
-        return self._gated_scale
+        return self["_gated_scale"]
 
     def gated_bias(self) -> Float[mx.array, " out"]:
         """Return the trained bias, or zeros while the gate is False."""

@@ -18,6 +18,7 @@ from jaxtyping import Float, Integer
 
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
+from textpolicy.adapters.layers.weight_values import weight_value
 from textpolicy.adapters.quantization.stored_weights import float_weight, row_squares, times_weight
 from textpolicy.errors import AdapterError
 
@@ -34,8 +35,14 @@ class DoRALayer(AdapterLayer):
         self.m = mx.sqrt(self._row_squares)
 
     def ratio(self) -> Float[mx.array, " rows"]:
-        """Return each row's magnitude divided by its norm, or 1 while the gate is False."""
+        """Return each row's magnitude divided by its norm, or 1 while the gate is False.
+
+        Decode steps compute it once for all steps with the same adapter.
+        """
         _refuse_changed_base(self.base, self._measured_type)
+        return weight_value(self, self.state_arrays(), self._ratio)
+
+    def _ratio(self) -> Float[mx.array, " rows"]:
         left, right = map(mx.stop_gradient, self.factors())
         crossed = 2 * self._scale * (times_weight(self.base, right.T) * left).sum(axis=-1)
         own = mx.square(self._scale) * ((left @ (right @ right.T)) * left).sum(axis=-1)
@@ -64,6 +71,15 @@ class DoRALinear(DoRALayer):
         if "lora_bias" in self:
             update = update + self.gated_bias()
         return (base_output + update).astype(y.dtype)
+
+    def compiled_parts(self) -> tuple[nn.Module, list[mx.array]] | None:
+        """Return the base, with A, B, the scale and the ratio, which multiplies their sum.
+
+        Return None if there is more in the output, beside the base's bias.
+        """
+        if self.drops_inputs or "lora_bias" in self:
+            return None
+        return self["base"], [self["lora_a"], self["lora_b"], self.gated_scale(), self.ratio()]
 
 
 class DoRAEmbedding(DoRALayer):

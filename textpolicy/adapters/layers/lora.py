@@ -36,17 +36,16 @@ class LoRALinear(AdapterLayer):
 
     def _compiled(self, x: Float[mx.array, "rows in"]) -> Float[mx.array, "rows out"] | None:
         """Return the output as one operation, or None where this layer or device has none."""
-        if (parts := self.compiled_parts()) is None:
+        if type(self.base) is not nn.Linear or (parts := self.compiled_parts()) is None:
             return None
         base, factors = parts
-        return lora_linear(x, base.weight, base.get("bias"), *factors)
+        return lora_linear(x, base["weight"], base.get("bias"), *factors)
 
-    def compiled_parts(self) -> tuple[nn.Linear, list[mx.array]] | None:
+    def compiled_parts(self) -> tuple[nn.Module, list[mx.array]] | None:
         """Return the base, with A, B and the scale; None if the output is more than their sum."""
-        drops = self.training and self.dropout._p_1 < 1  # pyright: ignore[reportPrivateUsage]
-        if drops or type(self.base) is not nn.Linear or "lora_bias" in self:
+        if self.drops_inputs or "lora_bias" in self:
             return None
-        return self.base, [self.lora_a, self.lora_b, self.gated_scale()]
+        return self["base"], [self["lora_a"], self["lora_b"], self.gated_scale()]
 
 
 class LoRAEmbedding(AdapterLayer):

@@ -13,7 +13,8 @@ import mlx.nn as nn
 from jaxtyping import Float, Integer, UInt8
 
 from textpolicy.adapters.quantization.number_formats import WHOLE_ROW
-from textpolicy.adapters.quantization.packed_product import make_packed_product
+from textpolicy.adapters.quantization.packed_product import make_packed_product, packed_matrix
+from textpolicy.fast_cpu.packed_weights import PackedMatrix
 
 # The QLoRA paper's appendix E.
 NF4_LEVELS = (
@@ -84,6 +85,10 @@ class NF4Linear(NF4Module):
     def __call__(self, x: Float[mx.array, "*batch in"]) -> Float[mx.array, "*batch out"]:
         y = _multiply_nf4(x, self.weight, self.scales)
         return y + self.bias if "bias" in self else y
+
+    def packed_matrix(self) -> PackedMatrix | None:
+        """Return the weight, if compiled functions multiply with it as it is stored."""
+        return packed_matrix(self)
 
 
 class NF4Embedding(NF4Module):

@@ -15,9 +15,11 @@ decode step gives each row as a matrix of its own, so the layers here make one m
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,11 +29,13 @@ from textpolicy.adapters.module_tree import replace_modules
 from textpolicy.fast_cpu.gradients import with_gradient
 from textpolicy.fast_cpu.packed_weights import (
     MOST_ROWS,
+    PackedMatrix,
     multiplies_packed,
     packed_product,
     unpacked_weights,
 )
 
+_ANSWER = "_textpolicy_packed_matrix"
 # The number of float32 rows from which the product with weights that mlx unpacks is faster.
 _MANY_ROWS = {"affine": 3, "mxfp8": 2, "mxfp4": 24, "nvfp4": 24}
 
@@ -95,6 +99,10 @@ class CPUQuantizedLinear(nn.QuantizedLinear):
             return super().__call__(x)
         y = _multiply(self, x)
         return y + self["bias"] if "bias" in self else y
+
+    def packed_matrix(self) -> PackedMatrix | None:
+        """Return the weight, if compiled functions multiply with it as it is stored."""
+        return packed_matrix(self)
 
 
 class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
@@ -182,8 +190,48 @@ def _multiply(module: Any, x: mx.array) -> mx.array:
 
 def packed_arrays(module: Any) -> list[mx.array]:
     """Return the codes and scales of a packed weight, and its biases if it has some."""
-    arrays = (module["weight"], module["scales"], module.get("biases"))
-    return [array for array in arrays if array is not None]
+    arrays = [module["weight"], module["scales"]]
+    biases = module.get("biases")
+    return arrays if biases is None else [*arrays, biases]
+
+
+def packed_matrix(module: Any) -> PackedMatrix | None:
+    """Return a module's weight, if compiled functions multiply with it as it is stored.
+
+    The module remembers the answer for its arrays, because each decode step asks.
+    """
+    arrays = packed_arrays(module)
+    known: _Answer | None = vars(module).get(_ANSWER)
+    if known is None or not known.is_for(module, arrays):
+        codes, *groups = arrays
+        inputs = codes.shape[-1] * codes.itemsize * 8 // module.bits
+        matrix = PackedMatrix.of(module.mode, module.bits, inputs, codes, *groups)
+        known = _Answer([*map(ref, arrays)], module.mode, module.bits, matrix and matrix[1:])
+        setattr(module, _ANSWER, known)
+    return known.numbers and PackedMatrix(arrays, *known.numbers)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What `packed_matrix` has found for these arrays, which it does not keep in memory."""
+
+    arrays: list[Callable[[], mx.array | None]]
+    mode: str
+    bits: int
+    numbers: tuple[int, int, int] | None
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """Leave copies and files of the module without an answer: it is found again."""
+        return type(None), ()
+
+    def is_for(self, module: Any, arrays: list[mx.array]) -> bool:
+        """Return whether a module with these arrays gets the same answer."""
+        if len(arrays) != len(self.arrays):
+            return False
+        for known, array in zip(self.arrays, arrays, strict=True):
+            if known() is not array:
+                return False
+        return module.bits == self.bits and module.mode == self.mode
 
 
 @cache
