@@ -208,7 +208,8 @@ class _Block:
         self.planned, self.count, self.itemsize = planned, len(blocks), norm.dtype.size
         self.windows = windows
         # A compiled operation does the work of several, whose results are not arrays then.
-        self.is_compiled = self.itemsize == _FLOAT and not reason_of_none()
+        on_cpu = mx.default_device().type == mx.cpu
+        self.is_compiled = on_cpu and self.itemsize == _FLOAT and not reason_of_none()
         adapted = [row for row in planned.modules if row.kind != "none"]
         numbered = [(n, row) for row in adapted if (n := _block_number(row)) is not None]
         # The gradient passes through all blocks from the first adapted one on.

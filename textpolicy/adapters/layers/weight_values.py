@@ -45,7 +45,7 @@ def weight_value(
     if kept is None:
         return compute()
     known = kept.get(id(layer))
-    is_same = known is not None and len(known.arrays) == len(arrays)
-    if known is None or not is_same or not all(map(is_, known.arrays, arrays)):
+    same_count = known is not None and len(known.arrays) == len(arrays)
+    if known is None or not same_count or not all(map(is_, known.arrays, arrays)):
         known = kept[id(layer)] = WeightValue(arrays, compute())
     return known.value
