@@ -1,6 +1,7 @@
 """Operations by compiled functions: exact, as lazy as mlx's own, and not needed."""
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from textpolicy.fast_cpu import exponential, mlx_operations
 from textpolicy.fast_cpu.compiler import CompiledLibrary, NotCompiled
 from textpolicy.fast_cpu.gradients import without_gradients
-from textpolicy.fast_cpu.mlx_operations import operation_for
+from textpolicy.fast_cpu.mlx_operations import bits_of, compiled_operation, operation_for
 from textpolicy.fast_cpu.model_functions import swiglu
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
 
@@ -248,3 +249,58 @@ def test_values_are_computed_without_their_gradient_only_inside_the_block():
         with pytest.raises(ValueError, match="vjp"):
             mx.eval(mx.grad(loss)(x))
     assert mx.array_equal(mx.grad(loss)(x), expected)
+
+
+def changing(inputs: int = 3, outputs: int = 3, changed: int = 2):
+    """Return an operation that changes arrays. It is never computed here, for nothing fits."""
+    return compiled_operation("block", inputs, outputs, as_stored=True, changed=changed)
+
+
+SHAPE = 2, 3, 8, 4
+FITTING = mx.zeros((2, 1, 64)), mx.zeros(SHAPE), mx.zeros(SHAPE)
+MISFITS = {
+    "half precision": (FITTING[0], mx.zeros(SHAPE, mx.bfloat16), FITTING[2]),
+    "whole numbers": (*FITTING[:2], mx.zeros(SHAPE, mx.int32)),
+    "another length": (FITTING[0], mx.zeros((2, 3, 9, 4)), FITTING[2]),
+    "fewer axes": (*FITTING[:2], mx.zeros((6, 8, 4))),
+    "a number": (FITTING[0], mx.array(1.0), FITTING[2]),
+    "one array less": FITTING[:2],
+    "one array more": (*FITTING, FITTING[0]),
+    "no array": (),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_arrays_that_cannot_be_changed_are_refused(misfit):
+    with pytest.raises(ValueError, match="other arrays than it takes"):
+        changing()(MISFITS[misfit], [(2, 1, 64), SHAPE, SHAPE], [0])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "changed"), [(1, 1), (2, 2), (3, 3), (3, 10**6), (5, 2)], ids=str
+)
+def test_more_changed_arrays_than_there_are_and_too_many_outputs_are_refused(outputs, changed):
+    operation = changing(outputs=outputs, changed=changed)
+    with pytest.raises(ValueError, match="other arrays than it takes"):
+        operation(FITTING, [(2, 1, 64), SHAPE, SHAPE, SHAPE, SHAPE][:outputs], [0])
+
+
+@pytest.mark.parametrize("shapes", [[], [(2, 1, 64)], [(2, 1, 64), SHAPE], [SHAPE] * 4], ids=len)
+def test_another_number_of_shapes_is_refused(shapes):
+    with pytest.raises(ValueError, match="other arrays than it takes"):
+        changing()(FITTING, shapes, [0])
+
+
+def test_too_many_numbers_and_arrays_are_refused():
+    x = spread(64)
+    with pytest.raises(ValueError, match="other arrays than it takes"):
+        compiled_operation("exp", 1)([x], [x.shape], [64] * 33)
+    (y,) = compiled_operation("exp", 1)([x], [x.shape], [64] * 32)
+    np.testing.assert_allclose(y, np.exp(np.array(x)), rtol=3e-7)
+    with pytest.raises(ValueError, match="other arrays than it takes"):
+        compiled_operation("exp", 71)([x] * 71, [x.shape], [64])
+
+
+def test_bits_of_a_number_are_those_of_its_float32():
+    for number in (0.0, 1.0, -2.5, 1e-6, 1e-12, 3e38, float("inf")):
+        assert struct.pack("<i", bits_of(number)) == struct.pack("<f", number)

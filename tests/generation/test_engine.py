@@ -304,9 +304,4 @@ def test_a_step_reads_the_tokens_of_all_rows_and_nothing_else(loaded, launch_ahe
     reads = reads_of(lambda: [engine.step() for _ in range(6)])
     # The tokens and their log-probabilities, which the device has computed together.
     assert reads == {"array": 2 * 6}
-    for _ in range(8):
-        # One of these steps is recorded and compared, which waits for the device.
-        engine.step()
-    assert len(heard) == 15 * len(RAGGED)
-    reads = reads_of(lambda: [engine.step() for _ in range(6)])
-    assert reads == {"array": 2 * 6}
+    assert len(heard) == 7 * len(RAGGED)

@@ -137,9 +137,10 @@ def test_memory_does_not_grow_with_the_number_of_waiting_groups(loaded, ends):
         limits = {"sampling": Sampling(max_tokens=40), "max_rows": 8}
         return peak_of(lambda: decode(loaded[0], prompts, n=4, stop=stop, seed=0, **limits))
 
-    # The peak differs from run to run: the device computes while arrays are freed. Rows that enter
-    # one by one need room while they are added, so some groups must wait in the smaller batch too.
-    assert min(peak(64), peak(64)) < 1.15 * max(peak(16), peak(16))
+    # Rows that enter one by one need room while they are added, so some groups must wait in the
+    # smaller batch too. A peak is up to 1.7 times another of the same batch, because the device may
+    # free arrays before or after others are made. Memory for each group would make it 4 times.
+    assert any(peak(64) < 1.15 * peak(16) for _ in range(6))
 
 
 def test_the_stop_token_is_kept_with_its_logprob(loaded):

@@ -6,14 +6,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 
 from tests.tiny import biased_model, qwen3_model
 from textpolicy.adapters import AdapterConfig, AdapterContainer, quantize
 from textpolicy.adapters.layers import dora
 from textpolicy.adapters.layers.dora import DoRALayer
-from textpolicy.adapters.layers.weight_values import keep_weight_values
 from textpolicy.fast_cpu import decoder_block
 from textpolicy.fast_cpu.model_functions import use_fast_functions
+from textpolicy.fast_cpu.weight_values import WeightValues, keep_weight_values, weight_value
 from textpolicy.generation.decode import decode
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine
@@ -145,7 +146,94 @@ def test_an_engine_that_has_ended_keeps_no_value():
     engine = Engine(model)
     engine.submit([row_of(4)])
     engine.step()
-    assert engine._recorder._weight_values
+    assert engine._weight_values
     while engine.can_step:
         engine.step()
-    assert not engine._recorder._weight_values
+    assert not engine._weight_values
+
+
+def test_a_value_is_computed_again_after_any_change_of_what_a_layer_holds():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.option, self.array = 1.0, mx.ones(3)
+            self.list, self.pair = [mx.ones(1), [mx.ones(2)]], (mx.ones(1), "a")
+            self.inner = nn.Linear(2, 2)
+
+    layer = Layer()
+    changes: list[Callable[[], object]] = [
+        lambda: setattr(layer, "option", 2.0),
+        lambda: setattr(layer, "added", None),
+        lambda: delattr(layer, "added"),
+        lambda: setattr(layer, "array", mx.ones(3)),
+        lambda: layer.pop("array"),
+        lambda: layer.list.append(mx.ones(1)),
+        lambda: layer.list.pop(),
+        lambda: layer.list.reverse(),
+        lambda: layer.list[0].append(1),
+        lambda: setattr(layer, "pair", layer.pair[::-1]),
+        lambda: layer.inner.pop("bias"),
+        lambda: setattr(layer.inner, "option", 3),
+        lambda: layer.inner.eval(),
+        lambda: setattr(layer.inner, "__class__", type("Other", (nn.Linear,), {})),
+        lambda: setattr(layer, "__class__", type("Other", (Layer,), {})),
+    ]
+    with keep_weight_values({}):
+        value = weight_value(layer, object)
+        for number, change in enumerate(changes):
+            assert weight_value(layer, object) is value, number
+            change()
+            assert weight_value(layer, object) is not value, number
+            value = weight_value(layer, object)
+
+
+def test_values_are_kept_in_their_block_only():
+    layer, values = nn.Linear(2, 2), WeightValues()
+    assert weight_value(layer, object) is not weight_value(layer, object)
+    with keep_weight_values(values):
+        value = weight_value(layer, object)
+        with keep_weight_values({}):
+            assert weight_value(layer, object) is not value
+        assert weight_value(layer, object) is value
+    assert weight_value(layer, object) is not value
+    with keep_weight_values(values):
+        assert weight_value(layer, object) is value
+
+
+def test_a_value_that_cannot_be_computed_is_not_kept():
+    layer, values = nn.Linear(2, 2), WeightValues()
+
+    def fail() -> None:
+        raise ValueError("no value")
+
+    with keep_weight_values(values):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no value"):
+                weight_value(layer, fail)
+        assert weight_value(layer, object) is weight_value(layer, object)
+
+
+def test_weights_replaced_while_an_engine_decodes_are_freed_by_its_next_step():
+    model = qwen3_model(hidden_size=512)
+    use_fast_functions(model)
+    engine = Engine(model)
+    engine.submit([row_of(9)])
+    engine.step()
+    engine.step()
+    before = mx.get_active_memory()
+    for _ in range(3):
+        model.update(tree_map(lambda array: 2 * array, model.parameters()))
+        engine.step()
+    assert mx.get_active_memory() < 1.1 * before
+    engine.cancel(engine._batch.rows[0])
+    engine.step()
+    assert not engine._weight_values
+
+
+def test_an_engine_whose_last_row_is_cancelled_keeps_no_value():
+    engine, row = Engine(with_dora(qwen3_model())), row_of(9)
+    engine.submit([row])
+    engine.step()
+    assert engine._weight_values
+    engine.cancel(row)
+    assert not engine.can_step and not engine._weight_values

@@ -25,7 +25,7 @@
 /* A function that `mlx_operations.cpp` lets mlx call, with at most MOST_NUMBERS numbers. A function
    that reads its inputs as they are stored finds their steps after these. */
 #define FUNCTION(name) void name(const float *const *in, float *const *out, const int64_t *numbers)
-enum { MOST_NUMBERS = 20 };
+enum { MOST_NUMBERS = 32 };
 
 /* Smaller products than this take less time than to wake a thread. */
 enum { SMALLEST_SHARED = 1 << 17 };

@@ -2,21 +2,25 @@
 //
 // mlx.fast.metal_kernel makes operations from source code for Metal, and raises an error where there
 // is no Metal. `mlx_operations.py` lets it call `make_operation`, which makes an operation of a
-// source that begins with "compiled " and goes on with the address of a function, and passes any
-// other source on. The operation is as lazy as any other of mlx. No other part of mlx changes.
+// source that is "compiled" and three numbers, and passes any other source on. The operation is as
+// lazy as any other of mlx. No other part of mlx changes. The three numbers are:
 //
-// The function gets the numbers of each input side by side. After "compiled as stored ", it gets
-// them as they lie in memory, if those of the last axis are side by side, and the steps of the other
-// axes: a slice of a large array is not copied. An array of more axes is given side by side.
+// - Whether the function gets the numbers of each input as they lie in memory, if those of the last
+//   axis are side by side, and the steps of the other axes: a slice of a large array is not copied.
+//   An array of more axes is given side by side, and otherwise every input.
+// - How many inputs, from the second one on, the function changes. The output of the same place is
+//   the changed input. It lies in the input's memory if nobody else reads that, and is else a copy.
+// - The address of the function.
 
 #include <algorithm>
+#include <cinttypes>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/compile.h"
 #include "mlx/fast.h"
 #include "mlx/primitives.h"
 #include "mlx/version.h"
@@ -27,14 +31,13 @@ namespace mlx::core {
 
 namespace {
 
-constexpr int MOST = 40, MOST_NUMBERS = 20, STEPS = 3;
+constexpr int MOST = 70, MOST_OUTPUTS = 4, MOST_NUMBERS = 32, STEPS = 3;
 constexpr size_t LARGE = 1 << 16;
-constexpr const char PREFIX[] = "compiled ", AS_STORED[] = "compiled as stored ";
 using Function = void (*)(const void* const* inputs, void* const* outputs, const int64_t* numbers);
 
 struct Arguments {
     const void* inputs[MOST];
-    void* outputs[MOST];
+    void* outputs[MOST_OUTPUTS];
     // The numbers of the caller, then the steps of each input along the axes before its last.
     int64_t numbers[MOST_NUMBERS + MOST * STEPS];
 };
@@ -63,12 +66,7 @@ struct Spread {
     }
 };
 
-// The address of an array's numbers, side by side, copied first if need be. mlx's own operation for
-// this takes some microseconds, even of an array that is as it should be.
-const void* side_by_side(const array& x, cpu::CommandEncoder& encoder) {
-    encoder.set_input_array(x);
-    if (x.flags().row_contiguous) return x.data<void>();
-    array made(x.shape(), x.dtype(), nullptr, {});
+void copy(const array& x, array& made, cpu::CommandEncoder& encoder) {
     made.set_data(allocator::malloc(made.nbytes()));
     const char* from = x.data<char>();
     char* to = made.data<char>();
@@ -76,8 +74,27 @@ const void* side_by_side(const array& x, cpu::CommandEncoder& encoder) {
         char* next = to;
         spread.copy(from, next);
     });
+}
+
+// The address of an array's numbers, side by side, copied first if need be. mlx's own operation for
+// this takes some microseconds, even of an array that is as it should be.
+const void* side_by_side(const array& x, cpu::CommandEncoder& encoder) {
+    encoder.set_input_array(x);
+    if (x.flags().row_contiguous) return x.data<void>();
+    array made(x.shape(), x.dtype(), nullptr, {});
+    copy(x, made, encoder);
     encoder.add_temporary(made);
-    return to;
+    return made.data<void>();
+}
+
+// Lets an array begin with the numbers of another one, which its operation changes. While a step is
+// computed, mlx holds its results, so a step that begins before its end copies what it changes.
+void begin_with(const array& x, array& made, cpu::CommandEncoder& encoder) {
+    encoder.set_input_array(x);
+    if (x.is_donatable() && x.flags().row_contiguous)
+        made.copy_shared_buffer(x);
+    else
+        copy(x, made, encoder);
 }
 
 // The address of an array's numbers as they are stored, and the steps from one to the next along each
@@ -98,20 +115,34 @@ const void* as_stored(const array& x, cpu::CommandEncoder& encoder, int64_t* ste
 
 class Compiled : public Primitive {
   public:
-    Compiled(Stream stream, Function function, bool stored, const Arguments& arguments)
-        : Primitive(stream), function(function), stored(stored), arguments(arguments) {}
+    Compiled(Stream stream, Function function, bool stored, size_t changed,
+             const Arguments& arguments)
+        : Primitive(stream), function(function), stored(stored), changed(changed),
+          arguments(arguments) {}
 
     void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
         auto& encoder = cpu::get_command_encoder(stream());
+        // Every output holds the inputs. One is enough, or no input could be changed where it lies.
+        auto holds = [&](array& one) { return &one.inputs() == &inputs; };
+        if (changed && std::any_of(outputs.begin(), outputs.end(), holds))
+            for (auto& one : outputs)
+                if (!holds(one) && !one.is_tracer()) one.inputs().clear();
         // Threads may compute with one compiled graph at once.
         Arguments all = arguments;
         for (size_t i = 0; i < inputs.size(); i++) {
+            if (is_changed(i)) continue;
             int64_t* steps = all.numbers + MOST_NUMBERS + i * STEPS;
             all.inputs[i] = stored ? as_stored(inputs[i], encoder, steps)
                                    : side_by_side(inputs[i], encoder);
         }
+        size_t bytes = 0;
         for (size_t i = 0; i < outputs.size(); i++) {
-            outputs[i].set_data(allocator::malloc(outputs[i].nbytes()));
+            if (is_changed(i)) {
+                begin_with(inputs[i], outputs[i], encoder);
+            } else {
+                outputs[i].set_data(allocator::malloc(outputs[i].nbytes()));
+                bytes += outputs[i].nbytes();
+            }
             encoder.set_output_array(outputs[i]);
             all.outputs[i] = outputs[i].data<void>();
         }
@@ -120,8 +151,6 @@ class Compiled : public Primitive {
         });
         // mlx begins operations, and allocates their results, until a hundred of them wait. One of
         // ours does the work of several, so one with a large result counts as several.
-        size_t bytes = 0;
-        for (const auto& one : outputs) bytes += one.nbytes();
         for (int i = 1; bytes >= LARGE && i < cpu::DISPATCHES_PER_TASK; i++) encoder.dispatch([] {});
     }
 
@@ -132,8 +161,11 @@ class Compiled : public Primitive {
     const char* name() const override { return "TextPolicyCompiled"; }
 
   private:
+    bool is_changed(size_t number) const { return number && number <= changed; }
+
     Function function;
     bool stored;
+    size_t changed;
     Arguments arguments;
 };
 
@@ -141,26 +173,31 @@ fast::CustomKernelFunction make_operation(
     const std::string& name, const std::vector<std::string>& input_names,
     const std::vector<std::string>& output_names, const std::string& source,
     const std::string& header, bool row_contiguous, bool atomic, const CompileOptions& options) {
-    if (source.rfind(PREFIX, 0) != 0)
+    int stored;
+    size_t changed;
+    uintptr_t address;
+    if (std::sscanf(source.c_str(), "compiled %d %zu %" SCNuPTR, &stored, &changed, &address) != 3)
         return fast::metal_kernel(
             name, input_names, output_names, source, header, row_contiguous, atomic, options);
-    const bool stored = source.rfind(AS_STORED, 0) == 0;
-    const auto address = source.substr((stored ? sizeof AS_STORED : sizeof PREFIX) - 1);
-    auto function = reinterpret_cast<Function>(std::stoull(address));
-    return [function, stored, count = input_names.size()](
+    auto function = reinterpret_cast<Function>(address);
+    return [function, stored, changed, count = input_names.size()](
                const std::vector<array>& inputs, const std::vector<Shape>& given,
                const std::vector<Dtype>& dtypes, std::tuple<int, int, int>,
                std::tuple<int, int, int>, std::vector<std::pair<std::string, fast::TemplateArg>>,
                std::optional<float>, bool, StreamOrDevice where) {
         // The numbers come last.
-        if (inputs.size() != count || count > MOST || dtypes.size() > MOST ||
-            given.size() != dtypes.size() + 1 || given.back().size() > MOST_NUMBERS)
+        bool fits = inputs.size() == count && count <= MOST && dtypes.size() <= MOST_OUTPUTS &&
+                    given.size() == dtypes.size() + 1 && given.back().size() <= MOST_NUMBERS;
+        for (size_t i = 1; fits && i <= changed; i++)
+            fits = i < count && i < dtypes.size() && inputs[i].shape() == given[i] &&
+                   inputs[i].dtype() == dtypes[i];
+        if (!fits)
             throw std::invalid_argument("a compiled function got other arrays than it takes");
         Stream stream = to_stream(where);
         std::vector<Shape> shapes(given.begin(), given.end() - 1);
         Arguments arguments{};
         std::copy(given.back().begin(), given.back().end(), arguments.numbers);
-        auto primitive = std::make_shared<Compiled>(stream, function, stored, arguments);
+        auto primitive = std::make_shared<Compiled>(stream, function, stored, changed, arguments);
         return array::make_arrays(shapes, dtypes, primitive, inputs);
     };
 }
@@ -173,8 +210,3 @@ VISIBLE void* textpolicy_make_operation() {
 }
 VISIBLE const char* textpolicy_running_mlx() { return mlx::core::version(); }
 VISIBLE int textpolicy_compiled_for() { return MLX_VERSION_NUMERIC; }
-// Whether `mx.compile` makes one operation of several, which a compiler has to compile on a CPU.
-VISIBLE void textpolicy_let_compile_fuse(bool fuse) {
-    using mlx::core::CompileMode;
-    mlx::core::set_compile_mode(fuse ? CompileMode::enabled : CompileMode::no_fuse);
-}

@@ -10,11 +10,9 @@ the trial fails, mlx's own operations compute the same numbers.
 import ctypes
 import re
 import struct
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, cast
 
 import mlx.core as mx
@@ -32,7 +30,6 @@ _MLX = Path(mx.__file__).parent
 _VERSION: str = cast(Any, mx).__version__
 _MAKER = "_ZN3mlx4core4fast12metal_kernelE"
 _LARGEST = 2**31 - 1  # Numbers are passed as 32-bit ones.
-_RECORDING = Lock()
 _TRIAL = """
 import sys
 from pathlib import Path
@@ -75,56 +72,17 @@ def bits_of(number: float) -> int:
     return bits
 
 
+@once
 def reason_of_none() -> str:
     """Return why there are no such operations, or an empty text if there are."""
-    reason, _ = _loaded()
-    return reason
-
-
-@once
-def _loaded() -> tuple[str, ctypes.CDLL | None]:
-    """Return why there are no operations, or else the library that makes them."""
     blas = enable()
     if not blas.few_rows:
-        return blas.few_rows_reason or f"{blas.name} multiplies, which is not OpenBLAS", None
+        return blas.few_rows_reason or f"{blas.name} multiplies, which is not OpenBLAS"
     try:
-        library = _library().load()
-        _use(library)
+        _use(_library().load())
     except (NotCompiled, NotReplaced, OSError) as error:
-        return str(error), None
-    return "", library
-
-
-def can_record() -> bool:
-    """Return whether `recording` may be used: there are operations, and `mx.compile` is on."""
-    if mx.default_device().type != mx.cpu or reason_of_none():
-        return False
-    calls: list[mx.array] = []
-
-    def increment(x: mx.array) -> mx.array:
-        calls.append(x)
-        return x + 1
-
-    compiled, one = mx.compile(increment), mx.array(1)
-    compiled(compiled(one))
-    return len(calls) == 1
-
-
-@contextmanager
-def recording() -> Generator[None]:
-    """Let `mx.compile` keep the operations of a function that it calls in this block as they are.
-
-    Elsewhere it joins operations into new ones, which a compiler has to compile for the CPU, and
-    which may round in another way.
-    """
-    _, library = _loaded()
-    assert library is not None
-    with _RECORDING:
-        library.textpolicy_let_compile_fuse(False)
-        try:
-            yield
-        finally:
-            library.textpolicy_let_compile_fuse(True)
+        return str(error)
+    return ""
 
 
 def try_library(path: Path) -> None:
@@ -136,6 +94,9 @@ def try_library(path: Path) -> None:
     gradients = _by_elements("swiglu_gradients", 3, 2)
     of_gate, of_x = gradients(x[:, ::2], x[:, 1:], x[:, :2] + y[:, :2])
     (again,) = _by_elements("exp", 1, 1)(x.T)
+    changing = compiled_operation("exp", 2, 2, changed=1)
+    of_y, same = changing((y, x + 0), [x.shape, x.shape], (x.size, x.shape[-1]))
+    _, same = changing((x, same), [x.shape, x.shape], (x.size, x.shape[-1]))
     expected = mx.exp(x)
     attention = compiled_operation("attention", 3, as_stored=True)
     # Where the first of two keys is used alone, its value is the mean.
@@ -147,6 +108,7 @@ def try_library(path: Path) -> None:
     )
     right = mx.allclose(y, expected) and mx.allclose(again, expected.T)
     right = right and mx.allclose(seen.reshape(3), expected[0])
+    right = right and mx.array_equal(same, x) and mx.allclose(of_y, mx.exp(expected))
     if not right or (of_gate + of_x).shape != (2, 2):
         raise NotCompiled("it computes wrong numbers")
 
@@ -201,13 +163,15 @@ def _by_elements(name: str, inputs: int, outputs: int) -> Elementwise:
 
 @cache
 def compiled_operation(
-    name: str, inputs: int, outputs: int = 1, *, as_stored: bool = False
+    name: str, inputs: int, outputs: int = 1, *, as_stored: bool = False, changed: int = 0
 ) -> Operation:
     """Return the operation by the function `compiled_...` of this name.
 
     It takes arrays, the shapes of the outputs, which are of float32, and whole numbers for the
     function, which trusts all of them. The operation has no gradient, and no rule for `mx.vmap`.
     With `as_stored`, the function reads its inputs as they lie in memory, of at most four axes.
+    It may change so many inputs from the second one on: the outputs from the second one on are the
+    changed inputs, in the memory of the inputs where nobody else reads it.
     Call this only where `reason_of_none` has no reason.
     """
     function = ctypes.cast(compiled_loops()[f"compiled_{name}"], ctypes.c_void_p).value
@@ -215,7 +179,7 @@ def compiled_operation(
         name=name,
         input_names=[f"input{number}" for number in range(inputs)],
         output_names=[f"output{number}" for number in range(outputs)],
-        source=f"compiled {'as stored ' if as_stored else ''}{function}",
+        source=f"compiled {as_stored:d} {changed} {function}",
     )
     one, dtypes = (1, 1, 1), [mx.float32] * outputs
 

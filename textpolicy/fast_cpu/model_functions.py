@@ -22,7 +22,7 @@ from textpolicy.fast_cpu.exponential import SMALL, exp
 from textpolicy.fast_cpu.gradients import with_gradient
 from textpolicy.fast_cpu.mlx_operations import operation_for
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
-from textpolicy.fast_cpu.rotary import FastRoPE
+from textpolicy.fast_cpu.rotary import FAST_ROTATIONS, share_periods
 
 Features = Float[mx.array, "*batch features"]
 
@@ -67,8 +67,8 @@ _FASTER = {
 }
 
 _FASTER_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.RoPE: FastRoPE,
     nn.RMSNorm: FastRMSNorm,
+    **FAST_ROTATIONS,
 }
 
 
@@ -76,8 +76,10 @@ def use_fast_functions(model: nn.Module) -> None:
     """Let the layers of this model call the faster functions; do nothing on a GPU."""
     if mx.default_device().type != mx.cpu:
         return
-    for module in model.modules():
+    modules = model.modules()
+    for module in modules:
         module.__class__ = _faster_class(type(module))
+    share_periods(modules)
 
 
 @cache

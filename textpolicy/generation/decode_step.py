@@ -1,6 +1,6 @@
 """One decode step: the model reads the last tokens, and each row draws its next token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,11 +33,9 @@ def logits_by_model(model: nn.Module, batch: DecodingBatch) -> Float[mx.array, "
         return model(batch.last_tokens[:, None], cache=batch.cache)[:, -1, :]
 
 
-def launch_step(
-    next_logits: Callable[[DecodingBatch], Float[mx.array, "rows vocab"]], batch: DecodingBatch
-) -> DrawnTokens:
+def launch_step(model: nn.Module, batch: DecodingBatch) -> DrawnTokens:
     """Start one decode step on the device; return what it draws."""
-    raw = logits = next_logits(batch).astype(mx.float32)
+    raw = logits = logits_by_model(model, batch).astype(mx.float32)
     if batch.plan.penalises:
         contexts = [(row.context + row.tokens)[-_PENALISED_TOKENS:] for row in batch.rows]
         penalties = [row.sampling.repetition_penalty for row in batch.rows]

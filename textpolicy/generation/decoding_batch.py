@@ -232,6 +232,8 @@ class DecodingCache(BatchKVCache):
         cls, prompts: BatchKVCache, owner: Int[mx.array, " rows"], room: int
     ) -> "DecodingCache":
         """Return a cache in which row r holds prompt `owner[r]` and `room` unused positions."""
+        if prompts.empty():
+            return cls([0] * owner.size)
         keys: Any
         values: Any
         keys, values, offset, padding, used = prompts.state
@@ -265,10 +267,13 @@ class DecodingCache(BatchKVCache):
         """The number of positions that rows have in the cache, padding included."""
         return self._idx
 
-    @property
-    def room(self) -> int:
-        """The number of unused positions in the memory of the keys and values."""
-        return 0 if self.keys is None else self.keys.shape[2] - self._idx
+    def make_room(self, keys: Sequence[int], values: Sequence[int]) -> None:
+        """Have memory for keys and values of these shapes, which have one position."""
+        if self.keys is None:
+            self.keys, self.values = (mx.zeros((*x[:2], self.step, x[3])) for x in (keys, values))
+        elif self.keys.shape[2] == self._idx:
+            more = [(0, 0), (0, 0), (0, self.step), (0, 0)]
+            self.keys, self.values = mx.pad(self.keys, more), mx.pad(self.values, more)
 
     def take_step(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
         """Take over keys and values to which one position has been added, and the new offsets."""
@@ -285,8 +290,9 @@ class DecodingCache(BatchKVCache):
         """Keep these rows, and cut off the positions that all of them leave unused."""
         padding = [self.padding[index] for index in cast(list[int], batch_indices.tolist())]
         unused = min(padding)
-        self.keys = self.keys[batch_indices][..., unused:, :]
-        self.values = self.values[batch_indices][..., unused:, :]
+        if self.keys is not None:
+            self.keys = self.keys[batch_indices][..., unused:, :]
+            self.values = self.values[batch_indices][..., unused:, :]
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices] - unused
         self._idx -= unused

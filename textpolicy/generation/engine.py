@@ -18,6 +18,7 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from textpolicy.adapters.adapter_state import AdapterState
 from textpolicy.device_sizes import device_sizes
 from textpolicy.fast_cpu.bfloat16_copies import keep_copies
+from textpolicy.fast_cpu.weight_values import WeightValues, keep_weight_values
 from textpolicy.generation.decode_step import launch_step, logits_by_model, record_details
 from textpolicy.generation.decoding_batch import (
     DecodingBatch,
@@ -27,7 +28,6 @@ from textpolicy.generation.decoding_batch import (
 )
 from textpolicy.generation.prefill import prefill_prompts, prefill_replies
 from textpolicy.generation.prefix_cache import PrefixCache
-from textpolicy.generation.recorded_step import StepRecorder
 from textpolicy.machine import most_copied_bytes
 from textpolicy.types import Sampling, StopReason
 
@@ -58,9 +58,7 @@ class Engine:
     have computed them, and no later prompt begins with a text that older versions have read. A step
     that was launched ahead has the version from before the call.
 
-    With `record_steps`, a `StepRecorder` saves the time of the model's Python code on a CPU, and
-    computes the same. There are no records with `newest_version`: they would keep old weights in
-    memory beside new ones.
+    Values that depend on weights alone, such as DoRA's norms, are kept until no row decodes.
     """
 
     def __init__(
@@ -72,13 +70,12 @@ class Engine:
         launch_ahead: bool = False,
         prefixes: PrefixCache | None = None,
         newest_version: NewestVersion | None = None,
-        record_steps: bool = True,
     ) -> None:
         self._prefixes = prefixes
         self._newest_version = newest_version
         self._version: int | None = None
         self._model = model
-        self._recorder = StepRecorder(model, record=record_steps and newest_version is None)
+        self._weight_values: WeightValues = {}
         keep_copies(model, most_copied_bytes())
         self._max_rows = (max_rows or device_sizes().decoding_rows) if batched else 1
         self._batched = batched
@@ -122,6 +119,7 @@ class Engine:
             self._has_cancelled = True
         for before in [old for old, turn in self._next_turns.items() if row in (old, turn)]:
             del self._next_turns[before]
+        self._forget_weights()
 
     def step(self) -> list[DecodingRow]:
         """Append one token to every row that decodes; return the rows that end now."""
@@ -133,10 +131,13 @@ class Engine:
         self._admit_groups()
         self._merge_replies(decoding)
         ended = self._decode_step(self._batch) if self._batch else []
-        if not self.can_step:
-            # Whoever changes the weights now would otherwise keep old ones in memory.
-            self._recorder.forget()
+        self._forget_weights()
         return ended
+
+    def _forget_weights(self) -> None:
+        # Whoever changes the weights after the last row would otherwise keep old ones in memory.
+        if not self.can_step:
+            self._weight_values.clear()
 
     def _take_version(self, version: int) -> None:
         if version != self._version and self._prefixes:
@@ -236,7 +237,8 @@ class Engine:
         return ended
 
     def _launch(self, batch: DecodingBatch) -> DrawnTokens:
-        drawn = launch_step(self._recorder.next_logits, batch)
+        with keep_weight_values(self._weight_values):
+            drawn = launch_step(self._model, batch)
         if self._version is not None:
             drawn.versions = [self._version] * len(batch.rows)
         return drawn

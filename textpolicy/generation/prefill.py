@@ -85,7 +85,7 @@ def _prefill_chunk(texts: Sequence[Sequence[int]]) -> int:
 
 
 def _repeat_prompts(layer: Any, owner: mx.array, room: int) -> Any:
-    if type(layer) is BatchKVCache and not layer.empty():
+    if type(layer) is BatchKVCache:
         return DecodingCache.repeat_prompts(layer, owner, room)
     layer.filter(owner)
     return layer

@@ -18,9 +18,9 @@ from jaxtyping import Float, Integer
 
 from textpolicy.adapters.config.rules import LoRARule
 from textpolicy.adapters.layers.adapter_layer import AdapterLayer
-from textpolicy.adapters.layers.weight_values import weight_value
 from textpolicy.adapters.quantization.stored_weights import float_weight, row_squares, times_weight
 from textpolicy.errors import AdapterError
+from textpolicy.fast_cpu.weight_values import weight_value
 
 
 class DoRALayer(AdapterLayer):
@@ -40,7 +40,7 @@ class DoRALayer(AdapterLayer):
         Decode steps compute it once for all steps with the same adapter.
         """
         _refuse_changed_base(self.base, self._measured_type)
-        return weight_value(self, self.state_arrays(), self._ratio)
+        return weight_value(self, self._ratio)
 
     def _ratio(self) -> Float[mx.array, " rows"]:
         left, right = map(mx.stop_gradient, self.factors())

@@ -15,11 +15,9 @@ decode step gives each row as a matrix of its own, so the layers here make one m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from typing import Any
-from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +33,6 @@ from textpolicy.fast_cpu.packed_weights import (
     unpacked_weights,
 )
 
-_ANSWER = "_textpolicy_packed_matrix"
 # The number of float32 rows from which the product with weights that mlx unpacks is faster.
 _MANY_ROWS = {"affine": 3, "mxfp8": 2, "mxfp4": 24, "nvfp4": 24}
 
@@ -196,42 +193,10 @@ def packed_arrays(module: Any) -> list[mx.array]:
 
 
 def packed_matrix(module: Any) -> PackedMatrix | None:
-    """Return a module's weight, if compiled functions multiply with it as it is stored.
-
-    The module remembers the answer for its arrays, because each decode step asks.
-    """
-    arrays = packed_arrays(module)
-    known: _Answer | None = vars(module).get(_ANSWER)
-    if known is None or not known.is_for(module, arrays):
-        codes, *groups = arrays
-        inputs = codes.shape[-1] * codes.itemsize * 8 // module.bits
-        matrix = PackedMatrix.of(module.mode, module.bits, inputs, codes, *groups)
-        known = _Answer([*map(ref, arrays)], module.mode, module.bits, matrix and matrix[1:])
-        setattr(module, _ANSWER, known)
-    return known.numbers and PackedMatrix(arrays, *known.numbers)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What `packed_matrix` has found for these arrays, which it does not keep in memory."""
-
-    arrays: list[Callable[[], mx.array | None]]
-    mode: str
-    bits: int
-    numbers: tuple[int, int, int] | None
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        """Leave copies and files of the module without an answer: it is found again."""
-        return type(None), ()
-
-    def is_for(self, module: Any, arrays: list[mx.array]) -> bool:
-        """Return whether a module with these arrays gets the same answer."""
-        if len(arrays) != len(self.arrays):
-            return False
-        for known, array in zip(self.arrays, arrays, strict=True):
-            if known() is not array:
-                return False
-        return module.bits == self.bits and module.mode == self.mode
+    """Return a module's weight, if compiled functions multiply with it as it is stored."""
+    codes, *groups = packed_arrays(module)
+    inputs = codes.shape[-1] * codes.itemsize * 8 // module.bits
+    return PackedMatrix.of(module.mode, module.bits, inputs, codes, *groups)
 
 
 @cache
