@@ -24,6 +24,7 @@ LOOPS = CompiledLibrary(
         "attention.c",
         "attention_of_positions.c",
         "token_logprobs.c",
+        "drawn_tokens.c",
         "lora.c",
         "decoder_block.c",
         "threads.c",

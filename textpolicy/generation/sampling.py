@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt32
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
 
+from textpolicy.fast_cpu.drawn_tokens import drawn_tokens
 from textpolicy.fast_cpu.exponential import softmax
 from textpolicy.types import Sampling
 
@@ -102,6 +103,8 @@ def draw_tokens(
         logits = apply_top_p(logits, sampling.top_p)
     if sampling.min_p:
         logits = apply_min_p(logits, sampling.min_p)
+    if drawn := drawn_tokens(logits, keys):
+        return drawn
     uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))(keys)
     return _choose_tokens(softmax(logits), uniforms)
 
