@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.devices import only_on_a_cpu
-
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(
@@ -37,13 +35,11 @@ SMALLEST = {
     "outside.py": "--engines mlx-lm llama.cpp --adapters ranks --json",
     "products.py": "--size 64 --json",
     "prompt_sharing.py": "--prompt-tokens 8 --completion-tokens 8 --group-size 2 --runs 1 --json",
-    "recorded_steps.py": f"--model {ROOT}/textpolicy/tiny --kinds lora --rows 1 --runs 1 "
-    "--threads 1 --json",
     "rewards.py": "",
     "scaling.py": "--only rank --runs 1 --json",
     "serving.py": "--clients 2 --max-tokens 4 --runs 1 --threads 1 --json",
+    "stop_strings.py": "--rows 2 --tokens 16 --runs 1 --threads 1 --json",
 }
-MARKS = {"recorded_steps.py": only_on_a_cpu("steps are recorded on a CPU only")}
 LONGER = (
     "collapse.py",
     "kept_cache.py",
@@ -70,9 +66,9 @@ COUNTS = dict.fromkeys(
         "grpo_step",
         "packed_bandwidth",
         "prompt_sharing",
-        "recorded_steps",
         "scaling",
         "serving",
+        "stop_strings",
     ],
     "--runs",
 )
@@ -108,10 +104,7 @@ ALONE = "--names sleeping_alone --runs 1 --threads 1 --json"
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        *(
-            pytest.param(*pair, id=pair[0], marks=MARKS.get(pair[0], ()))
-            for pair in SMALLEST.items()
-        ),
+        *(pytest.param(*pair, id=pair[0]) for pair in SMALLEST.items()),
         pytest.param("generation_versions.py", ALONE, marks=pytest.mark.long, id="alone"),
     ],
 )

@@ -4,14 +4,14 @@ import random
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from textpolicy.generation.prompts import decode_text
 from textpolicy.generation.stop_rules import StopAtStrings
 from textpolicy.types import StopReason
 
-PIECES = ["a", "b", "ab", "ba", " ", " a", "é", "日本", "本", "\n", "🙂", "b🙂a", "."]
+PIECES = ["a", "b", " b", "  ", "ab", "ba", " ", " a", "é", "日本", "本", "\n", "🙂", "b🙂a", "."]
 
 
 def byte_fallback_tokenizer() -> TokenizerWrapper:
@@ -36,9 +36,26 @@ def byte_fallback_tokenizer() -> TokenizerWrapper:
     return TokenizerWrapper(tokenizer)
 
 
+def word_piece_tokenizer(*, cleans_up: bool) -> TokenizerWrapper:
+    """Return a tokenizer as BERT has it: a token in the middle of a word has another text alone."""
+    words = ["[UNK]", "</s>", "a", "b", "ab", "do", "n", "n't", "t", "'", "."]
+    vocabulary = {word: number for number, word in enumerate([*words, "##a", "##b", "##ab"])}
+    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="[UNK]",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=cleans_up,
+    )
+    return TokenizerWrapper(tokenizer)
+
+
 @pytest.fixture(scope="module")
 def tokenizers(load_tiny):
-    return [load_tiny()[1], byte_fallback_tokenizer()]
+    pieces = [word_piece_tokenizer(cleans_up=cleans_up) for cleans_up in (False, True)]
+    return [load_tiny()[1], byte_fallback_tokenizer(), *pieces]
 
 
 def first_stop(tokenizer, tokens, strings):
@@ -70,7 +87,7 @@ def random_tokens(rng, tokenizer, choices):
     return tokens
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", range(4))
 def test_a_row_ends_at_the_token_at_which_its_whole_text_has_a_stop_string(tokenizers, which):
     tokenizer, rng = tokenizers[which], random.Random(which)
     usable = [t for t in range(len(tokenizer)) if t not in tokenizer.eos_token_ids]
@@ -84,7 +101,22 @@ def test_a_row_ends_at_the_token_at_which_its_whole_text_has_a_stop_string(token
         assert first_stop_of_rule(tokenizer, tokens, strings) == expected, (tokens, strings)
         found.append(expected)
     assert sum(one is None for one in found) > 10
-    assert sum(one is not None and one[0] > 20 for one in found) > 10
+    assert sum(one is not None and one[0] > 20 for one in found) > 3
+
+
+def test_a_string_that_ends_in_the_middle_of_a_word_ends_a_row(tokenizers):
+    words = tokenizers[2]
+    tokens = words.convert_tokens_to_ids(["b", "a", "##b", "##ab", "."])
+    assert first_stop_of_rule(words, tokens, ["bb"]) is None
+    assert first_stop_of_rule(words, tokens, ["abab"]) == (4, StopReason.STOP_STRING)
+    assert first_stop_of_rule(words, tokens, ["bab"]) == (4, StopReason.STOP_STRING)
+
+
+def test_a_token_that_removes_a_space_before_it_ends_a_row(tokenizers):
+    plain, cleaning = tokenizers[2:]
+    tokens = plain.convert_tokens_to_ids(["do", "n't"])
+    assert first_stop_of_rule(plain, tokens, ["don"]) is None
+    assert first_stop_of_rule(cleaning, tokens, ["don"]) == (2, StopReason.STOP_STRING)
 
 
 def test_a_string_in_the_middle_of_a_token_and_one_over_many_tokens_end_a_row(tokenizers):
@@ -127,7 +159,24 @@ def test_the_number_of_tokens_that_are_decoded_does_not_grow_with_the_text(load_
             lengths.append(len(tokens))
             return tokenizer.decode(tokens, **options)
 
-    rule = StopAtStrings(Counting(tokenizer._tokenizer), ["zz", "stop here"])
+    rule = StopAtStrings(Counting(tokenizer._tokenizer), ["zz", "stop via"])
     letter = tokenizer.encode("a", add_special_tokens=False)
     assert rule(letter * 40) is rule(letter * 4000) is None
-    assert lengths[0] == lengths[1] < 20
+    alone, twice, *windows = lengths
+    assert (alone, twice) == (1, 2) and windows[0] == windows[1] < 20
+
+
+def test_nothing_is_decoded_after_a_token_in_which_no_string_can_end(load_tiny):
+    _, tokenizer = load_tiny()
+    decoded = []
+
+    class Counting(TokenizerWrapper):
+        def decode(self, tokens, **options):
+            decoded.append(tokens)
+            return tokenizer.decode(tokens, **options)
+
+    rule = StopAtStrings(Counting(tokenizer._tokenizer), ["zz", "stop here"])
+    letter = tokenizer.encode("a", add_special_tokens=False)
+    for length in range(1, 50):
+        assert rule(letter * length) is None
+    assert decoded == [letter, letter * 2]
