@@ -226,7 +226,9 @@ def test_on_cuda_the_rank_of_experts_is_filled_up_to_16_bytes(rank, read, monkey
     assert mx.allclose(value, expected, rtol=1e-5)
     for name, gradient in tree_flatten(gradients):
         other = dict(tree_flatten(expected_gradients))[name]
-        assert gradient.shape == other.shape and mx.allclose(gradient, other, rtol=1e-4), name
+        assert gradient.shape == other.shape
+        # A sum that is nearly zero has the rounding of its largest terms.
+        assert mx.abs(gradient - other).max() < 1e-5 * mx.abs(other).max(), name
 
 
 def test_experts_and_not_their_routers_get_gradients():
