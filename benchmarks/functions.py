@@ -6,21 +6,18 @@ median milliseconds, and the peak memory above the inputs.
     python benchmarks/functions.py --json --output benchmarks/results/functions.json
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from measurement import MeasurementParser, output_record
 from mlx_lm.models import activations, base
 from setting import setting
 
-from textpolicy import fast_cpu
 from textpolicy.fast_cpu.attention import scaled_dot_product_attention
 from textpolicy.fast_cpu.exponential import exp
 from textpolicy.fast_cpu.gradients import without_gradients
@@ -114,29 +111,13 @@ def measured(pair: Pair, runs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = MeasurementParser(__doc__, runs=9)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the longest shape")
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the object to a file too"
-    )
-    options = parser.parse_args()
-    if options.runs < 1:
-        parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.enable().threads:
-        fast_cpu.set_threads(options.threads)
+    options = parser.options()
     results = [measured(pair, options.runs) for pair in pairs(options.tokens)]
     asked = {"runs": options.runs, "compiled_operations": not reason_of_none()}
-    record = {"setting": setting() | asked, "results": results}
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
-    if options.json:
-        print(json.dumps(record, indent=1))
-        return
-    for row in results:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    lines = ["  ".join(f"{name} {value}" for name, value in row.items()) for row in results]
+    output_record({"setting": setting() | asked, "results": results}, lines, options)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ matrix products of the decode steps, so no generator can be faster.
 All run in turns in one process, on a CPU with the same BLAS. The script reports medians.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -25,13 +23,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from grpo_step import VOCABULARY, prompts, write_model, write_tokenizer
+from measurement import MeasurementParser, output_record
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from setting import default_dtype, setting
 
-from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.generation.mlx_generation import create_policy, load_model
 
@@ -123,30 +121,15 @@ def compare(folder: str, rows: int, runs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = MeasurementParser(__doc__, runs=7, threads=os.cpu_count())
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="separated by commas")
-    parser.add_argument("--runs", type=int, default=7, help="runs of each way (default: 7)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the object to a file too"
-    )
-    options = parser.parse_args()
-    if options.runs < 1:
-        parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.enable().threads:
-        fast_cpu.set_threads(options.threads)
+    options = parser.options()
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), default_dtype())
         write_tokenizer(Path(folder))
         found = [compare(folder, int(rows), options.runs) for rows in options.rows.split(",")]
     asked = {"runs": options.runs, "vocabulary": VOCABULARY, "dtype": default_dtype()}
-    record = {"setting": setting() | asked, "results": found}
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1) if options.json else "\n".join(map(str, found)))
+    output_record({"setting": setting() | asked, "results": found}, [*map(str, found)], options)
 
 
 if __name__ == "__main__":

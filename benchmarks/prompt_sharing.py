@@ -10,22 +10,20 @@ them. By default a group has 16 completions of 64 tokens, and its prompt has 64,
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from compiled import batch_of
 from grpo_step import SIZES
+from measurement import MeasurementParser, output_record
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from setting import setting
 
-from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.fast_cpu.model_functions import use_fast_functions
@@ -94,31 +92,16 @@ def measure(model: nn.Module, prompt: int, options: argparse.Namespace) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = MeasurementParser(__doc__, runs=5)
     parser.add_argument("--prompt-tokens", default="64,256,512", help="separated by commas")
     parser.add_argument("--completion-tokens", type=int, default=64)
     parser.add_argument("--group-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1, help="threads of the BLAS (default: 1)")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each way (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the object to a file too"
-    )
-    options = parser.parse_args()
-    if options.runs < 1:
-        parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.enable().threads:
-        fast_cpu.set_threads(options.threads)
+    options = parser.options()
     model = adapted_model()
-    records = [measure(model, int(text), options) for text in options.prompt_tokens.split(",")]
+    groups = [measure(model, int(text), options) for text in options.prompt_tokens.split(",")]
     asked = {"group_size": options.group_size, "completion_tokens": options.completion_tokens}
     asked |= {"runs": options.runs}
-    record = {"setting": setting() | asked, "groups": records}
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1) if options.json else "\n".join(map(str, records)))
+    output_record({"setting": setting() | asked, "groups": groups}, [*map(str, groups)], options)
 
 
 if __name__ == "__main__":

@@ -16,22 +16,20 @@ attention is the exponent of the medians minus b n^2. Memory is mlx's peak above
 was in use before.
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from grpo_step import SIZES
+from measurement import MeasurementParser
 from mlx_lm.models import qwen3
 from setting import default_dtype, on_gpu, setting
 
-from textpolicy import fast_cpu
 from textpolicy.adapters import AdapterConfig, AdapterContainer
 from textpolicy.algorithms import grpo
 from textpolicy.fast_cpu.model_functions import use_fast_functions
@@ -215,21 +213,9 @@ def line(axis: str, phase: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = MeasurementParser(__doc__, runs=3)
     parser.add_argument("--only", choices=AXES, action="append", help="default: every axis")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each size (default: 3)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the BLAS (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the object to a file too"
-    )
-    options = parser.parse_args()
-    if options.runs < 1:
-        parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.enable().threads:
-        fast_cpu.set_threads(options.threads)
+    options = parser.options()
     found: dict[str, Any] = {}
     for axis in options.only or AXES:
         found[axis] = measure_axis(axis, options.runs)

@@ -9,8 +9,6 @@ The sides take turns at every step. Each ratio is that of one completion, and th
 medians over several completions, with the smallest and the largest ratio.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -19,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_step import write_model, write_tokenizer
+from measurement import MeasurementParser, output_record
 from setting import default_dtype, setting
 
-from textpolicy import fast_cpu
 from textpolicy.generation.decoding_batch import DecodingRow
 from textpolicy.generation.engine import Engine, can_launch_ahead
 from textpolicy.generation.mlx_generation import load_model
@@ -80,23 +78,11 @@ def compare(model: Any, tokenizer: Any, rows: int, tokens: int, runs: int) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = MeasurementParser(__doc__, runs=5, threads=os.cpu_count())
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: random weights")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=1024, help="of a completion (default: 1024)")
-    parser.add_argument("--runs", type=int, default=5, help="completions of each side (default: 5)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the object to a file too"
-    )
-    options = parser.parse_args()
-    if options.runs < 1:
-        parser.error(f"--runs is {options.runs}; expected at least 1")
-    if fast_cpu.enable().threads:
-        fast_cpu.set_threads(options.threads)
+    options = parser.options()
     with tempfile.TemporaryDirectory() as made:
         folder = options.model or Path(made)
         if not options.model:
@@ -111,10 +97,7 @@ def main() -> None:
         "tokens": options.tokens,
         "runs": options.runs,
     }
-    record = {"setting": setting() | asked, "results": found}
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1) if options.json else "\n".join(map(str, found)))
+    output_record({"setting": setting() | asked, "results": found}, [*map(str, found)], options)
 
 
 if __name__ == "__main__":

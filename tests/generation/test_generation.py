@@ -139,8 +139,9 @@ def test_memory_does_not_grow_with_the_number_of_waiting_groups(loaded, ends):
 
     # Rows that enter one by one need room while they are added, so some groups must wait in the
     # smaller batch too. A peak is up to 1.7 times another of the same batch, because the device may
-    # free arrays before or after others are made. Memory for each group would make it 4 times.
-    assert any(peak(64) < 1.15 * peak(16) for _ in range(6))
+    # free arrays before or after others are made, so the smaller batch gets several trials.
+    least = min(peak(64), peak(64))
+    assert any(least < 1.15 * peak(16) for _ in range(6))
 
 
 def test_the_stop_token_is_kept_with_its_logprob(loaded):

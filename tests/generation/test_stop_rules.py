@@ -87,8 +87,8 @@ def random_tokens(rng, tokenizer, choices):
     return tokens
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_a_row_ends_at_the_token_at_which_its_whole_text_has_a_stop_string(tokenizers, which):
+@pytest.mark.parametrize(("which", "late"), [(0, 10), (1, 10), (2, 3), (3, 3)])
+def test_a_row_ends_at_the_token_at_which_its_whole_text_has_a_stop_string(tokenizers, which, late):
     tokenizer, rng = tokenizers[which], random.Random(which)
     usable = [t for t in range(len(tokenizer)) if t not in tokenizer.eos_token_ids]
     found = []
@@ -101,7 +101,7 @@ def test_a_row_ends_at_the_token_at_which_its_whole_text_has_a_stop_string(token
         assert first_stop_of_rule(tokenizer, tokens, strings) == expected, (tokens, strings)
         found.append(expected)
     assert sum(one is None for one in found) > 10
-    assert sum(one is not None and one[0] > 20 for one in found) > 3
+    assert sum(one is not None and one[0] > 20 for one in found) > late
 
 
 def test_a_string_that_ends_in_the_middle_of_a_word_ends_a_row(tokenizers):

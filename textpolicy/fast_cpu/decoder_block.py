@@ -21,7 +21,7 @@ from textpolicy.fast_cpu.gradients import are_gradients_needed
 from textpolicy.fast_cpu.mlx_operations import bits_of, compiled_operation, reason_of_none
 from textpolicy.fast_cpu.packed_weights import MOST_ROWS
 from textpolicy.fast_cpu.rms_norm import FastRMSNorm
-from textpolicy.fast_cpu.rotary import FAST_ROTATIONS, Angles, next_positions
+from textpolicy.fast_cpu.rotary import FAST_ROTATIONS, Angles, FastRotation, next_positions
 from textpolicy.fast_cpu.weight_values import weight_value
 
 _States = Float[mx.array, "rows time width"]
@@ -49,7 +49,7 @@ class StepCache(Protocol):
     used: int
 
     def make_room(self, keys: _Shape, values: _Shape) -> None:
-        """Have memory for keys and values of these shapes."""
+        """Have memory for one more position, whose keys and values have these shapes."""
 
     def take_step(self, keys: mx.array, values: mx.array, offset: mx.array) -> None:
         """Take over keys and values to which one position has been added, and the new offsets."""
@@ -151,8 +151,11 @@ def faster_block(
     def compiled_block(self: Any) -> _CompiledBlock | None:
         if mx.default_device().type != mx.cpu or reason_of_none():
             return None
+        return weight_value(self, lambda: made_of_known_parts(self))
+
+    def made_of_known_parts(self: Any) -> _CompiledBlock | None:
         known = type(self.self_attn) is attention and type(self.mlp) is layers
-        return weight_value(self, lambda: _CompiledBlock.of(self) if known else None)
+        return _CompiledBlock.of(self) if known else None
 
     names = {"__module__": block.__module__, "__qualname__": block.__qualname__}
     return type(block.__name__, (block,), names | {"__call__": call})
@@ -166,7 +169,7 @@ class _CompiledBlock:
     numbers.
     """
 
-    rope: Any
+    rope: FastRotation
     hidden: int
     heads: int
     key_heads: int
@@ -235,7 +238,7 @@ class _CompiledBlock:
         return len(mask) in (1, rows) and mask.shape[1:] == (1, 1, seen)
 
     def prepare(self, cache: StepCache, rows: int) -> bool:
-        """Let a cache have room for a position; return whether the function reads its arrays."""
+        """Make room for a position in a cache; return whether the function can read its arrays."""
         shapes = [(rows, self.key_heads, 1, width) for width in (self.width, self.value_width)]
         cache.make_room(*shapes)
         places = cache.keys.shape[2]

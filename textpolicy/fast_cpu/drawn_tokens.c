@@ -32,8 +32,8 @@ static float uniform(uint32_t word) {
     return x < 1 ? x : 1 - 1.0f / (1 << 24);
 }
 
-/* The first of some weights up to which more than this share of all weight lies, or the first of all if
-   the weights are not numbers. A weight of 0 is never chosen. */
+/* Where the sum of the weights up to there first exceeds this share of the sum of all, or 0 if there is
+   no such place, as with weights that are not numbers. A weight of 0 is never chosen. */
 static int choose(const float *weights, int count, float share, double *total) {
     *total = 0;
     for (int i = 0; i < count; i++) *total += weights[i];

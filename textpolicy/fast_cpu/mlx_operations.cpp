@@ -7,9 +7,9 @@
 //
 // - Whether the function gets the numbers of each input as they lie in memory, if those of the last
 //   axis are side by side, and the steps of the other axes: a slice of a large array is not copied.
-//   An array of more axes is given side by side, and otherwise every input.
+//   Otherwise, and of an array of more axes, it gets the numbers side by side.
 // - How many inputs, from the second one on, the function changes. The output of the same place is
-//   the changed input. It lies in the input's memory if nobody else reads that, and is else a copy.
+//   the changed input. It lies in the input's memory unless somebody else may read that.
 // - The address of the function.
 
 #include <algorithm>

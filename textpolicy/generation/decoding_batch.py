@@ -268,7 +268,7 @@ class DecodingCache(BatchKVCache):
         return self._idx
 
     def make_room(self, keys: Sequence[int], values: Sequence[int]) -> None:
-        """Have memory for keys and values of these shapes, which have one position."""
+        """Have memory for one more position, whose keys and values have these shapes."""
         if self.keys is None:
             self.keys, self.values = (mx.zeros((*x[:2], self.step, x[3])) for x in (keys, values))
         elif self.keys.shape[2] == self._idx:

@@ -103,4 +103,6 @@ def _may_end_in(text: str, string: str) -> bool:
     text, string = _without_spaces(text), _without_spaces(string)
     if ends_in_space or not string or not text:
         return True
-    return string in text or any(text.startswith(string[at:]) for at in range(1, len(string)))
+    # Of a long string, only an end as long as the text can lie in it.
+    ends = range(max(1, len(string) - len(text)), len(string))
+    return string in text or any(text.startswith(string[at:]) for at in ends)
